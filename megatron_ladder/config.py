@@ -1,0 +1,180 @@
+"""What a model and its layout are, in Megatron's and Hugging Face's words.
+
+`mcore_compat.transformer_config` translates these into megatron-core's configuration, once.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from megatron_ladder.errors import UserError
+
+Residual = Literal["standard", "ladder", "parallel"]
+
+# Vocabulary rows are padded to this, whatever the layout: a checkpoint's shapes must not depend on
+# the tensor-parallel size it was trained at.
+VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-family decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases.
+
+    Raises UserError when the numbers do not fit each other.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int | None = None
+    """Key/value heads; None means one for every attention head (MHA)."""
+    vocab_size: int | None = None
+    """Ids the tokenizer can give; None takes it from the data."""
+    residual: Residual = "ladder"
+    """Which state a sub-module reads: the last (standard), the one before (ladder), or one norm for
+    attention and MLP together (parallel). arXiv 2501.06589, section 3."""
+    ladder_layers: int | tuple[int, ...] | None = None
+    """With residual=ladder: the last N layers, or a list of layers from 0; the others are standard.
+    None makes every layer a ladder layer."""
+    max_position_embeddings: int = 2048
+    rotary_base: float = 10000.0
+    rope_scaling_factor: float | None = None
+    """Llama 3's RoPE scaling (low 1, high 4, original context 8192) by this factor; None: none."""
+    layernorm_epsilon: float = 1e-5
+    init_method_std: float = 0.02
+    share_embeddings_and_output_weights: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.residual not in get_args(Residual):
+            raise UserError(
+                f"model.residual is {self.residual!r}: choose one of {', '.join(get_args(Residual))}"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"model.hidden_size {self.hidden_size} is not a multiple of "
+                f"model.num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(
+                f"model.hidden_size / model.num_attention_heads is {self.head_dim}: RoPE needs it even"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise UserError(
+                f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"model.num_query_groups {self.kv_heads}"
+            )
+        self.layer_residuals()  # refuses ladder_layers that do not exist
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        assert self.vocab_size is not None, "vocab_size is set from the data before building"
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def layer_residuals(self) -> tuple[Residual, ...]:
+        """The residual kind of each layer, first to last."""
+        if self.ladder_layers is None:
+            return (self.residual,) * self.num_layers
+        if self.residual != "ladder":
+            raise UserError(
+                f"model.ladder_layers is set but model.residual is {self.residual}: "
+                "set model.residual to ladder, or leave ladder_layers out"
+            )
+        if isinstance(self.ladder_layers, int):
+            count = self.ladder_layers
+            if not 0 <= count <= self.num_layers:
+                raise UserError(
+                    f"model.ladder_layers {count}: the last N of {self.num_layers} layers means "
+                    f"0 to {self.num_layers}"
+                )
+            chosen = set(range(self.num_layers - count, self.num_layers))
+        else:
+            chosen = set(self.ladder_layers)
+            wrong = sorted(i for i in chosen if not 0 <= i < self.num_layers)
+            if wrong or len(chosen) != len(self.ladder_layers):
+                raise UserError(
+                    f"model.ladder_layers {list(self.ladder_layers)}: layers are numbered 0 to "
+                    f"{self.num_layers - 1}, each at most once"
+                )
+        return tuple("ladder" if i in chosen else "standard" for i in range(self.num_layers))
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Trained parameters, vocabulary padding included when embeddings are."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads)
+        attention += self.hidden_size * self.head_dim * (2 * self.kv_heads)
+        norms = self.hidden_size * (1 if self.residual == "parallel" else 2)
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + norms
+        total = self.num_layers * layer + self.hidden_size
+        if embeddings:
+            tables = 1 if self.share_embeddings_and_output_weights else 2
+            total += tables * self.padded_vocab_size * self.hidden_size
+        return total
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a model is laid out over ranks. The rest of the world size is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"parallel.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, name) > 1:
+                raise UserError(
+                    f"parallel.{name} {getattr(self, name)} is not supported yet: use 1 and "
+                    "tensor and data parallelism"
+                )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model in `world_size` ranks."""
+        if world_size % self.model_parallel_size:
+            raise UserError(
+                f"{world_size} ranks do not divide into TP {self.tensor_model_parallel_size} x "
+                f"PP {self.pipeline_model_parallel_size} x CP {self.context_parallel_size} = "
+                f"{self.model_parallel_size}: start a multiple of {self.model_parallel_size} ranks"
+            )
+        return world_size // self.model_parallel_size
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuses a model that tensor parallelism cannot cut evenly."""
+    tp = parallel.tensor_model_parallel_size
+    for name, size in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", model.kv_heads),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+        ("padded vocabulary", model.padded_vocab_size),
+    ):
+        if size % tp:
+            raise UserError(
+                f"model.{name} {size} is not divisible by "
+                f"parallel.tensor_model_parallel_size {tp}: choose a size that divides it"
+            )

@@ -1,0 +1,75 @@
+"""CPU as a platform for megatron-core, which addresses "cuda" by name.
+
+`enable` sends those calls to the CPU, in this process, only when no GPU is present. Training then
+runs over gloo with megatron-core's own tensor parallelism, DDP and distributed optimizer.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "tensor", "zeros", "zeros_like")
+_enabled = False
+
+
+def _is_cuda(device: Any) -> bool:
+    return str(device).startswith("cuda") if isinstance(device, str | torch.device) else False
+
+
+def _on_cpu(function: Callable) -> Callable:
+    """The function with every "cuda" device among its arguments replaced by the CPU."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return function(*(_CPU if _is_cuda(a) else a for a in args), **kwargs)
+
+    return wrapper
+
+
+def enable() -> bool:
+    """Makes the CPU stand in for a GPU; returns whether it did. Idempotent."""
+    global _enabled
+    if torch.cuda.is_available():
+        return False
+    if _enabled:
+        return True
+
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = lambda *_: None
+    cuda.empty_cache = lambda: None
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+
+    # megatron-core's optimizers compare type strings such as "torch.cuda.FloatTensor".
+    tensor_type = torch.Tensor.type
+
+    def reported_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return tensor_type(self, *args, **kwargs)
+        return tensor_type(self).replace("torch.", "torch.cuda.")
+
+    torch.Tensor.type = reported_type  # type: ignore[method-assign]
+
+    # Patched rather than caught by a TorchFunctionMode: a mode is off inside backward, where
+    # recomputation runs.
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.to = _on_cpu(torch.Tensor.to)  # type: ignore[method-assign]
+    _enabled = True
+    logger.info("No GPU found: the CPU stands in for it (gloo, megatron-core's local layers).")
+    return True

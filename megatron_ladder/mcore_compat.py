@@ -1,0 +1,121 @@
+"""The one file that names megatron-core's moving parts: its configuration and its model class.
+
+Works with megatron-core 0.16.1 (Python 3.11) and 0.19.2 (Python 3.12 and later).
+"""
+
+import logging
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ladder.config import ModelConfig, ParallelConfig, check_layout
+from megatron_ladder.specs import TransformerImpl, block_spec, resolve_impl
+
+Recompute = Literal["none", "selective", "full"]
+Precision = Literal["fp32", "bf16"]
+
+
+def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
+    """Makes megatron-core's process groups and seeds its random states.
+
+    torch.distributed must be initialised. Call `destroy_model_parallel` before a second layout.
+    """
+    parallel.data_parallel_size(torch.distributed.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def transformer_config(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    precision: Precision = "fp32",
+    impl: TransformerImpl = "auto",
+    recompute: Recompute = "none",
+    deterministic: bool = False,
+) -> TransformerConfig:
+    """Our configuration in megatron-core's terms. The only place that does this translation."""
+    on_gpu = torch.cuda.is_available()
+    recompute_fields: dict[str, Any] = {}
+    if recompute == "selective":
+        recompute_fields = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    elif recompute == "full":
+        recompute_fields = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_method_std,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        bf16=precision == "bf16",
+        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        pipeline_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        # Weights drawn on the CPU from one seed and then cut: the same at every TP size.
+        use_cpu_initialization=not on_gpu,
+        transformer_impl=resolve_impl(impl),
+        deterministic_mode=deterministic and on_gpu,
+        # These are torch.compile'd or CUDA kernels: a win on a GPU only.
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        cross_entropy_loss_fusion=on_gpu and not deterministic,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        **recompute_fields,
+    )
+
+
+def build_gpt_model(
+    model: ModelConfig, config: TransformerConfig, impl: TransformerImpl = "auto"
+) -> GPTModel:
+    """megatron-core's GPTModel with this project's layers, on this rank's device.
+
+    Args:
+        model: with `vocab_size` set.
+        config: `transformer_config` of the same model.
+    """
+    parallel = ParallelConfig(
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        config.context_parallel_size,
+    )
+    check_layout(model, parallel)
+    # 0.19 logs that GPTModel is to be replaced by HybridModel; nothing for a user to do.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, model.layer_residuals(), impl),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.max_position_embeddings,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling_factor is not None,
+        rope_scaling_factor=model.rope_scaling_factor or 1.0,
+    )
+    return gpt.to(torch.cuda.current_device())

@@ -1,0 +1,18 @@
+"""RMSNorm for machines without Transformer Engine."""
+
+from typing import Any
+
+import torch
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the constructor that megatron-core's layer specs call.
+
+    megatron-core's WrappedTorchNorm does the same but refuses sequence parallelism.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Under sequence parallelism each rank sees a part of the sequence: this attribute makes
+        # megatron-core sum the weight's gradient over the tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,0 +1,138 @@
+"""Layer specs: which modules megatron-core builds a model's layers from.
+
+`layer_spec` is the one function that chooses between megatron-core's own (local) modules, for any
+machine, and Transformer Engine's, for GPUs.
+"""
+
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_with_transformer_engine_spec,
+    get_mlp_module_spec_for_backend,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_ladder.config import Residual
+from megatron_ladder.errors import UserError
+from megatron_ladder.layer import LadderTransformerLayer
+from megatron_ladder.linear import CommFreeColumnParallelLinear, CommFreeRowParallelLinear
+from megatron_ladder.norm import RMSNorm
+
+TransformerImpl = Literal["auto", "local", "transformer_engine"]
+
+
+class LocalBackend(LocalSpecProvider):
+    """megatron-core's local modules, with a norm that allows sequence parallelism."""
+
+    def layer_norm(self, *_: Any, **__: Any) -> type:
+        return RMSNorm
+
+
+class LocalCommFreeBackend(LocalBackend):
+    """The same with linears that leave communication to the layer."""
+
+    def column_parallel_linear(self) -> type:
+        return CommFreeColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return CommFreeRowParallelLinear
+
+
+def resolve_impl(impl: TransformerImpl) -> Literal["local", "transformer_engine"]:
+    """auto: Transformer Engine where it and a GPU are present, else megatron-core's local modules."""
+    have_te = find_spec("transformer_engine") is not None
+    have_gpu = torch.cuda.is_available()
+    if impl == "auto":
+        return "transformer_engine" if have_te and have_gpu else "local"
+    if impl == "transformer_engine" and not (have_te and have_gpu):
+        missing = "a GPU" if have_te else "the transformer-engine package"
+        raise UserError(
+            f"transformer_impl=transformer_engine needs {missing}: use transformer_impl=local, or "
+            "see `megatron-ladder doctor`"
+        )
+    return impl
+
+
+def layer_spec(
+    residuals: tuple[Residual, ...] | None, impl: TransformerImpl = "auto"
+) -> ModuleSpec:
+    """The spec of a model's layers.
+
+    Args:
+        residuals: each layer's residual kind, first to last; None: every layer is a ladder layer.
+        impl: whose modules; see `resolve_impl`.
+
+    Standard models use megatron-core's own TransformerLayer: it is the baseline to beat.
+    """
+    chosen = resolve_impl(impl)
+    kinds = set(residuals or ("ladder",))
+    assert kinds == {"parallel"} or "parallel" not in kinds
+    if kinds == {"standard"}:
+        if chosen == "transformer_engine":
+            return get_gpt_layer_with_transformer_engine_spec()
+        return ModuleSpec(module=TransformerLayer, submodules=_submodules(LocalBackend(), kinds))
+    if chosen == "transformer_engine":
+        from megatron_ladder.te_backend import TECommFreeBackend
+
+        backend: Any = TECommFreeBackend()
+    else:
+        backend = LocalCommFreeBackend()
+    return ModuleSpec(
+        module=LadderTransformerLayer,
+        submodules=_submodules(backend, kinds),
+        params={"residuals": residuals},
+    )
+
+
+def block_spec(
+    config: TransformerConfig, residuals: tuple[Residual, ...], impl: TransformerImpl = "auto"
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, and the final norm."""
+    if resolve_impl(impl) == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm as final_norm
+    else:
+        final_norm = RMSNorm
+    spec = layer_spec(residuals, impl)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=final_norm
+    )
+
+
+def _submodules(backend: Any, kinds: set[Residual]) -> TransformerLayerSubmodules:
+    """Norm, attention, MLP of one layer. A parallel layer has one norm for both."""
+    norm = backend.layer_norm(rms_norm=True)
+    # Checkpoints name the norms as Transformer Engine's fused norm + linear does (so does
+    # megatron-core's own local spec): one checkpoint opens with either.
+    checkpoint_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if kinds != {"parallel"}:
+        checkpoint_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=backend.column_parallel_linear(),
+                core_attention=backend.core_attention(),
+                linear_proj=backend.row_parallel_linear(),
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=IdentityOp if kinds == {"parallel"} else norm,
+        mlp=get_mlp_module_spec_for_backend(backend=backend),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=checkpoint_names,
+    )
