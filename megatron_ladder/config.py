@@ -9,6 +9,9 @@ from typing import Literal, get_args
 from megatron_ladder.errors import UserError
 
 Residual = Literal["standard", "ladder", "parallel"]
+TransformerImpl = Literal["auto", "local", "transformer_engine"]
+Precision = Literal["fp32", "bf16"]
+Recompute = Literal["none", "selective", "full"]
 
 # Vocabulary rows are padded to this, whatever the layout: a checkpoint's shapes must not depend on
 # the tensor-parallel size it was trained at.
@@ -119,6 +122,12 @@ class ModelConfig:
             tables = 1 if self.share_embeddings_and_output_weights else 2
             total += tables * self.padded_vocab_size * self.hidden_size
         return total
+
+    def num_matmul_parameters(self) -> int:
+        """Weights that each token is multiplied with: all but the norms and the embedding look-up."""
+        norms = self.hidden_size * (self.num_layers * (1 if self.residual == "parallel" else 2) + 1)
+        look_up = 0 if self.share_embeddings_and_output_weights else 1
+        return self.num_parameters() - norms - look_up * self.padded_vocab_size * self.hidden_size
 
 
 @dataclass(frozen=True)

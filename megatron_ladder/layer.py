@@ -42,7 +42,9 @@ class LadderTransformerLayer(TransformerLayer):
     ) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(self.cross_attention, IdentityOp):
-            raise ValueError("a ladder layer has no cross-attention: its second state uses `context`")
+            raise ValueError(
+                "a ladder layer has no cross-attention: its second state uses `context`"
+            )
         unsupported = {"layernorm", "mlp"} & set(self.config.recompute_modules or ())
         if self.config.recompute_granularity == "selective" and unsupported:
             raise ValueError(

@@ -3,8 +3,10 @@
 Works with megatron-core 0.16.1 (Python 3.11) and 0.19.2 (Python 3.12 and later).
 """
 
+import contextlib
 import logging
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +15,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ladder.config import ModelConfig, ParallelConfig, check_layout
-from megatron_ladder.specs import TransformerImpl, block_spec, resolve_impl
-
-Recompute = Literal["none", "selective", "full"]
-Precision = Literal["fp32", "bf16"]
+from megatron_ladder.config import (
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    TransformerImpl,
+    check_layout,
+)
+from megatron_ladder.specs import block_spec, resolve_impl
 
 
 def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
@@ -48,7 +54,10 @@ def transformer_config(
     on_gpu = torch.cuda.is_available()
     recompute_fields: dict[str, Any] = {}
     if recompute == "selective":
-        recompute_fields = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        recompute_fields = {
+            "recompute_granularity": "selective",
+            "recompute_modules": ["core_attn"],
+        }
     elif recompute == "full":
         recompute_fields = {
             "recompute_granularity": "full",
@@ -119,3 +128,40 @@ def build_gpt_model(
         rope_scaling_factor=model.rope_scaling_factor or 1.0,
     )
     return gpt.to(torch.cuda.current_device())
+
+
+@contextlib.contextmanager
+def loading_optimizer(optimizer: Any) -> Iterator[None]:
+    """Load a checkpoint into the optimizer inside this: it mends megatron-core for torch's AdamW.
+
+    torch's keeps a `step` tensor for every parameter, which megatron-core's distributed optimizer
+    reads before it exists, then does not find among the loaded tensors, and then makes one tensor
+    shared by all parameters. With TE's or apex's fused Adam there is nothing to mend.
+    """
+    adams = [o for o in optimizer.chained_optimizers if isinstance(o.optimizer, torch.optim.AdamW)]
+    for chained in adams:
+        for group in chained.optimizer.param_groups:
+            for parameter in group["params"]:
+                chained.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        chained._set_main_param_and_optimizer_states = _keeping_step(chained)
+    yield
+    for chained in adams:
+        del chained._set_main_param_and_optimizer_states
+        for state in chained.optimizer.state.values():
+            # AdamW adds 1 to it in place: shared, it would count every parameter.
+            state["step"] = state["step"].clone()
+
+
+def _keeping_step(chained: Any) -> Callable[[Any, dict[str, Any]], None]:
+    """The optimizer's own setter of one parameter's state, which leaves `step` as it is."""
+    set_states = chained._set_main_param_and_optimizer_states
+
+    def set_states_but_step(model_param: Any, tensors: dict[str, Any]) -> None:
+        step = chained._get_main_param_and_optimizer_states(model_param)["step"]
+        set_states(model_param, {"step": step, **tensors})
+
+    return set_states_but_step

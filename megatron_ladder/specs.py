@@ -25,13 +25,11 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_ladder.config import Residual
+from megatron_ladder.config import Residual, TransformerImpl
 from megatron_ladder.errors import UserError
 from megatron_ladder.layer import LadderTransformerLayer
 from megatron_ladder.linear import CommFreeColumnParallelLinear, CommFreeRowParallelLinear
 from megatron_ladder.norm import RMSNorm
-
-TransformerImpl = Literal["auto", "local", "transformer_engine"]
 
 
 class LocalBackend(LocalSpecProvider):

@@ -1,0 +1,59 @@
+"""The command line of `train`: a preset or a saved configuration, then options that change it."""
+
+import argparse
+import difflib
+import os
+from pathlib import Path
+
+import tyro
+
+from megatron_ladder.errors import UserError
+from pretrain.config import TrainConfig, load_config
+from pretrain.presets import PRESETS
+
+
+def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
+    """The configuration that `argv` asks for, and the local ranks if it says how many.
+
+    Raises:
+        UserError: the preset or the saved configuration does not exist, or values do not fit.
+        SystemExit: `--help`, or an option that does not exist (tyro prints it and what is near).
+    """
+    # Which defaults the options start from is read first; tyro then parses the rest.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--config", type=Path)
+    first.add_argument("--nproc-per-node", type=int)
+    chosen, options = first.parse_known_args(argv)
+    if chosen.preset and chosen.config:
+        raise UserError("--preset and --config are both given: choose one to start from")
+    if chosen.config:
+        default = load_config(chosen.config)
+    else:
+        name = chosen.preset or "debug"
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name, PRESETS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"no preset {name!r}{hint}: choose one of {', '.join(PRESETS)}")
+        default = PRESETS[name]()
+    config = tyro.cli(
+        TrainConfig,
+        default=default,
+        args=options,
+        prog="megatron-ladder train [--preset NAME | --config FILE] [--nproc-per-node N]",
+        description=_description(),
+        console_outputs=is_first_rank(),
+    )
+    return config, chosen.nproc_per_node
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all ranks; torchrun sets RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _description() -> str:
+    presets = "\n".join(
+        f"  {name:12} {(f.__doc__ or '').splitlines()[0]}" for name, f in PRESETS.items()
+    )
+    return f"Train a model. Defaults below are those of the chosen preset:\n\n{presets}"

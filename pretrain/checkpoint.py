@@ -1,0 +1,141 @@
+"""Checkpoints: megatron-core's distributed format, visible only when complete.
+
+A checkpoint is a folder RUN/checkpoints/step_00000100. It is written under a name that ends in
+`.tmp` and renamed when every byte is on disk, so a run killed at any instant finds the one before.
+Tensors are stored whole by name, with the layout's shards as ranges of them: any layout can read it.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_ladder.mcore_compat import loading_optimizer
+from pretrain.config import TrainConfig, save_config
+from pretrain.run_folder import checkpoints
+
+# Optimizer state stored as tensors of the parameters' own shapes, readable at any TP and DP.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands."""
+
+    step: int
+    consumed_samples: int
+
+
+def save_checkpoint(
+    run_dir: Path,
+    progress: Progress,
+    config: TrainConfig,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+) -> Path:
+    """Writes everything a resumed run needs, then prunes old checkpoints. Called by all ranks."""
+    final = run_dir / "checkpoints" / f"step_{progress.step:08d}"
+    temporary = final.with_name(final.name + ".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+
+    state = _state_dict(model, optimizer, scheduler, is_loading=False)
+    state["rng"] = _rng_object(_rng_state())
+    state["progress"] = {"step": progress.step, "consumed_samples": progress.consumed_samples}
+    metadata = {**_METADATA, "world_size": dist.get_world_size()}
+    dist_checkpointing.save(state, str(temporary), content_metadata=metadata)
+
+    dist.barrier()
+    if dist.get_rank() == 0:
+        save_config(config, temporary / "config.json")
+        _sync_folder(temporary)
+        temporary.rename(final)
+        _sync(final.parent)
+        _prune(run_dir, config.keep_last)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(path: Path, model: Any, optimizer: Any, scheduler: Any) -> Progress:
+    """Restores a run, at this or another layout. Called by all ranks."""
+    saved = dist_checkpointing.load_content_metadata(str(path))
+    # Random states belong to ranks: at another world size there is nothing to match them to, and
+    # nothing here draws from them while training (no dropout).
+    same_ranks = saved["world_size"] == dist.get_world_size()
+    with loading_optimizer(optimizer):
+        state = _state_dict(model, optimizer, scheduler, is_loading=True)
+        if same_ranks:
+            state["rng"] = _rng_object(None)
+        loaded = dist_checkpointing.load(state, str(path))
+        optimizer.load_state_dict(loaded["optimizer"])
+    model.module.load_state_dict(loaded["model"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    if same_ranks:
+        _restore_rng(loaded["rng"])
+    return Progress(**loaded["progress"])
+
+
+def _state_dict(model: Any, optimizer: Any, scheduler: Any, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
+    weights = model.module.sharded_state_dict(metadata=metadata)
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(
+            weights, is_loading=is_loading, metadata=metadata
+        ),
+        "scheduler": scheduler.state_dict(),
+    }
+
+
+def _rng_state() -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "cpu": torch.get_rng_state(),
+        "tracker": dict(get_cuda_rng_tracker().get_states()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _rng_object(state: dict[str, Any] | None) -> ShardedObject:
+    """One rank's random states, as one of world-size many."""
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _prune(run_dir: Path, keep_last: int) -> None:
+    for old in checkpoints(run_dir)[:-keep_last]:
+        # Renamed first: a checkpoint half deleted must not look complete.
+        doomed = old.with_name(old.name + ".tmp")
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _sync_folder(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        _sync(file)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

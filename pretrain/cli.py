@@ -1,0 +1,41 @@
+"""The `megatron-ladder` command: one subcommand a task."""
+
+import difflib
+import sys
+
+USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says more)
+
+  data      train-tokenizer, tokenize, inspect: text to data sets
+  train     pretrain a model on data sets
+  export    write a run's checkpoint as a Hugging Face folder
+  generate  continue prompts with an exported folder
+  report    loss curves of one or several runs, as a page and pictures
+  doctor    what is installed, and what is missing for GPU and FP8
+"""
+COMMANDS = ("data", "train", "export", "generate", "report", "doctor")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand; returns its exit status. 2: a user's mistake, said in a line or two."""
+    argv = sys.argv[1:] if argv is None else argv
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        print(f"megatron-ladder: no command {name!r}{hint}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    # Imported only now: data preparation must not wait for torch.
+    if name == "data":
+        from data_prep.cli import main as data_main
+
+        return data_main(argv[1:])
+    from pretrain import commands
+
+    return getattr(commands, name)(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The subcommands other than `data`: options in, exit status out.
+
+torch and megatron-core are imported inside: `--help` and mistakes are answered without them.
+"""
+
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from megatron_ladder.errors import UserError
+from pretrain.arguments import is_first_rank, parse_train
+
+Command = Callable[[list[str]], int]
+
+
+def _for_users(command: Command) -> Command:
+    """Says users' mistakes, and the machine's, in a line or two; exit status 2."""
+
+    @functools.wraps(command)
+    def wrapper(argv: list[str]) -> int:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+        # megatron-core logs its whole configuration, and warns at every import of optional packages
+        # that are missing; `doctor` says that once.
+        logging.getLogger("megatron").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", module="megatron")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+        if not is_first_rank():
+            logging.getLogger().setLevel(logging.ERROR)
+        try:
+            return command(argv)
+        except UserError as error:
+            message = str(error)
+        except OSError as error:  # no space, no permission, a file that went away
+            message = f"{error.filename or 'the operating system'}: {error.strerror or error}"
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        if is_first_rank():
+            print(f"megatron-ladder {command.__name__}: {message}", file=sys.stderr)
+        return 2
+
+    return wrapper
+
+
+@_for_users
+def train(argv: list[str]) -> int:
+    """Trains a run, or goes on with it; starts the local ranks it needs when torchrun has not."""
+    config, asked = parse_train(argv)
+    under_torchrun = "RANK" in os.environ
+    from pretrain.launch import launch, local_ranks
+
+    ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun else local_ranks(config, asked)
+    from pretrain.preflight import preflight
+
+    config, folders, plan = preflight(config, ranks)
+    log = logging.getLogger(__name__)
+    if not plan:
+        log.info(
+            "%s: already trained to step %d, nothing to do", config.output_dir, config.train_steps
+        )
+        return 0
+    if not under_torchrun and ranks > 1:
+        return launch(argv, ranks)
+    log.info(plan)
+    from pretrain.train import train as run_training
+
+    run_training(config, folders)
+    return 0
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a run's checkpoint as a Hugging Face folder."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder, or one of its checkpoints."""
+    output_dir: tyro.conf.Positional[Path]
+    """The folder to make."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of the weights; None keeps the run's."""
+    max_shard_size: str = "5GB"
+    """Larger models are written as several files of at most this."""
+
+
+@_for_users
+def export(argv: list[str]) -> int:
+    """Writes a run as a Hugging Face folder."""
+    options = tyro.cli(ExportOptions, args=argv, prog="megatron-ladder export")
+    from pretrain.export import export_run
+
+    export_run(options.run, options.output_dir, options.dtype, options.max_shard_size)
+    return 0
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Continue prompts with an exported folder."""
+
+    folder: tyro.conf.Positional[Path]
+    """Written by `megatron-ladder export`."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(name="prompt")]
+    """One or several texts to continue."""
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 takes the likeliest token every time."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens only."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together have this probability."""
+    seed: int = 1234
+
+
+@_for_users
+def generate(argv: list[str]) -> int:
+    """Prints continuations of prompts."""
+    options = tyro.cli(GenerateOptions, args=argv, prog="megatron-ladder generate")
+    from megatron_ladder.hf.generate import generate_text
+
+    texts = generate_text(
+        options.folder,
+        list(options.prompt),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    print(("\n" + "-" * 80 + "\n").join(texts))
+    return 0
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Draw one or several runs side by side: an HTML page and PNGs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders; the first is the one others are compared with."""
+    output_dir: Path | None = None
+    """Where to write; None: `report` in the first run's folder."""
+
+
+@_for_users
+def report(argv: list[str]) -> int:
+    """Writes the report of runs."""
+    options = tyro.cli(ReportOptions, args=argv, prog="megatron-ladder report")
+    from pretrain.report import write_report
+
+    print(f"Report: {write_report(list(options.runs), options.output_dir)}")
+    return 0
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Say what is installed, and what is missing for GPU and FP8 use."""
+
+
+@_for_users
+def doctor(argv: list[str]) -> int:
+    """Prints what this machine can do."""
+    tyro.cli(DoctorOptions, args=argv, prog="megatron-ladder doctor")
+    from pretrain.doctor import run_doctor
+
+    return run_doctor()

@@ -1,0 +1,256 @@
+"""A run's whole configuration: typed, frozen, saved with the run as JSON.
+
+The command line is made from these classes (arguments.py): a field here is an option there.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ladder.config import (
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    TransformerImpl,
+)
+from megatron_ladder.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on: data set folders written by `megatron-ladder data tokenize`."""
+
+    paths: tuple[Path, ...] = ()
+    weights: tuple[float, ...] | None = None
+    """One for each path, in any unit; None weighs by tokens."""
+    seq_length: int = 2048
+    """Tokens in a training sequence; documents are packed into it."""
+    num_workers: int = 2
+    """Loader processes a rank; 0 loads in the training process."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with the paper's values (arXiv 2501.06589, section 4.1)."""
+
+    lr: float = 3e-4
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-10
+    weight_decay: float = 0.1
+    """Norm weights are not decayed."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 clips nothing."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long to train and how the learning rate goes. Each length in steps or in tokens."""
+
+    train_steps: int | None = None
+    train_tokens: int | None = None
+    warmup_steps: int | None = None
+    warmup_tokens: int | None = None
+    decay: Literal["cosine", "wsd"] = "cosine"
+    """cosine: down from the end of warm-up. wsd: warm-up, stable, then down in the last part."""
+    wsd_decay_fraction: float = 0.2
+    """The share of training in which wsd goes down, linearly."""
+    min_lr_fraction: float = 0.1
+    """The last learning rate over the peak."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    output_dir: Path | None = None
+    """The run's folder; a run found there with the same configuration is resumed."""
+    micro_batch_size: int = 1
+    """Sequences a rank computes at once."""
+    global_batch_size: int = 8
+    """Sequences a step, over all ranks; the rest is gradient accumulation."""
+    precision: Precision = "fp32"
+    """bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    transformer_impl: TransformerImpl = "auto"
+    """Whose layers: megatron-core's local ones, or Transformer Engine's (auto: where there is one)."""
+    recompute: Recompute = "none"
+    """Activations to compute again in backward: none, selective (core attention) or full."""
+    deterministic: bool = False
+    """Bitwise repeatable kernels on a GPU; the CPU is repeatable anyway."""
+    seed: int = 1234
+    eval_interval: int = 100
+    """Steps between validations; 0 validates only at the end."""
+    eval_sequences: int | None = None
+    """Sequences of each validation split to use; None uses all."""
+    save_interval: int = 100
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    log_interval: int = 1
+    """Steps between lines of metrics."""
+    tensorboard: bool = True
+    wandb: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "global_batch_size", "save_interval", "keep_last"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.data.seq_length > self.model.max_position_embeddings:
+            raise UserError(
+                f"data.seq_length {self.data.seq_length} is longer than "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}: lower the "
+                "first or raise the second"
+            )
+        schedule = self.schedule
+        for one, other in (("train_steps", "train_tokens"), ("warmup_steps", "warmup_tokens")):
+            if getattr(schedule, one) is not None and getattr(schedule, other) is not None:
+                raise UserError(f"schedule.{one} and schedule.{other} are both set: give one")
+        if self.warmup_steps >= self.train_steps:
+            raise UserError(
+                f"warm-up takes {self.warmup_steps} of {self.train_steps} steps: shorten it, or "
+                "train longer"
+            )
+        if not 0 < schedule.wsd_decay_fraction <= 1 or not 0 <= schedule.min_lr_fraction <= 1:
+            raise UserError(
+                "schedule.wsd_decay_fraction and min_lr_fraction are shares from 0 to 1"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.data.seq_length
+
+    @property
+    def train_steps(self) -> int:
+        return self._steps("train_steps", "train_tokens", default=1000)
+
+    @property
+    def warmup_steps(self) -> int:
+        return self._steps("warmup_steps", "warmup_tokens", default=0)
+
+    def _steps(self, steps: str, tokens: str, default: int) -> int:
+        if (count := getattr(self.schedule, tokens)) is not None:
+            return -(-count // self.tokens_per_step)
+        count = getattr(self.schedule, steps)
+        return default if count is None else count
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Micro-batches a rank accumulates in one step."""
+        together = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % together:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x data-parallel size {data_parallel_size} = {together}"
+            )
+        return self.global_batch_size // together
+
+
+# What may differ when a run is resumed: nothing here changes the numbers trained on or the order of
+# the data (the layout changes them only by rounding).
+SAFE_TO_CHANGE = (
+    "parallel.",
+    "output_dir",
+    "data.num_workers",
+    "micro_batch_size",
+    "transformer_impl",
+    "recompute",
+    "eval_interval",
+    "eval_sequences",
+    "save_interval",
+    "keep_last",
+    "log_interval",
+    "tensorboard",
+    "wandb",
+)
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields that differ, as dotted names, with the old and the new value."""
+    a, b = _flat(to_dict(old)), _flat(to_dict(new))
+    return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
+
+
+def is_safe_to_change(name: str) -> bool:
+    return name.startswith(SAFE_TO_CHANGE)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            out |= _flat(item, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = item
+    return out
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON values; `from_dict` is the inverse."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, tuple):
+            return [plain(v) for v in value]
+        return value
+
+    return {
+        f.name: to_dict(v) if dataclasses.is_dataclass(v) else plain(v)
+        for f in dataclasses.fields(config)
+        for v in [getattr(config, f.name)]
+    }
+
+
+def from_dict(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
+    """A config dataclass from `to_dict`'s output. Raises UserError on fields it does not have."""
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(values) - set(hints)):
+        raise UserError(f"{where}: unknown field {', '.join(unknown)}")
+    try:
+        return cls(**{k: _restore(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+    except TypeError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _restore(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    options = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (types.UnionType, typing.Union)
+        else (hint,)
+    )
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if isinstance(value, list) and typing.get_origin(option) is tuple:
+            return tuple(_restore(typing.get_args(option)[0], v, where) for v in value)
+        if option is Path and isinstance(value, str):
+            return Path(value)
+    return value
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load_config(path: Path) -> TrainConfig:
+    """A run's saved configuration. Raises UserError when the file is not one."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a config.json saved by a run") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a run's config.json: it holds no object")
+    return from_dict(TrainConfig, values, where=str(path))

@@ -1,0 +1,275 @@
+"""Data sets: folders checked before work starts, then served by megatron-core's GPTDataset.
+
+Which sequence a rank reads is a function of the step alone, so a resumed run, at any layout, goes on
+with the next one.
+"""
+
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_ladder.errors import UserError
+from pretrain.config import TrainConfig
+
+Batch = dict[str, torch.Tensor]
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """One data set folder whose manifest and files agree."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        return self.manifest["tokenizer"]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def tokens(self, split: str) -> int:
+        return self.manifest["splits"].get(split, {}).get("tokens", 0)
+
+    def prefix(self, split: str) -> str:
+        return str(self.path / split)
+
+
+def open_folder(path: Path) -> DataFolder:
+    """Reads a folder's manifest and checks that its files are those the manifest describes."""
+    manifest_path = path / "manifest.json"
+    if not path.is_dir():
+        raise UserError(
+            f"data set {path} does not exist: make it with `megatron-ladder data tokenize`"
+        )
+    if not manifest_path.is_file():
+        raise UserError(
+            f"{path} holds no manifest.json: it is not a finished data set of "
+            "`megatron-ladder data tokenize`"
+        )
+    try:
+        manifest = json.loads(manifest_path.read_text())
+        if manifest["format"] != "megatron-ladder-data" or manifest["version"] != 1:
+            raise UserError(
+                f"{manifest_path}: format {manifest['format']} version {manifest['version']} is not "
+                "one this version reads: tokenize again"
+            )
+        folder = DataFolder(path, manifest)
+        manifest["tokenizer"]["sha256"], manifest["tokenizer"]["eod_id"]  # must be there
+        for split, facts in manifest["splits"].items():
+            for ending in ("bin", "idx"):
+                file = path / f"{split}.{ending}"
+                size = file.stat().st_size if file.is_file() else -1
+                if size != facts[f"{ending}_bytes"]:
+                    found = "is missing" if size < 0 else f"has {size:,} bytes"
+                    raise UserError(
+                        f"{file} {found}; the manifest says {facts[f'{ending}_bytes']:,}: the data "
+                        "set is damaged, copy or tokenize it again"
+                    )
+            _check_index(path / split, facts, manifest["dtype"])
+        return folder
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest_path} is not a data set's manifest: {error!r}") from error
+
+
+def _check_index(prefix: Path, facts: dict[str, Any], dtype: str) -> None:
+    """Refuses an .idx that does not describe its .bin (docs/formats.md has the layout)."""
+    with prefix.with_suffix(".idx").open("rb") as file:
+        header = file.read(34)
+        sequences = int.from_bytes(header[18:26], "little")
+        file.seek(34)
+        lengths = np.fromfile(file, dtype="<i4", count=sequences)
+    codes = {"int32": 4, "uint16": 8}
+    if header[:9] != b"MMIDIDX\x00\x00" or header[17] != codes.get(dtype):
+        raise UserError(f"{prefix}.idx is not the index of {dtype} tokens: tokenize again")
+    tokens, width = int(lengths.sum(dtype=np.int64)), np.dtype(dtype).itemsize
+    if len(lengths) != sequences or tokens * width != facts["bin_bytes"]:
+        raise UserError(
+            f"{prefix}.idx describes {tokens:,} tokens but {prefix}.bin holds "
+            f"{facts['bin_bytes'] // width:,}: the files are of different data sets, tokenize again"
+        )
+
+
+def open_data(config: TrainConfig) -> list[DataFolder]:
+    """The run's data sets, refused when they do not fit each other, the model or the lengths."""
+    if not config.data.paths:
+        raise UserError("no data: give --data.paths FOLDER made by `megatron-ladder data tokenize`")
+    weights = config.data.weights
+    if weights is not None and (len(weights) != len(config.data.paths) or min(weights) <= 0):
+        raise UserError(
+            f"data.weights has {len(weights)} values for {len(config.data.paths)} data.paths: give "
+            "one above 0 for each"
+        )
+    folders = [open_folder(path) for path in config.data.paths]
+    first = folders[0]
+    for other in folders[1:]:
+        if other.tokenizer["sha256"] != first.tokenizer["sha256"]:
+            raise UserError(
+                f"{other.path} and {first.path} were tokenized with different tokenizers: ids mean "
+                "different things; tokenize one of them again"
+            )
+    vocab_size = first.tokenizer["vocab_size"]
+    if config.model.vocab_size is not None and vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{first.path} has a vocabulary of {vocab_size:,} ids, the model only "
+            f"model.vocab_size {config.model.vocab_size:,}: raise it or use the model's tokenizer"
+        )
+    needed = config.data.seq_length + 1
+    for folder in folders:
+        if folder.tokens("train") < needed:
+            raise UserError(
+                f"{folder.path}: the train split has {folder.tokens('train'):,} tokens, one sequence "
+                f"takes data.seq_length + 1 = {needed:,}: add text or lower data.seq_length"
+            )
+        if 0 < folder.tokens("validation") < needed:
+            raise UserError(
+                f"{folder.path}: the validation split has {folder.tokens('validation'):,} tokens, one "
+                f"sequence takes data.seq_length + 1 = {needed:,}: tokenize with a larger "
+                "validation fraction or lower data.seq_length"
+            )
+    return folders
+
+
+def unigram_loss(folder: DataFolder, split: str = "validation") -> float:
+    """Entropy, in nats a token, of the split's own token counts.
+
+    No model that ignores context can have a lower loss on the split.
+    """
+    tokens = np.memmap(folder.prefix(split) + ".bin", dtype=folder.manifest["dtype"], mode="r")
+    counts = np.zeros(folder.tokenizer["vocab_size"], dtype=np.int64)
+    for start in range(0, len(tokens), 1 << 24):  # 16M tokens at a time
+        counts += np.bincount(tokens[start : start + (1 << 24)], minlength=len(counts))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+class _ManifestTokenizer:
+    """What megatron-core's GPTDataset asks of a tokenizer; the text itself was encoded long ago."""
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.eod = facts["eod_id"]
+        self.pad = -1  # documents are packed: there is no padding
+        self.vocab_size = facts["vocab_size"]
+        # Part of the name of cached indices.
+        self.unique_identifiers = OrderedDict(sha256=facts["sha256"])
+
+
+def _build(
+    config: TrainConfig,
+    tokenizer: dict[str, Any],
+    split: str,
+    blend: tuple[list[str], list[float] | None],
+    samples: int | None,
+) -> Dataset:
+    assert config.output_dir is not None
+    index = SPLITS.index(split)
+    dataset_config = GPTDatasetConfig(
+        random_seed=config.seed,
+        sequence_length=config.data.seq_length,
+        blend_per_split=[blend if i == index else None for i in range(3)],
+        path_to_cache=str(config.output_dir / "dataset_cache"),
+        tokenizer=_ManifestTokenizer(tokenizer),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    sizes = [samples if i == index else None for i in range(3)]
+    # The builder logs its whole configuration for every split.
+    logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
+    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config).build()[
+        index
+    ]
+
+
+def train_dataset(config: TrainConfig, folders: list[DataFolder]) -> Dataset:
+    """Sequences for the whole run, blended, in the order in which they are trained on."""
+    weights = config.data.weights or tuple(float(f.tokens("train")) for f in folders)
+    blend = ([f.prefix("train") for f in folders], list(weights))
+    samples = config.train_steps * config.global_batch_size
+    return _build(config, folders[0].tokenizer, "train", blend, samples)
+
+
+def validation_datasets(config: TrainConfig, folders: list[DataFolder]) -> dict[str, Dataset]:
+    """Each data set's validation split, once through, by name; those without one are left out."""
+    return {
+        folder.name: _build(
+            config, folder.tokenizer, "validation", ([folder.prefix("validation")], None), None
+        )
+        for folder in folders
+        if folder.tokens("validation")
+    }
+
+
+def train_batches(
+    dataset: Dataset,
+    config: TrainConfig,
+    *,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    consumed_samples: int,
+) -> Iterator[Batch]:
+    """This rank's micro-batches from the given position to the end of the run."""
+
+    def indices() -> Iterator[list[int]]:
+        together = config.micro_batch_size * data_parallel_size
+        first = data_parallel_rank * config.micro_batch_size
+        end = config.train_steps * config.global_batch_size
+        for start in range(consumed_samples, end, together):
+            yield list(range(start + first, start + first + config.micro_batch_size))
+
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_Sampler(indices),
+        num_workers=config.data.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=False,
+    )
+    return iter(loader)
+
+
+def validation_batches(
+    dataset: Any,
+    config: TrainConfig,
+    *,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> Iterator[Batch]:
+    """This rank's share of the first `eval_sequences` of a split; the last batch may be smaller."""
+    count = min(len(dataset), config.eval_sequences or len(dataset))
+    mine = range(data_parallel_rank, count, data_parallel_size)
+    for start in range(0, len(mine), config.micro_batch_size):
+        samples = [dataset[i] for i in mine[start : start + config.micro_batch_size]]
+        yield torch.utils.data.default_collate(samples)
+
+
+class _Sampler:
+    """A batch sampler from a generator function."""
+
+    def __init__(self, indices: Any) -> None:
+        self._indices = indices
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._indices()
+
+
+def to_device(batch: Batch) -> Batch:
+    """The tensors a forward pass reads, on this rank's device. All [micro_batch_size, seq_length]."""
+    device = torch.cuda.current_device()
+    return {
+        name: batch[name].to(device, non_blocking=True)
+        for name in ("tokens", "labels", "loss_mask", "position_ids")
+    }

@@ -1,0 +1,73 @@
+"""The model under data parallelism, its optimizer and its learning-rate schedule, by megatron-core."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from pretrain.config import TrainConfig
+
+
+def wrap_data_parallel(model: Any) -> DistributedDataParallel:
+    """Gradients summed in fp32 over the data-parallel ranks, behind backward; state sharded."""
+    config = model.config
+    config.finalize_model_grads_func = finalize_model_grads
+    ddp = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=True,
+            use_distributed_optimizer=True,
+        ),
+        model,
+    )
+    config.no_sync_func = ddp.no_sync  # accumulate first, reduce in the last micro-batch
+    return ddp
+
+
+def build_optimizer(ddp: DistributedDataParallel, config: TrainConfig) -> Any:
+    """AdamW with its state divided over the data-parallel ranks; fp32 master weights under bf16."""
+    o = config.optimizer
+    optimizer_config = McoreOptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.lr * config.schedule.min_lr_fraction,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.adam_beta1,
+        adam_beta2=o.adam_beta2,
+        adam_eps=o.adam_eps,
+        clip_grad=o.clip_grad,
+        bf16=config.precision == "bf16",
+        params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=True,
+    )
+    return get_megatron_optimizer(
+        optimizer_config, [ddp], config_overrides=get_standard_config_overrides(optimizer_config)
+    )
+
+
+def build_scheduler(optimizer: Any, config: TrainConfig) -> OptimizerParamScheduler:
+    """Learning rate by step: linear warm-up, then cosine, or stable and linear decay (WSD)."""
+    peak, total = config.optimizer.lr, config.train_steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=peak,
+        min_lr=peak * config.schedule.min_lr_fraction,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=total,
+        lr_decay_style="WSD" if config.schedule.decay == "wsd" else "cosine",
+        wsd_decay_steps=max(1, round(total * config.schedule.wsd_decay_fraction)),
+        lr_wsd_decay_style="linear",
+        start_wd=config.optimizer.weight_decay,
+        end_wd=config.optimizer.weight_decay,
+        wd_incr_steps=total,
+        wd_incr_style="constant",
+    )

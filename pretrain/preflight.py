@@ -1,0 +1,37 @@
+"""Everything that can be refused before work starts."""
+
+from dataclasses import replace
+
+from megatron_ladder.config import check_layout
+from megatron_ladder.errors import UserError
+from pretrain.config import TrainConfig
+from pretrain.data import DataFolder, open_data
+from pretrain.run_folder import check_free_space, check_output_dir
+
+
+def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[DataFolder], str]:
+    """Checks a run's configuration against its data, its folder and the ranks it will have.
+
+    Returns:
+        The configuration with the vocabulary filled in from the data, the data, and what will
+        happen to the output folder (empty: its run is finished).
+
+    Raises:
+        UserError: the first thing found wrong.
+    """
+    folders = open_data(config)
+    if config.model.vocab_size is None:
+        vocab_size = folders[0].tokenizer["vocab_size"]
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    check_layout(config.model, config.parallel)
+    config.num_microbatches(config.parallel.data_parallel_size(world_size))
+    plan = check_output_dir(config)
+    check_free_space(config)
+    if config.wandb:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "--wandb: the wandb package is not installed: pip install wandb"
+            ) from None
+    return config, folders, plan

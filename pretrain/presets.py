@@ -1,0 +1,137 @@
+"""Named configurations. Each is a function that returns a TrainConfig; options override its fields.
+
+Every preset takes `--model.residual standard|ladder|parallel`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from megatron_ladder.config import ModelConfig, ParallelConfig
+from pretrain.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+
+
+def debug() -> TrainConfig:
+    """Seconds on a laptop: to see that everything works."""
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=4,
+            hidden_size=64,
+            ffn_hidden_size=192,
+            num_attention_heads=4,
+            num_query_groups=2,
+            max_position_embeddings=128,
+        ),
+        data=DataConfig(seq_length=64, num_workers=0),
+        optimizer=OptimizerConfig(lr=3e-3),
+        schedule=ScheduleConfig(train_steps=20, warmup_steps=2),
+        micro_batch_size=4,
+        global_batch_size=8,
+        eval_interval=10,
+        eval_sequences=16,
+        save_interval=10,
+    )
+
+
+def tiny() -> TrainConfig:
+    """The quick start: minutes on two CPU cores, two tensor-parallel ranks."""
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=6,
+            hidden_size=192,
+            ffn_hidden_size=512,
+            num_attention_heads=6,
+            num_query_groups=2,
+            max_position_embeddings=256,
+        ),
+        data=DataConfig(seq_length=256, num_workers=0),
+        optimizer=OptimizerConfig(lr=3e-3),
+        schedule=ScheduleConfig(train_steps=400, warmup_steps=40),
+        parallel=ParallelConfig(tensor_model_parallel_size=2),
+        micro_batch_size=8,
+        global_batch_size=8,
+        eval_interval=50,
+        eval_sequences=64,
+        save_interval=50,
+    )
+
+
+def paper_1b() -> TrainConfig:
+    """The paper's 1B: 104.9B tokens, 64 GPUs (arXiv 2501.06589, section 4.1)."""
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=40,
+            hidden_size=1536,
+            ffn_hidden_size=4096,
+            num_attention_heads=24,
+            vocab_size=49152,
+        ),
+        schedule=ScheduleConfig(train_steps=25_000, warmup_steps=2_000),
+        micro_batch_size=8,
+        global_batch_size=2048,
+        precision="bf16",
+        eval_interval=500,
+        eval_sequences=4096,
+        save_interval=500,
+        log_interval=10,
+    )
+
+
+def paper_3b() -> TrainConfig:
+    """The paper's 3B: 104.9B tokens, 128 GPUs."""
+    config = paper_1b()
+    return replace(
+        config,
+        model=replace(config.model, hidden_size=2304, ffn_hidden_size=9216, num_attention_heads=36),
+        micro_batch_size=4,
+    )
+
+
+def llama_3_8b() -> TrainConfig:
+    """Llama 3's 8B shape, tensor parallel over one node."""
+    config = paper_1b()
+    return replace(
+        config,
+        model=ModelConfig(
+            num_layers=32,
+            hidden_size=4096,
+            ffn_hidden_size=14336,
+            num_attention_heads=32,
+            num_query_groups=8,
+            vocab_size=128256,
+            max_position_embeddings=8192,
+            rotary_base=500_000.0,
+            share_embeddings_and_output_weights=False,
+        ),
+        data=DataConfig(seq_length=8192),
+        parallel=ParallelConfig(tensor_model_parallel_size=8),
+        micro_batch_size=1,
+        global_batch_size=512,
+        recompute="selective",
+    )
+
+
+def llama_3_70b() -> TrainConfig:
+    """Llama 3's 70B shape. Needs pipeline parallelism as well to fit on most GPUs."""
+    config = llama_3_8b()
+    return replace(
+        config,
+        model=replace(
+            config.model,
+            num_layers=80,
+            hidden_size=8192,
+            ffn_hidden_size=28672,
+            num_attention_heads=64,
+        ),
+        optimizer=replace(config.optimizer, lr=1.5e-4),
+        recompute="full",
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "debug": debug,
+    "tiny": tiny,
+    "paper-1b": paper_1b,
+    "paper-3b": paper_3b,
+    "llama-3-8b": llama_3_8b,
+    "llama-3-70b": llama_3_70b,
+}

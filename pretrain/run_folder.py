@@ -1,0 +1,102 @@
+"""A run's folder: whether it may be written to, and whether a run is to be resumed from it."""
+
+import os
+import shutil
+from pathlib import Path
+
+from megatron_ladder.errors import UserError
+from pretrain.config import (
+    TrainConfig,
+    differences,
+    is_safe_to_change,
+    load_config,
+    save_config,
+)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """A run's complete checkpoints, oldest first."""
+    return sorted(p for p in (run_dir / "checkpoints").glob("step_*") if p.name[5:].isdigit())
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    found = checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def check_output_dir(config: TrainConfig) -> str:
+    """Refuses a folder that this run may not write to.
+
+    Returns:
+        What will happen, for the log: a new run, a resumed one (and what changed), or "" when the
+        run found there is finished.
+    """
+    run_dir = config.output_dir
+    if run_dir is None:
+        raise UserError("no --output-dir: give the folder for the run's checkpoints and metrics")
+    saved = run_dir / "config.json"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--output-dir {run_dir} is a file: give a folder")
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not saved.is_file():
+        raise UserError(
+            f"--output-dir {run_dir} is not empty and holds no run: choose another folder"
+        )
+    _check_writable(run_dir)
+    if not saved.is_file():
+        return f"New run in {run_dir}"
+
+    changed = differences(load_config(saved), config)
+    unsafe = [name for name in changed if not is_safe_to_change(name)]
+    if unsafe:
+        detail = "; ".join(f"{n}: {changed[n][0]} -> {changed[n][1]}" for n in unsafe)
+        raise UserError(
+            f"{run_dir} holds another run: {detail}.\nChoose another --output-dir, or keep these as "
+            "they were. The layout, batch split, intervals and logging may change."
+        )
+    latest = latest_checkpoint(run_dir)
+    if latest and checkpoint_step(latest) >= config.train_steps:
+        return ""
+    where = f"step {checkpoint_step(latest)}" if latest else "the start: it has no checkpoint yet"
+    what = ", ".join(f"{n}: {a} -> {b}" for n, (a, b) in changed.items() if n != "output_dir")
+    return f"Resuming {run_dir} from {where}" + (f" (changed: {what})" if what else "")
+
+
+def check_free_space(config: TrainConfig) -> None:
+    """Refuses a disk that cannot hold the checkpoints to be kept, and the one being written."""
+    assert config.output_dir is not None
+    # Weights, and AdamW's fp32 master weights and two moments.
+    per_parameter = 16 if config.precision == "fp32" else 14
+    needed = config.model.num_parameters() * per_parameter * (config.keep_last + 1)
+    free = shutil.disk_usage(_existing_parent(config.output_dir)).free
+    if free < needed:
+        raise UserError(
+            f"{config.output_dir}: {free / 1e9:.1f} GB free, keep_last {config.keep_last} checkpoints "
+            f"and the one being written take about {needed / 1e9:.1f} GB: free space, lower keep_last, "
+            "or choose another disk"
+        )
+
+
+def write_config(config: TrainConfig) -> None:
+    """Saves the resolved configuration in the run's folder, whole or not at all."""
+    assert config.output_dir is not None
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    temporary = config.output_dir / "config.json.tmp"
+    save_config(config, temporary)
+    temporary.replace(config.output_dir / "config.json")
+
+
+def _check_writable(run_dir: Path) -> None:
+    parent = _existing_parent(run_dir)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--output-dir {run_dir}: no permission to write in {parent}")
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,141 @@
+"""What the training loop reports: rank 0 turns it into metrics, the others do nothing."""
+
+import importlib.metadata
+import logging
+import math
+import resource
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from pretrain.config import TrainConfig, to_dict
+from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
+from pretrain.run_folder import write_config
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("megatron-ladder", "megatron-core", "torch", "transformer-engine")
+
+
+class RunLog:
+    """Derives rates from steps and times them; validation and checkpoints are left out of rates.
+
+    Args:
+        config: the run's, resolved.
+        resume_step: the last step trained before this process started.
+        device: "cpu" or the GPU's name.
+    """
+
+    def __init__(self, config: TrainConfig, resume_step: int, device: str) -> None:
+        self._config = config
+        self._world_size = dist.get_world_size()
+        self._log: MetricsLog | None = None
+        if dist.get_rank() == 0:
+            write_config(config)
+            assert config.output_dir is not None
+            self._log = MetricsLog(
+                config.output_dir,
+                resume_step=resume_step,
+                train_steps=config.train_steps,
+                tensorboard=config.tensorboard,
+                wandb=config.wandb,
+                config=to_dict(config),
+            )
+            self._log.start(
+                step=resume_step,
+                world_size=self._world_size,
+                name=config.output_dir.name,
+                residual=config.model.residual,
+                versions=_versions(),
+                parameters=config.model.num_parameters(),
+                tokens_per_step=config.tokens_per_step,
+                train_steps=config.train_steps,
+                device=device,
+            )
+        self._flops_per_token = flops_per_token(
+            num_layers=config.model.num_layers,
+            hidden_size=config.model.hidden_size,
+            seq_length=config.data.seq_length,
+            matmul_parameters=config.model.num_matmul_parameters(),
+        )
+        self._peak = None if device == "cpu" else peak_flops(device)
+        self._tokens_per_rank_step = config.tokens_per_step / self._world_size
+        self._trained_s = self._log.time_so_far if self._log else 0.0
+        self._step_started = time.perf_counter()
+        self._pending_steps = 0
+        self._pending_s = 0.0
+
+    def baseline(self, dataset: str, unigram_loss: float) -> None:
+        if self._log:
+            self._log.baseline(dataset=dataset, unigram_loss=unigram_loss)
+
+    def train(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
+        """One step is done. Raises FloatingPointError on every rank when the loss is not finite."""
+        seconds = time.perf_counter() - self._step_started
+        self._pending_steps += 1
+        self._pending_s += seconds
+        self._trained_s += seconds
+        due = step % self._config.log_interval == 0 or step == self._config.train_steps
+        if self._log and due:
+            step_s = self._pending_s / self._pending_steps
+            achieved = self._tokens_per_rank_step / step_s * self._flops_per_token
+            self._log.train(
+                step=step,
+                tokens=step * self._config.tokens_per_step,
+                time=self._trained_s,
+                loss=loss,
+                grad_norm=grad_norm,
+                learning_rate=learning_rate,
+                tokens_per_second=self._config.tokens_per_step / step_s,
+                tflops_per_gpu=achieved / 1e12,
+                mfu=achieved / self._peak if self._peak else None,
+                memory_gib=_peak_memory_gib(),
+            )
+        if due:
+            self._pending_steps, self._pending_s = 0, 0.0
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {step}: lower optimizer.lr or train in fp32; the last "
+                "checkpoint is untouched"
+            )
+        self._step_started = time.perf_counter()
+
+    def validation(self, step: int, dataset: str, loss: float) -> None:
+        if self._log:
+            self._log.validation(
+                step=step,
+                tokens=step * self._config.tokens_per_step,
+                time=self._trained_s,
+                dataset=dataset,
+                loss=loss,
+                perplexity=math.exp(min(loss, 700.0)),
+            )
+        self._step_started = time.perf_counter()
+
+    def saved(self, step: int) -> None:
+        """A checkpoint is complete."""
+        logger.info("saved checkpoint of step %d", step)
+        self._step_started = time.perf_counter()
+
+    def end(self, step: int) -> None:
+        if self._log:
+            self._log.end(step=step, reason="finished")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _peak_memory_gib() -> float:
+    """The most this rank has held: device memory on a GPU, else the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

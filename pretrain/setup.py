@@ -1,0 +1,61 @@
+"""Ranks, process groups, and the model with its optimizer."""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ladder import cpu_platform
+from megatron_ladder.mcore_compat import (
+    build_gpt_model,
+    initialize_model_parallel,
+    transformer_config,
+)
+from pretrain.config import TrainConfig
+from pretrain.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+
+
+def start_ranks(config: TrainConfig) -> str:
+    """Joins torchrun's ranks (or makes a world of one) and megatron-core's groups.
+
+    Returns:
+        The device's name: "cpu", or the GPU's.
+    """
+    if cpu_platform.enable():
+        backend, device = "gloo", "cpu"
+    else:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank)
+        backend, device = "nccl", torch.cuda.get_device_name(local_rank)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if config.deterministic:
+        # cuBLAS needs a fixed workspace for repeatable sums.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    initialize_model_parallel(config.parallel, config.seed)
+    return device
+
+
+def stop_ranks() -> None:
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def build(config: TrainConfig) -> tuple[Any, Any, Any]:
+    """The model under data parallelism, its optimizer and its learning-rate schedule."""
+    mcore_config = transformer_config(
+        config.model,
+        config.parallel,
+        precision=config.precision,
+        impl=config.transformer_impl,
+        recompute=config.recompute,
+        deterministic=config.deterministic,
+    )
+    model = build_gpt_model(config.model, mcore_config, config.transformer_impl)
+    ddp = wrap_data_parallel(model)
+    optimizer = build_optimizer(ddp, config)
+    return ddp, optimizer, build_scheduler(optimizer, config)

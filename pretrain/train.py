@@ -1,0 +1,66 @@
+"""The training loop."""
+
+from megatron.core import parallel_state
+
+from pretrain.checkpoint import Progress, load_checkpoint, save_checkpoint
+from pretrain.config import TrainConfig
+from pretrain.data import (
+    DataFolder,
+    train_batches,
+    train_dataset,
+    unigram_loss,
+    validation_batches,
+    validation_datasets,
+)
+from pretrain.run_folder import latest_checkpoint
+from pretrain.run_log import RunLog
+from pretrain.setup import build, start_ranks, stop_ranks
+from pretrain.step import train_step, validate
+
+
+def train(config: TrainConfig, folders: list[DataFolder]) -> None:
+    """Trains to the end of the schedule, from the newest checkpoint of the run if there is one.
+
+    Called by every rank, under torchrun. `config` and `folders` have been checked by preflight.py.
+    """
+    device = start_ranks(config)
+    run_dir = config.output_dir
+    assert run_dir is not None
+
+    model, optimizer, scheduler = build(config)
+    progress = Progress(step=0, consumed_samples=0)
+    if checkpoint := latest_checkpoint(run_dir):
+        progress = load_checkpoint(checkpoint, model, optimizer, scheduler)
+    data_parallel = {
+        "data_parallel_rank": parallel_state.get_data_parallel_rank(),
+        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+    }
+    validations = validation_datasets(config, folders)
+    batches = train_batches(
+        train_dataset(config, folders),
+        config,
+        consumed_samples=progress.consumed_samples,
+        **data_parallel,
+    )
+    log = RunLog(config, progress.step, device)
+    if progress.step == 0:
+        for folder in folders:
+            if folder.tokens("validation"):
+                log.baseline(folder.name, unigram_loss(folder))
+
+    for step in range(progress.step + 1, config.train_steps + 1):
+        loss, grad_norm, learning_rate = train_step(model, optimizer, scheduler, batches, config)
+        log.train(step, loss, grad_norm, learning_rate)
+        progress = Progress(step, step * config.global_batch_size)
+        last = step == config.train_steps
+
+        if last or (config.eval_interval and step % config.eval_interval == 0):
+            for name, dataset in validations.items():
+                held_out = validation_batches(dataset, config, **data_parallel)
+                log.validation(step, name, validate(model, held_out))
+        if last or step % config.save_interval == 0:
+            save_checkpoint(run_dir, progress, config, model, optimizer, scheduler)
+            log.saved(step)
+
+    log.end(progress.step)
+    stop_ranks()
