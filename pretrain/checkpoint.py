@@ -16,7 +16,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor
 
+from megatron_ladder import cpu_platform
 from megatron_ladder.mcore_compat import loading_optimizer
 from pretrain.config import TrainConfig, save_config
 from pretrain.run_folder import checkpoints
@@ -83,6 +85,28 @@ def load_checkpoint(path: Path, model: Any, optimizer: Any, scheduler: Any) -> P
     if same_ranks:
         _restore_rng(loaded["rng"])
     return Progress(**loaded["progress"])
+
+
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """A checkpoint's weights, whole, by megatron-core's names; layers stacked on axis 0.
+
+    Needs no model and no GPU, whatever layout wrote it. The optimizer's state is not read.
+    """
+    cpu_platform.enable()
+    alone = not dist.is_initialized()
+    if alone:  # reading asks for a process group
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        entries = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+        weights = {k: v for k, v in entries.items() if not k.startswith("optimizer.")}
+        # Copied: loading empties the names it was given.
+        loaded = dist_checkpointing.load(
+            dict(weights), str(checkpoint), validate_access_integrity=False
+        )
+        return {name: loaded[name] for name in weights}
+    finally:
+        if alone:
+            dist.destroy_process_group()
 
 
 def _state_dict(model: Any, optimizer: Any, scheduler: Any, *, is_loading: bool) -> dict[str, Any]:

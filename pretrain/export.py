@@ -7,6 +7,8 @@ import torch
 from megatron_ladder.hf.export import export_folder
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.model_config import to_hf_config
+from pretrain.checkpoint import load_weights
 from pretrain.config import load_config
 from pretrain.data import open_folder
 from pretrain.run_folder import latest_checkpoint
@@ -14,13 +16,6 @@ from pretrain.run_folder import latest_checkpoint
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# mcore's RotaryEmbedding fixes these three of Llama 3's four scaling numbers.
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def export_run(run: Path, output_dir: Path, dtype: str | None, max_shard_size: str) -> Path:
@@ -30,6 +25,7 @@ def export_run(run: Path, output_dir: Path, dtype: str | None, max_shard_size: s
         run: the run's folder, or a checkpoint of it.
         output_dir: made; refused when it holds something.
         dtype: "fp32", "bf16" or "fp16"; None keeps the run's precision.
+        max_shard_size: of one safetensors file, such as "5GB".
 
     Raises:
         UserError: no such run or checkpoint, its tokenizer is gone, or the output is in use.
@@ -39,7 +35,7 @@ def export_run(run: Path, output_dir: Path, dtype: str | None, max_shard_size: s
     data = open_folder(config.data.paths[0])
     return export_folder(
         load_weights(checkpoint),
-        hf_config(config, eod_id=data.tokenizer["eod_id"]),
+        to_hf_config(config.model, data.tokenizer["eod_id"]),
         data.path / data.tokenizer["file"],
         output_dir,
         max_shard_size=max_shard_size,

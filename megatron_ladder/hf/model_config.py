@@ -1,0 +1,42 @@
+"""From the model's configuration in training to the exported one."""
+
+from megatron_ladder.config import ModelConfig
+from megatron_ladder.hf.configuration_ladder import LadderConfig
+
+
+def to_hf_config(model: ModelConfig, eod_id: int | None = None) -> LadderConfig:
+    """The same model in Hugging Face's terms.
+
+    Args:
+        model: with `vocab_size` set.
+        eod_id: the id that ends a document, at which generation stops.
+    """
+    assert model.vocab_size is not None
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": model.rotary_base}
+    if model.rope_scaling_factor is not None:
+        # megatron-core fixes all of Llama 3's scaling numbers but the factor.
+        rope |= {
+            "rope_type": "llama3",
+            "factor": model.rope_scaling_factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    layers = model.ladder_layers
+    return LadderConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        max_position_embeddings=model.max_position_embeddings,
+        rms_norm_eps=model.layernorm_epsilon,
+        rope_parameters=rope,
+        residual=model.residual,
+        ladder_layers=list(layers) if isinstance(layers, tuple) else layers,
+        initializer_range=model.init_method_std,
+        tie_word_embeddings=model.share_embeddings_and_output_weights,
+        eos_token_id=eod_id,
+    )

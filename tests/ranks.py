@@ -1,0 +1,57 @@
+"""Runs a function on several gloo ranks, forked from the test's own process."""
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ladder import cpu_platform
+
+TIMEOUT_S = 120
+
+
+def run_ranks(world_size: int, function: Callable, *args: Any, tmp_path: Path) -> list[Any]:
+    """Calls `function(*args)` on every rank; returns what each returned, by rank.
+
+    Raises AssertionError with a rank's traceback when one fails or does not end in time.
+    """
+    cpu_platform.enable()
+    torch.set_num_threads(1)
+    folder = tmp_path / "ranks"
+    number = len(list(folder.iterdir())) if folder.is_dir() else 0
+    folder = folder / str(number)
+    folder.mkdir(parents=True)
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, function, args, folder))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(TIMEOUT_S)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    failures = [(folder / f"{rank}.error") for rank in range(world_size)]
+    messages = [f.read_text() for f in failures if f.exists()]
+    assert not messages, "\n".join(messages)
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * world_size, f"ranks ended with {codes}"
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _rank(rank: int, world_size: int, function: Callable, args: tuple, folder: Path) -> None:
+    try:
+        store = dist.FileStore(str(folder / "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        torch.save(function(*args), folder / f"{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
