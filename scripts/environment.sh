@@ -1,0 +1,33 @@
+# Sourced by the other scripts: makes the checkout's own virtual environment, once.
+#
+#   make_environment EXTRAS [PYTHON]    e.g. make_environment "" ; make_environment test /usr/bin/python3.12
+#
+# Sets VENV. Versions are pinned by scripts/constraints.txt. A second call finds it done.
+
+make_environment() {
+  local extras=$1 python=${2:-python3} suffix="" stamp wanted options=() constraints=()
+  if [ $# -gt 1 ]; then
+    suffix="-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" || return 1
+  fi
+  VENV="$PWD/.venv$suffix"
+  "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
+    echo "$("$python" --version): megatron-ladder needs Python 3.11 to 3.13" >&2
+    return 2
+  }
+  if "$python" -c 'import transformer_engine' 2>/dev/null; then
+    options=(--system-site-packages) # a GPU image: keep its torch and Transformer Engine
+  else
+    constraints=(--constraint scripts/constraints.txt)
+  fi
+  stamp="$VENV/installed${extras:+-$extras}"
+  wanted=$(cat pyproject.toml scripts/constraints.txt | cksum)
+  [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return 0
+
+  # An installation that was cut off leaves no stamp and may be half of a package: start afresh.
+  [ -n "$(ls "$VENV"/installed* 2>/dev/null)" ] || rm -rf "$VENV"
+  echo "Installing into $VENV (a minute or two)"
+  [ -x "$VENV/bin/python" ] || "$python" -m venv "${options[@]}" "$VENV"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${constraints[@]}" \
+    --editable ".${extras:+[$extras]}"
+  echo "$wanted" >"$stamp"
+}

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The main job, end to end: text -> tokenizer -> data set -> ladder model -> Hugging Face folder.
+# On a CPU it takes about five minutes; a GPU is used where there is one. Every stage is skipped when it is
+# done, so it may be interrupted and started again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+out=quickstart
+did_something=false
+
+stage() { # stage NAME DONE-FILE COMMAND...: runs the command unless its result is there
+  local name=$1 result=$2 started=$SECONDS
+  shift 2
+  if [ -e "$result" ]; then
+    echo "== $name: done before ($result)"
+    return
+  fi
+  did_something=true
+  echo "== $name"
+  "$@"
+  echo "== $name: $((SECONDS - started)) s"
+}
+
+started=$SECONDS
+make_environment ""
+echo "== install: $((SECONDS - started)) s"
+ladder="$VENV/bin/megatron-ladder"
+
+# Real text that every machine has: the source of Python's own standard library.
+text=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
+files=(--include "*.py" --exclude "*/site-packages/*")
+
+# Two tensor-parallel ranks, on the CPU or on two GPUs; one on a single GPU.
+gpus=$("$VENV/bin/python" -c 'import torch; print(torch.cuda.device_count())')
+tp=2
+[ "$gpus" = 1 ] && tp=1
+
+stage tokenizer $out/tokenizer/tokenizer.model \
+  "$ladder" data train-tokenizer "$text" "${files[@]}" \
+  --vocab-size 4096 --max-training-bytes 4000000 --output-dir $out/tokenizer
+stage tokenize $out/data/manifest.json \
+  "$ladder" data tokenize "$text" "${files[@]}" \
+  --tokenizer $out/tokenizer/tokenizer.model --validation-fraction 0.02 --output-dir $out/data
+# Exported only when trained to the end, so the exported folder says both are done.
+stage train $out/model/config.json \
+  "$ladder" train --preset tiny --parallel.tensor-model-parallel-size $tp \
+  --data.paths $out/data --output-dir $out/run
+stage export $out/model/config.json "$ladder" export $out/run $out/model
+stage report $out/run/report/index.html "$ladder" report $out/run
+
+if $did_something; then
+  echo "== generate"
+  "$ladder" generate $out/model --prompt "def main(" "class Parser:" --max-new-tokens 64
+else
+  echo "Nothing to do: everything was done before. Remove the folder $out to start afresh."
+fi
+cat <<END
+
+  the report             $out/run/report/index.html
+  the Hugging Face model $out/model          (megatron-ladder generate $out/model --prompt "import ")
+  the run                $out/run            (metrics.jsonl, checkpoints, tensorboard)
+  the data set           $out/data           (megatron-ladder data inspect $out/data --document 0)
+
+  The command line is $ladder
+END

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Everything CI runs: formatting, lint, types, tests. Sets itself up.
+#
+#   bash scripts/test.sh                      all of it
+#   bash scripts/test.sh -k parity            options go to pytest
+#   bash scripts/test.sh --python PATH ...    with another Python, in an environment of its own
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+if [ "${1:-}" = --python ]; then
+  python=${2:?--python needs the path of an interpreter}
+  shift 2
+  make_environment test "$python"
+else
+  make_environment test
+fi
+bin="$VENV/bin"
+
+"$bin/ruff" format --check --quiet .
+"$bin/ruff" check --quiet .
+"$bin/mypy"
+exec "$bin/python" -m pytest "$@"

@@ -1,0 +1,116 @@
+from dataclasses import replace
+
+import pytest
+
+from megatron_ladder.config import ModelConfig, ParallelConfig, check_layout
+from megatron_ladder.errors import UserError
+
+MODEL = ModelConfig(
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=192,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=200,
+)
+
+
+@pytest.mark.parametrize(
+    ("residual", "ladder_layers", "kinds"),
+    [
+        ("standard", None, "ssss"),
+        ("ladder", None, "llll"),
+        ("parallel", None, "pppp"),
+        ("ladder", 0, "ssss"),
+        ("ladder", 1, "sssl"),
+        ("ladder", 4, "llll"),
+        ("ladder", (0, 2), "lsls"),
+        ("ladder", (3,), "sssl"),
+    ],
+)
+def test_each_layer_has_its_residual_kind(residual, ladder_layers, kinds) -> None:
+    model = replace(MODEL, residual=residual, ladder_layers=ladder_layers)
+    assert "".join(kind[0] for kind in model.layer_residuals()) == kinds
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0}, "model.num_layers is 0"),
+        ({"hidden_size": 66}, "model.hidden_size 66 is not a multiple"),
+        ({"hidden_size": 12}, "RoPE needs it even"),
+        ({"num_query_groups": 3}, "not a multiple of model.num_query_groups 3"),
+        ({"residual": "stale"}, "choose one of standard, ladder, parallel"),
+        ({"ladder_layers": 5}, "0 to 4"),
+        ({"ladder_layers": -1}, "0 to 4"),
+        ({"ladder_layers": (4,)}, "numbered 0 to 3"),
+        ({"ladder_layers": (1, 1)}, "at most once"),
+        ({"residual": "parallel", "ladder_layers": 2}, "model.residual is parallel"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(change, message) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(MODEL, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "tp", "name"),
+    [
+        ({}, 3, "num_attention_heads 4"),
+        ({}, 4, "num_query_groups 2"),
+        ({"num_query_groups": 4, "ffn_hidden_size": 190}, 4, "ffn_hidden_size 190"),
+        (
+            {"hidden_size": 48, "num_attention_heads": 12, "num_query_groups": 12},
+            3,
+            "padded vocabulary 256",
+        ),
+    ],
+)
+def test_what_tensor_parallelism_cannot_cut_is_refused(change, tp, name) -> None:
+    with pytest.raises(UserError, match=f"model.{name} is not divisible by .* {tp}"):
+        check_layout(replace(MODEL, **change), ParallelConfig(tensor_model_parallel_size=tp))
+
+
+def test_ranks_that_do_not_fit_the_layout_are_refused() -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=4)
+    assert parallel.data_parallel_size(8) == 2
+    with pytest.raises(UserError, match=r"6 ranks do not divide into TP 4 x PP 1 x CP 1 = 4"):
+        parallel.data_parallel_size(6)
+
+
+@pytest.mark.parametrize("name", ["pipeline_model_parallel_size", "context_parallel_size"])
+def test_layouts_not_supported_yet_are_refused(name) -> None:
+    with pytest.raises(UserError, match=f"{name} 2 is not supported yet"):
+        ParallelConfig(**{name: 2})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("residual", ["standard", "ladder", "parallel"])
+def test_parameters_are_those_of_the_exported_model(residual, tied) -> None:
+    from megatron_ladder.hf.model_config import to_hf_config
+    from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+
+    model = replace(MODEL, residual=residual, share_embeddings_and_output_weights=tied)
+    config = to_hf_config(model)
+    config.vocab_size = model.padded_vocab_size
+    plain = LadderForCausalLM(config)
+    assert model.num_parameters() == sum(p.numel() for p in plain.parameters())
+    matmuls = sum(m.weight.numel() for m in plain.modules() if type(m).__name__ == "Linear")
+    assert model.num_matmul_parameters() == matmuls
+
+
+def test_paper_shapes_have_the_papers_parameter_counts() -> None:
+    """1.2B and 3.5B with tied embeddings (arXiv 2501.06589, section 4.1)."""
+    from pretrain.presets import PRESETS
+
+    for name, billions in (("paper-1b", 1.2), ("paper-3b", 3.5)):
+        assert round(PRESETS[name]().model.num_parameters() / 1e9, 1) == billions
+
+
+def test_the_exported_configuration_chooses_the_same_layers() -> None:
+    from megatron_ladder.hf.configuration_ladder import ladder_layer_indices
+
+    for layers in (None, 0, 2, 4, (0, 2), (3,)):
+        ours = replace(MODEL, ladder_layers=layers).layer_residuals()
+        chosen = tuple(i for i, kind in enumerate(ours) if kind == "ladder")
+        assert ladder_layer_indices("ladder", layers, 4) == chosen

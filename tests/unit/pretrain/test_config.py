@@ -1,0 +1,126 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_ladder.errors import UserError
+from pretrain.arguments import parse_train
+from pretrain.config import (
+    DataConfig,
+    ScheduleConfig,
+    differences,
+    from_dict,
+    is_safe_to_change,
+    load_config,
+    save_config,
+    to_dict,
+)
+from pretrain.presets import PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("residual", ["standard", "ladder", "parallel"])
+def test_every_preset_takes_every_residual_kind_and_survives_saving(
+    name: str, residual: str, tmp_path: Path
+) -> None:
+    config, _ = parse_train(["--preset", name, "--model.residual", residual])
+    config = replace(config, data=replace(config.data, paths=(Path("a"),), weights=(1.0,)))
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
+
+
+def test_options_override_the_saved_configuration(tmp_path: Path) -> None:
+    config, ranks = parse_train(
+        "--preset tiny --model.ladder-layers 1 3 --data.paths x y --nproc-per-node 2".split()
+    )
+    assert config.model.ladder_layers == (1, 3)
+    assert ranks == 2
+    save_config(config, tmp_path / "config.json")
+    again, _ = parse_train(["--config", str(tmp_path / "config.json"), "--seed", "7"])
+    assert again == replace(config, seed=7)
+
+
+def test_the_number_of_options_stays_small() -> None:
+    """Each one is a promise to users. Raise this only with a reason in the commit."""
+
+    def count(values: dict) -> int:
+        return sum(count(v) if isinstance(v, dict) else 1 for v in values.values())
+
+    assert count(to_dict(PRESETS["debug"]())) <= 52
+
+
+def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
+    config = replace(
+        PRESETS["debug"](),
+        global_batch_size=4,
+        data=DataConfig(seq_length=100),
+        schedule=ScheduleConfig(train_tokens=4001, warmup_tokens=400),
+    )
+    assert (config.train_steps, config.warmup_steps) == (11, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--schedule.train-steps 10 --schedule.train-tokens 10", "are both set"),
+        ("--schedule.train-steps 10 --schedule.warmup-steps 10", "warm-up takes 10 of 10 steps"),
+        ("--data.seq-length 4096", "longer than model.max_position_embeddings"),
+        ("--micro-batch-size 0", "micro_batch_size is 0"),
+        ("--schedule.min-lr-fraction 2", "shares from 0 to 1"),
+        ("--model.residual parallel --model.ladder-layers 2", "model.residual is parallel"),
+        ("--parallel.pipeline-model-parallel-size 2", "not supported yet"),
+        ("--model.num-layrs 4", "--model.num-layers"),  # the suggestion
+        ("--precision fp8", "fp32"),
+        ("--model.num-layers many", "num-layers"),
+    ],
+)
+def test_values_that_do_not_fit_end_with_status_2(options: str, message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_train(["--preset", "debug", *options.split()])
+    assert ended.value.code == 2
+    output = capsys.readouterr()
+    text = " ".join((output.out + output.err).replace("│", " ").split())
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_an_unknown_preset_is_named_with_what_is_near() -> None:
+    with pytest.raises(UserError, match=r"no preset 'tinny' \(did you mean tiny\?\)"):
+        parse_train(["--preset", "tinny"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "does not exist"), ("{", "is not JSON"), ("[]", "holds no object")],
+)
+def test_a_file_that_is_no_configuration_is_refused(text, message, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(file)
+
+
+def test_unknown_fields_of_a_saved_configuration_are_named() -> None:
+    config = PRESETS["debug"]()
+    with pytest.raises(UserError, match="unknown field colour"):
+        from_dict(type(config), {**to_dict(config), "colour": 1})
+
+
+def test_differences_know_what_is_safe_to_change() -> None:
+    old, _ = parse_train(["--preset", "tiny"])
+    new, _ = parse_train(
+        "--preset tiny --parallel.tensor-model-parallel-size 1 --optimizer.lr 1".split()
+    )
+    changed = differences(old, new)
+    assert changed == {
+        "optimizer.lr": (3e-3, 1.0),
+        "parallel.tensor_model_parallel_size": (2, 1),
+    }
+    assert [is_safe_to_change(name) for name in changed] == [False, True]
+
+
+def test_batches_that_do_not_divide_are_refused() -> None:
+    config = replace(PRESETS["debug"](), micro_batch_size=3, global_batch_size=8)
+    with pytest.raises(UserError, match="global_batch_size 8 is not a multiple"):
+        config.num_microbatches(data_parallel_size=2)
