@@ -55,6 +55,24 @@ class LadderTransformerLayer(TransformerLayer):
         self.residual: Residual = residuals[self.layer_number - 1] if residuals else "ladder"
         self.is_last_layer = self.layer_number == self.config.num_layers
 
+    def _refuse_unsupported(self) -> None:
+        """Options of megatron-core's that this forward would silently ignore."""
+        config = self.config
+        modules = set(config.recompute_modules or ()) - {"core_attn"}
+        unsupported = {
+            "cross-attention": not isinstance(self.cross_attention, IdentityOp),
+            "mixture of experts": self.is_moe_layer,
+            "sequence_parallel": config.sequence_parallel,
+            "pipeline_model_parallel_size > 1": config.pipeline_model_parallel_size > 1,
+            "context_parallel_size > 1": config.context_parallel_size > 1,
+            "biases (add_bias_linear)": config.add_bias_linear,
+            f"recompute_modules {sorted(modules)}, other than core_attn,": (
+                config.recompute_granularity == "selective" and bool(modules)
+            ),
+        }
+        if names := [name for name, used in unsupported.items() if used]:
+            raise ValueError(f"ladder layers do not support {', '.join(names)} yet")
+
     def forward(
         self,
         hidden_states: Tensor,
