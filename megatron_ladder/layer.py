@@ -41,16 +41,7 @@ class LadderTransformerLayer(TransformerLayer):
         self, *args: Any, residuals: tuple[Residual, ...] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.cross_attention, IdentityOp):
-            raise ValueError(
-                "a ladder layer has no cross-attention: its second state uses `context`"
-            )
-        unsupported = {"layernorm", "mlp"} & set(self.config.recompute_modules or ())
-        if self.config.recompute_granularity == "selective" and unsupported:
-            raise ValueError(
-                f"recompute_modules {sorted(unsupported)} are not supported by ladder layers: "
-                "use core_attn, or recompute_granularity=full"
-            )
+        self._refuse_unsupported()
         # megatron-core numbers the model's layers from 1, across pipeline stages.
         self.residual: Residual = residuals[self.layer_number - 1] if residuals else "ladder"
         self.is_last_layer = self.layer_number == self.config.num_layers
