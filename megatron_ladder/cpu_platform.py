@@ -45,6 +45,7 @@ def enable() -> bool:
     from megatron.core.tensor_parallel import random as mcore_random
 
     cuda: Any = torch.cuda
+    tensor: Any = torch.Tensor
     cuda.current_device = lambda: _CPU
     cuda.synchronize = lambda *_: None
     cuda.empty_cache = lambda: None
@@ -53,7 +54,7 @@ def enable() -> bool:
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+    tensor.cuda = lambda self, *_, **__: self
 
     # megatron-core's optimizers compare type strings such as "torch.cuda.FloatTensor".
     tensor_type = torch.Tensor.type
@@ -63,13 +64,13 @@ def enable() -> bool:
             return tensor_type(self, *args, **kwargs)
         return tensor_type(self).replace("torch.", "torch.cuda.")
 
-    torch.Tensor.type = reported_type  # type: ignore[method-assign]
+    tensor.type = reported_type
 
     # Patched rather than caught by a TorchFunctionMode: a mode is off inside backward, where
     # recomputation runs.
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.to = _on_cpu(torch.Tensor.to)  # type: ignore[method-assign]
+    tensor.to = _on_cpu(torch.Tensor.to)
     _enabled = True
     logger.info("No GPU found: the CPU stands in for it (gloo, megatron-core's local layers).")
     return True

@@ -5,7 +5,6 @@ A checkpoint is a folder RUN/checkpoints/step_00000100. It is written under a na
 Tensors are stored whole by name, with the layout's shards as ranges of them: any layout can read it.
 """
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from megatron_ladder import cpu_platform
 from megatron_ladder.mcore_compat import loading_optimizer
 from pretrain.config import TrainConfig, save_config
+from pretrain.files import sync
 from pretrain.run_folder import checkpoints
 
 # Optimizer state stored as tensors of the parameters' own shapes, readable at any TP and DP.
@@ -62,7 +62,7 @@ def save_checkpoint(
         save_config(config, temporary / "config.json")
         _sync_folder(temporary)
         temporary.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         _prune(run_dir, config.keep_last)
     dist.barrier()
     return final
@@ -153,13 +153,5 @@ def _prune(run_dir: Path, keep_last: int) -> None:
 
 def _sync_folder(folder: Path) -> None:
     for file in folder.rglob("*"):
-        _sync(file)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(file)
+    sync(folder)

@@ -54,6 +54,8 @@ def _for_users(command: Command) -> Command:
 def train(argv: list[str]) -> int:
     """Trains a run, or goes on with it; starts the local ranks it needs when torchrun has not."""
     config, asked = parse_train(argv)
+    if asked is not None and asked < 1:
+        raise UserError(f"--nproc-per-node {asked}: start at least one rank")
     under_torchrun = "RANK" in os.environ
     from pretrain.launch import launch, local_ranks
 

@@ -19,6 +19,7 @@ from megatron_ladder.config import (
     TransformerImpl,
 )
 from megatron_ladder.errors import UserError
+from pretrain.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -1,19 +1,18 @@
 """From a run's checkpoint to a Hugging Face folder."""
 
-import logging
 from pathlib import Path
+from typing import Any
 
 import torch
-from megatron_ladder.hf.export import export_folder
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
 from pretrain.checkpoint import load_weights
-from pretrain.config import load_config
+from pretrain.config import TrainConfig, load_config
 from pretrain.data import open_folder
-from pretrain.run_folder import latest_checkpoint
-
-logger = logging.getLogger(__name__)
+from pretrain.metrics import read_metrics
+from pretrain.run_folder import checkpoint_step, latest_checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,3 +52,30 @@ def _find_checkpoint(run: Path) -> Path:
     if latest is None:
         raise UserError(f"{run} has no checkpoint: is it a run of `megatron-ladder train`?")
     return latest
+
+
+def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
+    """What the model card says of the run: its data, and figures at the exported step."""
+    step = checkpoint_step(checkpoint)
+    run_dir = checkpoint.parents[1]
+    data = {
+        folder.name: f"{folder.tokens('train'):,} tokens for training"
+        for folder in map(open_folder, config.data.paths)
+    }
+    tp, global_batch = config.parallel.tensor_model_parallel_size, config.global_batch_size
+    training = {
+        "Steps": f"{step:,} of {config.train_steps:,}",
+        "Tokens": f"{step * config.tokens_per_step:,}",
+        "Sequence length": config.data.seq_length,
+        "Global batch size": f"{global_batch} sequences",
+        "Peak learning rate": f"{config.optimizer.lr:g} ({config.schedule.decay})",
+        "Precision": config.precision,
+        "Tensor-parallel size": tp,
+    }
+    for line in read_metrics(run_dir):
+        if line["kind"] == "validation" and line["step"] <= step:  # the last one stays
+            training[f"Validation loss ({line['dataset']})"] = (
+                f"{line['loss']:.4f} nats a token at step {line['step']}, "
+                f"perplexity {line['perplexity']:.2f}"
+            )
+    return {"name": run_dir.name, "data": data, "training": training}

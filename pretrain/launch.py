@@ -1,6 +1,8 @@
 """From one command to as many local ranks as the run needs, by torchrun."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 
@@ -16,6 +18,16 @@ def local_ranks(config: TrainConfig, asked: int | None) -> int:
     return torch.cuda.device_count() or config.parallel.model_parallel_size
 
 
+def die_with_parent() -> None:
+    """Asks Linux to end this process when its parent ends, however that ends.
+
+    A rank that outlived a killed launcher would go on writing to a run that has been started again.
+    """
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def launch(argv: list[str], ranks: int) -> int:
     """Runs `python -m pretrain` on `ranks` local processes; returns the exit status."""
     environment = dict(os.environ)
@@ -23,7 +35,9 @@ def launch(argv: list[str], ranks: int) -> int:
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, f"--nproc-per-node={ranks}", "--module", "pretrain", *argv]
-    process = subprocess.Popen(command, env=environment)  # noqa: S603 (a list, no shell)
+    process = subprocess.Popen(  # noqa: S603 (a list, no shell)
+        command, env=environment, preexec_fn=die_with_parent
+    )
     try:
         return process.wait()
     except KeyboardInterrupt:

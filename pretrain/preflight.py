@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
+from megatron_ladder.specs import resolve_impl
 from pretrain.config import TrainConfig
 from pretrain.data import DataFolder, open_data
 from pretrain.run_folder import check_free_space, check_output_dir
@@ -24,6 +25,7 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
         vocab_size = folders[0].tokenizer["vocab_size"]
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
     check_layout(config.model, config.parallel)
+    resolve_impl(config.transformer_impl)
     config.num_microbatches(config.parallel.data_parallel_size(world_size))
     plan = check_output_dir(config)
     check_free_space(config)

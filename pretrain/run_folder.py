@@ -1,8 +1,10 @@
 """A run's folder: whether it may be written to, and whether a run is to be resumed from it."""
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import IO
 
 from megatron_ladder.errors import UserError
 from pretrain.config import (
@@ -49,6 +51,7 @@ def check_output_dir(config: TrainConfig) -> str:
     if not saved.is_file():
         return f"New run in {run_dir}"
 
+    lock(run_dir).close()  # refused while another process trains here
     changed = differences(load_config(saved), config)
     unsafe = [name for name in changed if not is_safe_to_change(name)]
     if unsafe:
@@ -80,13 +83,31 @@ def check_free_space(config: TrainConfig) -> None:
         )
 
 
+def lock(run_dir: Path) -> IO[bytes]:
+    """Makes this process the only one that trains in a folder, for as long as it lives.
+
+    Returns:
+        The open lock file: keep it. The system drops the lock when the process ends, however.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / "lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{run_dir}: another process is training in this folder: wait for it or end it"
+        ) from None
+    return file
+
+
 def write_config(config: TrainConfig) -> None:
-    """Saves the resolved configuration in the run's folder, whole or not at all."""
+    """Saves the resolved configuration in the run's folder."""
     assert config.output_dir is not None
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    temporary = config.output_dir / "config.json.tmp"
-    save_config(config, temporary)
-    temporary.replace(config.output_dir / "config.json")
+    save_config(config, config.output_dir / "config.json")
 
 
 def _check_writable(run_dir: Path) -> None:

@@ -33,8 +33,8 @@ class RunLog:
         self._world_size = dist.get_world_size()
         self._log: MetricsLog | None = None
         if dist.get_rank() == 0:
-            write_config(config)
             assert config.output_dir is not None
+            write_config(config)
             self._log = MetricsLog(
                 config.output_dir,
                 resume_step=resume_step,

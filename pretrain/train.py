@@ -1,5 +1,6 @@
 """The training loop."""
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from pretrain.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -12,7 +13,7 @@ from pretrain.data import (
     validation_batches,
     validation_datasets,
 )
-from pretrain.run_folder import latest_checkpoint
+from pretrain.run_folder import latest_checkpoint, lock
 from pretrain.run_log import RunLog
 from pretrain.setup import build, start_ranks, stop_ranks
 from pretrain.step import train_step, validate
@@ -26,6 +27,7 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
     device = start_ranks(config)
     run_dir = config.output_dir
     assert run_dir is not None
+    held = lock(run_dir) if dist.get_rank() == 0 else None
 
     model, optimizer, scheduler = build(config)
     progress = Progress(step=0, consumed_samples=0)
@@ -63,4 +65,6 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
             log.saved(step)
 
     log.end(progress.step)
+    if held:
+        held.close()
     stop_ranks()

@@ -27,7 +27,7 @@ make_environment() {
   [ -n "$(ls "$VENV"/installed* 2>/dev/null)" ] || rm -rf "$VENV"
   echo "Installing into $VENV (a minute or two)"
   [ -x "$VENV/bin/python" ] || "$python" -m venv "${options[@]}" "$VENV"
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${constraints[@]}" \
+  "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "${constraints[@]}" \
     --editable ".${extras:+[$extras]}"
   echo "$wanted" >"$stamp"
 }

@@ -1,5 +1,6 @@
 """Forward all-reduces of ladder sub-modules fly while the next sub-module computes."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def test_every_collective_but_the_last_has_the_next_submodule_between(tmp_path: 
         events = run_ranks(2, record, "ladder", recompute, tmp_path=tmp_path)[0]
         names = [f"{kind}{i}" for i in range(1, LAYERS + 1) for kind in ("attn", "mlp")]
         assert [e for e in events if e.startswith("compute")] == [f"compute {n}" for n in names]
-        for this, following in zip(names, names[1:], strict=False):
+        for this, following in pairwise(names):
             started, waited = events.index(f"start {this}"), events.index(f"wait {this}")
             assert started < events.index(f"compute {following}") < waited, (recompute, events)
         assert events[-1] == f"wait {names[-1]}"

@@ -31,7 +31,18 @@ def test_every_preset_takes_every_residual_kind_and_survives_saving(
 
 def test_options_override_the_saved_configuration(tmp_path: Path) -> None:
     config, ranks = parse_train(
-        "--preset tiny --model.ladder-layers 1 3 --data.paths x y --nproc-per-node 2".split()
+        [
+            "--preset",
+            "tiny",
+            "--model.ladder-layers",
+            "1",
+            "3",
+            "--data.paths",
+            "x",
+            "y",
+            "--nproc-per-node",
+            "2",
+        ]
     )
     assert config.model.ladder_layers == (1, 3)
     assert ranks == 2
@@ -110,7 +121,7 @@ def test_unknown_fields_of_a_saved_configuration_are_named() -> None:
 def test_differences_know_what_is_safe_to_change() -> None:
     old, _ = parse_train(["--preset", "tiny"])
     new, _ = parse_train(
-        "--preset tiny --parallel.tensor-model-parallel-size 1 --optimizer.lr 1".split()
+        ["--preset", "tiny", "--parallel.tensor-model-parallel-size", "1", "--optimizer.lr", "1"]
     )
     changed = differences(old, new)
     assert changed == {

@@ -11,6 +11,7 @@ from pretrain.run_folder import (
     check_output_dir,
     checkpoints,
     latest_checkpoint,
+    lock,
     write_config,
 )
 
@@ -89,3 +90,12 @@ def test_a_disk_too_small_is_refused(config, monkeypatch) -> None:
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"0\.0 GB free, keep_last 2 checkpoints"):
         check_free_space(config)
+
+
+def test_a_folder_is_trained_in_by_one_process(config) -> None:
+    write_config(config)
+    held = lock(config.output_dir)
+    with pytest.raises(UserError, match="another process is training in this folder"):
+        check_output_dir(config)
+    held.close()
+    check_output_dir(config)

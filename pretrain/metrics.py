@@ -1,0 +1,215 @@
+"""What a run measures: one JSON object a line, a readable console line, TensorBoard, optional W&B.
+
+docs/formats.md describes the lines.
+"""
+
+import json
+import time as clock
+from pathlib import Path
+from typing import Any
+
+from megatron_ladder.errors import UserError
+from pretrain.files import write_atomically
+
+# Dense bf16 peaks, FLOP/s, from the vendor's data sheets, by a part of the device's name.
+# The first match counts.
+PEAK_FLOPS = (
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("B200", 2250e12),
+    ("B100", 1750e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("H800", 989e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("RTX 4090", 165e12),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU; None when it is not known."""
+    return next((peak for part, peak in PEAK_FLOPS if part in device_name), None)
+
+
+def flops_per_token(
+    *, num_layers: int, hidden_size: int, seq_length: int, matmul_parameters: int
+) -> float:
+    """Floating-point operations of forward and backward for one token.
+
+    6 N for the matrix multiplications with N weights and 12 L h s for attention's two, causality
+    left out (PaLM, arXiv 2204.02311, appendix B). Recomputation does not count: MFU is of the
+    operations the model needs.
+    """
+    return 6.0 * matmul_parameters + 12.0 * num_layers * hidden_size * seq_length
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl. A last line cut short by a kill is left out.
+
+    Raises:
+        UserError: no such file, or a line that is not a JSON object.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(
+            f"{run_dir} holds no metrics.jsonl: is it a run of `megatron-ladder train`?"
+        )
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    metrics = []
+    for number, line in enumerate(
+        lines[:-1], start=1
+    ):  # what follows the last newline is cut short
+        try:
+            metrics.append(json.loads(line))
+            metrics[-1]["kind"]
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise UserError(f"{path}:{number} is not a line of metrics: {error!r}") from error
+    return metrics
+
+
+class MetricsLog:
+    """Writes a run's metrics; made by rank 0 alone.
+
+    Args:
+        run_dir: the run's folder; its lines after `resume_step` are dropped first.
+        resume_step: the step of the checkpoint that training goes on from; 0 for a new run.
+        train_steps: of the whole run, for the ETA.
+        tensorboard: also write RUN/tensorboard.
+        wandb: also log to Weights & Biases.
+        config: the run's configuration, for W&B.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        resume_step: int,
+        train_steps: int,
+        tensorboard: bool,
+        wandb: bool,
+        config: dict[str, Any],
+    ) -> None:
+        kept = [m for m in _existing(run_dir) if _is_kept(m, resume_step)]
+        self.time_so_far: float = max(
+            (m["time"] for m in kept if m["kind"] == "train"), default=0.0
+        )
+        path = run_dir / "metrics.jsonl"
+        write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._train_steps = train_steps
+        self._step_s: float | None = None  # smoothed
+        self._last: tuple[int, float] = (resume_step, self.time_so_far)
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=resume_step + 1
+            )
+        if wandb:
+            import wandb as wandb_package
+
+            self._wandb = wandb_package.init(dir=run_dir, name=run_dir.name, config=config)
+
+    def start(self, **facts: Any) -> None:
+        """Training starts, or goes on."""
+        self._write({"kind": "start", **facts, "unix_time": clock.time()})
+
+    def baseline(self, *, dataset: str, unigram_loss: float) -> None:
+        """What a model without context could reach on a data set, in nats a token."""
+        self._write({"kind": "baseline", "dataset": dataset, "unigram_loss": unigram_loss})
+        print(
+            f"{dataset}: entropy of single tokens {unigram_loss:.4f} nats (validation)", flush=True
+        )
+
+    def train(self, **values: Any) -> None:
+        """One logged step; docs/formats.md lists the values."""
+        self._write({"kind": "train", **values})
+        scalars = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")
+        self._scalars(
+            {f"train/{name}": values[name] for name in scalars if values[name] is not None},
+            values["step"],
+        )
+        print(self._line(values), flush=True)
+
+    def validation(
+        self, *, step: int, tokens: int, time: float, dataset: str, loss: float, perplexity: float
+    ) -> None:
+        """One data set's held-out loss, in nats a token."""
+        values = {"step": step, "tokens": tokens, "time": time, "dataset": dataset}
+        self._write({"kind": "validation", **values, "loss": loss, "perplexity": perplexity})
+        self._scalars({f"validation/{dataset}": loss}, step)
+        print(
+            f"step {step}: validation loss on {dataset} {loss:.4f} (perplexity {perplexity:.2f})",
+            flush=True,
+        )
+
+    def end(self, *, step: int, reason: str) -> None:
+        """Training stops."""
+        self._write({"kind": "end", "step": step, "unix_time": clock.time(), "reason": reason})
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def _line(self, values: dict[str, Any]) -> str:
+        step, seconds = values["step"], values["time"]
+        latest = (seconds - self._last[1]) / max(step - self._last[0], 1)
+        # Smoothed over some ten lines, so that one slow step does not move the ETA.
+        self._step_s = latest if self._step_s is None else 0.9 * self._step_s + 0.1 * latest
+        self._last = (step, seconds)
+        parts = [
+            f"step {step:>{len(str(self._train_steps))}}/{self._train_steps}",
+            f"loss {values['loss']:.4f}",
+            f"grad norm {values['grad_norm']:.2f}",
+            f"lr {values['learning_rate']:.2e}",
+            f"{_si(values['tokens_per_second'])} tok/s",
+            f"{values['tflops_per_gpu']:.3g} TFLOP/s per rank",
+        ]
+        if values["mfu"] is not None:
+            parts.append(f"MFU {100 * values['mfu']:.1f}%")
+        parts.append(f"mem {values['memory_gib']:.1f} GiB")
+        parts.append(f"ETA {_duration((self._train_steps - step) * self._step_s)}")
+        return " | ".join(parts)
+
+
+def _existing(run_dir: Path) -> list[dict[str, Any]]:
+    return read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
+
+
+def _is_kept(line: dict[str, Any], resume_step: int) -> bool:
+    if resume_step == 0:
+        return False  # no checkpoint: the run starts afresh
+    return line.get("step", 0) <= resume_step
+
+
+def _si(value: float) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,156 @@
+"""Runs by the command line: killed and resumed, moved to another layout, exported."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint import load_weights
+from tests.data_sets import write_data_set
+
+STEPS = 20
+OPTIONS = f"--preset debug --schedule.train-steps {STEPS} --save-interval 5 --eval-interval 10"
+TIMEOUT_S = 150
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data_set(tmp_path_factory.mktemp("data") / "data")
+
+
+def command(data: Path, run: Path, *options: str) -> list[str]:
+    arguments = [*OPTIONS.split(), "--data.paths", str(data), "--output-dir", str(run), *options]
+    return [sys.executable, "-m", "pretrain.cli", "train", *arguments]
+
+
+def train(data: Path, run: Path, *options: str) -> str:
+    done = subprocess.run(
+        command(data, run, *options), capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def metrics(run: Path, kind: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [m for m in map(json.loads, lines) if m["kind"] == kind]
+
+
+def losses(run: Path) -> list[float]:
+    by_step = [(m["step"], m["loss"]) for m in metrics(run, "train")]
+    assert [step for step, _ in by_step] == list(range(1, STEPS + 1)), "steps are lost or repeated"
+    return [loss for _, loss in by_step]
+
+
+def tensor_parallel(size: int) -> tuple[str, str]:
+    return ("--parallel.tensor-model-parallel-size", str(size))
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def whole_run(request, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """(tensor-parallel size, a run that nothing disturbed)."""
+    run = tmp_path_factory.mktemp("runs") / f"tp{request.param}"
+    train(data, run, *tensor_parallel(request.param))
+    return request.param, run
+
+
+def kill_at_step(step: int, data: Path, run: Path, *options: str) -> None:
+    """Starts a run and sends it SIGKILL once `step` is in its metrics."""
+    process = subprocess.Popen(
+        command(data, run, *options),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + TIMEOUT_S
+    seen = 0
+    while seen < step:
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        file = run / "metrics.jsonl"
+        seen = file.read_text().count('"kind": "train"') if file.is_file() else 0
+    process.kill()  # torchrun and the ranks must go with it
+    process.wait(TIMEOUT_S)
+    time.sleep(1)
+
+
+def test_a_killed_run_resumes_bitwise(whole_run, data: Path, tmp_path: Path) -> None:
+    tp, whole = whole_run
+    run = tmp_path / "run"
+    step = random.Random(tp).randrange(6, STEPS - 2)
+    kill_at_step(step, data, run, *tensor_parallel(tp))
+    assert "Resuming" in train(data, run, *tensor_parallel(tp))
+    assert losses(run) == losses(whole)
+    last = f"checkpoints/step_{STEPS:08d}"
+    expected, got = load_weights(whole / last), load_weights(run / last)
+    assert set(got) == set(expected)
+    for name, weight in expected.items():
+        assert torch.equal(got[name], weight), name
+
+
+def test_a_finished_run_is_left_alone(whole_run, data: Path) -> None:
+    tp, run = whole_run
+    before = (run / "metrics.jsonl").read_bytes()
+    assert "nothing to do" in train(data, run, *tensor_parallel(tp))
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_old_checkpoints_are_pruned_and_none_is_half_there(whole_run) -> None:
+    _, run = whole_run
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["step_00000015", "step_00000020"]
+
+
+def test_a_checkpoint_continues_at_other_layouts(whole_run, data: Path, tmp_path: Path) -> None:
+    tp, whole = whole_run
+    if tp != 2:
+        pytest.skip("moved from TP 2 to the others")
+    expected = metrics(whole, "validation")[-1]["loss"]
+    for name, options in {
+        "tp1": tensor_parallel(1),
+        "dp2": (*tensor_parallel(1), "--nproc-per-node", "2"),
+        "dp2 x tp2": (*tensor_parallel(2), "--nproc-per-node", "4"),
+    }.items():
+        run = tmp_path / name
+        shutil.copytree(whole, run)
+        shutil.rmtree(run / f"checkpoints/step_{STEPS:08d}")
+        train(data, run, *options)
+        assert metrics(run, "start")[-1]["step"] == 15
+        assert metrics(run, "validation")[-1]["loss"] == pytest.approx(expected, abs=1e-5), name
+        assert losses(run) == pytest.approx(losses(whole), abs=1e-4)
+
+
+def test_training_learns(whole_run) -> None:
+    _, run = whole_run
+    (baseline,) = metrics(run, "baseline")
+    assert metrics(run, "validation")[-1]["loss"] < baseline["unigram_loss"] - 0.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--recompute", "full"),
+        ("--recompute", "selective"),
+        ("--micro-batch-size", "1"),
+    ],
+)
+def test_options_that_do_not_change_the_numbers(options, whole_run, data, tmp_path) -> None:
+    tp, whole = whole_run
+    if tp != 2:
+        pytest.skip("the layout with collectives is the one to try")
+    train(data, tmp_path / "run", *tensor_parallel(tp), *options)
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-4)
+
+
+def test_bf16_and_wsd_train_on_the_cpu(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "run", "--precision", "bf16", "--schedule.decay", "wsd")
+    rates = [m["learning_rate"] for m in metrics(tmp_path / "run", "train")]
+    assert rates[5] == max(rates) == rates[12]
+    assert rates[-1] == pytest.approx(0.1 * rates[5])
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 1
