@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of a Ladder Residual transformer (arXiv 2501.06589).
+
+Self-contained: this file travels with exported models and imports only transformers.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+RESIDUALS = ("standard", "ladder", "parallel")
+
+
+def ladder_layer_indices(
+    residual: str, ladder_layers: int | list[int] | tuple[int, ...] | None, num_layers: int
+) -> tuple[int, ...]:
+    """The layers, numbered from 0 and ascending, whose sub-modules read the state before the last.
+
+    Args:
+        residual: "standard", "ladder" or "parallel".
+        ladder_layers: only with "ladder": None (every layer), an int (the last N layers) or a list of
+            layers. The layers left out are standard.
+        num_layers: layers in the model.
+
+    Raises:
+        ValueError: an unknown residual, `ladder_layers` without "ladder", or layers that are
+            negative, past the last one or named twice.
+    """
+    if residual not in RESIDUALS:
+        raise ValueError(f"residual is {residual!r}: choose one of {', '.join(RESIDUALS)}")
+    if residual != "ladder":
+        if ladder_layers is not None:
+            raise ValueError(
+                f"ladder_layers is set but residual is {residual!r}: set residual to 'ladder', or "
+                "leave ladder_layers out"
+            )
+        return ()
+    if ladder_layers is None:
+        return tuple(range(num_layers))
+    if isinstance(ladder_layers, int):
+        if not 0 <= ladder_layers <= num_layers:
+            raise ValueError(
+                f"ladder_layers {ladder_layers}: the last N of {num_layers} layers means "
+                f"0 to {num_layers}"
+            )
+        return tuple(range(num_layers - ladder_layers, num_layers))
+    chosen = sorted(ladder_layers)
+    if len(set(chosen)) != len(chosen) or any(not 0 <= i < num_layers for i in chosen):
+        raise ValueError(
+            f"ladder_layers {list(ladder_layers)}: layers are numbered 0 to {num_layers - 1}, "
+            "each at most once"
+        )
+    return tuple(chosen)
+
+
+class LadderConfig(PreTrainedConfig):
+    """Llama's fields, and two more.
+
+    Args:
+        residual: which state a sub-module reads: the last one ("standard", which is Llama), the one
+            before it ("ladder"), or one norm for attention and MLP together ("parallel").
+        ladder_layers: with "ladder", None for every layer, an int for the last N layers, or a list of
+            layers from 0; the others are standard.
+        rope_parameters: transformers' dictionary; `rope_type` "default", "linear" or "llama3". The
+            older `rope_theta` and `rope_scaling` are read too.
+    """
+
+    model_type = "ladder"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own name)
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        max_position_embeddings: int = 2048,
+        rms_norm_eps: float = 1e-5,
+        rope_parameters: dict[str, Any] | None = None,
+        residual: str = "ladder",
+        ladder_layers: int | list[int] | None = None,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = False,
+        use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        # A copy: transformers fills in rope_theta and rope_type.
+        self.rope_parameters = dict(rope_parameters) if rope_parameters else None
+        self.residual = residual
+        self.ladder_layers = (
+            list(ladder_layers) if isinstance(ladder_layers, list | tuple) else ladder_layers
+        )
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        self.ladder_layer_indices()  # refuses layers that do not exist
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            **kwargs,
+        )
+
+    def ladder_layer_indices(self) -> tuple[int, ...]:
+        """The ladder layers, numbered from 0."""
+        return ladder_layer_indices(self.residual, self.ladder_layers, self.num_hidden_layers)

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Llama-family decoder with a choice of residual: standard, ladder (arXiv 2501.06589) or parallel.
+
+Self-contained: this file travels with exported models and imports only torch and transformers. It is
+also what the tensor-parallel training code is checked against, so it is written to be read.
+
+Parameters are named as Llama's. Two states pass from layer to layer, both [batch, length, hidden]:
+`a`, the residual stream after the attention, and `m`, the same stream after the MLP that follows it.
+Both start as the embedding; the final norm reads `m`.
+
+    standard   a' = m + attn(norm1(m))    m' = a' + mlp(norm2(a'))
+    ladder     a' = m + attn(norm1(a))    m' = a' + mlp(norm2(m))
+    parallel   m' = m + attn(norm1(m)) + mlp(norm1(m))
+
+A ladder sub-module does not wait for the output of the sub-module before it, which is what lets
+tensor parallelism hide one's all-reduce behind the other's arithmetic.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_ladder import LadderConfig
+
+
+class LadderRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rope_frequencies(config: LadderConfig, device: torch.device) -> Tensor:
+    """Radians per position of each pair of channels: [head_dim / 2], fp32."""
+    rope = config.rope_parameters or {}
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequencies = 1.0 / rope.get("rope_theta", 10000.0) ** (exponents / config.head_dim)
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / rope["factor"]
+    if kind != "llama3":
+        raise ValueError(f"rope_type {kind!r} is not supported: use default, linear or llama3")
+    # Turns within the original context: few are stretched by the factor, many are left alone, and
+    # those between go smoothly from one to the other.
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * frequencies / rope["factor"] + keep * frequencies
+
+
+def rope_cos_sin(
+    config: LadderConfig, position_ids: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, [batch, 1, length, head_dim]: angles in fp32, the result in `dtype`."""
+    angles = position_ids[:, None, :, None].float() * rope_frequencies(config, position_ids.device)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in Llama's convention: channel i is paired with channel i + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def causal_mask(
+    query_length: int, past_length: int, attention_mask: Tensor | None, device: torch.device
+) -> Tensor:
+    """True where a query may look: [batch or 1, 1, query_length, past_length + query_length].
+
+    Args:
+        attention_mask: None, or [batch, past_length + query_length] with 0 on padding.
+    """
+    queries = torch.arange(past_length, past_length + query_length, device=device)[:, None]
+    keys = torch.arange(past_length + query_length, device=device)[None, :]
+    mask = (keys <= queries)[None, None]
+    if attention_mask is None:
+        return mask
+    if attention_mask.shape[1:] != keys.shape[1:]:
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)}: it must be [batch, {keys.shape[1]}], "
+            "one value for each cached and new token"
+        )
+    # Padding looks at itself: a row that looks nowhere has no softmax.
+    return mask & attention_mask[:, None, None, :].bool() | (keys == queries)
+
+
+class LadderAttention(nn.Module):
+    """Grouped-query attention. In and out: [batch, length, hidden]."""
+
+    def __init__(self, config: LadderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[batch, length, heads * head_dim] -> [batch, heads, length, head_dim]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any | None
+    ) -> Tensor:
+        query = rotate(self._heads(self.q_proj(x)), cos, sin)
+        key = rotate(self._heads(self.k_proj(x)), cos, sin)
+        value = self._heads(self.v_proj(x))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        key = key.repeat_interleave(self.queries_per_key, dim=1)
+        value = value.repeat_interleave(self.queries_per_key, dim=1)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class LadderMLP(nn.Module):
+    """SwiGLU. In and out: [batch, length, hidden]."""
+
+    def __init__(self, config: LadderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LadderDecoderLayer(nn.Module):
+    """One layer. In and out: the pair (after attention, after MLP); see the top of this file."""
+
+    def __init__(self, config: LadderConfig, layer_idx: int) -> None:
+        super().__init__()
+        if config.residual == "parallel":
+            self.residual = "parallel"
+        else:
+            is_ladder = layer_idx in config.ladder_layer_indices()
+            self.residual = "ladder" if is_ladder else "standard"
+        self.self_attn = LadderAttention(config, layer_idx)
+        self.mlp = LadderMLP(config)
+        self.input_layernorm = LadderRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.residual != "parallel":
+            self.post_attention_layernorm = LadderRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, a: Tensor, m: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.residual == "parallel":
+            normed = self.input_layernorm(m)
+            m = m + self.self_attn(normed, cos, sin, mask, cache) + self.mlp(normed)
+            return m, m
+        attention_reads = a if self.residual == "ladder" else m
+        a = m + self.self_attn(self.input_layernorm(attention_reads), cos, sin, mask, cache)
+        mlp_reads = m if self.residual == "ladder" else a
+        m = a + self.mlp(self.post_attention_layernorm(mlp_reads))
+        return a, m
+
+
+class LadderPreTrainedModel(PreTrainedModel):
+    config_class = LadderConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["LadderDecoderLayer"]  # noqa: RUF012 (transformers' own name)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+
+class LadderModel(LadderPreTrainedModel):
+    def __init__(self, config: LadderConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            [LadderDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
+        )
+        self.norm = LadderRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Runs the layers.
+
+        Args:
+            input_ids: [batch, length]; or else `inputs_embeds`, [batch, length, hidden].
+            attention_mask: [batch, cached + length], 0 on padding, on either side.
+            past_key_values: a DynamicCache; made here when `use_cache`.
+            output_hidden_states: also return the embedding and each layer's `m`, the last one normed.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        embedding = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        length, device = embedding.shape[1], embedding.device
+        if position_ids is None:
+            position_ids = torch.arange(past_length, past_length + length, device=device)[None]
+        cos, sin = rope_cos_sin(self.config, position_ids, embedding.dtype)
+        mask = causal_mask(length, past_length, attention_mask, device)
+
+        a = m = embedding
+        states = [m]
+        for layer in self.layers:
+            a, m = layer(a, m, cos, sin, mask, past_key_values)
+            states.append(m)
+        states[-1] = self.norm(m)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+
+class LadderForCausalLM(LadderPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LadderConfig) -> None:
+        super().__init__(config)
+        self.model = LadderModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, [batch, length, vocab_size], and with `labels` the loss.
+
+        Args:
+            labels: [batch, length], the input ids themselves (shifted here), -100 where not counted.
+            logits_to_keep: the last N positions' logits only, or these positions'; 0 for all.
+            num_items_in_batch: divide the summed loss by this instead of by the labels counted here.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            predictions = logits[:, :-1].flatten(0, 1).float()
+            targets = labels[:, 1:].flatten().to(logits.device)
+            if num_items_in_batch is None:
+                loss = F.cross_entropy(predictions, targets)
+            else:
+                loss = F.cross_entropy(predictions, targets, reduction="sum") / num_items_in_batch
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )

@@ -1,0 +1,82 @@
+"""Small models and tokenizers."""
+
+import io
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+from megatron_ladder.hf import LadderConfig, LadderForCausalLM
+
+VOCAB = 500
+LAYERS = 4
+# Each residual kind, and the hybrids.
+KINDS = {
+    "standard": {"residual": "standard"},
+    "ladder": {"residual": "ladder"},
+    "parallel": {"residual": "parallel"},
+    "last 2": {"residual": "ladder", "ladder_layers": 2},
+    "layers 0 and 2": {"residual": "ladder", "ladder_layers": [0, 2]},
+}
+
+
+def config(**changes) -> LadderConfig:
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LadderConfig(**(fields | changes))
+
+
+def model(**changes) -> LadderForCausalLM:
+    """A random fp32 model whose layers matter: weights are large and norms are not ones."""
+    built = LadderForCausalLM(config(**changes)).eval()
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.15)
+    return built
+
+
+def tokens(batch: int = 2, length: int = 16) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (batch, length))
+
+
+def train_sentencepiece(folder: Path, kind: str, **changes) -> Path:
+    source = "\n".join(
+        path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))
+    )
+    buffer = io.BytesIO()
+    options = {
+        "vocab_size": VOCAB,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "unk_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "pad_id": -1,
+        "num_threads": 1,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(source[i : i + 1000] for i in range(0, len(source), 1000)),
+        model_writer=buffer,
+        model_type=kind,
+        **(options | changes),
+    )
+    path = folder / "tokenizer.model"
+    path.write_bytes(buffer.getvalue())
+    return path
