@@ -1,0 +1,44 @@
+"""`megatron-ladder data` and `python -m data_prep`."""
+
+import sys
+from typing import Annotated
+
+import tyro
+
+from data_prep.errors import UserError
+from data_prep.show import Inspect, inspect
+from data_prep.tokenize_text import Tokenize, tokenize
+from data_prep.train_tokenizer import TrainTokenizer, train_tokenizer
+
+Command = (
+    Annotated[TrainTokenizer, tyro.conf.subcommand("train-tokenizer")]
+    | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status. 2: a user's mistake, said in a line or two."""
+    try:
+        options = tyro.cli(
+            Command,
+            args=argv,
+            prog="megatron-ladder data",
+            description="Text to data sets.",
+        )
+        if isinstance(options, TrainTokenizer):
+            print(f"Tokenizer: {train_tokenizer(options)}")
+        elif isinstance(options, Tokenize):
+            print(tokenize(options))
+        else:
+            print(inspect(options))
+        return 0
+    except UserError as error:
+        message = str(error)
+    except OSError as error:  # no space, no permission, a file that went away
+        message = f"{error.filename or 'the operating system'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"megatron-ladder data: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,148 @@
+"""Trains a SentencePiece tokenizer that keeps every byte of the text, source code's white space too."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+import tyro
+
+from data_prep.documents import BadLines, TextDocuments, read_documents
+from data_prep.errors import UserError
+from data_prep.progress import Progress
+from data_prep.sources import Source, find_sources
+
+# SentencePiece takes "sentences" of at most this many bytes; longer lines are cut.
+SENTENCE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class TrainTokenizer:
+    """Train a SentencePiece tokenizer (byte fallback, no normalisation)."""
+
+    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    """Files (.jsonl, .json, .txt, .text; with .gz or .zst), or folders of them."""
+    output_dir: Path
+    """Where tokenizer.model goes."""
+    vocab_size: int
+    """Pieces, special ones and 256 bytes included."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    max_training_bytes: int = 100_000_000
+    """Documents are sampled evenly down to about this much text."""
+    text_field: str = "text"
+    """Of a JSON line, the key of its text."""
+    text_documents: TextDocuments = "file"
+    """What a document is in a plain text file."""
+    include: tuple[str, ...] = ()
+    """File name patterns to take from folders, such as "*.py"; read as plain text."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of paths to leave out of folders."""
+    max_bad_lines: int = 100
+    """More lines that cannot be used than this stop the work."""
+
+
+def train_tokenizer(options: TrainTokenizer) -> Path:
+    """Trains and writes OUTPUT_DIR/tokenizer.model, whole or not at all.
+
+    The same input gives the same file. Ids: 0 unknown, 1 begin, 2 end of document.
+
+    Raises:
+        UserError: bad input, or a vocabulary that the text cannot fill.
+    """
+    if options.vocab_size < 300:
+        raise UserError(
+            f"--vocab-size {options.vocab_size}: 256 bytes and the special pieces take some 260; "
+            "give 300 or more"
+        )
+    target = options.output_dir / "tokenizer.model"
+    if target.exists():
+        raise UserError(f"{target} exists: remove it or choose another --output-dir")
+    sources = find_sources(options.inputs, options.include, options.exclude)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    bad = BadLines(options.max_bad_lines)
+    model = io.BytesIO()
+    problems: list[UserError] = []
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=_sentences(sources, options, bad, problems),
+            model_writer=model,
+            vocab_size=options.vocab_size,
+            model_type=options.model_type,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            # SentencePiece reads lines, so it never sees a line's end: pieces of their own.
+            user_defined_symbols=["\n", "\t"],
+            max_sentence_length=SENTENCE_BYTES + 64,
+            num_threads=os.cpu_count() or 1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if problems:
+            raise problems[0] from error
+        raise UserError(f"SentencePiece: {_reason(str(error))}") from error
+    if problems:
+        raise problems[0]
+    temporary = target.with_suffix(".model.tmp")
+    with temporary.open("wb") as file:
+        file.write(model.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+    return target
+
+
+def _sentences(
+    sources: list[Source], options: TrainTokenizer, bad: BadLines, problems: list[UserError]
+) -> Iterator[str]:
+    """Lines of the sampled documents. A UserError goes to `problems`: C++ would swallow it."""
+    total = sum(source.bytes * (4 if source.compression else 1) for source in sources)
+    share = min(1.0, options.max_training_bytes / max(total, 1))
+    progress = Progress(sum(source.bytes for source in sources), "reading")
+    try:
+        for source in sources:
+            for text in read_documents(
+                source,
+                text_field=options.text_field,
+                text_documents=options.text_documents,
+                bad=bad,
+                progress=progress.add,
+            ):
+                if hash_fraction(text) < share:
+                    for line in text.split("\n"):
+                        yield from _pieces(line)
+    except UserError as error:
+        problems.append(error)
+    finally:
+        progress.close()
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """A line in parts of at most SENTENCE_BYTES."""
+    step = SENTENCE_BYTES // 4  # a character has at most four bytes
+    for start in range(0, len(line), step):
+        yield line[start : start + step]
+
+
+def hash_fraction(text: str) -> float:
+    """A number from 0 to 1 that depends on the text alone."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def _reason(message: str) -> str:
+    """What a user can act on in SentencePiece's message."""
+    if "Vocabulary size too high" in message or "vocab_size" in message:
+        return (
+            f"the text is too small for this --vocab-size: {message.rsplit(']')[-1].strip()} "
+            "Lower it or give more text."
+        )
+    return message.rsplit("]", 1)[-1].strip() or message
