@@ -1,0 +1,216 @@
+"""Names and layouts of weights: megatron-core's checkpoint <-> Hugging Face.
+
+Both sides are full tensors (no tensor-parallel shards). megatron-core stacks the layers on axis 0:
+
+    embedding.word_embeddings.weight                              [padded_vocab, h]
+    decoder.layers.self_attention.linear_qkv.layer_norm_weight    [L, h]
+    decoder.layers.self_attention.linear_qkv.weight               [L, (heads + 2 groups) head_dim, h]
+    decoder.layers.self_attention.linear_proj.weight              [L, h, heads head_dim]
+    decoder.layers.mlp.linear_fc1.layer_norm_weight               [L, h], absent when parallel
+    decoder.layers.mlp.linear_fc1.weight                          [L, 2 ffn, h]
+    decoder.layers.mlp.linear_fc2.weight                          [L, h, ffn]
+    decoder.final_layernorm.weight                                [h]
+    output_layer.weight                                           [padded_vocab, h], absent when tied
+
+linear_qkv's rows go by query group: its query heads, its key head, its value head. linear_fc1's are
+the gate's, then the up projection's. Both sides' RoPE pairs the same channels, so no row moves
+within a head.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ladder.hf.configuration_ladder import LadderConfig
+
+_STACKED = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A megatron-core tensor and the Hugging Face tensors in it; of one layer, where stacked."""
+
+    megatron: str
+    hugging_face: Mapping[str, tuple[int, ...]]  # name, without "model.layers.N." -> shape
+    vocabulary: bool = False  # megatron-core pads its rows
+
+    @property
+    def stacked(self) -> bool:
+        return self.megatron.startswith(_STACKED)
+
+    def full_name(self, name: str, layer: int) -> str:
+        return f"model.layers.{layer}.{name}" if self.stacked else name
+
+    def layers(self, config: LadderConfig) -> range:
+        return range(config.num_hidden_layers if self.stacked else 1)
+
+    def megatron_shape(self, config: LadderConfig, padded_vocab_size: int) -> tuple[int, ...]:
+        shapes = list(self.hugging_face.values())
+        rows = padded_vocab_size if self.vocabulary else sum(shape[0] for shape in shapes)
+        shape = (rows, *shapes[0][1:])
+        return (config.num_hidden_layers, *shape) if self.stacked else shape
+
+
+def _entries(config: LadderConfig) -> list[_Entry]:
+    """The one name map, in the order Hugging Face lists its tensors."""
+    h, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    attention, mlp = _STACKED + "self_attention.", _STACKED + "mlp."
+    qkv_names = {
+        "self_attn.q_proj.weight": (q, h),
+        "self_attn.k_proj.weight": (kv, h),
+        "self_attn.v_proj.weight": (kv, h),
+    }
+    fc1_names = {"mlp.gate_proj.weight": (ffn, h), "mlp.up_proj.weight": (ffn, h)}
+    entries = [
+        _Entry("embedding.word_embeddings.weight", {"model.embed_tokens.weight": (vocab, h)}, True),
+        _Entry(attention + "linear_qkv.layer_norm_weight", {"input_layernorm.weight": (h,)}),
+        _Entry(attention + "linear_qkv.weight", qkv_names),
+        _Entry(attention + "linear_proj.weight", {"self_attn.o_proj.weight": (h, q)}),
+    ]
+    if config.residual != "parallel":
+        entries.append(
+            _Entry(mlp + "linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (h,)})
+        )
+    entries += [
+        _Entry(mlp + "linear_fc1.weight", fc1_names),
+        _Entry(mlp + "linear_fc2.weight", {"mlp.down_proj.weight": (h, ffn)}),
+        _Entry("decoder.final_layernorm.weight", {"model.norm.weight": (h,)}),
+    ]
+    if not config.tie_word_embeddings:
+        entries.append(_Entry("output_layer.weight", {"lm_head.weight": (vocab, h)}, True))
+    return entries
+
+
+def megatron_to_hf(
+    tensors: Mapping[str, Tensor], config: LadderConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's tensors, one at a time, in layer order; values and dtypes are unchanged.
+
+    Those that need no reordering are views of `tensors`. Padded vocabulary rows are cut off.
+
+    Raises:
+        ValueError: before the first tensor, when one is missing, unknown or of another shape.
+    """
+    entries = _entries(config)
+    embedding = tensors.get("embedding.word_embeddings.weight")
+    padded_vocab_size = config.vocab_size if embedding is None else embedding.shape[0]
+    if padded_vocab_size < config.vocab_size:
+        raise ValueError(
+            f"embedding.word_embeddings.weight has {padded_vocab_size} rows, fewer than the "
+            f"vocabulary's {config.vocab_size}"
+        )
+    expected = {e.megatron: e.megatron_shape(config, padded_vocab_size) for e in entries}
+    _check(tensors, expected, "megatron-core")
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        outside = [entry for entry in entries if not entry.stacked]
+        for entry in outside[:1]:
+            yield from _split(entry, tensors[entry.megatron], 0, config)
+        for layer in range(config.num_hidden_layers):
+            for entry in entries:
+                if entry.stacked:
+                    yield from _split(entry, tensors[entry.megatron][layer], layer, config)
+        for entry in outside[1:]:
+            yield from _split(entry, tensors[entry.megatron], 0, config)
+
+    return stream()
+
+
+def hf_to_megatron(
+    state: Mapping[str, Tensor], config: LadderConfig, padded_vocab_size: int
+) -> dict[str, Tensor]:
+    """megatron-core's full tensors; padded vocabulary rows are zero.
+
+    Args:
+        state: Hugging Face's tensors. A tied model's `lm_head.weight` may be among them.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape, or `padded_vocab_size` is less
+            than the vocabulary.
+    """
+    if padded_vocab_size < config.vocab_size:
+        raise ValueError(
+            f"padded_vocab_size {padded_vocab_size} is less than vocab_size {config.vocab_size}"
+        )
+    if config.tie_word_embeddings and "lm_head.weight" in state:
+        state = dict(state)
+        if not torch.equal(state.pop("lm_head.weight"), state["model.embed_tokens.weight"]):
+            raise ValueError(
+                "lm_head.weight differs from model.embed_tokens.weight, but the configuration ties "
+                "them: set tie_word_embeddings to false"
+            )
+    entries = _entries(config)
+    expected = {
+        entry.full_name(name, layer): shape
+        for entry in entries
+        for layer in entry.layers(config)
+        for name, shape in entry.hugging_face.items()
+    }
+    _check(state, expected, "Hugging Face")
+    result = {}
+    for entry in entries:
+        per_layer = [
+            _join([state[entry.full_name(name, layer)] for name in entry.hugging_face], config)
+            for layer in entry.layers(config)
+        ]
+        tensor = torch.stack(per_layer) if entry.stacked else per_layer[0]
+        if entry.vocabulary:
+            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padded_vocab_size - len(tensor)))
+        result[entry.megatron] = tensor
+    return result
+
+
+def _split(
+    entry: _Entry, tensor: Tensor, layer: int, config: LadderConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors in one (layer of a) megatron-core tensor."""
+    names = [entry.full_name(name, layer) for name in entry.hugging_face]
+    if entry.vocabulary:
+        parts = [tensor[: config.vocab_size]]
+    elif len(names) == 3:  # q, k, v
+        by_group = tensor.unflatten(0, (config.num_key_value_heads, -1, config.head_dim))
+        q, k, v = by_group.split([by_group.shape[1] - 2, 1, 1], dim=1)
+        parts = [part.flatten(0, 2) for part in (q, k, v)]
+    else:
+        parts = list(tensor.chunk(len(names)))
+    yield from zip(names, parts, strict=True)
+
+
+def _join(parts: list[Tensor], config: LadderConfig) -> Tensor:
+    """The reverse of `_split`, without the padding."""
+    if len(parts) == 3:  # q, k, v
+        groups = (config.num_key_value_heads, -1, config.head_dim)
+        return torch.cat([part.unflatten(0, groups) for part in parts], dim=1).flatten(0, 2)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _check(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], side: str
+) -> None:
+    missing = [name for name in expected if name not in tensors]
+    unknown = sorted(tensors.keys() - expected.keys())
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    problems = []
+    if missing:
+        problems.append("missing " + _some(missing))
+    if unknown:
+        problems.append("not in this model " + _some(unknown))
+    if wrong:
+        problems.append("misshaped " + _some(wrong))
+    if problems:
+        raise ValueError(
+            f"the {side} tensors do not fit the model's configuration: {'; '.join(problems)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + rest
