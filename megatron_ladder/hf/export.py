@@ -1,0 +1,219 @@
+"""Writes a model as a folder that transformers loads.
+
+The ladder and parallel residuals travel with their modelling files (remote code). The standard
+residual is Llama, and is exported as Llama.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
+
+from megatron_ladder.errors import UserError
+from megatron_ladder.hf.configuration_ladder import LadderConfig
+from megatron_ladder.hf.convert import megatron_to_hf
+from megatron_ladder.hf.tokenizer import write_tokenizer
+
+_HERE = Path(__file__).parent
+_MODELLING_FILES = ("configuration_ladder.py", "modeling_ladder.py")
+_AUTO_MAP = {
+    "AutoConfig": "configuration_ladder.LadderConfig",
+    "AutoModel": "modeling_ladder.LadderModel",
+    "AutoModelForCausalLM": "modeling_ladder.LadderForCausalLM",
+}
+_SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "initializer_range",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+CARD_FACTS = ("name", "license", "data", "training", "limits")
+
+
+def export_folder(
+    tensors: Mapping[str, Tensor],
+    config: LadderConfig,
+    tokenizer_file: Path,
+    output_dir: Path,
+    *,
+    max_shard_size: str = "5GB",
+    dtype: torch.dtype = torch.bfloat16,
+    model_card_facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes config, weights, tokenizer, model card and modelling files; all of them or nothing.
+
+    Args:
+        tensors: full megatron-core tensors (`convert` lists them); read one Hugging Face tensor at a
+            time, at most one shard of copies in memory.
+        config: of the model; `eos_token_id` is the token that ends a document.
+        tokenizer_file: a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
+        output_dir: made here; it may exist if it is empty.
+        max_shard_size: models above it get several weight files and an index.
+        dtype: of the weights written.
+        model_card_facts: what the model card may say, all of it optional: `name` and `license`
+            (str), `data` and `training` (a table's rows: label -> value), `limits` (a list of
+            sentences).
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        UserError: `output_dir` is in use, or the tokenizer does not fit.
+        ValueError: `tensors` do not fit `config`, or an unknown fact.
+    """
+    output_dir = Path(output_dir)
+    facts = dict(model_card_facts or {})
+    if unknown := facts.keys() - set(CARD_FACTS):
+        raise ValueError(f"model_card_facts has {sorted(unknown)}: it may have {list(CARD_FACTS)}")
+    if config.eos_token_id is None:
+        raise ValueError("config.eos_token_id is not set: it is the id that ends a document")
+    with _complete_or_absent(output_dir) as folder:
+        _write_configs(config, dtype, folder)
+        write_tokenizer(
+            Path(tokenizer_file),
+            folder,
+            eos_token_id=config.eos_token_id,
+            vocab_size=config.vocab_size,
+            max_length=config.max_position_embeddings,
+        )
+        _write_weights(tensors, config, dtype, max_shard_size, folder)
+        (folder / "README.md").write_text(model_card(config, dtype, facts), encoding="utf-8")
+    return output_dir
+
+
+def llama_config(config: LadderConfig) -> LlamaConfig:
+    """transformers' own configuration of a standard-residual model."""
+    assert config.residual == "standard", config.residual
+    return LlamaConfig(**{name: copy(getattr(config, name)) for name in _SHARED_FIELDS})
+
+
+def model_card(config: LadderConfig, dtype: torch.dtype, facts: Mapping[str, Any]) -> str:
+    """README.md of an exported folder: the facts given, and what `config` says."""
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 (Markdown, not HTML)
+    )
+    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+    return environment.get_template("model_card.md.jinja").render(
+        config=config,
+        ladder_layers=config.ladder_layer_indices(),
+        dtype=str(dtype).removeprefix("torch."),
+        facts={name: facts.get(name) for name in CARD_FACTS},
+    )
+
+
+def _write_configs(config: LadderConfig, dtype: torch.dtype, folder: Path) -> None:
+    exported: PreTrainedConfig
+    extra: dict[str, Any] = {}
+    if config.residual == "standard":
+        exported = llama_config(config)
+        exported.architectures = ["LlamaForCausalLM"]
+        # For readers of Llama's older fields, transformers 4 among them; 5 reads rope_parameters.
+        rope = dict(exported.rope_parameters)
+        extra["rope_theta"] = rope.pop("rope_theta")
+        extra["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    else:
+        exported = LadderConfig.from_dict(config.to_dict())
+        exported.architectures = ["LadderForCausalLM"]
+        extra["auto_map"] = _AUTO_MAP
+        for name in _MODELLING_FILES:
+            shutil.copyfile(_HERE / name, folder / name)
+    exported.dtype = dtype
+    fields = json.loads(exported.to_json_string()) | extra
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        # generate() wants some token to fill finished sequences with.
+        pad_token_id=config.eos_token_id if config.pad_token_id is None else config.pad_token_id,
+    ).save_pretrained(folder)
+
+
+def _write_weights(
+    tensors: Mapping[str, Tensor],
+    config: LadderConfig,
+    dtype: torch.dtype,
+    max_shard_size: str,
+    folder: Path,
+) -> None:
+    # The split is planned on tensors without data, so that nothing is copied before its turn.
+    without_data = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    plan = split_torch_state_dict_into_shards(
+        {
+            name: torch.empty(tensor.shape, dtype=dtype, device="meta")
+            for name, tensor in megatron_to_hf(without_data, config)
+        },
+        max_shard_size=max_shard_size,
+    )
+    file_of = plan.tensor_to_filename
+    missing = {file: set(names) for file, names in plan.filename_to_tensors.items()}
+    pending: dict[str, dict[str, Tensor]] = {file: {} for file in missing}
+    for name, tensor in megatron_to_hf(tensors, config):
+        file = file_of[name]
+        # A copy, so that a view's storage (all layers) is neither written nor kept.
+        pending[file][name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
+        missing[file].remove(name)
+        if not missing[file]:
+            save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
+    assert not pending, "every shard is complete when the tensors run out"
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": file_of}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _complete_or_absent(output_dir: Path) -> Iterator[Path]:
+    """A temporary sibling of `output_dir` that becomes it when the block ends without an error."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir} exists and is not a folder: choose another output folder")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(f"{output_dir} is not empty: choose another output folder, or remove it")
+    parent = output_dir.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f".{output_dir.absolute().name}.tmp-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _fsync(path)
+        temporary.replace(output_dir)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync(parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

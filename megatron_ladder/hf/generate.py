@@ -1,0 +1,128 @@
+"""Continues prompts with an exported folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
+from megatron_ladder.errors import UserError
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def generate_text(
+    folder: Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Each prompt followed by its continuation, which stops where the model ends the document.
+
+    Runs on the GPU if there is one, in the weights' dtype; on the CPU in fp32. No code from `folder`
+    is run.
+
+    Args:
+        folder: written by `export_folder`.
+        prompts: generated as one batch.
+        max_new_tokens: per prompt.
+        temperature: 0 takes the likeliest token each time.
+        top_k: sample among the k likeliest tokens only.
+        top_p: sample among the likeliest tokens that together have this probability.
+        seed: of the sampling.
+
+    Raises:
+        UserError: `folder` is missing or incomplete, a prompt is empty or does not fit the context
+            together with its continuation, or an option is out of range.
+    """
+    folder = Path(folder)
+    _check_options(max_new_tokens, temperature, top_k, top_p)
+    if any(prompt == "" for prompt in prompts):
+        raise UserError("a prompt is empty: give at least one character to continue")
+    context = _check_folder(folder)["max_position_embeddings"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    encoded = [tokenizer.encode(p, add_special_tokens=False, verbose=False) for p in prompts]
+    for ids in encoded:
+        if len(ids) + max_new_tokens > context:
+            raise UserError(
+                f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
+                f"context of {context}: shorten the prompt or ask for fewer tokens"
+            )
+    if not encoded:
+        return []
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto" if device == "cuda" else torch.float32, trust_remote_code=False
+    )
+    model = model.to(device).eval()
+    length = max(map(len, encoded))
+    fill = model.generation_config.pad_token_id
+    input_ids = torch.tensor([[fill] * (length - len(ids)) + ids for ids in encoded])
+    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded])
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        # transformers' own defaults (top_k 50) are not wanted: 0 and 1 switch them off.
+        how = {"do_sample": True, "temperature": temperature}
+        how |= {"top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            **how,
+        )
+    new_ids = output[:, length:].tolist()
+    return [
+        prompt + _continuation(tokenizer, ids, new)
+        for prompt, ids, new in zip(prompts, encoded, new_ids, strict=True)
+    ]
+
+
+def _continuation(tokenizer: Any, prompt_ids: list[int], new_ids: list[int]) -> str:
+    """The new tokens' text. Some tokenizers drop a space at the start, so not decoded alone."""
+    before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    after = tokenizer.decode(prompt_ids + new_ids, skip_special_tokens=True)
+    if after.startswith(before):
+        return after[len(before) :]
+    return tokenizer.decode(new_ids, skip_special_tokens=True)
+
+
+def _check_options(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    if temperature < 0:
+        raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}: it must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: it must be above 0 and at most 1")
+
+
+def _check_folder(folder: Path) -> dict[str, Any]:
+    """config.json of a folder that has all that generating needs."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: give a folder made by `megatron-ladder export`")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        exported = config["model_type"] in ("ladder", "llama")
+    except (OSError, ValueError, KeyError):
+        exported = False
+    if not exported or not any((folder / name).is_file() for name in _WEIGHTS):
+        raise UserError(
+            f"{folder} is not an exported model: make one with `megatron-ladder export RUN OUT`"
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no tokenizer ({name}): export the model again")
+    return config

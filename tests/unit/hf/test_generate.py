@@ -1,0 +1,112 @@
+"""Generation from an exported folder."""
+
+import shutil
+
+import pytest
+import sentencepiece
+import torch
+
+from megatron_ladder.errors import UserError
+from megatron_ladder.hf.generate import generate_text
+from tests.unit.hf import tiny
+from tests.unit.hf.test_export import export
+
+PROMPTS = ["def f(x):\n    return", "import"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    built = tiny.model(residual="ladder", ladder_layers=2)
+    with torch.no_grad():
+        # Never a byte token: random bytes are not text.
+        built.lm_head.weight[3 : 3 + 256] = 0
+    return built
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory, bpe_file):
+    return export(model, tmp_path_factory.mktemp("export") / "out", bpe_file)
+
+
+def test_greedy_is_the_likeliest_token_each_time(model, folder, bpe_file):
+    """Against a loop over whole forward passes, prompt by prompt, with SentencePiece's own ids."""
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(bpe_file))
+    texts = generate_text(folder, PROMPTS, max_new_tokens=12)
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        ids = tokenizer.encode(prompt)
+        for _ in range(12):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == 2:
+                break
+        assert text == tokenizer.decode(ids)
+        assert text.startswith(prompt)
+
+
+def test_a_standard_model_generates_as_well(tmp_path, bpe_file):
+    folder = export(tiny.model(residual="standard"), tmp_path / "out", bpe_file)
+    (text,) = generate_text(folder, ["import"], max_new_tokens=4)
+    assert text.startswith("import")
+    assert text != "import"
+
+
+def test_sampling_repeats_by_seed_and_leaves_the_random_state(folder):
+    def sample(seed, **options):
+        return generate_text(
+            folder, PROMPTS, max_new_tokens=12, temperature=1.0, seed=seed, **options
+        )
+
+    state = torch.get_rng_state()
+    assert sample(1) == sample(1) != sample(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    greedy = generate_text(folder, PROMPTS, max_new_tokens=12)
+    assert sample(1, top_k=1) == sample(1, top_p=1e-6) == greedy != sample(1)
+    assert generate_text(folder, [], max_new_tokens=1) == []
+
+
+def test_a_dropped_leading_space_is_kept(tmp_path):
+    """With a dummy prefix, the new tokens decoded alone would lose their first space."""
+    source = tiny.train_sentencepiece(tmp_path, "bpe", add_dummy_prefix=True)
+    model = tiny.model(residual="ladder")
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(source))
+    pieces = [tokenizer.id_to_piece(i) for i in range(tiny.VOCAB)]
+    word = next(i for i, p in enumerate(pieces) if p.startswith("▁") and p[1:].isalpha())
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        ids = tokenizer.encode("import")
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+        model.lm_head.weight[word] = hidden
+    folder = export(model, tmp_path / "out", source)
+    text = generate_text(folder, ["import"], max_new_tokens=1)
+    assert text == ["import " + pieces[word].removeprefix("▁")]
+
+
+def test_errors(folder, tmp_path):
+    def fails(message, where=folder, prompts=("import",), **options):
+        with pytest.raises(UserError, match=message):
+            generate_text(where, prompts, **({"max_new_tokens": 4} | options))
+
+    fails("does not exist", tmp_path / "none")
+    fails("is not an exported model", tmp_path)
+    fails("a prompt is empty", prompts=["import", ""])
+    fails("context of 128", prompts=["1" * 125])
+    assert generate_text(folder, ["1" * 124], max_new_tokens=4)
+    fails("max_new_tokens", max_new_tokens=0)
+    fails("temperature", temperature=-1.0)
+    fails("top_k", top_k=0)
+    fails("top_p", top_p=1.5)
+
+    for name, message in (
+        ("tokenizer.json", "no tokenizer"),
+        ("model.safetensors", "is not an exported model"),
+        ("config.json", "is not an exported model"),
+    ):
+        broken = tmp_path / name
+        shutil.copytree(folder, broken)
+        (broken / name).unlink()
+        fails(message, broken)
+    (broken / "config.json").write_text('{"model_type": "bert"}')
+    fails("is not an exported model", broken)
