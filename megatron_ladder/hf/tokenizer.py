@@ -185,11 +185,12 @@ def sentencepiece_to_tokenizers(proto: Any) -> Tokenizer:
             if piece.type in (_UNKNOWN, _CONTROL)
         ]
     )
-    # SentencePiece takes these whole too, but after spaces have become "▁": one with a space in it
-    # is never found.
+    # SentencePiece takes these whole too, and does not normalise them; one with a space in it is never
+    # found, as spaces have become "▁" by then. A dummy prefix would be added again after each of
+    # them: `check_same_ids` refuses that pair.
     tokenizer.add_tokens(
         [
-            AddedToken(piece.piece, special=False, normalized=True)
+            AddedToken(piece.piece, special=False, normalized="▁" in piece.piece)
             for piece in proto.pieces
             if piece.type == _USER_DEFINED and " " not in piece.piece
         ]

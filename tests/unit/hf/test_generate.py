@@ -66,7 +66,9 @@ def test_sampling_repeats_by_seed_and_leaves_the_random_state(folder):
 
 def test_a_dropped_leading_space_is_kept(tmp_path):
     """With a dummy prefix, the new tokens decoded alone would lose their first space."""
-    source = tiny.train_sentencepiece(tmp_path, "bpe", add_dummy_prefix=True)
+    source = tiny.train_sentencepiece(
+        tmp_path, "bpe", add_dummy_prefix=True, user_defined_symbols=[]
+    )
     model = tiny.model(residual="ladder")
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(source))
     pieces = [tokenizer.id_to_piece(i) for i in range(tiny.VOCAB)]

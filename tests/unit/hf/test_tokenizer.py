@@ -77,8 +77,9 @@ def test_control_pieces_in_text_are_the_known_difference(sentencepiece_file, tmp
     [
         {"user_defined_symbols": ["\n", "\t", "<|token|>", "▁▁▁▁", "  "]},
         {"byte_fallback": False},
-        {"add_dummy_prefix": True},
+        {"add_dummy_prefix": True, "user_defined_symbols": []},
         {
+            "user_defined_symbols": [],
             "add_dummy_prefix": True,
             "remove_extra_whitespaces": True,
             "normalization_rule_name": "nmt_nfkc",
@@ -91,6 +92,15 @@ def test_control_pieces_in_text_are_the_known_difference(sentencepiece_file, tmp
 def test_other_sentencepiece_options(kind, changes, tmp_path):
     source = tiny.train_sentencepiece(tmp_path, kind, **changes)
     assert_same(write(source, tmp_path / "out"), source)
+
+
+@pytest.mark.parametrize("cleaning", [True, False])
+def test_dummy_prefix_with_user_defined_pieces_is_refused(cleaning, tmp_path):
+    source = tiny.train_sentencepiece(
+        tmp_path, "bpe", add_dummy_prefix=True, remove_extra_whitespaces=cleaning
+    )
+    with pytest.raises(UserError, match="cannot be exported"):
+        write(source, tmp_path / "out")
 
 
 def test_disagreement_is_refused(bpe_file, tmp_path, monkeypatch):

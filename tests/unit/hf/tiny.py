@@ -64,6 +64,7 @@ def train_sentencepiece(folder: Path, kind: str, **changes) -> Path:
         "remove_extra_whitespaces": False,
         "allow_whitespace_only_pieces": True,
         "split_digits": True,
+        "user_defined_symbols": ["\n", "\t"],
         "unk_id": 0,
         "bos_id": 1,
         "eos_id": 2,
