@@ -77,7 +77,7 @@ def _edit_manifest(data: Path, change) -> None:
 
 
 def test_missing_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no data: give --data.paths"):
+    with pytest.raises(UserError, match=r"no data: give --data\.paths"):
         open_data(config_for())
     with pytest.raises(UserError, match="does not exist: make it with"):
         open_folder(tmp_path / "nothing")

@@ -1,0 +1,48 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep import cli
+
+TEXTS = [
+    f"def f{i}(x):\n\tif x > {i}:\n        return x ** {i % 7}\n\n\n# naïve 日本語 🙂 {'word ' * (i % 5)}\n"
+    for i in range(200)
+]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return TEXTS
+
+
+@pytest.fixture(scope="session")
+def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(TEXTS)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    argv = ["train-tokenizer", str(jsonl), "--vocab-size", "340", "--output-dir", str(folder)]
+    assert cli.main(argv) == 0
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]):
+    """Runs a command that must fail; returns its complaint on one line."""
+
+    def run(*argv: object) -> str:
+        try:
+            status: object = cli.main([str(a) for a in argv])
+        except SystemExit as ended:
+            status = ended.code
+        output = capsys.readouterr()
+        assert status == 2, output
+        assert "Traceback" not in output.err
+        return " ".join((output.out + output.err).replace("│", " ").split())
+
+    return run
