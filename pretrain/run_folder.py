@@ -51,7 +51,6 @@ def check_output_dir(config: TrainConfig) -> str:
     if not saved.is_file():
         return f"New run in {run_dir}"
 
-    lock(run_dir).close()  # refused while another process trains here
     changed = differences(load_config(saved), config)
     unsafe = [name for name in changed if not is_safe_to_change(name)]
     if unsafe:
@@ -60,6 +59,7 @@ def check_output_dir(config: TrainConfig) -> str:
             f"{run_dir} holds another run: {detail}.\nChoose another --output-dir, or keep these as "
             "they were. The layout, batch split, intervals and logging may change."
         )
+    lock(run_dir).close()  # refused while another process trains here
     latest = latest_checkpoint(run_dir)
     if latest and checkpoint_step(latest) >= config.train_steps:
         return ""

@@ -83,7 +83,7 @@ def kill_at_step(step: int, data: Path, run: Path, *options: str) -> None:
 def test_a_killed_run_resumes_bitwise(whole_run, data: Path, tmp_path: Path) -> None:
     tp, whole = whole_run
     run = tmp_path / "run"
-    step = random.Random(tp).randrange(6, STEPS - 2)
+    step = random.Random(tp).randrange(6, STEPS - 2)  # noqa: S311
     kill_at_step(step, data, run, *tensor_parallel(tp))
     assert "Resuming" in train(data, run, *tensor_parallel(tp))
     assert losses(run) == losses(whole)

@@ -1,0 +1,137 @@
+"""The report's pictures, as PNG bytes."""
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+if TYPE_CHECKING:
+    from pretrain.report import Run
+
+# Okabe and Ito's colours, which most colour-blind people tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#666666"
+LABELS = {
+    "tokens": "tokens",
+    "time": "training time",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens a second",
+}
+
+
+def draw_losses(runs: "list[Run]", against: str) -> bytes:
+    """Training loss (thin, and smoothed) and validation loss (dots) of every run.
+
+    Args:
+        against: "tokens" or "time".
+    """
+    figure, axes = _axes(against, "loss, nats a token")
+    unigrams: dict[str, float] = {}
+    for run, colour in zip(runs, _colours(len(runs)), strict=True):
+        x = [m[against] for m in run.train]
+        y = [_finite(m["loss"]) for m in run.train]
+        axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.25)
+        axes.plot(x, _smooth(y), color=colour, linewidth=1.6, label=f"{run.label}, training")
+        for dataset in run.datasets():
+            lines = run.validation_of(dataset)
+            several = len(run.datasets()) > 1
+            axes.plot(
+                [m[against] for m in lines],
+                [_finite(m["loss"]) for m in lines],
+                color=colour,
+                marker="o",
+                markersize=5,
+                markeredgecolor="white",
+                linewidth=1,
+                linestyle="--",
+                label=f"{run.label}, validation" + (f" ({dataset})" if several else ""),
+            )
+        unigrams |= run.unigram
+    for dataset, loss in unigrams.items():
+        axes.axhline(loss, color=GREY, linestyle=":", linewidth=1.4)
+        axes.annotate(
+            f"entropy of single tokens, {dataset}: {loss:.2f}",
+            (0.995, loss),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+            color=GREY,
+        )
+    if runs and any(run.train for run in runs):
+        axes.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1.0, 0.9))
+    return _png(figure)
+
+
+def draw_series(runs: "list[Run]", name: str) -> bytes:
+    """One value of the training lines against tokens, for every run."""
+    figure, axes = _axes("tokens", LABELS[name], height=3.0)
+    for run, colour in zip(runs, _colours(len(runs)), strict=True):
+        x = [m["tokens"] for m in run.train]
+        y = [_finite(m[name]) for m in run.train]
+        axes.plot(x, y, color=colour, linewidth=1.2, label=run.label)
+    axes.set_ylim(bottom=0)
+    if len(runs) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    if name == "tokens_per_second":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _si(v)))
+    return _png(figure)
+
+
+def _axes(against: str, label: str, height: float = 4.6) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(8.6, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(LABELS[against])
+    axes.set_ylabel(label)
+    axes.grid(True, color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    formatter = _si if against == "tokens" else _clock
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: formatter(v)))
+    return figure, axes
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _finite(value: float) -> float:
+    """NaN makes a gap in the curve; so must infinity."""
+    return value if math.isfinite(value) else math.nan
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential moving average over about a fiftieth of the run, corrected at its start."""
+    keep = 1 - 1 / max(1.0, len(values) / 50)
+    total, weight, out = 0.0, 0.0, []
+    for value in values:
+        if math.isfinite(value):
+            total = keep * total + (1 - keep) * value if keep else value
+            weight = keep * weight + (1 - keep) if keep else 1.0
+        out.append(total / weight if weight else math.nan)
+    return out
+
+
+def _si(value: float) -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{unit}"
+    return f"{value:g}"
+
+
+def _clock(seconds: float) -> str:
+    if seconds >= 7200:
+        return f"{seconds / 3600:g} h"
+    return f"{seconds / 60:.3g} min" if seconds >= 120 else f"{seconds:g} s"
+
+
+def _png(figure: Figure) -> bytes:
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()

@@ -1,0 +1,201 @@
+"""Draws runs side by side: an HTML page that needs nothing else, and the same pictures as PNGs."""
+
+import base64
+import itertools
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from megatron_ladder.errors import UserError
+from pretrain.config import differences, load_config
+from pretrain.files import write_atomically
+from pretrain.metrics import read_metrics
+from pretrain.plots import draw_losses, draw_series
+
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run's metrics say."""
+
+    path: Path
+    label: str
+    start: dict[str, Any]
+    train: Lines
+    validation: Lines
+    unigram: dict[str, float]
+    """By data set, in nats a token."""
+    restarts: int
+    finished: bool
+    config_text: str = field(repr=False)
+
+    def datasets(self) -> list[str]:
+        return sorted({line["dataset"] for line in self.validation})
+
+    def validation_of(self, dataset: str) -> Lines:
+        return [line for line in self.validation if line["dataset"] == dataset]
+
+    def loss_at(self, dataset: str, seconds: float) -> float | None:
+        """Validation loss after that much training time, between two validations linearly."""
+        lines = self.validation_of(dataset)
+        for before, after in itertools.pairwise(lines):
+            if before["time"] <= seconds <= after["time"]:
+                share = (seconds - before["time"]) / max(after["time"] - before["time"], 1e-9)
+                return before["loss"] + share * (after["loss"] - before["loss"])
+        return lines[-1]["loss"] if lines and lines[-1]["time"] <= seconds else None
+
+
+def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
+    """Writes index.html and PNGs for one or several runs, finished or not.
+
+    Args:
+        run_dirs: the first is the one that others are compared with.
+        output_dir: `report` in the first run's folder when None.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: a folder is no run, or its metrics cannot be read.
+    """
+    if not run_dirs:
+        raise UserError("no run: give one or several run folders")
+    runs = [_read(path, label) for path, label in zip(run_dirs, _labels(run_dirs), strict=True)]
+    output_dir = output_dir or run_dirs[0] / "report"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        "loss_by_tokens": (draw_losses(runs, "tokens"), "Loss against tokens"),
+        "loss_by_time": (draw_losses(runs, "time"), "Loss against training time"),
+        "learning_rate": (draw_series(runs, "learning_rate"), "Learning rate"),
+        "grad_norm": (draw_series(runs, "grad_norm"), "Gradient norm, before clipping"),
+        "throughput": (draw_series(runs, "tokens_per_second"), "Tokens a second"),
+    }
+    for name, (png, _) in pictures.items():
+        write_atomically(output_dir / f"{name}.png", png)
+    page = output_dir / "index.html"
+    write_atomically(page, _page(runs, pictures))
+    return page
+
+
+def _read(path: Path, label: str) -> Run:
+    metrics = read_metrics(path)
+    by_kind: dict[str, Lines] = {}
+    for line in metrics:
+        by_kind.setdefault(line["kind"], []).append(line)
+    if "start" not in by_kind:
+        raise UserError(f"{path}/metrics.jsonl is empty: the run has not started yet")
+    config = path / "config.json"
+    return Run(
+        path=path,
+        label=label,
+        start=by_kind["start"][-1],
+        train=by_kind.get("train", []),
+        validation=by_kind.get("validation", []),
+        unigram={b["dataset"]: b["unigram_loss"] for b in by_kind.get("baseline", [])},
+        restarts=len(by_kind["start"]) - 1,
+        finished="end" in by_kind,
+        config_text=config.read_text() if config.is_file() else "",
+    )
+
+
+def _labels(paths: list[Path]) -> list[str]:
+    """Folder names, with as many parents as it takes to tell them apart."""
+    for parts in range(1, max(len(p.absolute().parts) for p in paths) + 1):
+        labels = ["/".join(p.absolute().parts[-parts:]) for p in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{label} ({i})" for i, label in enumerate(labels, start=1)]
+
+
+def _summary(run: Run) -> list[tuple[str, str]]:
+    """The table's rows for one run."""
+    start = run.start
+    rows = [
+        ("residual", start["residual"]),
+        ("parameters", f"{start['parameters']:,}"),
+        ("device", f"{start['world_size']} x {start['device']}"),
+    ]
+    if run.train:
+        last = run.train[-1]
+        rows += [
+            ("step", f"{last['step']:,} of {start['train_steps']:,}"),
+            ("tokens", f"{last['tokens']:,}"),
+            ("training time", _duration(last["time"])),
+            (
+                "tokens a second, median",
+                f"{statistics.median(m['tokens_per_second'] for m in run.train):,.0f}",
+            ),
+            ("training loss, last", f"{last['loss']:.4f}"),
+        ]
+    for dataset in run.datasets():
+        lines = run.validation_of(dataset)
+        last, best = lines[-1], min(lines, key=lambda m: m["loss"])
+        rows.append((f"validation loss, {dataset}", f"{last['loss']:.4f}"))
+        rows.append((f"perplexity, {dataset}", f"{last['perplexity']:.2f}"))
+        if best is not last:
+            rows.append((f"best, {dataset}", f"{best['loss']:.4f} at step {best['step']:,}"))
+        if dataset in run.unigram:
+            unigram = run.unigram[dataset]
+            rows.append((f"entropy of single tokens, {dataset}", f"{unigram:.4f}"))
+            rows.append((f"nats below it, {dataset}", f"{unigram - last['loss']:.4f}"))
+    state = "finished" if run.finished else "in progress or stopped"
+    rows.append(("state", state + (f", {run.restarts} restarts" if run.restarts else "")))
+    return rows
+
+
+def _comparison(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Rows of later runs' validation loss minus the first's: at the end, and at equal time."""
+    rows = []
+    first = runs[0]
+    for dataset in first.datasets():
+        at_end, at_time = ["-"], ["-"]
+        for other in runs[1:]:
+            mine, theirs = first.validation_of(dataset), other.validation_of(dataset)
+            if not theirs:
+                at_end.append("-")
+                at_time.append("-")
+                continue
+            at_end.append(f"{theirs[-1]['loss'] - mine[-1]['loss']:+.4f}")
+            seconds = min(mine[-1]["time"], theirs[-1]["time"])
+            pair = (other.loss_at(dataset, seconds), first.loss_at(dataset, seconds))
+            at_time.append(
+                "-" if None in pair else f"{pair[0] - pair[1]:+.4f} at {_duration(seconds)}"  # type: ignore[operator]
+            )
+        rows.append((f"loss minus {first.label}'s, last, {dataset}", at_end))
+        rows.append((f"the same at equal training time, {dataset}", at_time))
+    return rows
+
+
+def _page(runs: list[Run], pictures: dict[str, tuple[bytes, str]]) -> str:
+    summaries = [dict(_summary(run)) for run in runs]
+    names = list(dict.fromkeys(name for summary in summaries for name in summary))
+    rows = [(name, [summary.get(name, "-") for summary in summaries]) for name in names]
+    if len(runs) > 1:
+        rows += _comparison(runs)
+    changed = []
+    if all(run.config_text for run in runs):
+        configs = [load_config(run.path / "config.json") for run in runs]
+        for other, config in zip(runs[1:], configs[1:], strict=True):
+            changed += [
+                (other.label, name, str(a), str(b))
+                for name, (a, b) in differences(configs[0], config).items()
+            ]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("report.html.jinja").render(
+        runs=runs,
+        rows=rows,
+        changed=changed,
+        pictures=[(base64.b64encode(png).decode(), title) for png, title in pictures.values()],
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
