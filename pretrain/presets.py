@@ -37,21 +37,22 @@ def tiny() -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
             num_layers=6,
-            hidden_size=192,
-            ffn_hidden_size=512,
-            num_attention_heads=6,
+            hidden_size=128,
+            ffn_hidden_size=384,
+            num_attention_heads=4,
             num_query_groups=2,
             max_position_embeddings=256,
         ),
         data=DataConfig(seq_length=256, num_workers=0),
-        optimizer=OptimizerConfig(lr=3e-3),
-        schedule=ScheduleConfig(train_steps=400, warmup_steps=40),
+        optimizer=OptimizerConfig(lr=5e-3),
+        schedule=ScheduleConfig(train_steps=700, warmup_steps=40),
         parallel=ParallelConfig(tensor_model_parallel_size=2),
         micro_batch_size=8,
         global_batch_size=8,
-        eval_interval=50,
-        eval_sequences=64,
-        save_interval=50,
+        eval_interval=100,
+        eval_sequences=256,
+        save_interval=100,
+        log_interval=10,
     )
 
 
