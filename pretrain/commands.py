@@ -70,7 +70,7 @@ def train(argv: list[str]) -> int:
         )
         return 0
     if not under_torchrun and ranks > 1:
-        return launch(argv, ranks)
+        launch(argv, ranks)
     log.info(plan)
     from pretrain.train import train as run_training
 

@@ -3,8 +3,8 @@
 import ctypes
 import os
 import signal
-import subprocess
 import sys
+from typing import NoReturn
 
 from pretrain.config import TrainConfig
 
@@ -28,18 +28,11 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def launch(argv: list[str], ranks: int) -> int:
-    """Runs `python -m pretrain` on `ranks` local processes; returns the exit status."""
+def launch(argv: list[str], ranks: int) -> NoReturn:
+    """Becomes torchrun with `ranks` local processes of `python -m pretrain`."""
     environment = dict(os.environ)
     # torchrun gives every rank one thread unless told otherwise.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, f"--nproc-per-node={ranks}", "--module", "pretrain", *argv]
-    process = subprocess.Popen(  # noqa: S603 (a list, no shell)
-        command, env=environment, preexec_fn=die_with_parent
-    )
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        # The terminal sent the signal to the ranks too; let them end.
-        return process.wait()
+    os.execve(sys.executable, command, environment)  # noqa: S606 (a list, no shell)

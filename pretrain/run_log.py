@@ -10,6 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from megatron_ladder.errors import UserError
 from pretrain.config import TrainConfig, to_dict
 from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
 from pretrain.run_folder import write_config
@@ -72,7 +73,7 @@ class RunLog:
             self._log.baseline(dataset=dataset, unigram_loss=unigram_loss)
 
     def train(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
-        """One step is done. Raises FloatingPointError on every rank when the loss is not finite."""
+        """One step is done. Raises UserError on every rank when the loss is not finite."""
         seconds = time.perf_counter() - self._step_started
         self._pending_steps += 1
         self._pending_s += seconds
@@ -96,7 +97,7 @@ class RunLog:
         if due:
             self._pending_steps, self._pending_s = 0, 0.0
         if not math.isfinite(loss):
-            raise FloatingPointError(
+            raise UserError(
                 f"the loss is {loss} at step {step}: lower optimizer.lr or train in fp32; the last "
                 "checkpoint is untouched"
             )

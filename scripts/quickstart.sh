@@ -22,6 +22,14 @@ stage() { # stage NAME DONE-FILE COMMAND...: runs the command unless its result 
   echo "== $name: $((SECONDS - started)) s"
 }
 
+# One quick start at a time: the commands hold the lock too, so that one whose script was killed is waited for.
+mkdir -p $out
+exec 9>$out/.lock
+if command -v flock >/dev/null && ! flock --nonblock 9; then
+  echo "Another quick start is at work here: waiting for it"
+  flock 9
+fi
+
 started=$SECONDS
 make_environment ""
 echo "== install: $((SECONDS - started)) s"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.errors import UserError
@@ -58,6 +59,7 @@ def generate_text(
     if not encoded:
         return []
 
+    transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto" if device == "cuda" else torch.float32, trust_remote_code=False

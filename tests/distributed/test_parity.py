@@ -11,10 +11,11 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.hf.convert import megatron_to_hf
+from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
 from megatron_ladder.mcore_compat import (
@@ -24,6 +25,7 @@ from megatron_ladder.mcore_compat import (
 )
 from pretrain.checkpoint import load_weights
 from tests.ranks import run_ranks
+from tests.unit.hf.tiny import train_sentencepiece
 
 KINDS = {
     "standard": {"residual": "standard"},
@@ -36,7 +38,7 @@ KINDS = {
 LOGITS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-5
 
-BATCH, LENGTH, VOCAB = 2, 24, 200
+BATCH, LENGTH, VOCAB = 2, 24, 500
 
 
 def tokens() -> Tensor:
@@ -146,6 +148,27 @@ def test_logits_and_gradients_match_the_oracle(kind: str, tp: int, tmp_path: Pat
                 rtol=1e-4,
                 msg=lambda m, name=name: f"{name}: {m}",
             )
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_exported_folder_gives_the_same_logits(kind: str, tp: int, tmp_path: Path) -> None:
+    model = variants(kind)[3]  # GQA, untied, scaled RoPE
+    by_rank = run_ranks(tp, run_model, model, tp, tmp_path, tmp_path=tmp_path)
+    folder = export_folder(
+        load_weights(tmp_path / "weights"),
+        to_hf_config(model, eod_id=2),
+        train_sentencepiece(tmp_path, "bpe"),
+        tmp_path / "exported",
+        dtype=torch.float32,
+    )
+    remote = {} if kind == "standard" else {"trust_remote_code": True}
+    loaded = AutoModelForCausalLM.from_pretrained(folder, **remote)
+    assert isinstance(loaded, LlamaForCausalLM) == (kind == "standard")
+    with torch.no_grad():
+        expected = loaded(tokens()[:, :-1]).logits
+    for logits in by_rank:
+        torch.testing.assert_close(logits, expected, atol=LOGITS_TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
