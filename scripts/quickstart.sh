@@ -59,7 +59,7 @@ stage report $out/run/report/index.html "$ladder" report $out/run
 
 if $did_something; then
   echo "== generate"
-  "$ladder" generate $out/model --prompt "def main(" "class Parser:" --max-new-tokens 64
+  "$ladder" generate $out/model --prompt "def main(" "class Parser:" --max-new-tokens 64 --temperature 0.7
 else
   echo "Nothing to do: everything was done before. Remove the folder $out to start afresh."
 fi
