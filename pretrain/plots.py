@@ -29,10 +29,13 @@ def draw_losses(runs: "list[Run]", against: str) -> bytes:
     Args:
         against: "tokens" or "time".
     """
-    figure, axes = _axes(against, "loss, nats a token")
+    scale, unit = 1.0, ""
+    if against == "time":
+        scale, unit = _time_unit(max((m["time"] for run in runs for m in run.train), default=0.0))
+    figure, axes = _axes(against, "loss, nats a token", unit=unit)
     unigrams: dict[str, float] = {}
     for run, colour in zip(runs, _colours(len(runs)), strict=True):
-        x = [m[against] for m in run.train]
+        x = [m[against] / scale for m in run.train]
         y = [_finite(m["loss"]) for m in run.train]
         axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.25)
         axes.plot(x, _smooth(y), color=colour, linewidth=1.6, label=f"{run.label}, training")
@@ -40,7 +43,7 @@ def draw_losses(runs: "list[Run]", against: str) -> bytes:
             lines = run.validation_of(dataset)
             several = len(run.datasets()) > 1
             axes.plot(
-                [m[against] for m in lines],
+                [m[against] / scale for m in lines],
                 [_finite(m["loss"]) for m in lines],
                 color=colour,
                 marker="o",
@@ -83,16 +86,15 @@ def draw_series(runs: "list[Run]", name: str) -> bytes:
     return _png(figure)
 
 
-def _axes(against: str, label: str, height: float = 4.6) -> tuple[Figure, Any]:
+def _axes(against: str, label: str, height: float = 4.6, unit: str = "") -> tuple[Figure, Any]:
     figure = Figure(figsize=(8.6, height), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlabel(LABELS[against])
+    axes.set_xlabel(LABELS[against] + (f", {unit}" if unit else ""))
     axes.set_ylabel(label)
     axes.grid(True, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    formatter = _si if against == "tokens" else _clock
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: formatter(v)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _si(v)))
     return figure, axes
 
 
@@ -106,8 +108,8 @@ def _finite(value: float) -> float:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Exponential moving average over about a fiftieth of the run, corrected at its start."""
-    keep = 1 - 1 / max(1.0, len(values) / 50)
+    """Exponential moving average over about a twenty-fifth of the run, corrected at its start."""
+    keep = 1 - 1 / max(1.0, len(values) / 25)
     total, weight, out = 0.0, 0.0, []
     for value in values:
         if math.isfinite(value):
@@ -124,10 +126,12 @@ def _si(value: float) -> str:
     return f"{value:g}"
 
 
-def _clock(seconds: float) -> str:
-    if seconds >= 7200:
-        return f"{seconds / 3600:g} h"
-    return f"{seconds / 60:.3g} min" if seconds >= 120 else f"{seconds:g} s"
+def _time_unit(longest_s: float) -> tuple[float, str]:
+    """Seconds in the unit that suits the longest time, and its name."""
+    for seconds, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if longest_s >= 2 * seconds:
+            return seconds, name
+    return 1.0, "seconds"
 
 
 def _png(figure: Figure) -> bytes:

@@ -52,7 +52,7 @@ def tiny() -> TrainConfig:
         eval_interval=100,
         eval_sequences=256,
         save_interval=100,
-        log_interval=10,
+        log_interval=5,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_ladder.errors import UserError
+from pretrain.arguments import is_first_rank
 from pretrain.config import (
     TrainConfig,
     differences,
@@ -59,7 +60,8 @@ def check_output_dir(config: TrainConfig) -> str:
             f"{run_dir} holds another run: {detail}.\nChoose another --output-dir, or keep these as "
             "they were. The layout, batch split, intervals and logging may change."
         )
-    lock(run_dir).close()  # refused while another process trains here
+    if is_first_rank():  # the one that will hold it
+        lock(run_dir).close()  # refused while another process trains here
     latest = latest_checkpoint(run_dir)
     if latest and checkpoint_step(latest) >= config.train_steps:
         return ""
