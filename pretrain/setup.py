@@ -35,6 +35,7 @@ def start_ranks(config: TrainConfig) -> str:
     if config.deterministic:
         # cuBLAS needs a fixed workspace for repeatable sums.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
         torch.use_deterministic_algorithms(True)
     initialize_model_parallel(config.parallel, config.seed)
     return device
