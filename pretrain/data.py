@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_ladder.errors import UserError
 from pretrain.config import TrainConfig
+from pretrain.files import write_atomically
 
 Batch = dict[str, torch.Tensor]
 
@@ -141,6 +142,38 @@ def open_data(config: TrainConfig) -> list[DataFolder]:
                 "validation fraction or lower data.seq_length"
             )
     return folders
+
+
+def keep_facts(run_dir: Path, folders: list[DataFolder]) -> None:
+    """Copies manifests and the tokenizer into the run's folder: exporting needs no data then."""
+    for number, folder in enumerate(folders):
+        target = run_dir / "data" / str(number)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in (folder.tokenizer["file"], "manifest.json"):  # the manifest says it is complete
+            write_atomically(target / name, (folder.path / name).read_bytes())
+
+
+def kept_facts(run_dir: Path) -> list[DataFolder]:
+    """What `keep_facts` kept of each data set: manifest and tokenizer, no tokens.
+
+    Raises:
+        UserError: nothing was kept.
+    """
+    paths = sorted((run_dir / "data").glob("*/manifest.json"), key=lambda p: int(p.parent.name))
+    if not paths:
+        raise UserError(f"{run_dir} holds no data/0/manifest.json: is the run's folder complete?")
+    return [DataFolder(path.parent, json.loads(path.read_text())) for path in paths]
+
+
+def check_same_tokenizer(run_dir: Path, folders: list[DataFolder]) -> None:
+    """Refuses to go on with data that was tokenized again with another tokenizer."""
+    if not (run_dir / "data" / "0" / "manifest.json").is_file():
+        return  # a run that has not started
+    if kept_facts(run_dir)[0].tokenizer["sha256"] != folders[0].tokenizer["sha256"]:
+        raise UserError(
+            f"{folders[0].path} was tokenized with another tokenizer than the run in {run_dir} was "
+            "started with: its ids mean different things; use the data set it was started with"
+        )
 
 
 def unigram_loss(folder: DataFolder, split: str = "validation") -> float:

@@ -10,7 +10,7 @@ from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
 from pretrain.checkpoint import load_weights
 from pretrain.config import TrainConfig, load_config
-from pretrain.data import open_folder
+from pretrain.data import kept_facts
 from pretrain.metrics import read_metrics
 from pretrain.run_folder import checkpoint_step, latest_checkpoint
 
@@ -27,11 +27,11 @@ def export_run(run: Path, output_dir: Path, dtype: str | None, max_shard_size: s
         max_shard_size: of one safetensors file, such as "5GB".
 
     Raises:
-        UserError: no such run or checkpoint, its tokenizer is gone, or the output is in use.
+        UserError: no such run or checkpoint, or the output is in use.
     """
     checkpoint = _find_checkpoint(run)
     config = load_config(checkpoint / "config.json")
-    data = open_folder(config.data.paths[0])
+    data = kept_facts(checkpoint.parents[1])[0]
     return export_folder(
         load_weights(checkpoint),
         to_hf_config(config.model, data.tokenizer["eod_id"]),
@@ -59,8 +59,8 @@ def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
     step = checkpoint_step(checkpoint)
     run_dir = checkpoint.parents[1]
     data = {
-        folder.name: f"{folder.tokens('train'):,} tokens for training"
-        for folder in map(open_folder, config.data.paths)
+        path.name: f"{folder.tokens('train'):,} tokens for training"
+        for path, folder in zip(config.data.paths, kept_facts(run_dir), strict=True)
     }
     tp, global_batch = config.parallel.tensor_model_parallel_size, config.global_batch_size
     training = {

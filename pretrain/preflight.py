@@ -6,7 +6,7 @@ from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
 from megatron_ladder.specs import resolve_impl
 from pretrain.config import TrainConfig
-from pretrain.data import DataFolder, open_data
+from pretrain.data import DataFolder, check_same_tokenizer, open_data
 from pretrain.run_folder import check_free_space, check_output_dir
 
 
@@ -29,6 +29,8 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     config.num_microbatches(config.parallel.data_parallel_size(world_size))
     plan = check_output_dir(config)
     check_free_space(config)
+    assert config.output_dir is not None
+    check_same_tokenizer(config.output_dir, folders)
     if config.wandb:
         try:
             import wandb  # noqa: F401

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_ladder.errors import UserError
 from pretrain.config import TrainConfig, to_dict
+from pretrain.data import DataFolder, keep_facts, unigram_loss
 from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
 from pretrain.run_folder import write_config
 
@@ -68,9 +69,14 @@ class RunLog:
         self._pending_steps = 0
         self._pending_s = 0.0
 
-    def baseline(self, dataset: str, unigram_loss: float) -> None:
+    def data(self, folders: list[DataFolder]) -> None:
+        """What a new run trains on, and what a model without context could reach on it."""
         if self._log:
-            self._log.baseline(dataset=dataset, unigram_loss=unigram_loss)
+            assert self._config.output_dir is not None
+            keep_facts(self._config.output_dir, folders)
+            for folder in folders:
+                if folder.tokens("validation"):
+                    self._log.baseline(dataset=folder.name, unigram_loss=unigram_loss(folder))
 
     def train(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
         """One step is done. Raises UserError on every rank when the loss is not finite."""

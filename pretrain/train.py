@@ -9,7 +9,6 @@ from pretrain.data import (
     DataFolder,
     train_batches,
     train_dataset,
-    unigram_loss,
     validation_batches,
     validation_datasets,
 )
@@ -46,9 +45,7 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
     )
     log = RunLog(config, progress.step, device)
     if progress.step == 0:
-        for folder in folders:
-            if folder.tokens("validation"):
-                log.baseline(folder.name, unigram_loss(folder))
+        log.data(folders)
 
     for step in range(progress.step + 1, config.train_steps + 1):
         loss, grad_norm, learning_rate = train_step(model, optimizer, scheduler, batches, config)

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from pretrain.checkpoint import load_weights
+from pretrain.export import export_run
 from tests.data_sets import write_data_set
+from tests.unit.hf.tiny import train_sentencepiece
 
 STEPS = 20
 OPTIONS = f"--preset debug --schedule.train-steps {STEPS} --save-interval 5 --eval-interval 10"
@@ -21,7 +24,7 @@ TIMEOUT_S = 150
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data_set(tmp_path_factory.mktemp("data") / "data")
+    return write_data_set(tmp_path_factory.mktemp("data") / "data", vocab_size=400)
 
 
 def command(data: Path, run: Path, *options: str) -> list[str]:
@@ -124,6 +127,23 @@ def test_a_checkpoint_continues_at_other_layouts(whole_run, data: Path, tmp_path
         assert metrics(run, "start")[-1]["step"] == 15
         assert metrics(run, "validation")[-1]["loss"] == pytest.approx(expected, abs=1e-5), name
         assert losses(run) == pytest.approx(losses(whole), abs=1e-4)
+
+
+def test_the_run_exports_and_its_card_has_its_figures(whole_run, tmp_path: Path) -> None:
+    tp, whole = whole_run
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    # The made-up data set's tokenizer is none; a real one of its vocabulary's size takes its place.
+    manifest = json.loads((run / "data/0/manifest.json").read_text())
+    train_sentencepiece(run / "data/0", "bpe", vocab_size=manifest["tokenizer"]["vocab_size"])
+    out = tmp_path / "model"
+    export_run(run, out, dtype=None, max_shard_size="5GB")
+    loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    weights = load_weights(run / f"checkpoints/step_{STEPS:08d}")
+    assert torch.equal(loaded.model.norm.weight, weights["decoder.final_layernorm.weight"])
+    card = (out / "README.md").read_text()
+    assert f"{metrics(run, 'validation')[-1]['loss']:.4f} nats a token at step {STEPS}" in card
+    assert f"| Tensor-parallel size | {tp} |" in card
 
 
 def test_training_learns(whole_run) -> None:

@@ -9,7 +9,16 @@ import torch
 
 from megatron_ladder.errors import UserError
 from pretrain.config import DataConfig
-from pretrain.data import open_data, open_folder, train_batches, unigram_loss, validation_batches
+from pretrain.data import (
+    check_same_tokenizer,
+    keep_facts,
+    kept_facts,
+    open_data,
+    open_folder,
+    train_batches,
+    unigram_loss,
+    validation_batches,
+)
 from pretrain.presets import PRESETS
 from tests.data_sets import write_data_set
 
@@ -143,3 +152,19 @@ def test_weights_must_fit_the_paths(data: Path) -> None:
     for weights in ((1.0, 2.0), (0.0,)):
         with pytest.raises(UserError, match="give one above 0 for each"):
             open_data(config_for(data, weights=weights))
+
+
+def test_a_run_keeps_what_export_needs_and_refuses_another_tokenizer(data, tmp_path) -> None:
+    run = tmp_path / "run"
+    folders = open_data(config_for(data))
+    check_same_tokenizer(run, folders)  # nothing kept yet
+    with pytest.raises(UserError, match=r"holds no data/0/manifest\.json"):
+        kept_facts(run)
+    keep_facts(run, folders)
+    (kept,) = kept_facts(run)
+    assert kept.manifest == folders[0].manifest
+    assert (kept.path / "tokenizer.model").read_bytes() == b"a tokenizer"
+    check_same_tokenizer(run, folders)
+    other = open_data(config_for(write_data_set(tmp_path / "other", tokenizer=b"another")))
+    with pytest.raises(UserError, match="was tokenized with another tokenizer than the run"):
+        check_same_tokenizer(run, other)
