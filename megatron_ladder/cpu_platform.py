@@ -47,6 +47,7 @@ def enable() -> bool:
     cuda: Any = torch.cuda
     tensor: Any = torch.Tensor
     cuda.current_device = lambda: _CPU
+    cuda.current_stream = lambda *_: None  # there is one, and nothing to wait for
     cuda.synchronize = lambda *_: None
     cuda.empty_cache = lambda: None
     cuda.manual_seed = torch.manual_seed

@@ -30,7 +30,11 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
     if chosen.config:
         default = load_config(chosen.config)
     else:
-        name = chosen.preset or "debug"
+        name = chosen.preset or ("debug" if {"-h", "--help"} & set(options) else "")
+        if not name:
+            raise UserError(
+                f"give --preset NAME ({', '.join(PRESETS)}) or --config FILE to start from"
+            )
         if name not in PRESETS:
             near = difflib.get_close_matches(name, PRESETS, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""

@@ -98,6 +98,8 @@ def test_values_that_do_not_fit_end_with_status_2(options: str, message: str, ca
 def test_an_unknown_preset_is_named_with_what_is_near() -> None:
     with pytest.raises(UserError, match=r"no preset 'tinny' \(did you mean tiny\?\)"):
         parse_train(["--preset", "tinny"])
+    with pytest.raises(UserError, match=r"give --preset NAME \(debug, tiny, "):
+        parse_train(["--seed", "1"])
 
 
 @pytest.mark.parametrize(
