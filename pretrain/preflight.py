@@ -1,5 +1,6 @@
 """Everything that can be refused before work starts."""
 
+import logging
 from dataclasses import replace
 
 from megatron_ladder.config import check_layout
@@ -8,6 +9,8 @@ from megatron_ladder.specs import resolve_impl
 from pretrain.config import TrainConfig
 from pretrain.data import DataFolder, check_same_tokenizer, open_data
 from pretrain.run_folder import check_free_space, check_output_dir
+
+logger = logging.getLogger(__name__)
 
 
 def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[DataFolder], str]:
@@ -24,6 +27,12 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     if config.model.vocab_size is None:
         vocab_size = folders[0].tokenizer["vocab_size"]
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    elif config.model.vocab_size > folders[0].tokenizer["vocab_size"]:
+        logger.warning(
+            "model.vocab_size is %d, the data's tokenizer has %d ids: the others are never trained on",
+            config.model.vocab_size,
+            folders[0].tokenizer["vocab_size"],
+        )
     check_layout(config.model, config.parallel)
     resolve_impl(config.transformer_impl)
     config.num_microbatches(config.parallel.data_parallel_size(world_size))
