@@ -144,11 +144,12 @@ def _rng_object(state: dict[str, Any] | None) -> ShardedObject:
 
 
 def _prune(run_dir: Path, keep_last: int) -> None:
+    """Deletes all but the newest checkpoints, and what killed runs left half written or deleted."""
     for old in checkpoints(run_dir)[:-keep_last]:
         # Renamed first: a checkpoint half deleted must not look complete.
-        doomed = old.with_name(old.name + ".tmp")
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+        old.rename(old.with_name(old.name + ".tmp"))
+    for leftover in (run_dir / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(leftover)
 
 
 def _sync_folder(folder: Path) -> None:
