@@ -48,9 +48,11 @@ class ModelConfig:
     share_embeddings_and_output_weights: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        for name in (*sizes, "num_query_groups", "vocab_size", "max_position_embeddings"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"model.{name} is {value}: it must be at least 1")
         if self.residual not in get_args(Residual):
             raise UserError(
                 f"model.residual is {self.residual!r}: choose one of {', '.join(get_args(Residual))}"

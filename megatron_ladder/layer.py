@@ -26,8 +26,6 @@ from torch import Tensor
 from megatron_ladder.collectives import reduce_gradient, start_all_reduce, wait
 from megatron_ladder.config import Residual
 
-WithBias = tuple[Tensor, Tensor | None]
-
 
 class LadderTransformerLayer(TransformerLayer):
     """A layer built by a ModuleSpec whose linears do not communicate (linear.py).
@@ -91,47 +89,37 @@ class LadderTransformerLayer(TransformerLayer):
 
         if self.residual == "ladder":
             attention = self._attention(self.input_layernorm(a), **attention_kwargs)
-            m = a if y is None else self._add(a, (wait(y), None))  # y arrived behind attention
-            mlp = self._mlp(self.pre_mlp_layernorm(m))
-            a = self._add(m, _waited(attention))  # attention's output arrived behind the MLP
+            m = a if y is None else self._add(a, y)  # y arrived behind attention
+            y = self._mlp(self.pre_mlp_layernorm(m))
+            a = self._add(m, attention)  # attention's output arrived behind the MLP
         elif self.residual == "standard":
-            m = a if y is None else self._add(a, (wait(y), None))
-            attention = self._attention(self.input_layernorm(m), **attention_kwargs)
-            a = self._add(m, _waited(attention))
-            mlp = self._mlp(self.pre_mlp_layernorm(a))
+            m = a if y is None else self._add(a, y)
+            a = self._add(m, self._attention(self.input_layernorm(m), **attention_kwargs))
+            y = self._mlp(self.pre_mlp_layernorm(a))
         else:
-            a = a if y is None else self._add(a, (wait(y), None))
-            mlp = self._attention_and_mlp(self.input_layernorm(a), **attention_kwargs)
+            a = a if y is None else self._add(a, y)
+            y = self._attention_and_mlp(self.input_layernorm(a), **attention_kwargs)
 
-        y, bias = mlp
-        assert bias is None, "biases of row-parallel linears are off in this family of models"
-        if self.is_last_layer:
-            return self._add(a, (wait(y), None)), None
-        return y, a
+        return (self._add(a, y), None) if self.is_last_layer else (y, a)
 
-    def _attention(self, x: Tensor, **kwargs: Any) -> WithBias:
-        """Self-attention of a normalised state; its output's all-reduce is started, not awaited."""
-        x = reduce_gradient(x, self.tp_group)
-        output, bias = self.self_attention(x, **kwargs)
-        return start_all_reduce(output, self.tp_group), bias
+    # The sub-modules take a normalised state and start the all-reduce of their output. Biases of
+    # row-parallel linears, which would be added after it, are refused above.
 
-    def _mlp(self, x: Tensor) -> WithBias:
-        """MLP of a normalised state; its output's all-reduce is started, not awaited."""
-        output, bias = self.mlp(reduce_gradient(x, self.tp_group))
-        return start_all_reduce(output, self.tp_group), bias
+    def _attention(self, x: Tensor, **kwargs: Any) -> Tensor:
+        output, _ = self.self_attention(reduce_gradient(x, self.tp_group), **kwargs)
+        return start_all_reduce(output, self.tp_group)
 
-    def _attention_and_mlp(self, x: Tensor, **kwargs: Any) -> WithBias:
-        """Both sub-modules on one normalised state; one all-reduce for their sum."""
+    def _mlp(self, x: Tensor) -> Tensor:
+        output, _ = self.mlp(reduce_gradient(x, self.tp_group))
+        return start_all_reduce(output, self.tp_group)
+
+    def _attention_and_mlp(self, x: Tensor, **kwargs: Any) -> Tensor:
         x = reduce_gradient(x, self.tp_group)
         attention, _ = self.self_attention(x, **kwargs)
-        mlp, bias = self.mlp(x)
-        return start_all_reduce(attention + mlp, self.tp_group), bias
+        mlp, _ = self.mlp(x)
+        return start_all_reduce(attention + mlp, self.tp_group)
 
-    def _add(self, residual: Tensor, output: WithBias) -> Tensor:
-        """residual + dropout(output + bias); `output` must have arrived."""
+    def _add(self, residual: Tensor, output: Tensor) -> Tensor:
+        """residual + dropout(output), once the output's all-reduce has arrived."""
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        return add(output, residual, self.hidden_dropout)
-
-
-def _waited(output: WithBias) -> WithBias:
-    return wait(output[0]), output[1]
+        return add((wait(output), None), residual, self.hidden_dropout)

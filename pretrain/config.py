@@ -103,9 +103,30 @@ class TrainConfig:
     wandb: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "global_batch_size", "save_interval", "keep_last"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        at_least_1 = {
+            "micro_batch_size": self.micro_batch_size,
+            "global_batch_size": self.global_batch_size,
+            "save_interval": self.save_interval,
+            "keep_last": self.keep_last,
+            "log_interval": self.log_interval,
+            "eval_sequences": self.eval_sequences,
+            "data.seq_length": self.data.seq_length,
+            "schedule.train_steps": self.schedule.train_steps,
+            "schedule.train_tokens": self.schedule.train_tokens,
+        }
+        not_negative = {
+            "eval_interval": self.eval_interval,
+            "data.num_workers": self.data.num_workers,
+            "optimizer.lr": self.optimizer.lr,
+            "optimizer.weight_decay": self.optimizer.weight_decay,
+            "optimizer.clip_grad": self.optimizer.clip_grad,
+            "schedule.warmup_steps": self.schedule.warmup_steps,
+            "schedule.warmup_tokens": self.schedule.warmup_tokens,
+        }
+        for least, values in ((1, at_least_1), (0, not_negative)):
+            for name, value in values.items():
+                if value is not None and value < least:
+                    raise UserError(f"{name} is {value}: it must be at least {least}")
         if self.data.seq_length > self.model.max_position_embeddings:
             raise UserError(
                 f"data.seq_length {self.data.seq_length} is longer than "

@@ -1,5 +1,6 @@
 """From a run's checkpoint to a Hugging Face folder."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ def export_run(run: Path, output_dir: Path, dtype: str | None, max_shard_size: s
         max_shard_size: of one safetensors file, such as "5GB".
 
     Raises:
-        UserError: no such run or checkpoint, or the output is in use.
+        UserError: no such run or checkpoint, the output is in use, or a size that is none.
     """
+    if not re.fullmatch(r"\d+[KMGT]?B", max_shard_size):
+        raise UserError(f"--max-shard-size {max_shard_size}: give a size such as 500MB or 5GB")
     checkpoint = _find_checkpoint(run)
     config = load_config(checkpoint / "config.json")
     data = kept_facts(checkpoint.parents[1])[0]

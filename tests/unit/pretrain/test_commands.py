@@ -85,6 +85,7 @@ def test_other_commands_say_what_is_wrong(tmp_path: Path, capsys) -> None:
         ("export", str(tmp_path / "no"), str(tmp_path / "out")): "does not exist",
         ("export", str(tmp_path / "empty"), str(tmp_path / "out")): "has no checkpoint",
         ("export", "a"): "the folder to make",
+        ("export", "a", "b", "--max-shard-size", "big"): "give a size such as 500mb",
         ("generate", str(tmp_path / "no"), "--prompt", "x"): "no",
         ("report", str(tmp_path / "empty")): "empty",
     }.items():

@@ -77,6 +77,8 @@ def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
         ("--schedule.train-steps 10 --schedule.warmup-steps 10", "warm-up takes 10 of 10 steps"),
         ("--data.seq-length 4096", "longer than model.max_position_embeddings"),
         ("--micro-batch-size 0", "micro_batch_size is 0"),
+        ("--data.seq-length 0", "data.seq_length is 0"),
+        ("--optimizer.lr -1", "optimizer.lr is -1.0: it must be at least 0"),
         ("--schedule.min-lr-fraction 2", "shares from 0 to 1"),
         ("--model.residual parallel --model.ladder-layers 2", "model.residual is parallel"),
         ("--parallel.pipeline-model-parallel-size 2", "not supported yet"),
