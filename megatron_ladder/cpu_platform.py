@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,9 @@ def enable() -> bool:
     tensor.type = reported_type
 
     # Patched rather than caught by a TorchFunctionMode: a mode is off inside backward, where
-    # recomputation runs.
+    # recomputation runs. `with torch.device(...)` keeps a cached list of the functions it acts on:
+    # it must hold the real ones, which the patched ones call.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor.to = _on_cpu(torch.Tensor.to)
