@@ -1,5 +1,6 @@
 """Documents out of files: JSON lines, or plain text."""
 
+import codecs
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -68,6 +69,8 @@ def _json_lines(
         if not line.strip():
             continue
         where = f"{source.path}:{number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if number == 1 and b"\0" in line:
             raise UserError(f"{source.path} is not JSON lines: it holds binary data")
         try:
@@ -107,7 +110,7 @@ def _text(
 ) -> Iterator[str]:
     def decoded(parts: list[bytes], where: str) -> Iterator[str]:
         try:
-            text = b"".join(parts).decode()
+            text = b"".join(parts).decode("utf-8-sig")  # without a byte order mark
         except UnicodeDecodeError as error:
             bad.add(where, f"not UTF-8: {error.reason} at byte {error.start}")
             return

@@ -86,6 +86,9 @@ def _manifest(data: Path) -> dict[str, Any]:
         raise UserError(f"{data} is not a data set: it holds no manifest.json")
     try:
         manifest = json.loads(path.read_text())
+        for key in ("file", "kind", "vocab_size", "eod_id", "sha256"):
+            manifest["tokenizer"][key]
+        manifest["created_by"], manifest["sources"], manifest["dtype"]
         for name, split in manifest["splits"].items():
             for ending in ("bin", "idx"):
                 file = data / f"{name}.{ending}"
@@ -95,6 +98,6 @@ def _manifest(data: Path) -> dict[str, Any]:
                         f"{file} has {size:,} bytes, the manifest says "
                         f"{split[f'{ending}_bytes']:,}: the data set is damaged, tokenize again"
                     )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a data set's manifest: {error!r}") from error
     return manifest

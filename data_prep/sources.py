@@ -51,6 +51,10 @@ def find_sources(
     Raises:
         UserError: an input does not exist, or nothing is left.
     """
+    if not inputs:
+        raise UserError(
+            "no input: give files or folders (before --include, which takes what follows)"
+        )
     found: list[Source] = []
     for given in inputs:
         if given.is_dir():

@@ -1,5 +1,6 @@
 """Text to a data set: documents are encoded, split by their hash, and written as Megatron shards."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -65,10 +66,13 @@ def tokenize(options: Tokenize) -> str:
         return f"{options.output_dir}: already done from the same text, nothing to do"
     _check_space(options.output_dir, sources, dtype)
 
-    target = options.output_dir.absolute()
+    target = options.output_dir.resolve()  # a link's own target is what is replaced
+    if target.is_mount():
+        raise UserError(
+            f"--output-dir {options.output_dir} is a mount point: give a folder below it"
+        )
     temporary = target.parent / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    temporary.mkdir(parents=True)
+    held = _fresh_folder(temporary)
     try:
         summary, manifest = _write(temporary, options, encoder, sources, plan)
         _write_durably(temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -79,6 +83,8 @@ def tokenize(options: Tokenize) -> str:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
     return f"{summary}\nData set: {options.output_dir}"
 
 
@@ -187,6 +193,12 @@ def _is_done(output_dir: Path, plan: dict[str, Any]) -> bool:
     try:
         manifest = json.loads((output_dir / "manifest.json").read_text())
         same = all(manifest[key] == plan[key] for key in ("tokenizer", "dtype", "options"))
+        whole = all(
+            (output_dir / f"{name}.{ending}").stat().st_size == split[f"{ending}_bytes"]
+            for name, split in manifest["splits"].items()
+            for ending in ("bin", "idx")
+        )
+        same = same and whole
         made_of = [{"path": s["path"], "bytes": s["bytes"]} for s in manifest["sources"]]
     except (OSError, ValueError, KeyError, TypeError):
         same, made_of = False, []
@@ -198,9 +210,33 @@ def _is_done(output_dir: Path, plan: dict[str, Any]) -> bool:
     )
 
 
+def _fresh_folder(temporary: Path) -> int:
+    """Makes the folder anew, locked while the returned descriptor is open.
+
+    Raises:
+        UserError: another process is writing it. The system drops the lock of one that was killed.
+    """
+    try:
+        old = os.open(temporary, os.O_RDONLY)
+    except FileNotFoundError:
+        pass
+    else:
+        try:
+            fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(temporary)  # of a run that was killed
+        except BlockingIOError:
+            raise UserError(f"{temporary}: another process is making this data set") from None
+        finally:
+            os.close(old)
+    temporary.mkdir(parents=True)
+    descriptor = os.open(temporary, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
 def _check_fractions(options: Tokenize) -> None:
     fractions = (options.validation_fraction, options.test_fraction)
-    if min(fractions) < 0 or sum(fractions) >= 1:
+    if not (min(fractions) >= 0 and sum(fractions) < 1):  # NaN is neither
         raise UserError(
             f"--validation-fraction {fractions[0]} and --test-fraction {fractions[1]} must be 0 or "
             "more, and leave something to train on"

@@ -82,7 +82,7 @@ def train_tokenizer(options: TrainTokenizer) -> Path:
             # SentencePiece reads lines, so it never sees a line's end: pieces of their own.
             user_defined_symbols=["\n", "\t"],
             max_sentence_length=SENTENCE_BYTES + 64,
-            num_threads=os.cpu_count() or 1,
+            num_threads=8,  # fixed: the model records it
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -140,6 +140,13 @@ def hash_fraction(text: str) -> float:
 
 def _reason(message: str) -> str:
     """What a user can act on in SentencePiece's message."""
+    if "sentences_.empty()" in message:
+        return (
+            "no document was sampled: raise --max-training-bytes, or make more documents of plain "
+            "text with --text-documents paragraph"
+        )
+    if "required_chars" in message:
+        return "the text has more characters than this --vocab-size: raise it"
     if "Vocabulary size too high" in message or "vocab_size" in message:
         return (
             f"the text is too small for this --vocab-size: {message.rsplit(']')[-1].strip()} "

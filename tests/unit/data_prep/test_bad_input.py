@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,43 @@ def test_inspecting_files_that_disagree(refused, out, tmp_path) -> None:
     assert "the data set is damaged" in refused("inspect", damaged)
     write(damaged / "manifest.json", "{}")
     assert "is not a data set's manifest" in refused("inspect", damaged)
+
+
+def test_two_runs_into_one_folder(jsonl, tokenizer, refused, tmp_path) -> None:
+    target = tmp_path / "new"
+    held = tokenize_text._fresh_folder(tmp_path / ".new.tmp")
+    (tmp_path / ".new.tmp" / "train.bin").write_text("at work")
+    base = ["tokenize", jsonl, "--tokenizer", tokenizer, "--output-dir", target]
+    assert "another process is making this data set" in refused(*base)
+    assert (tmp_path / ".new.tmp" / "train.bin").read_text() == "at work"
+    os.close(held)  # as when that process ends
+    assert cli.main([str(a) for a in base]) == 0
+
+
+def test_a_damaged_data_set_is_not_called_done(jsonl, tokenizer, refused, tmp_path) -> None:
+    target = tmp_path / "new"
+    base = ["tokenize", jsonl, "--tokenizer", tokenizer, "--output-dir", target]
+    assert cli.main([str(a) for a in base]) == 0
+    (target / "train.bin").write_bytes(b"xx")
+    assert "holds something else" in refused(*base)
+
+
+def test_no_input_and_no_number(refused, jsonl, tokenizer, tmp_path) -> None:
+    base = ["--tokenizer", tokenizer, "--output-dir", tmp_path / "new"]
+    assert "no input: give files or folders" in refused("tokenize", *base)
+    message = refused("tokenize", jsonl, *base, "--validation-fraction", "nan")
+    assert "must be 0 or more" in message
+
+
+def test_a_sample_without_a_document(refused, tmp_path) -> None:
+    file = write(tmp_path / "a.txt", "hello world\n" * 100_000)
+    base = ["train-tokenizer", file, "--output-dir", tmp_path / "t", "--vocab-size", 300]
+    assert "no document was sampled" in refused(*base, "--max-training-bytes", 10)
+
+
+def test_a_manifest_without_its_parts(refused, out, tmp_path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for content in (b'{"splits": {}}', b"\xff"):
+        write(broken / "manifest.json", content)
+        assert "is not a data set's manifest" in refused("inspect", broken)

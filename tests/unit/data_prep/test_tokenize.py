@@ -239,3 +239,13 @@ def test_memory_does_not_grow_with_the_input(jsonl, tmp_path) -> None:
     )
     next(texts)
     assert sum(read) < big.stat().st_size / 2
+
+
+def test_a_link_to_an_empty_folder_and_a_byte_order_mark(tokenizer, tmp_path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    manifest = tokenize(file, tokenizer, tmp_path / "link", "--validation-fraction", "0")
+    assert manifest["splits"]["train"]["documents"] == 2
+    assert (tmp_path / "real" / "manifest.json").is_file()
