@@ -60,9 +60,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         )
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     metrics = []
-    for number, line in enumerate(
-        lines[:-1], start=1
-    ):  # what follows the last newline is cut short
+    # What follows the last newline is a line cut short.
+    for number, line in enumerate(lines[:-1], start=1):
         try:
             metrics.append(json.loads(line))
             metrics[-1]["kind"]

@@ -11,11 +11,11 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.hf.convert import megatron_to_hf
-from megatron_ladder.hf.export import export_folder
+from megatron_ladder.hf.export import export_folder, llama_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
 from megatron_ladder.mcore_compat import (
@@ -176,18 +176,7 @@ def test_standard_matches_transformers_own_llama(tp: int, tmp_path: Path) -> Non
     by_rank = run_ranks(tp, run_variants, "standard", tp, tmp_path, tmp_path=tmp_path)
     for i, model in enumerate(variants("standard")):
         ours = to_hf_config(model)
-        config = LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=ours.hidden_size,
-            intermediate_size=ours.intermediate_size,
-            num_hidden_layers=ours.num_hidden_layers,
-            num_attention_heads=ours.num_attention_heads,
-            num_key_value_heads=ours.num_key_value_heads,
-            rms_norm_eps=ours.rms_norm_eps,
-            rope_parameters=dict(ours.rope_parameters),
-            tie_word_embeddings=ours.tie_word_embeddings,
-        )
-        llama = LlamaForCausalLM(config).float()
+        llama = LlamaForCausalLM(llama_config(ours)).float()
         weights = dict(megatron_to_hf(load_weights(tmp_path / str(i) / "weights"), ours))
         llama.load_state_dict(weights, strict=False)
         llama.tie_weights()

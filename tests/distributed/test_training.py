@@ -91,6 +91,7 @@ def test_a_killed_run_resumes_bitwise(whole_run, data: Path, tmp_path: Path) -> 
     (run / "checkpoints/step_00000003.tmp").mkdir()  # as a kill while deleting leaves it
     assert "Resuming" in train(data, run, *tensor_parallel(tp))
     assert not list(run.glob("checkpoints/*.tmp"))
+    assert metrics(run, "start")[-1]["step"] >= 5  # from a checkpoint, not from the start
     assert losses(run) == losses(whole)
     last = f"checkpoints/step_{STEPS:08d}"
     expected, got = load_weights(whole / last), load_weights(run / last)
