@@ -1,16 +1,20 @@
-"""The tensor-parallel collectives of a ladder layer, split into a start and a wait.
+"""The tensor-parallel collectives around a sub-module, each split into a start and a wait.
 
 A sub-module's linears communicate nothing (linear.py); the layer does it at four points:
 
-    x -> norm -> [gradient wait] -> [gradient start] -> sub-module -> [start] ... [wait] -> add
+    input_start -> input_wait -> sub-module -> output_start -> output_wait -> add to the residual
 
-Forward, `start_all_reduce` launches the sum of the sub-module's output over the tensor-parallel
-ranks and `wait` is called as late as the residual stream allows, after the next sub-module has been
-queued. In between the tensor holds partial sums: it may be passed on, never read.
+                    forward                             backward
+    tensor parallel
+      input         identity                            all-reduce of the input's gradient
+      output        all-reduce                          identity
+    with sequence parallelism
+      input         all-gather                          reduce-scatter of the input's gradient
+      output        reduce-scatter                      all-gather of the output's gradient
 
-Backward, `reduce_gradient` sums the sub-module's input gradient: started when that gradient exists,
-waited for before the norm's backward reads it. Autograd's own order runs the wait right after the
-start, so backward is correct but not overlapped yet.
+In backward the points run in the opposite order: `input_wait` starts the input gradient's
+reduction, `input_start` waits for it. Between a start and its wait a tensor is in flight: it may be
+passed on, never read. docs/overlap.md shows when each point runs, and why.
 """
 
 from typing import Any, Protocol
@@ -19,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ladder.backward_order import natural_number, run_no_sooner_than
+
 Group = dist.ProcessGroup
 
 
@@ -26,86 +32,257 @@ class _Work(Protocol):
     def wait(self) -> object: ...
 
 
-# The handle of a collective in flight travels on the tensor it writes to. megatron-core passes
-# layers' outputs on untouched, so the next layer finds it there.
-_IN_FLIGHT = "_tensor_parallel_work"
+# megatron-core passes a layer's outputs on untouched, and a sub-module its input to its first
+# linear, so what belongs to a tensor travels as an attribute of it.
+_SUBMODULE = "_submodule_collectives"
 
 
-class _StartAllReduce(torch.autograd.Function):
-    """Forward: starts the sum of `x` over `group`, in place. Backward: identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, started: list[_Work]) -> Tensor:
-        # In place: `x` is a GEMM's fresh output, which no backward formula reads.
-        ctx.mark_dirty(x)
-        started.append(dist.all_reduce(x, group=group, async_op=True))
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
-
-
-def start_all_reduce(x: Tensor, group: Group) -> Tensor:
-    """Starts the sum of `x` over the tensor-parallel ranks; read the result only after `wait`.
+class SubmoduleCollectives:
+    """The collectives of one call of one sub-module: handles and buffers, forward and backward.
 
     Args:
-        x: a sub-module's partial output, [s, b, h]; overwritten.
-        group: the tensor-parallel group.
+        group: the tensor-parallel ranks.
+        sequence_parallel: residual states are cut along the sequence, [s/tp, b, h].
     """
-    if group.size() == 1:
+
+    def __init__(self, group: Group, sequence_parallel: bool) -> None:
+        self.group, self.sequence_parallel = group, sequence_parallel
+        self.number: int | None = None
+        """Where this sub-module's backward ends in autograd's order."""
+        self.input_shard: Tensor | None = None
+        """With sequence parallelism: kept for backward, in place of the gathered input."""
+        self._input: _Work | None = None
+        self._output: _Work | None = None
+        self._input_gradient: tuple[Tensor, _Work] | None = None
+        self._output_gradient: tuple[Tensor, _Work] | None = None
+        self._input_again: tuple[Tensor, _Work] | None = None
+
+    # Forward.
+
+    def start_input(self, x: Tensor) -> Tensor:
+        if not self.sequence_parallel:
+            return x.view_as(x)
+        self.input_shard = x.detach()
+        gathered, self._input = self._all_gather(x)
+        return gathered
+
+    def wait_input(self) -> None:
+        if self._input is not None:
+            self._input.wait()
+            self._input = None
+
+    def start_output(self, x: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            x, self._output = self._reduce_scatter(x)
+        else:
+            # In place: `x` is a GEMM's fresh output, which no backward formula reads.
+            self._output = dist.all_reduce(x, group=self.group, async_op=True)
         return x
-    started: list[_Work] = []
-    x = _StartAllReduce.apply(x, group, started)
-    setattr(x, _IN_FLIGHT, started[0])
+
+    def wait_output(self) -> None:
+        if self._output is not None:
+            self._output.wait()
+            self._output = None
+
+    # Backward.
+
+    def start_input_gradient(self, grad: Tensor) -> None:
+        """`grad` holds this rank's part of every element of the sum; it is overwritten."""
+        grad = grad.contiguous()
+        if self.sequence_parallel:
+            self._input_gradient = self._reduce_scatter(grad)
+        else:
+            work = dist.all_reduce(grad, group=self.group, async_op=True)
+            self._input_gradient = grad, work
+
+    @property
+    def input_gradient_started(self) -> bool:
+        return self._input_gradient is not None
+
+    def wait_input_gradient(self) -> Tensor:
+        assert self._input_gradient is not None, "the sub-module's backward has not run"
+        flying, self._input_gradient = self._input_gradient, None
+        return _arrived(*flying)
+
+    def start_output_gradient(self, grad: Tensor) -> None:
+        self._output_gradient = self._all_gather(grad)
+        self.start_input_again()
+
+    def wait_output_gradient(self) -> Tensor:
+        assert self._output_gradient is not None
+        flying, self._output_gradient = self._output_gradient, None
+        return _arrived(*flying)
+
+    def start_input_again(self) -> None:
+        """Gathers the input once more, for the weight gradient or to recompute; idempotent."""
+        if self.input_shard is not None and self._input_again is None:
+            self._input_again = self._all_gather(self.input_shard)
+
+    def wait_input_again(self) -> Tensor:
+        self.start_input_again()
+        assert self._input_again is not None
+        flying, self._input_again = self._input_again, None
+        return _arrived(*flying)
+
+    def _all_gather(self, x: Tensor) -> tuple[Tensor, _Work]:
+        shape = (x.size(0) * self.group.size(), *x.shape[1:])
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+        return out, dist.all_gather_into_tensor(
+            out, x.contiguous(), group=self.group, async_op=True
+        )
+
+    def _reduce_scatter(self, x: Tensor) -> tuple[Tensor, _Work]:
+        shape = (x.size(0) // self.group.size(), *x.shape[1:])
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+        return out, dist.reduce_scatter_tensor(out, x.contiguous(), group=self.group, async_op=True)
+
+
+def _arrived(x: Tensor, work: _Work) -> Tensor:
+    work.wait()
+    return used_here(x)
+
+
+def used_here(x: Tensor) -> Tensor:
+    """Tells CUDA's allocator that the current stream reads `x`, which another may have made."""
+    if x.is_cuda:
+        x.record_stream(torch.cuda.current_stream())
     return x
 
 
-def wait(x: Tensor) -> Tensor:
-    """Waits for the collective that writes to `x`, if one is in flight, and returns `x`."""
-    work = getattr(x, _IN_FLIGHT, None)
-    if work is not None:
-        work.wait()
-        delattr(x, _IN_FLIGHT)
+def collectives_of(x: Tensor) -> SubmoduleCollectives | None:
+    """Of the sub-module whose input or output `x` is; None when it has none (one rank)."""
+    return getattr(x, _SUBMODULE, None)
+
+
+def take_part(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
+    """Marks `x` as the input or the output of that sub-module."""
+    if collectives is not None:
+        setattr(x, _SUBMODULE, collectives)
     return x
 
 
-class _StartGradientReduce(torch.autograd.Function):
-    """Forward: identity. Backward: starts the sum of the gradient over `group`, in place."""
+class _InputStart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.collectives = collectives
+        return collectives.start_input(x)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, started: list[_Work]) -> Tensor:
-        ctx.group, ctx.started = group, started
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor, None]:
+        return ctx.collectives.wait_input_gradient(), None
+
+
+class _InputWait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.collectives = collectives
+        collectives.wait_input()
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        grad = grads[0].contiguous()
-        ctx.started.append(dist.all_reduce(grad, group=ctx.group, async_op=True))
-        return grad, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None]:
+        # The gradient goes on in flight, through `collectives` and not through autograd, which
+        # could copy it. A linear that started the reduction itself hands on none.
+        if grads[0] is not None:
+            assert not ctx.collectives.input_gradient_started
+            ctx.collectives.start_input_gradient(grads[0])
+        return None, None
 
 
-class _WaitGradientReduce(torch.autograd.Function):
-    """Forward: identity. Backward: waits for the sum that `_StartGradientReduce` started."""
+class _OutputStart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.collectives = collectives
+        if not collectives.sequence_parallel:
+            ctx.mark_dirty(x)
+        return collectives.start_output(x)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, started: list[_Work]) -> Tensor:
-        ctx.started = started
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.started.pop().wait()
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        if ctx.collectives.sequence_parallel:
+            return ctx.collectives.wait_output_gradient(), None
         return grads[0], None
 
 
-def reduce_gradient(x: Tensor, group: Group) -> Tensor:
-    """Identity on a sub-module's input [s, b, h]; backward sums its gradient over `group`.
+class _OutputWait(torch.autograd.Function):
+    """With sequence parallelism only: without it the output's gradient needs no collective."""
 
-    Each rank's column-parallel linear sees only its own output columns, so each holds a part of
-    the input's gradient.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
+        ctx.collectives = collectives
+        collectives.wait_output()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.collectives.start_output_gradient(grads[0])
+        return None, None
+
+
+def input_start(
+    x: Tensor, group: Group | None, sequence_parallel: bool, behind: int | None = None
+) -> Tensor:
+    """Brings a sub-module's normalised input to every rank.
+
+    Args:
+        x: [s, b, h], or [s/tp, b, h] with sequence parallelism.
+        group: the tensor-parallel group; None communicates nothing (no-comm, for timing only).
+        behind: the `number` of the sub-module before: the gradient is waited for after the whole
+            backward of that one. None leaves it to autograd.
+
+    Returns:
+        [s, b, h]; with sequence parallelism in flight until `input_wait`.
     """
-    if group.size() == 1:
+    if group is None or group.size() == 1:
         return x
-    started: list[_Work] = []
-    return _StartGradientReduce.apply(_WaitGradientReduce.apply(x, started), group, started)
+    collectives = SubmoduleCollectives(group, sequence_parallel)
+    x = _InputStart.apply(x, collectives)
+    # With sequence parallelism the layer builds these nodes where they have to run (layer.py).
+    if x.grad_fn is not None and not sequence_parallel:
+        collectives.number = natural_number(x.grad_fn)
+        if behind is not None:
+            run_no_sooner_than(x.grad_fn, behind)
+    return take_part(x, collectives)
+
+
+def input_wait(x: Tensor, *, shared: bool = False) -> Tensor:
+    """The input of the sub-module's first linear, arrived. [s, b, h]
+
+    Args:
+        shared: several linears read it: its gradient is complete only after all of them, so none
+            may start the reduction by itself.
+    """
+    collectives = collectives_of(x)
+    if collectives is None:
+        return x
+    x = used_here(_InputWait.apply(x, collectives))
+    return x if shared else take_part(x, collectives)
+
+
+def output_start(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
+    """Starts the sum of a sub-module's partial outputs over the ranks; read it after `output_wait`.
+
+    Args:
+        x: [s, b, h] partial sums; overwritten.
+        collectives: of the sub-module's input.
+
+    Returns:
+        [s, b, h], or [s/tp, b, h] with sequence parallelism; in flight.
+    """
+    if collectives is None:
+        return x
+    return take_part(_OutputStart.apply(x, collectives), collectives)
+
+
+def output_wait(x: Tensor) -> Tensor:
+    """A sub-module's output, arrived."""
+    collectives = collectives_of(x)
+    if collectives is None:
+        return x
+    if collectives.sequence_parallel:
+        return used_here(_OutputWait.apply(x, collectives))
+    collectives.wait_output()
+    return x

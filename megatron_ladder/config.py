@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from megatron_ladder.errors import UserError
 
-Residual = Literal["standard", "ladder", "parallel"]
+Residual = Literal["standard", "ladder", "parallel", "desync", "no-comm"]
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
@@ -35,7 +35,10 @@ class ModelConfig:
     """Ids the tokenizer can give; None takes it from the data."""
     residual: Residual = "ladder"
     """Which state a sub-module reads: the last (standard), the one before (ladder), or one norm for
-    attention and MLP together (parallel). arXiv 2501.06589, section 3."""
+    attention and MLP together (parallel). arXiv 2501.06589, section 3. desync sums over the
+    tensor-parallel ranks only now and then; no-comm never does, for timing only."""
+    desync_interval: int = 2
+    """With residual=desync: the n of desync-n, sub-modules from one all-reduce to the next."""
     ladder_layers: int | tuple[int, ...] | None = None
     """With residual=ladder: the last N layers, or a list of layers from 0; the others are standard.
     None makes every layer a ladder layer."""
@@ -46,10 +49,13 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-5
     init_method_std: float = 0.02
     share_embeddings_and_output_weights: bool = True
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-        for name in (*sizes, "num_query_groups", "vocab_size", "max_position_embeddings"):
+        sizes += ("num_query_groups", "vocab_size", "max_position_embeddings", "desync_interval")
+        for name in sizes:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"model.{name} is {value}: it must be at least 1")
@@ -71,6 +77,9 @@ class ModelConfig:
                 f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"model.num_query_groups {self.kv_heads}"
             )
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}: a share from 0 up to 1")
         self.layer_residuals()  # refuses ladder_layers that do not exist
 
     @property
@@ -113,6 +122,11 @@ class ModelConfig:
                 )
         return tuple("ladder" if i in chosen else "standard" for i in range(self.num_layers))
 
+    @property
+    def is_standard(self) -> bool:
+        """Every layer is megatron-core's own."""
+        return set(self.layer_residuals()) == {"standard"}
+
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Trained parameters, vocabulary padding included when embeddings are."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads)
@@ -137,23 +151,44 @@ class ParallelConfig:
     """How a model is laid out over ranks. The rest of the world size is data parallel."""
 
     tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    """Cuts the states between sub-modules along the sequence, over the tensor-parallel ranks."""
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Parts of the model a pipeline stage holds (the interleaved schedule); None: one (1F1B)."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """None: as many as in the stages between."""
+    num_layers_in_last_pipeline_stage: int | None = None
     context_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         for name in (
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
             "context_parallel_size",
         ):
-            if getattr(self, name) < 1:
-                raise UserError(f"parallel.{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("pipeline_model_parallel_size", "context_parallel_size"):
-            if getattr(self, name) > 1:
-                raise UserError(
-                    f"parallel.{name} {getattr(self, name)} is not supported yet: use 1 and "
-                    "tensor and data parallelism"
-                )
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"parallel.{name} is {value}: it must be at least 1")
+        if self.context_parallel_size > 1:
+            raise UserError(
+                f"parallel.context_parallel_size {self.context_parallel_size} is not supported yet: "
+                "use 1, and tensor, pipeline and data parallelism"
+            )
+        if self.pipeline_model_parallel_size == 1:
+            for name in (
+                "virtual_pipeline_model_parallel_size",
+                "num_layers_in_first_pipeline_stage",
+                "num_layers_in_last_pipeline_stage",
+            ):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"parallel.{name} is set, but parallel.pipeline_model_parallel_size is 1: "
+                        "there are no stages to divide"
+                    )
 
     @property
     def model_parallel_size(self) -> int:
@@ -163,6 +198,11 @@ class ParallelConfig:
             * self.pipeline_model_parallel_size
             * self.context_parallel_size
         )
+
+    @property
+    def num_chunks(self) -> int:
+        """Parts of the model on each rank."""
+        return self.virtual_pipeline_model_parallel_size or 1
 
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model in `world_size` ranks."""
@@ -176,7 +216,7 @@ class ParallelConfig:
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuses a model that tensor parallelism cannot cut evenly."""
+    """Refuses a model that the layout cannot cut evenly, or that has no such layout."""
     tp = parallel.tensor_model_parallel_size
     for name, size in (
         ("num_attention_heads", model.num_attention_heads),
@@ -188,4 +228,34 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             raise UserError(
                 f"model.{name} {size} is not divisible by "
                 f"parallel.tensor_model_parallel_size {tp}: choose a size that divides it"
+            )
+    if model.residual in ("desync", "no-comm") and parallel.sequence_parallel:
+        raise UserError(
+            f"model.residual {model.residual} does not go with parallel.sequence_parallel: its ranks "
+            "do not share their residual states"
+        )
+    _check_stages(model.num_layers, parallel)
+
+
+def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
+    pp = parallel.pipeline_model_parallel_size
+    first = parallel.num_layers_in_first_pipeline_stage
+    last = parallel.num_layers_in_last_pipeline_stage
+    given = [n for n in (first, last) if n is not None]
+    others, left = pp - len(given), num_layers - sum(given)
+    # Every stage between gets as many; without one, nothing may be left over.
+    fits = left == 0 if others == 0 else left >= others and left % others == 0
+    if not fits:
+        raise UserError(
+            f"model.num_layers {num_layers} do not divide over "
+            f"parallel.pipeline_model_parallel_size {pp}"
+            + (f" with {first or 'even'} layers first and {last or 'even'} last" if given else "")
+            + ": choose another size, or set parallel.num_layers_in_first_pipeline_stage or "
+            "num_layers_in_last_pipeline_stage so that the other stages get equally many"
+        )
+    for layers in {*given, left // others if others else 0}:
+        if layers % parallel.num_chunks:
+            raise UserError(
+                f"{layers} layers of a pipeline stage do not divide into "
+                f"parallel.virtual_pipeline_model_parallel_size {parallel.num_chunks} parts"
             )

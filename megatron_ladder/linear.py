@@ -8,8 +8,11 @@ the parents.
 
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
+
+from megatron_ladder.collectives import SubmoduleCollectives, collectives_of
 
 
 class CommFreeColumnParallelLinear(ColumnParallelLinear):
@@ -19,6 +22,17 @@ class CommFreeColumnParallelLinear(ColumnParallelLinear):
         super().__init__(*args, disable_grad_reduce=True, **kwargs)
         self.sequence_parallel = False  # its input comes gathered
         assert not self.allreduce_dgrad and not self.gather_output
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, input] -> [s, b, output/tp], and no bias."""
+        collectives = collectives_of(input_)
+        if collectives is None:
+            return super().forward(input_, weight, *args, **kwargs)
+        assert weight is None and self.bias is None
+        fused = self.gradient_accumulation_fusion
+        return _ColumnGemm.apply(input_, self.weight, collectives, fused), None
 
 
 class CommFreeRowParallelLinear(RowParallelLinear):
@@ -37,3 +51,45 @@ class CommFreeRowParallelLinear(RowParallelLinear):
             grad_output_buffer=None,
         )
         return output, self.bias
+
+
+class _ColumnGemm(torch.autograd.Function):
+    """x [s, b, i] times weight^T [i, o/tp]. Backward starts the sum of the input's gradient over the
+    ranks before it computes the weight's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, collectives: SubmoduleCollectives, fused: bool
+    ) -> Tensor:
+        ctx.collectives, ctx.fused = collectives, fused
+        # With sequence parallelism the gathered input is not kept: the shard is, and is gathered
+        # once more.
+        ctx.gathers = collectives.input_shard is not None
+        ctx.save_for_backward(weight, *(() if ctx.gathers else (x,)))
+        return torch.matmul(x, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None]:
+        weight = ctx.saved_tensors[0]
+        ctx.collectives.start_input_gradient(grads[0].matmul(weight))
+        if not ctx.needs_input_grad[1]:
+            return None, None, None, None
+        x = ctx.collectives.wait_input_again() if ctx.gathers else ctx.saved_tensors[1]
+        grad, x = grads[0].flatten(0, 1), x.flatten(0, 1)
+        if ctx.fused and hasattr(weight, "main_grad"):
+            return None, _add_to_main_grad(weight, grad, x), None, None
+        return None, grad.t().matmul(x), None, None
+
+
+def _add_to_main_grad(weight: Any, grad: Tensor, x: Tensor) -> Tensor:
+    """Adds grad^T x to DDP's gradient buffer in the GEMM itself; returns what autograd may drop."""
+    if x.is_cuda:
+        from fused_weight_gradient_mlp_cuda import wgrad_gemm_accum_fp32  # NVIDIA's apex
+
+        assert weight.main_grad.dtype == torch.float32
+        wgrad_gemm_accum_fp32(x, grad, weight.main_grad)
+    else:
+        weight.main_grad.add_(grad.t().matmul(x))
+    weight.grad_added_to_main_grad = True  # DDP adds nothing then
+    return torch.empty_like(weight)

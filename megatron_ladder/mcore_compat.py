@@ -6,6 +6,8 @@ Works with megatron-core 0.16.1 (Python 3.11) and 0.19.2 (Python 3.12 and later)
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ from megatron_ladder.config import (
     TransformerImpl,
     check_layout,
 )
-from megatron_ladder.specs import block_spec, resolve_impl
+from megatron_ladder.specs import block_spec, layer_spec, resolve_impl
+from megatron_ladder.stages import connect, sent_config
 
 
 def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
@@ -35,10 +38,22 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
     )
+    # Stages draw different weights and dropout; tensor-parallel ranks share the first random state
+    # and have one each of their own in megatron-core's tracker.
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+
+
+@dataclass
+class LadderConfig(TransformerConfig):
+    """megatron-core's configuration, and what it has no name for."""
+
+    recompute_submodules: bool = False
+    """Full recomputation by this project's layers (recompute.py)."""
 
 
 def transformer_config(
@@ -49,8 +64,9 @@ def transformer_config(
     impl: TransformerImpl = "auto",
     recompute: Recompute = "none",
     deterministic: bool = False,
-) -> TransformerConfig:
+) -> LadderConfig:
     """Our configuration in megatron-core's terms. The only place that does this translation."""
+    check_layout(model, parallel)
     on_gpu = torch.cuda.is_available()
     recompute_fields: dict[str, Any] = {}
     if recompute == "selective":
@@ -58,13 +74,15 @@ def transformer_config(
             "recompute_granularity": "selective",
             "recompute_modules": ["core_attn"],
         }
+    elif recompute == "full" and not model.is_standard:
+        recompute_fields = {"recompute_submodules": True}
     elif recompute == "full":
         recompute_fields = {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    return TransformerConfig(
+    return LadderConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -76,11 +94,19 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        # Interleaved, two stages exchange several tensors in both directions: batched, they would
+        # be matched in the wrong order, silently.
+        overlap_p2p_comm=parallel.num_chunks > 1,
+        batch_p2p_comm=parallel.num_chunks == 1,
         context_parallel_size=parallel.context_parallel_size,
         bf16=precision == "bf16",
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
@@ -94,40 +120,59 @@ def transformer_config(
         bias_dropout_fusion=on_gpu,
         cross_entropy_loss_fusion=on_gpu and not deterministic,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        # Weight gradients added to DDP's fp32 buffer by the GEMM itself: a kernel of NVIDIA's apex.
+        gradient_accumulation_fusion=on_gpu
+        and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         **recompute_fields,
     )
 
 
 def build_gpt_model(
-    model: ModelConfig, config: TransformerConfig, impl: TransformerImpl = "auto"
-) -> GPTModel:
-    """megatron-core's GPTModel with this project's layers, on this rank's device.
+    model: ModelConfig, config: LadderConfig, impl: TransformerImpl = "auto"
+) -> list[GPTModel]:
+    """megatron-core's GPTModel with this project's layers: this rank's part, on its device.
 
     Args:
         model: with `vocab_size` set.
         config: `transformer_config` of the same model.
+
+    Returns:
+        The chunks of this pipeline stage, first to last; one unless it is interleaved. Their
+        `config` is the one megatron-core's schedules shall see (stages.py).
     """
-    parallel = ParallelConfig(
-        config.tensor_model_parallel_size,
-        config.pipeline_model_parallel_size,
-        config.context_parallel_size,
-    )
-    check_layout(model, parallel)
     # 0.19 logs that GPTModel is to be replaced by HybridModel; nothing for a user to do.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    gpt = GPTModel(
-        config=config,
-        transformer_layer_spec=block_spec(config, model.layer_residuals(), impl),
-        vocab_size=model.padded_vocab_size,
-        max_sequence_length=model.max_position_embeddings,
-        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_base=model.rotary_base,
-        rope_scaling=model.rope_scaling_factor is not None,
-        rope_scaling_factor=model.rope_scaling_factor or 1.0,
+    residuals = model.layer_residuals()
+    spec = layer_spec(
+        residuals,
+        impl,
+        desync_interval=model.desync_interval,
+        recompute=config.recompute_submodules,
     )
-    return gpt.to(torch.cuda.current_device())
+    count = config.virtual_pipeline_model_parallel_size or 1
+    seen_by_schedules = sent_config(config, sends_pair="ladder" in residuals)
+    chunks = []
+    for number in range(count):
+        chunk = number if count > 1 else None
+        gpt = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(config, spec, impl, chunk),
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(False, chunk),
+            post_process=parallel_state.is_pipeline_last_stage(False, chunk),
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=model.rotary_base,
+            rope_scaling=model.rope_scaling_factor is not None,
+            rope_scaling_factor=model.rope_scaling_factor or 1.0,
+            vp_stage=chunk,
+        )
+        if not model.is_standard:
+            connect(list(gpt.decoder.layers))
+        gpt.config = seen_by_schedules
+        chunks.append(gpt.to(torch.cuda.current_device()))
+    return chunks
 
 
 @contextlib.contextmanager

@@ -65,13 +65,19 @@ def resolve_impl(impl: TransformerImpl) -> Literal["local", "transformer_engine"
 
 
 def layer_spec(
-    residuals: tuple[Residual, ...] | None, impl: TransformerImpl = "auto"
+    residuals: tuple[Residual, ...] | None,
+    impl: TransformerImpl = "auto",
+    *,
+    desync_interval: int = 1,
+    recompute: bool = False,
 ) -> ModuleSpec:
     """The spec of a model's layers.
 
     Args:
         residuals: each layer's residual kind, first to last; None: every layer is a ladder layer.
         impl: whose modules; see `resolve_impl`.
+        desync_interval: of desync layers.
+        recompute: full recomputation, by sub-module; standard models have megatron-core's.
 
     Standard models use megatron-core's own TransformerLayer: it is the baseline to beat.
     """
@@ -91,22 +97,24 @@ def layer_spec(
     return ModuleSpec(
         module=LadderTransformerLayer,
         submodules=_submodules(backend, kinds),
-        params={"residuals": residuals},
+        params={
+            "residuals": residuals,
+            "desync_interval": desync_interval,
+            "recompute": recompute,
+        },
     )
 
 
 def block_spec(
-    config: TransformerConfig, residuals: tuple[Residual, ...], impl: TransformerImpl = "auto"
+    config: TransformerConfig, spec: ModuleSpec, impl: TransformerImpl, chunk: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, and the final norm."""
+    """The layers of this pipeline stage, or of its `chunk`, and the final norm."""
     if resolve_impl(impl) == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
     else:
         final_norm = RMSNorm
-    spec = layer_spec(residuals, impl)
-    return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=final_norm
-    )
+    count = get_num_layers_to_build(config, chunk)
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=final_norm)
 
 
 def _submodules(backend: Any, kinds: set[Residual]) -> TransformerLayerSubmodules:

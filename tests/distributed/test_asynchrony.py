@@ -45,7 +45,7 @@ def record(kind: str, recompute: str) -> list[str]:
         ladder_layers=None if kind == "ladder" else 1,
     )
     config = transformer_config(model, parallel, recompute=recompute)
-    gpt = build_gpt_model(model, config)
+    (gpt,) = build_gpt_model(model, config)
     events: list[str] = []
     current = []
     for layer in gpt.decoder.layers:

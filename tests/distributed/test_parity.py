@@ -71,7 +71,7 @@ def run_model(model: ModelConfig, tp: int, folder: Path, recompute: str = "none"
     parallel_state.destroy_model_parallel()
     initialize_model_parallel(parallel, seed=0)
     config = transformer_config(model, parallel, recompute=recompute)
-    gpt = build_gpt_model(model, config)
+    (gpt,) = build_gpt_model(model, config)
     with torch.no_grad():  # norms start as ones, which would hide a wrong one
         noise = torch.Generator().manual_seed(2)
         for name, parameter in gpt.named_parameters():

@@ -64,7 +64,7 @@ def test_bf16_logits_are_near_the_fp32_oracle(kind: str, impl: str, tmp_path: Pa
     try:
         initialize_model_parallel(parallel, seed=0)
         config = transformer_config(model, parallel, precision="bf16", impl=impl)
-        gpt = build_gpt_model(model, config, impl)
+        (gpt,) = build_gpt_model(model, config, impl)
         metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(True)}
         (tmp_path / "weights").mkdir()
         dist_checkpointing.save(
