@@ -53,9 +53,16 @@ class ModelConfig:
     hidden_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-        sizes += ("num_query_groups", "vocab_size", "max_position_embeddings", "desync_interval")
-        for name in sizes:
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "vocab_size",
+            "max_position_embeddings",
+            "desync_interval",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"model.{name} is {value}: it must be at least 1")

@@ -65,7 +65,7 @@ class LadderTransformerLayer(TransformerLayer):
         self.is_last_layer = self.layer_number == self.config.num_layers
         self.recompute = recompute
         # The two are set by stages.connect; a tuple, lest the next layer become a submodule of this.
-        self.next_layer: tuple["LadderTransformerLayer", ...] = ()
+        self.next_layer: tuple[LadderTransformerLayer, ...] = ()
         self.is_last_of_stage: bool | None = None
         self.sends_pair = "ladder" in residuals if residuals else True
         self.comm_group = None if self.residual == "no-comm" else self.tp_group
@@ -274,7 +274,7 @@ class LadderTransformerLayer(TransformerLayer):
     def _prepare_next(self, a: Tensor) -> Tensor:
         """With sequence parallelism, starts the next layer's attention input from here, where its
         all-gather has something to hide behind."""
-        if not self.config.sequence_parallel or self.comm_group.size() == 1:
+        if not self.config.sequence_parallel or self.tp_group.size() == 1:
             return a
         for following in self.next_layer:
             if following.residual == "ladder":

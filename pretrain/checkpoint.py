@@ -39,7 +39,7 @@ def save_checkpoint(
     run_dir: Path,
     progress: Progress,
     config: TrainConfig,
-    model: Any,
+    model: list[Any],
     optimizer: Any,
     scheduler: Any,
 ) -> Path:
@@ -68,11 +68,11 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, model: Any, optimizer: Any, scheduler: Any) -> Progress:
+def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> Progress:
     """Restores a run, at this or another layout. Called by all ranks."""
     saved = dist_checkpointing.load_content_metadata(str(path))
     # Random states belong to ranks: at another world size there is nothing to match them to, and
-    # nothing here draws from them while training (no dropout).
+    # dropout, the only thing that draws from them while training, goes on from the seed's.
     same_ranks = saved["world_size"] == dist.get_world_size()
     with loading_optimizer(optimizer):
         state = _state_dict(model, optimizer, scheduler, is_loading=True)
@@ -80,7 +80,8 @@ def load_checkpoint(path: Path, model: Any, optimizer: Any, scheduler: Any) -> P
             state["rng"] = _rng_object(None)
         loaded = dist_checkpointing.load(state, str(path))
         optimizer.load_state_dict(loaded["optimizer"])
-    model.module.load_state_dict(loaded["model"])
+    for name, chunk in _chunks(model).items():
+        chunk.load_state_dict(loaded[name])
     scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
         _restore_rng(loaded["rng"])
@@ -109,11 +110,20 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
             dist.destroy_process_group()
 
 
-def _state_dict(model: Any, optimizer: Any, scheduler: Any, *, is_loading: bool) -> dict[str, Any]:
+def _chunks(model: list[Any]) -> dict[str, Any]:
+    """A rank's chunks by Megatron's names for them; the tensors in them are named globally."""
+    if len(model) == 1:
+        return {"model": model[0].module}
+    return {f"model{i}": chunk.module for i, chunk in enumerate(model)}
+
+
+def _state_dict(model: list[Any], optimizer: Any, scheduler: Any, *, is_loading: bool) -> dict[str, Any]:
     metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
-    weights = model.module.sharded_state_dict(metadata=metadata)
+    weights = {
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _chunks(model).items()
+    }
     return {
-        "model": weights,
+        **weights,
         "optimizer": optimizer.sharded_state_dict(
             weights, is_loading=is_loading, metadata=metadata
         ),

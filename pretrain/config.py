@@ -133,6 +133,12 @@ class TrainConfig:
                 f"model.max_position_embeddings {self.model.max_position_embeddings}: lower the "
                 "first or raise the second"
             )
+        tp = self.parallel.tensor_model_parallel_size
+        if self.parallel.sequence_parallel and self.data.seq_length % tp:
+            raise UserError(
+                f"data.seq_length {self.data.seq_length} is not divisible by "
+                f"parallel.tensor_model_parallel_size {tp}: sequence parallelism cuts it"
+            )
         schedule = self.schedule
         for one, other in (("train_steps", "train_tokens"), ("warmup_steps", "warmup_tokens")):
             if getattr(schedule, one) is not None and getattr(schedule, other) is not None:
@@ -173,7 +179,15 @@ class TrainConfig:
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size} x data-parallel size {data_parallel_size} = {together}"
             )
-        return self.global_batch_size // together
+        count = self.global_batch_size // together
+        stages = self.parallel.pipeline_model_parallel_size
+        if self.parallel.num_chunks > 1 and count % stages:
+            raise UserError(
+                f"{count} micro-batches a step (global_batch_size {self.global_batch_size}) are not a "
+                f"multiple of parallel.pipeline_model_parallel_size {stages}: the interleaved "
+                "schedule runs them in groups of that size"
+            )
+        return count
 
 
 # What may differ when a run is resumed: nothing here changes the numbers trained on or the order of

@@ -280,13 +280,23 @@ def validation_batches(
     *,
     data_parallel_rank: int,
     data_parallel_size: int,
-) -> Iterator[Batch]:
-    """This rank's share of the first `eval_sequences` of a split; the last batch may be smaller."""
+) -> list[Batch]:
+    """This rank's share of the first `eval_sequences` of a split.
+
+    Every micro-batch is full, and their number a multiple of the pipeline's stages, as its schedules
+    need; what was added for that has a loss mask of zeros.
+    """
     count = min(len(dataset), config.eval_sequences or len(dataset))
-    mine = range(data_parallel_rank, count, data_parallel_size)
-    for start in range(0, len(mine), config.micro_batch_size):
-        samples = [dataset[i] for i in mine[start : start + config.micro_batch_size]]
-        yield torch.utils.data.default_collate(samples)
+    samples = [dataset[i] for i in range(data_parallel_rank, count, data_parallel_size)]
+    if not samples:
+        return []
+    multiple = config.micro_batch_size * config.parallel.pipeline_model_parallel_size
+    padding = {**samples[0], "loss_mask": torch.zeros_like(samples[0]["loss_mask"])}
+    samples += [padding] * (-len(samples) % multiple)
+    return [
+        torch.utils.data.default_collate(samples[start : start + config.micro_batch_size])
+        for start in range(0, len(samples), config.micro_batch_size)
+    ]
 
 
 class _Sampler:

@@ -1,8 +1,11 @@
 """The model under data parallelism, its optimizer and its learning-rate schedule, by megatron-core."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -15,24 +18,45 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from pretrain.config import TrainConfig
 
 
-def wrap_data_parallel(model: Any) -> DistributedDataParallel:
-    """Gradients summed in fp32 over the data-parallel ranks, behind backward; state sharded."""
-    config = model.config
-    config.finalize_model_grads_func = finalize_model_grads
-    ddp = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=True,
-            use_distributed_optimizer=True,
-        ),
-        model,
+def wrap_data_parallel(chunks: list[Any]) -> list[DistributedDataParallel]:
+    """Gradients summed in fp32 over the data-parallel ranks, behind backward; optimizer state
+    sharded, and the updated parameters gathered behind the next forward.
+
+    Args:
+        chunks: from `build_gpt_model`; all with one configuration, which the schedules read.
+    """
+    config = chunks[0].config
+    assert all(chunk.config is config for chunk in chunks)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=parallel_state.get_data_parallel_world_size() > 1,
+        use_distributed_optimizer=True,
     )
-    config.no_sync_func = ddp.no_sync  # accumulate first, reduce in the last micro-batch
-    return ddp
+    model = [
+        # A later chunk's reduction has the other chunks' backward to hide behind: no need to cut it.
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    no_sync = [chunk.no_sync for chunk in model]
+    # Accumulate first, reduce in the last micro-batch.
+    config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+    return model
 
 
-def build_optimizer(ddp: DistributedDataParallel, config: TrainConfig) -> Any:
+@contextlib.contextmanager
+def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
+    """Inside, every rank holds the last update's parameters whole: to validate and to save."""
+    overlapped = [c for c in model if c.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in overlapped:
+        chunk.enable_forward_pre_hook()
+
+
+def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -> Any:
     """AdamW with its state divided over the data-parallel ranks; fp32 master weights under bf16."""
     o = config.optimizer
     optimizer_config = McoreOptimizerConfig(
@@ -47,9 +71,10 @@ def build_optimizer(ddp: DistributedDataParallel, config: TrainConfig) -> Any:
         bf16=config.precision == "bf16",
         params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         use_distributed_optimizer=True,
+        overlap_param_gather=model[0].ddp_config.overlap_param_gather,
     )
     return get_megatron_optimizer(
-        optimizer_config, [ddp], config_overrides=get_standard_config_overrides(optimizer_config)
+        optimizer_config, model, config_overrides=get_standard_config_overrides(optimizer_config)
     )
 
 

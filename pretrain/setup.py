@@ -46,8 +46,8 @@ def stop_ranks() -> None:
     dist.destroy_process_group()
 
 
-def build(config: TrainConfig) -> tuple[Any, Any, Any]:
-    """The model under data parallelism, its optimizer and its learning-rate schedule."""
+def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
+    """This rank's chunks of the model under data parallelism, their optimizer and its schedule."""
     mcore_config = transformer_config(
         config.model,
         config.parallel,
@@ -56,7 +56,8 @@ def build(config: TrainConfig) -> tuple[Any, Any, Any]:
         recompute=config.recompute,
         deterministic=config.deterministic,
     )
-    model = build_gpt_model(config.model, mcore_config, config.transformer_impl)
-    ddp = wrap_data_parallel(model)
-    optimizer = build_optimizer(ddp, config)
-    return ddp, optimizer, build_scheduler(optimizer, config)
+    model = wrap_data_parallel(
+        build_gpt_model(config.model, mcore_config, config.transformer_impl)
+    )
+    optimizer = build_optimizer(model, config)
+    return model, optimizer, build_scheduler(optimizer, config)

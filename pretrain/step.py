@@ -1,5 +1,6 @@
 """One optimizer step, and one validation pass, by megatron-core's schedules."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -20,15 +21,52 @@ def _masked_mean(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, T
     return loss, {"loss": loss.detach().clone()}
 
 
-def _forward(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable]:
-    """megatron-core's forward step: per-token losses [b, s] and the function that averages them."""
+def _masked_sum(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """For validation, where micro-batches may hold padding: the sum and its number of tokens."""
+    total = (losses.double() * loss_mask).sum()
+    return total, {"sum": torch.stack([total, loss_mask.double().sum()])}
+
+
+def _forward(reduce: Callable, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable]:
+    """megatron-core's forward step. On the last stage: per-token losses [b, s] and the function
+    that averages them; on the others what goes to the next stage, and the function is not called.
+    """
     batch = to_device(next(batches))
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return losses, partial(_masked_mean, batch["loss_mask"])
+    return losses, partial(reduce, batch["loss_mask"])
+
+
+def _run_schedule(
+    model: list[Any],
+    micro_batches: list[Batch],
+    config: TrainConfig,
+    reduce: Callable,
+    *,
+    forward_only: bool,
+) -> list[dict[str, Tensor]]:
+    """All micro-batches through all stages. Returns what `reduce` logged: on the last stage one
+    entry a micro-batch, on the others none.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward, reduce),
+        data_iterator=[iter(micro_batches) for _ in model],
+        model=model,
+        num_microbatches=len(micro_batches),
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    """Over data-parallel ranks, and over stages, of which all but the last hold zeros."""
+    torch.distributed.all_reduce(x, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(x, group=parallel_state.get_pipeline_model_parallel_group())
+    return x
 
 
 def train_step(
-    model: Any, optimizer: Any, scheduler: Any, batches: Iterator[Batch], config: TrainConfig
+    model: list[Any], optimizer: Any, scheduler: Any, batches: Iterator[Batch], config: TrainConfig
 ) -> tuple[float, float, float]:
     """Forward and backward of one global batch, then an update.
 
@@ -36,34 +74,32 @@ def train_step(
         (mean loss over the global batch, gradient norm before clipping, learning rate used).
     """
     data_parallel_size = parallel_state.get_data_parallel_world_size()
-    model.zero_grad_buffer()
+    for chunk in model:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    outputs = get_forward_backward_func()(
-        forward_step_func=_forward,
-        data_iterator=batches,
-        model=[model],
-        num_microbatches=config.num_microbatches(data_parallel_size),
-        seq_length=config.data.seq_length,
-        micro_batch_size=config.micro_batch_size,
-    )
+    count = config.num_microbatches(data_parallel_size)
+    micro_batches = list(itertools.islice(batches, count))
+    outputs = _run_schedule(model, micro_batches, config, _masked_mean, forward_only=False)
     scheduler.step(increment=1)  # before the update: step 1 trains at the rate of step 1, not of 0
     learning_rate = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()
 
-    loss = torch.stack([output["loss"] for output in outputs]).mean()
-    torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
-    return loss.item() / data_parallel_size, float(grad_norm or 0.0), learning_rate
+    loss = torch.zeros((), device=torch.cuda.current_device())
+    for output in outputs:
+        loss += output["loss"] / (count * data_parallel_size)
+    return _sum_over_ranks(loss).item(), float(grad_norm or 0.0), learning_rate
 
 
 @torch.no_grad()
-def validate(model: Any, batches: Iterator[Batch]) -> float:
+def validate(model: list[Any], batches: list[Batch], config: TrainConfig) -> float:
     """Mean cross-entropy, in nats a token, over all ranks' batches."""
-    model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-    for batch in batches:
-        losses, _ = _forward(iter([batch]), model)
-        mask = batch["loss_mask"].to(losses.device)
-        total += torch.stack([(losses.double() * mask).sum(), mask.double().sum()])
-    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    model.train()
+    for chunk in model:
+        chunk.eval()
+    if batches:
+        for output in _run_schedule(model, batches, config, _masked_sum, forward_only=True):
+            total += output["sum"]
+    for chunk in model:
+        chunk.train()
+    _sum_over_ranks(total)
     return (total[0] / total[1]).item()

@@ -12,6 +12,7 @@ from pretrain.data import (
     validation_batches,
     validation_datasets,
 )
+from pretrain.optimizer import gathered_parameters
 from pretrain.run_folder import latest_checkpoint, lock
 from pretrain.run_log import RunLog
 from pretrain.setup import build, start_ranks, stop_ranks
@@ -56,9 +57,11 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
         if last or (config.eval_interval and step % config.eval_interval == 0):
             for name, dataset in validations.items():
                 held_out = validation_batches(dataset, config, **data_parallel)
-                log.validation(step, name, validate(model, held_out))
+                with gathered_parameters(model):
+                    log.validation(step, name, validate(model, held_out, config))
         if last or step % config.save_interval == 0:
-            save_checkpoint(run_dir, progress, config, model, optimizer, scheduler)
+            with gathered_parameters(model):
+                save_checkpoint(run_dir, progress, config, model, optimizer, scheduler)
             log.saved(step)
 
     log.end(progress.step)
