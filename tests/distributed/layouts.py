@@ -1,0 +1,206 @@
+"""Runs the same ten steps at one layout; called on every rank."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+from torch import Tensor
+
+from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.mcore_compat import initialize_model_parallel
+from pretrain.checkpoint import Progress, load_checkpoint, save_checkpoint
+from pretrain.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from pretrain.optimizer import gathered_parameters
+from pretrain.setup import build
+from pretrain.step import train_step, validate
+
+STEPS, BATCH, LENGTH, VOCAB = 10, 8, 12, 100
+
+KINDS = {
+    "standard": {"residual": "standard"},
+    "parallel": {"residual": "parallel"},
+    "ladder": {"residual": "ladder"},
+    "last-n": {"residual": "ladder", "ladder_layers": 4},
+    "list": {"residual": "ladder", "ladder_layers": (0, 3, 4, 6)},
+    "desync": {"residual": "desync", "desync_interval": 3},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ten steps are cut."""
+
+    tp: int = 1
+    sp: bool = False
+    pp: int = 1
+    vpp: int | None = None
+    dp: int = 1
+    first: int | None = None
+    recompute: str = "none"
+    accumulation: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:  # noqa: B008 (frozen)
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=8,
+            hidden_size=32,
+            ffn_hidden_size=48,
+            num_attention_heads=4,
+            vocab_size=VOCAB,
+            max_position_embeddings=LENGTH,
+            init_method_std=0.1,
+            **KINDS[kind],
+        ),
+        data=DataConfig(seq_length=LENGTH),
+        # Adam divides by |gradient| + eps: a small eps would make rounding errors of gradients
+        # near zero as large as the others.
+        optimizer=OptimizerConfig(lr=3e-3, adam_eps=1e-4),
+        schedule=ScheduleConfig(train_steps=STEPS, min_lr_fraction=1.0),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=layout.tp,
+            sequence_parallel=layout.sp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp,
+            num_layers_in_first_pipeline_stage=layout.first,
+        ),
+        micro_batch_size=BATCH // layout.dp // layout.accumulation,
+        global_batch_size=BATCH,
+        recompute=layout.recompute,
+    )
+
+
+def batches() -> list[Tensor]:
+    """Of each step: [BATCH, LENGTH + 1] tokens; one more for validation."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator) for _ in range(STEPS + 1)
+    ]
+
+
+def micro_batches(tokens: Tensor, config: TrainConfig) -> list[dict[str, Tensor]]:
+    """This data-parallel rank's part of one step."""
+    rank = parallel_state.get_data_parallel_rank()
+    size = parallel_state.get_data_parallel_world_size()
+    mine = tokens.chunk(size)[rank]
+    return [
+        {
+            "tokens": part[:, :-1],
+            "labels": part[:, 1:],
+            "loss_mask": torch.ones(part.shape[0], LENGTH),
+            "position_ids": torch.arange(LENGTH).expand(part.shape[0], -1),
+        }
+        for part in mine.split(config.micro_batch_size)
+    ]
+
+
+def start(config: TrainConfig) -> tuple[list[Any], Any, Any]:
+    parallel_state.destroy_model_parallel()
+    initialize_model_parallel(config.parallel, config.seed)
+    return build(config)
+
+
+def save_start(kind: str, folder: Path) -> None:
+    """Weights that every layout begins with. Norms start as ones, which would hide a wrong one."""
+    model, _, _ = start(configuration(kind))
+    noise = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model[0].module.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=noise))
+    save_weights(model, folder)
+
+
+def save_weights(model: list[Any], folder: Path) -> None:
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded(model), str(folder))
+
+
+def _sharded(model: list[Any]) -> dict[str, Any]:
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(True)}
+    return {f"model{i}": c.module.sharded_state_dict(metadata=metadata) for i, c in enumerate(model)}
+
+
+def load_start(model: list[Any], folder: Path) -> None:
+    loaded = dist_checkpointing.load(_sharded(model), str(folder))
+    for i, chunk in enumerate(model):
+        chunk.module.load_state_dict(loaded[f"model{i}"])
+
+
+def save_gradients(model: list[Any], folder: Path) -> None:
+    """Saves the gradients of a finished backward as if they were the weights."""
+    group = parallel_state.get_data_parallel_group(True)
+    kept = []
+    with torch.no_grad():
+        for chunk in model:
+            for buffer in chunk.buffers:
+                for bucket in buffer.buckets:  # reduced: each rank has its part of the sum
+                    mine = shard_buffer(bucket.grad_data, group.size())[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+            for parameter in chunk.module.parameters():
+                kept.append((parameter, parameter.detach().clone()))
+                parameter.copy_(parameter.main_grad)
+        save_weights(model, folder)
+        for parameter, value in kept:
+            parameter.copy_(value)
+
+
+def run_layout(
+    kind: str, layout: Layout, weights: Path, before: Path | None, out: Path
+) -> dict[str, Any]:
+    """Opens the checkpoint of the layout before; trains from `weights`; leaves a checkpoint."""
+    config = replace(configuration(kind, layout), output_dir=out)
+    model, optimizer, scheduler = start(config)
+    *steps, held_out = batches()
+    result: dict[str, Any] = {}
+
+    def validation() -> float:
+        with gathered_parameters(model):
+            return validate(model, micro_batches(held_out, config), config)
+
+    if before is not None:
+        progress = load_checkpoint(before, model, optimizer, scheduler)
+        assert progress.step == STEPS
+        result["validation of the layout before"] = validation()
+        model, optimizer, scheduler = start(config)
+    load_start(model, weights)
+
+    take_step, result["losses"] = optimizer.step, []
+    for number, tokens in enumerate(steps):
+
+        def step(*args: Any, number: int = number) -> Any:
+            if number == 0:
+                save_gradients(model, out / "gradients")
+            return take_step(*args)
+
+        optimizer.step = step
+        parts = iter(micro_batches(tokens, config))
+        result["losses"].append(train_step(model, optimizer, scheduler, parts, config)[0])
+    del optimizer.step
+
+    result["validation"] = validation()
+    with gathered_parameters(model):
+        result["checkpoint"] = save_checkpoint(
+            out, Progress(STEPS, STEPS * BATCH), config, model, optimizer, scheduler
+        )
+    return result
+
+
+def run_layouts(
+    kind: str, layouts: list[Layout], weights: Path, before: Path | None, folder: Path
+) -> list[dict[str, Any]]:
+    results = []
+    for number, layout in enumerate(layouts):
+        results.append(run_layout(kind, layout, weights, before, folder / str(number)))
+        before = results[-1]["checkpoint"]
+    return results

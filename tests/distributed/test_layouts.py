@@ -1,0 +1,116 @@
+"""Every layout trains as the unsharded oracle does, in fp32: losses of ten steps, every parameter's
+gradient at the first; and a checkpoint moves from each layout to the next.
+"""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ladder.hf.convert import megatron_to_hf
+from pretrain.checkpoint import load_weights
+from tests.distributed.layouts import (
+    KINDS,
+    Layout,
+    batches,
+    configuration,
+    run_layouts,
+    save_start,
+)
+from tests.oracle import loss, plain_model, train_losses
+from tests.ranks import run_ranks
+
+# fp32 sums in another order. What exchanging two residual reads of one layer changes is held to be
+# 100 times these, in `test_the_tolerances_see_one_exchanged_read`.
+LOSS_TOLERANCE = 2e-5
+GRADIENT_TOLERANCE = 2e-6
+
+RECOMPUTE = ("none", "selective", "full")
+LAYOUTS = [
+    *(Layout(recompute=r, accumulation=a) for r, a in itertools.product(RECOMPUTE, (1, 4))),
+    *(Layout(tp=2, recompute=r) for r in RECOMPUTE),
+    *(Layout(tp=2, sp=True, recompute=r) for r in RECOMPUTE),
+    Layout(tp=2, accumulation=4),
+    Layout(tp=2, sp=True, accumulation=4),
+    Layout(pp=2, accumulation=4),
+    Layout(pp=2, first=3, accumulation=4, recompute="full"),
+    Layout(pp=2, vpp=2, accumulation=4),
+    Layout(dp=2),
+    Layout(dp=2, accumulation=4),
+    Layout(tp=4),
+    Layout(tp=4, sp=True, accumulation=4),
+    Layout(pp=4, accumulation=4),
+    Layout(tp=2, pp=2, accumulation=4),
+    Layout(tp=2, dp=2),
+    Layout(pp=2, dp=2, accumulation=4),
+    Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4),
+    Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4, recompute="full"),
+]
+# desync depends on the tensor-parallel size (it is trained at 2 here) and has no sequence parallelism.
+DESYNC_LAYOUTS = [
+    Layout(tp=2),
+    Layout(tp=2, recompute="full"),
+    Layout(tp=2, pp=2, accumulation=4),
+    Layout(tp=2, dp=2),
+    Layout(tp=2, pp=2, vpp=2, accumulation=4),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layout_trains_as_the_oracle(kind: str, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    run_ranks(1, save_start, kind, weights, tmp_path=tmp_path)
+    config = configuration(kind)
+    desync = kind == "desync"
+    layouts = DESYNC_LAYOUTS if desync else LAYOUTS
+    plain = plain_model(config.model, weights)
+    expected, gradients = train_losses(plain, config, layouts[0].tp, batches())
+    assert expected[-1] < expected[0] - 0.1
+
+    before, last = None, None
+    for ranks, group in itertools.groupby(layouts, key=lambda layout: layout.ranks):
+        group = list(group)
+        folder = tmp_path / f"{ranks} ranks"
+        by_rank = run_ranks(
+            ranks, run_layouts, kind, group, weights, before, folder, tmp_path=tmp_path
+        )
+        for number, layout in enumerate(group):
+            for result in (results[number] for results in by_rank):
+                torch.testing.assert_close(
+                    torch.tensor(result["losses"]),
+                    torch.tensor(expected),
+                    atol=LOSS_TOLERANCE,
+                    rtol=0,
+                    msg=lambda m, layout=layout: f"{layout}: {m}",
+                )
+            found = megatron_to_hf(load_weights(folder / str(number) / "gradients"), plain.config)
+            for name, gradient in found:
+                if name in gradients:  # lm_head.weight is the embedding, tied
+                    torch.testing.assert_close(
+                        gradient,
+                        gradients[name],
+                        atol=GRADIENT_TOLERANCE,
+                        rtol=1e-4,
+                        msg=lambda m, layout=layout, name=name: f"{layout}, {name}: {m}",
+                    )
+            result = by_rank[0][number]
+            if last is not None:
+                moved = result["validation of the layout before"]
+                assert moved == pytest.approx(last, abs=LOSS_TOLERANCE), f"into {layout}"
+            before, last = result["checkpoint"], result["validation"]
+
+
+def test_the_tolerances_see_one_exchanged_read(tmp_path: Path) -> None:
+    """One layer of eight that reads as a standard layer does, in a ladder model."""
+    weights = tmp_path / "weights"
+    run_ranks(1, save_start, "ladder", weights, tmp_path=tmp_path)
+    model = configuration("ladder").model
+    tokens = batches()[0]
+    right = loss(plain_model(model, weights), model, 1, tokens)
+    for layer in range(1, model.num_layers):  # in the first the two kinds read the same
+        others = tuple(i for i in range(model.num_layers) if i != layer)
+        wrong = replace(model, ladder_layers=others)
+        difference = abs(loss(plain_model(wrong, weights), wrong, 1, tokens) - right)
+        assert difference > 100 * LOSS_TOLERANCE, layer
