@@ -49,8 +49,8 @@ class SubmoduleCollectives:
         self.group, self.sequence_parallel = group, sequence_parallel
         self.number: int | None = None
         """Where this sub-module's backward ends in autograd's order."""
-        self.input_shard: Tensor | None = None
-        """With sequence parallelism: kept for backward, in place of the gathered input."""
+        self._input_shard: Tensor | None = None
+        self._gathers_again = False
         self._input: _Work | None = None
         self._output: _Work | None = None
         self._input_gradient: tuple[Tensor, _Work] | None = None
@@ -62,7 +62,7 @@ class SubmoduleCollectives:
     def start_input(self, x: Tensor) -> Tensor:
         if not self.sequence_parallel:
             return x.view_as(x)
-        self.input_shard = x.detach()
+        self._input_shard = x.detach()
         gathered, self._input = self._all_gather(x)
         return gathered
 
@@ -72,6 +72,8 @@ class SubmoduleCollectives:
             self._input = None
 
     def start_output(self, x: Tensor) -> Tensor:
+        if not self._gathers_again:
+            self._input_shard = None
         if self.sequence_parallel:
             x, self._output = self._reduce_scatter(x)
         else:
@@ -113,15 +115,26 @@ class SubmoduleCollectives:
         flying, self._output_gradient = self._output_gradient, None
         return _arrived(*flying)
 
+    # With sequence parallelism backward can do without the gathered input, tp times its shard: it
+    # gathers it once more, behind what runs then.
+
+    def gather_input_again(self) -> bool:
+        """In forward: whether backward shall gather the input again, as who asks keeps none. False
+        where nothing was gathered."""
+        self._gathers_again = self._input_shard is not None
+        return self._gathers_again
+
     def start_input_again(self) -> None:
-        """Gathers the input once more, for the weight gradient or to recompute; idempotent."""
-        if self.input_shard is not None and self._input_again is None:
-            self._input_again = self._all_gather(self.input_shard)
+        if self._gathers_again and self._input_again is None:
+            assert self._input_shard is not None
+            self._input_again = self._all_gather(self._input_shard)
 
     def wait_input_again(self) -> Tensor:
         self.start_input_again()
-        assert self._input_again is not None
+        assert self._input_again is not None, "gather_input_again was not called"
         flying, self._input_again = self._input_again, None
+        # Whole now: a recomputed sub-module keeps it for its own backward.
+        self._input_shard, self._gathers_again = None, False
         return _arrived(*flying)
 
     def _all_gather(self, x: Tensor) -> tuple[Tensor, _Work]:

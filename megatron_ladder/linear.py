@@ -63,9 +63,7 @@ class _ColumnGemm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, collectives: SubmoduleCollectives, fused: bool
     ) -> Tensor:
         ctx.collectives, ctx.fused = collectives, fused
-        # With sequence parallelism the gathered input is not kept: the shard is, and is gathered
-        # once more.
-        ctx.gathers = collectives.input_shard is not None
+        ctx.gathers = collectives.gather_input_again()
         ctx.save_for_backward(weight, *(() if ctx.gathers else (x,)))
         return torch.matmul(x, weight.t())
 

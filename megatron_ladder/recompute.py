@@ -87,8 +87,8 @@ class _RecomputeFirst(torch.autograd.Function):
         ctx: Any, output: Tensor, x: Tensor, collectives: SubmoduleCollectives | None, call: _Call
     ) -> Tensor:
         ctx.call, ctx.collectives = call, collectives
-        gathered = collectives is not None and collectives.input_shard is not None
-        ctx.save_for_backward(*(() if gathered else (x,)))
+        gathers = collectives is not None and collectives.gather_input_again()
+        ctx.save_for_backward(*(() if gathers else (x,)))
         ctx.mark_dirty(output)
         return output
 

@@ -117,7 +117,9 @@ def _chunks(model: list[Any]) -> dict[str, Any]:
     return {f"model{i}": chunk.module for i, chunk in enumerate(model)}
 
 
-def _state_dict(model: list[Any], optimizer: Any, scheduler: Any, *, is_loading: bool) -> dict[str, Any]:
+def _state_dict(
+    model: list[Any], optimizer: Any, scheduler: Any, *, is_loading: bool
+) -> dict[str, Any]:
     metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
     weights = {
         name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _chunks(model).items()

@@ -56,8 +56,6 @@ def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
         recompute=config.recompute,
         deterministic=config.deterministic,
     )
-    model = wrap_data_parallel(
-        build_gpt_model(config.model, mcore_config, config.transformer_impl)
-    )
+    model = wrap_data_parallel(build_gpt_model(config.model, mcore_config, config.transformer_impl))
     optimizer = build_optimizer(model, config)
     return model, optimizer, build_scheduler(optimizer, config)

@@ -71,9 +71,7 @@ def train_losses(
     return losses, gradients
 
 
-def desync_logits(
-    plain: LadderForCausalLM, model: ModelConfig, tp: int, tokens: Tensor
-) -> Tensor:
+def desync_logits(plain: LadderForCausalLM, model: ModelConfig, tp: int, tokens: Tensor) -> Tensor:
     """desync-n as one process: `tp` residual streams side by side.
 
     A rank's attention has its heads alone, its MLP its intermediate columns: here the whole module
@@ -88,7 +86,12 @@ def desync_logits(
     for i, layer in enumerate(core.layers):
         for j, (norm, module, last, extra) in enumerate(
             (
-                (layer.input_layernorm, layer.self_attn, layer.self_attn.o_proj, (cos, sin, mask, None)),
+                (
+                    layer.input_layernorm,
+                    layer.self_attn,
+                    layer.self_attn.o_proj,
+                    (cos, sin, mask, None),
+                ),
                 (layer.post_attention_layernorm, layer.mlp, layer.mlp.down_proj, ()),
             )
         ):

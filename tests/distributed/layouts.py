@@ -48,7 +48,7 @@ class Layout:
         return self.tp * self.pp * self.dp
 
 
-def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:  # noqa: B008 (frozen)
+def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
             num_layers=8,
@@ -79,11 +79,10 @@ def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:  # noqa:
 
 
 def batches() -> list[Tensor]:
-    """Of each step: [BATCH, LENGTH + 1] tokens; one more for validation."""
+    """Of each step: [BATCH, LENGTH + 1] tokens, two batches in turn; one more for validation."""
     generator = torch.Generator().manual_seed(1)
-    return [
-        torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator) for _ in range(STEPS + 1)
-    ]
+    first, second, held_out = torch.randint(0, VOCAB, (3, BATCH, LENGTH + 1), generator=generator)
+    return [first, second] * (STEPS // 2) + [held_out]
 
 
 def micro_batches(tokens: Tensor, config: TrainConfig) -> list[dict[str, Tensor]]:
@@ -128,7 +127,9 @@ def save_weights(model: list[Any], folder: Path) -> None:
 
 def _sharded(model: list[Any]) -> dict[str, Any]:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(True)}
-    return {f"model{i}": c.module.sharded_state_dict(metadata=metadata) for i, c in enumerate(model)}
+    return {
+        f"model{i}": c.module.sharded_state_dict(metadata=metadata) for i, c in enumerate(model)
+    }
 
 
 def load_start(model: list[Any], folder: Path) -> None:

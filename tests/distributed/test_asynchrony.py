@@ -1,95 +1,159 @@
-"""Forward all-reduces of ladder sub-modules fly while the next sub-module computes."""
+"""Ladder sub-modules' collectives are under way while a neighbour computes: forward, backward,
+recomputed, with and without sequence parallelism. Seen in the trace that `bench trace` records.
+"""
 
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ladder import collectives
+from megatron_ladder import backward_order
 from megatron_ladder.config import ModelConfig, ParallelConfig
-from megatron_ladder.mcore_compat import (
-    build_gpt_model,
-    initialize_model_parallel,
-    transformer_config,
-)
+from megatron_ladder.mcore_compat import initialize_model_parallel
+from pretrain.bench.decoder import Decoder
+from pretrain.bench.recorder import Recorder
+from pretrain.bench.timeline import Span
+from pretrain.bench.wire import over
 from tests.ranks import run_ranks
 
-LAYERS = 3
+LAYERS = 4
+NAMES = [f"{kind} {i}" for i in range(1, LAYERS + 1) for kind in ("attention", "mlp")]
 
 
-class _Recorded:
-    """A collective's handle that notes when it is waited for."""
-
-    def __init__(self, work, name: str, events: list[str]) -> None:
-        self._work, self._name, self._events = work, name, events
-
-    def wait(self) -> None:
-        self._events.append(f"wait {self._name}")
-        self._work.wait()
-
-
-def record(kind: str, recompute: str) -> list[str]:
-    """Sub-modules' computations and their collectives, in the order of one forward pass."""
-    parallel = ParallelConfig(tensor_model_parallel_size=2)
+def record(
+    residual: dict, recompute: str, sequence_parallel: bool, mended: bool = True
+) -> list[Span]:
+    backward_order.enabled = mended
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
     parallel_state.destroy_model_parallel()
     initialize_model_parallel(parallel, seed=0)
     model = ModelConfig(
         num_layers=LAYERS,
-        hidden_size=16,
-        ffn_hidden_size=32,
+        hidden_size=32,
+        ffn_hidden_size=64,
         num_attention_heads=2,
         vocab_size=100,
-        residual="ladder",
-        ladder_layers=None if kind == "ladder" else 1,
+        **residual,
     )
-    config = transformer_config(model, parallel, recompute=recompute)
-    (gpt,) = build_gpt_model(model, config)
-    events: list[str] = []
-    current = []
-    for layer in gpt.decoder.layers:
-        for name, module in (("attn", layer.self_attention), ("mlp", layer.mlp)):
-            label = f"{name}{layer.layer_number}"
-
-            def note(_module, _inputs, label=label) -> None:
-                events.append(f"compute {label}")
-                current[:] = [label]
-
-            module.register_forward_pre_hook(note)
-
-    real = dist.all_reduce
-
-    def all_reduce(tensor, group=None, async_op=False, **kwargs):
-        work = real(tensor, group=group, async_op=async_op, **kwargs)
-        if not async_op:
-            return work
-        events.append(f"start {current[0]}")
-        return _Recorded(work, current[0], events)
-
-    collectives.dist.all_reduce = all_reduce
-    try:
-        tokens = torch.zeros(1, 8, dtype=torch.long)
-        gpt(tokens, torch.arange(8)[None], None, labels=tokens)
-    finally:
-        collectives.dist.all_reduce = real
-    return [e for e in events if e.split()[1][:3] in ("att", "mlp")]
+    decoder = Decoder(model, parallel, micro_batch_size=1, seq_length=16, recompute=recompute)
+    recorder = Recorder(decoder, torch.distributed.get_rank())
+    with over(parallel_state.get_tensor_model_parallel_group(), lambda *_: 0.0, recorder):
+        return recorder.step()
 
 
-def test_every_collective_but_the_last_has_the_next_submodule_between(tmp_path: Path) -> None:
-    for recompute in ("none", "full"):
-        events = run_ranks(2, record, "ladder", recompute, tmp_path=tmp_path)[0]
-        names = [f"{kind}{i}" for i in range(1, LAYERS + 1) for kind in ("attn", "mlp")]
-        assert [e for e in events if e.startswith("compute")] == [f"compute {n}" for n in names]
-        for this, following in pairwise(names):
-            started, waited = events.index(f"start {this}"), events.index(f"wait {this}")
-            assert started < events.index(f"compute {following}") < waited, (recompute, events)
-        assert events[-1] == f"wait {names[-1]}"
+class Trace:
+    """Spans, asked by sub-module."""
+
+    def __init__(self, spans: list[Span], direction: str) -> None:
+        self.spans = [s for s in spans if s.direction == direction]
+        assert self.spans
+
+    def compute(self, name: str) -> tuple[float, float]:
+        """From the first to the last moment of a sub-module's own work."""
+        parts = [s for s in self.spans if s.kind == "compute" and s.name == name]
+        return min(p.start_s for p in parts), max(p.end_s for p in parts)
+
+    def collectives(self, name: str) -> list[tuple[float, float]]:
+        """(started, waited for) of a sub-module's collectives, in the order of their waits."""
+        flights, waits = (
+            [s for s in self.spans if s.kind == kind and s.name == name]
+            for kind in ("flight", "wait")
+        )
+        assert len(flights) == len(waits) > 0
+        return [(f.start_s, w.start_s) for f, w in zip(flights, waits, strict=True)]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_every_collective_but_the_ends_has_a_neighbours_compute_to_hide_behind(
+    recompute: str, tmp_path: Path
+) -> None:
+    spans = run_ranks(2, record, {"residual": "ladder"}, recompute, False, tmp_path=tmp_path)[0]
+    forward, backward = Trace(spans, "forward"), Trace(spans, "backward")
+    for this, following in pairwise(NAMES):
+        ((started, waited),) = forward.collectives(this)
+        begin, end = forward.compute(following)
+        assert started < begin < end < waited, f"forward, {this}"
+    for previous, this in pairwise(NAMES):
+        ((started, waited),) = backward.collectives(this)
+        begin, end = backward.compute(previous)
+        assert started < begin < end < waited, f"backward, {this}"
+        if recompute == "full":
+            begin, end = Trace(spans, "recompute").compute(previous)
+            assert started < begin < end < waited, f"recomputed, {this}"
+    # The last of a pass has nothing after it.
+    for trace, name in ((forward, NAMES[-1]), (backward, NAMES[0])):
+        ((started, waited),) = trace.collectives(name)
+        assert max(trace.compute(n)[1] for n in NAMES) <= waited
+    # The gradient's reduction starts before the weight gradient is computed.
+    for name in NAMES:
+        ((started, _),) = backward.collectives(name)
+        begin, end = backward.compute(name)
+        assert begin < started < end
+    if recompute == "full":  # nothing is communicated again
+        assert all(s.kind == "compute" for s in Trace(spans, "recompute").spans)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_with_sequence_parallelism_each_of_the_pair_has_a_part_of_the_neighbour(
+    recompute: str, tmp_path: Path
+) -> None:
+    spans = run_ranks(2, record, {"residual": "ladder"}, recompute, True, tmp_path=tmp_path)[0]
+    forward, backward = Trace(spans, "forward"), Trace(spans, "backward")
+
+    def computed_between(trace: Trace, name: str, since: float, until: float) -> bool:
+        """Whether a part of `name`'s own work, uninterrupted, lies in that time."""
+        return any(
+            s.kind == "compute" and s.name == name and since < s.end_s and s.start_s < until
+            for s in trace.spans
+        )
+
+    for index, name in enumerate(NAMES):
+        gather, scatter = forward.collectives(name)
+        # The input is gathered behind the sub-module before, the output scattered behind the next.
+        if index > 0:
+            assert computed_between(forward, NAMES[index - 1], *gather), f"gather {name}"
+        if index + 1 < len(NAMES):
+            assert computed_between(forward, NAMES[index + 1], *scatter), f"scatter {name}"
+            assert scatter[1] < forward.compute(NAMES[index + 1])[1]
+        gradient_of_output, *input_again, gradient_of_input = sorted(
+            backward.collectives(name), key=lambda c: c[0]
+        )
+        assert len(input_again) == 1
+        if index + 1 < len(NAMES):
+            following = NAMES[index + 1]
+            assert computed_between(backward, following, *gradient_of_output), f"grad {name}"
+            assert computed_between(backward, following, *input_again[0]), f"again {name}"
+        if index > 0:
+            previous = NAMES[index - 1]
+            parts = [backward] + ([Trace(spans, "recompute")] if recompute == "full" else [])
+            assert any(computed_between(p, previous, *gradient_of_input) for p in parts), name
 
 
 def test_standard_layers_of_a_hybrid_wait_before_the_next_submodule(tmp_path: Path) -> None:
-    events = run_ranks(2, record, "hybrid", "none", tmp_path=tmp_path)[0]
-    assert events.index("wait attn1") < events.index("compute mlp1")
-    assert events.index("wait mlp1") < events.index("compute attn2")
-    # The first ladder layer hides the last standard MLP's all-reduce behind its attention.
-    assert events.index("compute attn3") < events.index("wait mlp2")
+    hybrid = {"residual": "ladder", "ladder_layers": 2}
+    forward = Trace(run_ranks(2, record, hybrid, "none", False, tmp_path=tmp_path)[0], "forward")
+    for name, following in (("attention 1", "mlp 1"), ("mlp 1", "attention 2")):
+        ((_, waited),) = forward.collectives(name)
+        assert waited < forward.compute(following)[0]
+    # The first ladder layer hides the last standard MLP's collective behind its attention.
+    ((_, waited),) = forward.collectives("mlp 2")
+    assert forward.compute("attention 3")[1] < waited
+
+
+def test_autograds_own_order_does_not_overlap_backward(tmp_path: Path) -> None:
+    """What backward_order.py mends; were this to fail, torch had changed its order."""
+    spans = run_ranks(2, record, {"residual": "ladder"}, "none", False, False, tmp_path=tmp_path)[0]
+    backward = Trace(spans, "backward")
+    for previous, this in pairwise(NAMES):
+        ((_, waited),) = backward.collectives(this)
+        assert waited < backward.compute(previous)[0]
+
+
+def test_without_the_private_api_training_goes_on_with_a_warning(caplog) -> None:
+    backward_order._warned = False
+    backward_order.run_no_sooner_than(object(), 1)
+    backward_order.run_no_sooner_than(object(), 1)
+    assert [r.message for r in caplog.records if "not hidden" in r.message] != []
+    assert len(caplog.records) == 1

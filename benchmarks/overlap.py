@@ -1,0 +1,279 @@
+"""How much of the tensor-parallel link's time each residual kind hides, forward and backward.
+
+    python benchmarks/overlap.py --json benchmarks/results/overlap.json
+
+Measured: everything that is computed, and the collectives' own work, on real ranks (gloo on a CPU).
+Modelled: how long a collective is under way (pretrain/bench/wire.py), the same for every kind. Its
+time is `--link-ratio` times the forward compute of a sub-module, or, with --link and --target, what
+the ratio is for that model's layers on H100s over that link.
+
+A kind's hidden share of the link's time is
+    1 - (T_kind(link) - T_kind(zero)) / (T_standard(link) - T_standard(zero))
+as collectives' own work on a CPU takes compute time and cannot hide. With --fake-tp N one process
+plays rank 0 of N, and collectives move nothing: on one GPU, where it also reports the usual
+    (T_standard - T_kind) / (T_standard - T_no-comm)
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ladder import backward_order
+from megatron_ladder.config import ModelConfig, ParallelConfig
+from pretrain.bench.decoder import Decoder
+from pretrain.bench.ranks import become_torchrun, join
+from pretrain.bench.wire import over
+
+TP = 2
+
+
+@dataclass
+class Line:
+    """One row of the table: a decoder and how it is run."""
+
+    name: str
+    decoder: Decoder
+    mended: bool = True
+
+    def step(self, link_s: float) -> tuple[float, float]:
+        """Seconds of forward and of backward; an all-reduce is `link_s` under way."""
+
+        def seconds(operation: str, _size: int) -> float:
+            return link_s if operation == "all-reduce" else link_s / 2
+
+        backward_order.enabled = self.mended
+        with over(parallel_state.get_tensor_model_parallel_group(), seconds):
+            return self.decoder.step()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--ffn-hidden-size", type=int, default=1024)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--steps", type=int, default=15, help="interleaved repetitions")
+    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    parser.add_argument("--link-ratio", type=float, default=0.5, help="of a sub-module's forward")
+    parser.add_argument("--link", help="nvswitch, p2p-off or two-nodes; needs --target")
+    parser.add_argument("--target", help="a preset whose layer shapes set the ratio")
+    parser.add_argument("--fake-tp", type=int, help="one process as rank 0 of this many")
+    parser.add_argument("--json", type=Path, help="write every time measured")
+    return parser.parse_args()
+
+
+def lines(args: argparse.Namespace, tp: int, names: tuple[str, ...]) -> list[Line]:
+    kinds: dict[str, dict[str, Any]] = {
+        "standard": {"residual": "standard"},
+        "parallel": {"residual": "parallel"},
+        "ladder": {"residual": "ladder"},
+        "hybrid (last half)": {"residual": "ladder", "ladder_layers": args.layers // 2},
+        "no-comm": {"residual": "no-comm"},
+    }
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp, sequence_parallel=args.sequence_parallel
+    )
+
+    def decoder(kind: dict[str, Any]) -> Decoder:
+        model = ModelConfig(
+            num_layers=args.layers,
+            hidden_size=args.hidden_size,
+            ffn_hidden_size=args.ffn_hidden_size,
+            num_attention_heads=args.heads,
+            vocab_size=128 * tp,
+            **kind,
+        )
+        layout = (
+            ParallelConfig(tensor_model_parallel_size=tp)
+            if kind["residual"] == "no-comm"
+            else parallel
+        )
+        return Decoder(
+            model,
+            layout,
+            micro_batch_size=args.micro_batch_size,
+            seq_length=args.seq_length,
+            recompute=args.recompute,
+            precision=args.precision,
+        )
+
+    result = [Line(name, decoder(kinds[name])) for name in names]
+    ladder = next((line for line in result if line.name == "ladder"), None)
+    if ladder and tp > 1 and not args.sequence_parallel:
+        result.append(Line("ladder, autograd's own order", ladder.decoder, mended=False))
+    return result
+
+
+def slowest(times: tuple[float, float]) -> tuple[float, float]:
+    """A pass ends when its last rank does."""
+    both = torch.tensor(times, dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    return both[0].item(), both[1].item()
+
+
+Key = tuple[str, str]
+
+
+def measure(
+    runs: dict[Key, Callable[[], tuple[float, float]]], steps: int
+) -> dict[Key, list[tuple[float, float]]]:
+    """Interleaved: every run once, then again, so that a slow moment hits all alike."""
+    times: dict[Key, list[tuple[float, float]]] = {key: [] for key in runs}
+    for step in range(steps + 1):  # the first warms up
+        order = list(runs)
+        order = order[step % len(order) :] + order[: step % len(order)]
+        for key in order:
+            seconds = slowest(runs[key]())
+            if step > 0:
+                times[key].append(seconds)
+        if dist.get_rank() == 0:
+            print(f"\rrepetition {step} of {steps}", end="", file=sys.stderr, flush=True)
+    if dist.get_rank() == 0:
+        print(file=sys.stderr)
+    return times
+
+
+PASSES: dict[str, Callable[[tuple[float, float]], float]] = {
+    "forward": lambda t: t[0],
+    "backward": lambda t: t[1],
+    "total": sum,
+}
+
+
+def link_time(times: dict[Key, list[tuple[float, float]]], name: str, part: str) -> list[float]:
+    """Seconds that the link adds to each repetition, against the same one at zero delay."""
+    of = PASSES[part]
+    return [of(a) - of(b) for a, b in zip(times[name, "link"], times[name, "zero"], strict=True)]
+
+
+def hidden_share(times: dict[Key, list[tuple[float, float]]], name: str, part: str) -> float:
+    mine = statistics.median(link_time(times, name, part))
+    return 1 - mine / statistics.median(link_time(times, "standard", part))
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return low, middle, high
+
+
+def table(times: dict[Key, list[tuple[float, float]]], link_s: float) -> str:
+    names = list(dict.fromkeys(name for name, _ in times))
+    out = [
+        f"{'median ms':30}"
+        + "".join(f"{p + ' ' + w:>16}" for p in PASSES for w in ("link", "zero")),
+    ]
+    for name in names:
+        cells = [
+            1e3 * statistics.median(PASSES[p](t) for t in times[name, w])
+            for p in PASSES
+            for w in ("link", "zero")
+        ]
+        out.append(f"{name:30}" + "".join(f"{c:16.1f}" for c in cells))
+    out += ["", f"{'hidden share of the link time':30}" + "".join(f"{p:>16}" for p in PASSES)]
+    for name in names:
+        if name not in ("standard", "no-comm"):
+            shares = [hidden_share(times, name, p) for p in PASSES]
+            out.append(f"{name:30}" + "".join(f"{s:16.3f}" for s in shares))
+    out += ["", f"{'(T_std - T) / (T_std - T_no-comm)':30}"]
+    for name in names:
+        if name not in ("standard", "no-comm"):
+            cells = []
+            for p in PASSES:
+                std, mine, bound = (
+                    statistics.median(PASSES[p](t) for t in times[n, "link"])
+                    for n in ("standard", name, "no-comm")
+                )
+                cells.append((std - mine) / (std - bound))
+            out.append(f"{name:30}" + "".join(f"{c:16.3f}" for c in cells))
+    out += ["", f"An all-reduce is {1e3 * link_s:.2f} ms under way (modelled)."]
+    return "\n".join(out)
+
+
+def paired(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> str:
+    """The quotient of two lines' totals, repetition by repetition."""
+    low, middle, high = quartiles([sum(x) / sum(y) for x, y in zip(a, b, strict=True)])
+    return f"{middle:.3f} (quartiles {low:.3f} to {high:.3f})"
+
+
+def main() -> None:
+    args = arguments()
+    if args.fake_tp is None and "RANK" not in os.environ:
+        become_torchrun(TP, *sys.argv)
+    tp = args.fake_tp or TP
+    device = join(tp, fake=args.fake_tp is not None)
+
+    names = ("standard", "parallel", "ladder", "hybrid (last half)", "no-comm")
+    chosen = lines(args, tp, names)
+    no_comm = next(line for line in chosen if line.name == "no-comm")
+    passes = [slowest(no_comm.step(0.0)) for _ in range(6)][1:]
+    submodule_s = statistics.median(forward for forward, _ in passes) / (2 * args.layers)
+    ratio = args.link_ratio
+    if args.link or args.target:
+        from pretrain.bench.plan import link_ratio
+
+        ratio = link_ratio(args.target, args.link, tensor_model_parallel_size=8)
+    link_s = ratio * submodule_s
+
+    runs: dict[Key, Callable[[], tuple[float, float]]] = {
+        (line.name, way): lambda line=line, s=s: line.step(s)  # type: ignore[misc]
+        for line in chosen
+        for way, s in (("link", link_s), ("zero", 0.0))
+    }
+    times = measure(runs, args.steps)
+    report: dict[str, Any] = {
+        "measured": f"{tp} ranks, {device}, {platform.processor() or platform.machine()}",
+        "modelled": f"an all-reduce is {link_s:.6f} s under way, {ratio} x a sub-module's forward",
+        "versions": {n: version(n) for n in ("torch", "megatron-core", "megatron-ladder")},
+        "command": " ".join(["python", *sys.argv]),
+        "options": {k: str(v) for k, v in vars(args).items()},
+        "link_s": link_s,
+        "submodule_forward_s": submodule_s,
+        "times_s": [{"kind": k, "link": w, "forward_backward": t} for (k, w), t in times.items()],
+        "hidden_share": {
+            line.name: {p: hidden_share(times, line.name, p) for p in PASSES}
+            for line in chosen
+            if line.name not in ("standard", "no-comm")
+        },
+    }
+    if dist.get_rank() == 0:
+        print(table(times, link_s))
+        zero = paired(times["ladder", "zero"], times["standard", "zero"])
+        print(f"Ladder / standard step time, zero delay, TP={tp}: {zero}")
+        report["ladder_over_standard_zero_delay"] = zero
+    if args.fake_tp is None:
+        join(1)
+        alone = {
+            (line.name, ""): lambda line=line: line.step(0.0)  # type: ignore[misc]
+            for line in lines(args, 1, ("standard", "ladder"))
+        }
+        single = measure(alone, args.steps)
+        ratio_1 = paired(single["ladder", ""], single["standard", ""])
+        report["ladder_over_standard_tp1"] = ratio_1
+        if dist.get_rank() == 0:
+            print(f"Ladder / standard step time, TP=1: {ratio_1}")
+    if dist.get_rank() == 0 and args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""A decoder to measure: the layers of a model alone, without embedding, head and loss."""
+
+import time
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_ladder.config import ModelConfig, ParallelConfig, Precision, Recompute
+from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
+
+
+class Decoder:
+    """The layers of `model` on this rank. megatron-core's groups must have been made.
+
+    Args:
+        micro_batch_size, seq_length: of the states that go through it.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        *,
+        micro_batch_size: int,
+        seq_length: int,
+        recompute: Recompute = "none",
+        precision: Precision = "fp32",
+    ) -> None:
+        assert parallel.pipeline_model_parallel_size == 1
+        config = transformer_config(model, parallel, recompute=recompute, precision=precision)
+        (gpt,) = build_gpt_model(model, config)
+        self.model = model
+        self.block: Any = gpt.decoder
+        self._rotary = gpt.rotary_pos_emb(seq_length)
+        cut = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
+        shape = (seq_length // cut, micro_batch_size, model.hidden_size)
+        # The same states on all ranks of a layout without sequence parallelism, as in training.
+        generator = torch.Generator().manual_seed(1)
+        states = torch.randn(shape, generator=generator).to(config.params_dtype)
+        self._x = states.to(torch.cuda.current_device()).requires_grad_()
+        self._grad = torch.ones_like(self._x) / self._x.numel()
+
+    def forward(self) -> Tensor:
+        return self.block(hidden_states=self._x, attention_mask=None, rotary_pos_emb=self._rotary)
+
+    def backward(self, output: Tensor) -> None:
+        output.backward(self._grad)
+
+    def clear(self) -> None:
+        self._x.grad = None
+        self.block.zero_grad(set_to_none=True)
+
+    def step(self) -> tuple[float, float]:
+        """Seconds of a forward and of a backward pass, begun together by all ranks."""
+        self.clear()
+        torch.distributed.barrier(group=parallel_state.get_tensor_model_parallel_group())
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        output = self.forward()
+        torch.cuda.synchronize()
+        middle = time.perf_counter()
+        self.backward(output)
+        torch.cuda.synchronize()
+        return middle - begin, time.perf_counter() - middle

@@ -1,0 +1,53 @@
+"""Ranks for the benchmarks: torchrun's, or one of many through torch's fake process group."""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_ladder import cpu_platform
+
+
+def join(tensor_model_parallel_size: int, *, fake: bool = False) -> str:
+    """Makes the process group and megatron-core's groups, of tensor parallelism and copies of it.
+
+    Args:
+        fake: this process alone is rank 0; collectives return at once and move nothing, so only a
+            modelled link (wire.py) gives them a duration.
+
+    Returns:
+        The device's name.
+    """
+    on_cpu = cpu_platform.enable()
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        torch.set_num_threads(1 if "RANK" in os.environ else torch.get_num_threads())
+    if not dist.is_initialized():
+        if fake:
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            dist.init_process_group(
+                "fake", store=FakeStore(), rank=0, world_size=tensor_model_parallel_size
+            )
+        else:
+            dist.init_process_group("gloo" if on_cpu else "nccl")
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size, create_gloo_process_groups=not fake
+    )
+    torch.manual_seed(0)
+    model_parallel_cuda_manual_seed(0)
+    return "cpu" if on_cpu else torch.cuda.get_device_name()
+
+
+def become_torchrun(ranks: int, *target: str) -> None:
+    """Replaces this process by torchrun with `ranks` local ones of `target`."""
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, f"--nproc-per-node={ranks}", *target]
+    os.execve(sys.executable, command, environment)  # noqa: S606 (a list, no shell)

@@ -1,0 +1,127 @@
+"""Records one step of a decoder: sub-modules' computations, collectives' starts, flights and waits.
+
+Host times on a CPU, where the host computes. On a GPU they would be times of launches: there a
+profiler is the tool, and `trace` says so.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from pretrain.bench.decoder import Decoder
+from pretrain.bench.timeline import Direction, Span
+
+
+@dataclass(frozen=True)
+class _Start:
+    name: str
+    direction: Direction
+    at_s: float
+
+
+class Recorder:
+    """An Observer of wire.py; `spans` holds the last step."""
+
+    def __init__(self, decoder: Decoder, rank: int) -> None:
+        self.spans: list[Span] = []
+        self._rank, self._decoder = rank, decoder
+        self._in_backward = False
+        self._running: str | None = None  # the sub-module whose forward is being computed
+        self._counts: dict[tuple[str, str], int] = {}
+        self._names: list[str] = []
+        shares_one = decoder.model.residual == "parallel"  # one collective for both sub-modules
+        for number, layer in enumerate(decoder.block.layers, 1):
+            for kind, module, first in (
+                ("attention", layer.self_attention, layer.self_attention.linear_qkv),
+                ("mlp", layer.mlp, layer.mlp.linear_fc1),
+            ):
+                self._watch(f"{kind} {number}", module, first)
+            self._names += (
+                [f"layer {number}"] if shares_one else [f"attention {number}", f"mlp {number}"]
+            )
+
+    def step(self) -> list[Span]:
+        """Runs a step; returns its spans in the order of their ends."""
+        self.spans, self._counts = [], {}
+        self._decoder.clear()
+        self._in_backward = False
+        output = self._decoder.forward()
+        self._in_backward = True
+        self._decoder.backward(output)
+        return [part for span in self.spans for part in self._without_waits(span)]
+
+    @property
+    def _direction(self) -> Direction:
+        if not self._in_backward:
+            return "forward"
+        return "backward" if self._running is None else "recompute"
+
+    def _watch(self, name: str, module: Any, first_linear: Any) -> None:
+        begin: dict[str, float] = {}
+
+        def forward_begins(*_: Any) -> None:
+            self._running = name
+            begin["forward"] = time.perf_counter()
+
+        def forward_ends(_module: Any, _inputs: Any, output: Any) -> None:
+            self._add("compute", name, self._direction, begin["forward"])
+            self._running = None
+            if output[0].grad_fn is not None:
+                output[0].grad_fn.register_prehook(backward_begins)
+
+        def backward_begins(*_: Any) -> None:
+            begin["backward"] = time.perf_counter()
+
+        def first_linear_ends(_module: Any, _inputs: Any, output: Any) -> None:
+            if output[0].grad_fn is not None:
+                output[0].grad_fn.register_hook(backward_ends)
+
+        def backward_ends(*_: Any) -> None:
+            self._add("compute", name, "backward", begin["backward"])
+
+        module.register_forward_pre_hook(forward_begins)
+        module.register_forward_hook(forward_ends)
+        first_linear.register_forward_hook(first_linear_ends)
+
+    def _add(
+        self, kind: str, name: str, direction: Direction, since: float, until: float | None = None
+    ) -> None:
+        until = time.perf_counter() if until is None else until
+        self.spans.append(Span(self._rank, cast(Any, kind), name, direction, since, until))
+
+    # Of wire.Observer.
+
+    def started(self, operation: str, at_s: float) -> _Start:
+        direction = self._direction
+        if direction == "recompute":  # of a waited-for collective in a layer of megatron-core's
+            assert self._running is not None
+            return _Start(self._running, direction, at_s)
+        # Sub-modules run in order, and so do the collectives of each sort; in backward the other
+        # way round, where with sequence parallelism each has two all-gathers.
+        count = self._counts.get((operation, direction), 0)
+        self._counts[operation, direction] = count + 1
+        if direction == "forward":
+            return _Start(self._names[count], direction, at_s)
+        each = 2 if operation == "all-gather" and self._gathers_twice else 1
+        return _Start(self._names[-1 - count // each], direction, at_s)
+
+    @property
+    def _gathers_twice(self) -> bool:
+        return self._decoder.model.residual != "parallel"
+
+    def waited(self, key: _Start, since_s: float, until_s: float, arrived_s: float) -> None:
+        self._add("flight", key.name, key.direction, key.at_s, arrived_s)
+        self._add("wait", key.name, key.direction, since_s, until_s)
+
+    def _without_waits(self, span: Span) -> list[Span]:
+        """A computation's parts between the waits that lie within it; other spans as they are."""
+        if span.kind != "compute":
+            return [span]
+        inside = [
+            w
+            for w in self.spans
+            if w.kind == "wait" and span.start_s <= w.start_s and w.end_s <= span.end_s
+        ]
+        edges = [span.start_s, *(t for w in inside for t in (w.start_s, w.end_s)), span.end_s]
+        pairs = zip(edges[::2], edges[1::2], strict=True)
+        return [replace(span, start_s=a, end_s=b) for a, b in pairs if b > a]

@@ -1,0 +1,144 @@
+"""Tensor-parallel collectives over a modelled link.
+
+Inside `over`, each collective of the tensor-parallel group runs as always, and is complete no sooner
+than a link of the given speed would have it: one collective at a time, in the order of their starts.
+Every residual kind, megatron-core's own layers too, is treated alike. What is modelled is the time
+the data is under way; the sums themselves, and the copies they take, are real.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import layers, mappings
+
+# megatron-core binds two of torch's collectives to names of its own when it is imported.
+_ENTRIES: tuple[tuple[Any, str, str], ...] = (
+    (dist, "all_reduce", "all-reduce"),
+    (dist, "all_gather_into_tensor", "all-gather"),
+    (dist, "reduce_scatter_tensor", "reduce-scatter"),
+    (mappings, "dist_all_gather_func", "all-gather"),
+    (mappings, "dist_reduce_scatter_func", "reduce-scatter"),
+    (layers, "dist_all_gather_func", "all-gather"),
+    (layers, "dist_reduce_scatter_func", "reduce-scatter"),
+)
+
+LinkSeconds = Callable[[str, int], float]
+"""(collective, bytes of the whole message) -> seconds it is under way."""
+
+
+class Observer(Protocol):
+    """Is told of every collective; recorder.py."""
+
+    def started(self, operation: str, at_s: float) -> Any: ...
+
+    def waited(self, key: Any, since_s: float, until_s: float, arrived_s: float) -> None: ...
+
+
+class _Flight:
+    """A collective under way."""
+
+    def __init__(self, work: Any, lands_s: float, observer: Observer | None, key: Any) -> None:
+        self._work, self._lands_s, self._observer, self._key = work, lands_s, observer, key
+        self._landed = False
+
+    def wait(self, *_: Any) -> bool:
+        if self._landed:
+            return True
+        since = time.perf_counter()
+        self._work.wait()
+        arrived = max(time.perf_counter() if since < self._lands_s else since, self._lands_s)
+        sleep_until(self._lands_s)
+        self._landed = True
+        if self._observer is not None:
+            self._observer.waited(self._key, since, time.perf_counter(), arrived)
+        return True
+
+    def is_completed(self) -> bool:
+        return self._landed
+
+
+class _CudaFlight(_Flight):
+    """On a GPU the link is a stream that a kernel keeps busy; nobody waits on the host."""
+
+    _stream: torch.cuda.Stream | None = None
+
+    def __init__(self, work: Any, seconds: float) -> None:
+        super().__init__(work, 0.0, None, None)
+        if _CudaFlight._stream is None:
+            _CudaFlight._stream = torch.cuda.Stream()
+        stream = _CudaFlight._stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(int(seconds * _cycles_per_second()))
+            self._done = stream.record_event()
+
+    def wait(self, *_: Any) -> bool:
+        self._work.wait()
+        torch.cuda.current_stream().wait_event(self._done)
+        return True
+
+
+@functools.cache
+def _cycles_per_second() -> float:
+    """Of the clock that torch.cuda._sleep counts."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cycles = 50_000_000
+    for _ in range(2):  # the first warms up
+        begin.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        torch.cuda.synchronize()
+    return cycles / (begin.elapsed_time(end) / 1000)
+
+
+def sleep_until(moment_s: float) -> None:
+    """Gives the processor away until shortly before, then spins: sleeping overshoots."""
+    while (left := moment_s - time.perf_counter()) > 0:
+        if left > 3e-4:
+            time.sleep(left - 2e-4)
+
+
+@contextlib.contextmanager
+def over(
+    group: dist.ProcessGroup, seconds: LinkSeconds, observer: Observer | None = None
+) -> Iterator[None]:
+    """Lets `group`'s collectives take at least `seconds` each, inside."""
+    free_s = 0.0  # when the link has delivered all that was started
+
+    def wrapped(real: Callable, operation: str) -> Callable:
+        @functools.wraps(real)
+        def collective(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+            nonlocal free_s
+            if kwargs.get("group") is not group:
+                return real(*args, async_op=async_op, **kwargs)
+            size = max(x.numel() * x.element_size() for x in args[:2] if torch.is_tensor(x))
+            flight: _Flight
+            now = time.perf_counter()
+            if args[0].is_cuda:
+                work = real(*args, async_op=True, **kwargs)
+                flight = _CudaFlight(work, seconds(operation, size))
+            else:
+                key = observer.started(operation, now) if observer else None
+                free_s = max(now, free_s) + seconds(operation, size)
+                work = real(*args, async_op=True, **kwargs)
+                flight = _Flight(work, free_s, observer, key)
+            if async_op:
+                return flight
+            flight.wait()
+            return None
+
+        return collective
+
+    real = [(module, name, getattr(module, name)) for module, name, _ in _ENTRIES]
+    for module, name, operation in _ENTRIES:
+        setattr(module, name, wrapped(getattr(module, name), operation))
+    try:
+        yield
+    finally:
+        for module, name, function in real:
+            setattr(module, name, function)
