@@ -175,6 +175,20 @@ def build_gpt_model(
     return chunks
 
 
+def align_checkpoint_ranges(ddp: Any) -> None:
+    """Call before the optimizer is built: it mends megatron-core's reshardable checkpoints.
+
+    Saving joins the buckets of a gradient buffer without the padding at their ends, and then cuts
+    parameters out at offsets that count it: with several buckets, as a shared embedding on two
+    pipeline stages makes them, Adam's moments and master weights are saved shifted. Counted as data,
+    the padding stays in.
+    """
+    for buffer in ddp.buffers:
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = buffer.numel
+
+
 @contextlib.contextmanager
 def loading_optimizer(optimizer: Any) -> Iterator[None]:
     """Load a checkpoint into the optimizer inside this: it mends megatron-core for torch's AdamW.

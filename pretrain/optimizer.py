@@ -15,6 +15,7 @@ from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_ladder.mcore_compat import align_checkpoint_ranges
 from pretrain.config import TrainConfig
 
 
@@ -38,6 +39,8 @@ def wrap_data_parallel(chunks: list[Any]) -> list[DistributedDataParallel]:
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
+    for chunk in model:
+        align_checkpoint_ranges(chunk)
     config.finalize_model_grads_func = finalize_model_grads
     no_sync = [chunk.no_sync for chunk in model]
     # Accumulate first, reduce in the last micro-batch.

@@ -43,8 +43,8 @@ def loss(plain: LadderForCausalLM, model: ModelConfig, tp: int, tokens: Tensor) 
 def train_losses(
     plain: LadderForCausalLM, config: TrainConfig, tp: int, batches: list[Tensor]
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Each step's loss, and the first step's gradients by Hugging Face's names."""
-    o, steps = config.optimizer, config.train_steps
+    """Each batch's loss, and the first's gradients by Hugging Face's names."""
+    o = config.optimizer
     decayed = [p for p in plain.parameters() if p.dim() > 1]
     others = [p for p in plain.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -59,7 +59,7 @@ def train_losses(
     assert config.schedule.min_lr_fraction == 1
     assert config.warmup_steps == 0
     losses, gradients = [], {}
-    for batch in batches[:steps]:
+    for batch in batches:
         optimizer.zero_grad()
         value = loss(plain, config.model, tp, batch)
         value.backward()

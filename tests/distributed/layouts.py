@@ -173,6 +173,9 @@ def run_layout(
         progress = load_checkpoint(before, model, optimizer, scheduler)
         assert progress.step == STEPS
         result["validation of the layout before"] = validation()
+        # One more step shows that the optimizer's state has moved too.
+        train_step(model, optimizer, scheduler, iter(micro_batches(steps[0], config)), config)
+        result["validation a step later"] = validation()
         model, optimizer, scheduler = start(config)
     load_start(model, weights)
 

@@ -66,8 +66,13 @@ def test_every_layout_trains_as_the_oracle(kind: str, tmp_path: Path) -> None:
     desync = kind == "desync"
     layouts = DESYNC_LAYOUTS if desync else LAYOUTS
     plain = plain_model(config.model, weights)
-    expected, gradients = train_losses(plain, config, layouts[0].tp, batches())
+    tp = layouts[0].tp
+    *steps, held_out = batches()
+    # Ten steps, and one more after the checkpoint has moved.
+    expected, gradients = train_losses(plain, config, tp, [*steps, steps[0]])
+    expected = expected[:-1]
     assert expected[-1] < expected[0] - 0.1
+    a_step_later = loss(plain, config.model, tp, held_out).item()
 
     before, last = None, None
     for ranks, group in itertools.groupby(layouts, key=lambda layout: layout.ranks):
@@ -99,6 +104,9 @@ def test_every_layout_trains_as_the_oracle(kind: str, tmp_path: Path) -> None:
             if last is not None:
                 moved = result["validation of the layout before"]
                 assert moved == pytest.approx(last, abs=LOSS_TOLERANCE), f"into {layout}"
+                later = result["validation a step later"]
+                assert later == pytest.approx(a_step_later, abs=LOSS_TOLERANCE), f"into {layout}"
+                assert abs(later - moved) > 20 * LOSS_TOLERANCE
             before, last = result["checkpoint"], result["validation"]
 
 
