@@ -1,9 +1,9 @@
 """Tensor-parallel collectives over a modelled link.
 
 Inside `over`, each collective of the tensor-parallel group runs as always, and is complete no sooner
-than a link of the given speed would have it: one collective at a time, in the order of their starts.
-Every residual kind, megatron-core's own layers too, is treated alike. What is modelled is the time
-the data is under way; the sums themselves, and the copies they take, are real.
+than a link of the given speed would have it, which carries one message after another, in the order
+of their starts. Every residual kind, megatron-core's own layers too, is treated alike. What is
+modelled is how long a message is under way; the sums, and the copies they take, are real.
 """
 
 import contextlib
@@ -39,6 +39,18 @@ class Observer(Protocol):
     def waited(self, key: Any, since_s: float, until_s: float, arrived_s: float) -> None: ...
 
 
+class _Link:
+    """Carries one message after another."""
+
+    def __init__(self) -> None:
+        self._free_s = 0.0
+
+    def send(self, seconds: float) -> float:
+        """When a message sent now arrives."""
+        self._free_s = max(time.perf_counter(), self._free_s) + seconds
+        return self._free_s
+
+
 class _Flight:
     """A collective under way."""
 
@@ -51,24 +63,27 @@ class _Flight:
             return True
         since = time.perf_counter()
         self._work.wait()
-        arrived = max(time.perf_counter() if since < self._lands_s else since, self._lands_s)
+        worked = time.perf_counter()
         sleep_until(self._lands_s)
         self._landed = True
         if self._observer is not None:
-            self._observer.waited(self._key, since, time.perf_counter(), arrived)
+            # Nobody tells when gloo was done; where the wait did not take long, it was before.
+            arrived = worked if worked - since > 1e-4 else since
+            until = time.perf_counter()
+            self._observer.waited(self._key, since, until, max(arrived, self._lands_s))
         return True
 
     def is_completed(self) -> bool:
         return self._landed
 
 
-class _CudaFlight(_Flight):
+class _CudaFlight:
     """On a GPU the link is a stream that a kernel keeps busy; nobody waits on the host."""
 
     _stream: torch.cuda.Stream | None = None
 
     def __init__(self, work: Any, seconds: float) -> None:
-        super().__init__(work, 0.0, None, None)
+        self._work = work
         if _CudaFlight._stream is None:
             _CudaFlight._stream = torch.cuda.Stream()
         stream = _CudaFlight._stream
@@ -105,32 +120,37 @@ def sleep_until(moment_s: float) -> None:
 
 @contextlib.contextmanager
 def over(
-    group: dist.ProcessGroup, seconds: LinkSeconds, observer: Observer | None = None
+    group: dist.ProcessGroup,
+    seconds: LinkSeconds,
+    observer: Observer | None = None,
+    *,
+    blocking: bool = False,
 ) -> Iterator[None]:
-    """Lets `group`'s collectives take at least `seconds` each, inside."""
-    free_s = 0.0  # when the link has delivered all that was started
+    """Sends `group`'s collectives over a link of that speed, inside.
+
+    Args:
+        blocking: wait for each at its start, so that nothing is hidden.
+    """
+    link = _Link()
 
     def wrapped(real: Callable, operation: str) -> Callable:
         @functools.wraps(real)
         def collective(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
-            nonlocal free_s
             if kwargs.get("group") is not group:
                 return real(*args, async_op=async_op, **kwargs)
             size = max(x.numel() * x.element_size() for x in args[:2] if torch.is_tensor(x))
-            flight: _Flight
-            now = time.perf_counter()
+            flight: Any
             if args[0].is_cuda:
                 work = real(*args, async_op=True, **kwargs)
                 flight = _CudaFlight(work, seconds(operation, size))
             else:
-                key = observer.started(operation, now) if observer else None
-                free_s = max(now, free_s) + seconds(operation, size)
+                key = observer.started(operation, time.perf_counter()) if observer else None
+                lands_s = link.send(seconds(operation, size))
                 work = real(*args, async_op=True, **kwargs)
-                flight = _Flight(work, free_s, observer, key)
-            if async_op:
-                return flight
-            flight.wait()
-            return None
+                flight = _Flight(work, lands_s, observer, key)
+            if blocking or not async_op:
+                flight.wait()
+            return flight if async_op else None
 
         return collective
 
