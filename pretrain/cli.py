@@ -10,9 +10,10 @@ USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says mor
   export    write a run's checkpoint as a Hugging Face folder
   generate  continue prompts with an exported folder
   report    loss curves of one or several runs, as a page and pictures
+  bench     trace, plan: what the overlap hides, seen on local ranks and modelled for a cluster
   doctor    what is installed, and what is missing for GPU and FP8
 """
-COMMANDS = ("data", "train", "export", "generate", "report", "doctor")
+COMMANDS = ("data", "train", "export", "generate", "report", "bench", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """From a run's checkpoint to a Hugging Face folder."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,19 @@ def export_run(run: Path, output_dir: Path, dtype: str | None, max_shard_size: s
         raise UserError(f"--max-shard-size {max_shard_size}: give a size such as 500MB or 5GB")
     checkpoint = _find_checkpoint(run)
     config = load_config(checkpoint / "config.json")
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    if model.residual == "desync":
+        if tp > 1:
+            raise UserError(
+                f"{run} was trained with desync-{model.desync_interval} at tensor-parallel size {tp}: "
+                "its weights give that model on that many ranks only, and a Hugging Face folder runs "
+                "on one. Export a standard, ladder or parallel model"
+            )
+        model = replace(model, residual="standard")  # one rank parts from nobody
     data = kept_facts(checkpoint.parents[1])[0]
     return export_folder(
         load_weights(checkpoint),
-        to_hf_config(config.model, data.tokenizer["eod_id"]),
+        to_hf_config(model, data.tokenizer["eod_id"]),
         data.path / data.tokenizer["file"],
         output_dir,
         max_shard_size=max_shard_size,

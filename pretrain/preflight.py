@@ -23,6 +23,11 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     Raises:
         UserError: the first thing found wrong.
     """
+    if config.model.residual == "no-comm":
+        raise UserError(
+            "model.residual no-comm leaves out every tensor-parallel sum: its numbers are wrong, and "
+            "only its speed means something (benchmarks/overlap.py). Train another kind"
+        )
     folders = open_data(config)
     if config.model.vocab_size is None:
         vocab_size = folders[0].tokenizer["vocab_size"]

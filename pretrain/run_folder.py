@@ -60,6 +60,13 @@ def check_output_dir(config: TrainConfig) -> str:
             f"{run_dir} holds another run: {detail}.\nChoose another --output-dir, or keep these as "
             "they were. The layout, batch split, intervals and logging may change."
         )
+    tp = changed.get("parallel.tensor_model_parallel_size")
+    if tp and config.model.residual == "desync":
+        raise UserError(
+            f"{run_dir} was trained with desync-{config.model.desync_interval} at "
+            f"parallel.tensor_model_parallel_size {tp[0]}: its ranks' residual states differ between "
+            f"two sums, so at {tp[1]} the same weights are another model. Keep {tp[0]}"
+        )
     if is_first_rank():  # the one that will hold it
         lock(run_dir).close()  # refused while another process trains here
     latest = latest_checkpoint(run_dir)

@@ -22,6 +22,10 @@ def start_ranks(config: TrainConfig) -> str:
     Returns:
         The device's name: "cpu", or the GPU's.
     """
+    # Read when CUDA starts. With one hardware queue kernels begin in the order in which they are
+    # issued: a collective that is started before a GEMM does not wait until that GEMM leaves room.
+    # Megatron's advice for tensor parallelism; docs/overlap.md.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if cpu_platform.enable():
         backend, device = "gloo", "cpu"
     else:

@@ -8,6 +8,7 @@ modelled is how long a message is under way; the sums, and the copies they take,
 
 import contextlib
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -109,6 +110,23 @@ def _cycles_per_second() -> float:
         end.record()
         torch.cuda.synchronize()
     return cycles / (begin.elapsed_time(end) / 1000)
+
+
+def own_seconds(group: dist.ProcessGroup, x: torch.Tensor) -> float:
+    """How long an all-reduce of a message like `x` takes by itself, on ranks that do nothing else.
+
+    A modelled link's time comes on top of it: the two together are what a collective is under way.
+    """
+    times = []
+    for _ in range(20):
+        message = torch.zeros_like(x)
+        dist.barrier(group=group)
+        begin = time.perf_counter()
+        dist.all_reduce(message, group=group)
+        times.append(time.perf_counter() - begin)
+    slowest = torch.tensor(statistics.median(times), dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
+    return slowest.item()
 
 
 def sleep_until(moment_s: float) -> None:

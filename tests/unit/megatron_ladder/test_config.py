@@ -79,10 +79,49 @@ def test_ranks_that_do_not_fit_the_layout_are_refused() -> None:
         parallel.data_parallel_size(6)
 
 
-@pytest.mark.parametrize("name", ["pipeline_model_parallel_size", "context_parallel_size"])
-def test_layouts_not_supported_yet_are_refused(name) -> None:
-    with pytest.raises(UserError, match=f"{name} 2 is not supported yet"):
-        ParallelConfig(**{name: 2})
+def test_layouts_not_supported_yet_are_refused() -> None:
+    with pytest.raises(UserError, match="context_parallel_size 2 is not supported yet"):
+        ParallelConfig(context_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("stages", "layers", "message"),
+    [
+        ({"pipeline_model_parallel_size": 3}, 8, "num_layers 8 do not divide"),
+        (
+            {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 8},
+            8,
+            "8 layers first and even last",
+        ),
+        (
+            {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 4},
+            8,
+            "2 layers of a pipeline stage do not divide into .* 4 parts",
+        ),
+    ],
+)
+def test_layers_that_stages_cannot_share_are_refused(stages, layers, message) -> None:
+    with pytest.raises(UserError, match=message):
+        check_layout(replace(MODEL, num_layers=layers), ParallelConfig(**stages))
+
+
+@pytest.mark.parametrize(
+    ("stages", "layers"),
+    [
+        ({"pipeline_model_parallel_size": 4}, 8),
+        ({"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 3}, 8),
+        ({"pipeline_model_parallel_size": 4, "num_layers_in_last_pipeline_stage": 2}, 8),
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4}, 8),
+    ],
+)
+def test_even_and_uneven_stages_are_taken(stages, layers) -> None:
+    check_layout(replace(MODEL, num_layers=layers), ParallelConfig(**stages))
+
+
+def test_desync_and_sequence_parallelism_exclude_each_other() -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    with pytest.raises(UserError, match="do not share their residual states"):
+        check_layout(replace(MODEL, residual="desync"), parallel)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from pretrain.arguments import parse_train
 from pretrain.config import (
@@ -57,7 +58,8 @@ def test_the_number_of_options_stays_small() -> None:
     def count(values: dict) -> int:
         return sum(count(v) if isinstance(v, dict) else 1 for v in values.values())
 
-    assert count(to_dict(PRESETS["debug"]())) <= 52
+    # 52, and with the overlap: five of the layout (sequence parallelism, stages), two dropouts, desync's n.
+    assert count(to_dict(PRESETS["debug"]())) <= 60
 
 
 def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
@@ -81,7 +83,13 @@ def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
         ("--optimizer.lr -1", "optimizer.lr is -1.0: it must be at least 0"),
         ("--schedule.min-lr-fraction 2", "shares from 0 to 1"),
         ("--model.residual parallel --model.ladder-layers 2", "model.residual is parallel"),
-        ("--parallel.pipeline-model-parallel-size 2", "not supported yet"),
+        ("--parallel.context-parallel-size 2", "not supported yet"),
+        ("--parallel.virtual-pipeline-model-parallel-size 2", "there are no stages to divide"),
+        (
+            "--parallel.sequence-parallel --parallel.tensor-model-parallel-size 2 --data.seq-length 63",
+            "data.seq_length 63 is not divisible",
+        ),
+        ("--model.hidden-dropout 1", "a share from 0 up to 1"),
         ("--model.num-layrs 4", "--model.num-layers"),  # the suggestion
         ("--precision fp8", "fp32"),
         ("--model.num-layers many", "num-layers"),
@@ -95,6 +103,20 @@ def test_values_that_do_not_fit_end_with_status_2(options: str, message: str, ca
     text = " ".join((output.out + output.err).replace("│", " ").split())
     assert message in text
     assert "Traceback" not in text
+
+
+def test_interleaved_stages_need_micro_batches_in_groups() -> None:
+    config = replace(
+        PRESETS["debug"](),
+        parallel=ParallelConfig(
+            pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+        ),
+        micro_batch_size=1,
+        global_batch_size=4,
+    )
+    assert config.num_microbatches(1) == 4
+    with pytest.raises(UserError, match=r"1 micro-batches a step .* in groups of that size"):
+        config.num_microbatches(4)
 
 
 def test_an_unknown_preset_is_named_with_what_is_near() -> None:

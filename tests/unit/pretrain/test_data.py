@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from pretrain.config import DataConfig
 from pretrain.data import (
@@ -67,15 +68,25 @@ def test_a_step_reads_the_same_sequences_at_every_layout(data_parallel_size: int
 
 @pytest.mark.parametrize("data_parallel_size", [1, 2, 3])
 @pytest.mark.parametrize("wanted", [None, 7])
-def test_validation_reads_each_sequence_once(data_parallel_size, wanted) -> None:
-    config = replace(PRESETS["debug"](), micro_batch_size=4, eval_sequences=wanted)
-    dataset = [torch.tensor(i) for i in range(10)]
+@pytest.mark.parametrize("stages", [1, 2])
+def test_validation_reads_each_sequence_once(data_parallel_size, wanted, stages) -> None:
+    """Full micro-batches, as many as the stages need; what fills them does not count."""
+    config = replace(
+        PRESETS["debug"](),
+        micro_batch_size=4,
+        eval_sequences=wanted,
+        parallel=ParallelConfig(pipeline_model_parallel_size=stages),
+    )
+    dataset = [{"tokens": torch.tensor([i]), "loss_mask": torch.ones(1)} for i in range(10)]
     seen = []
     for rank in range(data_parallel_size):
-        for batch in validation_batches(
+        batches = validation_batches(
             dataset, config, data_parallel_rank=rank, data_parallel_size=data_parallel_size
-        ):
-            seen += batch.tolist()
+        )
+        assert len(batches) % stages == 0
+        for batch in batches:
+            assert len(batch["tokens"]) == 4
+            seen += batch["tokens"][batch["loss_mask"] == 1].tolist()
     assert sorted(seen) == list(range(wanted or 10))
 
 

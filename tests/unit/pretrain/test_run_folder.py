@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from pretrain import run_folder
 from pretrain.presets import PRESETS
@@ -99,3 +100,15 @@ def test_a_folder_is_trained_in_by_one_process(config) -> None:
         check_output_dir(config)
     held.close()
     check_output_dir(config)
+
+
+def test_desync_stays_at_its_tensor_parallel_size(config) -> None:
+    desync = replace(config, model=replace(config.model, residual="desync"))
+    write_config(desync)
+    wider = replace(desync, parallel=ParallelConfig(tensor_model_parallel_size=2))
+    with pytest.raises(
+        UserError, match=r"trained with desync-2 at .* 1: its ranks' residual states"
+    ):
+        check_output_dir(wider)
+    other = ParallelConfig(pipeline_model_parallel_size=2)
+    assert "Resuming" in check_output_dir(replace(desync, parallel=other))
