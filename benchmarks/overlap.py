@@ -23,6 +23,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -37,7 +38,9 @@ from megatron_ladder import backward_order, linear
 from megatron_ladder.collectives import collectives_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
+from pretrain.bench.plan import Submodule, pass_seconds
 from pretrain.bench.ranks import become_torchrun, join
+from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds
 
 TP = 2
@@ -231,6 +234,59 @@ def table(times: dict[Key, list[tuple[float, float]]], link_s: float) -> str:
     return "\n".join(out)
 
 
+def submodules(decoder: Decoder, args: argparse.Namespace, tp: int) -> tuple[Submodule, Submodule]:
+    """Medians of attention's and MLP's own compute, for the planner's model of a pass."""
+    recorder = Recorder(decoder, dist.get_rank())
+    spans = [span for _ in range(3) for span in recorder.step()]
+    tokens, h = args.seq_length * args.micro_batch_size, args.hidden_size
+
+    def of(kind: str, first_outputs: int) -> Submodule:
+        def median(direction: str) -> float:
+            return statistics.median(
+                s.end_s - s.start_s
+                for s in spans
+                if s.kind == "compute" and s.name.startswith(kind) and s.direction == direction
+            )
+
+        grad, x = torch.randn(tokens, first_outputs // tp), torch.randn(tokens, h)
+        times = []
+        for _ in range(9):
+            begin = time.perf_counter()
+            grad.t().matmul(x)
+            times.append(time.perf_counter() - begin)
+        return Submodule(median("forward"), median("backward"), statistics.median(times))
+
+    return of("attention", 3 * h), of("mlp", 2 * args.ffn_hidden_size)
+
+
+def planned(
+    name: str,
+    args: argparse.Namespace,
+    parts: tuple[Submodule, Submodule],
+    own_s: float,
+    link_s: float,
+) -> tuple[float, float]:
+    """What the link adds to forward and backward by the planner's model (pretrain/bench/plan.py)."""
+    n = args.layers
+    kinds = {
+        "hybrid (last half)": ["standard"] * (n - n // 2) + ["ladder"] * (n // 2),
+        "standard": ["standard"] * n,
+        "parallel": ["parallel"] * n,
+        "ladder": ["ladder"] * n,
+    }[name]
+    with_link, without = (
+        pass_seconds(
+            kinds,
+            *parts,
+            seconds,
+            sequence_parallel=args.sequence_parallel,
+            recompute=args.recompute,
+        )
+        for seconds in (own_s + link_s, own_s)
+    )
+    return with_link[0] - without[0], with_link[1] - without[1]
+
+
 def paired(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> str:
     """The quotient of two lines' totals, repetition by repetition."""
     low, middle, high = quartiles([sum(x) / sum(y) for x, y in zip(a, b, strict=True)])
@@ -266,6 +322,7 @@ def main() -> None:
         for way, s in (("link", own_s + link_s), ("zero", 0.0))
         if not (line.name == "no-comm" and way == "zero")  # it has no collectives
     }
+    parts = submodules(no_comm.decoder, args, tp)
     times = measure(runs, args.steps)
     report: dict[str, Any] = {
         "measured": f"{tp} ranks, {device}, {platform.processor() or platform.machine()}",
@@ -275,6 +332,8 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "options": {k: str(v) for k, v in vars(args).items()},
         "link_s": link_s,
+        "own_s": own_s,
+        "planned_link_ms": {},
         "submodule_forward_s": submodule_s,
         "times_s": [{"kind": k, "link": w, "forward_backward": t} for (k, w), t in times.items()],
         "hidden_share": {
@@ -290,6 +349,15 @@ def main() -> None:
         print(table(times, link_s))
         zero = paired(times["ladder", "zero"], times["standard", "zero"])
         print(f"Ladder / standard step time, zero delay, TP={tp}: {zero}")
+        print("\nms that the link adds, measured and by the planner's model of a pass")
+        for name in ("standard", "parallel", "ladder", "hybrid (last half)"):
+            plan_s = planned(name, args, parts, own_s, link_s)
+            cells = [
+                (1e3 * statistics.median(link_time(times, name, p)), 1e3 * s)
+                for p, s in zip(("forward", "backward"), plan_s, strict=True)
+            ]
+            print(f"{name:30}" + "".join(f"{m:10.1f} {s:7.1f}" for m, s in cells))
+            report["planned_link_ms"][name] = {"measured_planned": cells}
         report["ladder_over_standard_zero_delay"] = zero
     if args.fake_tp is None:
         join(1)

@@ -68,8 +68,8 @@ class _Flight:
         sleep_until(self._lands_s)
         self._landed = True
         if self._observer is not None:
-            # Nobody tells when gloo was done; where the wait did not take long, it was before.
-            arrived = worked if worked - since > 1e-4 else since
+            # gloo does not say when it was done: in time for the link, unless it was waited for.
+            arrived = worked if worked - since > 1e-4 else self._lands_s
             until = time.perf_counter()
             self._observer.waited(self._key, since, until, max(arrived, self._lands_s))
         return True
