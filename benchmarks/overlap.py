@@ -38,10 +38,14 @@ from megatron_ladder import backward_order, linear
 from megatron_ladder.collectives import collectives_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
-from pretrain.bench.plan import Submodule, pass_seconds
+from pretrain.bench.links import NVLINK
+from pretrain.bench.links import PRESETS as LINKS
+from pretrain.bench.plan import DEVICES, Hardware, Submodule, pass_seconds
+from pretrain.bench.plan import submodules as planned_submodules
 from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds
+from pretrain.presets import PRESETS as TRAIN_PRESETS
 
 TP = 2
 BLOCKING = "standard, waiting at once"
@@ -88,11 +92,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--link-ratio", type=float, default=0.5, help="of a sub-module's forward")
-    parser.add_argument("--link", help="nvswitch, p2p-off or two-nodes; needs --target")
-    parser.add_argument("--target", help="a preset whose layer shapes set the ratio")
+    parser.add_argument("--link", choices=LINKS, help="with --target: sets the ratio")
+    parser.add_argument("--target", choices=TRAIN_PRESETS, help="its layers at TP=8 on H100s")
     parser.add_argument("--fake-tp", type=int, help="one process as rank 0 of this many")
     parser.add_argument("--json", type=Path, help="write every time measured")
     return parser.parse_args()
+
+
+def target_ratio(target: str, link: str) -> float:
+    """An all-reduce over a sub-module's forward, for a preset's layers at TP=8 on H100s, by the
+    planner's model of their compute."""
+    config = TRAIN_PRESETS[target]()
+    tokens = config.micro_batch_size * config.data.seq_length
+    hardware = Hardware(DEVICES["h100"], NVLINK)
+    attention, mlp = planned_submodules(
+        config.model, hardware, tokens=tokens, seq_length=config.data.seq_length, tp=8, sp=False
+    )
+    message = 2 * tokens * config.model.hidden_size  # bf16
+    seconds = LINKS[link].all_reduce_seconds(message)
+    return seconds / ((attention.forward_s + mlp.forward_s) / 2)
 
 
 def lines(args: argparse.Namespace, tp: int, names: tuple[str, ...]) -> list[Line]:
@@ -306,10 +324,8 @@ def main() -> None:
     passes = [slowest(no_comm.step(0.0)) for _ in range(6)][1:]
     submodule_s = statistics.median(forward for forward, _ in passes) / (2 * args.layers)
     ratio = args.link_ratio
-    if args.link or args.target:
-        from pretrain.bench.plan import link_ratio
-
-        ratio = link_ratio(args.target, args.link, tensor_model_parallel_size=8)
+    if args.link and args.target:
+        ratio = target_ratio(args.target, args.link)
     link_s = ratio * submodule_s
     own_s = 0.0
     if device == "cpu" and args.fake_tp is None:

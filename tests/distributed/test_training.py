@@ -32,6 +32,13 @@ def command(data: Path, run: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "pretrain.cli", "train", *arguments]
 
 
+def pipeline(size: int) -> tuple[str, ...]:
+    return ("--parallel.pipeline-model-parallel-size", str(size))
+
+
+FIRST_STAGE_OF_ONE = ("--parallel.num-layers-in-first-pipeline-stage", "1")
+
+
 def train(data: Path, run: Path, *options: str) -> str:
     done = subprocess.run(
         command(data, run, *options), capture_output=True, text=True, timeout=TIMEOUT_S
@@ -122,6 +129,14 @@ def test_a_checkpoint_continues_at_other_layouts(whole_run, data: Path, tmp_path
         "tp1": tensor_parallel(1),
         "dp2": (*tensor_parallel(1), "--nproc-per-node", "2"),
         "dp2 x tp2": (*tensor_parallel(2), "--nproc-per-node", "4"),
+        "pp2, 1 and 3 layers": (*tensor_parallel(1), *pipeline(2), *FIRST_STAGE_OF_ONE),
+        "tp2 with sp x pp2, interleaved": (
+            *tensor_parallel(2),
+            *pipeline(2),
+            "--parallel.sequence-parallel",
+            "--parallel.virtual-pipeline-model-parallel-size",
+            "2",
+        ),
     }.items():
         run = tmp_path / name
         shutil.copytree(whole, run)

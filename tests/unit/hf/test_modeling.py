@@ -263,7 +263,7 @@ def test_new_weights_are_drawn_as_llamas():
         ("ladder", [-1], None),
         ("standard", 2, None),
         ("parallel", [1], None),
-        ("desync", None, None),
+        ("rungs", None, None),
     ],
 )
 def test_ladder_layers_mean_the_same_as_in_training(residual, ladder_layers, expected):

@@ -1,0 +1,111 @@
+"""How long a tensor-parallel collective takes over a link, and a transfer over the network.
+
+The tables are public measurements of all-reduces among 8 (NVSwitch, P2P off) or 16 (two nodes) H100s
+and are used as they are for other numbers of ranks, unless scaled with `for_ranks`.
+"""
+
+import bisect
+from dataclasses import dataclass
+
+GPUS_PER_NODE = 8
+KIB, MIB = 2**10, 2**20
+
+
+@dataclass(frozen=True)
+class Link:
+    """Time of one all-reduce by message size, linear between measured points."""
+
+    points: tuple[tuple[float, float], ...]
+    """(bytes of the whole message, seconds), by rising bytes. Below the first its time counts, the
+    latency; beyond the last the bandwidth between the last two."""
+    ranks: int = 8
+    """How many took part in the measurement."""
+
+    @classmethod
+    def of(cls, latency_s: float, bytes_per_s: float, ranks: int = 8) -> "Link":
+        """Latency and algorithm bandwidth (message bytes over time, not bus bandwidth)."""
+        return cls(((0.0, latency_s), (bytes_per_s, latency_s + 1.0)), ranks)
+
+    @property
+    def latency_s(self) -> float:
+        return self.points[0][1]
+
+    def all_reduce_seconds(self, nbytes: float) -> float:
+        """Args: nbytes: of the message that every rank holds."""
+        if len(self.points) == 1 or nbytes <= self.points[0][0]:
+            return self.latency_s
+        after = bisect.bisect_left([size for size, _ in self.points], nbytes)
+        after = min(after, len(self.points) - 1)
+        (size, seconds), (next_size, next_seconds) = self.points[after - 1 : after + 1]
+        return seconds + (nbytes - size) * (next_seconds - seconds) / (next_size - size)
+
+    def half_seconds(self, nbytes: float) -> float:
+        """A reduce-scatter or an all-gather of a message of `nbytes` in all: each moves half of what
+        an all-reduce does."""
+        return self.all_reduce_seconds(nbytes) / 2
+
+    def for_ranks(self, ranks: int) -> "Link":
+        """The same link among another number of ranks.
+
+        The part above the latency is scaled by what a ring moves, 2 (n - 1) / n of the message; the
+        latency stays. One rank communicates nothing.
+        """
+        if ranks == 1:
+            return PRESETS["zero"]
+        factor = ((ranks - 1) / ranks) / ((self.ranks - 1) / self.ranks)
+        low = self.latency_s
+        return Link(tuple((size, low + factor * (s - low)) for size, s in self.points), ranks)
+
+
+PRESETS: dict[str, Link] = {
+    # 8 x H100 with NVSwitch; the middle where a range was published. The last two points make
+    # 274 GB/s; a fit from 2 MiB up gives 31 us and 222 GB/s.
+    "nvswitch": Link(
+        (
+            (16 * KIB, 20.7e-6),
+            (64 * KIB, 23.1e-6),
+            (256 * KIB, 24.8e-6),
+            (1 * MIB, 28.5e-6),
+            (4 * MIB, 54.5e-6),
+            (8 * MIB, 83e-6),
+            (16 * MIB, 128.5e-6),
+            (32 * MIB, 195e-6),
+            (64 * MIB, 316e-6),
+            (128 * MIB, 561e-6),
+        )
+    ),
+    # 8 x H100 without peer-to-peer access: the latency is derived from arXiv 2501.06589's tables.
+    "p2p-off": Link.of(65e-6, 37e9),
+    # 2 x 8 H100 with 8 x 400 Gb/s NICs a node, measured on one cloud.
+    "two-nodes": Link(
+        (
+            (32 * KIB, 155e-6),
+            (1 * MIB, 203e-6),
+            (16 * MIB, 978e-6),
+            (64 * MIB, 1262e-6),
+        ),
+        ranks=16,
+    ),
+    "zero": Link(((0.0, 0.0),)),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """What data-parallel collectives and pipeline transfers go over, one way, for each GPU."""
+
+    latency_s: float
+    bytes_per_s: float
+
+    def seconds(self, nbytes: float) -> float:
+        """Args: nbytes: that one GPU sends."""
+        return self.latency_s + nbytes / self.bytes_per_s if nbytes else 0.0
+
+
+# Between two GPUs of a node: the data sheet says 450 GB/s one way, two thirds are assumed to be had.
+NVLINK = Network(latency_s=10e-6, bytes_per_s=300e9)
+
+
+def network_of(gbit_per_s: float) -> Network:
+    """One NIC for each GPU; 400 Gb/s are 50e9 bytes/s. The latency is assumed."""
+    return Network(latency_s=10e-6, bytes_per_s=gbit_per_s * 1e9 / 8)
