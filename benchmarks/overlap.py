@@ -23,7 +23,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -196,17 +195,19 @@ PASSES: dict[str, Callable[[tuple[float, float]], float]] = {
 }
 
 
-def link_time(times: dict[Key, list[tuple[float, float]]], name: str, part: str) -> list[float]:
-    """Seconds that the link adds to each repetition, against the same one at zero delay."""
-    of = PASSES[part]
-    return [of(a) - of(b) for a, b in zip(times[name, "link"], times[name, "zero"], strict=True)]
+def median(times: dict[Key, list[tuple[float, float]]], key: Key, part: str) -> float:
+    return statistics.median(PASSES[part](t) for t in times[key])
+
+
+def link_time(times: dict[Key, list[tuple[float, float]]], name: str, part: str) -> float:
+    """Seconds that the link adds: T(link) - T(zero)."""
+    return median(times, (name, "link"), part) - median(times, (name, "zero"), part)
 
 
 def hidden_share(
     times: dict[Key, list[tuple[float, float]]], name: str, part: str, standard: str = BLOCKING
 ) -> float:
-    mine = statistics.median(link_time(times, name, part))
-    return 1 - mine / statistics.median(link_time(times, standard, part))
+    return 1 - link_time(times, name, part) / link_time(times, standard, part)
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -256,9 +257,8 @@ def submodules(decoder: Decoder, args: argparse.Namespace, tp: int) -> tuple[Sub
     """Medians of attention's and MLP's own compute, for the planner's model of a pass."""
     recorder = Recorder(decoder, dist.get_rank())
     spans = [span for _ in range(3) for span in recorder.step()]
-    tokens, h = args.seq_length * args.micro_batch_size, args.hidden_size
 
-    def of(kind: str, first_outputs: int) -> Submodule:
+    def of(kind: str, first_linear: float) -> Submodule:
         def median(direction: str) -> float:
             return statistics.median(
                 s.end_s - s.start_s
@@ -266,15 +266,13 @@ def submodules(decoder: Decoder, args: argparse.Namespace, tp: int) -> tuple[Sub
                 if s.kind == "compute" and s.name.startswith(kind) and s.direction == direction
             )
 
-        grad, x = torch.randn(tokens, first_outputs // tp), torch.randn(tokens, h)
-        times = []
-        for _ in range(9):
-            begin = time.perf_counter()
-            grad.t().matmul(x)
-            times.append(time.perf_counter() - begin)
-        return Submodule(median("forward"), median("backward"), statistics.median(times))
+        # Half of the first linear's backward is its weight's gradient.
+        return Submodule(
+            median("forward"), median("backward"), median("backward") * first_linear / 2
+        )
 
-    return of("attention", 3 * h), of("mlp", 2 * args.ffn_hidden_size)
+    # Of a sub-module's GEMMs: q, k, v of 4 h^2; gate and up of 3 h ffn.
+    return of("attention", 3 / 4), of("mlp", 2 / 3)
 
 
 def planned(
@@ -369,7 +367,7 @@ def main() -> None:
         for name in ("standard", "parallel", "ladder", "hybrid (last half)"):
             plan_s = planned(name, args, parts, own_s, link_s)
             cells = [
-                (1e3 * statistics.median(link_time(times, name, p)), 1e3 * s)
+                (1e3 * link_time(times, name, p), 1e3 * s)
                 for p, s in zip(("forward", "backward"), plan_s, strict=True)
             ]
             print(f"{name:30}" + "".join(f"{m:10.1f} {s:7.1f}" for m, s in cells))

@@ -215,9 +215,13 @@ class _OutputStart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        if ctx.collectives.sequence_parallel:
-            return ctx.collectives.wait_output_gradient(), None
-        return grads[0], None
+        if not ctx.collectives.sequence_parallel:
+            return grads[0], None
+        # A gradient that comes by autograd has not been started: the output was waited for outside
+        # this graph, as when megatron-core recomputes a whole layer.
+        if grads[0] is not None:
+            ctx.collectives.start_output_gradient(grads[0])
+        return ctx.collectives.wait_output_gradient(), None
 
 
 class _OutputWait(torch.autograd.Function):

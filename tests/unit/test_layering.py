@@ -80,7 +80,15 @@ def test_command_lines_start_without_torch(module: str) -> None:
 
 def test_every_folder_has_its_line_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
-    folders = ["megatron_ladder", "megatron_ladder/hf", "pretrain", "data_prep", "slurm", "tests"]
+    folders = [
+        "megatron_ladder",
+        "megatron_ladder/hf",
+        "pretrain",
+        "pretrain/bench",
+        "data_prep",
+        "slurm",
+        "tests",
+    ]
     for folder in [*folders, "benchmarks", "docs", "scripts"]:
         assert re.search(rf"^\s*{re.escape(Path(folder).name)}/ ", readme, re.M), folder
 

@@ -1,0 +1,79 @@
+"""The benchmark and the trace run and write what they say; how fast is nobody's business here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--hidden-size", "64", "--ffn-hidden-size", "96", "--seq-length", "32"]
+TIMEOUT_S = 150
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--recompute", "full"],
+        ["--sequence-parallel"],
+        ["--fake-tp", "4"],
+        ["--link", "p2p-off", "--target", "llama-3-8b"],
+    ],
+)
+def test_the_overlap_benchmark(options: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "new" / "overlap.json"
+    small = [*SMALL, "--layers", "2", "--heads", "4", "--steps", "2"]
+    output = run("benchmarks/overlap.py", *small, *options, "--json", str(file))
+    assert "hidden, against waiting at once" in output
+    report = json.loads(file.read_text())
+    lines = {(t["kind"], t["link"]): t["forward_backward"] for t in report["times_s"]}
+    for kind in (
+        "standard, waiting at once",
+        "standard",
+        "parallel",
+        "ladder",
+        "hybrid (last half)",
+    ):
+        assert len(lines[kind, "link"]) == len(lines[kind, "zero"]) == 2
+    assert set(report["planned_link_ms"]) == {
+        "standard",
+        "parallel",
+        "ladder",
+        "hybrid (last half)",
+    }
+    assert report["versions"]["megatron-core"]
+
+
+@pytest.mark.parametrize("options", [[], ["--sequence-parallel", "--recompute", "full"]])
+def test_the_trace_of_a_step(options: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "trace"
+    small = [*SMALL, "--num-layers", "2", "--num-attention-heads", "4", *options]
+    output = run("-m", "pretrain.cli", "bench", "trace", str(out), *small)
+    assert "hidden share" in output
+    assert (out / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    for kind in ("standard", "ladder"):
+        events = json.loads((out / f"trace_{kind}.json").read_text())["traceEvents"]
+        assert {e["pid"] for e in events} == {0, 1}
+        assert {"compute", "flight", "wait"} <= {e.get("cat") for e in events}
+
+
+def test_a_trace_that_cannot_be_taken_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain.cli", "bench", "trace", "x", "--num-layers", "1"],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    assert "shows two layers on two ranks" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
