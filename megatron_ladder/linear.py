@@ -9,7 +9,7 @@ the parents.
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
 from torch import Tensor
 
 from megatron_ladder.collectives import SubmoduleCollectives, collectives_of
@@ -83,10 +83,9 @@ class _ColumnGemm(torch.autograd.Function):
 def _add_to_main_grad(weight: Any, grad: Tensor, x: Tensor) -> Tensor:
     """Adds grad^T x to DDP's gradient buffer in the GEMM itself; returns what autograd may drop."""
     if x.is_cuda:
-        from fused_weight_gradient_mlp_cuda import wgrad_gemm_accum_fp32  # NVIDIA's apex
-
         assert weight.main_grad.dtype == torch.float32
-        wgrad_gemm_accum_fp32(x, grad, weight.main_grad)
+        apex: Any = layers.fused_weight_gradient_mlp_cuda  # type: ignore[attr-defined]
+        apex.wgrad_gemm_accum_fp32(x, grad, weight.main_grad)
     else:
         weight.main_grad.add_(grad.t().matmul(x))
     weight.grad_added_to_main_grad = True  # DDP adds nothing then
