@@ -84,7 +84,7 @@ def _add_to_main_grad(weight: Any, grad: Tensor, x: Tensor) -> Tensor:
     """Adds grad^T x to DDP's gradient buffer in the GEMM itself; returns what autograd may drop."""
     if x.is_cuda:
         assert weight.main_grad.dtype == torch.float32
-        apex: Any = layers.fused_weight_gradient_mlp_cuda  # type: ignore[attr-defined]
+        apex: Any = layers.fused_weight_gradient_mlp_cuda
         apex.wgrad_gemm_accum_fp32(x, grad, weight.main_grad)
     else:
         weight.main_grad.add_(grad.t().matmul(x))
