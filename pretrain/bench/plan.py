@@ -352,29 +352,40 @@ def memory_bytes(config: TrainConfig, dp: int) -> float:
     return max(totals)
 
 
-def preset_config(name: str | None) -> TrainConfig:
-    """A preset of `train` whose vocabulary is known."""
-    if name not in TRAIN_PRESETS:
-        near = difflib.get_close_matches(name or "", TRAIN_PRESETS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"no preset {name!r}{hint}: choose one of {', '.join(TRAIN_PRESETS)}")
-    config = TRAIN_PRESETS[name]()
-    if config.model.vocab_size is None:
-        known = [n for n, f in TRAIN_PRESETS.items() if f().model.vocab_size is not None]
-        raise UserError(
-            f"preset {name} takes its vocabulary from the data: choose one of {', '.join(known)}"
-        )
-    return config
+@dataclass(frozen=True)
+class Row:
+    """One layout of one residual kind. Shares are of step_s; times in seconds, modelled."""
 
+    residual: str
+    tp: int
+    pp: int
+    vpp: int
+    dp: int
+    sequence_parallel: bool
+    micro_batch_size: int
+    recompute: str
+    step_s: float
+    compute_s: float
+    exposed_tp_s: float
+    exposed_dp_s: float
+    transfers_s: float
+    """Pipeline stages' sends that nothing hides."""
+    bubble_s: float
+    tokens_per_s_per_gpu: float
+    mfu: float
+    """Of the bf16 peak, with fp8 too; recomputation does not count."""
+    memory_gb: float
 
-def link_ratio(target: str | None, link: str | None, *, tensor_model_parallel_size: int) -> float:
-    """One all-reduce over the mean forward compute of a sub-module: a preset's layers and batch, on
-    H100s over a link of links.PRESETS. Modelled."""
-    config = preset_config(target)
-    hardware = Hardware(DEVICES["h100"], NVLINK, link)
-    seq, tp = config.data.seq_length, tensor_model_parallel_size
-    tokens = config.micro_batch_size * seq
-    parts = submodules(config.model, hardware, tokens=tokens, seq_length=seq, tp=tp, sp=False)
-    mean_s = sum(part.forward_s for part in parts) / 2
-    message = BF16 * tokens * config.model.hidden_size
-    return hardware.link_for(tp).all_reduce_seconds(message) / mean_s
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """All but the residual kind."""
+        layout = (self.tp, self.pp, self.vpp, self.dp, self.sequence_parallel)
+        return (*layout, self.micro_batch_size, self.recompute)
+
+    @property
+    def bubble(self) -> float:
+        return self.bubble_s / self.step_s
+
+    @property
+    def exposed_tp(self) -> float:
+        return self.exposed_tp_s / self.step_s
