@@ -2,13 +2,20 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from megatron_ladder.config import ParallelConfig, check_layout
 from pretrain import commands
 from pretrain.bench.links import MIB, NVLINK, PRESETS, Link
-from pretrain.bench.plan import DEVICES, Hardware, Submodule, pass_seconds
+from pretrain.bench.plan import (
+    DEVICES,
+    Hardware,
+    Submodule,
+    activation_bytes,
+    pass_seconds,
+)
 from pretrain.bench.plan_search import MEMORY_SHARE, layouts, row, search
 from pretrain.presets import PRESETS as TRAIN_PRESETS
 
@@ -56,6 +63,33 @@ def test_the_first_ladder_layer_hides_the_last_standard_mlp() -> None:
     forward, _ = seconds("sl", 1.5)
     # Standard attention waits; its MLP's hides behind the ladder attention; the last is exposed.
     assert forward == pytest.approx(COMPUTE[0] + 1.5 + 1.5)
+
+
+def test_recomputed_ladder_exposes_no_more_and_standard_repeats_attentions() -> None:
+    again = COMPUTE[0]
+    _, backward = seconds("ll", 1.5, recompute="full")
+    assert backward == pytest.approx(COMPUTE[1] + again + 0.5)
+    _, backward = seconds("ss", 1.5, recompute="full")
+    assert backward == pytest.approx(COMPUTE[1] + again + 2 * 0.5 + 2 * 1.5)
+
+
+def test_desync_exposes_one_every_n() -> None:
+    forward, backward = pass_seconds(["desync-3", "desync-3"], ATTENTION, MLP, 1.5)
+    # After the third sub-module, and after the fourth, the last.
+    assert (forward, backward) == pytest.approx((COMPUTE[0] + 3.0, COMPUTE[1] + 3.0))
+
+
+def test_memory_of_a_layer_by_hand() -> None:
+    model = replace(
+        TRAIN_PRESETS["debug"]().model, hidden_size=100, ffn_hidden_size=400, num_attention_heads=10
+    )
+    model = replace(model, num_query_groups=10, residual="ladder")
+    kept = partial(activation_bytes, model, tokens=7)
+    # 16 + 6 ffn/h = 40 bytes a token and h; 8 of them are whole without sequence parallelism.
+    assert kept(tp=1, sp=False, recompute="none") == 40 * 7 * 100
+    assert kept(tp=2, sp=False, recompute="none") == (8 + 32 / 2) * 7 * 100
+    assert kept(tp=2, sp=True, recompute="none") == 20 * 7 * 100
+    assert kept(tp=2, sp=True, recompute="full") == 4 * 7 * 100
 
 
 def test_links_go_through_their_points_and_beyond() -> None:
