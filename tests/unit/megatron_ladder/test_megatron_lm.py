@@ -21,7 +21,7 @@ def test_megatron_lm_finds_a_spec_it_can_build_a_block_from() -> None:
 @pytest.mark.parametrize(
     ("option", "name"),
     [
-        ({"sequence_parallel": True, "tensor_model_parallel_size": 2}, "sequence_parallel"),
+
         ({"add_bias_linear": True}, "biases"),
         (
             {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
