@@ -21,7 +21,6 @@ def test_megatron_lm_finds_a_spec_it_can_build_a_block_from() -> None:
 @pytest.mark.parametrize(
     ("option", "name"),
     [
-
         ({"add_bias_linear": True}, "biases"),
         (
             {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
