@@ -1,5 +1,6 @@
 """A decoder to measure: the layers of a model alone, without embedding, head and loss."""
 
+import gc
 import time
 from typing import Any
 
@@ -55,6 +56,8 @@ class Decoder:
     def step(self) -> tuple[float, float]:
         """Seconds of a forward and of a backward pass, begun together by all ranks."""
         self.clear()
+        gc.collect()  # not in the middle of one rank's pass, where it would hold up all
+        gc.disable()
         torch.distributed.barrier(group=parallel_state.get_tensor_model_parallel_group())
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -63,4 +66,6 @@ class Decoder:
         middle = time.perf_counter()
         self.backward(output)
         torch.cuda.synchronize()
-        return middle - begin, time.perf_counter() - middle
+        end = time.perf_counter()
+        gc.enable()
+        return middle - begin, end - middle

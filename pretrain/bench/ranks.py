@@ -26,6 +26,7 @@ def join(tensor_model_parallel_size: int, *, fake: bool = False) -> str:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         torch.set_num_threads(1 if "RANK" in os.environ else torch.get_num_threads())
+        _stay_on_own_core()
     if not dist.is_initialized():
         if fake:
             from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -42,6 +43,14 @@ def join(tensor_model_parallel_size: int, *, fake: bool = False) -> str:
     torch.manual_seed(0)
     model_parallel_cuda_manual_seed(0)
     return "cpu" if on_cpu else torch.cuda.get_device_name()
+
+
+def _stay_on_own_core() -> None:
+    """Keeps a rank, gloo's threads too, on one core where there are enough: two ranks that are moved
+    to the same one now and then would make every time noise."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if 1 < int(os.environ.get("WORLD_SIZE", "1")) <= len(cores):
+        os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"])]})
 
 
 def become_torchrun(ranks: int, *target: str) -> None:

@@ -1,18 +1,24 @@
 """Tensor-parallel collectives over a modelled link.
 
 Inside `over`, each collective of the tensor-parallel group runs as always, and is complete no sooner
-than a link of the given speed would have it, which carries one message after another, in the order
-of their starts. Every residual kind, megatron-core's own layers too, is treated alike. What is
-modelled is how long a message is under way; the sums, and the copies they take, are real.
+than a link of the given speed would have it: one that takes up a message when the last rank has
+started it, as a sum needs every rank's part, and carries one after another. Every residual kind,
+megatron-core's own layers too, is treated alike. What is modelled is how long a message is under
+way; the sums, and the copies they take, are real.
 """
 
 import contextlib
 import functools
+import math
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import layers, mappings
@@ -41,22 +47,64 @@ class Observer(Protocol):
 
 
 class _Link:
-    """Carries one message after another."""
+    """Carries one message after another, each from the moment when its last rank has started it.
 
-    def __init__(self) -> None:
-        self._free_s = 0.0
+    The ranks, processes of one machine with one monotonic clock, tell each other their starts
+    through shared memory.
+    """
 
-    def send(self, seconds: float) -> float:
-        """When a message sent now arrives."""
-        self._free_s = max(time.perf_counter(), self._free_s) + seconds
-        return self._free_s
+    SLOTS = 1 << 12  # messages; more than any step has
+
+    def __init__(self, starts: np.ndarray, rank: int) -> None:
+        self._starts, self._rank = starts, rank
+        starts[:, rank] = 0.0
+        self._seconds: list[float] = []
+        self._arrivals: list[float] = []
+
+    def start(self, seconds: float) -> int:
+        """This rank's part of the next message; returns the message's number."""
+        number = len(self._seconds)
+        assert number < self.SLOTS
+        self._seconds.append(seconds)
+        self._starts[number, self._rank] = time.perf_counter()
+        return number
+
+    def arrival(self, number: int) -> float:
+        """When the message arrives, once every rank has started it."""
+        for n in range(len(self._arrivals), number + 1):
+            free_s = self._arrivals[-1] if self._arrivals else 0.0
+            self._arrivals.append(max(self._starts[n].max(), free_s) + self._seconds[n])
+        return self._arrivals[number]
+
+
+@functools.cache
+def _shared_starts(group: dist.ProcessGroup) -> np.ndarray:
+    """[messages, ranks] seconds in memory that the group's ranks share."""
+    shape = (_Link.SLOTS, group.size())
+    if dist.get_backend(group) == "fake" or group.size() == 1:
+        return np.zeros(shape)
+    name: list[str | None] = [None]
+    if group.rank() == 0:
+        descriptor, name[0] = tempfile.mkstemp(prefix="starts-")
+        os.ftruncate(descriptor, math.prod(shape) * 8)
+        os.close(descriptor)
+    dist.broadcast_object_list(name, group=group, group_src=0)
+    assert name[0] is not None
+    starts = np.memmap(name[0], dtype=np.float64, mode="r+", shape=shape)
+    dist.barrier(group=group)
+    if group.rank() == 0:
+        Path(name[0]).unlink()  # the memory stays while it is mapped
+    return starts
 
 
 class _Flight:
     """A collective under way."""
 
-    def __init__(self, work: Any, lands_s: float, observer: Observer | None, key: Any) -> None:
-        self._work, self._lands_s, self._observer, self._key = work, lands_s, observer, key
+    def __init__(
+        self, work: Any, link: _Link, number: int, observer: Observer | None, key: Any
+    ) -> None:
+        self._work, self._link, self._number = work, link, number
+        self._observer, self._key = observer, key
         self._landed = False
 
     def wait(self, *_: Any) -> bool:
@@ -65,13 +113,14 @@ class _Flight:
         since = time.perf_counter()
         self._work.wait()
         worked = time.perf_counter()
-        sleep_until(self._lands_s)
+        lands_s = self._link.arrival(self._number)
+        sleep_until(lands_s)
         self._landed = True
         if self._observer is not None:
             # gloo does not say when it was done: in time for the link, unless it was waited for.
-            arrived = worked if worked - since > 1e-4 else self._lands_s
+            arrived = worked if worked - since > 1e-4 else lands_s
             until = time.perf_counter()
-            self._observer.waited(self._key, since, until, max(arrived, self._lands_s))
+            self._observer.waited(self._key, since, until, max(arrived, lands_s))
         return True
 
     def is_completed(self) -> bool:
@@ -149,7 +198,10 @@ def over(
     Args:
         blocking: wait for each at its start, so that nothing is hidden.
     """
-    link = _Link()
+    starts = _shared_starts(group)
+    link = _Link(starts, group.rank())
+    if group.size() > 1 and dist.get_backend(group) != "fake":
+        dist.barrier(group=group)  # every rank has cleared its column
 
     def wrapped(real: Callable, operation: str) -> Callable:
         @functools.wraps(real)
@@ -163,9 +215,9 @@ def over(
                 flight = _CudaFlight(work, seconds(operation, size))
             else:
                 key = observer.started(operation, time.perf_counter()) if observer else None
-                lands_s = link.send(seconds(operation, size))
+                number = link.start(seconds(operation, size))
                 work = real(*args, async_op=True, **kwargs)
-                flight = _Flight(work, lands_s, observer, key)
+                flight = _Flight(work, link, number, observer, key)
             if blocking or not async_op:
                 flight.wait()
             return flight if async_op else None
