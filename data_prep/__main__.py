@@ -2,7 +2,7 @@
 
 import sys
 
-from data_prep.cli import main
+if __name__ == "__main__":  # processes that tokenize import this file too, and need no command line
+    from data_prep.cli import main
 
-if __name__ == "__main__":
     sys.exit(main())

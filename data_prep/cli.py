@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from data_prep.errors import UserError
+from data_prep.merge import Merge, merge
 from data_prep.show import Inspect, inspect
 from data_prep.tokenize_text import Tokenize, tokenize
 from data_prep.train_tokenizer import TrainTokenizer, train_tokenizer
@@ -13,6 +14,7 @@ from data_prep.train_tokenizer import TrainTokenizer, train_tokenizer
 Command = (
     Annotated[TrainTokenizer, tyro.conf.subcommand("train-tokenizer")]
     | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
 )
 
@@ -30,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"Tokenizer: {train_tokenizer(options)}")
         elif isinstance(options, Tokenize):
             print(tokenize(options))
+        elif isinstance(options, Merge):
+            print(merge(options))
         else:
             print(inspect(options))
         return 0

@@ -1,4 +1,4 @@
-"""Documents out of files: JSON lines, or plain text."""
+"""Documents out of files: JSON lines, parquet and Arrow rows, or plain text."""
 
 import codecs
 from collections.abc import Callable, Iterator
@@ -8,12 +8,32 @@ from typing import Any, Literal
 import orjson
 
 from data_prep.errors import UserError
-from data_prep.sources import Source, read_chunks
+from data_prep.parquet import read_rows
+from data_prep.sources import Segment, Source
+from data_prep.streams import Chunk, read_chunks
 
 TextDocuments = Literal["file", "paragraph", "line"]
+InvalidUtf8 = Literal["skip", "replace", "stop"]
 # A text field that none of this many first lines has is taken for a wrong name.
 LINES_BEFORE_GIVING_UP = 10
 EXAMPLES = 5
+# Lines are handed on in blocks of about this many bytes.
+BLOCK_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read out of files."""
+
+    text_field: tuple[str, ...] = ("text",)
+    """Of a JSON line or a row, the key of its text, or a path to it (`meta.text`). Several texts are
+    joined by an empty line."""
+    text_documents: TextDocuments = "file"
+    """What a document is in a plain text file."""
+    invalid_utf8: InvalidUtf8 = "skip"
+    max_document_bytes: int = 16 << 20
+    """A longer line, or text file that is one document, cannot be used: it would take too much
+    memory."""
 
 
 @dataclass
@@ -23,127 +43,325 @@ class BadLines:
     limit: int
     count: int = 0
     examples: list[str] = field(default_factory=list)
+    replaced: int = 0
+    """Documents in which invalid UTF-8 was replaced."""
 
     def add(self, where: str, why: str) -> None:
         """Raises UserError when there are more than `limit`."""
         self.count += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(f"{where}: {why}")
+        self.check()
+
+    def check(self) -> None:
         if self.count > self.limit:
             shown = "\n".join(f"  {example}" for example in self.examples)
-            raise UserError(
+            raise TooManyBadLines(
                 f"more than --max-bad-lines {self.limit} lines cannot be used; the first ones:\n"
                 f"{shown}"
             )
 
 
-def read_documents(
-    source: Source,
-    *,
-    text_field: str,
-    text_documents: TextDocuments,
-    bad: BadLines,
-    progress: Callable[[int], None],
-) -> Iterator[str]:
-    """The texts of one file, in order, the empty ones too.
+class TooManyBadLines(UserError):
+    """Not one file's fault alone: going on with the others would not help."""
+
+
+class NoTextField(UserError):
+    """The same of --text-field."""
+
+
+def read_segment(
+    segment: Segment, reading: Reading, bad: BadLines, progress: Callable[[int], None]
+) -> Iterator[list[str]]:
+    """The texts of a file or of a range of it, in order, the empty ones too, in batches.
 
     Args:
-        text_field: of a JSON line, the key of its text.
-        text_documents: what a document is in a plain text file.
-        bad: takes what is not UTF-8, not JSON, not an object, or without text.
+        bad: takes what is not UTF-8, not JSON, not an object, too long, or without text.
         progress: called with bytes read from disk.
     """
-    chunks = read_chunks(source, progress)
+    source = segment.source
+    if source.kind in ("parquet", "arrow"):
+        yield from _rows(segment, reading, bad, progress)
+        return
+    chunks = read_chunks(source, segment.begin, segment.end, progress)
     if source.kind == "jsonl":
-        yield from _json_lines(source, chunks, text_field, bad)
+        yield from _json_lines(segment, chunks, reading, bad)
+    elif reading.text_documents == "line":
+        where = _naming(segment)
+        for lines in _numbered_lines(segment, chunks, reading, bad):
+            yield [
+                text
+                for number, line in lines
+                for text in _decoded(line, lambda n=number: where(n), reading, bad)  # type: ignore[misc]
+            ]
     else:
-        yield from _text(source, chunks, text_documents, bad)
+        yield from _text(segment, chunks, reading, bad)
+
+
+def _rows(
+    segment: Segment, reading: Reading, bad: BadLines, progress: Callable[[int], None]
+) -> Iterator[list[str]]:
+    source, number = segment.source, 0
+    first = f"row group {segment.begin}, " if segment.begin else ""
+    rows = read_rows(source, reading.text_field, segment.begin, segment.end, progress)
+    for batch in rows:
+        texts = []
+        for row in batch:
+            number += 1
+            text, problem = text_of(row, reading.text_field)
+            if problem is None and len(text) > reading.max_document_bytes:
+                problem = f"longer than --max-document-bytes {reading.max_document_bytes:,}"
+            if problem is not None:
+                bad.add(f"{source.path}: {first}row {number}", problem)
+                continue
+            texts.append(text)
+        yield texts
+
+
+def text_of(value: Any, fields: tuple[str, ...]) -> tuple[str, str | None]:
+    """The text of a JSON object or a row; and why it has none."""
+    if not isinstance(value, dict):
+        hint = " (a JSON array? one object a line is needed)" if isinstance(value, list) else ""
+        return "", f"not a JSON object{hint}"
+    texts = []
+    for name in fields:
+        found: Any = value
+        for key in (name,) if name in value else name.split("."):
+            if not isinstance(found, dict) or key not in found:
+                return "", f"no field {name!r}"
+            found = found[key]
+        if not isinstance(found, str):
+            return "", f"field {name!r} is no string"
+        texts.append(found)
+    return texts[0] if len(texts) == 1 else "\n\n".join(texts), None
 
 
 def _json_lines(
-    source: Source, chunks: Iterator[bytes], text_field: str, bad: BadLines
-) -> Iterator[str]:
-    good = 0
+    segment: Segment, chunks: Iterator[Chunk], reading: Reading, bad: BadLines
+) -> Iterator[list[str]]:
+    path, good, seen = segment.source.path, 0, 0
     without: set[str] = set()
-    for number, line in enumerate(_lines(chunks), start=1):
-        if not line.strip():
-            continue
-        where = f"{source.path}:{number}"
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if number == 1 and b"\0" in line:
-            raise UserError(f"{source.path} is not JSON lines: it holds binary data")
-        try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            bad.add(where, f"not JSON: {error}")
-            continue
-        problem = _problem(value, text_field)
-        if problem is None:
-            good += 1
-            yield value[text_field]
-            continue
-        bad.add(where, problem)
-        if isinstance(value, dict) and text_field not in value:
-            without |= set(value)
-            if not good and number >= LINES_BEFORE_GIVING_UP:
-                break
+    fields = reading.text_field
+    simple = fields[0] if len(fields) == 1 else None
+    where = _naming(segment)
+    for lines in _numbered_lines(segment, chunks, reading, bad):
+        texts = []
+        for number, line in lines:
+            try:
+                value = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                if not line.strip():
+                    continue
+                value = _json_with_bad_utf8(line, where(number), reading, bad, error)
+            try:  # nearly always
+                text = value[simple]
+                if type(text) is str:
+                    texts.append(text)
+                    continue
+            except (KeyError, TypeError, IndexError):
+                pass
+            if value is None:
+                continue
+            seen += 1
+            text, problem = text_of(value, fields)
+            if problem is None:
+                texts.append(text)
+                continue
+            bad.add(where(number), problem)
+            if isinstance(value, dict):
+                without |= set(value)
+        good += len(texts)
+        yield texts
+        if not good and without and seen >= LINES_BEFORE_GIVING_UP:
+            break
     if not good and without:
-        raise UserError(
-            f"{source.path}: no line has the text field {text_field!r}; they have "
+        raise NoTextField(
+            f"{path}: no line has the text field {', '.join(map(repr, fields))}; they have "
             f"{', '.join(sorted(without)[:20])}: give --text-field NAME"
         )
 
 
-def _problem(value: Any, text_field: str) -> str | None:
-    if not isinstance(value, dict):
-        return "not a JSON object"
-    if text_field not in value:
-        return f"no field {text_field!r}"
-    if not isinstance(value[text_field], str):
-        return f"field {text_field!r} is no string"
+def _json_with_bad_utf8(
+    line: bytes, where: str, reading: Reading, bad: BadLines, error: Exception
+) -> Any:
+    """The value of a line that is no JSON; None when it stays that."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as bad_bytes:
+        if reading.invalid_utf8 == "stop":
+            raise UserError(_not_utf8(where, bad_bytes)) from bad_bytes
+        if reading.invalid_utf8 == "replace":
+            try:
+                value = orjson.loads(line.decode(errors="replace"))
+                bad.replaced += 1
+                return value
+            except orjson.JSONDecodeError as still:
+                error = still
+        else:
+            bad.add(where, f"not UTF-8: {bad_bytes.reason} at byte {bad_bytes.start}")
+            return None
+    bad.add(where, f"not JSON: {error}")
     return None
 
 
-def _text(
-    source: Source, chunks: Iterator[bytes], text_documents: TextDocuments, bad: BadLines
-) -> Iterator[str]:
-    def decoded(parts: list[bytes], where: str) -> Iterator[str]:
-        try:
-            text = b"".join(parts).decode("utf-8-sig")  # without a byte order mark
-        except UnicodeDecodeError as error:
-            bad.add(where, f"not UTF-8: {error.reason} at byte {error.start}")
-            return
-        if "\0" in text:
-            bad.add(where, "holds binary data")
-            return
-        yield text
+def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
+    return (
+        f"{where}: not UTF-8: {error.reason} at byte {error.start}: give --invalid-utf8 replace or "
+        "skip to go on"
+    )
 
-    if text_documents == "file":
-        yield from decoded(list(chunks), str(source.path))
+
+def _decoded(
+    data: bytes, where: Callable[[], str], reading: Reading, bad: BadLines, marked: bool = False
+) -> Iterator[str]:
+    try:
+        text = data.decode("utf-8-sig" if marked else "utf-8")  # without a byte order mark
+    except UnicodeDecodeError as error:
+        if reading.invalid_utf8 == "stop":
+            raise UserError(_not_utf8(where(), error)) from error
+        if reading.invalid_utf8 == "skip":
+            bad.add(where(), f"not UTF-8: {error.reason} at byte {error.start}")
+            return
+        text = data.decode(errors="replace").removeprefix("\ufeff")
+        bad.replaced += 1
+    if "\0" in text:
+        bad.add(where(), "holds binary data")
+        return
+    yield text
+
+
+def _text(
+    segment: Segment, chunks: Iterator[Chunk], reading: Reading, bad: BadLines
+) -> Iterator[list[str]]:
+    """Whole files, or paragraphs between blank lines."""
+    path = segment.source.path
+    limit = reading.max_document_bytes
+    if reading.text_documents == "file":
+        parts: list[bytes] = []
+        size = 0
+        for chunk, _ in chunks:
+            size += len(chunk)
+            if size <= limit:
+                parts.append(chunk)
+            else:
+                parts.clear()
+        if size > limit:
+            hint = "--text-documents paragraph or line makes more of it"
+            bad.add(path, f"{size:,} bytes, more than --max-document-bytes {limit:,}: {hint}")
+            return
+        yield list(_decoded(b"".join(parts), lambda: path, reading, bad, marked=True))
         return
     paragraph: list[bytes] = []
+    size = 0
+
+    def ended(after: int) -> list[str]:
+        # `after` is the number of the line behind the paragraph.
+        first = after - len(paragraph)
+        if size > limit:
+            bad.add(
+                f"{path}:{first}",
+                f"a paragraph of {size:,} bytes, more than --max-document-bytes {limit:,}",
+            )
+            return []
+        data = b"".join(paragraph)
+        return list(_decoded(data, lambda: f"{path}:{first}", reading, bad, marked=first == 1))
+
     number = 0
-    for number, line in enumerate(_lines(chunks), start=1):
-        if text_documents == "line":
-            yield from decoded([line], f"{source.path}:{number}")
-        elif line.strip():
-            paragraph.append(line + b"\n")
-        elif paragraph:
-            yield from decoded(paragraph, f"{source.path}:{number - len(paragraph)}")
-            paragraph = []
+    for lines in _numbered_lines(segment, chunks, reading, bad):
+        texts: list[str] = []
+        for number, line in lines:
+            if line.strip():
+                size += len(line) + 1
+                paragraph.append(line + b"\n" if size <= limit else b"")
+            elif paragraph:
+                texts += ended(number)
+                paragraph, size = [], 0
+        yield texts
     if paragraph:
-        yield from decoded(paragraph, f"{source.path}:{number + 1 - len(paragraph)}")
+        yield ended(number + 1)
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their ends."""
+def _naming(segment: Segment) -> Callable[[int], str]:
+    """Names a line by its number."""
+    after = f", counted from byte {segment.begin:,}" if segment.begin else ""
+    return lambda number: f"{segment.source.path}:{number}{after}"
+
+
+def _numbered_lines(
+    segment: Segment, chunks: Iterator[Chunk], reading: Reading, bad: BadLines
+) -> Iterator[Iterator[tuple[int, bytes]]]:
+    """Lines with their numbers, in blocks; without those that are too long."""
+    where, limit = _naming(segment), reading.max_document_bytes
+    for first, lines in line_blocks(chunks, inside=segment.begin > 0, longest=limit):
+        if first == 1 and not segment.begin and lines and lines[0] is not None:
+            if segment.source.kind == "jsonl" and b"\0" in lines[0]:
+                raise UserError(f"{segment.source.path} is not JSON lines: it holds binary data")
+            lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+        for number, line in enumerate(lines, start=first):
+            if line is None:
+                bad.add(where(number), f"a line of more than --max-document-bytes {limit:,}")
+        yield ((n, line) for n, line in enumerate(lines, start=first) if line is not None)
+
+
+def line_blocks(
+    chunks: Iterator[Chunk], *, inside: bool, longest: int, block_bytes: int = BLOCK_BYTES
+) -> Iterator[tuple[int, list[bytes | None]]]:
+    """Lines without their ends, in blocks, with the number of a block's first line, from 1.
+
+    A line belongs to the range that holds the byte before its first one, so that every line of a
+    file cut anywhere is in one range; the file's first line belongs to its first range.
+
+    Args:
+        chunks: bytes, and whether they lie in the range; those behind it follow the range's.
+        inside: the range does not begin where the file does: bytes up to a line's end are not its.
+        longest: a line of more bytes is None; it is not held in memory.
+    """
+    lines: list[bytes | None] = []
     rest: list[bytes] = []
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        rest.append(first)
-        for line in others:
-            yield b"".join(rest)
-            rest = [line]
-    if last := b"".join(rest):
-        yield last
+    rest_bytes = held = 0
+    first = 1
+    for chunk, owned in chunks:
+        if not owned:
+            if inside:  # no line begins in the range
+                return
+            end = chunk.find(b"\n") + 1
+            done, chunk = bool(end), chunk[: end or None]
+        else:
+            done = False
+        if inside:
+            end = chunk.find(b"\n") + 1
+            if not end:
+                continue
+            inside, chunk = False, chunk[end:]
+        head, *others = chunk.split(b"\n")
+        rest_bytes += len(head)
+        if rest_bytes <= longest:
+            rest.append(head)
+        else:
+            rest.clear()
+        if others:
+            lines.append(b"".join(rest) if rest_bytes <= longest else None)
+            held += rest_bytes
+            *whole, tail = others
+            lines += [line if len(line) <= longest else None for line in whole]
+            held += len(chunk) - len(head)
+            rest, rest_bytes = [tail], len(tail)
+        if done:
+            break
+        if held >= block_bytes:
+            yield first, lines
+            first += len(lines)
+            lines, held = [], 0
+    else:
+        if rest_bytes and not inside:
+            lines.append(b"".join(rest) if rest_bytes <= longest else None)
+    if lines:
+        yield first, lines
+
+
+def read_documents(
+    source: Source, reading: Reading, bad: BadLines, progress: Callable[[int], None]
+) -> Iterator[str]:
+    """The texts of one whole file, in order, the empty ones too."""
+    for texts in read_segment(Segment(source, source.bytes), reading, bad, progress):
+        yield from texts

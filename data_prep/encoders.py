@@ -1,12 +1,12 @@
 """Tokenizers that exist: SentencePiece models and Hugging Face's tokenizer.json."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from data_prep.errors import UserError
 
@@ -25,6 +25,10 @@ class Encoder(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
     def piece(self, token_id: int) -> str: ...
+
+    def marks(self) -> list[tuple[str, ...]]:
+        """Strings that become one token whatever is around them, in groups that are alike."""
+        ...
 
 
 class SentencePieceEncoder:
@@ -47,13 +51,20 @@ class SentencePieceEncoder:
             )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return self._model.EncodeAsIds(texts, num_threads=os.cpu_count() or 1)
+        return self._model.EncodeAsIds(texts, num_threads=1)  # there is a process for every core
 
     def decode(self, ids: list[int]) -> str:
         return self._model.DecodeIds(ids)
 
     def piece(self, token_id: int) -> str:
         return self._model.IdToPiece(token_id)
+
+    def marks(self) -> list[tuple[str, ...]]:
+        model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+        model.ParseFromString(self._model.serialized_model_proto())
+        kinds = ((2, 3), (4,))  # unknown and control pieces; user-defined ones
+        groups = [tuple(p.piece for p in model.pieces if p.type in kind) for kind in kinds]
+        return [group for group in groups if group]
 
 
 class HuggingFaceEncoder:
@@ -88,6 +99,10 @@ class HuggingFaceEncoder:
 
     def piece(self, token_id: int) -> str:
         return self._model.id_to_token(token_id) or ""
+
+    def marks(self) -> list[tuple[str, ...]]:
+        added = tuple(t.content for t in self._model.get_added_tokens_decoder().values())
+        return [added] if added else []
 
 
 def open_encoder(path: Path, eod_token: str | None = None) -> Encoder:

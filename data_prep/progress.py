@@ -9,11 +9,11 @@ LOG_EVERY_S = 10.0
 
 
 class Progress:
-    """Counts bytes read of a known total, on stderr."""
+    """Counts bytes read of a known total, and the tokens that came of them, on stderr."""
 
     def __init__(self, total_bytes: int, what: str) -> None:
         self._total, self._what = max(total_bytes, 1), what
-        self._done = 0
+        self._done = self._tokens = 0
         self._started = self._logged = time.monotonic()
         self._bar = (
             tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, leave=False)
@@ -22,18 +22,27 @@ class Progress:
         )
 
     def add(self, count: int) -> None:
-        self._done += count
-        if self._bar:
-            self._bar.update(count)
-            return
+        """So many more bytes."""
+        self.reached(self._done + count)
+
+    def reached(self, count: int, tokens: int = 0) -> None:
+        """So many bytes, and tokens, in all."""
+        more, self._done, self._tokens = count - self._done, count, tokens
         now = time.monotonic()
+        seconds = max(now - self._started, 1e-9)
+        if self._bar:
+            self._bar.update(more)
+            if tokens:
+                self._bar.set_postfix_str(f"{tokens / seconds / 1e6:.2f}M tokens/s", refresh=False)
+            return
         if now - self._logged >= LOG_EVERY_S:
             self._logged = now
-            rate = self._done / (now - self._started)
-            left = (self._total - self._done) / rate
+            rate = self._done / seconds
+            left = max(0, self._total - self._done) / max(rate, 1e-9)
+            per_s = f"{tokens / seconds / 1e6:.2f}M tokens/s, " if tokens else ""
             print(
                 f"{self._what}: {100 * self._done / self._total:.0f} % of {self._total / 1e6:.0f} MB, "
-                f"{rate / 1e6:.1f} MB/s, {left:.0f} s left",
+                f"{rate / 1e6:.1f} MB/s, {per_s}{left:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

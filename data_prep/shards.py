@@ -9,13 +9,18 @@ and shared tools' readers agree on:
 all little-endian. Here every document is one sequence.
 """
 
+import hashlib
 import os
-from array import array
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 DTYPE_CODES = {"int32": 4, "uint16": 8}
+HEADER_BYTES = 34
+DOCUMENTS_AT_ONCE = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -23,61 +28,78 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size < 65_500 else "int32"
 
 
-class ShardWriter:
-    """Writes PREFIX.bin as documents come, and PREFIX.idx at the end.
+def write_index(path: Path, dtype: str, lengths: list[Path]) -> str:
+    """Writes an .idx, durably; returns its SHA-256.
 
-    Memory grows by four bytes a document.
+    Memory does not grow with the documents: their lengths are read a million at a time.
+
+    Args:
+        lengths: files of i32 document lengths in tokens, in order.
     """
+    count = sum(file.stat().st_size for file in lengths) // 4
+    width = np.dtype(dtype).itemsize
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
 
-    def __init__(self, prefix: Path, dtype: str) -> None:
-        self._prefix = prefix
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._bin = prefix.with_suffix(".bin").open("wb")
-        self._lengths = array("i")
-        self.tokens = 0
-        self.text_bytes = 0
+        def write(data: bytes) -> None:
+            file.write(data)
+            digest.update(data)
 
-    @property
-    def documents(self) -> int:
-        return len(self._lengths)
+        write(b"MMIDIDX\x00\x00" + np.array([1], "<u8").tobytes())
+        write(bytes([DTYPE_CODES[np.dtype(dtype).name]]))
+        write(np.array([count, count + 1], "<u8").tobytes())
+        for some in _lengths(lengths):
+            write(some.tobytes())
+        end = 0
+        for some in _lengths(lengths):
+            ends = end + np.cumsum(some, dtype=np.int64)
+            write(((ends - some) * width).astype("<i8").tobytes())
+            end = int(ends[-1])
+        for first in range(0, count + 1, DOCUMENTS_AT_ONCE):
+            last = min(first + DOCUMENTS_AT_ONCE, count + 1)
+            write(np.arange(first, last, dtype="<i8").tobytes())
+        _durable(file)
+    return digest.hexdigest()
 
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        """Appends one document, its EOD id included."""
-        self._bin.write(np.array(ids, dtype=self._dtype).tobytes())
-        self._lengths.append(len(ids))
-        self.tokens += len(ids)
-        self.text_bytes += text_bytes
 
-    def close(self) -> dict[str, int]:
-        """Writes the index and makes both files durable; returns the manifest's figures."""
-        lengths = np.frombuffer(self._lengths, dtype=np.int32).astype("<i4")
-        offsets = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        offsets *= self._dtype.itemsize
-        index = self._prefix.with_suffix(".idx")
-        with index.open("wb") as file:
-            file.write(b"MMIDIDX\x00\x00" + np.array([1], "<u8").tobytes())
-            file.write(bytes([DTYPE_CODES[self._dtype.name]]))
-            file.write(np.array([len(lengths), len(lengths) + 1], "<u8").tobytes())
-            lengths.tofile(file)
-            offsets.tofile(file)
-            np.arange(len(lengths) + 1, dtype="<i8").tofile(file)
-            _durable(file)
-        _durable(self._bin)
-        self._bin.close()
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "text_bytes": self.text_bytes,
-            "bin_bytes": self._prefix.with_suffix(".bin").stat().st_size,
-            "idx_bytes": index.stat().st_size,
-        }
+def _lengths(files: list[Path]) -> Iterator[np.ndarray]:
+    for path in files:
+        with path.open("rb") as file:
+            while len(some := np.fromfile(file, "<i4", DOCUMENTS_AT_ONCE)):
+                yield some
+
+
+def append_files(target: Path, files: list[Path]) -> None:
+    """Joins files, durably; the system copies them, where it can without moving a byte."""
+    with target.open("wb") as out:
+        for path in files:
+            with path.open("rb") as file:
+                _append(out, file, path.stat().st_size)
+        _durable(out)
+
+
+def _append(out: BinaryIO, file: BinaryIO, size: int) -> None:
+    out.flush()
+    done = 0
+    try:
+        while done < size:
+            copied = os.copy_file_range(file.fileno(), out.fileno(), size - done)
+            if not copied:
+                break
+            done += copied
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) == 28:  # no space left
+            raise
+    out.seek(0, 2)
+    if done < size:  # not on this system, or not between these disks
+        file.seek(done)
+        shutil.copyfileobj(file, out, 1 << 20)
 
 
 def read_document(prefix: Path, number: int, dtype: str, documents: int) -> np.ndarray:
     """The ids of one document, its EOD included."""
     index = np.memmap(prefix.with_suffix(".idx"), mode="r", dtype=np.uint8)
-    start = 34
+    start = HEADER_BYTES
     lengths = index[start : start + 4 * documents].view("<i4")
     offsets = index[start + 4 * documents : start + 12 * documents].view("<i8")
     return np.fromfile(
@@ -88,6 +110,6 @@ def read_document(prefix: Path, number: int, dtype: str, documents: int) -> np.n
     )
 
 
-def _durable(file) -> None:  # type: ignore[no-untyped-def]
+def _durable(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -1,141 +1,214 @@
-"""Which files to read, and their bytes, decompressed."""
+"""Which files to read: local, or anywhere that fsspec reaches."""
 
 import fnmatch
-import zlib
-from collections.abc import Callable, Iterator
+import glob
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import zstandard
+from typing import Any, BinaryIO, Literal
 
 from data_prep.errors import UserError
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-KINDS: dict[str, Literal["jsonl", "text"]] = {
+Kind = Literal["jsonl", "text", "parquet", "arrow"]
+KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
+    ".ndjson": "jsonl",
     ".txt": "text",
     ".text": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
 }
-MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
-CHUNK_BYTES = 1 << 20
+# What to install for a protocol that fsspec itself does not bring.
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 
 
 @dataclass(frozen=True)
 class Source:
     """One input file."""
 
-    path: Path
-    kind: Literal["jsonl", "text"]
+    path: str
+    """As given: a local path, or a URL."""
+    kind: Kind
     compression: str | None
     """None, gzip or zstd."""
+    bytes: int
+    version: str
+    """Changes when the file does: its time of modification, or a remote object's tag."""
 
     @property
-    def bytes(self) -> int:
-        return self.path.stat().st_size
+    def remote(self) -> bool:
+        return is_remote(self.path)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A file, or a range of it."""
+
+    source: Source
+    bytes: int
+    """Roughly, as stored: for the progress of the work."""
+    begin: int = 0
+    end: int | None = None
+    """Bytes of the stored file (where lines are cut, or zstd frames), or row groups of a parquet
+    file; None is the file's end."""
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path and not path.startswith("file://")
 
 
 def find_sources(
-    inputs: tuple[Path, ...], include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
+    inputs: tuple[Any, ...], include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
 ) -> list[Source]:
     """The input files, in a fixed order.
 
     Args:
-        inputs: files, or folders searched recursively.
+        inputs: files, folders searched recursively, or patterns (`data/*.jsonl`), local or as URLs;
+            or folders that Hugging Face's `datasets` saved.
         include: file name patterns to take from folders, read as plain text when their ending is
-            not a known one; empty takes the known endings (.jsonl, .json, .txt, .text, with .gz or
-            .zst).
+            not a known one; empty takes the known endings.
         exclude: patterns of whole paths to leave out of folders.
 
     Raises:
-        UserError: an input does not exist, or nothing is left.
+        UserError: an input does not exist or is given twice, or nothing is left.
     """
     if not inputs:
         raise UserError(
             "no input: give files or folders (before --include, which takes what follows)"
         )
-    found: list[Source] = []
-    for given in inputs:
-        if given.is_dir():
-            found += _in_folder(given, include, exclude)
-        elif given.is_file():
-            found.append(_source(given))
-        else:
-            raise UserError(f"input {given} does not exist")
+    found = [
+        source
+        for given in map(str, inputs)
+        for source in (_remote if is_remote(given) else _local)(given, include, exclude)
+    ]
+    seen: set[str] = set()
+    for source in found:
+        if source.path in seen:
+            raise UserError(f"input {source.path} is given twice: its documents would count double")
+        seen.add(source.path)
     if found and not sum(source.bytes for source in found):
         raise UserError(f"all {len(found)} input files are empty, {found[0].path} among them")
     return found
 
 
-def _in_folder(folder: Path, include: tuple[str, ...], exclude: tuple[str, ...]) -> list[Source]:
+def open_source(path: str) -> BinaryIO:
+    """The file's bytes as they are stored; seekable where the storage allows it."""
+    if not is_remote(path):
+        return Path(path).open("rb")
+    filesystem, name = _filesystem(path)
+    return filesystem.open(name, "rb", block_size=4 << 20)
+
+
+def _local(given: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> Iterator[Source]:
+    path = Path(given.removeprefix("file://"))
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            splits = json.loads((path / "dataset_dict.json").read_text()).get("splits", [])
+            raise UserError(
+                f"{path} is a saved dataset with the splits {', '.join(splits)}: give {path}/SPLIT"
+            )
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            files = [path / name for name in _saved_dataset(path / "state.json")]
+        else:
+            files = _chosen(sorted(path.rglob("*")), path, include, exclude)
+    elif path.is_file():
+        files = [path]
+    elif glob.has_magic(given):
+        found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (takes absolute patterns)
+        files = [Path(p) for p in found if Path(p).is_file()]
+        if not files:
+            raise UserError(f"no file matches {given}")
+    else:
+        raise UserError(f"input {given} does not exist")
+    for file in files:
+        status = file.stat()
+        yield _source(str(file), status.st_size, str(status.st_mtime_ns))
+
+
+def _chosen(
+    files: list[Path], folder: Path, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> list[Path]:
+    names = _wanted([str(f) for f in files if f.is_file()], str(folder), include, exclude)
+    return [Path(name) for name in names]
+
+
+def _wanted(
+    names: list[str], folder: str, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> list[str]:
     known = tuple(f"*{kind}{packed}" for kind in KINDS for packed in ("", *COMPRESSION))
     patterns = include or known
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
-        and not any(fnmatch.fnmatch(str(path), pattern) for pattern in exclude)
-        and path.is_file()
+    chosen = [
+        name
+        for name in names
+        if any(fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in patterns)
+        and not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)
     ]
-    if not files:
+    if not chosen:
         raise UserError(
             f"folder {folder} holds no file named like {', '.join(patterns)}: give --include PATTERN"
         )
-    return [_source(path) for path in files]
+    return chosen
 
 
-def _source(path: Path) -> Source:
-    compression = COMPRESSION.get(path.suffix)
-    inner = path.with_suffix("").suffix if compression else path.suffix
-    return Source(path, KINDS.get(inner, "text"), compression)
+def _saved_dataset(state: Path) -> list[str]:
+    """The files that `datasets`' save_to_disk wrote, in order."""
+    try:
+        return [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{state} is not that of a saved dataset: {error!r}") from error
 
 
-def read_chunks(source: Source, progress: Callable[[int], None]) -> Iterator[bytes]:
-    """The file's bytes, decompressed, a chunk at a time.
-
-    Args:
-        progress: called with the number of bytes read from disk since the last call.
-
-    Raises:
-        UserError: the file is not what its name says, is damaged or is cut short.
-    """
-    with source.path.open("rb") as file:
-        first = file.peek(4)[:4]
-        for name, magic in MAGIC.items():
-            if first.startswith(magic) != (source.compression == name) and first:
-                what = f"is {name} data" if first.startswith(magic) else f"is not {name} data"
-                raise UserError(f"{source.path} {what}, which its name does not say: rename it")
-        decompressor = _decompressor(source.compression)
-        at_end = False
-        while chunk := file.read(CHUNK_BYTES):
-            progress(len(chunk))
-            while chunk:
-                if decompressor is None:
-                    yield chunk
-                    break
-                try:
-                    data = decompressor.decompress(chunk)
-                except (zlib.error, zstandard.ZstdError) as error:
-                    raise UserError(f"{source.path} is damaged: {error}") from error
-                if data:
-                    yield data
-                chunk = b""
-                if decompressor.eof:  # another member or frame may follow
-                    chunk, decompressor = (
-                        decompressor.unused_data,
-                        _decompressor(source.compression),
-                    )
-                    at_end = not chunk
-                else:
-                    at_end = False
-        if decompressor is not None and not at_end:
-            raise UserError(f"{source.path} is cut short: its {source.compression} data has no end")
+def _remote(given: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> Iterator[Source]:
+    filesystem, name = _filesystem(given)
+    web = given.startswith(("http://", "https://"))  # has no folders
+    try:
+        if not web and glob.has_magic(name):
+            found = filesystem.glob(name, detail=True)
+        elif not web and filesystem.isdir(name):
+            found = filesystem.find(name, detail=True)
+            kept = _wanted(sorted(found), given, include, exclude)
+            found = {k: found[k] for k in kept}
+        else:
+            found = {name: filesystem.info(name)}
+    except FileNotFoundError:
+        raise UserError(f"input {given} does not exist") from None
+    except UserError:
+        raise
+    except Exception as error:  # each file system has errors of its own
+        raise UserError(f"input {given} cannot be read: {error}") from error
+    if not found:
+        raise UserError(f"no file matches {given}")
+    for path in sorted(found):
+        info = found[path]
+        if info.get("type") == "directory":
+            continue
+        keys = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created")
+        version = next((str(info[key]) for key in keys if info.get(key)), "")
+        yield _source(filesystem.unstrip_protocol(path), info.get("size") or 0, version)
 
 
-def _decompressor(compression: str | None):  # type: ignore[no-untyped-def]
-    if compression == "gzip":
-        return zlib.decompressobj(wbits=31)  # 31: gzip with its header and checksum
-    if compression == "zstd":
-        return zstandard.ZstdDecompressor().decompressobj()
-    return None
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec  # only for remote paths: its import takes a while
+
+    protocol = url.split("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        hint = f"pip install 'megatron-ladder[{extra}]'" if extra else str(error)
+        raise UserError(f"{url}: {protocol}:// needs another package: {hint}") from error
+    except ValueError as error:
+        raise UserError(f"{url}: {error}") from error
+
+
+def _source(path: str, size: int, version: str) -> Source:
+    name = path.rsplit("/", 1)[-1]
+    compression = next((c for ending, c in COMPRESSION.items() if name.endswith(ending)), None)
+    inner = Path(name).stem if compression else name
+    kind = KINDS.get(Path(inner).suffix, "text")
+    if compression and kind in ("parquet", "arrow"):
+        raise UserError(f"{path}: unpack it first; parquet and arrow files are compressed inside")
+    return Source(path, kind, compression, size, version)

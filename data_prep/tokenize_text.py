@@ -1,34 +1,41 @@
-"""Text to a data set: documents are encoded, split by their hash, and written as Megatron shards."""
+"""Text to a data set: the input is cut into parts, processes tokenize them, and the parts are joined."""
 
-import fcntl
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
-from data_prep.documents import BadLines, TextDocuments, read_documents
+from data_prep.documents import InvalidUtf8, Reading, TextDocuments
 from data_prep.encoders import Encoder, open_encoder, sha256
 from data_prep.errors import UserError
+from data_prep.guard import Verdict, judge
+from data_prep.merge import join
+from data_prep.parts import Part, plan_parts, to_json
 from data_prep.progress import Progress
-from data_prep.shards import ShardWriter, token_dtype
+from data_prep.shards import token_dtype
 from data_prep.sources import Source, find_sources
-from data_prep.train_tokenizer import hash_fraction
+from data_prep.split import Fractions
+from data_prep.work import BadFiles, Failed, Job, clean_up, work_through
+from data_prep.workplace import Workplace
 
-BATCH_CHARACTERS = 1 << 20
+# Raised when the same input and options give other bytes than before.
+OUTPUT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Tokenize:
     """Turn text into a data set: Megatron .bin/.idx files with a manifest."""
 
-    inputs: tyro.conf.Positional[tuple[Path, ...]]
-    """Files (.jsonl, .json, .txt, .text; with .gz or .zst), or folders of them."""
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Files (.jsonl, .json, .txt, .text, with .gz or .zst; .parquet; .arrow), folders of them,
+    patterns, folders that `datasets` saved; or URLs of such (s3://, gs://, https://)."""
     output_dir: Path
     """The data set's folder, made whole or not at all."""
     tokenizer: Path
@@ -39,8 +46,9 @@ class Tokenize:
     """The share of documents to hold out, chosen by their content's hash."""
     test_fraction: float = 0.0
     """The same, for a test split."""
-    text_field: str = "text"
-    """Of a JSON line, the key of its text."""
+    text_field: tuple[str, ...] = ("text",)
+    """Of a JSON line or a row, the key of its text, or a path to it (meta.text). Several texts are
+    joined by an empty line."""
     text_documents: TextDocuments = "file"
     """What a document is in a plain text file."""
     include: tuple[str, ...] = ()
@@ -49,118 +57,129 @@ class Tokenize:
     """Patterns of paths to leave out of folders."""
     max_bad_lines: int = 100
     """More lines that cannot be used than this stop the work."""
+    max_document_bytes: int = 16 << 20
+    """A longer line, or text file, cannot be used. Memory grows with it."""
+    invalid_utf8: InvalidUtf8 = "skip"
+    """What is not UTF-8 is skipped as a bad line, replaced by U+FFFD, or stops the work."""
+    bad_files: BadFiles = "stop"
+    """A damaged file stops the work, when all else is done; or what can be read of it is taken."""
+    engine: Literal["fast", "reference"] = "fast"
+    """fast is used when it gives the reference tokenizer's ids, which is checked first."""
+    workers: int | None = None
+    """Processes; None: one for each core. The output does not depend on it."""
+    rank: int | None = None
+    """Of a job array's task, from 0: do its share of the parts, and leave joining them to
+    `data merge`."""
+    world_size: int = 1
+    """Tasks of the job array."""
 
 
 def tokenize(options: Tokenize) -> str:
-    """Makes the data set, and returns a summary.
+    """Makes the data set, or a rank's parts of it, and returns a summary.
 
     Raises:
         UserError: bad input, an output folder in use, or too little space.
     """
-    _check_fractions(options)
+    _check_numbers(options)
     encoder = open_encoder(options.tokenizer, options.eod_token)
     sources = find_sources(options.inputs, options.include, options.exclude)
-    dtype = token_dtype(encoder.vocab_size)
-    plan = _plan(options, encoder, dtype, sources)
-    if _is_done(options.output_dir, plan):
+    manifest = _manifest(options, encoder)
+    if _is_done(options.output_dir, manifest, sources):
         return f"{options.output_dir}: already done from the same text, nothing to do"
-    _check_space(options.output_dir, sources, dtype)
+    place = Workplace(options.output_dir)
+    _check_space(options.output_dir, sources, manifest["dtype"])
+    parts = plan_parts(sources, options.text_documents)
+    fingerprint = _fingerprint(manifest, options)
+    plan = {
+        "fingerprint": fingerprint,
+        "manifest": manifest,
+        "sources": [asdict(source) for source in sources],
+        "parts": to_json(parts, sources),
+    }
+    mine = [p for p in parts if p.number % options.world_size == (options.rank or 0)]
+    if options.rank is not None:
+        with place.held(alone=False):
+            place.agree_on(plan, options.tokenizer)
+            summary = _work(options, place, encoder, fingerprint, mine)
+        return f"{summary}\nAll ranks done? megatron-ladder data merge {options.output_dir}"
+    with place.held(alone=True):
+        place.write_plan(plan, options.tokenizer)
+        clean_up(place.parts, {part.key(fingerprint) for part in parts})
+        try:
+            summary = _work(options, place, encoder, fingerprint, mine)
+            return f"{summary}\n{join(place, plan)}\nData set: {options.output_dir}"
+        except BaseException:
+            if not any(place.parts.glob("*.json")):  # nothing to go on from
+                place.remove()
+            raise
 
-    target = options.output_dir.resolve()  # a link's own target is what is replaced
-    if target.is_mount():
-        raise UserError(
-            f"--output-dir {options.output_dir} is a mount point: give a folder below it"
-        )
-    temporary = target.parent / f".{target.name}.tmp"
-    held = _fresh_folder(temporary)
+
+def _work(
+    options: Tokenize, place: Workplace, encoder: Encoder, fingerprint: str, mine: list[Part]
+) -> str:
+    """Does the parts that are not done yet."""
+    reading = _reading(options)
+    job = Job(
+        folder=str(place.parts),
+        fingerprint=fingerprint,
+        tokenizer=str(options.tokenizer),
+        eod_token=options.eod_token,
+        eod_id=encoder.eod_id,
+        dtype=token_dtype(encoder.vocab_size),
+        fast=False,
+        routed=(),
+        reading=reading,
+        fractions=Fractions(options.validation_fraction, options.test_fraction),
+        max_bad_lines=options.max_bad_lines,
+        bad_files=options.bad_files,
+    )
+    left = [part for part in mine if not job.is_done(part)]
+    if not left:
+        return f"all {len(mine)} parts were done before"
+    verdict = Verdict(False, (), f"engine: {encoder.kind}'s own, as asked")
+    if options.engine == "fast":
+        verdict = judge(options.tokenizer, encoder, options.eod_token, left, reading)
+    job = dataclasses.replace(job, fast=verdict.fast, routed=verdict.routed)
+    workers = options.workers or len(os.sched_getaffinity(0))
+    progress = Progress(sum(part.bytes for part in left), "tokenizing")
     try:
-        summary, manifest = _write(temporary, options, encoder, sources, plan)
-        _write_durably(temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-        if target.is_dir():
-            target.rmdir()  # empty, as checked
-        temporary.rename(target)
-        _sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        results, failed = work_through(job, left, workers, progress)
     finally:
-        os.close(held)
-    return f"{summary}\nData set: {options.output_dir}"
+        seconds = progress.close()
+    if failed:
+        raise UserError(_about(failed, options, done=len(results)))
+    tokens = sum(facts["tokens"] for r in results for facts in r["splits"].values())
+    text = sum(facts["text_bytes"] for r in results for facts in r["splits"].values())
+    again = f" ({len(mine) - len(left)} of {len(mine)} parts were done before)"
+    return (
+        f"{verdict.report}\n{text / 1e6:.1f} MB of text in {seconds:.1f} s: "
+        f"{text / 1e6 / seconds:.1f} MB/s, {tokens / 1e6 / seconds:.2f}M tokens/s, at most "
+        f"{max(result['peak_memory'] for result in results) / 1e6:.0f} MB of memory a process"
+        f"{again if len(left) < len(mine) else ''}"
+    )
 
 
-def _write(
-    folder: Path, options: Tokenize, encoder: Encoder, sources: list[Source], plan: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """Writes everything but the manifest, which it returns."""
-    bad = BadLines(options.max_bad_lines)
-    progress = Progress(sum(source.bytes for source in sources), "tokenizing")
-    writers: dict[str, ShardWriter] = {}
-    empty = 0
-    for source, entry in zip(sources, plan["sources"], strict=True):
-        bad_before = bad.count
-        entry["documents"] = 0
-        documents = read_documents(
-            source,
-            text_field=options.text_field,
-            text_documents=options.text_documents,
-            bad=bad,
-            progress=progress.add,
-        )
-        for texts in _batches(documents):
-            for text, ids in zip(texts, encoder.encode(texts), strict=True):
-                if not ids:
-                    empty += 1
-                    continue
-                split = _split(text, options)
-                if split not in writers:
-                    writers[split] = ShardWriter(folder / split, plan["dtype"])
-                writers[split].add([*ids, encoder.eod_id], len(text.encode()))
-                entry["documents"] += 1
-        entry["skipped_lines"] = bad.count - bad_before
-    seconds = progress.close()
-    splits = {name: writers[name].close() for name in sorted(writers)}
-    _check_splits(splits, options)
-    tokenizer_name = plan["tokenizer"]["file"]
-    shutil.copyfile(options.tokenizer, folder / tokenizer_name)
-    _sync_file(folder / tokenizer_name)
-    lines = [
-        f"{name}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, "
-        f"{facts['text_bytes'] / max(facts['tokens'], 1):.2f} bytes a token"
-        for name, facts in splits.items()
-    ]
-    total = sum(facts["text_bytes"] for facts in splits.values())
-    lines.append(f"{total / 1e6:.1f} MB of text in {seconds:.1f} s")
-    if empty:
-        lines.append(f"{empty:,} empty documents left out")
-    if bad.count:
-        shown = "\n".join(f"  {example}" for example in bad.examples)
-        lines.append(f"{bad.count:,} lines or files skipped; the first ones:\n{shown}")
-    return "\n".join(lines), {**plan, "splits": splits}
+def _about(failed: list[Failed], options: Tokenize, done: int) -> str:
+    shown = "\n".join(f"  {one.why}" for one in failed[:10])
+    more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
+    return (
+        f"{len(failed)} parts of the input could not be used, {done} could and are kept:\n"
+        f"{shown}{more}\n"
+        "Mend or leave out those files and run the same command again, or give --bad-files skip to "
+        "take what can be read of them"
+    )
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Lists of documents of some BATCH_CHARACTERS together."""
-    batch: list[str] = []
-    size = 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _reading(options: Tokenize) -> Reading:
+    return Reading(
+        options.text_field,
+        options.text_documents,
+        options.invalid_utf8,
+        options.max_document_bytes,
+    )
 
 
-def _split(text: str, options: Tokenize) -> str:
-    """By content: a document stays in its split when others come or go."""
-    fraction = hash_fraction(text)
-    if fraction < options.validation_fraction:
-        return "validation"
-    return "test" if fraction < options.validation_fraction + options.test_fraction else "train"
-
-
-def _plan(options: Tokenize, encoder: Encoder, dtype: str, sources: list[Source]) -> dict[str, Any]:
+def _manifest(options: Tokenize, encoder: Encoder) -> dict[str, Any]:
     """The manifest as far as it is known before reading: what the data set is made of."""
     return {
         "format": "megatron-ladder-data",
@@ -173,97 +192,83 @@ def _plan(options: Tokenize, encoder: Encoder, dtype: str, sources: list[Source]
             "vocab_size": encoder.vocab_size,
             "eod_id": encoder.eod_id,
         },
-        "dtype": dtype,
-        "sources": [{"path": str(s.path), "bytes": s.bytes} for s in sources],
+        "dtype": token_dtype(encoder.vocab_size),
         "options": {
-            "text_field": options.text_field,
-            "text_documents": options.text_documents,
+            **asdict(_reading(options)),
+            "text_field": list(options.text_field),
             "validation_fraction": options.validation_fraction,
             "test_fraction": options.test_fraction,
+            "bad_files": options.bad_files,
         },
     }
 
 
-def _is_done(output_dir: Path, plan: dict[str, Any]) -> bool:
+def _fingerprint(manifest: dict[str, Any], options: Tokenize) -> str:
+    """Of all that decides what becomes of a file."""
+    facts = {key: manifest[key] for key in ("tokenizer", "dtype", "options")}
+    text = json.dumps([OUTPUT_VERSION, facts, options.max_bad_lines], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _is_done(output_dir: Path, wanted: dict[str, Any], sources: list[Source]) -> bool:
     """Whether the folder holds this very data set. Raises UserError when it holds another thing."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output-dir {output_dir} is a file: give a folder")
     if not output_dir.is_dir() or not any(output_dir.iterdir()):
         return False
+    changed = ""
     try:
         manifest = json.loads((output_dir / "manifest.json").read_text())
-        same = all(manifest[key] == plan[key] for key in ("tokenizer", "dtype", "options"))
+        same = all(manifest[key] == wanted[key] for key in ("tokenizer", "dtype", "options"))
         whole = all(
             (output_dir / f"{name}.{ending}").stat().st_size == split[f"{ending}_bytes"]
             for name, split in manifest["splits"].items()
             for ending in ("bin", "idx")
         )
-        same = same and whole
-        made_of = [{"path": s["path"], "bytes": s["bytes"]} for s in manifest["sources"]]
+        made_of = [(s["path"], s["bytes"], s["version"]) for s in manifest["sources"]]
+        now = [(s.path, s.bytes, s.version) for s in sources]
+        if same and whole and made_of == now:
+            return True
+        if [path for path, *_ in made_of] == [path for path, *_ in now]:
+            edited = [b[0] for a, b in zip(made_of, now, strict=True) if a != b]
+            changed = f" ({edited[0]} has changed since)" if edited else ""
     except (OSError, ValueError, KeyError, TypeError):
-        same, made_of = False, []
-    if same and made_of == plan["sources"]:
-        return True
+        pass
     raise UserError(
-        f"--output-dir {output_dir} is not empty and holds something else: choose another folder, "
-        "or remove it"
+        f"--output-dir {output_dir} is not empty and holds something else{changed}: choose another "
+        "folder, or remove it"
     )
 
 
-def _fresh_folder(temporary: Path) -> int:
-    """Makes the folder anew, locked while the returned descriptor is open.
-
-    Raises:
-        UserError: another process is writing it. The system drops the lock of one that was killed.
-    """
-    try:
-        old = os.open(temporary, os.O_RDONLY)
-    except FileNotFoundError:
-        pass
-    else:
-        try:
-            fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(temporary)  # of a run that was killed
-        except BlockingIOError:
-            raise UserError(f"{temporary}: another process is making this data set") from None
-        finally:
-            os.close(old)
-    temporary.mkdir(parents=True)
-    descriptor = os.open(temporary, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
-
-
-def _check_fractions(options: Tokenize) -> None:
+def _check_numbers(options: Tokenize) -> None:
     fractions = (options.validation_fraction, options.test_fraction)
     if not (min(fractions) >= 0 and sum(fractions) < 1):  # NaN is neither
         raise UserError(
             f"--validation-fraction {fractions[0]} and --test-fraction {fractions[1]} must be 0 or "
             "more, and leave something to train on"
         )
-
-
-def _check_splits(splits: dict[str, dict[str, int]], options: Tokenize) -> None:
-    if not splits:
-        raise UserError(f"no document with text in {', '.join(map(str, options.inputs))}")
-    documents = sum(facts["documents"] for facts in splits.values())
-    wanted = {
-        "train": 1.0,
-        "validation": options.validation_fraction,
-        "test": options.test_fraction,
-    }
-    for name, fraction in wanted.items():
-        if fraction and name not in splits:
-            raise UserError(
-                f"the {name} split got none of the {documents:,} documents: change the fractions, or "
-                "give more documents (--text-documents paragraph makes more of plain text)"
-            )
+    if not options.text_field:
+        raise UserError("--text-field needs a name")
+    if options.max_document_bytes < 1:
+        raise UserError(f"--max-document-bytes {options.max_document_bytes} must be 1 or more")
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers {options.workers} must be 1 or more")
+    if options.rank is None and options.world_size != 1:
+        raise UserError(
+            f"--world-size {options.world_size} needs --rank: a job array's task number, from 0"
+        )
+    if options.rank is not None and not 0 <= options.rank < options.world_size:
+        raise UserError(
+            f"--rank {options.rank} is not one of --world-size {options.world_size}: ranks count "
+            "from 0"
+        )
 
 
 def _check_space(output_dir: Path, sources: list[Source], dtype: str) -> None:
     """Refuses a disk that will not hold the tokens: about 3.5 bytes of text make one."""
     text = sum(source.bytes * (4 if source.compression else 1) for source in sources)
-    needed = text / 3.5 * (2 if dtype == "uint16" else 4)
+    # Twice: the parts are there until they are joined.
+    needed = 2 * text / 3.5 * (2 if dtype == "uint16" else 4)
     parent = output_dir.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -275,21 +280,3 @@ def _check_space(output_dir: Path, sources: list[Source], dtype: str) -> None:
             f"--output-dir {output_dir}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed: "
             "free space or choose another disk"
         )
-
-
-def _write_durably(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,5 @@
 """Trains a SentencePiece tokenizer that keeps every byte of the text, source code's white space too."""
 
-import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -11,10 +10,11 @@ from typing import Literal
 import sentencepiece
 import tyro
 
-from data_prep.documents import BadLines, TextDocuments, read_documents
+from data_prep.documents import BadLines, Reading, TextDocuments, read_documents
 from data_prep.errors import UserError
 from data_prep.progress import Progress
 from data_prep.sources import Source, find_sources
+from data_prep.split import hash_fraction
 
 # SentencePiece takes "sentences" of at most this many bytes; longer lines are cut.
 SENTENCE_BYTES = 4096
@@ -24,8 +24,8 @@ SENTENCE_BYTES = 4096
 class TrainTokenizer:
     """Train a SentencePiece tokenizer (byte fallback, no normalisation)."""
 
-    inputs: tyro.conf.Positional[tuple[Path, ...]]
-    """Files (.jsonl, .json, .txt, .text; with .gz or .zst), or folders of them."""
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """What `data tokenize` reads."""
     output_dir: Path
     """Where tokenizer.model goes."""
     vocab_size: int
@@ -33,8 +33,8 @@ class TrainTokenizer:
     model_type: Literal["bpe", "unigram"] = "bpe"
     max_training_bytes: int = 100_000_000
     """Documents are sampled evenly down to about this much text."""
-    text_field: str = "text"
-    """Of a JSON line, the key of its text."""
+    text_field: tuple[str, ...] = ("text",)
+    """Of a JSON line or a row, the key of its text, or a path to it (meta.text)."""
     text_documents: TextDocuments = "file"
     """What a document is in a plain text file."""
     include: tuple[str, ...] = ()
@@ -107,15 +107,10 @@ def _sentences(
     total = sum(source.bytes * (4 if source.compression else 1) for source in sources)
     share = min(1.0, options.max_training_bytes / max(total, 1))
     progress = Progress(sum(source.bytes for source in sources), "reading")
+    reading = Reading(options.text_field, options.text_documents)
     try:
         for source in sources:
-            for text in read_documents(
-                source,
-                text_field=options.text_field,
-                text_documents=options.text_documents,
-                bad=bad,
-                progress=progress.add,
-            ):
+            for text in read_documents(source, reading, bad, progress.add):
                 if hash_fraction(text) < share:
                     for line in text.split("\n"):
                         yield from _pieces(line)
@@ -130,12 +125,6 @@ def _pieces(line: str) -> Iterator[str]:
     step = SENTENCE_BYTES // 4  # a character has at most four bytes
     for start in range(0, len(line), step):
         yield line[start : start + step]
-
-
-def hash_fraction(text: str) -> float:
-    """A number from 0 to 1 that depends on the text alone."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
 
 
 def _reason(message: str) -> str:

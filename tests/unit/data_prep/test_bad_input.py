@@ -2,14 +2,14 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import zstandard
 
-from data_prep import cli, tokenize_text
+from data_prep import cli, tokenize_text, work
+from data_prep.workplace import Workplace
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_a_disk_that_fills_up_on_the_way(tokenize, jsonl, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "train.bin")
 
-    monkeypatch.setattr(tokenize_text.ShardWriter, "add", full)
+    monkeypatch.setattr(work._PartFiles, "add", full)
     assert "train.bin: No space left on device" in tokenize(jsonl)
 
 
@@ -242,13 +242,12 @@ def test_inspecting_files_that_disagree(refused, out, tmp_path) -> None:
 
 def test_two_runs_into_one_folder(jsonl, tokenizer, refused, tmp_path) -> None:
     target = tmp_path / "new"
-    held = tokenize_text._fresh_folder(tmp_path / ".new.tmp")
-    (tmp_path / ".new.tmp" / "train.bin").write_text("at work")
     base = ["tokenize", jsonl, "--tokenizer", tokenizer, "--output-dir", target]
-    assert "another process is making this data set" in refused(*base)
-    assert (tmp_path / ".new.tmp" / "train.bin").read_text() == "at work"
-    os.close(held)  # as when that process ends
-    assert cli.main([str(a) for a in base]) == 0
+    with Workplace(target).held(alone=True):
+        (tmp_path / ".new.tmp" / "parts" / "x.train.bin").write_text("at work")
+        assert "another process is making this data set" in refused(*base)
+        assert (tmp_path / ".new.tmp" / "parts" / "x.train.bin").read_text() == "at work"
+    assert cli.main([str(a) for a in base]) == 0  # as when that process ends
 
 
 def test_a_damaged_data_set_is_not_called_done(jsonl, tokenizer, refused, tmp_path) -> None:

@@ -1,10 +1,8 @@
 import gzip
+import hashlib
 import itertools
 import json
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +15,10 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_prep import cli
-from data_prep.documents import BadLines, _lines, read_documents
-from data_prep.shards import ShardWriter, read_document, token_dtype
+from data_prep.documents import BadLines, Reading, line_blocks, read_documents
+from data_prep.shards import read_document, token_dtype, write_index
 from data_prep.sources import find_sources
-from data_prep.train_tokenizer import hash_fraction
+from data_prep.split import hash_fraction
 
 
 def tokenize(source: Path, tokenizer: Path, out: Path, *options: str) -> dict:
@@ -90,28 +88,45 @@ def test_plain_text_by_file_paragraph_and_line(tmp_path) -> None:
 
     def read(kind: str) -> list[str]:
         (source,) = find_sources((file,))
-        return list(
-            read_documents(
-                source,
-                text_field="text",
-                text_documents=kind,
-                bad=BadLines(0),
-                progress=lambda _: None,
-            )
-        )
+        reading = Reading(text_documents=kind)
+        return list(read_documents(source, reading, BadLines(0), lambda _: None))
 
     assert read("file") == ["one\ntwo\n\n\nthree\n\nfour"]
     assert read("paragraph") == ["one\ntwo\n", "three\n", "four\n"]
     assert read("line") == ["one", "two", "", "", "three", "", "four"]
 
 
-@given(st.binary(max_size=60), st.lists(st.integers(0, 60), max_size=6))
-@settings(max_examples=200, deadline=None)
-def test_lines_do_not_depend_on_chunks(data: bytes, cuts: list[int]) -> None:
-    edges = [0, *sorted(min(c, len(data)) for c in cuts), len(data)]
-    chunks = [data[a:b] for a, b in itertools.pairwise(edges)]
-    expected = data.split(b"\n")
-    assert list(_lines(iter(chunks))) == (expected if expected[-1] else expected[:-1])
+def chunks(data: bytes, cuts: list[int], begin: int, end: int) -> Iterator[tuple[bytes, bool]]:
+    """The bytes from `begin` on in chunks, those behind `end` not owned."""
+    edges = sorted({begin, end, len(data), *(c for c in cuts if begin < c < len(data))})
+    return ((data[a:b], a < end) for a, b in itertools.pairwise(edges))
+
+
+@given(
+    st.text("ab\n", max_size=60).map(str.encode),
+    st.lists(st.integers(0, 60), max_size=6),
+    st.lists(st.integers(1, 59), max_size=4, unique=True),
+    st.integers(1, 8),
+    st.integers(1, 20),
+)
+@settings(max_examples=500, deadline=None)
+def test_every_line_is_in_one_range_however_the_file_is_cut(
+    data: bytes, cuts: list[int], ranges: list[int], longest: int, block_bytes: int
+) -> None:
+    expected: list[bytes | None] = list(data.split(b"\n"))
+    expected = [x if len(x) <= longest else None for x in expected[: None if expected[-1] else -1]]
+    edges = [0, *sorted(r for r in ranges if r < len(data)), len(data)]
+    found: list[bytes | None] = []
+    for begin, end in itertools.pairwise(edges):
+        pieces = chunks(data, cuts, begin, end)
+        number = 1
+        for first, lines in line_blocks(
+            pieces, inside=begin > 0, longest=longest, block_bytes=block_bytes
+        ):
+            assert first == number
+            number += len(lines)
+            found += lines
+    assert found == expected
 
 
 @given(st.lists(st.lists(st.integers(0, 399), min_size=1, max_size=20), min_size=1, max_size=20))
@@ -119,10 +134,14 @@ def test_lines_do_not_depend_on_chunks(data: bytes, cuts: list[int]) -> None:
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
 def test_what_is_written_is_read(tmp_path_factory, dtype: str, wanted: list[list[int]]) -> None:
     prefix = tmp_path_factory.mktemp("shard") / "train"
-    writer = ShardWriter(prefix, dtype)
-    for ids in wanted:
-        writer.add(ids, len(ids))
-    writer.close()
+    files = [prefix.with_name(f"{i}.len") for i in range(3)]
+    for i, file in enumerate(files):  # lengths come in several files
+        np.array([len(ids) for ids in wanted[i * 5 : i * 5 + 5 if i < 2 else None]], "<i4").tofile(
+            file
+        )
+    np.concatenate(wanted).astype(dtype).tofile(prefix.with_suffix(".bin"))
+    digest = write_index(prefix.with_suffix(".idx"), dtype, files)
+    assert digest == hashlib.sha256(prefix.with_suffix(".idx").read_bytes()).hexdigest()
     dataset = IndexedDataset(str(prefix))
     assert [dataset[i].tolist() for i in range(len(dataset))] == wanted
     assert dataset.index.dtype == np.dtype(dtype)
@@ -206,39 +225,6 @@ def test_the_tokenizer_is_the_same_each_time(jsonl, tokenizer, tmp_path) -> None
     argv = ["train-tokenizer", str(jsonl), "--vocab-size", "340", "--output-dir", str(tmp_path)]
     assert cli.main(argv) == 0
     assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
-
-
-def test_a_killed_run_leaves_nothing_and_the_next_one_finishes(jsonl, tokenizer, tmp_path) -> None:
-    big = tmp_path / "big.jsonl"
-    big.write_bytes(jsonl.read_bytes() * 200)
-    out = tmp_path / "data"
-    argv = ["tokenize", str(big), "--tokenizer", str(tokenizer), "--output-dir", str(out)]
-    process = subprocess.Popen([sys.executable, "-m", "data_prep", *argv])
-    deadline = time.monotonic() + 60
-    partial = tmp_path / ".data.tmp" / "train.bin"
-    while not (partial.is_file() and partial.stat().st_size):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait(60)
-    assert not out.exists()
-    tokenize(big, tokenizer, out)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["big.jsonl", "data"]
-    assert len(documents(out)) + len(documents(out, "validation")) == 200 * 200
-
-
-def test_memory_does_not_grow_with_the_input(jsonl, tmp_path) -> None:
-    """Documents come out while the file is still being read."""
-    big = tmp_path / "big.jsonl"
-    big.write_bytes(jsonl.read_bytes() * 300)
-    read = []
-    (source,) = find_sources((big,))
-    texts = read_documents(
-        source, text_field="text", text_documents="file", bad=BadLines(0), progress=read.append
-    )
-    next(texts)
-    assert sum(read) < big.stat().st_size / 2
 
 
 def test_a_link_to_an_empty_folder_and_a_byte_order_mark(tokenizer, tmp_path) -> None:

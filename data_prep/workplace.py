@@ -1,0 +1,99 @@
+"""The folder where a data set is made: .NAME.tmp beside its place.
+
+plan.json           what is to be done: the files, the parts, the manifest as far as it is known
+tokenizer.model     a copy
+parts/KEY.json      a part that is done, with its KEY.train.bin, KEY.train.len, ...
+data/               the data set, until it is moved into its place
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.files import write_durably
+
+
+class Workplace:
+    """Where the data set OUTPUT_DIR is made."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self.target = output_dir.resolve()  # a link's own target is what is replaced
+        if self.target.is_mount():
+            raise UserError(f"--output-dir {output_dir} is a mount point: give a folder below it")
+        self.folder = self.target.parent / f".{self.target.name}.tmp"
+        self.parts = self.folder / "parts"
+
+    @contextlib.contextmanager
+    def held(self, *, alone: bool) -> Iterator[None]:
+        """Holds the folder, against other runs when `alone`, or together with other ranks.
+
+        Raises:
+            UserError: another process is at work there. The system drops the lock of one that died.
+        """
+        self.parts.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(f"{self.folder}: another process is making this data set") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def read_plan(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / "plan.json").read_text())
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.output_dir}: nothing to merge, {self.folder} holds no plan.json: run "
+                "`megatron-ladder data tokenize ... --rank R --world-size N` first"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / 'plan.json'} cannot be read: {error}") from error
+
+    def agree_on(self, plan: dict[str, Any], tokenizer: Path) -> None:
+        """Writes the plan, or finds the same one; several ranks do this at once.
+
+        Raises:
+            UserError: there is another plan: other options, or other files.
+        """
+        path = self.folder / "plan.json"
+        if path.is_file() and (other := self.read_plan()) != plan:
+            keys = [key for key in plan if other.get(key) != plan[key]]
+            raise UserError(
+                f"{self.folder} was begun with other options or other input files "
+                f"({_difference(other, plan, keys)}): give all ranks the same, or remove that folder "
+                "to start afresh"
+            )
+        self.write_plan(plan, tokenizer)
+
+    def write_plan(self, plan: dict[str, Any], tokenizer: Path) -> None:
+        name = self.folder / plan["manifest"]["tokenizer"]["file"]
+        temporary = name.with_name(f"{name.name}.tmp-{os.getpid()}")
+        shutil.copyfile(tokenizer, temporary)
+        temporary.replace(name)
+        write_durably(self.folder / "plan.json", json.dumps(plan) + "\n")
+
+
+def _difference(other: dict[str, Any], plan: dict[str, Any], keys: list[str]) -> str:
+    if "sources" in keys and len(other.get("sources", [])) != len(plan["sources"]):
+        return f"{len(other.get('sources', []))} files there, {len(plan['sources'])} now"
+    if "sources" in keys:
+        for a, b in zip(other["sources"], plan["sources"], strict=True):
+            if a != b:
+                return f"{a['path']} there, {b['path']} of {b['bytes']:,} bytes now"
+    return ", ".join(keys)
