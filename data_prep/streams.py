@@ -113,11 +113,11 @@ def _zstd(
             if end is None or position <= end:
                 progress(len(buffer))
         if decompressor is None:
-            frame_begin = position - len(buffer)
             buffer = _after_skippable(source, file, buffer)
             position = file.tell()
             if not buffer:
                 continue
+            frame_begin = position - len(buffer)
             decompressor = context.decompressobj()
         try:
             data = decompressor.decompress(buffer)
