@@ -70,7 +70,7 @@ def plan_parts(
 def _cut(source: Source, text_documents: TextDocuments, size: int) -> Iterator[Segment]:
     by_line = source.kind == "jsonl" or (source.kind == "text" and text_documents == "line")
     cuts: Iterable[int] = ()
-    if source.bytes > size:
+    if source.bytes > size and source.seekable:
         if source.kind == "parquet":
             yield from _row_groups(source, size)
             return

@@ -37,6 +37,8 @@ class Source:
     bytes: int
     version: str
     """Changes when the file does: its time of modification, or a remote object's tag."""
+    seekable: bool = True
+    """False: it can only be read from its beginning to its end, as from some web servers."""
 
     @property
     def remote(self) -> bool:
@@ -187,7 +189,9 @@ def _remote(given: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> I
             continue
         keys = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created")
         version = next((str(info[key]) for key in keys if info.get(key)), "")
-        yield _source(filesystem.unstrip_protocol(path), info.get("size") or 0, version)
+        url = path if web else filesystem.unstrip_protocol(path)
+        seekable = bool(info.get("partial")) if web else True
+        yield _source(url, info.get("size") or 0, version, seekable)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -204,11 +208,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: {error}") from error
 
 
-def _source(path: str, size: int, version: str) -> Source:
+def _source(path: str, size: int, version: str, seekable: bool = True) -> Source:
     name = path.rsplit("/", 1)[-1]
     compression = next((c for ending, c in COMPRESSION.items() if name.endswith(ending)), None)
     inner = Path(name).stem if compression else name
     kind = KINDS.get(Path(inner).suffix, "text")
     if compression and kind in ("parquet", "arrow"):
         raise UserError(f"{path}: unpack it first; parquet and arrow files are compressed inside")
-    return Source(path, kind, compression, size, version)
+    return Source(path, kind, compression, size, version, seekable)

@@ -35,29 +35,27 @@ def read_chunks(
         UserError: the file is not what its name says, is damaged or is cut short.
     """
     with open_source(source.path) as file:
-        if begin == 0:
-            _check_magic(source, file)
         if source.compression == "gzip":
             yield from _gzip(source, file, progress)
         elif source.compression == "zstd":
             yield from _zstd(source, file, begin, end, progress)
         else:
-            yield from _plain(file, begin, end, progress)
+            yield from _plain(source, file, begin, end, progress)
 
 
-def _check_magic(source: Source, file: BinaryIO) -> None:
-    first = file.read(4)
-    file.seek(0)
+def _check_magic(source: Source, first: bytes) -> None:
+    """Refuses a file whose first bytes are not what its name says. Some files cannot be read twice."""
     for name, magic in MAGIC.items():
-        if first and first.startswith(magic) != (source.compression == name):
-            if name == "zstd" and _skippable(first):
-                continue
-            what = f"is {name} data" if first.startswith(magic) else f"is not {name} data"
-            raise UserError(f"{source.path} {what}, which its name does not say: rename it")
+        if first.startswith(magic) == (source.compression == name):
+            continue
+        if name == "zstd" and source.compression == name and _skippable(first):
+            continue
+        what = f"is {name} data" if first.startswith(magic) else f"is not {name} data"
+        raise UserError(f"{source.path} {what}, which its name does not say: rename it")
 
 
 def _plain(
-    file: BinaryIO, begin: int, end: int | None, progress: Callable[[int], None]
+    source: Source, file: BinaryIO, begin: int, end: int | None, progress: Callable[[int], None]
 ) -> Iterator[Chunk]:
     if begin:
         file.seek(begin)
@@ -66,6 +64,8 @@ def _plain(
         chunk = file.read(CHUNK_BYTES if end is None else min(CHUNK_BYTES, end - position))
         if not chunk:
             return
+        if position == 0:
+            _check_magic(source, chunk)
         position += len(chunk)
         progress(len(chunk))
         yield chunk, True
@@ -76,7 +76,11 @@ def _plain(
 def _gzip(source: Source, file: BinaryIO, progress: Callable[[int], None]) -> Iterator[Chunk]:
     decompressor = zlib.decompressobj(wbits=31)  # 31: gzip with its header and checksum
     at_end = True  # an empty file has no data, and is whole
+    first = True
     while chunk := file.read(CHUNK_BYTES):
+        if first:
+            _check_magic(source, chunk)
+            first = False
         progress(len(chunk))
         while chunk:
             at_end = False
@@ -109,6 +113,8 @@ def _zstd(
             buffer = file.read(COMPRESSED_BYTES)
             if not buffer:
                 break
+            if position == 0:
+                _check_magic(source, buffer)
             position += len(buffer)
             if end is None or position <= end:
                 progress(len(buffer))

@@ -229,13 +229,16 @@ def _one_part(part: Part) -> dict[str, Any]:
     while True:
         try:
             return tokenize_part(job, engine, part, tally)
-        except OSError as error:
+        except UserError:
+            raise
+        except Exception as error:  # remote file systems raise errors of their own
             remote = [s.source.path for s in part.segments if s.source.remote]
-            if not remote or error.errno in NO_WRITING:
+            if not remote or getattr(error, "errno", None) in NO_WRITING:
                 raise
             if attempt == REMOTE_ATTEMPTS:
                 raise UserError(
-                    f"{', '.join(remote[:3])} cannot be read, tried {attempt} times: {error}"
+                    f"{', '.join(remote[:3])} cannot be read, tried {attempt} times: "
+                    f"{error or type(error).__name__}"
                 ) from error
             time.sleep(2**attempt / 4)
             attempt += 1
