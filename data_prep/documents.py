@@ -320,7 +320,8 @@ def line_blocks(
     rest: list[bytes] = []
     rest_bytes = held = 0
     first = 1
-    for chunk, owned in chunks:
+    damage: list[UserError] = []
+    for chunk, owned in _until_damage(chunks, damage):
         if not owned:
             if inside:  # no line begins in the range
                 return
@@ -353,10 +354,20 @@ def line_blocks(
             first += len(lines)
             lines, held = [], 0
     else:
-        if rest_bytes and not inside:
+        if rest_bytes and not inside and not damage:
             lines.append(b"".join(rest) if rest_bytes <= longest else None)
     if lines:
         yield first, lines
+    if damage:
+        raise damage[0]
+
+
+def _until_damage(chunks: Iterator[Chunk], damage: list[UserError]) -> Iterator[Chunk]:
+    """The chunks before an error, which goes to `damage`: the lines in them are handed on first."""
+    try:
+        yield from chunks
+    except UserError as error:
+        damage.append(error)
 
 
 def read_documents(

@@ -58,7 +58,7 @@ def _parquet(source: Source) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(open_source(source.path), buffer_size=1 << 20)
+        return pq.ParquetFile(open_source(source), buffer_size=1 << 20)
     except (pa.ArrowException, OSError) as error:
         if source.remote and isinstance(error, OSError):
             raise
@@ -89,7 +89,7 @@ def _arrow_batches(
 ) -> Iterator[Any]:
     import pyarrow as pa
 
-    with open_source(source.path) as file:
+    with open_source(source) as file:
         counted = 0
         with pa.ipc.open_stream(file) as stream:
             _check_columns(source, fields, stream.schema)

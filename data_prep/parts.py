@@ -46,11 +46,7 @@ def part_bytes(sources: list[Source]) -> int:
 def plan_parts(
     sources: list[Source], text_documents: TextDocuments, size: int | None = None
 ) -> list[Part]:
-    """Every file in consecutive parts of about `size` bytes (None: by the input's size).
-
-    Raises:
-        UserError: a file that had to be opened for it is damaged.
-    """
+    """Every file in consecutive parts of about `size` bytes (None: by the input's size)."""
     size = size or part_bytes(sources)
     parts: list[Part] = []
     gathered: list[Segment] = []
@@ -71,13 +67,16 @@ def _cut(source: Source, text_documents: TextDocuments, size: int) -> Iterator[S
     by_line = source.kind == "jsonl" or (source.kind == "text" and text_documents == "line")
     cuts: Iterable[int] = ()
     if source.bytes > size and source.seekable:
-        if source.kind == "parquet":
-            yield from _row_groups(source, size)
-            return
-        if by_line and source.compression is None:
-            cuts = range(size, source.bytes, size)
-        elif by_line and source.compression == "zstd" and not source.remote:
-            cuts = _spaced(zstd_frames(source.path), size)
+        try:
+            if source.kind == "parquet":
+                yield from _row_groups(source, size)
+                return
+            if by_line and source.compression is None:
+                cuts = range(size, source.bytes, size)
+            elif by_line and source.compression == "zstd" and not source.remote:
+                cuts = _spaced(zstd_frames(source.path), size)
+        except (UserError, OSError):
+            pass  # a damaged file is named when it is read; the others come first
     begin = 0
     for cut in cuts:
         yield Segment(source, cut - begin, begin, cut)
@@ -95,7 +94,7 @@ def _spaced(offsets: list[int], size: int) -> Iterator[int]:
 
 def _row_groups(source: Source, size: int) -> Iterator[Segment]:
     begin, filled = 0, 0
-    groups = row_groups(source)
+    groups = row_groups(source)  # of all, before any is handed on
     for number, weight in enumerate(groups):
         if filled and filled + weight > size:
             yield Segment(source, filled, begin, number)

@@ -38,7 +38,8 @@ class Source:
     version: str
     """Changes when the file does: its time of modification, or a remote object's tag."""
     seekable: bool = True
-    """False: it can only be read from its beginning to its end, as from some web servers."""
+    """False: it is read from its beginning to its end, as from web servers, of which not all give
+    ranges."""
 
     @property
     def remote(self) -> bool:
@@ -96,12 +97,13 @@ def find_sources(
     return found
 
 
-def open_source(path: str) -> BinaryIO:
-    """The file's bytes as they are stored; seekable where the storage allows it."""
-    if not is_remote(path):
-        return Path(path).open("rb")
-    filesystem, name = _filesystem(path)
-    return filesystem.open(name, "rb", block_size=4 << 20)
+def open_source(source: Source) -> BinaryIO:
+    """The file's bytes as they are stored."""
+    if not source.remote:
+        return Path(source.path).open("rb")
+    filesystem, name = _filesystem(source.path)
+    # fsspec takes 0 for a stream of the whole file.
+    return filesystem.open(name, "rb", block_size=4 << 20 if source.seekable else 0)
 
 
 def _local(given: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> Iterator[Source]:
@@ -190,8 +192,7 @@ def _remote(given: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> I
         keys = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created")
         version = next((str(info[key]) for key in keys if info.get(key)), "")
         url = path if web else filesystem.unstrip_protocol(path)
-        seekable = bool(info.get("partial")) if web else True
-        yield _source(url, info.get("size") or 0, version, seekable)
+        yield _source(url, info.get("size") or 0, version, web)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -208,11 +209,12 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: {error}") from error
 
 
-def _source(path: str, size: int, version: str, seekable: bool = True) -> Source:
+def _source(path: str, size: int, version: str, web: bool = False) -> Source:
     name = path.rsplit("/", 1)[-1]
     compression = next((c for ending, c in COMPRESSION.items() if name.endswith(ending)), None)
     inner = Path(name).stem if compression else name
     kind = KINDS.get(Path(inner).suffix, "text")
     if compression and kind in ("parquet", "arrow"):
         raise UserError(f"{path}: unpack it first; parquet and arrow files are compressed inside")
-    return Source(path, kind, compression, size, version, seekable)
+    # A parquet file's table of contents is at its end.
+    return Source(path, kind, compression, size, version, not web or kind == "parquet")

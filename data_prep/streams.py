@@ -34,7 +34,7 @@ def read_chunks(
     Raises:
         UserError: the file is not what its name says, is damaged or is cut short.
     """
-    with open_source(source.path) as file:
+    with open_source(source) as file:
         if source.compression == "gzip":
             yield from _gzip(source, file, progress)
         elif source.compression == "zstd":

@@ -20,7 +20,7 @@ from data_prep.merge import join
 from data_prep.parts import Part, plan_parts, to_json
 from data_prep.progress import Progress
 from data_prep.shards import token_dtype
-from data_prep.sources import Source, find_sources
+from data_prep.sources import Source, find_sources, is_remote
 from data_prep.split import Fractions
 from data_prep.work import BadFiles, Failed, Job, clean_up, work_through
 from data_prep.workplace import Workplace
@@ -82,6 +82,7 @@ def tokenize(options: Tokenize) -> str:
     """
     _check_numbers(options)
     encoder = open_encoder(options.tokenizer, options.eod_token)
+    _check_place(options)
     sources = find_sources(options.inputs, options.include, options.exclude)
     manifest = _manifest(options, encoder)
     if _is_done(options.output_dir, manifest, sources):
@@ -262,6 +263,17 @@ def _check_numbers(options: Tokenize) -> None:
             f"--rank {options.rank} is not one of --world-size {options.world_size}: ranks count "
             "from 0"
         )
+
+
+def _check_place(options: Tokenize) -> None:
+    """Refuses an output among the input: its own files would be read the next time."""
+    place = options.output_dir.resolve()
+    for given in options.inputs:
+        if not is_remote(given) and Path(given).is_dir() and Path(given).resolve() in place.parents:
+            raise UserError(
+                f"--output-dir {options.output_dir} lies in the input folder {given}, where it would "
+                "be read as text: choose a folder outside"
+            )
 
 
 def _check_space(output_dir: Path, sources: list[Source], dtype: str) -> None:

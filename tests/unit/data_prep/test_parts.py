@@ -75,7 +75,9 @@ def test_compressed_and_columnar_inputs_are_cut_too(
     raw = jsonl.read_bytes()
     step = len(raw) // 37  # frames end anywhere in a line
     pieces = [raw[i : i + step] for i in range(0, len(raw), step)]
-    skippable = (0x184D2A53).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"\x28\xb5\x2f\xfd!"
+    skippable = (
+        (0x184D2A53).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"\x28\xb5\x2f\xfd!"
+    )
     packed = tmp_path / "a.jsonl.zst"
     packed.write_bytes(b"".join(zstandard.compress(p, 1) + skippable for p in pieces))
     assert len(zstd_frames(str(packed))) == len(pieces)
