@@ -4,16 +4,18 @@ A part is done when its marker is there, which is written last, under the part's
 killed at any instant loses the parts it was at, and nothing else.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -214,6 +216,10 @@ def _start_process(job: Job, tally: Tally) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core
     parent = multiprocessing.parent_process()
     if parent is not None:
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C reaches all; the parent ends the others
+
         # A parent that was killed does not say so: its processes would wait for ever.
         def leave() -> None:
             parent.join()
@@ -268,7 +274,19 @@ def work_through(
     failed: list[Failed] = []
     bad = BadLines(job.max_bad_lines)
     tally = Tally()
-    for part, outcome in _outcomes(job, parts, workers, tally, progress):
+    outcomes = _outcomes(job, parts, workers, tally, progress)
+    with contextlib.closing(outcomes):  # ends the processes at an error
+        _gather(outcomes, done, failed, bad)
+    return [done[number] for number in sorted(done)], failed
+
+
+def _gather(
+    outcomes: Iterator[tuple[Part, Any]],
+    done: dict[int, dict[str, Any]],
+    failed: list[Failed],
+    bad: BadLines,
+) -> None:
+    for part, outcome in outcomes:
         if isinstance(outcome, TooManyBadLines | NoTextField | KeyboardInterrupt) or (
             isinstance(outcome, OSError) and outcome.errno in NO_WRITING
         ):
@@ -284,12 +302,11 @@ def work_through(
             bad.count += outcome["bad"]["count"]
             bad.examples = (bad.examples + outcome["bad"]["examples"])[:5]
             bad.check()
-    return [done[number] for number in sorted(done)], failed
 
 
 def _outcomes(
     job: Job, parts: list[Part], workers: int, tally: Tally, progress: Progress
-) -> Iterator[tuple[Part, Any]]:
+) -> Generator[tuple[Part, Any], None, None]:
     if len(parts) == 1:  # starting a process takes longer
         _start_process(job, tally)
         try:
@@ -316,6 +333,10 @@ def _outcomes(
                         "run the same command again, perhaps with fewer --workers"
                     )
                 yield part, problem or future.result()
+    except BaseException:
+        for process in multiprocessing.active_children():  # what they were at is done again
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

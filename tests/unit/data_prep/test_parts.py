@@ -96,9 +96,11 @@ def test_compressed_and_columnar_inputs_are_cut_too(
     names = []
     for number, start in enumerate(range(0, len(texts), 90)):
         names.append(f"data-{number:05}-of-00003.arrow")
-        with pa.OSFile(str(saved / names[-1]), "wb") as file:
-            with pa.ipc.new_stream(file, table.schema) as stream:
-                stream.write_table(table.slice(start, 90), max_chunksize=40)
+        with (
+            pa.OSFile(str(saved / names[-1]), "wb") as file,
+            pa.ipc.new_stream(file, table.schema) as stream,
+        ):
+            stream.write_table(table.slice(start, 90), max_chunksize=40)
     (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}))
     (saved / "dataset_info.json").write_text("{}")
     (tmp_path / "shards").mkdir()
@@ -179,7 +181,7 @@ def test_a_run_that_is_killed_anywhere_goes_on(jsonl, tokenizer, tmp_path) -> No
     """SIGKILL of the parent, or of one of its processes, at twenty random moments."""
     big = tmp_path / "big.jsonl"
     lines = jsonl.read_bytes().splitlines(True)
-    chance = random.Random(5)
+    chance = random.Random(5)  # noqa: S311
     with big.open("wb") as file:
         for _ in range(400):
             file.writelines(chance.sample(lines, len(lines)))
@@ -245,6 +247,31 @@ def test_processes_end_with_their_parent(jsonl, tokenizer, tmp_path) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in started):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_control_c_ends_all_at_once_and_keeps_what_is_done(jsonl, tokenizer, tmp_path) -> None:
+    big = tmp_path / "big.jsonl"
+    big.write_bytes(jsonl.read_bytes() * 4000)
+    argv = ["tokenize", big, "--tokenizer", tokenizer, "--output-dir", tmp_path / "data"]
+    command = [sys.executable, "-m", "data_prep", *map(str, argv), "--workers", "2"]
+    process = subprocess.Popen(
+        [*command, "--engine", "reference"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(children(process.pid)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1.5)
+    begin = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in output and "Traceback" not in output, output
+    assert time.monotonic() - begin < 20
 
 
 def test_ten_million_documents_are_joined_in_little_memory(tmp_path) -> None:
