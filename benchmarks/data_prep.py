@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--linux", type=Path, help="unpacked sources of a kernel")
     parser.add_argument("--sentencepiece", type=Path, help="a BPE model with byte fallback")
     parser.add_argument("--bpe", type=Path, help="a tokenizer.json")
-    parser.add_argument("--sizes-mb", type=float, nargs="+", default=[85, 620])
+    parser.add_argument("--sizes-mb", type=float, nargs="+", default=[100, 620])
     parser.add_argument("--json", type=Path, help="write every figure")
     parser.add_argument("--megatron-way", nargs=4, metavar=("IN", "TOKENIZER", "OUT", "WORKERS"))
     return parser.parse_args()

@@ -37,6 +37,22 @@ class ReferenceEngine:
         return ids, lengths
 
 
+def load_fast(tokenizer: Path) -> bytes:
+    """A tokenizer as FastEngine takes it: worked out once, and quick to load by every process.
+
+    Raises:
+        UserError: gigatoken does not know this kind of tokenizer, with its reason.
+    """
+    if tokenizer.suffix == ".json":
+        return tokenizer.read_bytes()
+    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+    try:
+        return sentencepiece_to_tokenizer_json(tokenizer.read_bytes()).encode()
+    except ValueError as error:
+        raise UserError(f"gigatoken: {error}") from error
+
+
 class FastEngine:
     """gigatoken; texts that hold one of `routed` go to the reference engine.
 
@@ -47,16 +63,27 @@ class FastEngine:
         UserError: gigatoken does not know this kind of tokenizer, with its reason.
     """
 
-    def __init__(self, tokenizer: Path, routed: Sequence[str], reference: "LazyReference") -> None:
-        import gigatoken
+    # Documents go one by one: as fast as batches, whose results come as awkward arrays (an import of
+    # 40 MB). But a SentencePiece tokenizer remembers all it has seen, half a byte for each: it is
+    # loaded anew now and then. Byte-level BPE keeps its memory bounded itself.
+    REMEMBERED_CHARACTERS = 50_000_000
 
-        try:
-            self._backend = gigatoken.Tokenizer(str(tokenizer)).backend
-        except Exception as error:  # it raises nothing narrower
-            raise UserError(f"gigatoken: {error}") from error
+    def __init__(self, source: bytes, routed: Sequence[str], reference: "LazyReference") -> None:
+        self._source = source
+        self._load()
         self._reference = reference
         self._routed = re.compile("|".join(map(re.escape, routed))) if routed else None
         self.name = f"gigatoken {version('gigatoken')}"
+
+    def _load(self) -> None:
+        from gigatoken.gigatoken_rs import SentencePieceTokenizer, load_hf_json
+
+        try:
+            self._backend = load_hf_json(self._source)
+        except Exception as error:  # it raises nothing narrower
+            raise UserError(f"gigatoken: {error}") from error
+        self._remembers = isinstance(self._backend, SentencePieceTokenizer)
+        self._seen = 0
 
     def encode(self, texts: Sequence[str]) -> Ids:
         if self._routed is None:
@@ -81,10 +108,13 @@ class FastEngine:
     def _fast(self, texts: Sequence[str]) -> Ids:
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
-        # On this thread: there is a process for every core already.
-        layout = self._backend.encode_batch(list(texts), parallel=False).layout
-        offsets = np.asarray(layout.offsets.data)
-        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+        encode = self._backend.encode
+        ids = [encode(text) for text in texts]
+        if self._remembers:
+            self._seen += sum(map(len, texts))
+            if self._seen > self.REMEMBERED_CHARACTERS:
+                self._load()
+        return np.concatenate(ids), np.fromiter(map(len, ids), np.int64, len(ids))
 
 
 class LazyReference:

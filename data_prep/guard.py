@@ -13,7 +13,7 @@ import numpy as np
 
 from data_prep.documents import BadLines, Reading, read_segment
 from data_prep.encoders import Encoder
-from data_prep.engines import FastEngine, LazyReference, ReferenceEngine
+from data_prep.engines import FastEngine, LazyReference, ReferenceEngine, load_fast
 from data_prep.errors import UserError
 from data_prep.parts import Part
 
@@ -31,6 +31,8 @@ class Verdict:
     """Texts that hold one of these go to the reference engine: it reads them in its own way."""
     report: str
     """For people: what was found."""
+    source: bytes = b""
+    """The tokenizer as FastEngine takes it."""
 
 
 def judge(
@@ -40,7 +42,8 @@ def judge(
     reference = ReferenceEngine(encoder)
     groups = encoder.marks()
     try:
-        fast = FastEngine(tokenizer, (), LazyReference(tokenizer, eod_token))
+        source = load_fast(tokenizer)
+        fast = FastEngine(source, (), LazyReference(tokenizer, eod_token))
     except (UserError, ImportError) as error:
         return Verdict(False, (), f"engine: {reference.name} ({error})")
     routed = tuple(
@@ -63,6 +66,7 @@ def judge(
         True,
         routed,
         f"engine: {fast.name}, same ids as {reference.name} on {len(plain):,} texts{with_marks}",
+        source,
     )
 
 

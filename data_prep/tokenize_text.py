@@ -127,8 +127,7 @@ def _work(
         eod_token=options.eod_token,
         eod_id=encoder.eod_id,
         dtype=token_dtype(encoder.vocab_size),
-        fast=False,
-        routed=(),
+        engine=Verdict(False, (), f"engine: {encoder.kind}'s own, as asked"),
         reading=reading,
         fractions=Fractions(options.validation_fraction, options.test_fraction),
         max_bad_lines=options.max_bad_lines,
@@ -137,10 +136,9 @@ def _work(
     left = [part for part in mine if not job.is_done(part)]
     if not left:
         return f"all {len(mine)} parts were done before"
-    verdict = Verdict(False, (), f"engine: {encoder.kind}'s own, as asked")
     if options.engine == "fast":
         verdict = judge(options.tokenizer, encoder, options.eod_token, left, reading)
-    job = dataclasses.replace(job, fast=verdict.fast, routed=verdict.routed)
+        job = dataclasses.replace(job, engine=verdict)
     workers = options.workers or len(os.sched_getaffinity(0))
     progress = Progress(sum(part.bytes for part in left), "tokenizing")
     try:
@@ -153,7 +151,7 @@ def _work(
     text = sum(facts["text_bytes"] for r in results for facts in r["splits"].values())
     again = f" ({len(mine) - len(left)} of {len(mine)} parts were done before)"
     return (
-        f"{verdict.report}\n{text / 1e6:.1f} MB of text in {seconds:.1f} s: "
+        f"{job.engine.report}\n{text / 1e6:.1f} MB of text in {seconds:.1f} s: "
         f"{text / 1e6 / seconds:.1f} MB/s, {tokens / 1e6 / seconds:.2f}M tokens/s, at most "
         f"{max(result['peak_memory'] for result in results) / 1e6:.0f} MB of memory a process"
         f"{again if len(left) < len(mine) else ''}"

@@ -29,6 +29,7 @@ from data_prep.documents import BadLines, NoTextField, Reading, TooManyBadLines,
 from data_prep.engines import Engine, FastEngine, LazyReference
 from data_prep.errors import UserError
 from data_prep.files import sync_folder, write_durably
+from data_prep.guard import Verdict
 from data_prep.parts import Part
 from data_prep.progress import Progress
 from data_prep.split import SPLITS, Fractions, sizes_and_splits
@@ -51,8 +52,7 @@ class Job:
     eod_token: str | None
     eod_id: int
     dtype: str
-    fast: bool
-    routed: tuple[str, ...]
+    engine: Verdict
     reading: Reading
     fractions: Fractions
     max_bad_lines: int
@@ -203,9 +203,9 @@ class _PartFiles:
 
 def make_engine(job: Job) -> Engine:
     reference = LazyReference(Path(job.tokenizer), job.eod_token)
-    if not job.fast:
+    if not job.engine.fast:
         return reference.engine()
-    return FastEngine(Path(job.tokenizer), job.routed, reference)
+    return FastEngine(job.engine.source, job.engine.routed, reference)
 
 
 _in_process: tuple[Job, Engine, Tally]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data_prep import cli, engines
 from data_prep.documents import Reading
 from data_prep.encoders import open_encoder
-from data_prep.engines import FastEngine, LazyReference, ReferenceEngine
+from data_prep.engines import FastEngine, LazyReference, ReferenceEngine, load_fast
 from data_prep.guard import Verdict, judge
 from data_prep.parts import plan_parts
 from data_prep.sources import find_sources
@@ -108,7 +108,7 @@ _engines: dict[Path, FastEngine] = {}
 
 def _engine(path: Path, routed: tuple[str, ...]) -> FastEngine:
     if path not in _engines:
-        _engines[path] = FastEngine(path, routed, LazyReference(path, None))
+        _engines[path] = FastEngine(load_fast(path), routed, LazyReference(path, None))
     return _engines[path]
 
 
@@ -169,6 +169,15 @@ def test_documents_that_spell_control_pieces(tokenizer, tmp_path) -> None:
     assert ids.tolist() == np.fromfile(tmp_path / "reference" / "train.bin", "<u2").tolist()
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     assert ids.tolist() == [i for t in lines if t for i in (*model.encode(t), model.eos_id())]
+
+
+def test_what_the_fast_engine_remembers_is_thrown_away(kinds, texts, monkeypatch) -> None:
+    monkeypatch.setattr(FastEngine, "REMEMBERED_CHARACTERS", 1000)
+    for name, loads in (("llama", True), ("bpe", False)):
+        engine = FastEngine(load_fast(kinds[name]), (), LazyReference(kinds[name], None))
+        before, expected = engine._backend, engine.encode(texts)[0].tolist()
+        assert (engine._backend is not before) == loads
+        assert engine.encode(texts)[0].tolist() == expected
 
 
 def test_an_empty_batch(tokenizer) -> None:
