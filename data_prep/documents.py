@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import orjson
 
+from data_prep.chat import Chat, Conversation, pieces_of
 from data_prep.errors import UserError
 from data_prep.parquet import read_rows
 from data_prep.sources import Segment, Source
@@ -34,6 +35,12 @@ class Reading:
     max_document_bytes: int = 16 << 20
     """A longer line, or text file that is one document, cannot be used: it would take too much
     memory."""
+    chat: Chat | None = None
+    """Documents are conversations, in place of `text_field`."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.chat.fields if self.chat else self.text_field
 
 
 @dataclass
@@ -103,12 +110,12 @@ def _rows(
 ) -> Iterator[list[str]]:
     source, number = segment.source, 0
     first = f"row group {segment.begin}, " if segment.begin else ""
-    rows = read_rows(source, reading.text_field, segment.begin, segment.end, progress)
+    rows = read_rows(source, reading.fields, segment.begin, segment.end, progress)
     for batch in rows:
         texts = []
         for row in batch:
             number += 1
-            text, problem = text_of(row, reading.text_field)
+            text, problem = text_of(row, reading)
             if problem is None and len(text) > reading.max_document_bytes:
                 problem = f"longer than --max-document-bytes {reading.max_document_bytes:,}"
             if problem is not None:
@@ -118,22 +125,26 @@ def _rows(
         yield texts
 
 
-def text_of(value: Any, fields: tuple[str, ...]) -> tuple[str, str | None]:
+def text_of(value: Any, reading: Reading) -> tuple[str, str | None]:
     """The text of a JSON object or a row; and why it has none."""
     if not isinstance(value, dict):
         hint = " (a JSON array? one object a line is needed)" if isinstance(value, list) else ""
         return "", f"not a JSON object{hint}"
-    texts = []
-    for name in fields:
-        found: Any = value
+    found = []
+    for name in reading.fields:
+        inner: Any = value
         for key in (name,) if name in value else name.split("."):
-            if not isinstance(found, dict) or key not in found:
+            if not isinstance(inner, dict) or key not in inner:
                 return "", f"no field {name!r}"
-            found = found[key]
-        if not isinstance(found, str):
+            inner = inner[key]
+        found.append(inner)
+    if reading.chat:
+        pieces, problem = pieces_of(found, reading.chat)
+        return Conversation(pieces), problem
+    for name, text in zip(reading.fields, found, strict=True):
+        if not isinstance(text, str):
             return "", f"field {name!r} is no string"
-        texts.append(found)
-    return texts[0] if len(texts) == 1 else "\n\n".join(texts), None
+    return found[0] if len(found) == 1 else "\n\n".join(found), None
 
 
 def _json_lines(
@@ -141,8 +152,9 @@ def _json_lines(
 ) -> Iterator[list[str]]:
     path, good, seen = segment.source.path, 0, 0
     without: set[str] = set()
-    fields = reading.text_field
-    simple = fields[0] if len(fields) == 1 else None
+    problem: str | None = None
+    fields = reading.fields
+    simple = fields[0] if len(fields) == 1 and not reading.chat else None
     where = _naming(segment)
     for lines in _numbered_lines(segment, chunks, reading, bad):
         texts = []
@@ -163,22 +175,28 @@ def _json_lines(
             if value is None:
                 continue
             seen += 1
-            text, problem = text_of(value, fields)
+            text, problem = text_of(value, reading)
             if problem is None:
                 texts.append(text)
                 continue
-            bad.add(where(number), problem)
             if isinstance(value, dict):
                 without |= set(value)
+            if not good and not texts and without and seen >= LINES_BEFORE_GIVING_UP:
+                raise _no_field(path, fields, without, problem)
+            bad.add(where(number), problem)
         good += len(texts)
         yield texts
-        if not good and without and seen >= LINES_BEFORE_GIVING_UP:
-            break
     if not good and without:
-        raise NoTextField(
-            f"{path}: no line has the text field {', '.join(map(repr, fields))}; they have "
-            f"{', '.join(sorted(without)[:20])}: give --text-field NAME"
-        )
+        raise _no_field(path, fields, without, problem or "")
+
+
+def _no_field(path: str, fields: tuple[str, ...], without: set[str], problem: str) -> NoTextField:
+    if not problem.startswith("no field"):
+        return NoTextField(f"{path}: no line can be used: {problem}")
+    return NoTextField(
+        f"{path}: no line has the text field {', '.join(map(repr, fields))}; they have "
+        f"{', '.join(sorted(without)[:20])}: give --text-field NAME"
+    )
 
 
 def _json_with_bad_utf8(

@@ -86,9 +86,9 @@ def _results(
         try:
             result = json.loads((place.parts / f"{key}.json").read_text())
             whole = all(
-                (place.parts / f"{key}.{split}.bin").stat().st_size == facts["bin_bytes"]
-                and (place.parts / f"{key}.{split}.len").stat().st_size == 4 * facts["documents"]
+                (place.parts / f"{key}.{split}.{ending}").stat().st_size == size
                 for split, facts in result["splits"].items()
+                for ending, size in _sizes(facts)
             )
         except (OSError, ValueError, KeyError, TypeError):
             whole = False
@@ -103,6 +103,14 @@ def _results(
             "divided by --world-size), then merge"
         )
     return results
+
+
+def _sizes(facts: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """A part's files of one split, by ending, and their bytes."""
+    yield "bin", facts["bin_bytes"]
+    yield "len", 4 * facts["documents"]
+    if "mask_bytes" in facts:
+        yield "mask", facts["mask_bytes"]
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -125,7 +133,10 @@ def _join_split(
 
     append_files(prefix.with_suffix(".bin"), files("bin"))
     digest = write_index(prefix.with_suffix(".idx"), dtype, files("len"))
-    keys = ("documents", "tokens", "text_bytes")
+    keys = ["documents", "tokens", "text_bytes"]
+    if any("mask_bytes" in facts for _, facts in stems):
+        append_files(prefix.with_suffix(".mask"), files("mask"))
+        keys += ["mask_bytes", "trained_tokens"]
     return {
         **{key: sum(facts[key] for _, facts in stems) for key in keys},
         "bin_bytes": prefix.with_suffix(".bin").stat().st_size,
@@ -188,6 +199,7 @@ def _summary(manifest: dict[str, Any], results: list[tuple[str, dict[str, Any]]]
             yield (
                 f"{name}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, "
                 f"{facts['text_bytes'] / max(facts['tokens'], 1):.2f} bytes a token"
+                + (f", {facts['trained_tokens']:,} trained on" if "mask_bytes" in facts else "")
             )
         if empty := sum(result["empty"] for _, result in results):
             yield f"{empty:,} empty documents left out"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import tyro
 
+from data_prep.chat import Chat, load_template
 from data_prep.documents import InvalidUtf8, Reading, TextDocuments
 from data_prep.encoders import Encoder, open_encoder, sha256
 from data_prep.errors import UserError
@@ -51,6 +52,14 @@ class Tokenize:
     joined by an empty line."""
     text_documents: TextDocuments = "file"
     """What a document is in a plain text file."""
+    chat_field: str | None = None
+    """Instruction data: the key of a list of messages ({"role": ..., "content": ...}). They are
+    rendered by the tokenizer's chat template, and the assistant's turns alone are trained on."""
+    chat_template: Path | None = None
+    """A file with the template; None: the one beside the tokenizer."""
+    answer_field: str | None = None
+    """Instruction data without a template: the answer, which alone is trained on; --text-field names
+    the prompt before it."""
     include: tuple[str, ...] = ()
     """File name patterns to take from folders, such as "*.py"; read as plain text."""
     exclude: tuple[str, ...] = ()
@@ -119,7 +128,7 @@ def _work(
     options: Tokenize, place: Workplace, encoder: Encoder, fingerprint: str, mine: list[Part]
 ) -> str:
     """Does the parts that are not done yet."""
-    reading = _reading(options)
+    reading = _reading(options, encoder)
     job = Job(
         folder=str(place.parts),
         fingerprint=fingerprint,
@@ -169,13 +178,35 @@ def _about(failed: list[Failed], options: Tokenize, done: int) -> str:
     )
 
 
-def _reading(options: Tokenize) -> Reading:
+def _reading(options: Tokenize, encoder: Encoder) -> Reading:
     return Reading(
         options.text_field,
         options.text_documents,
         options.invalid_utf8,
         options.max_document_bytes,
+        _chat(options, encoder),
     )
+
+
+def _chat(options: Tokenize, encoder: Encoder) -> Chat | None:
+    eod_text = encoder.piece(encoder.eod_id)
+    if options.chat_field is None:
+        if options.chat_template is not None:
+            raise UserError("--chat-template needs --chat-field: the key of the messages")
+        if options.answer_field is None:
+            return None
+        if len(options.text_field) != 1:
+            raise UserError("--answer-field takes one --text-field, the prompt")
+        return Chat((*options.text_field, options.answer_field), None, eod_text)
+    if options.answer_field is not None:
+        raise UserError("give --chat-field or --answer-field, not both")
+    if encoder.kind == "sentencepiece":
+        raise UserError(
+            "--chat-field needs a tokenizer.json: the control tokens of chat templates are ordinary "
+            "text to SentencePiece; give --text-field PROMPT --answer-field ANSWER"
+        )
+    template = load_template(options.tokenizer, options.chat_template)
+    return Chat((options.chat_field,), template, eod_text)
 
 
 def _manifest(options: Tokenize, encoder: Encoder) -> dict[str, Any]:
@@ -192,9 +223,9 @@ def _manifest(options: Tokenize, encoder: Encoder) -> dict[str, Any]:
             "eod_id": encoder.eod_id,
         },
         "dtype": token_dtype(encoder.vocab_size),
+        # As JSON gives it back: lists, no tuples.
         "options": {
-            **asdict(_reading(options)),
-            "text_field": list(options.text_field),
+            **json.loads(json.dumps(asdict(_reading(options, encoder)))),
             "validation_fraction": options.validation_fraction,
             "test_fraction": options.test_fraction,
             "bad_files": options.bad_files,

@@ -6,7 +6,6 @@ killed at any instant loses the parts it was at, and nothing else.
 
 import contextlib
 import errno
-import hashlib
 import json
 import multiprocessing
 import os
@@ -21,18 +20,18 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
-import numpy as np
-
+from data_prep.chat import encode
 from data_prep.documents import BadLines, NoTextField, Reading, TooManyBadLines, read_segment
 from data_prep.engines import Engine, FastEngine, LazyReference
 from data_prep.errors import UserError
-from data_prep.files import sync_folder, write_durably
+from data_prep.files import write_durably
 from data_prep.guard import Verdict
+from data_prep.part_files import PartFiles
 from data_prep.parts import Part
 from data_prep.progress import Progress
-from data_prep.split import SPLITS, Fractions, sizes_and_splits
+from data_prep.split import Fractions
 
 BadFiles = Literal["stop", "skip"]
 REMOTE_ATTEMPTS = 4
@@ -90,7 +89,7 @@ def tokenize_part(job: Job, engine: Engine, part: Part, tally: Tally) -> dict[st
     sources: list[dict[str, Any]] = []
     empty = 0
     stem = f"{job.marker(part).with_suffix('')}"
-    with _PartFiles(stem, job) as files:
+    with PartFiles(stem, job.dtype, job.eod_id, job.fractions) as files:
         for segment in part.segments:
             facts: dict[str, Any] = {
                 "path": segment.source.path,
@@ -103,7 +102,10 @@ def tokenize_part(job: Job, engine: Engine, part: Part, tally: Tally) -> dict[st
                 for texts in batches:
                     if not texts:
                         continue
-                    documents, tokens = files.add(texts, *engine.encode(texts))
+                    if job.reading.chat:
+                        documents, tokens = files.add_conversations(texts, *encode(engine, texts))
+                    else:
+                        documents, tokens = files.add(texts, *engine.encode(texts))
                     empty += len(texts) - documents
                     facts["documents"] += documents
                     tally.add(0, tokens)
@@ -126,79 +128,6 @@ def tokenize_part(job: Job, engine: Engine, part: Part, tally: Tally) -> dict[st
     }
     write_durably(job.marker(part), json.dumps(result) + "\n")
     return result
-
-
-class _PartFiles:
-    """A part's tokens and document lengths, by split: STEM.train.bin, STEM.train.len."""
-
-    def __init__(self, stem: str, job: Job) -> None:
-        self._stem, self._job = stem, job
-        self._dtype = np.dtype(job.dtype).newbyteorder("<")
-        self._open: dict[str, tuple[BinaryIO, BinaryIO, Any, dict[str, int]]] = {}
-
-    def __enter__(self) -> "_PartFiles":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in self._open:  # those of an error; `close` has emptied it otherwise
-            for file in self._open[name][:2]:
-                file.close()
-                Path(file.name).unlink(missing_ok=True)
-
-    def add(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
-        """Appends documents, each with EOD; the empty ones are left out.
-
-        Returns:
-            Documents and tokens written.
-        """
-        kept = lengths > 0
-        ends = lengths[kept].cumsum()
-        # Every document's tokens move on by one place for each document before it.
-        tokens = np.full(len(ids) + len(ends), self._job.eod_id, self._dtype)
-        text = np.ones(len(tokens), bool)
-        text[ends + np.arange(len(ends))] = False
-        tokens[text] = ids
-        counts = (lengths[kept] + 1).astype("<i4")
-        sizes, numbers = sizes_and_splits(
-            (t for t, keep in zip(texts, kept, strict=True) if keep), self._job.fractions
-        )
-        for number in np.unique(numbers):
-            chosen = numbers == number
-            some = tokens if chosen.all() else tokens[np.repeat(chosen, counts)]
-            self._write(SPLITS[number], some, counts[chosen], int(sizes[chosen].sum()))
-        return len(counts), len(tokens)
-
-    def _write(self, split: str, tokens: np.ndarray, counts: np.ndarray, size: int) -> None:
-        if split not in self._open:
-            ending = f"tmp-{os.getpid()}"
-            data: BinaryIO = Path(f"{self._stem}.{split}.bin.{ending}").open("wb")  # noqa: SIM115
-            lengths: BinaryIO = Path(f"{self._stem}.{split}.len.{ending}").open("wb")  # noqa: SIM115
-            figures = {"documents": 0, "tokens": 0, "text_bytes": 0}
-            self._open[split] = (data, lengths, hashlib.sha256(), figures)
-        data, lengths, digest, figures = self._open[split]
-        raw = tokens.view(np.uint8).data
-        data.write(raw)
-        digest.update(raw)
-        lengths.write(counts.tobytes())
-        figures["documents"] += len(counts)
-        figures["tokens"] += len(tokens)
-        figures["text_bytes"] += size
-
-    def close(self) -> dict[str, dict[str, Any]]:
-        """Makes the files durable, under their names; returns figures by split."""
-        splits = {}
-        for split in sorted(self._open):
-            data, lengths, digest, figures = self._open[split]
-            for file, ending in ((data, "bin"), (lengths, "len")):
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-                Path(file.name).replace(f"{self._stem}.{split}.{ending}")
-            bin_bytes = figures["tokens"] * self._dtype.itemsize
-            splits[split] = {**figures, "bin_bytes": bin_bytes, "sha256": digest.hexdigest()}
-        self._open = {}
-        sync_folder(Path(self._job.folder))
-        return splits
 
 
 def make_engine(job: Job) -> Engine:

@@ -190,7 +190,7 @@ def test_a_disk_that_fills_up_on_the_way(tokenize, jsonl, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "train.bin")
 
-    monkeypatch.setattr(work._PartFiles, "add", full)
+    monkeypatch.setattr(work.PartFiles, "add", full)
     assert "train.bin: No space left on device" in tokenize(jsonl)
 
 
