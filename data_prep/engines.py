@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -66,7 +66,7 @@ class FastEngine:
     # Documents go one by one: as fast as batches, whose results come as awkward arrays (an import of
     # 40 MB). But a SentencePiece tokenizer remembers all it has seen, half a byte for each: it is
     # loaded anew now and then. Byte-level BPE keeps its memory bounded itself.
-    REMEMBERED_CHARACTERS = 50_000_000
+    REMEMBERED_CHARACTERS = 25_000_000
 
     def __init__(self, source: bytes, routed: Sequence[str], reference: "LazyReference") -> None:
         self._source = source
@@ -78,6 +78,7 @@ class FastEngine:
     def _load(self) -> None:
         from gigatoken.gigatoken_rs import SentencePieceTokenizer, load_hf_json
 
+        self._backend: Any = None  # what it remembers goes before the new one comes
         try:
             self._backend = load_hf_json(self._source)
         except Exception as error:  # it raises nothing narrower
@@ -114,7 +115,8 @@ class FastEngine:
             self._seen += sum(map(len, texts))
             if self._seen > self.REMEMBERED_CHARACTERS:
                 self._load()
-        return np.concatenate(ids), np.fromiter(map(len, ids), np.int64, len(ids))
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return ids[0] if len(ids) == 1 else np.concatenate(ids), lengths
 
 
 class LazyReference:

@@ -35,6 +35,7 @@ from data_prep.split import Fractions
 
 BadFiles = Literal["stop", "skip"]
 REMOTE_ATTEMPTS = 4
+LONG_CHARACTERS = 1 << 20
 # Errors of the output's disk, which end the work: not of one input file.
 NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -99,9 +100,7 @@ def tokenize_part(job: Job, engine: Engine, part: Part, tally: Tally) -> dict[st
             before = bad.count
             batches = read_segment(segment, job.reading, bad, lambda n: tally.add(n, 0))
             try:
-                for texts in batches:
-                    if not texts:
-                        continue
+                for texts in long_ones_alone(batches):
                     if job.reading.chat:
                         documents, tokens = files.add_conversations(texts, *encode(engine, texts))
                     else:
@@ -128,6 +127,22 @@ def tokenize_part(job: Job, engine: Engine, part: Part, tally: Tally) -> dict[st
     }
     write_durably(job.marker(part), json.dumps(result) + "\n")
     return result
+
+
+def long_ones_alone(batches: Iterator[list[str]]) -> Iterator[list[str]]:
+    """Batches in which a long document is by itself: its ids need not be copied beside others'."""
+    for texts in batches:
+        some: list[str] = []
+        for text in texts:
+            if len(text) > LONG_CHARACTERS:
+                if some:
+                    yield some
+                some = []
+                yield [text]
+            else:
+                some.append(text)
+        if some:
+            yield some
 
 
 def make_engine(job: Job) -> Engine:
@@ -244,6 +259,8 @@ def _outcomes(
             outcome = error
         yield parts[0], outcome
         return
+    # glibc keeps what long documents took, unless it is told to give it back; no other system reads it.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 20))
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         min(workers, len(parts)), context, initializer=_start_process, initargs=(job, tally)
