@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from data_prep.clean.command import Clean, clean
 from data_prep.errors import UserError
 from data_prep.merge import Merge, merge
 from data_prep.show import Inspect, inspect
@@ -13,6 +14,7 @@ from data_prep.train_tokenizer import TrainTokenizer, train_tokenizer
 
 Command = (
     Annotated[TrainTokenizer, tyro.conf.subcommand("train-tokenizer")]
+    | Annotated[Clean, tyro.conf.subcommand("clean")]
     | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
@@ -30,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         if isinstance(options, TrainTokenizer):
             print(f"Tokenizer: {train_tokenizer(options)}")
+        elif isinstance(options, Clean):
+            print(clean(options))
         elif isinstance(options, Tokenize):
             print(tokenize(options))
         elif isinstance(options, Merge):

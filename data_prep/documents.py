@@ -36,10 +36,28 @@ class Reading:
     memory."""
     chat: Chat | None = None
     """Documents are conversations, in place of `text_field`."""
+    id_field: str | None = None
+    """Documents come with what this key holds (`Named`); files of plain text have none."""
 
     @property
     def fields(self) -> tuple[str, ...]:
         return self.chat.fields if self.chat else self.text_field
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*self.fields, self.id_field) if self.id_field else self.fields
+
+
+class Named(str):
+    """A text with its document's id."""
+
+    __slots__ = ("name",)
+    name: str
+
+    def __new__(cls, text: str, name: str) -> "Named":
+        named = super().__new__(cls, text)
+        named.name = name
+        return named
 
 
 @dataclass
@@ -109,7 +127,7 @@ def _rows(
 ) -> Iterator[list[str]]:
     source, number = segment.source, 0
     first = f"row group {segment.begin}, " if segment.begin else ""
-    rows = read_rows(source, reading.fields, segment.begin, segment.end, progress)
+    rows = read_rows(source, reading.columns, segment.begin, segment.end, progress)
     for batch in rows:
         texts = []
         for row in batch:
@@ -130,20 +148,24 @@ def text_of(value: Any, reading: Reading) -> tuple[str, str | None]:
         hint = " (a JSON array? one object a line is needed)" if isinstance(value, list) else ""
         return "", f"not a JSON object{hint}"
     found = []
-    for name in reading.fields:
+    for name in reading.columns:
         inner: Any = value
         for key in (name,) if name in value else name.split("."):
             if not isinstance(inner, dict) or key not in inner:
                 return "", f"no field {name!r}"
             inner = inner[key]
         found.append(inner)
+    identity = found.pop() if reading.id_field else None
+    if isinstance(identity, dict | list) or (reading.id_field and identity is None):
+        return "", f"field {reading.id_field!r} is no string or number"
     if reading.chat:
         pieces, problem = pieces_of(found, reading.chat)
         return Conversation(pieces), problem
     for name, text in zip(reading.fields, found, strict=True):
         if not isinstance(text, str):
             return "", f"field {name!r} is no string"
-    return found[0] if len(found) == 1 else "\n\n".join(found), None
+    text = found[0] if len(found) == 1 else "\n\n".join(found)
+    return (Named(text, str(identity)) if reading.id_field else text), None
 
 
 def _json_lines(
@@ -152,8 +174,7 @@ def _json_lines(
     path, good, seen = segment.source.path, 0, 0
     without: set[str] = set()
     problem: str | None = None
-    fields = reading.fields
-    simple = fields[0] if len(fields) == 1 and not reading.chat else None
+    simple = reading.fields[0] if len(reading.columns) == 1 and not reading.chat else None
     where = _naming(segment)
     for lines in _numbered_lines(segment, chunks, reading, bad):
         texts = []
@@ -181,21 +202,24 @@ def _json_lines(
             if isinstance(value, dict):
                 without |= set(value)
             if not good and not texts and without and seen >= LINES_BEFORE_GIVING_UP:
-                raise _no_field(path, fields, without, problem)
+                raise _no_field(path, reading, without, problem)
             bad.add(where(number), problem)
         good += len(texts)
         line, value, text = b"", None, ""  # the last may be long
         yield texts
     if not good and without:
-        raise _no_field(path, fields, without, problem or "")
+        raise _no_field(path, reading, without, problem or "")
 
 
-def _no_field(path: str, fields: tuple[str, ...], without: set[str], problem: str) -> NoTextField:
+def _no_field(path: str, reading: Reading, without: set[str], problem: str) -> NoTextField:
     if not problem.startswith("no field"):
         return NoTextField(f"{path}: no line can be used: {problem}")
+    fields, what = reading.fields, "text"
+    if reading.id_field and problem == f"no field {reading.id_field!r}":
+        fields, what = (reading.id_field,), "id"
     return NoTextField(
-        f"{path}: no line has the text field {', '.join(map(repr, fields))}; they have "
-        f"{', '.join(sorted(without)[:20])}: give --text-field NAME"
+        f"{path}: no line has the {what} field {', '.join(map(repr, fields))}; they have "
+        f"{', '.join(sorted(without)[:20])}: give --{what}-field NAME"
     )
 
 

@@ -21,6 +21,8 @@ KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+# What `data clean` writes beside the text that is left; in a folder they are no text.
+REPORT, DROPPED = "clean-report.json", "clean-dropped.jsonl"
 # What to install for a protocol that fsspec itself does not bring.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 
@@ -148,6 +150,7 @@ def _wanted(
         name
         for name in names
         if any(fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in patterns)
+        and name.rsplit("/", 1)[-1] not in (REPORT, DROPPED)
         and not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)
     ]
     if not chosen:

@@ -1,6 +1,7 @@
 """Text to a data set: the input is cut into parts, processes tokenize them, and the parts are joined."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -19,11 +20,12 @@ from data_prep.errors import UserError
 from data_prep.guard import Verdict, judge
 from data_prep.merge import join
 from data_prep.parts import Part, plan_parts, to_json
+from data_prep.pool import about, usable_cores, work_through
 from data_prep.progress import Progress
 from data_prep.shards import token_dtype
 from data_prep.sources import Source, find_sources, is_remote
 from data_prep.split import Fractions
-from data_prep.work import BadFiles, Failed, Job, clean_up, work_through
+from data_prep.work import BadFiles, Job, clean_up, start
 from data_prep.workplace import Workplace
 
 # Raised when the same input and options give other bytes than before.
@@ -148,14 +150,19 @@ def _work(
     if options.engine == "fast":
         verdict = judge(options.tokenizer, encoder, options.eod_token, left, reading)
         job = dataclasses.replace(job, engine=verdict)
-    workers = options.workers or len(os.sched_getaffinity(0))
+    workers = options.workers or usable_cores()
     progress = Progress(sum(part.bytes for part in left), "tokenizing")
     try:
-        results, failed = work_through(job, left, workers, progress)
+        results, failed = work_through(
+            functools.partial(start, job), left, workers, options.max_bad_lines, progress
+        )
     finally:
         seconds = progress.close()
     if failed:
-        raise UserError(_about(failed, options, done=len(results)))
+        raise UserError(
+            f"{about(failed, done=len(results))}\nMend or leave out those files and run the same "
+            "command again, or give --bad-files skip to take what can be read of them"
+        )
     tokens = sum(facts["tokens"] for r in results for facts in r["splits"].values())
     text = sum(facts["text_bytes"] for r in results for facts in r["splits"].values())
     again = f" ({len(mine) - len(left)} of {len(mine)} parts were done before)"
@@ -164,17 +171,6 @@ def _work(
         f"{text / 1e6 / seconds:.1f} MB/s, {tokens / 1e6 / seconds:.2f}M tokens/s, at most "
         f"{max(result['peak_memory'] for result in results) / 1e6:.0f} MB of memory a process"
         f"{again if len(left) < len(mine) else ''}"
-    )
-
-
-def _about(failed: list[Failed], options: Tokenize, done: int) -> str:
-    shown = "\n".join(f"  {one.why}" for one in failed[:10])
-    more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
-    return (
-        f"{len(failed)} parts of the input could not be used, {done} could and are kept:\n"
-        f"{shown}{more}\n"
-        "Mend or leave out those files and run the same command again, or give --bad-files skip to "
-        "take what can be read of them"
     )
 
 
@@ -211,6 +207,8 @@ def _chat(options: Tokenize, encoder: Encoder) -> Chat | None:
 
 def _manifest(options: Tokenize, encoder: Encoder) -> dict[str, Any]:
     """The manifest as far as it is known before reading: what the data set is made of."""
+    reading = asdict(_reading(options, encoder))
+    del reading["id_field"]  # `data clean`'s
     return {
         "format": "megatron-ladder-data",
         "version": 1,
@@ -225,7 +223,7 @@ def _manifest(options: Tokenize, encoder: Encoder) -> dict[str, Any]:
         "dtype": token_dtype(encoder.vocab_size),
         # As JSON gives it back: lists, no tuples.
         "options": {
-            **json.loads(json.dumps(asdict(_reading(options, encoder)))),
+            **json.loads(json.dumps(reading)),
             "validation_fraction": options.validation_fraction,
             "test_fraction": options.test_fraction,
             "bad_files": options.bad_files,

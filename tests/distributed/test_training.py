@@ -93,7 +93,7 @@ def kill_at_step(step: int, data: Path, run: Path, *options: str) -> None:
 def test_a_killed_run_resumes_bitwise(whole_run, data: Path, tmp_path: Path) -> None:
     tp, whole = whole_run
     run = tmp_path / "run"
-    step = random.Random(tp).randrange(6, STEPS - 2)  # noqa: S311
+    step = random.Random(tp).randrange(6, STEPS - 2)
     kill_at_step(step, data, run, *tensor_parallel(tp))
     (run / "checkpoints/step_00000003.tmp").mkdir()  # as a kill while deleting leaves it
     assert "Resuming" in train(data, run, *tensor_parallel(tp))

@@ -181,7 +181,7 @@ def test_a_run_that_is_killed_anywhere_goes_on(jsonl, tokenizer, tmp_path) -> No
     """SIGKILL of the parent, or of one of its processes, at twenty random moments."""
     big = tmp_path / "big.jsonl"
     lines = jsonl.read_bytes().splitlines(True)
-    chance = random.Random(5)  # noqa: S311
+    chance = random.Random(5)
     with big.open("wb") as file:
         for _ in range(400):
             file.writelines(chance.sample(lines, len(lines)))

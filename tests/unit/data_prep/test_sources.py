@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import cli, parts, work
+from data_prep import cli, parts, pool
 from data_prep.parts import plan_parts
 from data_prep.sources import find_sources
 
@@ -128,13 +128,13 @@ def test_files_on_the_web(jsonl, tokenize, serve, tmp_path, monkeypatch) -> None
 
 def test_a_web_server_that_fails_now_and_then(jsonl, tokenize, serve, monkeypatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(work.time, "sleep", waits.append)
-    monkeypatch.setattr(work, "REMOTE_ATTEMPTS", 20)
+    monkeypatch.setattr(pool.time, "sleep", waits.append)
+    monkeypatch.setattr(pool, "REMOTE_ATTEMPTS", 20)
     url = serve({"/a.jsonl": jsonl.read_bytes()}, failures=6) + "/a.jsonl"
     status, output, _ = tokenize(url)
     assert status == 0, output
     assert waits == sorted(waits) and len(waits) >= 1
-    monkeypatch.setattr(work, "REMOTE_ATTEMPTS", 3)
+    monkeypatch.setattr(pool, "REMOTE_ATTEMPTS", 3)
     url = serve({"/a.jsonl": jsonl.read_bytes()}, failures=1000) + "/a.jsonl"
     status, output, _ = tokenize(url, out="never")
     assert status == 2
@@ -233,7 +233,7 @@ def test_a_gigabyte_without_a_line_end_takes_little_memory(tmp_path) -> None:
 import sys
 from data_prep.documents import BadLines, Reading, read_documents
 from data_prep.sources import find_sources
-from data_prep.work import peak_memory
+from data_prep.pool import peak_memory
 (source,) = find_sources((sys.argv[1],))
 bad, before = BadLines(1), peak_memory()
 print(list(read_documents(source, Reading(), bad, lambda _: None)), bad.examples)
