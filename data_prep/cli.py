@@ -5,12 +5,15 @@ from typing import Annotated
 
 import tyro
 
+from data_prep.blend import Blend, blend
 from data_prep.clean.command import Clean, clean
 from data_prep.errors import UserError
 from data_prep.merge import Merge, merge
 from data_prep.show import Inspect, inspect
+from data_prep.stats import Stats, stats
 from data_prep.tokenize_text import Tokenize, tokenize
 from data_prep.train_tokenizer import TrainTokenizer, train_tokenizer
+from data_prep.verify import Verify, verify
 
 Command = (
     Annotated[TrainTokenizer, tyro.conf.subcommand("train-tokenizer")]
@@ -18,6 +21,9 @@ Command = (
     | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Stats, tyro.conf.subcommand("stats")]
+    | Annotated[Blend, tyro.conf.subcommand("blend")]
 )
 
 
@@ -30,16 +36,23 @@ def main(argv: list[str] | None = None) -> int:
             prog="megatron-ladder data",
             description="Text to data sets.",
         )
-        if isinstance(options, TrainTokenizer):
-            print(f"Tokenizer: {train_tokenizer(options)}")
-        elif isinstance(options, Clean):
-            print(clean(options))
-        elif isinstance(options, Tokenize):
-            print(tokenize(options))
-        elif isinstance(options, Merge):
-            print(merge(options))
-        else:
-            print(inspect(options))
+        match options:
+            case TrainTokenizer():
+                print(f"Tokenizer: {train_tokenizer(options)}")
+            case Clean():
+                print(clean(options))
+            case Tokenize():
+                print(tokenize(options))
+            case Merge():
+                print(merge(options))
+            case Inspect():
+                print(inspect(options))
+            case Verify():
+                print(verify(options))
+            case Stats():
+                print(stats(options))
+            case Blend():
+                print(blend(options))
         return 0
     except UserError as error:
         message = str(error)

@@ -105,6 +105,9 @@ def _results(
     return results
 
 
+PART_KEYS = ("documents", "tokens", "bin_bytes", "sha256", "mask_sha256")
+
+
 def _sizes(facts: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """A part's files of one split, by ending, and their bytes."""
     yield "bin", facts["bin_bytes"]
@@ -142,10 +145,7 @@ def _join_split(
         "bin_bytes": prefix.with_suffix(".bin").stat().st_size,
         "idx_bytes": prefix.with_suffix(".idx").stat().st_size,
         "idx_sha256": digest,
-        "parts": [
-            {key: facts[key] for key in ("documents", "tokens", "bin_bytes", "sha256")}
-            for _, facts in stems
-        ],
+        "parts": [{key: facts[key] for key in PART_KEYS if key in facts} for _, facts in stems],
     }
 
 

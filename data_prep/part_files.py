@@ -18,6 +18,7 @@ class _SplitFiles:
 
     files: dict[str, BinaryIO]
     digest: Any = field(default_factory=hashlib.sha256)
+    mask_digest: Any = field(default_factory=hashlib.sha256)
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
@@ -116,6 +117,7 @@ class PartFiles:
         files.files["len"].write(counts.tobytes())
         if mask is not None:
             files.files["mask"].write(mask.data)
+            files.mask_digest.update(mask.data)
             files.trained += int(mask.sum())
         files.documents += len(counts)
         files.tokens += len(tokens)
@@ -142,7 +144,11 @@ class PartFiles:
                 "sha256": files.digest.hexdigest(),
             }
             if "mask" in files.files:
-                splits[split] |= {"mask_bytes": files.tokens, "trained_tokens": files.trained}
+                splits[split] |= {
+                    "mask_bytes": files.tokens,
+                    "mask_sha256": files.mask_digest.hexdigest(),
+                    "trained_tokens": files.trained,
+                }
         self._open = {}
         sync_folder(Path(self._stem).parent)
         return splits

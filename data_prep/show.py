@@ -1,13 +1,12 @@
 """Looks into a data set: its figures, and any document as tokens and as text."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
-from data_prep.encoders import open_encoder, sha256
+from data_prep.dataset import DataSet, open_data_set
 from data_prep.errors import UserError
 from data_prep.shards import read_document
 
@@ -31,7 +30,10 @@ def inspect(options: Inspect) -> str:
     Raises:
         UserError: not a data set, or no such document.
     """
-    manifest = _manifest(options.data)
+    data = open_data_set(options.data)
+    if problems := data.wrong_sizes():
+        raise UserError(f"{problems[0]}: the data set is damaged, tokenize again")
+    manifest = data.manifest
     facts = manifest["tokenizer"]
     lines = [
         f"{options.data}: made by {manifest['created_by']} from {len(manifest['sources'])} files",
@@ -44,22 +46,19 @@ def inspect(options: Inspect) -> str:
             f"{split['text_bytes'] / max(split['tokens'], 1):.2f} bytes a token"
         )
     if options.document is not None:
-        lines += _document(options, manifest)
+        lines += _document(options, data)
     return "\n".join(lines)
 
 
-def _document(options: Inspect, manifest: dict[str, Any]) -> list[str]:
+def _document(options: Inspect, data: DataSet) -> list[str]:
+    manifest = data.manifest
     split = manifest["splits"].get(options.split)
     count = split["documents"] if split else 0
     number = options.document or 0
     if not -count <= number < count:
         raise UserError(f"{options.data}: the {options.split} split has {count:,} documents")
     number %= count
-    tokenizer = options.data / manifest["tokenizer"]["file"]
-    if not tokenizer.is_file() or sha256(tokenizer) != manifest["tokenizer"]["sha256"]:
-        raise UserError(f"{tokenizer} is not the tokenizer the data set was made with")
-    # Any token may end documents in a tokenizer.json; decoding does not need to know which.
-    encoder = open_encoder(tokenizer, _eod_token(tokenizer, manifest))
+    encoder = data.open_encoder()
     ids = read_document(options.data / options.split, number, manifest["dtype"], count).tolist()
     shown = ids[: options.max_tokens]
     more = f" (the first {len(shown)} of them)" if len(shown) < len(ids) else ""
@@ -67,37 +66,3 @@ def _document(options: Inspect, manifest: dict[str, Any]) -> list[str]:
     text_ids = [i for i in shown if i != manifest["tokenizer"]["eod_id"]]
     title = f"{options.split} document {number}: {len(ids):,} tokens{more}"
     return ["", title, pieces, "", encoder.decode(text_ids)]
-
-
-def _eod_token(tokenizer: Path, manifest: dict[str, Any]) -> str | None:
-    if tokenizer.suffix == ".model":
-        return None
-    import tokenizers
-
-    return tokenizers.Tokenizer.from_file(str(tokenizer)).id_to_token(
-        manifest["tokenizer"]["eod_id"]
-    )
-
-
-def _manifest(data: Path) -> dict[str, Any]:
-    """The manifest, when the files are those it describes."""
-    path = data / "manifest.json"
-    if not path.is_file():
-        raise UserError(f"{data} is not a data set: it holds no manifest.json")
-    try:
-        manifest = json.loads(path.read_text())
-        for key in ("file", "kind", "vocab_size", "eod_id", "sha256"):
-            manifest["tokenizer"][key]
-        manifest["created_by"], manifest["sources"], manifest["dtype"]
-        for name, split in manifest["splits"].items():
-            for ending in ("bin", "idx"):
-                file = data / f"{name}.{ending}"
-                size = file.stat().st_size if file.is_file() else 0
-                if size != split[f"{ending}_bytes"]:
-                    raise UserError(
-                        f"{file} has {size:,} bytes, the manifest says "
-                        f"{split[f'{ending}_bytes']:,}: the data set is damaged, tokenize again"
-                    )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a data set's manifest: {error!r}") from error
-    return manifest

@@ -1,4 +1,5 @@
-"""The command line of `train`: a preset or a saved configuration, then options that change it."""
+"""The command line of `train`: a preset, a saved configuration or one on top of the other, then options
+that change it."""
 
 import argparse
 import difflib
@@ -25,9 +26,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
     first.add_argument("--config", type=Path)
     first.add_argument("--nproc-per-node", type=int)
     chosen, options = first.parse_known_args(argv)
-    if chosen.preset and chosen.config:
-        raise UserError("--preset and --config are both given: choose one to start from")
-    if chosen.config:
+    if chosen.config and not chosen.preset:
         default = load_config(chosen.config)
     else:
         name = chosen.preset or ("debug" if {"-h", "--help"} & set(options) else "")
@@ -40,11 +39,13 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(f"no preset {name!r}{hint}: choose one of {', '.join(PRESETS)}")
         default = PRESETS[name]()
+        if chosen.config:  # some of the fields, such as those that `data blend` writes
+            default = load_config(chosen.config, onto=default)
     config = tyro.cli(
         TrainConfig,
         default=default,
         args=options,
-        prog="megatron-ladder train [--preset NAME | --config FILE] [--nproc-per-node N]",
+        prog="megatron-ladder train [--preset NAME] [--config FILE] [--nproc-per-node N]",
         description=_description(),
         console_outputs=is_first_rank(),
     )

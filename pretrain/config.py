@@ -279,8 +279,12 @@ def save_config(config: TrainConfig, path: Path) -> None:
     write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def load_config(path: Path) -> TrainConfig:
-    """A run's saved configuration. Raises UserError when the file is not one."""
+def load_config(path: Path, onto: TrainConfig | None = None) -> TrainConfig:
+    """A run's saved configuration, or some fields of one in place of `onto`'s.
+
+    Raises:
+        UserError: the file is neither.
+    """
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
@@ -289,4 +293,17 @@ def load_config(path: Path) -> TrainConfig:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a run's config.json: it holds no object")
+    if onto is not None:
+        values = _merged(to_dict(onto), values)
+    elif "model" not in values:
+        raise UserError(f"{path} says nothing of the model: give --preset NAME as well")
     return from_dict(TrainConfig, values, where=str(path))
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(old[k], v) for k, v in new.items() if _are_dicts(old.get(k), v)}
+    return {**old, **new, **both}
+
+
+def _are_dicts(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)

@@ -158,7 +158,33 @@ def data_flow() -> None:
     save(figure, "data_flow")
 
 
+def data_path() -> None:
+    """Commands of data_prep, from a dump to what training reads."""
+    figure, axes = canvas(11, 2.7, (0, 22), (0, 5.4))
+    stages = [
+        (0.2, "dump\n.jsonl .zst .gz\n.parquet, URLs", "#f2f2f2"),
+        (3.95, "clean\nduplicates,\nquality", GREY),
+        (7.7, "tokenize\na part a process\nor a task", ATTENTION),
+        (11.45, "merge\n(after a job\narray)", ATTENTION),
+        (15.2, "data set\n.bin .idx\nmanifest", "#f2f2f2"),
+        (19.0, "blend\nweights", ATTENTION),
+    ]
+    for x, text, colour in stages:
+        box(axes, x, 2.8, 2.75, 1.7, text, colour, 9.5)
+    for (x, _, _), (following, _, _) in pairwise(stages):
+        arrow(axes, (x + 2.8, 3.65), (following - 0.05, 3.65))
+    box(axes, 3.95, 0.5, 6.5, 0.9, "train-tokenizer", GREY, 9.5)
+    arrow(axes, (9.08, 1.4), (9.08, 2.75))
+    box(axes, 13.0, 0.5, 5.2, 0.9, "inspect, verify, stats", MLP, 9.5)
+    arrow(axes, (16.57, 2.8), (16.57, 1.45))
+    box(axes, 19.0, 0.5, 2.75, 0.9, "train --config", "#f2f2f2", 9.5)
+    arrow(axes, (20.37, 2.8), (20.37, 1.45))
+    axes.text(0.2, 4.85, "grey: as needed", fontsize=9.5, color="#555555")
+    save(figure, "data_path")
+
+
 if __name__ == "__main__":
     standard_vs_ladder()
     residual_kinds()
     data_flow()
+    data_path()
