@@ -1,7 +1,10 @@
 """Trains a SentencePiece tokenizer that keeps every byte of the text, source code's white space too."""
 
+import contextlib
 import io
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from data_prep.split import hash_fraction
 
 # SentencePiece takes "sentences" of at most this many bytes; longer lines are cut.
 SENTENCE_BYTES = 4096
+RESERVED = ("<unk>", "<s>", "</s>")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class TrainTokenizer:
     vocab_size: int
     """Pieces, special ones and 256 bytes included."""
     model_type: Literal["bpe", "unigram"] = "bpe"
+    special_tokens: tuple[str, ...] = ()
+    """Tokens that no text becomes, such as <fim_prefix> <fim_middle> <fim_suffix>; ids from 3."""
     max_training_bytes: int = 100_000_000
     """Documents are sampled evenly down to about this much text."""
     text_field: tuple[str, ...] = ("text",)
@@ -58,6 +64,14 @@ def train_tokenizer(options: TrainTokenizer) -> Path:
             f"--vocab-size {options.vocab_size}: 256 bytes and the special pieces take some 260; "
             "give 300 or more"
         )
+    tokens = options.special_tokens
+    if len(set(tokens)) < len(tokens) or any(
+        not t or t in RESERVED or t.split() != [t] for t in tokens
+    ):
+        raise UserError(
+            f"--special-tokens {' '.join(tokens)}: give each once, without white space, and none of "
+            f"{' '.join(RESERVED)}"
+        )
     target = options.output_dir / "tokenizer.model"
     if target.exists():
         raise UserError(f"{target} exists: remove it or choose another --output-dir")
@@ -67,24 +81,26 @@ def train_tokenizer(options: TrainTokenizer) -> Path:
     model = io.BytesIO()
     problems: list[UserError] = []
     try:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=_sentences(sources, options, bad, problems),
-            model_writer=model,
-            vocab_size=options.vocab_size,
-            model_type=options.model_type,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            # SentencePiece reads lines, so it never sees a line's end: pieces of their own.
-            user_defined_symbols=["\n", "\t"],
-            max_sentence_length=SENTENCE_BYTES + 64,
-            num_threads=8,  # fixed: the model records it
-            minloglevel=2,
-        )
+        with _ended_by_ctrl_c():
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=_sentences(sources, options, bad, problems),
+                model_writer=model,
+                vocab_size=options.vocab_size,
+                model_type=options.model_type,
+                byte_fallback=True,
+                character_coverage=0.9995,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                split_digits=True,
+                # SentencePiece reads lines, so it never sees a line's end: pieces of their own.
+                user_defined_symbols=["\n", "\t"],
+                control_symbols=list(options.special_tokens),
+                max_sentence_length=SENTENCE_BYTES + 64,
+                num_threads=8,  # fixed: the model records it
+                minloglevel=2,
+            )
     except RuntimeError as error:
         if problems:
             raise problems[0] from error
@@ -98,6 +114,20 @@ def train_tokenizer(options: TrainTokenizer) -> Path:
         os.fsync(file.fileno())
     temporary.replace(target)
     return target
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """While C++ trains, Python does not see Ctrl-C: let the system end the process. Nothing has been
+    written yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _sentences(

@@ -128,13 +128,18 @@ def transformer_config(
 
 
 def build_gpt_model(
-    model: ModelConfig, config: LadderConfig, impl: TransformerImpl = "auto"
+    model: ModelConfig,
+    config: LadderConfig,
+    impl: TransformerImpl = "auto",
+    *,
+    masks_given: bool = False,
 ) -> list[GPTModel]:
     """megatron-core's GPTModel with this project's layers: this rank's part, on its device.
 
     Args:
         model: with `vocab_size` set.
         config: `transformer_config` of the same model.
+        masks_given: attention is by the mask that forward gets, [b, 1, s, s], not merely causal.
 
     Returns:
         The chunks of this pipeline stage, first to last; one unless it is interleaved. Their
@@ -148,6 +153,7 @@ def build_gpt_model(
         impl,
         desync_interval=model.desync_interval,
         recompute=config.recompute_submodules,
+        masks_given=masks_given,
     )
     count = config.virtual_pipeline_model_parallel_size or 1
     seen_by_schedules = sent_config(config, sends_pair="ladder" in residuals)

@@ -70,6 +70,7 @@ def layer_spec(
     *,
     desync_interval: int = 1,
     recompute: bool = False,
+    masks_given: bool = False,
 ) -> ModuleSpec:
     """The spec of a model's layers.
 
@@ -78,31 +79,36 @@ def layer_spec(
         impl: whose modules; see `resolve_impl`.
         desync_interval: of desync layers.
         recompute: full recomputation, by sub-module; standard models have megatron-core's.
+        masks_given: attention is by the mask given to forward, which says all; else it is causal.
 
     Standard models use megatron-core's own TransformerLayer: it is the baseline to beat.
     """
     chosen = resolve_impl(impl)
     kinds = set(residuals or ("ladder",))
     assert kinds == {"parallel"} or "parallel" not in kinds
-    if kinds == {"standard"}:
-        if chosen == "transformer_engine":
-            return get_gpt_layer_with_transformer_engine_spec()
-        return ModuleSpec(module=TransformerLayer, submodules=_submodules(LocalBackend(), kinds))
-    if chosen == "transformer_engine":
-        from megatron_ladder.te_backend import TECommFreeBackend
-
-        backend: Any = TECommFreeBackend()
+    if kinds == {"standard"} and chosen == "transformer_engine":
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    elif kinds == {"standard"}:
+        spec = ModuleSpec(module=TransformerLayer, submodules=_submodules(LocalBackend(), kinds))
     else:
-        backend = LocalCommFreeBackend()
-    return ModuleSpec(
-        module=LadderTransformerLayer,
-        submodules=_submodules(backend, kinds),
-        params={
-            "residuals": residuals,
-            "desync_interval": desync_interval,
-            "recompute": recompute,
-        },
-    )
+        if chosen == "transformer_engine":
+            from megatron_ladder.te_backend import TECommFreeBackend
+
+            backend: Any = TECommFreeBackend()
+        else:
+            backend = LocalCommFreeBackend()
+        spec = ModuleSpec(
+            module=LadderTransformerLayer,
+            submodules=_submodules(backend, kinds),
+            params={
+                "residuals": residuals,
+                "desync_interval": desync_interval,
+                "recompute": recompute,
+            },
+        )
+    if masks_given:
+        spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
+    return spec
 
 
 def block_spec(

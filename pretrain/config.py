@@ -31,6 +31,14 @@ class DataConfig:
     """One for each path, in any unit; None weighs by tokens."""
     seq_length: int = 2048
     """Tokens in a training sequence; documents are packed into it."""
+    attend_across_documents: bool = True
+    """False: tokens attend to their own document alone, and its first token is not a label."""
+    fim_rate: float = 0.0
+    """The share of training documents made fill-in-the-middle tasks (arXiv 2207.14255)."""
+    fim_spm_rate: float = 0.5
+    """Of them, the share with the suffix before the prefix."""
+    fim_tokens: tuple[str, str, str] | None = None
+    """The tokenizer's prefix, middle and suffix tokens; None: those of StarCoder, Qwen or Code Llama."""
     num_workers: int = 2
     """Loader processes a rank; 0 loads in the training process."""
 
@@ -127,6 +135,9 @@ class TrainConfig:
             for name, value in values.items():
                 if value is not None and value < least:
                     raise UserError(f"{name} is {value}: it must be at least {least}")
+        for name in ("fim_rate", "fim_spm_rate"):
+            if not 0 <= (share := getattr(self.data, name)) <= 1:
+                raise UserError(f"data.{name} is {share}: it is a share from 0 to 1")
         if self.data.seq_length > self.model.max_position_embeddings:
             raise UserError(
                 f"data.seq_length {self.data.seq_length} is longer than "

@@ -1,12 +1,10 @@
-"""Data sets: folders checked before work starts, then served by megatron-core's GPTDataset.
+"""Data sets: folders checked before work starts, and their sequences (sequences.py) as batches.
 
 Which sequence a rank reads is a function of the step alone, so a resumed run, at any layout, goes on
 with the next one.
 """
 
 import json
-import logging
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_ladder.errors import UserError
@@ -71,7 +67,9 @@ def open_folder(path: Path) -> DataFolder:
         folder = DataFolder(path, manifest)
         manifest["tokenizer"]["sha256"], manifest["tokenizer"]["eod_id"]  # must be there
         for split, facts in manifest["splits"].items():
-            for ending in ("bin", "idx"):
+            for ending in ("bin", "idx", "mask"):
+                if ending == "mask" and "mask_bytes" not in facts:
+                    continue
                 file = path / f"{split}.{ending}"
                 size = file.stat().st_size if file.is_file() else -1
                 if size != facts[f"{ending}_bytes"]:
@@ -189,64 +187,6 @@ def unigram_loss(folder: DataFolder, split: str = "validation") -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-class _ManifestTokenizer:
-    """What megatron-core's GPTDataset asks of a tokenizer; the text itself was encoded long ago."""
-
-    def __init__(self, facts: dict[str, Any]) -> None:
-        self.eod = facts["eod_id"]
-        self.pad = -1  # documents are packed: there is no padding
-        self.vocab_size = facts["vocab_size"]
-        # Part of the name of cached indices.
-        self.unique_identifiers = OrderedDict(sha256=facts["sha256"])
-
-
-def _build(
-    config: TrainConfig,
-    tokenizer: dict[str, Any],
-    split: str,
-    blend: tuple[list[str], list[float] | None],
-    samples: int | None,
-) -> Dataset:
-    assert config.output_dir is not None
-    index = SPLITS.index(split)
-    dataset_config = GPTDatasetConfig(
-        random_seed=config.seed,
-        sequence_length=config.data.seq_length,
-        blend_per_split=[blend if i == index else None for i in range(3)],
-        path_to_cache=str(config.output_dir / "dataset_cache"),
-        tokenizer=_ManifestTokenizer(tokenizer),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    sizes = [samples if i == index else None for i in range(3)]
-    # The builder logs its whole configuration for every split.
-    logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
-    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config).build()[
-        index
-    ]
-
-
-def train_dataset(config: TrainConfig, folders: list[DataFolder]) -> Dataset:
-    """Sequences for the whole run, blended, in the order in which they are trained on."""
-    weights = config.data.weights or tuple(float(f.tokens("train")) for f in folders)
-    blend = ([f.prefix("train") for f in folders], list(weights))
-    samples = config.train_steps * config.global_batch_size
-    return _build(config, folders[0].tokenizer, "train", blend, samples)
-
-
-def validation_datasets(config: TrainConfig, folders: list[DataFolder]) -> dict[str, Dataset]:
-    """Each data set's validation split, once through, by name; those without one are left out."""
-    return {
-        folder.name: _build(
-            config, folder.tokenizer, "validation", ([folder.prefix("validation")], None), None
-        )
-        for folder in folders
-        if folder.tokens("validation")
-    }
-
-
 def train_batches(
     dataset: Dataset,
     config: TrainConfig,
@@ -314,5 +254,6 @@ def to_device(batch: Batch) -> Batch:
     device = torch.cuda.current_device()
     return {
         name: batch[name].to(device, non_blocking=True)
-        for name in ("tokens", "labels", "loss_mask", "position_ids")
+        for name in ("tokens", "labels", "loss_mask", "position_ids", "documents")
+        if name in batch
     }

@@ -8,6 +8,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.specs import resolve_impl
 from pretrain.config import TrainConfig
 from pretrain.data import DataFolder, check_same_tokenizer, open_data
+from pretrain.fim import fill_in_the_middle
 from pretrain.run_folder import check_free_space, check_output_dir
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     check_layout(config.model, config.parallel)
     resolve_impl(config.transformer_impl)
     config.num_microbatches(config.parallel.data_parallel_size(world_size))
+    fill_in_the_middle(config, folders[0])
     plan = check_output_dir(config)
     check_free_space(config)
     assert config.output_dir is not None

@@ -44,7 +44,8 @@ def check_output_dir(config: TrainConfig) -> str:
     saved = run_dir / "config.json"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--output-dir {run_dir} is a file: give a folder")
-    if run_dir.is_dir() and any(run_dir.iterdir()) and not saved.is_file():
+    # A run begins with its lock, then its config.json.
+    if _is_used(run_dir) and not saved.is_file():
         raise UserError(
             f"--output-dir {run_dir} is not empty and holds no run: choose another folder"
         )
@@ -75,6 +76,10 @@ def check_output_dir(config: TrainConfig) -> str:
     where = f"step {checkpoint_step(latest)}" if latest else "the start: it has no checkpoint yet"
     what = ", ".join(f"{n}: {a} -> {b}" for n, (a, b) in changed.items() if n != "output_dir")
     return f"Resuming {run_dir} from {where}" + (f" (changed: {what})" if what else "")
+
+
+def _is_used(run_dir: Path) -> bool:
+    return run_dir.is_dir() and any(path.name != "lock" for path in run_dir.iterdir())
 
 
 def check_free_space(config: TrainConfig) -> None:

@@ -14,7 +14,6 @@ from megatron_ladder.errors import UserError
 from pretrain.config import TrainConfig, to_dict
 from pretrain.data import DataFolder, keep_facts, unigram_loss
 from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
-from pretrain.run_folder import write_config
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,6 @@ class RunLog:
         self._log: MetricsLog | None = None
         if dist.get_rank() == 0:
             assert config.output_dir is not None
-            write_config(config)
             self._log = MetricsLog(
                 config.output_dir,
                 resume_step=resume_step,

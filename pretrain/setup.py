@@ -60,6 +60,12 @@ def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
         recompute=config.recompute,
         deterministic=config.deterministic,
     )
-    model = wrap_data_parallel(build_gpt_model(config.model, mcore_config, config.transformer_impl))
+    chunks = build_gpt_model(
+        config.model,
+        mcore_config,
+        config.transformer_impl,
+        masks_given=not config.data.attend_across_documents,
+    )
+    model = wrap_data_parallel(chunks)
     optimizer = build_optimizer(model, config)
     return model, optimizer, build_scheduler(optimizer, config)

@@ -14,25 +14,41 @@ from pretrain.config import TrainConfig
 from pretrain.data import Batch, to_device
 
 
-def _masked_mean(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropy of a micro-batch, for backward, and the same for the log."""
-    loss = (losses.float() * loss_mask).sum() / loss_mask.sum()
-    # A copy: the schedule divides the first in place by the number of micro-batches.
-    return loss, {"loss": loss.detach().clone()}
+def _masked_sum(
+    scale: float, loss_mask: Tensor, losses: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summed cross-entropy of a micro-batch, times `scale`, for backward; and for the log the sum
+    and its number of tokens, [2]."""
+    total = (losses.float() * loss_mask).sum()
+    exact = (losses.detach().double() * loss_mask).sum()
+    counted = torch.stack([exact, loss_mask.double().sum()])
+    return total * scale, {"sum": counted}
 
 
-def _masked_sum(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """For validation, where micro-batches may hold padding: the sum and its number of tokens."""
-    total = (losses.double() * loss_mask).sum()
-    return total, {"sum": torch.stack([total, loss_mask.double().sum()])}
+def document_mask(documents: Tensor) -> Tensor:
+    """What a token does not attend to: what follows it, and other documents.
+
+    Args:
+        documents: [micro_batch_size, seq_length], numbers that differ where documents do.
+
+    Returns:
+        bool [micro_batch_size, 1, seq_length, seq_length], queries before keys; True is masked out.
+
+    Positions need not begin anew: rotary embeddings turn queries and keys by their positions, and the
+    score of two tokens depends on the difference alone (RoFormer, arXiv 2104.09864, equation 16).
+    """
+    length = documents.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
+    return (causal | (documents[:, :, None] != documents[:, None, :])).unsqueeze(1)
 
 
 def _forward(reduce: Callable, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable]:
     """megatron-core's forward step. On the last stage: per-token losses [b, s] and the function
-    that averages them; on the others what goes to the next stage, and the function is not called.
+    that sums them; on the others what goes to the next stage, and the function is not called.
     """
     batch = to_device(next(batches))
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    mask = document_mask(batch["documents"]) if "documents" in batch else None
+    losses = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
     return losses, partial(reduce, batch["loss_mask"])
 
 
@@ -71,7 +87,7 @@ def train_step(
     """Forward and backward of one global batch, then an update.
 
     Returns:
-        (mean loss over the global batch, gradient norm before clipping, learning rate used).
+        (mean loss of the trained tokens of the global batch, gradient norm before clipping, learning rate).
     """
     data_parallel_size = parallel_state.get_data_parallel_world_size()
     for chunk in model:
@@ -79,15 +95,28 @@ def train_step(
     optimizer.zero_grad()
     count = config.num_microbatches(data_parallel_size)
     micro_batches = list(itertools.islice(batches, count))
-    outputs = _run_schedule(model, micro_batches, config, _masked_mean, forward_only=False)
+    tokens = _trained_tokens(micro_batches)
+    # Each token counts the same, whichever micro-batch or rank it is in: divided by all of them
+    # here, times what the schedule (micro-batches) and DDP (ranks) divide by.
+    reduce = partial(_masked_sum, count * data_parallel_size / tokens)
+    outputs = _run_schedule(model, micro_batches, config, reduce, forward_only=False)
     scheduler.step(increment=1)  # before the update: step 1 trains at the rate of step 1, not of 0
     learning_rate = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()
 
-    loss = torch.zeros((), device=torch.cuda.current_device())
+    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     for output in outputs:
-        loss += output["loss"] / (count * data_parallel_size)
-    return _sum_over_ranks(loss).item(), float(grad_norm or 0.0), learning_rate
+        total += output["sum"]
+    return _sum_over_ranks(total)[0].item() / tokens, float(grad_norm or 0.0), learning_rate
+
+
+def _trained_tokens(micro_batches: list[Batch]) -> float:
+    """Of the global batch, the labels that are trained on; 1 when there are none."""
+    count = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    for batch in micro_batches:
+        count += batch["loss_mask"].sum()
+    torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    return max(count.item(), 1.0)
 
 
 @torch.no_grad()
@@ -97,7 +126,8 @@ def validate(model: list[Any], batches: list[Batch], config: TrainConfig) -> flo
     for chunk in model:
         chunk.eval()
     if batches:
-        for output in _run_schedule(model, batches, config, _masked_sum, forward_only=True):
+        reduce = partial(_masked_sum, 1.0)
+        for output in _run_schedule(model, batches, config, reduce, forward_only=True):
             total += output["sum"]
     for chunk in model:
         chunk.train()

@@ -1,20 +1,16 @@
 """The training loop."""
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 
+from pretrain.arguments import is_first_rank
 from pretrain.checkpoint import Progress, load_checkpoint, save_checkpoint
 from pretrain.config import TrainConfig
-from pretrain.data import (
-    DataFolder,
-    train_batches,
-    train_dataset,
-    validation_batches,
-    validation_datasets,
-)
+from pretrain.data import DataFolder, train_batches, validation_batches
+from pretrain.index_cache import IndexCache
 from pretrain.optimizer import gathered_parameters
-from pretrain.run_folder import latest_checkpoint, lock
+from pretrain.run_folder import latest_checkpoint, lock, write_config
 from pretrain.run_log import RunLog
+from pretrain.sequences import train_sequences, validation_sequences
 from pretrain.setup import build, start_ranks, stop_ranks
 from pretrain.step import train_step, validate
 
@@ -24,10 +20,13 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
 
     Called by every rank, under torchrun. `config` and `folders` have been checked by preflight.py.
     """
-    device = start_ranks(config)
     run_dir = config.output_dir
     assert run_dir is not None
-    held = lock(run_dir) if dist.get_rank() == 0 else None
+    if is_first_rank():
+        held = lock(run_dir)
+        write_config(config)  # before anything else is there: the folder is this run's
+    cache = IndexCache(config, folders)  # made meanwhile
+    device = start_ranks(config)
 
     model, optimizer, scheduler = build(config)
     progress = Progress(step=0, consumed_samples=0)
@@ -37,9 +36,9 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
         "data_parallel_rank": parallel_state.get_data_parallel_rank(),
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
     }
-    validations = validation_datasets(config, folders)
+    validations = validation_sequences(config, folders, cache.ready())
     batches = train_batches(
-        train_dataset(config, folders),
+        train_sequences(config, folders, cache.path),
         config,
         consumed_samples=progress.consumed_samples,
         **data_parallel,
@@ -65,6 +64,6 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
             log.saved(step)
 
     log.end(progress.step)
-    if held:
+    if is_first_rank():
         held.close()
     stop_ranks()

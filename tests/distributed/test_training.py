@@ -192,3 +192,51 @@ def test_bf16_and_wsd_train_on_the_cpu(data: Path, tmp_path: Path) -> None:
     assert rates[5] == max(rates) == rates[12]
     assert rates[-1] == pytest.approx(0.1 * rates[5])
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 1
+
+
+def test_index_files_are_made_once_and_are_never_there_by_half(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--schedule.train-steps", "4", "--save-interval", "2")
+    cache = run / "dataset_cache"
+    train(data, run, *options)
+    files = {p.name: p.stat().st_mtime_ns for p in cache.iterdir()}
+    assert "made.json" in files
+    assert sum(name.endswith("_index.npy") for name in files) >= 6
+    shutil.rmtree(run / "checkpoints/step_00000004")
+    train(data, run, *options)
+    assert {p.name: p.stat().st_mtime_ns for p in cache.iterdir()} == files
+    assert len(metrics(run, "train")) == 4
+    # As a run leaves it that was killed while it made them: nothing of it is used.
+    shutil.rmtree(cache)
+    half = run / ".dataset_cache.killed"
+    half.mkdir()
+    (half / next(n for n in files if "shuffle" in n)).write_bytes(b"half")
+    shutil.rmtree(run / "checkpoints/step_00000004")
+    train(data, run, *options)
+    assert {p.name for p in cache.iterdir()} == set(files)
+    assert not list(run.glob(".dataset_cache.*"))
+
+
+def test_a_run_that_was_killed_before_it_began_begins(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "lock").touch()
+    assert "New run" in train(data, run, "--schedule.train-steps", "4")
+
+
+def test_documents_apart_and_loss_masks_by_the_command_line(tmp_path: Path) -> None:
+    """At tensor-parallel 1 and 2; the mask leaves a label in four, the losses stay finite."""
+    data = write_data_set(tmp_path / "data", vocab_size=400)
+    manifest = json.loads((data / "manifest.json").read_text())
+    for split, facts in manifest["splits"].items():
+        mask = (torch.arange(facts["tokens"]) % 4 == 0).to(torch.uint8)
+        (data / f"{split}.mask").write_bytes(mask.numpy().tobytes())
+        facts |= {"mask_bytes": facts["tokens"], "trained_tokens": int(mask.sum())}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    both = {}
+    for name, options in {"one": (), "two": tensor_parallel(2)}.items():
+        run = tmp_path / name
+        train(data, run, "--data.no-attend-across-documents", *options)
+        both[name] = losses(run)
+        assert metrics(run, "validation")[-1]["loss"] < both[name][0]
+    assert both["one"] == pytest.approx(both["two"], abs=1e-4)
