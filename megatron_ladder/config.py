@@ -20,7 +20,7 @@ VOCAB_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-family decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases.
+    """A Llama-family decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention.
 
     Raises UserError when the numbers do not fit each other.
     """
@@ -31,6 +31,12 @@ class ModelConfig:
     num_attention_heads: int
     num_query_groups: int | None = None
     """Key/value heads; None means one for every attention head (MHA)."""
+    kv_channels: int | None = None
+    """Channels of a head; None: hidden_size / num_attention_heads."""
+    add_qkv_bias: bool = False
+    """Biases of queries, keys and values, as in Qwen2."""
+    qk_layernorm: bool = False
+    """RMSNorm of each head's query and key before RoPE, as in Qwen3."""
     vocab_size: int | None = None
     """Ids the tokenizer can give; None takes it from the data."""
     residual: Residual = "ladder"
@@ -45,7 +51,9 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     rotary_base: float = 10000.0
     rope_scaling_factor: float | None = None
-    """Llama 3's RoPE scaling (low 1, high 4, original context 8192) by this factor; None: none."""
+    """Stretches RoPE's wavelengths; None: does not."""
+    rope_scaling_type: Literal["llama3", "linear"] = "llama3"
+    """llama3: long wavelengths alone (low 1, high 4, original context 8192). linear: all."""
     layernorm_epsilon: float = 1e-5
     init_method_std: float = 0.02
     share_embeddings_and_output_weights: bool = True
@@ -59,6 +67,7 @@ class ModelConfig:
             "ffn_hidden_size",
             "num_attention_heads",
             "num_query_groups",
+            "kv_channels",
             "vocab_size",
             "max_position_embeddings",
             "desync_interval",
@@ -70,14 +79,16 @@ class ModelConfig:
             raise UserError(
                 f"model.residual is {self.residual!r}: choose one of {', '.join(get_args(Residual))}"
             )
-        if self.hidden_size % self.num_attention_heads:
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"model.hidden_size {self.hidden_size} is not a multiple of "
-                f"model.num_attention_heads {self.num_attention_heads}"
+                f"model.num_attention_heads {self.num_attention_heads}: change one, or set "
+                "model.kv_channels"
             )
         if self.head_dim % 2:
             raise UserError(
-                f"model.hidden_size / model.num_attention_heads is {self.head_dim}: RoPE needs it even"
+                f"a head has {self.head_dim} channels (model.kv_channels, or model.hidden_size / "
+                "model.num_attention_heads): RoPE needs them even"
             )
         if self.num_attention_heads % self.kv_heads:
             raise UserError(
@@ -95,7 +106,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def padded_vocab_size(self) -> int:
@@ -138,8 +149,7 @@ class ModelConfig:
         """Trained parameters, vocabulary padding included when embeddings are."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads)
         attention += self.hidden_size * self.head_dim * (2 * self.kv_heads)
-        norms = self.hidden_size * (1 if self.residual == "parallel" else 2)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + norms
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + self._vectors_of_a_layer()
         total = self.num_layers * layer + self.hidden_size
         if embeddings:
             tables = 1 if self.share_embeddings_and_output_weights else 2
@@ -147,10 +157,17 @@ class ModelConfig:
         return total
 
     def num_matmul_parameters(self) -> int:
-        """Weights that each token is multiplied with: all but the norms and the embedding look-up."""
-        norms = self.hidden_size * (self.num_layers * (1 if self.residual == "parallel" else 2) + 1)
+        """Weights that each token is multiplied with: all but norms, biases and the embedding look-up."""
+        vectors = self.num_layers * self._vectors_of_a_layer() + self.hidden_size
         look_up = 0 if self.share_embeddings_and_output_weights else 1
-        return self.num_parameters() - norms - look_up * self.padded_vocab_size * self.hidden_size
+        return self.num_parameters() - vectors - look_up * self.padded_vocab_size * self.hidden_size
+
+    def _vectors_of_a_layer(self) -> int:
+        """Parameters of its norms and biases."""
+        count = self.hidden_size * (1 if self.residual == "parallel" else 2)
+        if self.add_qkv_bias:
+            count += self.head_dim * (self.num_attention_heads + 2 * self.kv_heads)
+        return count + (2 * self.head_dim if self.qk_layernorm else 0)
 
 
 @dataclass(frozen=True)

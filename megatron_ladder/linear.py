@@ -26,13 +26,14 @@ class CommFreeColumnParallelLinear(ColumnParallelLinear):
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, input] -> [s, b, output/tp], and no bias."""
+        """[s, b, input] -> [s, b, output/tp], its bias added, and None: there is none left to add."""
         collectives = collectives_of(input_)
         if collectives is None:
             return super().forward(input_, weight, *args, **kwargs)
-        assert weight is None and self.bias is None
+        assert weight is None and not self.skip_bias_add
         fused = self.gradient_accumulation_fusion
-        return _ColumnGemm.apply(input_, self.weight, collectives, fused), None
+        output = _ColumnGemm.apply(input_, self.weight, collectives, fused)
+        return output if self.bias is None else output + self.bias, None
 
 
 class CommFreeRowParallelLinear(RowParallelLinear):

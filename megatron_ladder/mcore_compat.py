@@ -94,6 +94,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
@@ -154,6 +156,7 @@ def build_gpt_model(
         desync_interval=model.desync_interval,
         recompute=config.recompute_submodules,
         masks_given=masks_given,
+        qk_layernorm=model.qk_layernorm,
     )
     count = config.virtual_pipeline_model_parallel_size or 1
     seen_by_schedules = sent_config(config, sends_pair="ladder" in residuals)
@@ -170,8 +173,7 @@ def build_gpt_model(
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
             position_embedding_type="rope",
             rotary_base=model.rotary_base,
-            rope_scaling=model.rope_scaling_factor is not None,
-            rope_scaling_factor=model.rope_scaling_factor or 1.0,
+            **_rope_scaling(model),
             vp_stage=chunk,
         )
         if not model.is_standard:
@@ -179,6 +181,14 @@ def build_gpt_model(
         gpt.config = seen_by_schedules
         chunks.append(gpt.to(torch.cuda.current_device()))
     return chunks
+
+
+def _rope_scaling(model: ModelConfig) -> dict[str, Any]:
+    if model.rope_scaling_factor is None:
+        return {}
+    if model.rope_scaling_type == "linear":
+        return {"seq_len_interpolation_factor": model.rope_scaling_factor}
+    return {"rope_scaling": True, "rope_scaling_factor": model.rope_scaling_factor}
 
 
 def align_checkpoint_ranges(ddp: Any) -> None:

@@ -71,6 +71,7 @@ def layer_spec(
     desync_interval: int = 1,
     recompute: bool = False,
     masks_given: bool = False,
+    qk_layernorm: bool = False,
 ) -> ModuleSpec:
     """The spec of a model's layers.
 
@@ -80,6 +81,7 @@ def layer_spec(
         desync_interval: of desync layers.
         recompute: full recomputation, by sub-module; standard models have megatron-core's.
         masks_given: attention is by the mask given to forward, which says all; else it is causal.
+        qk_layernorm: a norm for each head's query and key.
 
     Standard models use megatron-core's own TransformerLayer: it is the baseline to beat.
     """
@@ -87,9 +89,10 @@ def layer_spec(
     kinds = set(residuals or ("ladder",))
     assert kinds == {"parallel"} or "parallel" not in kinds
     if kinds == {"standard"} and chosen == "transformer_engine":
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
     elif kinds == {"standard"}:
-        spec = ModuleSpec(module=TransformerLayer, submodules=_submodules(LocalBackend(), kinds))
+        submodules = _submodules(LocalBackend(), kinds, qk_layernorm)
+        spec = ModuleSpec(module=TransformerLayer, submodules=submodules)
     else:
         if chosen == "transformer_engine":
             from megatron_ladder.te_backend import TECommFreeBackend
@@ -99,7 +102,7 @@ def layer_spec(
             backend = LocalCommFreeBackend()
         spec = ModuleSpec(
             module=LadderTransformerLayer,
-            submodules=_submodules(backend, kinds),
+            submodules=_submodules(backend, kinds, qk_layernorm),
             params={
                 "residuals": residuals,
                 "desync_interval": desync_interval,
@@ -123,9 +126,12 @@ def block_spec(
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=final_norm)
 
 
-def _submodules(backend: Any, kinds: set[Residual]) -> TransformerLayerSubmodules:
+def _submodules(
+    backend: Any, kinds: set[Residual], qk_layernorm: bool
+) -> TransformerLayerSubmodules:
     """Norm, attention, MLP of one layer. A parallel layer has one norm for both."""
     norm = backend.layer_norm(rms_norm=True)
+    head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if qk_layernorm else IdentityOp
     # Checkpoints name the norms as Transformer Engine's fused norm + linear does (so does
     # megatron-core's own local spec): one checkpoint opens with either.
     checkpoint_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -140,6 +146,8 @@ def _submodules(backend: Any, kinds: set[Residual]) -> TransformerLayerSubmodule
                 linear_qkv=backend.column_parallel_linear(),
                 core_attention=backend.core_attention(),
                 linear_proj=backend.row_parallel_linear(),
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,

@@ -80,12 +80,33 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
             state["rng"] = _rng_object(None)
         loaded = dist_checkpointing.load(state, str(path))
         optimizer.load_state_dict(loaded["optimizer"])
-    for name, chunk in _chunks(model).items():
+    for name, chunk in model_chunks(model).items():
         chunk.load_state_dict(loaded[name])
     scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
         _restore_rng(loaded["rng"])
     return Progress(**loaded["progress"])
+
+
+def load_initial_weights(checkpoint: Path, chunks: dict[str, Any]) -> None:
+    """Weights alone, of an imported model or of another run, at this or another layout.
+
+    Args:
+        chunks: a rank's models by name; `model_chunks` gives them.
+    """
+    metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
+    state = {
+        name: {
+            key: value
+            for key, value in chunk.sharded_state_dict(metadata=metadata).items()
+            if not isinstance(value, ShardedObject)  # FP8's scales, which begin anew
+        }
+        for name, chunk in chunks.items()
+    }
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    for name, chunk in chunks.items():
+        missing, unknown = chunk.load_state_dict(loaded[name], strict=False)
+        assert not unknown and all(key.endswith("_extra_state") for key in missing), missing
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -110,7 +131,7 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
             dist.destroy_process_group()
 
 
-def _chunks(model: list[Any]) -> dict[str, Any]:
+def model_chunks(model: list[Any]) -> dict[str, Any]:
     """A rank's chunks by Megatron's names for them; the tensors in them are named globally."""
     if len(model) == 1:
         return {"model": model[0].module}
@@ -122,7 +143,8 @@ def _state_dict(
 ) -> dict[str, Any]:
     metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
     weights = {
-        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _chunks(model).items()
+        name: chunk.sharded_state_dict(metadata=metadata)
+        for name, chunk in model_chunks(model).items()
     }
     return {
         **weights,

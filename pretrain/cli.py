@@ -5,15 +5,16 @@ import sys
 
 USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says more)
 
-  data      train-tokenizer, tokenize, inspect: text to data sets
+  data      clean, train-tokenizer, tokenize, merge, inspect, verify, stats, blend: text to data sets
   train     pretrain a model on data sets
+  import    make a run's folder of a Hugging Face model
   export    write a run's checkpoint as a Hugging Face folder
   generate  continue prompts with an exported folder
   report    loss curves of one or several runs, as a page and pictures
   bench     trace, plan: what the overlap hides, seen on local ranks and modelled for a cluster
   doctor    what is installed, and what is missing for GPU and FP8
 """
-COMMANDS = ("data", "train", "export", "generate", "report", "bench", "doctor")
+COMMANDS = ("data", "train", "import", "export", "generate", "report", "bench", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return data_main(argv[1:])
     from pretrain import commands
 
-    return getattr(commands, name)(argv[1:])
+    return getattr(commands, "import_" if name == "import" else name)(argv[1:])
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def _for_users(command: Command) -> Command:
             print("interrupted", file=sys.stderr)
             return 130
         if is_first_rank():
-            print(f"megatron-ladder {command.__name__}: {message}", file=sys.stderr)
+            print(f"megatron-ladder {command.__name__.rstrip('_')}: {message}", file=sys.stderr)
         return 2
 
     return wrapper
@@ -99,6 +99,30 @@ def export(argv: list[str]) -> int:
     from pretrain.export import export_run
 
     export_run(options.run, options.output_dir, options.dtype, options.max_shard_size)
+    return 0
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Make a run's folder of a Hugging Face model: to train on, to make some layers ladder, to export."""
+
+    model: tyro.conf.Positional[Path]
+    """A folder with config.json, safetensors and a tokenizer: Llama, Mistral, Qwen2, Qwen3."""
+    output_dir: tyro.conf.Positional[Path]
+    """A new folder."""
+    ladder_layers: str | None = None
+    """Make these ladder layers, with the weights as they are: last:N, all, or layers from 0 (4,5,7)."""
+
+
+@_for_users
+def import_(argv: list[str]) -> int:
+    """Converts a Hugging Face model into a checkpoint."""
+    options = tyro.cli(ImportOptions, args=argv, prog="megatron-ladder import")
+    from pretrain.import_model import import_model, parse_ladder_layers
+
+    print(
+        import_model(options.model, options.output_dir, parse_ladder_layers(options.ladder_layers))
+    )
     return 0
 
 

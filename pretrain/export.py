@@ -1,5 +1,6 @@
 """From a run's checkpoint to a Hugging Face folder."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,11 @@ import torch
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
-from pretrain.checkpoint import load_weights
 from pretrain.config import TrainConfig, load_config
 from pretrain.data import kept_facts
 from pretrain.metrics import read_metrics
 from pretrain.run_folder import checkpoint_step, latest_checkpoint
+from pretrain.weights import checkpoint_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,7 +26,7 @@ def export_run(run: Path, output_dir: Path, dtype: str | None, max_shard_size: s
     Args:
         run: the run's folder, or a checkpoint of it.
         output_dir: made; refused when it holds something.
-        dtype: "fp32", "bf16" or "fp16"; None keeps the run's precision.
+        dtype: "fp32", "bf16" or "fp16"; None keeps the checkpoint's.
         max_shard_size: of one safetensors file, such as "5GB".
 
     Raises:
@@ -45,13 +46,23 @@ def export_run(run: Path, output_dir: Path, dtype: str | None, max_shard_size: s
             )
         model = replace(model, residual="standard")  # one rank parts from nobody
     data = kept_facts(checkpoint.parents[1])[0]
+    weights = checkpoint_weights(checkpoint)
+    hf_config = to_hf_config(model, data.tokenizer["eod_id"])
+    tokenizer = data.path / data.tokenizer["file"]
+    imported = checkpoint.parents[1] / "imported"
+    if imported.is_dir():  # what another model's configuration and tokenizer say stays so
+        original = json.loads((imported / "config.json").read_text(encoding="utf-8"))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(hf_config, name, original.get(name))
+        tokenizer = imported
+    stored = weights["embedding.word_embeddings.weight"].dtype
     return export_folder(
-        load_weights(checkpoint),
-        to_hf_config(model, data.tokenizer["eod_id"]),
-        data.path / data.tokenizer["file"],
+        weights,
+        hf_config,
+        tokenizer,
         output_dir,
         max_shard_size=max_shard_size,
-        dtype=DTYPES[dtype or config.precision],
+        dtype=DTYPES[dtype] if dtype else stored,
         model_card_facts=_facts(checkpoint, config),
     )
 
@@ -71,6 +82,8 @@ def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
     """What the model card says of the run: its data, and figures at the exported step."""
     step = checkpoint_step(checkpoint)
     run_dir = checkpoint.parents[1]
+    if not config.data.paths:  # as it was imported
+        return {"name": run_dir.name, "data": {}, "training": {}}
     data = {
         path.name: f"{folder.tokens('train'):,} tokens for training"
         for path, folder in zip(config.data.paths, kept_facts(run_dir), strict=True)

@@ -54,13 +54,15 @@ def ladder_layer_indices(
 
 
 class LadderConfig(PreTrainedConfig):
-    """Llama's fields, and two more.
+    """Llama's fields, and four more.
 
     Args:
         residual: which state a sub-module reads: the last one ("standard", which is Llama), the one
             before it ("ladder"), or one norm for attention and MLP together ("parallel").
         ladder_layers: with "ladder", None for every layer, an int for the last N layers, or a list of
             layers from 0; the others are standard.
+        qkv_bias: biases of queries, keys and values, as in Qwen2.
+        qk_norm: RMSNorm of each head's query and key before RoPE, as in Qwen3.
         rope_parameters: transformers' dictionary; `rope_type` "default", "linear" or "llama3". The
             older `rope_theta` and `rope_scaling` are read too.
     """
@@ -82,6 +84,8 @@ class LadderConfig(PreTrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         residual: str = "ladder",
         ladder_layers: int | list[int] | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
@@ -105,6 +109,8 @@ class LadderConfig(PreTrainedConfig):
         self.ladder_layers = (
             list(ladder_layers) if isinstance(ladder_layers, list | tuple) else ladder_layers
         )
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         if self.num_attention_heads % self.num_key_value_heads:

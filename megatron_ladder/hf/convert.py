@@ -5,6 +5,8 @@ Both sides are full tensors (no tensor-parallel shards). megatron-core stacks th
     embedding.word_embeddings.weight                              [padded_vocab, h]
     decoder.layers.self_attention.linear_qkv.layer_norm_weight    [L, h]
     decoder.layers.self_attention.linear_qkv.weight               [L, (heads + 2 groups) head_dim, h]
+    decoder.layers.self_attention.linear_qkv.bias                 [L, (heads + 2 groups) head_dim], Qwen2's
+    decoder.layers.self_attention.q_layernorm.weight              [L, head_dim], Qwen3's; and k_layernorm
     decoder.layers.self_attention.linear_proj.weight              [L, h, heads head_dim]
     decoder.layers.mlp.linear_fc1.layer_norm_weight               [L, h], absent when parallel
     decoder.layers.mlp.linear_fc1.weight                          [L, 2 ffn, h]
@@ -15,10 +17,15 @@ Both sides are full tensors (no tensor-parallel shards). megatron-core stacks th
 linear_qkv's rows go by query group: its query heads, its key head, its value head. linear_fc1's are
 the gate's, then the up projection's. Both sides' RoPE pairs the same channels, so no row moves
 within a head.
+
+Tensors may be read when they are needed: all that is asked of one is its `shape`, `dtype`, and
+`tensor[layer]` or `tensor[:]`, which give a torch.Tensor.
 """
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +76,15 @@ def _entries(config: LadderConfig) -> list[_Entry]:
         _Entry("embedding.word_embeddings.weight", {"model.embed_tokens.weight": (vocab, h)}, True),
         _Entry(attention + "linear_qkv.layer_norm_weight", {"input_layernorm.weight": (h,)}),
         _Entry(attention + "linear_qkv.weight", qkv_names),
-        _Entry(attention + "linear_proj.weight", {"self_attn.o_proj.weight": (h, q)}),
     ]
+    if config.qkv_bias:
+        biases = {n.replace("weight", "bias"): (rows,) for n, (rows, _) in qkv_names.items()}
+        entries.append(_Entry(attention + "linear_qkv.bias", biases))
+    if config.qk_norm:
+        for one in "qk":
+            norm = {f"self_attn.{one}_norm.weight": (config.head_dim,)}
+            entries.append(_Entry(attention + f"{one}_layernorm.weight", norm))
+    entries.append(_Entry(attention + "linear_proj.weight", {"self_attn.o_proj.weight": (h, q)}))
     if config.residual != "parallel":
         entries.append(
             _Entry(mlp + "linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (h,)})
@@ -86,7 +100,7 @@ def _entries(config: LadderConfig) -> list[_Entry]:
 
 
 def megatron_to_hf(
-    tensors: Mapping[str, Tensor], config: LadderConfig
+    tensors: Mapping[str, Any], config: LadderConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's tensors, one at a time, in layer order; values and dtypes are unchanged.
 
@@ -109,21 +123,34 @@ def megatron_to_hf(
     def stream() -> Iterator[tuple[str, Tensor]]:
         outside = [entry for entry in entries if not entry.stacked]
         for entry in outside[:1]:
-            yield from _split(entry, tensors[entry.megatron], 0, config)
+            yield from _split(entry, tensors[entry.megatron][:], 0, config)
         for layer in range(config.num_hidden_layers):
             for entry in entries:
                 if entry.stacked:
                     yield from _split(entry, tensors[entry.megatron][layer], layer, config)
         for entry in outside[1:]:
-            yield from _split(entry, tensors[entry.megatron], 0, config)
+            yield from _split(entry, tensors[entry.megatron][:], 0, config)
 
     return stream()
 
 
-def hf_to_megatron(
-    state: Mapping[str, Tensor], config: LadderConfig, padded_vocab_size: int
-) -> dict[str, Tensor]:
-    """megatron-core's full tensors; padded vocabulary rows are zero.
+@dataclass(frozen=True)
+class Chunk:
+    """A whole megatron-core tensor, or one layer of a stacked one."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    dtype: torch.dtype
+    layer: int | None
+    make: Callable[[], Tensor]
+    """Reads and joins the Hugging Face tensors in it; a layer's has no axis of layers."""
+
+
+def hf_to_megatron_chunks(
+    state: Mapping[str, Any], config: LadderConfig, padded_vocab_size: int
+) -> list[Chunk]:
+    """megatron-core's tensors, in parts that can be made one at a time; padded rows are zero.
 
     Args:
         state: Hugging Face's tensors. A tied model's `lm_head.weight` may be among them.
@@ -138,7 +165,7 @@ def hf_to_megatron(
         )
     if config.tie_word_embeddings and "lm_head.weight" in state:
         state = dict(state)
-        if not torch.equal(state.pop("lm_head.weight"), state["model.embed_tokens.weight"]):
+        if not torch.equal(state.pop("lm_head.weight")[:], state["model.embed_tokens.weight"][:]):
             raise ValueError(
                 "lm_head.weight differs from model.embed_tokens.weight, but the configuration ties "
                 "them: set tie_word_embeddings to false"
@@ -151,17 +178,47 @@ def hf_to_megatron(
         for name, shape in entry.hugging_face.items()
     }
     _check(state, expected, "Hugging Face")
-    result = {}
-    for entry in entries:
-        per_layer = [
-            _join([state[entry.full_name(name, layer)] for name in entry.hugging_face], config)
-            for layer in entry.layers(config)
-        ]
-        tensor = torch.stack(per_layer) if entry.stacked else per_layer[0]
+
+    def make(entry: _Entry, layer: int) -> Tensor:
+        parts = [state[entry.full_name(name, layer)][:] for name in entry.hugging_face]
+        tensor = _join(parts, config)
         if entry.vocabulary:
             tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padded_vocab_size - len(tensor)))
-        result[entry.megatron] = tensor
-    return result
+        return tensor
+
+    chunks = []
+    for entry in entries:
+        dtypes = {
+            state[entry.full_name(name, layer)].dtype
+            for layer in entry.layers(config)
+            for name in entry.hugging_face
+        }
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"{', '.join(entry.hugging_face)} have different dtypes: "
+                f"{', '.join(sorted(map(str, dtypes)))}"
+            )
+        shape = entry.megatron_shape(config, padded_vocab_size)
+        for layer in entry.layers(config):
+            number = layer if entry.stacked else None
+            makes = functools.partial(make, entry, layer)
+            chunks.append(Chunk(entry.megatron, shape, next(iter(dtypes)), number, makes))
+    return chunks
+
+
+def hf_to_megatron(
+    state: Mapping[str, Tensor], config: LadderConfig, padded_vocab_size: int
+) -> dict[str, Tensor]:
+    """The same as whole tensors."""
+    parts: dict[str, list[Chunk]] = {}
+    for chunk in hf_to_megatron_chunks(state, config, padded_vocab_size):
+        parts.setdefault(chunk.name, []).append(chunk)
+    return {
+        name: chunks[0].make()
+        if chunks[0].layer is None
+        else torch.stack([c.make() for c in chunks])
+        for name, chunks in parts.items()
+    }
 
 
 def _split(
@@ -188,9 +245,7 @@ def _join(parts: list[Tensor], config: LadderConfig) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _check(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], side: str
-) -> None:
+def _check(tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], side: str) -> None:
     missing = [name for name in expected if name not in tensors]
     unknown = sorted(tensors.keys() - expected.keys())
     wrong = [

@@ -1,7 +1,8 @@
 """Writes a model as a folder that transformers loads.
 
 The ladder and parallel residuals travel with their modelling files (remote code). The standard
-residual is Llama, and is exported as Llama.
+residual is Llama's, Qwen2's (with biases) or Qwen3's (with norms of queries and keys), and is
+exported as such.
 """
 
 import json
@@ -18,7 +19,13 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.configuration_ladder import LadderConfig
@@ -49,13 +56,24 @@ _SHARED_FIELDS = (
     "eos_token_id",
     "pad_token_id",
 )
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 CARD_FACTS = ("name", "license", "data", "training", "limits")
 
 
 def export_folder(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Any],
     config: LadderConfig,
-    tokenizer_file: Path,
+    tokenizer: Path,
     output_dir: Path,
     *,
     max_shard_size: str = "5GB",
@@ -68,7 +86,8 @@ def export_folder(
         tensors: full megatron-core tensors (`convert` lists them); read one Hugging Face tensor at a
             time, at most one shard of copies in memory.
         config: of the model; `eos_token_id` is the token that ends a document.
-        tokenizer_file: a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
+        tokenizer: a SentencePiece `.model` or a Hugging Face `tokenizer.json`; or the folder of the model
+            this one came from, whose tokenizer and settings of generation are taken as they are.
         output_dir: made here; it may exist if it is empty.
         max_shard_size: models above it get several weight files and an index.
         dtype: of the weights written.
@@ -91,22 +110,28 @@ def export_folder(
         raise ValueError("config.eos_token_id is not set: it is the id that ends a document")
     with _complete_or_absent(output_dir) as folder:
         _write_configs(config, dtype, folder)
-        write_tokenizer(
-            Path(tokenizer_file),
-            folder,
-            eos_token_id=config.eos_token_id,
-            vocab_size=config.vocab_size,
-            max_length=config.max_position_embeddings,
-        )
+        if Path(tokenizer).is_dir():
+            for name in _COPIED:
+                if (Path(tokenizer) / name).is_file():
+                    shutil.copyfile(Path(tokenizer) / name, folder / name)
+        else:
+            write_tokenizer(
+                Path(tokenizer),
+                folder,
+                eos_token_id=_first(config.eos_token_id),
+                vocab_size=config.vocab_size,
+                max_length=config.max_position_embeddings,
+            )
         _write_weights(tensors, config, dtype, max_shard_size, folder)
         (folder / "README.md").write_text(model_card(config, dtype, facts), encoding="utf-8")
     return output_dir
 
 
-def llama_config(config: LadderConfig) -> LlamaConfig:
+def standard_config(config: LadderConfig) -> LlamaConfig | Qwen2Config | Qwen3Config:
     """transformers' own configuration of a standard-residual model."""
-    assert config.residual == "standard", config.residual
-    return LlamaConfig(**{name: copy(getattr(config, name)) for name in _SHARED_FIELDS})
+    assert config.residual == "standard" and not (config.qkv_bias and config.qk_norm)
+    kind = Qwen3Config if config.qk_norm else Qwen2Config if config.qkv_bias else LlamaConfig
+    return kind(**{name: copy(getattr(config, name)) for name in _SHARED_FIELDS})
 
 
 def model_card(config: LadderConfig, dtype: torch.dtype, facts: Mapping[str, Any]) -> str:
@@ -131,9 +156,9 @@ def model_card(config: LadderConfig, dtype: torch.dtype, facts: Mapping[str, Any
 def _write_configs(config: LadderConfig, dtype: torch.dtype, folder: Path) -> None:
     exported: PreTrainedConfig
     extra: dict[str, Any] = {}
-    if config.residual == "standard":
-        exported = llama_config(config)
-        exported.architectures = ["LlamaForCausalLM"]
+    if config.residual == "standard" and not (config.qkv_bias and config.qk_norm):
+        exported = standard_config(config)
+        exported.architectures = [type(exported).__name__.replace("Config", "ForCausalLM")]
         # For readers of Llama's older fields, transformers 4 among them; 5 reads rope_parameters.
         rope = dict(exported.rope_parameters)
         extra["rope_theta"] = rope.pop("rope_theta")
@@ -152,19 +177,24 @@ def _write_configs(config: LadderConfig, dtype: torch.dtype, folder: Path) -> No
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
         # generate() wants some token to fill finished sequences with.
-        pad_token_id=config.eos_token_id if config.pad_token_id is None else config.pad_token_id,
+        pad_token_id=(
+            _first(config.eos_token_id) if config.pad_token_id is None else config.pad_token_id
+        ),
     ).save_pretrained(folder)
 
 
 def _write_weights(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Any],
     config: LadderConfig,
     dtype: torch.dtype,
     max_shard_size: str,
     folder: Path,
 ) -> None:
     # The split is planned on tensors without data, so that nothing is copied before its turn.
-    without_data = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    without_data = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }
     plan = split_torch_state_dict_into_shards(
         {
             name: torch.empty(tensor.shape, dtype=dtype, device="meta")
@@ -177,8 +207,7 @@ def _write_weights(
     pending: dict[str, dict[str, Tensor]] = {file: {} for file in missing}
     for name, tensor in megatron_to_hf(tensors, config):
         file = file_of[name]
-        # A copy, so that a view's storage (all layers) is neither written nor kept.
-        pending[file][name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
+        pending[file][name] = _alone(tensor.detach().to(dtype))
         missing[file].remove(name)
         if not missing[file]:
             save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
@@ -187,6 +216,17 @@ def _write_weights(
         index = {"metadata": plan.metadata, "weight_map": file_of}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in storage of its own: that of a view (of all layers) is neither written nor kept."""
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _first(ids: int | list[int]) -> int:
+    """Some models have several tokens that end a text."""
+    return ids[0] if isinstance(ids, list) else ids
 
 
 @contextmanager

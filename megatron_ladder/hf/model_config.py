@@ -13,7 +13,9 @@ def to_hf_config(model: ModelConfig, eod_id: int | None = None) -> LadderConfig:
     """
     assert model.vocab_size is not None
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": model.rotary_base}
-    if model.rope_scaling_factor is not None:
+    if model.rope_scaling_factor is not None and model.rope_scaling_type == "linear":
+        rope |= {"rope_type": "linear", "factor": model.rope_scaling_factor}
+    elif model.rope_scaling_factor is not None:
         # megatron-core fixes all of Llama 3's scaling numbers but the factor.
         rope |= {
             "rope_type": "llama3",
@@ -31,6 +33,8 @@ def to_hf_config(model: ModelConfig, eod_id: int | None = None) -> LadderConfig:
         num_attention_heads=model.num_attention_heads,
         num_key_value_heads=model.kv_heads,
         head_dim=model.head_dim,
+        qkv_bias=model.add_qkv_bias,
+        qk_norm=model.qk_layernorm,
         max_position_embeddings=model.max_position_embeddings,
         rms_norm_eps=model.layernorm_epsilon,
         rope_parameters=rope,

@@ -107,10 +107,15 @@ class LadderAttention(nn.Module):
         self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = LadderRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = LadderRMSNorm(config.head_dim, config.rms_norm_eps)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[batch, length, heads * head_dim] -> [batch, heads, length, head_dim]."""
@@ -119,8 +124,8 @@ class LadderAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any | None
     ) -> Tensor:
-        query = rotate(self._heads(self.q_proj(x)), cos, sin)
-        key = rotate(self._heads(self.k_proj(x)), cos, sin)
+        query = rotate(self.q_norm(self._heads(self.q_proj(x))), cos, sin)
+        key = rotate(self.k_norm(self._heads(self.k_proj(x))), cos, sin)
         value = self._heads(self.v_proj(x))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.hf import LadderConfig, LadderForCausalLM
 from megatron_ladder.hf.configuration_ladder import ladder_layer_indices
-from megatron_ladder.hf.export import llama_config
+from megatron_ladder.hf.export import standard_config
 from megatron_ladder.hf.modeling_ladder import causal_mask
 from tests.unit.hf import tiny
 
@@ -32,7 +32,7 @@ def test_standard_is_llama(groups, tied, rope):
         tie_word_embeddings=tied,
         rope_parameters=rope,
     )
-    llama = LlamaForCausalLM(llama_config(ours.config)).eval()
+    llama = LlamaForCausalLM(standard_config(ours.config)).eval()
     llama.load_state_dict(ours.state_dict())
     ids = tiny.tokens(2, 100)
     mask = torch.ones_like(ids)
@@ -311,10 +311,17 @@ def test_config_errors():
         model(tiny.tokens())
 
 
-def test_llama_config_keeps_every_field():
+def test_standard_config_keeps_every_field():
     """Nothing the ladder configuration says is lost in a standard model's export."""
     ours = tiny.config(residual="standard", rope_parameters=LLAMA3, tie_word_embeddings=True)
-    llama = llama_config(ours).to_dict()
+    llama = standard_config(ours).to_dict()
     lost = {k for k, v in ours.to_dict().items() if llama.get(k) != v}
-    assert lost <= {"model_type", "residual", "ladder_layers", "architectures"}
+    assert lost <= {
+        "model_type",
+        "residual",
+        "ladder_layers",
+        "qkv_bias",
+        "qk_norm",
+        "architectures",
+    }
     assert LlamaConfig(**llama).rope_parameters == ours.rope_parameters

@@ -1,0 +1,122 @@
+"""From a Hugging Face folder's config.json to a model's configuration in training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
+from megatron_ladder.config import ModelConfig
+from megatron_ladder.errors import UserError
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "LadderForCausalLM",
+)
+# megatron-core's own numbers of Llama 3's scaling, which all Llama 3 models have.
+LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def read_hf_config(folder: Path) -> Any:
+    """transformers' configuration of a model in a local folder. No code of the folder is run.
+
+    Raises:
+        UserError: there is none, it cannot be read, or its architecture is not supported.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a Hugging Face model's folder: it holds no config.json")
+    try:
+        architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or [
+            "none"
+        ]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a model's configuration: {error}") from error
+    if architectures[0] not in ARCHITECTURES:
+        raise UserError(
+            f"{path}: architecture {architectures[0]} is not supported; these are: "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} is not a model's configuration: {error}") from error
+
+
+def to_model_config(config: Any, where: Path) -> ModelConfig:
+    """The same model in this project's terms.
+
+    Args:
+        config: transformers', of one of ARCHITECTURES.
+        where: what to name in errors.
+
+    Raises:
+        UserError: the model has something that training has not; everything of the kind is named.
+    """
+    kind = config.model_type
+    wrong = _unsupported(config)
+    rope = dict(config.rope_parameters or {})
+    rope_type = rope.get("rope_type", "default")
+    if wrong:
+        raise UserError(
+            f"{where}: {'; '.join(wrong)}: supported are RMSNorm, SwiGLU, full causal attention, "
+            "query, key and value biases (Qwen2), query and key norms (Qwen3), RoPE of type default, "
+            "linear or llama3"
+        )
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    layers = getattr(config, "ladder_layers", None)
+    return ModelConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=hidden,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=None if head_dim * heads == hidden else head_dim,
+        add_qkv_bias=kind == "qwen2" or getattr(config, "qkv_bias", False),
+        qk_layernorm=kind == "qwen3" or getattr(config, "qk_norm", False),
+        vocab_size=config.vocab_size,
+        residual=getattr(config, "residual", "standard"),
+        ladder_layers=tuple(layers) if isinstance(layers, list) else layers,
+        max_position_embeddings=config.max_position_embeddings,
+        rotary_base=float(rope.get("rope_theta", 10000.0)),
+        rope_scaling_factor=None if rope_type == "default" else float(rope["factor"]),
+        rope_scaling_type="linear" if rope_type == "linear" else "llama3",
+        layernorm_epsilon=config.rms_norm_eps,
+        init_method_std=config.initializer_range,
+        share_embeddings_and_output_weights=bool(config.tie_word_embeddings),
+    )
+
+
+def _unsupported(config: Any) -> list[str]:
+    found = []
+    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
+        found.append(f"hidden_act is {config.hidden_act}")
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(config, name, False):
+            found.append(f"{name} is set")
+    if getattr(config, "quantization_config", None):
+        found.append("its weights are quantized")
+    # Mistral's is on unless it is null; Qwen's has a switch, which transformers has applied.
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        found.append(f"sliding_window is {window}")
+    if any(t != "full_attention" for t in getattr(config, "layer_types", None) or ()):
+        found.append("layer_types has others than full_attention")
+    rope = dict(config.rope_parameters or {})
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in ("default", "linear", "llama3"):
+        found.append(f"rope_type is {rope_type}")
+    if rope_type == "llama3":
+        found += [f"{k} is {rope.get(k)}, not {v}" for k, v in LLAMA3.items() if rope.get(k) != v]
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        found.append(f"partial_rotary_factor is {rope['partial_rotary_factor']}")
+    return found

@@ -1,0 +1,178 @@
+"""From a Hugging Face folder to a run's folder with a checkpoint that training starts from.
+
+OUT/config.json, OUT/checkpoints/step_00000000    the model, at any layout
+OUT/data/0                                        its tokenizer, as of a data set
+OUT/imported                                      the folder's other files, for export
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from tqdm import tqdm
+
+from megatron_ladder import cpu_platform
+from megatron_ladder.config import ModelConfig
+from megatron_ladder.errors import UserError
+from megatron_ladder.hf.convert import Chunk, hf_to_megatron_chunks
+from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
+from megatron_ladder.hf.model_config import to_hf_config
+from megatron_ladder.hf.stored import stored_tensors
+from pretrain.config import DataConfig, TrainConfig, save_config
+from pretrain.files import sync
+from pretrain.tokenizer_facts import tokenizer_facts
+from pretrain.weights import write_weights
+
+# What a model's folder holds beside weights, and export gives back.
+KEPT = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+NOT_KEPT = ("*.safetensors.index.json", "pytorch_model*")
+
+
+def import_model(
+    source: Path,
+    output_dir: Path,
+    ladder_layers: int | tuple[int, ...] | Literal["all"] | None = None,
+) -> str:
+    """Converts a model, one tensor at a time; the folder appears when everything in it is complete.
+
+    Args:
+        source: a Hugging Face folder; from_hf.py says of which models.
+        ladder_layers: the last N layers, or a list of layers from 0, become ladder layers, with the same
+            weights; None leaves the model as it is.
+
+    Returns:
+        What was imported, to print.
+
+    Raises:
+        UserError: the model is not supported, incomplete or damaged, or the output is in use.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source} does not exist: give a Hugging Face model's folder")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"{output_dir} is in use: choose another output folder, or remove it")
+    hf_config = read_hf_config(source)
+    model = to_model_config(hf_config, source / "config.json")
+    tokenizer = tokenizer_facts(source, hf_config)
+    state = stored_tensors(source)
+    try:
+        chunks = hf_to_megatron_chunks(state, to_hf_config(model), model.padded_vocab_size)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+    if ladder_layers is not None:
+        model = _with_ladder_layers(model, ladder_layers)
+    dtype = chunks[0].dtype
+    config = TrainConfig(
+        model=model,
+        data=DataConfig(seq_length=min(2048, model.max_position_embeddings)),
+        output_dir=output_dir,
+        precision="bf16" if dtype == torch.bfloat16 else "fp32",
+    )
+
+    parent = output_dir.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=parent))
+    try:
+        _write_checkpoint(new / "checkpoints" / "step_00000000", chunks, config)
+        save_config(config, new / "config.json")
+        _keep_files(source, new, tokenizer)
+        new.chmod(0o755)
+        for path in new.rglob("*"):
+            sync(path)
+        if output_dir.is_dir():
+            output_dir.rmdir()  # it is empty
+        new.rename(output_dir)
+        sync(parent)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    return (
+        f"{source} ({hf_config.architectures[0]}, {model.num_parameters() / 1e9:.2f} G parameters, "
+        f"{size / 1e9:.2f} GB of {str(dtype).removeprefix('torch.')}): {output_dir}, residual "
+        f"{model.residual}" + (f", ladder layers {ladder_layers}" if ladder_layers else "")
+    )
+
+
+def parse_ladder_layers(given: str | None) -> Any:
+    """`last:16`, `all`, or layers from 0 (`0,2,5`), as ModelConfig.ladder_layers has them.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if given is None:
+        return None
+    try:
+        if given == "all":
+            return "all"
+        if given.startswith("last:"):
+            return int(given.removeprefix("last:"))
+        return tuple(int(part) for part in given.split(","))
+    except ValueError:
+        raise UserError(
+            f"--ladder-layers {given}: give last:N, all, or layers from 0 such as 4,5,7"
+        ) from None
+
+
+def _with_ladder_layers(model: ModelConfig, layers: Any) -> ModelConfig:
+    if model.residual != "standard":
+        raise UserError(
+            f"--ladder-layers: the model's residual is {model.residual} already; a standard one can "
+            "be made ladder"
+        )
+    return replace(model, residual="ladder", ladder_layers=None if layers == "all" else layers)
+
+
+def _write_checkpoint(folder: Path, chunks: list[Chunk], config: TrainConfig) -> None:
+    """As megatron-core would write the weights alone."""
+    folder.mkdir(parents=True)
+    cpu_platform.enable()
+    alone = not dist.is_initialized()
+    if alone:  # megatron-core asks for a process group
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        # What is not a tensor; the tensors' list, empty here, is written over.
+        progress = {"progress": {"step": 0, "consumed_samples": 0}}
+        dist_checkpointing.save(progress, str(folder), content_metadata={"weights_only": True})
+    finally:
+        if alone:
+            dist.destroy_process_group()
+    quiet = not sys.stderr.isatty()
+    with tqdm(
+        total=len(chunks), desc="importing", unit=" tensors", leave=False, disable=quiet
+    ) as bar:
+        write_weights(folder, [_counted(chunk, bar) for chunk in chunks])
+    save_config(config, folder / "config.json")
+
+
+def _counted(chunk: Chunk, bar: Any) -> Chunk:
+    def make() -> torch.Tensor:
+        bar.update()
+        return chunk.make()
+
+    return replace(chunk, make=make)
+
+
+def _keep_files(source: Path, new: Path, tokenizer: dict[str, Any]) -> None:
+    data, imported = new / "data" / "0", new / "imported"
+    data.mkdir(parents=True)
+    imported.mkdir()
+    for pattern in KEPT:
+        for path in source.glob(pattern):
+            if not any(path.match(other) for other in NOT_KEPT):
+                shutil.copyfile(path, imported / path.name)
+    shutil.copyfile(source / tokenizer["file"], data / tokenizer["file"])
+    manifest = {
+        "format": "megatron-ladder-data",
+        "version": 1,
+        "tokenizer": tokenizer,
+        "splits": {},
+        "sources": [],
+    }
+    (data / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")

@@ -1,0 +1,60 @@
+"""What a data set's manifest says of a tokenizer, of a Hugging Face folder's."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from megatron_ladder.errors import UserError
+
+
+def tokenizer_facts(folder: Path, config: Any) -> dict[str, Any]:
+    """Of the folder's tokenizer.json, or its tokenizer.model.
+
+    Args:
+        config: transformers', of the model.
+
+    Raises:
+        UserError: there is none, it cannot be read, it has more tokens than the model, or the model has
+            no token that ends a text.
+    """
+    eos = config.eos_token_id
+    eos = eos[0] if isinstance(eos, list) else eos
+    for name in ("tokenizer.json", "tokenizer.model"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        size = _size(path)
+        if size > config.vocab_size:
+            raise UserError(
+                f"{path} has {size:,} tokens, the model's vocab_size is {config.vocab_size:,}: it is "
+                "another model's tokenizer"
+            )
+        if eos is None:
+            raise UserError(f"{folder / 'config.json'} has no eos_token_id: what ends a text?")
+        return {
+            "kind": "huggingface" if name.endswith(".json") else "sentencepiece",
+            "file": name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "vocab_size": size,
+            "eod_id": eos,
+        }
+    raise UserError(f"{folder} has no tokenizer: no tokenizer.json and no tokenizer.model")
+
+
+def _size(path: Path) -> int:
+    if path.suffix == ".json":
+        import tokenizers
+
+        try:
+            vocabulary = tokenizers.Tokenizer.from_file(str(path)).get_vocab(True)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise UserError(f"{path} is not a Hugging Face tokenizer.json") from error
+        return max(vocabulary.values()) + 1
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(path.read_bytes())
+    except RuntimeError as error:
+        raise UserError(f"{path} is not a SentencePiece model") from error
+    return model.vocab_size()

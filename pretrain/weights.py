@@ -1,0 +1,134 @@
+"""A checkpoint's weights, a tensor or a layer of one at a time: for models larger than memory.
+
+The format is torch's distributed checkpoint, as megatron-core writes it: any layout opens it.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    SavePlan,
+    save,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from megatron_ladder.hf.convert import Chunk
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """A whole tensor in a checkpoint, whatever pieces it is stored in; indexing reads it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    pieces: tuple[tuple[ChunkStorageMetadata, Path, int, int], ...]
+    """Place and size in the tensor; file, offset and length."""
+
+    def __getitem__(self, which: int | slice) -> Tensor:
+        """One layer, or `[:]` all of it."""
+        assert isinstance(which, int) or which == slice(None)
+        if isinstance(which, int):
+            pieces = [p for p in self.pieces if _holds(p[0], which)]
+            result = torch.empty(self.shape[1:], dtype=self.dtype)
+        else:
+            pieces, result = list(self.pieces), torch.empty(self.shape, dtype=self.dtype)
+        for chunk, path, offset, length in pieces:
+            with path.open("rb") as file:
+                file.seek(offset)
+                piece = torch.load(io.BytesIO(file.read(length)), weights_only=True)
+            begin, size = list(chunk.offsets), list(chunk.sizes)
+            if isinstance(which, int):
+                piece, begin, size = piece[which - begin[0]], begin[1:], size[1:]
+            if tuple(size) == tuple(result.shape):
+                return piece
+            place = tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))
+            result[place] = piece
+        return result
+
+
+def _holds(chunk: ChunkStorageMetadata, layer: int) -> bool:
+    return chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
+
+
+def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
+    """A checkpoint's weights by megatron-core's names, layers stacked on axis 0; no data is read yet.
+
+    Needs no model, no process group and no GPU, whatever layout wrote it.
+    """
+    metadata = FileSystemReader(checkpoint).read_metadata()
+    weights = {}
+    for name, facts in metadata.state_dict_metadata.items():
+        if not isinstance(facts, TensorStorageMetadata) or name.startswith("optimizer."):
+            continue
+        pieces = []
+        for chunk in facts.chunks:
+            stored = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            path = checkpoint / stored.relative_path
+            pieces.append((chunk, path, stored.offset, stored.length))
+        weights[name] = CheckpointTensor(facts.size, facts.properties.dtype, tuple(pieces))
+    return weights
+
+
+def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
+    """Writes a checkpoint's tensors into a folder; each is made when it is its turn.
+
+    Raises:
+        What `Chunk.make` raises, and OSError.
+    """
+    # One thread: torch loses the errors of others.
+    writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
+    try:
+        with warnings.catch_warnings():
+            # That there are no ranks, and that megatron-core has begun the folder, is as it should be.
+            warnings.simplefilter("ignore", UserWarning)
+            save({}, storage_writer=writer, planner=_OneAtATime(chunks), no_dist=True)
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from error
+
+
+class _OneAtATime(DefaultSavePlanner):
+    """A plan of tensors that do not exist yet."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._chunks = {_index(chunk): chunk for chunk in chunks}
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for index, chunk in self._chunks.items():
+            shape = torch.Size(chunk.shape)
+            assert index.offset is not None
+            sizes = shape if chunk.layer is None else torch.Size([1, *shape[1:]])
+            data = TensorWriteData(
+                ChunkStorageMetadata(index.offset, sizes), TensorProperties(chunk.dtype), shape
+            )
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        chunk = self._chunks[write_item.index]
+        tensor = chunk.make()
+        return tensor if chunk.layer is None else tensor.unsqueeze(0)
+
+
+def _index(chunk: Chunk) -> MetadataIndex:
+    offset = [0] * len(chunk.shape)
+    offset[0] = chunk.layer or 0
+    return MetadataIndex(chunk.name, torch.Size(offset))
