@@ -30,7 +30,7 @@ class CommFreeColumnParallelLinear(ColumnParallelLinear):
         collectives = collectives_of(input_)
         if collectives is None:
             return super().forward(input_, weight, *args, **kwargs)
-        assert weight is None and not self.skip_bias_add
+        assert weight is None and (self.bias is None or not self.skip_bias_add)
         fused = self.gradient_accumulation_fusion
         output = _ColumnGemm.apply(input_, self.weight, collectives, fused)
         return output if self.bias is None else output + self.bias, None

@@ -25,6 +25,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
     first.add_argument("--preset")
     first.add_argument("--config", type=Path)
     first.add_argument("--nproc-per-node", type=int)
+    first.add_argument("--init-from", type=Path)
     chosen, options = first.parse_known_args(argv)
     if chosen.config and not chosen.preset:
         default = load_config(chosen.config)
@@ -41,6 +42,14 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
         default = PRESETS[name]()
         if chosen.config:  # some of the fields, such as those that `data blend` writes
             default = load_config(chosen.config, onto=default)
+    if chosen.init_from:
+        from pretrain.initial import starting_from  # brings torch, which --help does without
+
+        default = starting_from(default, chosen.init_from)
+    elif chosen.preset == "adapt" and not {"-h", "--help"} & set(options):
+        raise UserError(
+            "--preset adapt changes a model: give --init-from RUN, a run or what `import` made"
+        )
     config = tyro.cli(
         TrainConfig,
         default=default,

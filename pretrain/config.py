@@ -82,6 +82,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    init_from: Path | None = None
+    """A run or an imported model whose weights training starts from. Its model is taken too; some of
+    its layers may be made ladder layers."""
     output_dir: Path | None = None
     """The run's folder; a run found there with the same configuration is resumed."""
     micro_batch_size: int = 1

@@ -14,7 +14,7 @@ from megatron_ladder.hf.model_config import to_hf_config
 from pretrain.config import TrainConfig, load_config
 from pretrain.data import kept_facts
 from pretrain.metrics import read_metrics
-from pretrain.run_folder import checkpoint_step, latest_checkpoint
+from pretrain.run_folder import checkpoint_step, find_checkpoint
 from pretrain.weights import checkpoint_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +34,7 @@ def export_run(run: Path, output_dir: Path, dtype: str | None, max_shard_size: s
     """
     if not re.fullmatch(r"\d+[KMGT]?B", max_shard_size):
         raise UserError(f"--max-shard-size {max_shard_size}: give a size such as 500MB or 5GB")
-    checkpoint = _find_checkpoint(run)
+    checkpoint = find_checkpoint(run)
     config = load_config(checkpoint / "config.json")
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     if model.residual == "desync":
@@ -65,17 +65,6 @@ def export_run(run: Path, output_dir: Path, dtype: str | None, max_shard_size: s
         dtype=DTYPES[dtype] if dtype else stored,
         model_card_facts=_facts(checkpoint, config),
     )
-
-
-def _find_checkpoint(run: Path) -> Path:
-    if not run.is_dir():
-        raise UserError(f"run {run} does not exist")
-    if run.parent.name == "checkpoints" and (run / "config.json").is_file():
-        return run
-    latest = latest_checkpoint(run)
-    if latest is None:
-        raise UserError(f"{run} has no checkpoint: is it a run of `megatron-ladder train`?")
-    return latest
 
 
 def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:

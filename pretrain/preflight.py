@@ -9,6 +9,7 @@ from megatron_ladder.specs import resolve_impl
 from pretrain.config import TrainConfig
 from pretrain.data import DataFolder, check_same_tokenizer, open_data
 from pretrain.fim import fill_in_the_middle
+from pretrain.initial import check_initial
 from pretrain.run_folder import check_free_space, check_output_dir
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             config.model.vocab_size,
             folders[0].tokenizer["vocab_size"],
         )
+    check_initial(config, folders)
     check_layout(config.model, config.parallel)
     resolve_impl(config.transformer_impl)
     config.num_microbatches(config.parallel.data_parallel_size(world_size))

@@ -135,6 +135,26 @@ def llama_3_70b() -> TrainConfig:
     )
 
 
+def adapt() -> TrainConfig:
+    """A model that exists (--init-from), some of its layers made ladder: the paper's 3B tokens."""
+    config = debug()
+    return replace(
+        config,  # the model is that of --init-from
+        data=DataConfig(seq_length=4096),
+        # Section 4.2: 5e-6 after 200 steps of warm-up.
+        optimizer=OptimizerConfig(lr=5e-6, weight_decay=0.0),
+        schedule=ScheduleConfig(train_tokens=3_000_000_000, warmup_steps=200),
+        model=replace(config.model, max_position_embeddings=4096),
+        micro_batch_size=1,
+        global_batch_size=128,
+        precision="bf16",
+        eval_interval=200,
+        eval_sequences=512,
+        save_interval=200,
+        log_interval=10,
+    )
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "debug": debug,
     "tiny": tiny,
@@ -142,4 +162,5 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "paper-3b": paper_3b,
     "llama-3-8b": llama_3_8b,
     "llama-3-70b": llama_3_70b,
+    "adapt": adapt,
 }

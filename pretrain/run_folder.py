@@ -31,6 +31,22 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
+def find_checkpoint(run: Path) -> Path:
+    """A run's newest checkpoint, or the one that is given.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not run.is_dir():
+        raise UserError(f"run {run} does not exist")
+    if run.parent.name == "checkpoints" and (run / "config.json").is_file():
+        return run
+    latest = latest_checkpoint(run)
+    if latest is None:
+        raise UserError(f"{run} has no checkpoint: is it a run of `megatron-ladder train`?")
+    return latest
+
+
 def check_output_dir(config: TrainConfig) -> str:
     """Refuses a folder that this run may not write to.
 

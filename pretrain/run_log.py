@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_ladder.errors import UserError
 from pretrain.config import TrainConfig, to_dict
 from pretrain.data import DataFolder, keep_facts, unigram_loss
+from pretrain.initial import keep_imported
 from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class RunLog:
         if self._log:
             assert self._config.output_dir is not None
             keep_facts(self._config.output_dir, folders)
+            keep_imported(self._config)
             for folder in folders:
                 if folder.tokens("validation"):
                     self._log.baseline(dataset=folder.name, unigram_loss=unigram_loss(folder))

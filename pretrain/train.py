@@ -3,12 +3,18 @@
 from megatron.core import parallel_state
 
 from pretrain.arguments import is_first_rank
-from pretrain.checkpoint import Progress, load_checkpoint, save_checkpoint
+from pretrain.checkpoint import (
+    Progress,
+    load_checkpoint,
+    load_initial_weights,
+    model_chunks,
+    save_checkpoint,
+)
 from pretrain.config import TrainConfig
 from pretrain.data import DataFolder, train_batches, validation_batches
 from pretrain.index_cache import IndexCache
 from pretrain.optimizer import gathered_parameters
-from pretrain.run_folder import latest_checkpoint, lock, write_config
+from pretrain.run_folder import find_checkpoint, latest_checkpoint, lock, write_config
 from pretrain.run_log import RunLog
 from pretrain.sequences import train_sequences, validation_sequences
 from pretrain.setup import build, start_ranks, stop_ranks
@@ -32,6 +38,9 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
     progress = Progress(step=0, consumed_samples=0)
     if checkpoint := latest_checkpoint(run_dir):
         progress = load_checkpoint(checkpoint, model, optimizer, scheduler)
+    elif config.init_from:
+        load_initial_weights(find_checkpoint(config.init_from), model_chunks(model))
+        optimizer.reload_model_params()
     data_parallel = {
         "data_parallel_rank": parallel_state.get_data_parallel_rank(),
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
@@ -47,6 +56,14 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
     if progress.step == 0:
         log.data(folders)
 
+    def evaluate(step: int) -> None:
+        for name, dataset in validations.items():
+            held_out = validation_batches(dataset, config, **data_parallel)
+            with gathered_parameters(model):
+                log.validation(step, name, validate(model, held_out, config))
+
+    if progress.step == 0 and config.init_from:
+        evaluate(0)  # what changing the model costs before it is trained
     for step in range(progress.step + 1, config.train_steps + 1):
         loss, grad_norm, learning_rate = train_step(model, optimizer, scheduler, batches, config)
         log.train(step, loss, grad_norm, learning_rate)
@@ -54,10 +71,7 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
         last = step == config.train_steps
 
         if last or (config.eval_interval and step % config.eval_interval == 0):
-            for name, dataset in validations.items():
-                held_out = validation_batches(dataset, config, **data_parallel)
-                with gathered_parameters(model):
-                    log.validation(step, name, validate(model, held_out, config))
+            evaluate(step)
         if last or step % config.save_interval == 0:
             with gathered_parameters(model):
                 save_checkpoint(run_dir, progress, config, model, optimizer, scheduler)

@@ -139,9 +139,9 @@ def test_a_round_trip_changes_nothing(name: str, imported: Path, tmp_path: Path)
     assert differing <= ignored
 
 
-def test_ladder_layers_have_the_same_weights(imported: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["qwen2, untied", "qwen3, untied", "llama, untied, llama3"])
+def test_ladder_layers_have_the_same_weights(name: str, imported: Path, tmp_path: Path) -> None:
     """What becomes ladder is another model with the same tensors; the first layers do not change."""
-    name = "qwen3, untied"
     import_model(imported / "published" / name, tmp_path / "ladder", 2)
     export_run(tmp_path / "ladder", tmp_path / "exported", None, "5GB")
     before, after = tensors(imported / "published" / name), tensors(tmp_path / "exported")
@@ -155,6 +155,12 @@ def test_ladder_layers_have_the_same_weights(imported: Path, tmp_path: Path) -> 
         )
     torch.testing.assert_close(ours[2], theirs[2], atol=1e-4, rtol=0)
     assert (ours[3] - theirs[3]).abs().max() > 1e-2
-    (right,) = run_ranks(1, logits, tmp_path / "ladder", ParallelConfig(), tmp_path=tmp_path)
-    with torch.no_grad():
-        torch.testing.assert_close(right, ladder(tokens()).logits, atol=1e-4, rtol=0)
+    for parallel in (
+        ParallelConfig(),
+        ParallelConfig(tensor_model_parallel_size=2),
+        ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    ):
+        ranks = parallel.tensor_model_parallel_size
+        for right in run_ranks(ranks, logits, tmp_path / "ladder", parallel, tmp_path=tmp_path):
+            with torch.no_grad():
+                torch.testing.assert_close(right, ladder(tokens()).logits, atol=1e-4, rtol=0)

@@ -240,3 +240,52 @@ def test_documents_apart_and_loss_masks_by_the_command_line(tmp_path: Path) -> N
         both[name] = losses(run)
         assert metrics(run, "validation")[-1]["loss"] < both[name][0]
     assert both["one"] == pytest.approx(both["two"], abs=1e-4)
+
+
+def test_a_run_starts_from_another_with_some_layers_made_ladder(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As it was it has the loss that it had; changed, another, which training brings down."""
+    base = tmp_path / "base"
+    train(data, base, "--model.residual", "standard")
+    start = ("--init-from", str(base))
+    train(data, tmp_path / "control", *start, *tensor_parallel(2))
+    train(
+        data,
+        tmp_path / "ladder",
+        *start,
+        "--model.residual",
+        "ladder",
+        "--model.ladder-layers",
+        "3",
+    )
+
+    def validations(name: str) -> dict[int, float]:
+        return {m["step"]: m["loss"] for m in metrics(tmp_path / name, "validation")}
+
+    control, ladder = validations("control"), validations("ladder")
+    assert control[0] == pytest.approx(validations("base")[STEPS], abs=1e-5)
+    assert abs(ladder[0] - control[0]) > 1e-3
+    assert ladder[STEPS] < ladder[0] - 0.01
+    assert (
+        json.loads((tmp_path / "control/config.json").read_text())["model"]["residual"]
+        == "standard"
+    )
+
+    def refused(*options: str) -> str:
+        done = subprocess.run(
+            command(data, tmp_path / "new", *options),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        assert done.returncode == 2, done.stdout + done.stderr
+        return " ".join((done.stdout + done.stderr).replace("\u2502", " ").split())
+
+    assert "model.hidden_size: 64 there, 128 here" in refused(*start, "--model.hidden-size", "128")
+    assert "model.residual: standard there, parallel here" in refused(
+        *start, "--model.residual", "parallel"
+    )
+    assert "does not exist" in refused("--init-from", str(tmp_path / "nothing"))
+    other = write_data_set(tmp_path / "other", vocab_size=400, tokenizer=b"another")
+    assert "another tokenizer" in refused(*start, "--data.paths", str(other))

@@ -58,8 +58,9 @@ def test_the_number_of_options_stays_small() -> None:
     def count(values: dict) -> int:
         return sum(count(v) if isinstance(v, dict) else 1 for v in values.values())
 
-    # 52, and with the overlap: five of the layout (sequence parallelism, stages), two dropouts, desync's n.
-    assert count(to_dict(PRESETS["debug"]())) <= 60
+    # 52, and with the overlap: five of the layout (sequence parallelism, stages), two dropouts, desync's n;
+    # with other projects' models: four of what they are made of, and where to start from.
+    assert count(to_dict(PRESETS["debug"]())) <= 65
 
 
 def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
