@@ -95,7 +95,9 @@ def check_output_dir(config: TrainConfig) -> str:
 
 
 def _is_used(run_dir: Path) -> bool:
-    return run_dir.is_dir() and any(path.name != "lock" for path in run_dir.iterdir())
+    """Whether there is more than what a run's first moment leaves, which other ranks may see."""
+    beginning = ("lock", "config.json")
+    return run_dir.is_dir() and any(not p.name.startswith(beginning) for p in run_dir.iterdir())
 
 
 def check_free_space(config: TrainConfig) -> None:

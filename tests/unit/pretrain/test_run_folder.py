@@ -112,3 +112,11 @@ def test_desync_stays_at_its_tensor_parallel_size(config) -> None:
         check_output_dir(wider)
     other = ParallelConfig(pipeline_model_parallel_size=2)
     assert "Resuming" in check_output_dir(replace(desync, parallel=other))
+
+
+def test_a_run_s_first_moment_is_no_other_thing(config) -> None:
+    """Other ranks look while the first one begins; and a run may be killed there."""
+    config.output_dir.mkdir()
+    (config.output_dir / "lock").touch()
+    (config.output_dir / "config.json.tmp").write_text("{")
+    assert "New run" in check_output_dir(config)
