@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.hf.convert import megatron_to_hf
-from megatron_ladder.hf.export import export_folder, llama_config
+from megatron_ladder.hf.export import export_folder, standard_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
 from megatron_ladder.mcore_compat import (
@@ -176,7 +176,7 @@ def test_standard_matches_transformers_own_llama(tp: int, tmp_path: Path) -> Non
     by_rank = run_ranks(tp, run_variants, "standard", tp, tmp_path, tmp_path=tmp_path)
     for i, model in enumerate(variants("standard")):
         ours = to_hf_config(model)
-        llama = LlamaForCausalLM(llama_config(ours)).float()
+        llama = LlamaForCausalLM(standard_config(ours)).float()
         weights = dict(megatron_to_hf(load_weights(tmp_path / str(i) / "weights"), ours))
         llama.load_state_dict(weights, strict=False)
         llama.tie_weights()
