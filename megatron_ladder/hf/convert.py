@@ -147,6 +147,29 @@ class Chunk:
     """Reads and joins the Hugging Face tensors in it; a layer's has no axis of layers."""
 
 
+def checked_hf_tensors(state: Mapping[str, Any], config: LadderConfig) -> Mapping[str, Any]:
+    """Hugging Face's tensors as `LadderForCausalLM` names them, without a tied model's `lm_head.weight`.
+
+    Raises:
+        ValueError: one is missing, unknown or of another shape, or a tied one differs.
+    """
+    if config.tie_word_embeddings and "lm_head.weight" in state:
+        state = dict(state)
+        if not torch.equal(state.pop("lm_head.weight")[:], state["model.embed_tokens.weight"][:]):
+            raise ValueError(
+                "lm_head.weight differs from model.embed_tokens.weight, but the configuration ties "
+                "them: set tie_word_embeddings to false"
+            )
+    expected = {
+        entry.full_name(name, layer): shape
+        for entry in _entries(config)
+        for layer in entry.layers(config)
+        for name, shape in entry.hugging_face.items()
+    }
+    _check(state, expected, "Hugging Face")
+    return state
+
+
 def hf_to_megatron_chunks(
     state: Mapping[str, Any], config: LadderConfig, padded_vocab_size: int
 ) -> list[Chunk]:
@@ -163,21 +186,8 @@ def hf_to_megatron_chunks(
         raise ValueError(
             f"padded_vocab_size {padded_vocab_size} is less than vocab_size {config.vocab_size}"
         )
-    if config.tie_word_embeddings and "lm_head.weight" in state:
-        state = dict(state)
-        if not torch.equal(state.pop("lm_head.weight")[:], state["model.embed_tokens.weight"][:]):
-            raise ValueError(
-                "lm_head.weight differs from model.embed_tokens.weight, but the configuration ties "
-                "them: set tie_word_embeddings to false"
-            )
+    state = checked_hf_tensors(state, config)
     entries = _entries(config)
-    expected = {
-        entry.full_name(name, layer): shape
-        for entry in entries
-        for layer in entry.layers(config)
-        for name, shape in entry.hugging_face.items()
-    }
-    _check(state, expected, "Hugging Face")
 
     def make(entry: _Entry, layer: int) -> Tensor:
         parts = [state[entry.full_name(name, layer)][:] for name in entry.hugging_face]
