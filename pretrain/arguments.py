@@ -4,12 +4,14 @@ that change it."""
 import argparse
 import difflib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
 
 from megatron_ladder.errors import UserError
 from pretrain.config import TrainConfig, load_config
+from pretrain.ladder_layers import with_ladder_layers
 from pretrain.presets import PRESETS
 
 
@@ -26,6 +28,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
     first.add_argument("--config", type=Path)
     first.add_argument("--nproc-per-node", type=int)
     first.add_argument("--init-from", type=Path)
+    first.add_argument("--ladder-layers")
     chosen, options = first.parse_known_args(argv)
     if chosen.config and not chosen.preset:
         default = load_config(chosen.config)
@@ -45,16 +48,26 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
     if chosen.init_from:
         from pretrain.initial import starting_from  # brings torch, which --help does without
 
-        default = starting_from(default, chosen.init_from)
-    elif chosen.preset == "adapt" and not {"-h", "--help"} & set(options):
+        # Layers are chosen of the model as it was, not as `import` has changed it.
+        unmodified = chosen.preset == "adapt-control" or chosen.ladder_layers is not None
+        default = starting_from(default, chosen.init_from, unmodified=unmodified)
+    elif (chosen.preset or "").startswith("adapt") and not {"-h", "--help"} & set(options):
         raise UserError(
-            "--preset adapt changes a model: give --init-from RUN, a run or what `import` made"
+            f"--preset {chosen.preset} trains a model that exists: give --init-from RUN, a run or what "
+            "`import` made"
         )
+    if chosen.ladder_layers:
+        model = default.model
+        if not chosen.init_from:  # a preset's model is none yet: it may become what is asked for
+            model = replace(model, residual="standard", ladder_layers=None)
+        model = with_ladder_layers(model, chosen.ladder_layers, chosen.init_from)
+        default = replace(default, model=model)
     config = tyro.cli(
         TrainConfig,
         default=default,
         args=options,
-        prog="megatron-ladder train [--preset NAME] [--config FILE] [--nproc-per-node N]",
+        prog="megatron-ladder train [--preset NAME] [--config FILE] [--nproc-per-node N] "
+        "[--ladder-layers LAYERS]",
         description=_description(),
         console_outputs=is_first_rank(),
     )
@@ -70,4 +83,8 @@ def _description() -> str:
     presets = "\n".join(
         f"  {name:12} {(f.__doc__ or '').splitlines()[0]}" for name, f in PRESETS.items()
     )
-    return f"Train a model. Defaults below are those of the chosen preset:\n\n{presets}"
+    return (
+        f"Train a model. Defaults below are those of the chosen preset:\n\n{presets}\n\n"
+        "LAYERS make a standard model's layers ladder layers: last:N, all, layers from 0 (4,5,7), or "
+        "auto:N, the N that stand it best (`report depth` measures them)."
+    )

@@ -111,18 +111,19 @@ class ImportOptions:
     output_dir: tyro.conf.Positional[Path]
     """A new folder."""
     ladder_layers: str | None = None
-    """Make these ladder layers, with the weights as they are: last:N, all, or layers from 0 (4,5,7)."""
+    """Make these ladder layers, with the weights as they are: last:N, all, layers from 0 (4,5,7), or
+    auto:N, the N that stand it best on --sample."""
+    sample: Path | None = None
+    """For auto:N: a data set made with the model's tokenizer."""
 
 
 @_for_users
 def import_(argv: list[str]) -> int:
     """Converts a Hugging Face model into a checkpoint."""
     options = tyro.cli(ImportOptions, args=argv, prog="megatron-ladder import")
-    from pretrain.import_model import import_model, parse_ladder_layers
+    from pretrain.import_model import import_model
 
-    print(
-        import_model(options.model, options.output_dir, parse_ladder_layers(options.ladder_layers))
-    )
+    print(import_model(options.model, options.output_dir, options.ladder_layers, options.sample))
     return 0
 
 

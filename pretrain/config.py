@@ -74,6 +74,18 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class AdaptConfig:
+    """How the model of `init_from` is led to its ladder layers (docs/adaptation.md)."""
+
+    gradual_steps: int = 0
+    """Ladder layers are turned on one after another over so many steps, the last first; 0: at once."""
+    distillation_weight: float = 0.0
+    """The share of the loss that is the divergence from the unmodified model's predictions."""
+    distillation_temperature: float = 1.0
+    """Both models' predictions are softened by it."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run."""
 
@@ -85,6 +97,7 @@ class TrainConfig:
     init_from: Path | None = None
     """A run or an imported model whose weights training starts from. Its model is taken too; some of
     its layers may be made ladder layers."""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
     output_dir: Path | None = None
     """The run's folder; a run found there with the same configuration is resumed."""
     micro_batch_size: int = 1
@@ -133,6 +146,7 @@ class TrainConfig:
             "optimizer.clip_grad": self.optimizer.clip_grad,
             "schedule.warmup_steps": self.schedule.warmup_steps,
             "schedule.warmup_tokens": self.schedule.warmup_tokens,
+            "adapt.gradual_steps": self.adapt.gradual_steps,
         }
         for least, values in ((1, at_least_1), (0, not_negative)):
             for name, value in values.items():
@@ -165,6 +179,31 @@ class TrainConfig:
         if not 0 < schedule.wsd_decay_fraction <= 1 or not 0 <= schedule.min_lr_fraction <= 1:
             raise UserError(
                 "schedule.wsd_decay_fraction and min_lr_fraction are shares from 0 to 1"
+            )
+
+        self._check_adapt()
+
+    def _check_adapt(self) -> None:
+        adapt = self.adapt
+        if not 0 <= adapt.distillation_weight <= 1 or adapt.distillation_temperature <= 0:
+            raise UserError(
+                f"adapt.distillation_weight {adapt.distillation_weight} is a share from 0 to 1, "
+                f"adapt.distillation_temperature {adapt.distillation_temperature} is above 0"
+            )
+        if self.init_from is None and (adapt.gradual_steps or adapt.distillation_weight):
+            raise UserError(
+                "adapt.gradual_steps and adapt.distillation_weight change a model that exists: give "
+                "--init-from RUN"
+            )
+        if adapt.gradual_steps and "ladder" not in self.model.layer_residuals():
+            raise UserError(
+                f"adapt.gradual_steps is {adapt.gradual_steps}, but no layer is to be a ladder layer: "
+                "give --ladder-layers"
+            )
+        if adapt.gradual_steps > self.train_steps:
+            raise UserError(
+                f"adapt.gradual_steps {adapt.gradual_steps} is more than the run's {self.train_steps} "
+                "steps: it would end before all its ladder layers are on"
             )
 
     @property
@@ -223,8 +262,8 @@ SAFE_TO_CHANGE = (
 )
 
 
-def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ, as dotted names, with the old and the new value."""
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Fields of two configurations that differ, as dotted names, with the old and the new value."""
     a, b = _flat(to_dict(old)), _flat(to_dict(new))
     return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
 

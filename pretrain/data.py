@@ -249,11 +249,10 @@ class _Sampler:
         return self._indices()
 
 
+_READ = ("tokens", "labels", "loss_mask", "position_ids", "documents", "teacher_logits")
+
+
 def to_device(batch: Batch) -> Batch:
-    """The tensors a forward pass reads, on this rank's device. All [micro_batch_size, seq_length]."""
+    """The tensors a forward pass reads, on this rank's device. All [micro_batch_size, seq_length, ...]."""
     device = torch.cuda.current_device()
-    return {
-        name: batch[name].to(device, non_blocking=True)
-        for name in ("tokens", "labels", "loss_mask", "position_ids", "documents")
-        if name in batch
-    }
+    return {name: batch[name].to(device, non_blocking=True) for name in _READ if name in batch}

@@ -3,6 +3,7 @@
 OUT/config.json, OUT/checkpoints/step_00000000    the model, at any layout
 OUT/data/0                                        its tokenizer, as of a data set
 OUT/imported                                      the folder's other files, for export
+OUT/staleness.json                                what --ladder-layers auto:N measured
 """
 
 import json
@@ -11,7 +12,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,25 +28,30 @@ from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.stored import stored_tensors
 from pretrain.config import DataConfig, TrainConfig, save_config
 from pretrain.files import sync
+from pretrain.ladder_layers import auto_count, is_auto, with_ladder_layers
+from pretrain.plain_model import load_plain_model
+from pretrain.sample import open_data_for, sample_sequences
+from pretrain.staleness import Staleness, measure_staleness, save_staleness
 from pretrain.tokenizer_facts import tokenizer_facts
 from pretrain.weights import write_weights
 
 # What a model's folder holds beside weights, and export gives back.
 KEPT = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 NOT_KEPT = ("*.safetensors.index.json", "pytorch_model*")
+# What `auto` measures layers on.
+SAMPLE_SEQUENCES, SAMPLE_LENGTH = 32, 1024
 
 
 def import_model(
-    source: Path,
-    output_dir: Path,
-    ladder_layers: int | tuple[int, ...] | Literal["all"] | None = None,
+    source: Path, output_dir: Path, ladder_layers: str | None = None, sample: Path | None = None
 ) -> str:
     """Converts a model, one tensor at a time; the folder appears when everything in it is complete.
 
     Args:
         source: a Hugging Face folder; from_hf.py says of which models.
-        ladder_layers: the last N layers, or a list of layers from 0, become ladder layers, with the same
-            weights; None leaves the model as it is.
+        ladder_layers: these become ladder layers, with the same weights (ladder_layers.py); None
+            leaves the model as it is.
+        sample: with `auto:N`, the data set, made with the model's tokenizer, to measure layers on.
 
     Returns:
         What was imported, to print.
@@ -65,8 +71,13 @@ def import_model(
         chunks = hf_to_megatron_chunks(state, to_hf_config(model), model.padded_vocab_size)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
+    staleness = None
+    if ladder_layers is not None and is_auto(ladder_layers):
+        staleness = _measured(source, model, tokenizer, sample)
+        chosen = staleness.choose(auto_count(ladder_layers))
+        ladder_layers = ",".join(map(str, chosen))
     if ladder_layers is not None:
-        model = _with_ladder_layers(model, ladder_layers)
+        model = with_ladder_layers(model, ladder_layers, None)
     dtype = chunks[0].dtype
     config = TrainConfig(
         model=model,
@@ -82,6 +93,8 @@ def import_model(
         _write_checkpoint(new / "checkpoints" / "step_00000000", chunks, config)
         save_config(config, new / "config.json")
         _keep_files(source, new, tokenizer)
+        if staleness:
+            save_staleness(new, staleness)
         new.chmod(0o755)
         for path in new.rglob("*"):
             sync(path)
@@ -100,33 +113,19 @@ def import_model(
     )
 
 
-def parse_ladder_layers(given: str | None) -> Any:
-    """`last:16`, `all`, or layers from 0 (`0,2,5`), as ModelConfig.ladder_layers has them.
-
-    Raises:
-        UserError: it is none of these.
-    """
-    if given is None:
-        return None
-    try:
-        if given == "all":
-            return "all"
-        if given.startswith("last:"):
-            return int(given.removeprefix("last:"))
-        return tuple(int(part) for part in given.split(","))
-    except ValueError:
+def _measured(
+    source: Path, model: ModelConfig, tokenizer: dict[str, Any], sample: Path | None
+) -> Staleness:
+    if sample is None:
         raise UserError(
-            f"--ladder-layers {given}: give last:N, all, or layers from 0 such as 4,5,7"
-        ) from None
-
-
-def _with_ladder_layers(model: ModelConfig, layers: Any) -> ModelConfig:
-    if model.residual != "standard":
-        raise UserError(
-            f"--ladder-layers: the model's residual is {model.residual} already; a standard one can "
-            "be made ladder"
+            "--ladder-layers auto:N measures the layers: give --sample DATA, a data set made with the "
+            "model's tokenizer"
         )
-    return replace(model, residual="ladder", ladder_layers=None if layers == "all" else layers)
+    data = open_data_for(sample, tokenizer["sha256"], str(source))
+    length = min(SAMPLE_LENGTH, model.max_position_embeddings)
+    sequences = sample_sequences(data, SAMPLE_SEQUENCES, length)
+    plain = load_plain_model(source)
+    return measure_staleness(plain.model, sequences.to(plain.device), data.name)
 
 
 def _write_checkpoint(folder: Path, chunks: list[Chunk], config: TrainConfig) -> None:

@@ -1,5 +1,6 @@
 """Training that starts from another model's weights: an imported one, or another run's."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,13 @@ from pretrain.run_folder import find_checkpoint
 
 # What may differ between the two models: no tensor depends on it.
 FREE = (
-    "model.residual",
-    "model.ladder_layers",
-    "model.desync_interval",
-    "model.max_position_embeddings",
-    "model.init_method_std",
-    "model.attention_dropout",
-    "model.hidden_dropout",
+    "residual",
+    "ladder_layers",
+    "desync_interval",
+    "max_position_embeddings",
+    "init_method_std",
+    "attention_dropout",
+    "hidden_dropout",
 )
 
 
@@ -27,9 +28,26 @@ def initial_model(init_from: Path) -> ModelConfig:
     return load_config(find_checkpoint(init_from) / "config.json").model
 
 
-def starting_from(config: TrainConfig, init_from: Path) -> TrainConfig:
+def original_model(init_from: Path) -> ModelConfig:
+    """The same without the change that `import --ladder-layers` made of it."""
+    checkpoint = find_checkpoint(init_from)
+    config = load_config(checkpoint / "config.json")
+    if config.data.paths:  # trained as it is
+        return config.model
+    # transformers' own architectures have neither field.
+    saved = (checkpoint.parents[1] / "imported" / "config.json").read_text(encoding="utf-8")
+    original = json.loads(saved)
+    layers = original.get("ladder_layers")
+    return replace(
+        config.model,
+        residual=original.get("residual", "standard"),
+        ladder_layers=tuple(layers) if isinstance(layers, list) else layers,
+    )
+
+
+def starting_from(config: TrainConfig, init_from: Path, *, unmodified: bool) -> TrainConfig:
     """A preset with the model of a run, whose context bounds the sequences."""
-    model = initial_model(init_from)
+    model = original_model(init_from) if unmodified else initial_model(init_from)
     length = min(config.data.seq_length, model.max_position_embeddings)
     return replace(
         config, model=model, init_from=init_from, data=replace(config.data, seq_length=length)
@@ -45,13 +63,20 @@ def check_initial(config: TrainConfig, folders: list[DataFolder]) -> None:
     if config.init_from is None:
         return
     theirs = initial_model(config.init_from)
-    changed = differences(replace(config, model=theirs), config)
-    wrong = {name: pair for name, pair in changed.items() if name not in FREE}
+    changed = differences(theirs, config.model)
+    wrong = {f"model.{name}": pair for name, pair in changed.items() if name not in FREE}
     if (theirs.residual == "parallel") != (config.model.residual == "parallel"):
         wrong["model.residual"] = (theirs.residual, config.model.residual)
     if wrong:
         detail = "; ".join(f"{name}: {a} there, {b} here" for name, (a, b) in wrong.items())
         raise UserError(f"init_from {config.init_from} holds another model: {detail}")
+    if config.adapt.distillation_weight:
+        teacher = original_model(config.init_from)
+        if teacher.layer_residuals() == config.model.layer_residuals():
+            raise UserError(
+                "adapt.distillation_weight: the model is the unmodified one that it would learn from; "
+                "choose layers to be ladder layers, --ladder-layers, or leave distillation out"
+            )
     source = kept_facts(_run_of(config.init_from))[0]
     if source.tokenizer["sha256"] != folders[0].tokenizer["sha256"]:
         raise UserError(

@@ -155,6 +155,11 @@ def adapt() -> TrainConfig:
     )
 
 
+def adapt_control() -> TrainConfig:
+    """The same training of the unmodified model, to compare with."""
+    return adapt()
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "debug": debug,
     "tiny": tiny,
@@ -163,4 +168,5 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "llama-3-8b": llama_3_8b,
     "llama-3-70b": llama_3_70b,
     "adapt": adapt,
+    "adapt-control": adapt_control,
 }

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ def loss_with_ladder_layers(
     Raises:
         UserError: a parallel model, which has other weights.
     """
-    blocks = model.model.layers
+    blocks: list[Any] = list(model.model.layers)
     before = [block.residual for block in blocks]
     if "parallel" in before:
         raise UserError(

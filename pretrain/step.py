@@ -3,26 +3,49 @@
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_ladder.distillation import distilled_losses
 from pretrain.config import TrainConfig
 from pretrain.data import Batch, to_device
 
+if TYPE_CHECKING:
+    from pretrain.teacher import Teacher
+
 
 def _masked_sum(
-    scale: float, loss_mask: Tensor, losses: Tensor
+    scale: float, config: TrainConfig, batch: Batch, output: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The summed cross-entropy of a micro-batch, times `scale`, for backward; and for the log the sum
-    and its number of tokens, [2]."""
-    total = (losses.float() * loss_mask).sum()
-    exact = (losses.detach().double() * loss_mask).sum()
+    """What is trained on, summed over a micro-batch, times `scale`, for backward; and for the log the
+    summed cross-entropy and its number of tokens, [2].
+
+    Args:
+        output: each token's cross-entropy, [b, s]; with a teacher, logits [b, s, vocabulary / tp].
+    """
+    trained = cross_entropy = output
+    if "teacher_logits" in batch:
+        trained, cross_entropy = distilled_losses(
+            output,
+            batch["teacher_logits"],
+            batch["labels"],
+            weight=config.adapt.distillation_weight,
+            temperature=config.adapt.distillation_temperature,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+    loss_mask = batch["loss_mask"]
+    total = (trained.float() * loss_mask).sum()
+    exact = (cross_entropy.detach().double() * loss_mask).sum()
     counted = torch.stack([exact, loss_mask.double().sum()])
     return total * scale, {"sum": counted}
+
+
+def _logits(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return output.new_zeros(()), {"logits": output}
 
 
 def document_mask(documents: Tensor) -> Tensor:
@@ -42,14 +65,17 @@ def document_mask(documents: Tensor) -> Tensor:
     return (causal | (documents[:, :, None] != documents[:, None, :])).unsqueeze(1)
 
 
-def _forward(reduce: Callable, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable]:
-    """megatron-core's forward step. On the last stage: per-token losses [b, s] and the function
-    that sums them; on the others what goes to the next stage, and the function is not called.
+def _forward(
+    reduce: Callable, wants_logits: bool, batches: Iterator[Batch], model: Any
+) -> tuple[Tensor, Callable]:
+    """megatron-core's forward step. On the last stage: per-token losses [b, s], or logits, and the
+    function that sums them; on the others what goes to the next stage, and the function is not called.
     """
     batch = to_device(next(batches))
     mask = document_mask(batch["documents"]) if "documents" in batch else None
-    losses = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
-    return losses, partial(reduce, batch["loss_mask"])
+    labels = None if wants_logits else batch["labels"]
+    output = model(batch["tokens"], batch["position_ids"], mask, labels=labels)
+    return output, partial(reduce, batch)
 
 
 def _run_schedule(
@@ -59,12 +85,13 @@ def _run_schedule(
     reduce: Callable,
     *,
     forward_only: bool,
+    wants_logits: bool = False,
 ) -> list[dict[str, Tensor]]:
     """All micro-batches through all stages. Returns what `reduce` logged: on the last stage one
     entry a micro-batch, on the others none.
     """
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward, reduce),
+        forward_step_func=partial(_forward, reduce, wants_logits),
         data_iterator=[iter(micro_batches) for _ in model],
         model=model,
         num_microbatches=len(micro_batches),
@@ -72,6 +99,16 @@ def _run_schedule(
         micro_batch_size=config.micro_batch_size,
         forward_only=forward_only,
     )
+
+
+def forward_logits(
+    model: list[Any], micro_batches: list[Batch], config: TrainConfig
+) -> list[Tensor]:
+    """Logits of every micro-batch, [b, s, vocabulary / tp], on the last stage; on the others none."""
+    outputs = _run_schedule(
+        model, micro_batches, config, _logits, forward_only=True, wants_logits=True
+    )
+    return [output["logits"] for output in outputs]
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:
@@ -82,12 +119,18 @@ def _sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def train_step(
-    model: list[Any], optimizer: Any, scheduler: Any, batches: Iterator[Batch], config: TrainConfig
+    model: list[Any],
+    optimizer: Any,
+    scheduler: Any,
+    batches: Iterator[Batch],
+    config: TrainConfig,
+    teacher: "Teacher | None" = None,
 ) -> tuple[float, float, float]:
     """Forward and backward of one global batch, then an update.
 
     Returns:
-        (mean loss of the trained tokens of the global batch, gradient norm before clipping, learning rate).
+        (mean cross-entropy of the trained tokens of the global batch, gradient norm before clipping,
+        learning rate).
     """
     data_parallel_size = parallel_state.get_data_parallel_world_size()
     for chunk in model:
@@ -98,8 +141,17 @@ def train_step(
     tokens = _trained_tokens(micro_batches)
     # Each token counts the same, whichever micro-batch or rank it is in: divided by all of them
     # here, times what the schedule (micro-batches) and DDP (ranks) divide by.
-    reduce = partial(_masked_sum, count * data_parallel_size / tokens)
-    outputs = _run_schedule(model, micro_batches, config, reduce, forward_only=False)
+    reduce = partial(_masked_sum, count * data_parallel_size / tokens, config)
+    if teacher:
+        teacher.add_logits(micro_batches)
+    outputs = _run_schedule(
+        model,
+        micro_batches,
+        config,
+        reduce,
+        forward_only=False,
+        wants_logits=teacher is not None,
+    )
     scheduler.step(increment=1)  # before the update: step 1 trains at the rate of step 1, not of 0
     learning_rate = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()
@@ -126,7 +178,7 @@ def validate(model: list[Any], batches: list[Batch], config: TrainConfig) -> flo
     for chunk in model:
         chunk.eval()
     if batches:
-        reduce = partial(_masked_sum, 1.0)
+        reduce = partial(_masked_sum, 1.0, config)
         for output in _run_schedule(model, batches, config, reduce, forward_only=True):
             total += output["sum"]
     for chunk in model:

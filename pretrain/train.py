@@ -12,6 +12,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import TrainConfig
 from pretrain.data import DataFolder, train_batches, validation_batches
+from pretrain.gradual import use_ladder_layers
 from pretrain.index_cache import IndexCache
 from pretrain.optimizer import gathered_parameters
 from pretrain.run_folder import find_checkpoint, latest_checkpoint, lock, write_config
@@ -19,6 +20,7 @@ from pretrain.run_log import RunLog
 from pretrain.sequences import train_sequences, validation_sequences
 from pretrain.setup import build, start_ranks, stop_ranks
 from pretrain.step import train_step, validate
+from pretrain.teacher import Teacher
 
 
 def train(config: TrainConfig, folders: list[DataFolder]) -> None:
@@ -35,6 +37,7 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
     device = start_ranks(config)
 
     model, optimizer, scheduler = build(config)
+    teacher = Teacher(config) if config.adapt.distillation_weight else None
     progress = Progress(step=0, consumed_samples=0)
     if checkpoint := latest_checkpoint(run_dir):
         progress = load_checkpoint(checkpoint, model, optimizer, scheduler)
@@ -57,6 +60,7 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
         log.data(folders)
 
     def evaluate(step: int) -> None:
+        use_ladder_layers(model, config, None)  # the model that is to be, as an export is
         for name, dataset in validations.items():
             held_out = validation_batches(dataset, config, **data_parallel)
             with gathered_parameters(model):
@@ -65,7 +69,10 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
     if progress.step == 0 and config.init_from:
         evaluate(0)  # what changing the model costs before it is trained
     for step in range(progress.step + 1, config.train_steps + 1):
-        loss, grad_norm, learning_rate = train_step(model, optimizer, scheduler, batches, config)
+        use_ladder_layers(model, config, step)
+        loss, grad_norm, learning_rate = train_step(
+            model, optimizer, scheduler, batches, config, teacher
+        )
         log.train(step, loss, grad_norm, learning_rate)
         progress = Progress(step, step * config.global_batch_size)
         last = step == config.train_steps

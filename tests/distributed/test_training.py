@@ -250,15 +250,15 @@ def test_a_run_starts_from_another_with_some_layers_made_ladder(
     train(data, base, "--model.residual", "standard")
     start = ("--init-from", str(base))
     train(data, tmp_path / "control", *start, *tensor_parallel(2))
-    train(
-        data,
-        tmp_path / "ladder",
-        *start,
-        "--model.residual",
-        "ladder",
-        "--model.ladder-layers",
-        "3",
+    led = (
+        *(*start, *tensor_parallel(2), "--ladder-layers", "last:3", "--save-interval", "4"),
+        *("--adapt.gradual-steps", "10", "--adapt.distillation-weight", "0.5"),
     )
+    train(data, tmp_path / "ladder", *led)
+    # While layers are being turned on.
+    kill_at_step(6, data, tmp_path / "killed", *led)
+    assert "Resuming" in train(data, tmp_path / "killed", *led)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "ladder")
 
     def validations(name: str) -> dict[int, float]:
         return {m["step"]: m["loss"] for m in metrics(tmp_path / name, "validation")}
@@ -286,6 +286,10 @@ def test_a_run_starts_from_another_with_some_layers_made_ladder(
     assert "model.residual: standard there, parallel here" in refused(
         *start, "--model.residual", "parallel"
     )
+    assert "is the unmodified one" in refused(*start, "--adapt.distillation-weight", "0.5")
     assert "does not exist" in refused("--init-from", str(tmp_path / "nothing"))
+    assert "staleness.json does not exist" in refused(*start, "--ladder-layers", "auto:2")
+    changed = ("--init-from", str(tmp_path / "ladder"), "--ladder-layers", "last:2")
+    assert "residual is ladder already" in refused(*changed)
     other = write_data_set(tmp_path / "other", vocab_size=400, tokenizer=b"another")
     assert "another tokenizer" in refused(*start, "--data.paths", str(other))

@@ -7,6 +7,7 @@ from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from pretrain.arguments import parse_train
 from pretrain.config import (
+    AdaptConfig,
     DataConfig,
     ScheduleConfig,
     differences,
@@ -19,7 +20,7 @@ from pretrain.config import (
 from pretrain.presets import PRESETS
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("adapt")])
 @pytest.mark.parametrize("residual", ["standard", "ladder", "parallel"])
 def test_every_preset_takes_every_residual_kind_and_survives_saving(
     name: str, residual: str, tmp_path: Path
@@ -59,8 +60,9 @@ def test_the_number_of_options_stays_small() -> None:
         return sum(count(v) if isinstance(v, dict) else 1 for v in values.values())
 
     # 52, and with the overlap: five of the layout (sequence parallelism, stages), two dropouts, desync's n;
-    # with other projects' models: four of what they are made of, and where to start from.
-    assert count(to_dict(PRESETS["debug"]())) <= 65
+    # with other projects' models: four of what they are made of, and where to start from; with adapting
+    # them: gradually, and by distillation (two).
+    assert count(to_dict(PRESETS["debug"]())) <= 68
 
 
 def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
@@ -91,6 +93,7 @@ def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
             "data.seq_length 63 is not divisible",
         ),
         ("--model.hidden-dropout 1", "a share from 0 up to 1"),
+        ("--adapt.gradual-steps 3", "change a model that exists: give --init-from RUN"),
         ("--model.num-layrs 4", "--model.num-layers"),  # the suggestion
         ("--precision fp8", "fp32"),
         ("--model.num-layers many", "num-layers"),
@@ -118,6 +121,39 @@ def test_interleaved_stages_need_micro_batches_in_groups() -> None:
     assert config.num_microbatches(1) == 4
     with pytest.raises(UserError, match=r"1 micro-batches a step .* in groups of that size"):
         config.num_microbatches(4)
+
+
+def test_adapting_needs_a_model_that_exists() -> None:
+    for preset in ("adapt", "adapt-control"):
+        with pytest.raises(UserError, match=f"--preset {preset} trains a model that exists"):
+            parse_train(["--preset", preset])
+    with pytest.raises(UserError, match="auto:2 chooses among the layers of a model that exists"):
+        parse_train(["--preset", "debug", "--ladder-layers", "auto:2"])
+
+
+def test_ladder_layers_of_a_new_model() -> None:
+    config, _ = parse_train(["--preset", "debug", "--ladder-layers", "last:1"])
+    assert config.model.layer_residuals() == ("standard", "standard", "standard", "ladder")
+    config, _ = parse_train(["--preset", "debug", "--ladder-layers", "0,2"])
+    assert config.model.ladder_layers == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("adapt", "said"),
+    [
+        (AdaptConfig(gradual_steps=-1), "gradual_steps is -1"),
+        (AdaptConfig(gradual_steps=21), "more than the run's 20"),
+        (AdaptConfig(distillation_weight=1.5), "distillation_weight 1.5 is a share"),
+        (AdaptConfig(distillation_temperature=0), "distillation_temperature 0 is above 0"),
+    ],
+)
+def test_bad_adaptation(adapt: AdaptConfig, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        replace(PRESETS["debug"](), init_from=Path("run"), adapt=adapt)
+    standard = PRESETS["debug"]()
+    standard = replace(standard, model=replace(standard.model, residual="standard"))
+    with pytest.raises(UserError, match="no layer is to be a ladder layer"):
+        replace(standard, init_from=Path("run"), adapt=AdaptConfig(gradual_steps=2))
 
 
 def test_an_unknown_preset_is_named_with_what_is_near() -> None:

@@ -7,8 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pretrain.arguments import parse_train
 from pretrain.cli import main
-from pretrain.import_model import parse_ladder_layers
+from pretrain.config import load_config
+from pretrain.ladder_layers import parse_layers
+from pretrain.staleness import saved_staleness
+from tests.data_sets import write_data_set
 from tests.unit.hf import foreign
 
 
@@ -171,15 +175,39 @@ def test_ladder_layers_that_are_not_there(refused, layers: str) -> None:
 
 
 def test_ladder_layers_by_word() -> None:
-    assert parse_ladder_layers(None) is None
-    assert parse_ladder_layers("all") == "all"
-    assert parse_ladder_layers("last:16") == 16
-    assert parse_ladder_layers("3,1") == (3, 1)
+    assert parse_layers("all") is None
+    assert parse_layers("last:16") == 16
+    assert parse_layers("3,1") == (3, 1)
 
 
 @pytest.mark.parametrize("given", ["last", "last:x", "1;2", ""])
 def test_ladder_layers_that_are_no_list(refused, given: str) -> None:
     assert f"--ladder-layers {given}: give last:N" in refused(f"--ladder-layers={given}")
+
+
+@pytest.mark.parametrize("given", ["auto", "auto:", "auto:x", "auto:0", "auto:-1"])
+def test_automatic_layers_without_a_number(refused, tmp_path: Path, given: str) -> None:
+    sample = write_data_set(tmp_path / "data")
+    assert "give --sample DATA" in refused(f"--ladder-layers={given}")
+    assert "another tokenizer" in refused(f"--ladder-layers={given}", "--sample", str(sample))
+
+
+def test_automatic_layers_are_those_that_cost_least(model: Path, tmp_path: Path, refused) -> None:
+    tokenizer = (model / "tokenizer.json").read_bytes()
+    sample = write_data_set(tmp_path / "data", vocab_size=foreign.VOCAB, tokenizer=tokenizer)
+    assert "give auto:N" in refused("--ladder-layers=auto:x", "--sample", str(sample))
+    assert "4 layers" in refused("--ladder-layers=auto:5", "--sample", str(sample))
+    out = tmp_path / "out"
+    how = ["--ladder-layers=auto:2", "--sample", str(sample)]
+    assert main(["import", str(model), str(out), *how]) == 0
+    alone = saved_staleness(out).alone
+    best = tuple(sorted(sorted(range(4), key=lambda i: alone[i])[:2]))
+    assert load_config(out / "config.json").model.ladder_layers == best
+    # Training chooses by the same figures.
+    config, _ = parse_train(
+        ["--preset", "adapt", "--init-from", str(out), "--ladder-layers", "auto:3"]
+    )
+    assert config.model.ladder_layers == saved_staleness(out).choose(3)
 
 
 def test_tensor_parallel_sizes_that_do_not_divide() -> None:

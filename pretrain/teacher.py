@@ -1,0 +1,50 @@
+"""The unmodified model, whose predictions a changed one is to keep: logit distillation."""
+
+import torch
+
+from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
+from pretrain.checkpoint import load_initial_weights
+from pretrain.config import TrainConfig
+from pretrain.data import Batch
+from pretrain.initial import original_model
+from pretrain.run_folder import find_checkpoint
+from pretrain.step import forward_logits
+
+
+class Teacher:
+    """The model of `init_from` as it was, at the run's own layout; not trained.
+
+    Build it before a checkpoint is loaded: building draws from the random states that this restores.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        assert config.init_from is not None
+        model = original_model(config.init_from)
+        mcore_config = transformer_config(
+            model,
+            config.parallel,
+            precision=config.precision,
+            impl=config.transformer_impl,
+            deterministic=config.deterministic,
+        )
+        self._chunks = build_gpt_model(
+            model,
+            mcore_config,
+            config.transformer_impl,
+            masks_given=not config.data.attend_across_documents,
+        )
+        for chunk in self._chunks:
+            chunk.eval().requires_grad_(False)
+        named = {str(number): chunk for number, chunk in enumerate(self._chunks)}
+        load_initial_weights(find_checkpoint(config.init_from), named)
+        self._config = config
+
+    @torch.no_grad()
+    def add_logits(self, micro_batches: list[Batch]) -> None:
+        """Gives each micro-batch its `teacher_logits`, on ranks of the last stage.
+
+        [micro_batch_size, seq_length, padded_vocab_size / tp]; all micro-batches of a step are held.
+        """
+        logits = forward_logits(self._chunks, micro_batches, self._config)
+        for batch, mine in zip(micro_batches, logits, strict=False):  # other stages have none
+            batch["teacher_logits"] = mine
