@@ -10,7 +10,7 @@ USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says mor
   import    make a run's folder of a Hugging Face model
   export    write a run's checkpoint as a Hugging Face folder
   generate  continue prompts with an exported folder
-  report    loss curves of one or several runs, as a page and pictures
+  report    loss curves of one or several runs, as a page and pictures; report depth: a model's layers
   bench     trace, plan: what the overlap hides, seen on local ranks and modelled for a cluster
   doctor    what is installed, and what is missing for GPU and FP8
 """

@@ -166,7 +166,11 @@ def generate(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Draw one or several runs side by side: an HTML page and PNGs."""
+    """Draw one or several runs side by side: an HTML page and PNGs.
+
+    `report depth MODEL` looks into the layers of a model instead (`report depth --help`); a run in a
+    folder of that name is `./depth`.
+    """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders; the first is the one others are compared with."""
@@ -176,7 +180,13 @@ class ReportOptions:
 
 @_for_users
 def report(argv: list[str]) -> int:
-    """Writes the report of runs."""
+    """Writes the report of runs, or of the layers of a model."""
+    if argv[:1] == ["depth"]:
+        from pretrain.depth.command import DepthOptions, main_depth
+
+        return main_depth(
+            tyro.cli(DepthOptions, args=argv[1:], prog="megatron-ladder report depth")
+        )
     options = tyro.cli(ReportOptions, args=argv, prog="megatron-ladder report")
     from pretrain.report import write_report
 

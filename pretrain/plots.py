@@ -68,7 +68,7 @@ def draw_losses(runs: "list[Run]", against: str) -> bytes:
         )
     if runs and any(run.train for run in runs):
         axes.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1.0, 0.9))
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def draw_series(runs: "list[Run]", name: str) -> bytes:
@@ -83,7 +83,7 @@ def draw_series(runs: "list[Run]", name: str) -> bytes:
         axes.legend(frameon=False, fontsize=9)
     if name == "tokens_per_second":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _si(v)))
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _axes(against: str, label: str, height: float = 4.6, unit: str = "") -> tuple[Figure, Any]:
@@ -134,7 +134,7 @@ def _time_unit(longest_s: float) -> tuple[float, str]:
     return 1.0, "seconds"
 
 
-def _png(figure: Figure) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

@@ -1,18 +1,16 @@
 """Draws runs side by side: an HTML page that needs nothing else, and the same pictures as PNGs."""
 
-import base64
 import itertools
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from megatron_ladder.errors import UserError
 from pretrain.config import differences, load_config
 from pretrain.files import write_atomically
 from pretrain.metrics import read_metrics
+from pretrain.pages import labels, render
 from pretrain.plots import draw_losses, draw_series
 
 Lines = list[dict[str, Any]]
@@ -64,7 +62,7 @@ def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
     """
     if not run_dirs:
         raise UserError("no run: give one or several run folders")
-    runs = [_read(path, label) for path, label in zip(run_dirs, _labels(run_dirs), strict=True)]
+    runs = [_read(path, label) for path, label in zip(run_dirs, labels(run_dirs), strict=True)]
     output_dir = output_dir or run_dirs[0] / "report"
     output_dir.mkdir(parents=True, exist_ok=True)
     pictures = {
@@ -100,15 +98,6 @@ def _read(path: Path, label: str) -> Run:
         finished="end" in by_kind,
         config_text=config.read_text() if config.is_file() else "",
     )
-
-
-def _labels(paths: list[Path]) -> list[str]:
-    """Folder names, with as many parents as it takes to tell them apart."""
-    for parts in range(1, max(len(p.absolute().parts) for p in paths) + 1):
-        labels = ["/".join(p.absolute().parts[-parts:]) for p in paths]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [f"{label} ({i})" for i, label in enumerate(labels, start=1)]
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:
@@ -184,14 +173,12 @@ def _page(runs: list[Run], pictures: dict[str, tuple[bytes, str]]) -> str:
                 (other.label, name, str(a), str(b))
                 for name, (a, b) in differences(configs[0], config).items()
             ]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("report.html.jinja").render(
+    return render(
+        "report.html.jinja",
         runs=runs,
         rows=rows,
         changed=changed,
-        pictures=[(base64.b64encode(png).decode(), title) for png, title in pictures.values()],
+        pictures=list(pictures.values()),
     )
 
 

@@ -1,0 +1,101 @@
+"""All that is measured of one model, and its figures as a table."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pretrain.depth.conversion import Conversion, measure_conversion
+from pretrain.depth.measures import (
+    Contributions,
+    SkipEffects,
+    measure_contributions,
+    measure_skips,
+)
+from pretrain.plain_model import PlainModel
+from pretrain.staleness import mean_loss
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Losses in nats a token, on the same sequences."""
+
+    label: str
+    path: str
+    parameters: int
+    residual: list[str]
+    """Of each layer: standard, ladder or parallel."""
+    loss: float
+    contributions: Contributions
+    skipped: SkipEffects
+    """Everywhere, measured everywhere."""
+    skipped_before: SkipEffects
+    """In the first half of each sequence, measured in the second."""
+    conversion: Conversion | None
+    """None for a parallel model."""
+
+
+def measure(plain: PlainModel, label: str, sequences: Tensor, data: str) -> Measured:
+    """Measures a model; it is left as it was.
+
+    Args:
+        sequences: [count, length + 1] token ids.
+        data: where they come from, in words.
+    """
+    model, sequences = plain.model, sequences.to(plain.device)
+    contributions = measure_contributions(model, sequences)
+    skipped, skipped_before = measure_skips(model, sequences)
+    return Measured(
+        label=label,
+        path=str(plain.path),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        residual=[str(layer.residual) for layer in model.model.layers],
+        loss=mean_loss(model, sequences),
+        contributions=contributions,
+        skipped=skipped,
+        skipped_before=skipped_before,
+        conversion=measure_conversion(model, sequences, data),
+    )
+
+
+def layer_table(model: Measured) -> list[list[str]]:
+    """A line of column names and one for each layer."""
+    shares, all_, before = model.contributions, model.skipped, model.skipped_before
+    lines = [
+        ["layer", "residual", "|a|/|h|", "|m|/|h+a|", "|a+m|/|h|", "cos a", "cos m", "cos a+m"]
+        + ["skipped: loss", "output", "before: loss", "output"]
+        + ([f"made {model.conversion.to}: loss"] if model.conversion else [])
+    ]
+    if set(model.residual) == {"parallel"}:
+        lines[0][3] = "|m|/|h|"
+    for i, residual in enumerate(model.residual):
+        line = [str(i), residual]
+        line += [f"{v[i]:.3f}" for v in (shares.attention, shares.mlp, shares.layer)]
+        cosines = (shares.attention_cosine, shares.mlp_cosine, shares.layer_cosine)
+        line += [f"{v[i]:+.3f}" for v in cosines]
+        for effects in (all_, before):
+            line += [f"{effects.loss_increase[i]:+.4f}", f"{effects.output_mean[i]:.4f}"]
+        if model.conversion:
+            loss = model.conversion.alone.get(i)
+            line.append("-" if loss is None else f"{loss - model.loss:+.4f}")
+        lines.append(line)
+    return lines
+
+
+def rule_table(model: Measured) -> list[list[str]]:
+    """A line of column names and one for each number of ladder layers; empty where none was tried."""
+    if model.conversion is None or not model.conversion.rules:
+        return []
+    lines = [["ladder layers", "auto:N: loss", "last N: loss", "auto:N takes layers"]]
+    for rule in model.conversion.rules:
+        losses = [f"{loss - model.loss:+.4f}" for loss in (rule.chosen_loss, rule.last_loss)]
+        lines.append([str(rule.count), *losses, " ".join(map(str, rule.chosen))])
+    return lines
+
+
+def as_text(lines: list[list[str]]) -> str:
+    """Columns to the right, as a terminal shows them."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
