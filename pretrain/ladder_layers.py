@@ -43,6 +43,7 @@ def auto_count(given: str) -> int:
 
 def auto_layers(given: str, measured: Path | None) -> tuple[int, ...]:
     """The layers that `auto:N` chooses by what was measured of a run. Raises UserError."""
+    from pretrain.run_folder import find_checkpoint
     from pretrain.staleness import saved_staleness  # brings torch
 
     count = auto_count(given)
@@ -51,7 +52,7 @@ def auto_layers(given: str, measured: Path | None) -> tuple[int, ...]:
             f"--ladder-layers {given} chooses among the layers of a model that exists: give "
             "--init-from RUN"
         )
-    return saved_staleness(measured).choose(count)
+    return saved_staleness(find_checkpoint(measured).parents[1]).choose(count)
 
 
 def parse_layers(given: str) -> Layers:
