@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.hf.convert import megatron_to_hf
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM, causal_mask, rope_cos_sin
+from megatron_ladder.hf.modeling_ladder import LadderForCausalLM, rope_cos_sin
 from pretrain.checkpoint import load_weights
 from pretrain.config import TrainConfig
 
@@ -81,7 +81,6 @@ def desync_logits(plain: LadderForCausalLM, model: ModelConfig, tp: int, tokens:
     x = core.embed_tokens(tokens)
     positions = torch.arange(tokens.shape[1])[None]
     cos, sin = rope_cos_sin(core.config, positions, x.dtype)
-    mask = causal_mask(tokens.shape[1], 0, None, x.device)
     streams = [x] * tp
     for i, layer in enumerate(core.layers):
         for j, (norm, module, last, extra) in enumerate(
@@ -90,7 +89,7 @@ def desync_logits(plain: LadderForCausalLM, model: ModelConfig, tp: int, tokens:
                     layer.input_layernorm,
                     layer.self_attn,
                     layer.self_attn.o_proj,
-                    (cos, sin, mask, None),
+                    (cos, sin, None),
                 ),
                 (layer.post_attention_layernorm, layer.mlp, layer.mlp.down_proj, ()),
             )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Llama-family decoder with a choice of residual: standard, ladder (arXiv 2501.06589) or parallel.
 
-Self-contained: this file travels with exported models and imports only torch and transformers. It is
-also what the tensor-parallel training code is checked against, so it is written to be read.
+Self-contained: this file travels with exported models and imports only torch and transformers
+(>=5.0,<6). It is also what the tensor-parallel training code is checked against, so it is written to
+be read.
 
 Parameters are named as Llama's. Two states pass from layer to layer, both [batch, length, hidden]:
 `a`, the residual stream after the attention, and `m`, the same stream after the MLP that follows it.
@@ -16,6 +17,7 @@ A ladder sub-module does not wait for the output of the sub-module before it, wh
 tensor parallelism hide one's all-reduce behind the other's arithmetic.
 """
 
+import inspect
 import math
 from typing import Any
 
@@ -23,9 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ladder import LadderConfig
+
+# The first transformers 5 must be told where in the cache the new tokens go; later ones ask the cache.
+_MASK_NEEDS_PLACES = "cache_position" in inspect.signature(create_causal_mask).parameters
 
 
 class LadderRMSNorm(nn.Module):
@@ -75,36 +83,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def causal_mask(
-    query_length: int, past_length: int, attention_mask: Tensor | None, device: torch.device
-) -> Tensor:
-    """True where a query may look: [batch or 1, 1, query_length, past_length + query_length].
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, with the signature of transformers' other implementations.
 
     Args:
-        attention_mask: None, or [batch, past_length + query_length] with 0 on padding.
+        query: [batch, heads, length, head_dim]; key and value have fewer heads, all the cached tokens.
+        attention_mask: [batch or 1, 1, length, cached], added to the scores.
+
+    Returns:
+        The output, [batch, length, heads, head_dim], and the weights, [batch, heads, length, cached].
     """
-    queries = torch.arange(past_length, past_length + query_length, device=device)[:, None]
-    keys = torch.arange(past_length + query_length, device=device)[None, :]
-    mask = (keys <= queries)[None, None]
-    if attention_mask is None:
-        return mask
-    if attention_mask.shape[1:] != keys.shape[1:]:
-        raise ValueError(
-            f"attention_mask is {list(attention_mask.shape)}: it must be [batch, {keys.shape[1]}], "
-            "one value for each cached and new token"
-        )
-    # Padding looks at itself: a row that looks nowhere has no softmax.
-    return mask & attention_mask[:, None, None, :].bool() | (keys == queries)
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
 
 
 class LadderAttention(nn.Module):
-    """Grouped-query attention. In and out: [batch, length, hidden]."""
+    """Grouped-query attention. In and out: [batch, length, hidden].
+
+    The attention itself is transformers' choice (`config._attn_implementation`: sdpa, eager,
+    flash_attention_2, ...), which reads `config`, `is_causal` and `num_key_value_groups` here.
+    """
+
+    is_causal = True
 
     def __init__(self, config: LadderConfig, layer_idx: int) -> None:
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
@@ -122,17 +142,26 @@ class LadderAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        past_key_values: Any | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         query = rotate(self.q_norm(self._heads(self.q_proj(x))), cos, sin)
         key = rotate(self.k_norm(self._heads(self.k_proj(x))), cos, sin)
         value = self._heads(self.v_proj(x))
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        key = key.repeat_interleave(self.queries_per_key, dim=1)
-        value = value.repeat_interleave(self.queries_per_key, dim=1)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        if past_key_values is not None:
+            places = {"cache_position": cache_position}
+            key, value = past_key_values.update(key, value, self.layer_idx, places)
+        kind = self.config._attn_implementation
+        attend = eager_attention if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
+        scaling = self.head_dim**-0.5
+        out, _ = attend(self, query, key, value, mask, scaling=scaling, dropout=0.0, **kwargs)
+        return self.o_proj(out.flatten(2))
 
 
 class LadderMLP(nn.Module):
@@ -148,8 +177,11 @@ class LadderMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class LadderDecoderLayer(nn.Module):
-    """One layer. In and out: the pair (after attention, after MLP); see the top of this file."""
+class LadderDecoderLayer(GradientCheckpointingLayer):
+    """One layer. In and out: the pair (after attention, after MLP); see the top of this file.
+
+    `kwargs` are the attention's, the cache among them.
+    """
 
     def __init__(self, config: LadderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -165,14 +197,14 @@ class LadderDecoderLayer(nn.Module):
             self.post_attention_layernorm = LadderRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, a: Tensor, m: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any | None
+        self, a: Tensor, m: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if self.residual == "parallel":
             normed = self.input_layernorm(m)
-            m = m + self.self_attn(normed, cos, sin, mask, cache) + self.mlp(normed)
+            m = m + self.self_attn(normed, cos, sin, mask, **kwargs) + self.mlp(normed)
             return m, m
         attention_reads = a if self.residual == "ladder" else m
-        a = m + self.self_attn(self.input_layernorm(attention_reads), cos, sin, mask, cache)
+        a = m + self.self_attn(self.input_layernorm(attention_reads), cos, sin, mask, **kwargs)
         mlp_reads = m if self.residual == "ladder" else a
         m = a + self.mlp(self.post_attention_layernorm(mlp_reads))
         return a, m
@@ -183,7 +215,24 @@ class LadderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["LadderDecoderLayer"]  # noqa: RUF012 (transformers' own name)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+def _check_covers(attention_mask: Tensor | None, length: int) -> None:
+    """Refuses a mask of the new tokens alone, which would hide them behind the cached ones."""
+    if (
+        attention_mask is not None
+        and attention_mask.dim() == 2
+        and attention_mask.shape[1] != length
+    ):
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)}: it must be [batch, {length}], "
+            "one value for each cached and new token"
+        )
 
 
 class LadderModel(LadderPreTrainedModel):
@@ -211,9 +260,12 @@ class LadderModel(LadderPreTrainedModel):
 
         Args:
             input_ids: [batch, length]; or else `inputs_embeds`, [batch, length, hidden].
-            attention_mask: [batch, cached + length], 0 on padding, on either side.
-            past_key_values: a DynamicCache; made here when `use_cache`.
+            attention_mask: [batch, cached + length], 0 on padding, on either side; or transformers'
+                prepared mask of four dimensions.
+            position_ids: [batch or 1, length]; counted from the first cached token when left out.
+            past_key_values: any of transformers' caches; a DynamicCache is made when `use_cache`.
             output_hidden_states: also return the embedding and each layer's `m`, the last one normed.
+            kwargs: for the attention implementation.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -221,18 +273,32 @@ class LadderModel(LadderPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+            past_key_values = DynamicCache(config=self.config)
+        # A tensor in a static cache, so that one compiled graph serves every position.
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        length, device = embedding.shape[1], embedding.device
+        length = embedding.shape[1]
+        if isinstance(past_length, int):
+            _check_covers(attention_mask, past_length + length)
+        places = {"cache_position": torch.arange(length, device=embedding.device) + past_length}
         if position_ids is None:
-            position_ids = torch.arange(past_length, past_length + length, device=device)[None]
+            position_ids = places["cache_position"][None]
         cos, sin = rope_cos_sin(self.config, position_ids, embedding.dtype)
-        mask = causal_mask(length, past_length, attention_mask, device)
+        mask = create_causal_mask(
+            self.config,
+            embedding,
+            attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            **(places if _MASK_NEEDS_PLACES else {}),
+        )
 
+        # Flash attention takes sequences packed into one from their positions.
+        kwargs |= {"position_ids": position_ids, **places}
         a = m = embedding
         states = [m]
         for layer in self.layers:
-            a, m = layer(a, m, cos, sin, mask, past_key_values)
+            # The states go by place, the cache by name: gradient checkpointing asks for both.
+            a, m = layer(a, m, cos, sin, mask, past_key_values=past_key_values, **kwargs)
             states.append(m)
         states[-1] = self.norm(m)
         if output_hidden_states is None:
@@ -282,6 +348,7 @@ class LadderForCausalLM(LadderPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])

@@ -9,7 +9,6 @@ from megatron_ladder.config import ModelConfig
 from megatron_ladder.hf import LadderConfig, LadderForCausalLM
 from megatron_ladder.hf.configuration_ladder import ladder_layer_indices
 from megatron_ladder.hf.export import standard_config
-from megatron_ladder.hf.modeling_ladder import causal_mask
 from tests.unit.hf import tiny
 
 LLAMA3 = {
@@ -184,19 +183,6 @@ def test_padding_changes_nothing(side):
     assert padded.isfinite().all()
     alone = model(ids).logits
     torch.testing.assert_close(padded[mask.bool()], alone[0], atol=1e-4, rtol=1e-4)
-
-
-def test_mask_by_hand():
-    """Two new tokens after two cached ones; the second row starts with padding."""
-    mask = causal_mask(2, 2, torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]]), torch.device("cpu"))
-    assert mask[:, 0].int().tolist() == [
-        [[1, 1, 1, 0], [1, 1, 1, 1]],
-        [[0, 0, 1, 0], [0, 0, 0, 1]],  # padding looks at itself: some kernels need one key a row
-    ]
-    assert causal_mask(2, 1, None, torch.device("cpu"))[0, 0].int().tolist() == [
-        [1, 1, 0],
-        [1, 1, 1],
-    ]
 
 
 def test_chunks_through_the_cache_and_the_last_logits():
