@@ -221,6 +221,10 @@ class LadderPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers else guesses it from this file's text, each version otherwise
+
 
 def _check_covers(attention_mask: Tensor | None, length: int) -> None:
     """Refuses a mask of the new tokens alone, which would hide them behind the cached ones."""

@@ -11,19 +11,10 @@ from megatron_ladder.hf.configuration_ladder import ladder_layer_indices
 from megatron_ladder.hf.export import standard_config
 from tests.unit.hf import tiny
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rope", [None, LLAMA3, {"rope_type": "linear", "factor": 2.0}])
+@pytest.mark.parametrize("rope", [None, tiny.LLAMA3, {"rope_type": "linear", "factor": 2.0}])
 def test_standard_is_llama(groups, tied, rope):
     ours = tiny.model(
         residual="standard",
@@ -280,7 +271,10 @@ def test_ladder_layers_mean_the_same_as_in_training(residual, ladder_layers, exp
 
 def test_config_round_trip(tmp_path):
     config = tiny.config(
-        residual="ladder", ladder_layers=[1, 3], rope_parameters=LLAMA3, tie_word_embeddings=True
+        residual="ladder",
+        ladder_layers=[1, 3],
+        rope_parameters=tiny.LLAMA3,
+        tie_word_embeddings=True,
     )
     config.save_pretrained(tmp_path)
     again = LadderConfig.from_pretrained(tmp_path)
@@ -299,7 +293,7 @@ def test_config_errors():
 
 def test_standard_config_keeps_every_field():
     """Nothing the ladder configuration says is lost in a standard model's export."""
-    ours = tiny.config(residual="standard", rope_parameters=LLAMA3, tie_word_embeddings=True)
+    ours = tiny.config(residual="standard", rope_parameters=tiny.LLAMA3, tie_word_embeddings=True)
     llama = standard_config(ours).to_dict()
     lost = {k for k, v in ours.to_dict().items() if llama.get(k) != v}
     assert lost <= {

@@ -18,6 +18,14 @@ KINDS = {
     "last 2": {"residual": "ladder", "ladder_layers": 2},
     "layers 0 and 2": {"residual": "ladder", "ladder_layers": [0, 2]},
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def config(**changes) -> LadderConfig:
