@@ -84,7 +84,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention(
-    module: nn.Module,
+    module: "LadderAttention",
     query: Tensor,
     key: Tensor,
     value: Tensor,
