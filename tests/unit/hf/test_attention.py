@@ -30,6 +30,7 @@ def test_eager_is_sdpa(changes, padded):
     results = []
     for kind in ("sdpa", "eager"):
         model.set_attn_implementation(kind)
+        assert model.config._attn_implementation == kind
         model.zero_grad()
         out = model(ids, attention_mask=mask, labels=labels)
         out.loss.backward()
