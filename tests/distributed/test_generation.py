@@ -18,7 +18,7 @@ from megatron_ladder.mcore_compat import (
     transformer_config,
 )
 from pretrain.checkpoint import load_weights
-from tests.distributed.test_parity import LOGITS_TOLERANCE, VOCAB, _save, variants
+from tests.distributed.test_parity import LOGITS_TOLERANCE, VOCAB, save_model, variants
 from tests.ranks import run_ranks
 from tests.unit.hf.tiny import train_sentencepiece
 
@@ -48,7 +48,7 @@ def generate(model: ModelConfig, tp: int, folder: Path) -> list[tuple[list[int],
                 parameter.uniform_(0.5, 1.5, generator=same)
             else:  # each rank has a part of it
                 parameter.normal_(std=0.25, generator=own)
-    _save(gpt, folder)
+    save_model(gpt, folder)
     gpt.eval()
     return [greedy(gpt, tp, prompt) for prompt in prompts()]
 

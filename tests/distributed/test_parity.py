@@ -77,7 +77,7 @@ def run_model(model: ModelConfig, tp: int, folder: Path, recompute: str = "none"
         for name, parameter in gpt.named_parameters():
             if "norm" in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=noise))
-    _save(gpt, folder / "weights")
+    save_model(gpt, folder / "weights")
 
     batch = tokens()
     inputs, labels = batch[:, :-1], batch[:, 1:]
@@ -92,11 +92,11 @@ def run_model(model: ModelConfig, tp: int, folder: Path, recompute: str = "none"
     with torch.no_grad():  # gradients are gathered as weights are: by a checkpoint
         for parameter in gpt.parameters():
             parameter.copy_(parameter.grad)
-    _save(gpt, folder / "gradients")
+    save_model(gpt, folder / "gradients")
     return torch.cat(parts, dim=-1)[..., :VOCAB]
 
 
-def _save(gpt: torch.nn.Module, folder: Path) -> None:
+def save_model(gpt: torch.nn.Module, folder: Path) -> None:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(True)}
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True)
