@@ -8,11 +8,12 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -203,6 +204,20 @@ def align_checkpoint_ranges(ddp: Any) -> None:
         for bucket in buffer.buckets:
             bucket.numel_unpadded = bucket.grad_data.numel()
         buffer.numel_unpadded = buffer.numel
+
+
+def save_without_tensors(
+    state: dict[str, Any], content_metadata: dict[str, Any], folder: str
+) -> None:
+    """Writes what a checkpoint holds beside tensors, so that these may be written by others (DCP).
+
+    0.19 keeps it among the tensors, whose list the others write anew, but reads 0.16's file as well.
+    """
+    # Copied: saving adds to it.
+    dist_checkpointing.save(dict(state), folder, content_metadata=content_metadata)
+    common = Path(folder) / "common.pt"
+    if not common.exists():
+        torch.save({**state, "content_metadata": content_metadata}, common)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from tqdm import tqdm
 
 from megatron_ladder import cpu_platform
@@ -26,6 +25,7 @@ from megatron_ladder.hf.convert import Chunk, hf_to_megatron_chunks
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.stored import stored_tensors
+from megatron_ladder.mcore_compat import save_without_tensors
 from pretrain.config import DataConfig, TrainConfig, save_config
 from pretrain.files import sync
 from pretrain.ladder_layers import auto_count, is_auto, with_ladder_layers
@@ -136,9 +136,8 @@ def _write_checkpoint(folder: Path, chunks: list[Chunk], config: TrainConfig) ->
     if alone:  # megatron-core asks for a process group
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        # What is not a tensor; the tensors' list, empty here, is written over.
         progress = {"progress": {"step": 0, "consumed_samples": 0}}
-        dist_checkpointing.save(progress, str(folder), content_metadata={"weights_only": True})
+        save_without_tensors(progress, {"weights_only": True}, str(folder))
     finally:
         if alone:
             dist.destroy_process_group()
