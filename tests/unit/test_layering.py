@@ -85,6 +85,8 @@ def test_every_folder_has_its_line_in_the_readme() -> None:
         "megatron_ladder/hf",
         "pretrain",
         "pretrain/bench",
+        "pretrain/depth",
+        "pretrain/evaluation",
         "data_prep",
         "slurm",
         "tests",
