@@ -10,11 +10,13 @@ USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says mor
   import    make a run's folder of a Hugging Face model
   export    write a run's checkpoint as a Hugging Face folder
   generate  continue prompts with an exported folder
+  eval      perplexity, small offline tasks and lm-evaluation-harness on a run or an exported folder
   report    loss curves of one or several runs, as a page and pictures; report depth: a model's layers
   bench     trace, plan: what the overlap hides, seen on local ranks and modelled for a cluster
   doctor    what is installed, and what is missing for GPU and FP8
 """
-COMMANDS = ("data", "train", "import", "export", "generate", "report", "bench", "doctor")
+COMMANDS = ("data", "train", "import", "export", "generate", "eval", "report", "bench", "doctor")
+KEYWORDS = ("import", "eval")  # what Python calls so is another thing: these functions end in "_"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return data_main(argv[1:])
     from pretrain import commands
 
-    return getattr(commands, "import_" if name == "import" else name)(argv[1:])
+    return getattr(commands, name + "_" if name in KEYWORDS else name)(argv[1:])
 
 
 if __name__ == "__main__":

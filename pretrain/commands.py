@@ -164,6 +164,18 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
+@_for_users
+def eval_(argv: list[str]) -> int:
+    """Measures a model."""
+    from pretrain.evaluation.options import EvalOptions
+
+    options = tyro.cli(EvalOptions, args=argv, prog="megatron-ladder eval")
+    from pretrain.evaluation.command import evaluate
+
+    evaluate(options)
+    return 0
+
+
 @dataclass(frozen=True)
 class ReportOptions:
     """Draw one or several runs side by side: an HTML page and PNGs.

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_ladder.errors import UserError
 from pretrain.config import differences, load_config
+from pretrain.evaluation.results import cells, latest_results
 from pretrain.files import write_atomically
 from pretrain.metrics import read_metrics
 from pretrain.pages import labels, render
@@ -131,6 +132,12 @@ def _summary(run: Run) -> list[tuple[str, str]]:
             unigram = run.unigram[dataset]
             rows.append((f"entropy of single tokens, {dataset}", f"{unigram:.4f}"))
             rows.append((f"nats below it, {dataset}", f"{unigram - last['loss']:.4f}"))
+    if measured := latest_results(run.path):
+        step, results = measured
+        rows.append(("evaluated at step", f"{step:,}"))
+        rows += [
+            (f"{task} {metric}, {data}", value) for task, data, metric, value, _ in cells(results)
+        ]
     state = "finished" if run.finished else "in progress or stopped"
     rows.append(("state", state + (f", {run.restarts} restarts" if run.restarts else "")))
     return rows

@@ -49,7 +49,7 @@ class RunLog:
                 world_size=self._world_size,
                 name=config.output_dir.name,
                 residual=config.model.residual,
-                versions=_versions(),
+                versions=versions(),
                 parameters=config.model.num_parameters(),
                 tokens_per_step=config.tokens_per_step,
                 train_steps=config.train_steps,
@@ -131,14 +131,15 @@ class RunLog:
             self._log.end(step=step, reason="finished")
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": sys.version.split()[0]}
+def versions() -> dict[str, str]:
+    """Of Python and of what computes, for the record."""
+    found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def _peak_memory_gib() -> float:

@@ -1,0 +1,168 @@
+"""`megatron-ladder eval`: a model on data sets and tasks."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ladder.errors import UserError
+from pretrain.data import DataFolder, open_folder
+from pretrain.evaluation import harness
+from pretrain.evaluation.documents import Documents, Texts, load_tokenizer, open_split, sha256
+from pretrain.evaluation.likelihood import TextModel
+from pretrain.evaluation.offline_tasks import ITEMS, run_task
+from pretrain.evaluation.options import EvalOptions
+from pretrain.evaluation.perplexity import measure_perplexity
+from pretrain.evaluation.results import FOLDER, Result, new_file, save, table
+from pretrain.plain_model import PlainModel, is_hf_folder, load_plain_model
+from pretrain.run_folder import checkpoint_step, find_checkpoint
+from pretrain.run_log import versions
+
+
+def evaluate(options: EvalOptions) -> Path:
+    """Measures, prints a table and writes a file, anew after each result.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: before anything is measured, when options, model and data do not fit; at the end, when
+            the data of some task of lm-evaluation-harness could not be loaded.
+    """
+    splits = [open_split(open_folder(path), options.split) for path in options.data_paths()]
+    names = options.harness_tasks()
+    manager = harness.find_tasks(names, options.include_path) if names else None
+    plain = load_plain_model(options.model)
+    seq_length = _seq_length(options, plain)
+    if "perplexity" in options.offline_tasks():
+        for documents in splits:
+            check_tokenizer(documents.folder, plain)
+    folder, step = _place(options)
+    file = new_file(options.output_dir or folder, step)
+
+    facts = _facts(plain, step)
+    results: list[Result] = []
+    failed = []
+    for measure in _measurements(options, plain, splits, seq_length, manager):
+        try:
+            results += measure()
+        except UserError as error:  # of one task, such as data that cannot be loaded
+            failed.append(str(error))
+        else:
+            save(file, facts, results)
+    if results:
+        print(f"{_report(results)}\n\nResults: {file}")
+    if failed:
+        raise UserError("\n".join(failed))
+    return file
+
+
+def check_tokenizer(folder: DataFolder, plain: PlainModel) -> None:
+    """Refuses a data set that was made with a tokenizer that is not the model's.
+
+    An exported folder has the tokenizer it was trained with twice where that is SentencePiece's, as
+    tokenizer.model and as tokenizer.json: the ids are the same.
+    """
+    beside = plain.tokenizer_file.parent
+    own = [beside / name for name in ("tokenizer.model", "tokenizer.json")]
+    if folder.tokenizer["sha256"] not in [sha256(file) for file in own if file.is_file()]:
+        raise UserError(
+            f"{folder.path} was tokenized with another tokenizer than that of {plain.path}: ids mean "
+            "different things. Tokenize the text with the model's; bits_per_byte compare across "
+            "tokenizers, and last_word and continuation take data of any"
+        )
+
+
+def _seq_length(options: EvalOptions, plain: PlainModel) -> int:
+    context = plain.config.max_position_embeddings
+    if options.seq_length is not None and options.seq_length > context:
+        raise UserError(
+            f"--seq-length {options.seq_length}: the context of {plain.path} is {context:,} tokens"
+        )
+    return options.seq_length or context
+
+
+def _place(options: EvalOptions) -> tuple[Path, int | None]:
+    """Where results go unless said, and a run's step."""
+    if is_hf_folder(options.model):  # beside it: what is in it is what is published
+        folder = options.model.resolve()
+        return folder.with_name(f"{folder.name}-{FOLDER}"), None
+    checkpoint = find_checkpoint(options.model)
+    return checkpoint.parents[1] / FOLDER, checkpoint_step(checkpoint)
+
+
+def _facts(plain: PlainModel, step: int | None) -> dict[str, Any]:
+    on_gpu = plain.device.type == "cuda"
+    return {
+        "model": plain.name,
+        "path": str(plain.path),
+        "step": step,
+        "residual": plain.config.residual,
+        "tokenizer_sha256": plain.tokenizer["sha256"],
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "dtype": str(plain.model.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "unix_time": time.time(),
+    }
+
+
+def _measurements(
+    options: EvalOptions,
+    plain: PlainModel,
+    splits: list[Documents],
+    seq_length: int,
+    manager: Any,
+) -> Iterator[Callable[[], list[Result]]]:
+    """What is asked for, one after another."""
+    batch_size, seed = options.batch_size, options.seed
+    tokenizer, eod_id = load_tokenizer(plain.tokenizer_file), plain.tokenizer["eod_id"]
+    text_model = TextModel(plain.model, tokenizer, eod_id, seq_length, batch_size)
+
+    def perplexity(documents: Documents) -> Result:
+        if options.max_tokens is not None:
+            documents = documents.at_most(options.max_tokens, seed)
+        found = measure_perplexity(plain.model, documents, seq_length, batch_size)
+        return found | {"seed": None if documents.is_whole else seed}
+
+    def offline(name: str, documents: Documents) -> list[Result]:
+        if name == "perplexity":
+            found = perplexity(documents)
+        else:
+            count = options.limit or ITEMS
+            found = run_task(name, Texts(documents), count, seed, text_model.likelihoods)
+        made_with = documents.folder.tokenizer["sha256"]
+        data = {"data": documents.folder.name, "split": documents.split}
+        return [found | data | {"data_tokenizer_sha256": made_with}]
+
+    for documents in splits:
+        for name in options.offline_tasks():
+            yield functools.partial(offline, name, documents)
+    if options.harness_tasks():
+        lm = harness.wrap(plain, seq_length, batch_size)
+        for name in options.harness_tasks():
+            yield functools.partial(harness.run_harness_task, name, manager, lm, options.limit)
+
+
+def _report(results: list[Result]) -> str:
+    """The table, what perplexity was measured on, and an item of each task."""
+    parts = [table(results)]
+    for result in results:
+        if result["task"] == "perplexity":
+            drawn = "the whole split" if result["is_whole_split"] else "drawn at random"
+            parts.append(
+                f"{result['data']} {result['split']}: {result['documents']:,} documents ({drawn}), "
+                f"{result['text_bytes']:,} bytes, in windows of {result['seq_length']:,} tokens; "
+                f"{result['tokens_per_second']:,.0f} tokens a second"
+            )
+        elif "example" in result:
+            example = result["example"]
+            answer = example["choices"][example["answer"]]
+            wrong = [c for c in example["choices"] if c is not answer]
+            parts.append(
+                f"{result['task']}, the first item: ...{example['context'][-200:]!r} -> {answer!r}"
+                + "".join(f"\n    not {choice!r}" for choice in wrong)
+            )
+    return "\n\n".join(parts)

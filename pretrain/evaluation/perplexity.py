@@ -1,0 +1,77 @@
+"""Loss of a model on a data set, in nats a token and in bits a byte."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+from pretrain.evaluation.documents import Documents
+from pretrain.evaluation.likelihood import token_losses
+
+
+def measure_perplexity(
+    model: Any, documents: Documents, seq_length: int, batch_size: int
+) -> dict[str, Any]:
+    """Predicts every token of the documents once.
+
+    The stream [EOD] document EOD document EOD ... is cut into windows of seq_length + 1 tokens, the last
+    of one being the first of the next: in a window, a token is predicted from those before it, as in
+    training. The last window may be shorter.
+
+    Returns:
+        What results.py writes. `loss` is a mean over tokens, EOD included; its standard error is that of a
+        mean over windows. `bits_per_byte` are those of all tokens over the bytes of the text alone.
+        With a mask, `trained_loss` is the mean over the tokens that are trained on.
+    """
+    eod = np.array([documents.folder.tokenizer["eod_id"]])
+    ids, trained = documents.ids(), documents.trained()
+    stream = np.concatenate([eod.astype(ids.dtype), ids])
+    starts = range(0, len(ids), seq_length)
+    windows = [stream[start : start + seq_length + 1] for start in starts]
+    nats = np.zeros(len(windows))
+    trained_nats = 0.0
+    begin = time.perf_counter()
+    title = f"perplexity, {documents.folder.name}"
+    for i, losses, _ in token_losses(model, windows, batch_size, title):
+        of_window = losses.double().numpy()
+        nats[i] = of_window.sum()
+        if trained is not None:
+            trained_nats += of_window[trained[starts[i] : starts[i] + len(of_window)]].sum()
+    seconds = time.perf_counter() - begin
+    counts = np.array([len(window) - 1 for window in windows])
+    loss = float(nats.sum() / len(ids))
+    text_bytes = documents.text_bytes()
+    metrics: dict[str, float | None] = {
+        "loss": loss,
+        "loss_stderr": ratio_stderr(nats, counts),
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": float(nats.sum() / (text_bytes * math.log(2))),
+    }
+    found: dict[str, Any] = {
+        "task": "perplexity",
+        "metrics": metrics,
+        "tokens": len(ids),
+        "documents": len(documents),
+        "is_whole_split": documents.is_whole,
+        "text_bytes": text_bytes,
+        "seq_length": seq_length,
+        "seconds": seconds,
+        "tokens_per_second": len(ids) / seconds,
+    }
+    if trained is not None and trained.any():
+        metrics["trained_loss"] = float(trained_nats / trained.sum())
+        found["trained_tokens"] = int(trained.sum())
+    return found
+
+
+def ratio_stderr(sums: np.ndarray, counts: np.ndarray) -> float | None:
+    """Standard error of sums' total over counts' total, their pairs being drawn independently.
+
+    None for one pair, which says nothing of others.
+    """
+    number = len(sums)
+    if number < 2:
+        return None
+    rest = sums - counts * (sums.sum() / counts.sum())
+    return float(math.sqrt((rest**2).sum() * number / (number - 1)) / counts.sum())

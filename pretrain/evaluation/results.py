@@ -1,0 +1,102 @@
+"""What was measured of models, as files; docs/formats.md describes them.
+
+Each command writes a file of its own: nothing that was there is touched, and commands that measure one
+run at the same time do not meet.
+"""
+
+import json
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from megatron_ladder.errors import UserError
+from pretrain.files import write_atomically
+
+FOLDER = "evaluations"
+FORMAT = "megatron-ladder-evaluation"
+
+Result = dict[str, Any]
+
+
+def new_file(folder: Path, step: int | None) -> Path:
+    """A name that no other command takes, in the order of time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    of_step = f"step_{step:08d}." if step is not None else ""
+    return folder / f"{of_step}{moment}-{uuid.uuid4().hex[:8]}.json"
+
+
+def save(path: Path, facts: dict[str, Any], results: list[Result]) -> None:
+    """Writes all results so far; called after each, so that none is lost."""
+    content = {"format": FORMAT, "version": 1, **facts, "results": results}
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def latest_results(run: Path) -> tuple[int, list[Result]] | None:
+    """What was measured last, of each task and data set, at the last step that was measured.
+
+    Returns:
+        The step and the results; None when nothing was measured.
+
+    Raises:
+        UserError: a file there is not one of these.
+    """
+    files = []
+    for path in sorted((run / FOLDER).glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT or content["version"] != 1:
+                raise KeyError("format")
+            files.append((content["step"], content["unix_time"], content["results"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no file of `megatron-ladder eval`: {error!r}") from error
+    if not files:
+        return None
+    last = max(step for step, _, _ in files)
+    latest: dict[Any, Result] = {}
+    for _, _, results in sorted((f for f in files if f[0] == last), key=lambda f: f[1]):
+        for result in results:
+            latest[result["task"], result.get("data"), result.get("split")] = result
+    return last, list(latest.values())
+
+
+def cells(results: list[Result]) -> list[tuple[str, str, str, str, str]]:
+    """Task, data, metric, value with its standard error, and what it was measured on."""
+    found = []
+    for result in results:
+        metrics = result["metrics"]
+        data = f"{result['data']} {result['split']}" if "data" in result else "lm-eval"
+        for name, value in metrics.items():
+            if "_stderr" in name or not isinstance(value, int | float):
+                continue
+            stderr = metrics.get(_stderr_of(name))
+            shown = f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+            if isinstance(stderr, int | float):
+                shown += f" ± {stderr:.4f}"
+            found.append((result["task"], data, name, shown, _measured_on(result, name)))
+    return found
+
+
+def _stderr_of(metric: str) -> str:
+    """ "acc,none" of lm-eval has "acc_stderr,none"."""
+    name, comma, filters = metric.partition(",")
+    return f"{name}_stderr{comma}{filters}"
+
+
+def _measured_on(result: Result, metric: str) -> str:
+    if metric == "trained_loss":
+        return f"{result['trained_tokens']:,} tokens"
+    if "tokens" in result:
+        return f"{result['tokens']:,} tokens"
+    return f"{result['items']:,} items" if result.get("items") else ""
+
+
+def table(results: list[Result]) -> str:
+    """Aligned columns with a head."""
+    lines = [("task", "data", "metric", "value", "of"), *cells(results)]
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
