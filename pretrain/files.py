@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -21,3 +22,8 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Of a small file's content, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

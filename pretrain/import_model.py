@@ -27,10 +27,11 @@ from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.stored import stored_tensors
 from megatron_ladder.mcore_compat import save_without_tensors
 from pretrain.config import DataConfig, TrainConfig, save_config
+from pretrain.data import open_folder
 from pretrain.files import sync
 from pretrain.ladder_layers import auto_count, is_auto, with_ladder_layers
 from pretrain.plain_model import load_plain_model
-from pretrain.sample import open_data_for, sample_sequences
+from pretrain.sample import check_tokenizer, sample_sequences
 from pretrain.staleness import Staleness, measure_staleness, save_staleness
 from pretrain.tokenizer_facts import tokenizer_facts
 from pretrain.weights import write_weights
@@ -121,7 +122,8 @@ def _measured(
             "--ladder-layers auto:N measures the layers: give --sample DATA, a data set made with the "
             "model's tokenizer"
         )
-    data = open_data_for(sample, tokenizer["sha256"], str(source))
+    data = open_folder(sample)
+    check_tokenizer(data, source / tokenizer["file"], source)
     length = min(SAMPLE_LENGTH, model.max_position_embeddings)
     sequences = sample_sequences(data, SAMPLE_SEQUENCES, length)
     plain = load_plain_model(source)

@@ -7,22 +7,25 @@ import torch
 from torch import Tensor
 
 from megatron_ladder.errors import UserError
-from pretrain.data import DataFolder, open_folder
+from pretrain.data import DataFolder
+from pretrain.files import sha256
 
 
-def open_data_for(path: Path, tokenizer_sha256: str, model: str) -> DataFolder:
-    """A data set made with the model's tokenizer.
+def check_tokenizer(folder: DataFolder, tokenizer_file: Path, model: Path) -> None:
+    """Refuses a data set that was made with a tokenizer that is not the model's.
+
+    An exported folder has the tokenizer it was trained with twice where that is SentencePiece's, as
+    tokenizer.model and as tokenizer.json: the ids are the same.
 
     Raises:
-        UserError: it is none, or was made with another.
+        UserError: it was.
     """
-    folder = open_folder(path)
-    if folder.tokenizer["sha256"] != tokenizer_sha256:
+    own = [tokenizer_file.with_name(name) for name in ("tokenizer.model", "tokenizer.json")]
+    if folder.tokenizer["sha256"] not in [sha256(file) for file in own if file.is_file()]:
         raise UserError(
-            f"{path} was tokenized with another tokenizer than that of {model}: ids mean different "
-            "things; tokenize with the model's"
+            f"{folder.path} was tokenized with another tokenizer than that of {model}: ids mean "
+            f"different things; tokenize the text with {tokenizer_file}"
         )
-    return folder
 
 
 def held_out_split(folder: DataFolder) -> str:

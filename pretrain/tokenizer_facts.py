@@ -1,10 +1,10 @@
 """What a data set's manifest says of a tokenizer, of a Hugging Face folder's."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
+from pretrain.files import sha256
 
 
 def tokenizer_facts(folder: Path, config: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def tokenizer_facts(folder: Path, config: Any) -> dict[str, Any]:
         return {
             "kind": "huggingface" if name.endswith(".json") else "sentencepiece",
             "file": name,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "sha256": sha256(path),
             "vocab_size": size,
             "eod_id": eos,
         }

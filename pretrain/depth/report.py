@@ -9,14 +9,14 @@ from torch import Tensor
 
 from megatron_ladder.errors import UserError
 from pretrain.config import load_config
-from pretrain.data import DataFolder
+from pretrain.data import DataFolder, open_folder
 from pretrain.depth import plots
 from pretrain.depth.maps import map_errors, states_after_layers
 from pretrain.depth.measured import Measured, as_text, layer_table, measure, rule_table
 from pretrain.files import write_atomically
 from pretrain.pages import labels, render
 from pretrain.plain_model import PlainModel, is_hf_folder, load_plain_model
-from pretrain.sample import held_out_split, open_data_for, sample_sequences
+from pretrain.sample import check_tokenizer, held_out_split, sample_sequences
 from pretrain.staleness import save_staleness
 
 DEFAULT_LENGTH = 256
@@ -91,7 +91,9 @@ def _data(plains: list[PlainModel], data: Path | None) -> DataFolder:
             why = f"its own, {own[0]}, is not there" if own else "it has none of its own"
             raise UserError(f"no data to measure {first.path} on ({why}): give --data FOLDER")
         data = own[0]
-    return open_data_for(data, first.tokenizer["sha256"], str(first.path))
+    folder = open_folder(data)
+    check_tokenizer(folder, first.tokenizer_file, first.path)
+    return folder
 
 
 def _sequences(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from megatron_ladder.errors import UserError
-from pretrain.data import DataFolder, open_folder
+from pretrain.data import open_folder
 from pretrain.evaluation import harness
-from pretrain.evaluation.documents import Documents, Texts, load_tokenizer, open_split, sha256
+from pretrain.evaluation.documents import Documents, Texts, load_tokenizer, open_split
 from pretrain.evaluation.likelihood import TextModel
 from pretrain.evaluation.offline_tasks import ITEMS, run_task
 from pretrain.evaluation.options import EvalOptions
@@ -20,6 +20,7 @@ from pretrain.evaluation.results import FOLDER, Result, new_file, save, table
 from pretrain.plain_model import PlainModel, is_hf_folder, load_plain_model
 from pretrain.run_folder import checkpoint_step, find_checkpoint
 from pretrain.run_log import versions
+from pretrain.sample import check_tokenizer
 
 
 def evaluate(options: EvalOptions) -> Path:
@@ -39,7 +40,7 @@ def evaluate(options: EvalOptions) -> Path:
     seq_length = _seq_length(options, plain)
     if "perplexity" in options.offline_tasks():
         for documents in splits:
-            check_tokenizer(documents.folder, plain)
+            check_tokenizer(documents.folder, plain.tokenizer_file, plain.path)
     folder, step = _place(options)
     file = new_file(options.output_dir or folder, step)
 
@@ -58,22 +59,6 @@ def evaluate(options: EvalOptions) -> Path:
     if failed:
         raise UserError("\n".join(failed))
     return file
-
-
-def check_tokenizer(folder: DataFolder, plain: PlainModel) -> None:
-    """Refuses a data set that was made with a tokenizer that is not the model's.
-
-    An exported folder has the tokenizer it was trained with twice where that is SentencePiece's, as
-    tokenizer.model and as tokenizer.json: the ids are the same.
-    """
-    beside = plain.tokenizer_file.parent
-    own = [beside / name for name in ("tokenizer.model", "tokenizer.json")]
-    if folder.tokenizer["sha256"] not in [sha256(file) for file in own if file.is_file()]:
-        raise UserError(
-            f"{folder.path} was tokenized with another tokenizer than that of {plain.path}: ids mean "
-            "different things. Tokenize the text with the model's; bits_per_byte compare across "
-            "tokenizers, and last_word and continuation take data of any"
-        )
 
 
 def _seq_length(options: EvalOptions, plain: PlainModel) -> int:

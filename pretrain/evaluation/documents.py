@@ -1,7 +1,6 @@
 """A data set's split by document: tokens, what of them is trained on, and text."""
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.tokenizer import sentencepiece_to_tokenizers
 from pretrain.data import DataFolder
+from pretrain.files import sha256
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,3 @@ def load_tokenizer(file: Path) -> Tokenizer:
     tokenizer = sentencepiece_to_tokenizers(proto)
     tokenizer.encode_special_tokens = True  # SentencePiece: text that spells "</s>" is text
     return tokenizer
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -11,7 +11,7 @@ from megatron_ladder.errors import UserError
 from pretrain.data import open_folder
 from pretrain.import_model import import_model
 from pretrain.plain_model import load_plain_model
-from pretrain.sample import open_data_for, sample_sequences
+from pretrain.sample import check_tokenizer, sample_sequences
 from pretrain.staleness import (
     loss_with_ladder_layers,
     mean_loss,
@@ -110,5 +110,10 @@ def test_samples_are_pieces_of_the_held_out_split(tmp_path: Path) -> None:
     assert len(sample_sequences(folder, count=100, length=20)) == 7
     with pytest.raises(UserError, match="150 tokens"):
         sample_sequences(folder, count=1, length=150)
-    with pytest.raises(UserError, match="another tokenizer"):
-        open_data_for(data, "0" * 64, "model")
+    check_tokenizer(folder, data / "tokenizer.model", Path("model"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="another tokenizer than that of model"):
+        check_tokenizer(folder, tmp_path / "tokenizer.json", Path("model"))
+    # The same tokenizer as an exported folder has it beside its tokenizer.json.
+    (tmp_path / "tokenizer.model").write_bytes((data / "tokenizer.model").read_bytes())
+    check_tokenizer(folder, tmp_path / "tokenizer.json", Path("model"))
