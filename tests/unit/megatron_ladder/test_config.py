@@ -39,7 +39,7 @@ def test_each_layer_has_its_residual_kind(residual, ladder_layers, kinds) -> Non
         ({"num_layers": 0}, "model.num_layers is 0"),
         ({"num_query_groups": 0}, "model.num_query_groups is 0"),
         ({"hidden_size": 66}, "model.hidden_size 66 is not a multiple"),
-        ({"hidden_size": 12}, "RoPE needs it even"),
+        ({"hidden_size": 12}, "RoPE needs them even"),
         ({"num_query_groups": 3}, "not a multiple of model.num_query_groups 3"),
         ({"residual": "stale"}, "choose one of standard, ladder, parallel"),
         ({"ladder_layers": 5}, "0 to 4"),
