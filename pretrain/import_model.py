@@ -9,7 +9,6 @@ OUT/staleness.json                                what --ladder-layers auto:N me
 import json
 import shutil
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import Chunk, hf_to_megatron_chunks
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
+from megatron_ladder.hf.output import complete_or_absent
 from megatron_ladder.hf.stored import stored_tensors
 from megatron_ladder.mcore_compat import save_without_tensors
 from pretrain.config import DataConfig, TrainConfig, save_config
 from pretrain.data import open_folder
-from pretrain.files import sync
 from pretrain.ladder_layers import auto_count, is_auto, with_ladder_layers
 from pretrain.plain_model import load_plain_model
 from pretrain.sample import check_tokenizer, sample_sequences
@@ -62,8 +61,6 @@ def import_model(
     """
     if not source.is_dir():
         raise UserError(f"{source} does not exist: give a Hugging Face model's folder")
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"{output_dir} is in use: choose another output folder, or remove it")
     hf_config = read_hf_config(source)
     model = to_model_config(hf_config, source / "config.json")
     tokenizer = tokenizer_facts(source, hf_config)
@@ -87,25 +84,12 @@ def import_model(
         precision="bf16" if dtype == torch.bfloat16 else "fp32",
     )
 
-    parent = output_dir.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=parent))
-    try:
+    with complete_or_absent(output_dir) as new:
         _write_checkpoint(new / "checkpoints" / "step_00000000", chunks, config)
         save_config(config, new / "config.json")
         _keep_files(source, new, tokenizer)
         if staleness:
             save_staleness(new, staleness)
-        new.chmod(0o755)
-        for path in new.rglob("*"):
-            sync(path)
-        if output_dir.is_dir():
-            output_dir.rmdir()  # it is empty
-        new.rename(output_dir)
-        sync(parent)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     return (
         f"{source} ({hf_config.architectures[0]}, {model.num_parameters() / 1e9:.2f} G parameters, "

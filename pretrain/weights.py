@@ -3,7 +3,6 @@
 The format is torch's distributed checkpoint, as megatron-core writes it: any layout opens it.
 """
 
-import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.utils import _create_file_view
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_ladder.hf.convert import Chunk
 
@@ -49,8 +50,7 @@ class CheckpointTensor:
             pieces, result = list(self.pieces), torch.empty(self.shape, dtype=self.dtype)
         for chunk, path, offset, length in pieces:
             with path.open("rb") as file:
-                file.seek(offset)
-                piece = torch.load(io.BytesIO(file.read(length)), weights_only=True)
+                piece = torch.load(_create_file_view(file, offset, length), weights_only=True)
             begin, size = list(chunk.offsets), list(chunk.sizes)
             if isinstance(which, int):
                 piece, begin, size = piece[which - begin[0]], begin[1:], size[1:]
@@ -87,11 +87,16 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
 def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
     """Writes a checkpoint's tensors into a folder; each is made when it is its turn.
 
+    The caller makes sure that the files are on disk.
+
     Raises:
         What `Chunk.make` raises, and OSError.
     """
-    # One thread: torch loses the errors of others.
-    writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
+    # One thread: torch loses the errors of others. A file for each: of one file, torch keeps tensors
+    # until all are written.
+    writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=1, sync_files=False)
+    crc = get_crc32_options()
+    set_crc32_options(False)  # torch.load does not read them
     try:
         with warnings.catch_warnings():
             # That there are no ranks, and that megatron-core has begun the folder, is as it should be.
@@ -100,6 +105,8 @@ def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise cause from error
+    finally:
+        set_crc32_options(crc)
 
 
 class _OneAtATime(DefaultSavePlanner):

@@ -192,7 +192,7 @@ def hf_to_megatron_chunks(
     def make(entry: _Entry, layer: int) -> Tensor:
         parts = [state[entry.full_name(name, layer)][:] for name in entry.hugging_face]
         tensor = _join(parts, config)
-        if entry.vocabulary:
+        if entry.vocabulary and len(tensor) < padded_vocab_size:
             tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padded_vocab_size - len(tensor)))
         return tensor
 

@@ -6,10 +6,9 @@ exported as such.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -30,6 +29,8 @@ from transformers import (
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.configuration_ladder import LadderConfig
 from megatron_ladder.hf.convert import megatron_to_hf
+from megatron_ladder.hf.output import complete_or_absent
+from megatron_ladder.hf.stored import bytes_of, is_finite, safetensors_header
 from megatron_ladder.hf.tokenizer import write_tokenizer
 
 _HERE = Path(__file__).parent
@@ -67,6 +68,7 @@ _COPIED = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_PIECE = 1 << 24  # elements converted, checked and written at a time
 CARD_FACTS = ("name", "license", "data", "training", "limits")
 
 
@@ -148,7 +150,7 @@ def model_card(config: LadderConfig, dtype: torch.dtype, facts: Mapping[str, Any
     return environment.get_template("model_card.md.jinja").render(
         config=config,
         ladder_layers=config.ladder_layer_indices(),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
         facts={name: facts.get(name) for name in CARD_FACTS},
     )
 
@@ -190,70 +192,54 @@ def _write_weights(
     max_shard_size: str,
     folder: Path,
 ) -> None:
-    # The split is planned on tensors without data, so that nothing is copied before its turn.
+    # The files are planned on tensors without data, so that nothing is read before its turn.
     without_data = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in tensors.items()
     }
-    plan = split_torch_state_dict_into_shards(
-        {
-            name: torch.empty(tensor.shape, dtype=dtype, device="meta")
-            for name, tensor in megatron_to_hf(without_data, config)
-        },
-        max_shard_size=max_shard_size,
-    )
+    planned = {
+        name: torch.empty(tensor.shape, dtype=dtype, device="meta")
+        for name, tensor in megatron_to_hf(without_data, config)
+    }
+    plan = split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
     file_of = plan.tensor_to_filename
-    missing = {file: set(names) for file, names in plan.filename_to_tensors.items()}
-    pending: dict[str, dict[str, Tensor]] = {file: {} for file in missing}
-    for name, tensor in megatron_to_hf(tensors, config):
-        file = file_of[name]
-        pending[file][name] = _alone(tensor.detach().to(dtype))
-        missing[file].remove(name)
-        if not missing[file]:
-            save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
-    assert not pending, "every shard is complete when the tensors run out"
+    for file, names in plan.filename_to_tensors.items():
+        header = safetensors_header({name: planned[name] for name in names})
+        (folder / file).write_bytes(header)
+    # As the plan names them in the order in which they come, each is added to the end of its file.
+    for name, tensor in tqdm(
+        megatron_to_hf(tensors, config),
+        desc="exporting",
+        unit=" tensors",
+        total=len(planned),
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    ):
+        with (folder / file_of[name]).open("ab") as opened:
+            for piece in tensor.detach().reshape(-1).split(_PIECE):
+                opened.write(bytes_of(_converted(piece, dtype, name)))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": file_of}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor in storage of its own: that of a view (of all layers) is neither written nor kept."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
+def _converted(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    result = piece.to(dtype)
+    if is_finite(result):
+        return result
+    if is_finite(piece):
+        raise UserError(f"{name} has values too large for {_name(dtype)}: export as bf16 or fp32")
+    raise UserError(
+        f"{name} holds NaN or infinite values: nothing was written; export an earlier checkpoint, "
+        "RUN/checkpoints/step_N"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _first(ids: int | list[int]) -> int:
     """Some models have several tokens that end a text."""
     return ids[0] if isinstance(ids, list) else ids
-
-
-@contextmanager
-def _complete_or_absent(output_dir: Path) -> Iterator[Path]:
-    """A temporary sibling of `output_dir` that becomes it when the block ends without an error."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"{output_dir} exists and is not a folder: choose another output folder")
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        raise UserError(f"{output_dir} is not empty: choose another output folder, or remove it")
-    parent = output_dir.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = parent / f".{output_dir.absolute().name}.tmp-{os.getpid()}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _fsync(path)
-        temporary.replace(output_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _fsync(parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

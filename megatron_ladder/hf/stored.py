@@ -1,8 +1,10 @@
-"""Tensors of a Hugging Face folder's safetensors files, read when they are asked for."""
+"""Safetensors files, a tensor at a time: read when it is asked for, written when it is its turn."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,52 +19,115 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file; `tensor[:]` reads it. The file's pages go with what was read."""
+    """A tensor in a file; `tensor[:]` reads it, into memory of its own."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int
+    """Of its first byte in the file."""
 
     def __getitem__(self, all_of_it: slice) -> Tensor:
         assert all_of_it == slice(None)
-        with safe_open(self.path, "pt") as file:
-            tensor = file.get_tensor(self.name)
-        # A sum shows NaN and Inf at a fraction of what looking at each would cost.
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        # Not mapped: a mapped file's pages would count as this process's memory, beside what is
+        # made of them.
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            count = file.readinto(bytes_of(tensor))
+        if count < tensor.nbytes:
+            raise UserError(f"{self.path} is damaged or cut short: it ends within {self.name}")
+        if not is_finite(tensor):
             raise UserError(f"{self.path}: {self.name} holds NaN or infinite values")
         return tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's memory, of whatever dtype; to be read from or into."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. The extremes say so, in one pass and without a copy."""
+    lowest, highest = torch.aminmax(tensor.reshape(-1))
+    return bool(lowest.isfinite() and highest.isfinite())
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a folder, by name; their headers are read and checked, their data is not.
 
     Raises:
-        UserError: no safetensors files, one that is missing or damaged, or weights of another kind.
+        UserError: no safetensors files, one that is missing or damaged, weights of another kind, or an
+            index that disagrees with the files.
     """
+    files, weight_map = _files(folder)
     found: dict[str, StoredTensor] = {}
-    for path in _files(folder):
+    for path in files:
         try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in DTYPES:
-                        raise UserError(
-                            f"{path}: {name} is {part.get_dtype()}: weights in F32, F16 or BF16 are "
-                            "read, quantized ones are not"
-                        )
-                    shape, dtype = tuple(part.get_shape()), DTYPES[part.get_dtype()]
-                    found[name] = StoredTensor(path, name, shape, dtype)
+            with safe_open(path, "pt") as file:  # checks that the header fits the file
+                dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or cut short: {error}") from error
+        for name, dtype in dtypes.items():
+            if dtype not in DTYPES:
+                raise UserError(
+                    f"{path}: {name} is {dtype}: weights in F32, F16 or BF16 are read, quantized ones "
+                    "are not"
+                )
+        for name, tensor in _headers(path).items():
+            if weight_map is not None and weight_map.get(name) != path.name:
+                place = weight_map.get(name, "no file")
+                raise UserError(f"{path} holds {name}, for which {INDEX} names {place}")
+            found[name] = tensor
+    if lacking := sorted((weight_map or {}).keys() - found.keys()):
+        raise UserError(
+            f"{folder / INDEX} names {lacking[0]}, which {weight_map[lacking[0]]} does not hold"
+            + (f"; and {len(lacking) - 1} more" if len(lacking) > 1 else "")
+        )
     return found
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files that hold the model: one, or those that an index names."""
+def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
+    """What a file of these begins with; their data follows in this order, with nothing between.
+
+    safetensors' own writer wants all of a file's tensors at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        facts = {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**facts, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data is aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _headers(path: Path) -> dict[str, StoredTensor]:
+    """Where the tensors of a file are: a length, 8 bytes, and as much JSON; then the data."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            path,
+            name,
+            tuple(facts["shape"]),
+            DTYPES[facts["dtype"]],
+            8 + length + facts["data_offsets"][0],
+        )
+        for name, facts in header.items()
+    }
+
+
+def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files that hold the model: one, or those that an index names; and the index, if any."""
     index, single = folder / INDEX, folder / "model.safetensors"
     if single.is_file():
-        return [single]
+        return [single], None
     if not index.is_file():
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         if pickled:
@@ -72,11 +137,11 @@ def _files(folder: Path) -> list[Path]:
             )
         raise UserError(f"{folder} has no weights: no model.safetensors and no {INDEX}")
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = sorted({folder / str(name) for name in names})
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = sorted({folder / str(name) for name in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not an index of safetensors files: {error!r}") from error
     for file in files:
         if file.parent != folder or not file.is_file():
             raise UserError(f"{file}, which {index.name} names, is missing")
-    return files
+    return files, weight_map

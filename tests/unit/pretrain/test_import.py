@@ -165,7 +165,7 @@ def test_an_output_in_use(model: Path, tmp_path: Path, capsys) -> None:
     out.mkdir()
     (out / "mine").write_text("mine")
     assert main(["import", str(model), str(out)]) == 2
-    assert "is in use" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["mine"]
 
 

@@ -1,0 +1,43 @@
+"""A folder that appears complete or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_ladder.errors import UserError
+
+
+@contextmanager
+def complete_or_absent(output_dir: Path) -> Iterator[Path]:
+    """A temporary sibling of `output_dir` that becomes it when the block ends without an error.
+
+    Raises:
+        UserError: at once, when `output_dir` is a file or holds something.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir} exists and is not a folder: choose another output folder")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(f"{output_dir} is not empty: choose another output folder, or remove it")
+    parent = output_dir.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f".{output_dir.absolute().name}.tmp-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _fsync(path)
+        temporary.replace(output_dir)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync(parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
