@@ -136,13 +136,15 @@ def build_gpt_model(
     impl: TransformerImpl = "auto",
     *,
     masks_given: bool = False,
+    device: torch.device | None = None,
 ) -> list[GPTModel]:
-    """megatron-core's GPTModel with this project's layers: this rank's part, on its device.
+    """megatron-core's GPTModel with this project's layers: this rank's part.
 
     Args:
         model: with `vocab_size` set.
         config: `transformer_config` of the same model.
         masks_given: attention is by the mask that forward gets, [b, 1, s, s], not merely causal.
+        device: meta makes parameters without data; None: the rank's own device.
 
     Returns:
         The chunks of this pipeline stage, first to last; one unless it is interleaved. Their
@@ -164,23 +166,24 @@ def build_gpt_model(
     chunks = []
     for number in range(count):
         chunk = number if count > 1 else None
-        gpt = GPTModel(
-            config=config,
-            transformer_layer_spec=block_spec(config, spec, impl, chunk),
-            vocab_size=model.padded_vocab_size,
-            max_sequence_length=model.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(False, chunk),
-            post_process=parallel_state.is_pipeline_last_stage(False, chunk),
-            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-            position_embedding_type="rope",
-            rotary_base=model.rotary_base,
-            **_rope_scaling(model),
-            vp_stage=chunk,
-        )
+        with device or contextlib.nullcontext():
+            gpt = GPTModel(
+                config=config,
+                transformer_layer_spec=block_spec(config, spec, impl, chunk),
+                vocab_size=model.padded_vocab_size,
+                max_sequence_length=model.max_position_embeddings,
+                pre_process=parallel_state.is_pipeline_first_stage(False, chunk),
+                post_process=parallel_state.is_pipeline_last_stage(False, chunk),
+                share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+                position_embedding_type="rope",
+                rotary_base=model.rotary_base,
+                **_rope_scaling(model),
+                vp_stage=chunk,
+            )
         if not model.is_standard:
             connect(list(gpt.decoder.layers))
         gpt.config = seen_by_schedules
-        chunks.append(gpt.to(torch.cuda.current_device()))
+        chunks.append(gpt.to(device or torch.cuda.current_device()))
     return chunks
 
 

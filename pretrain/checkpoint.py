@@ -94,19 +94,25 @@ def load_initial_weights(checkpoint: Path, chunks: dict[str, Any]) -> None:
     Args:
         chunks: a rank's models by name; `model_chunks` gives them.
     """
-    metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
-    state = {
-        name: {
-            key: value
-            for key, value in chunk.sharded_state_dict(metadata=metadata).items()
-            if not isinstance(value, ShardedObject)  # FP8's scales, which begin anew
-        }
-        for name, chunk in chunks.items()
-    }
+    state = {name: _sharded_weights(chunk) for name, chunk in chunks.items()}
     loaded = dist_checkpointing.load(state, str(checkpoint))
     for name, chunk in chunks.items():
         missing, unknown = chunk.load_state_dict(loaded[name], strict=False)
         assert not unknown and all(key.endswith("_extra_state") for key in missing), missing
+
+
+def checkpoint_names(chunk: Any) -> dict[str, str]:
+    """A model's tensors by their names in it, and what checkpoints call them: a stack of all layers'."""
+    return {name: tensor.key for name, tensor in _sharded_weights(chunk).items()}
+
+
+def _sharded_weights(chunk: Any) -> dict[str, Any]:
+    metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
+    return {
+        name: value
+        for name, value in chunk.sharded_state_dict(metadata=metadata).items()
+        if not isinstance(value, ShardedObject)  # FP8's scales, which begin anew
+    }
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -90,15 +90,36 @@ class ExportOptions:
     """Of the weights; None keeps the run's."""
     max_shard_size: str = "5GB"
     """Larger models are written as several files of at most this."""
+    license: str | None = None
+    """For the model card: the hub's name of it, such as apache-2.0."""
+    push: str | None = None
+    """Then upload the folder to Hugging Face's hub as USER/NAME."""
+    private: bool = False
+    """With --push: the repository, if it is made, is private."""
 
 
 @_for_users
 def export(argv: list[str]) -> int:
     """Writes a run as a Hugging Face folder."""
     options = tyro.cli(ExportOptions, args=argv, prog="megatron-ladder export")
+    if options.private and options.push is None:
+        raise UserError("--private says how to --push: give --push USER/NAME too")
     from pretrain.export import export_run
+    from pretrain.push import check_repository, push_folder
 
-    export_run(options.run, options.output_dir, options.dtype, options.max_shard_size)
+    if options.push is not None:
+        check_repository(options.push)
+    print(
+        export_run(
+            options.run,
+            options.output_dir,
+            options.dtype,
+            options.max_shard_size,
+            options.license,
+        )
+    )
+    if options.push is not None:
+        print(push_folder(options.output_dir, options.push, private=options.private))
     return 0
 
 

@@ -11,29 +11,48 @@ import torch
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
+from megatron_ladder.hf.output import complete_or_absent
 from pretrain.config import TrainConfig, load_config
-from pretrain.data import kept_facts
+from pretrain.data import DataFolder, kept_facts
 from pretrain.metrics import read_metrics
 from pretrain.run_folder import checkpoint_step, find_checkpoint
+from pretrain.verify_export import verify_export
 from pretrain.weights import checkpoint_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export_run(run: Path, output_dir: Path, dtype: str | None, max_shard_size: str) -> Path:
+def export_run(
+    run: Path,
+    output_dir: Path,
+    dtype: str | None,
+    max_shard_size: str,
+    license: str | None = None,
+) -> str:
     """Writes the newest checkpoint of a run (or the given one) as a Hugging Face folder.
+
+    The folder appears when its logits have been found to be the run's (verify_export.py).
 
     Args:
         run: the run's folder, or a checkpoint of it.
         output_dir: made; refused when it holds something.
         dtype: "fp32", "bf16" or "fp16"; None keeps the checkpoint's.
         max_shard_size: of one safetensors file, such as "5GB".
+        license: for the model card, as Hugging Face's hub names them, such as "apache-2.0".
+
+    Returns:
+        What was written and how it compares, to print.
 
     Raises:
-        UserError: no such run or checkpoint, the output is in use, or a size that is none.
+        UserError: no such run or checkpoint, the output is in use, a size that is none, weights that are
+            NaN or infinite, or the folder does not give the run's logits.
     """
     if not re.fullmatch(r"\d+[KMGT]?B", max_shard_size):
         raise UserError(f"--max-shard-size {max_shard_size}: give a size such as 500MB or 5GB")
+    if license is not None and not re.fullmatch(r"[a-z0-9.+-]+", license):
+        raise UserError(
+            f"--license {license}: give one of the hub's names, such as apache-2.0, mit, llama3.2 or other"
+        )
     checkpoint = find_checkpoint(run)
     config = load_config(checkpoint / "config.json")
     model, tp = config.model, config.parallel.tensor_model_parallel_size
@@ -56,36 +75,47 @@ def export_run(run: Path, output_dir: Path, dtype: str | None, max_shard_size: s
             setattr(hf_config, name, original.get(name))
         tokenizer = imported
     stored = weights["embedding.word_embeddings.weight"].dtype
-    return export_folder(
-        weights,
-        hf_config,
-        tokenizer,
-        output_dir,
-        max_shard_size=max_shard_size,
-        dtype=DTYPES[dtype] if dtype else stored,
-        model_card_facts=_facts(checkpoint, config),
-    )
+    as_dtype = DTYPES[dtype] if dtype else stored
+    with complete_or_absent(output_dir) as folder:
+        export_folder(
+            weights,
+            hf_config,
+            tokenizer,
+            folder,
+            max_shard_size=max_shard_size,
+            dtype=as_dtype,
+            model_card_facts={**_facts(checkpoint, config), "license": license},
+        )
+        found = verify_export(folder, weights, model, as_dtype)
+    return f"{output_dir}: {found}"
 
 
 def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
-    """What the model card says of the run: its data, and figures at the exported step."""
+    """What the model card says of the run: where it came from, its data, figures at the exported step."""
     step = checkpoint_step(checkpoint)
     run_dir = checkpoint.parents[1]
+    facts: dict[str, Any] = {"name": run_dir.name}
+    if (original := run_dir / "imported" / "config.json").is_file():
+        facts["origin"] = json.loads(original.read_text(encoding="utf-8"))["architectures"][0]
     if not config.data.paths:  # as it was imported
-        return {"name": run_dir.name, "data": {}, "training": {}}
+        return facts
+    folders = kept_facts(run_dir)
     data = {
-        path.name: f"{folder.tokens('train'):,} tokens for training"
-        for path, folder in zip(config.data.paths, kept_facts(run_dir), strict=True)
+        path.name: f"{folder.tokens('train'):,} tokens for training, from {_sources(folder)}"
+        for path, folder in zip(config.data.paths, folders, strict=True)
     }
-    tp, global_batch = config.parallel.tensor_model_parallel_size, config.global_batch_size
+    tokenizer = folders[0].tokenizer
+    data["Tokenizer"] = (
+        f"{tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens, SHA-256 {tokenizer['sha256']}"
+    )
     training = {
         "Steps": f"{step:,} of {config.train_steps:,}",
         "Tokens": f"{step * config.tokens_per_step:,}",
         "Sequence length": config.data.seq_length,
-        "Global batch size": f"{global_batch} sequences",
+        "Global batch size": f"{config.global_batch_size} sequences",
         "Peak learning rate": f"{config.optimizer.lr:g} ({config.schedule.decay})",
         "Precision": config.precision,
-        "Tensor-parallel size": tp,
+        "Tensor-parallel size": config.parallel.tensor_model_parallel_size,
     }
     for line in read_metrics(run_dir):
         if line["kind"] == "validation" and line["step"] <= step:  # the last one stays
@@ -93,4 +123,9 @@ def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
                 f"{line['loss']:.4f} nats a token at step {line['step']}, "
                 f"perplexity {line['perplexity']:.2f}"
             )
-    return {"name": run_dir.name, "data": data, "training": training}
+    return {**facts, "data": data, "training": training}
+
+
+def _sources(folder: DataFolder) -> str:
+    count = len(folder.manifest["sources"])
+    return "1 source" if count == 1 else f"{count:,} sources"

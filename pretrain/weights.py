@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ class CheckpointTensor:
             pieces, result = list(self.pieces), torch.empty(self.shape, dtype=self.dtype)
         for chunk, path, offset, length in pieces:
             with path.open("rb") as file:
-                piece = torch.load(_create_file_view(file, offset, length), weights_only=True)
+                part = cast(IO[bytes], _create_file_view(file, offset, length))
+                piece = torch.load(part, weights_only=True)
             begin, size = list(chunk.offsets), list(chunk.sizes)
             if isinstance(which, int):
                 piece, begin, size = piece[which - begin[0]], begin[1:], size[1:]

@@ -2,7 +2,7 @@
 
 The ladder and parallel residuals travel with their modelling files (remote code). The standard
 residual is Llama's, Qwen2's (with biases) or Qwen3's (with norms of queries and keys), and is
-exported as such.
+exported as such (`needs_code` has the exception).
 """
 
 import json
@@ -69,7 +69,7 @@ _COPIED = (
     "generation_config.json",
 )
 _PIECE = 1 << 24  # elements converted, checked and written at a time
-CARD_FACTS = ("name", "license", "data", "training", "limits")
+CARD_FACTS = ("name", "license", "origin", "data", "training", "limits")
 
 
 def export_folder(
@@ -93,9 +93,9 @@ def export_folder(
         output_dir: made here; it may exist if it is empty.
         max_shard_size: models above it get several weight files and an index.
         dtype: of the weights written.
-        model_card_facts: what the model card may say, all of it optional: `name` and `license`
-            (str), `data` and `training` (a table's rows: label -> value), `limits` (a list of
-            sentences).
+        model_card_facts: what the model card may say, all of it optional: `name`, `license` and
+            `origin` (str; the last is the architecture of the model this one was made from), `data` and
+            `training` (a table's rows: label -> value), `limits` (a list of sentences).
 
     Returns:
         `output_dir`.
@@ -110,8 +110,9 @@ def export_folder(
         raise ValueError(f"model_card_facts has {sorted(unknown)}: it may have {list(CARD_FACTS)}")
     if config.eos_token_id is None:
         raise ValueError("config.eos_token_id is not set: it is the id that ends a document")
-    with _complete_or_absent(output_dir) as folder:
-        _write_configs(config, dtype, folder)
+    with complete_or_absent(output_dir) as folder:
+        with_code = needs_code(config, own_tokenizer=not Path(tokenizer).is_dir())
+        _write_configs(config, dtype, folder, with_code=with_code)
         if Path(tokenizer).is_dir():
             for name in _COPIED:
                 if (Path(tokenizer) / name).is_file():
@@ -125,8 +126,20 @@ def export_folder(
                 max_length=config.max_position_embeddings,
             )
         _write_weights(tensors, config, dtype, max_shard_size, folder)
-        (folder / "README.md").write_text(model_card(config, dtype, facts), encoding="utf-8")
+        card = model_card(config, dtype, facts, with_code=with_code)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return output_dir
+
+
+def needs_code(config: LadderConfig, *, own_tokenizer: bool) -> bool:
+    """Whether the model travels with its modelling files, as transformers has none like it.
+
+    Args:
+        own_tokenizer: the tokenizer is not of a model that was imported. transformers reads a Qwen2
+            model's by Qwen2's rules, whatever the folder says; other tokenizers would give other ids.
+    """
+    theirs = config.residual == "standard" and not (config.qkv_bias and config.qk_norm)
+    return not theirs or (config.qkv_bias and own_tokenizer)
 
 
 def standard_config(config: LadderConfig) -> LlamaConfig | Qwen2Config | Qwen3Config:
@@ -136,8 +149,14 @@ def standard_config(config: LadderConfig) -> LlamaConfig | Qwen2Config | Qwen3Co
     return kind(**{name: copy(getattr(config, name)) for name in _SHARED_FIELDS})
 
 
-def model_card(config: LadderConfig, dtype: torch.dtype, facts: Mapping[str, Any]) -> str:
-    """README.md of an exported folder: the facts given, and what `config` says."""
+def model_card(
+    config: LadderConfig, dtype: torch.dtype, facts: Mapping[str, Any], *, with_code: bool
+) -> str:
+    """README.md of an exported folder: the facts given, and what `config` says.
+
+    Args:
+        with_code: the folder holds the modelling files.
+    """
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         undefined=StrictUndefined,
@@ -149,28 +168,35 @@ def model_card(config: LadderConfig, dtype: torch.dtype, facts: Mapping[str, Any
     environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
     return environment.get_template("model_card.md.jinja").render(
         config=config,
+        remote_code=with_code,
+        architecture="" if with_code else _architecture(standard_config(config)),
         ladder_layers=config.ladder_layer_indices(),
         dtype=_name(dtype),
         facts={name: facts.get(name) for name in CARD_FACTS},
     )
 
 
-def _write_configs(config: LadderConfig, dtype: torch.dtype, folder: Path) -> None:
+def _architecture(config: PreTrainedConfig) -> str:
+    return type(config).__name__.replace("Config", "ForCausalLM")
+
+
+def _write_configs(
+    config: LadderConfig, dtype: torch.dtype, folder: Path, *, with_code: bool
+) -> None:
     exported: PreTrainedConfig
     extra: dict[str, Any] = {}
-    if config.residual == "standard" and not (config.qkv_bias and config.qk_norm):
+    if not with_code:
         exported = standard_config(config)
-        exported.architectures = [type(exported).__name__.replace("Config", "ForCausalLM")]
         # For readers of Llama's older fields, transformers 4 among them; 5 reads rope_parameters.
         rope = dict(exported.rope_parameters)
         extra["rope_theta"] = rope.pop("rope_theta")
         extra["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     else:
         exported = LadderConfig.from_dict(config.to_dict())
-        exported.architectures = ["LadderForCausalLM"]
         extra["auto_map"] = _AUTO_MAP
         for name in _MODELLING_FILES:
             shutil.copyfile(_HERE / name, folder / name)
+    exported.architectures = [_architecture(exported)]
     exported.dtype = dtype
     fields = json.loads(exported.to_json_string()) | extra
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"

@@ -1,7 +1,7 @@
 """Safetensors files, a tensor at a time: read when it is asked for, written when it is its turn."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class StoredTensor:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """A contiguous tensor's memory, of whatever dtype; to be read from or into."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -75,17 +75,23 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                     f"{path}: {name} is {dtype}: weights in F32, F16 or BF16 are read, quantized ones "
                     "are not"
                 )
-        for name, tensor in _headers(path).items():
-            if weight_map is not None and weight_map.get(name) != path.name:
-                place = weight_map.get(name, "no file")
-                raise UserError(f"{path} holds {name}, for which {INDEX} names {place}")
-            found[name] = tensor
-    if lacking := sorted((weight_map or {}).keys() - found.keys()):
-        raise UserError(
-            f"{folder / INDEX} names {lacking[0]}, which {weight_map[lacking[0]]} does not hold"
-            + (f"; and {len(lacking) - 1} more" if len(lacking) > 1 else "")
-        )
+        headers = _headers(path)
+        if weight_map is not None:
+            _check_index(folder / INDEX, weight_map, path, headers.keys())
+        found |= headers
     return found
+
+
+def _check_index(index: Path, weight_map: dict[str, str], path: Path, names: Set[str]) -> None:
+    """Refuses a file that does not hold just what the index says."""
+    named = {name for name, file in weight_map.items() if file == path.name}
+    for wrong, where, not_where in (
+        (sorted(named - names), index, path),
+        (sorted(names - named), path, index),
+    ):
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise UserError(f"{path.name} has {wrong[0]}{more} by {where}, but not by {not_where}")
 
 
 def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:

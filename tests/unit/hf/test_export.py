@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import sentencepiece
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import hf_to_megatron
@@ -170,7 +171,8 @@ def test_bad_arguments(tmp_path, bpe_file):
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_model_card_says_what_it_was_given(kind):
     config = tiny.config(**tiny.KINDS[kind])
-    card = model_card(config, torch.bfloat16, FACTS)
+    with_code = kind != "standard"
+    card = model_card(config, torch.bfloat16, FACTS, with_code=with_code)
     for text in (
         "# Tiny",
         "license: apache-2.0",
@@ -181,10 +183,16 @@ def test_model_card_says_what_it_was_given(kind):
         "| weights | bfloat16 |",
         "| RoPE | default, theta 10000.0 |",
         "grouped-query",
+        "no biases.",
+        "Trained with megatron-ladder",
+        "No special token is added",
+        f"- {config.residual}-residual",
     ):
         assert text in card
-    assert ("trust_remote_code=True" in card) is (kind != "standard")
+    assert ("trust_remote_code=True" in card) is with_code
+    assert ("`import megatron_ladder.hf`" in card) is with_code
     assert ("2501.06589" in card) is (config.residual == "ladder")
+    assert "Adapted" not in card
     said = {
         "standard": "**Standard residual**",
         "ladder": "All 4 layers are ladder layers.",
@@ -193,9 +201,73 @@ def test_model_card_says_what_it_was_given(kind):
         "layers 0 and 2": "Ladder layers, from 0: 0, 2; the other layers of 4",
     }
     assert said[kind] in card
-    bare = model_card(config, torch.float32, {})
+    assert ("as in transformers' own LlamaForCausalLM." in card) is (kind == "standard")
+    bare = model_card(config, torch.float32, {}, with_code=with_code)
     assert "## Data" not in bare
     assert "## Training" not in bare
     assert "license" not in bare
     assert "None" not in bare
     assert "\n\n\n" not in bare + card
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "not_said"),
+    [
+        (
+            {"qkv_bias": True},
+            "biases of queries, keys and values (no others), as in Qwen2",
+            "RMSNorm of",
+        ),
+        (
+            {"qk_norm": True},
+            "RMSNorm of each head's query and key, as in Qwen3, no biases.",
+            "(no others)",
+        ),
+        (
+            {"qk_norm": True, "qkv_bias": True},
+            "biases of queries, keys and values (no others), RMSNorm of each head's query and key.",
+            "no biases",
+        ),
+    ],
+)
+def test_model_card_knows_biases_and_norms(changes, said, not_said):
+    card = model_card(tiny.config(**changes), torch.float32, {}, with_code=True)
+    assert said in card
+    assert not_said not in card
+
+
+def test_model_card_says_what_it_was_adapted_from():
+    facts = {"origin": "Qwen3ForCausalLM"}
+    standard = tiny.config(residual="standard", qk_norm=True)
+    card = model_card(standard, torch.bfloat16, facts, with_code=False)
+    assert "Converted with megatron-ladder" in card
+    assert "**Adapted from another model**, a Qwen3ForCausalLM, with its weights.\n" in card
+    assert "The original's licence applies to this one too" in card
+    assert "as in transformers' own Qwen3ForCausalLM." in card
+    assert "Tokenizer and settings of generation are the original's" in card
+    assert "seen pretraining only" not in card
+    assert "poor text" not in card
+    hybrid = tiny.config(residual="ladder", ladder_layers=2)
+    untrained = model_card(hybrid, torch.bfloat16, facts, with_code=True)
+    assert "was not trained since: expect poor text" in untrained
+    trained = facts | {"training": {"Steps": "10"}}
+    card = model_card(hybrid, torch.bfloat16, trained, with_code=True)
+    assert "Trained with megatron-ladder" in card
+    assert "a Qwen3ForCausalLM, whose weights training started from.\n" in card
+    assert "poor text" not in card
+    assert "\n\n\n" not in card + untrained
+
+
+def test_a_model_like_qwen2_keeps_its_own_tokenizer(tmp_path, bpe_file):
+    """transformers would read a Qwen2 model's tokenizer by Qwen2's rules."""
+    model = tiny.model(residual="standard", qkv_bias=True)
+    folder = export(model, tmp_path / "own", bpe_file)
+    ids = AutoTokenizer.from_pretrained(folder).encode("def f(x):\n    return x")
+    assert ids == sentencepiece.SentencePieceProcessor(str(bpe_file)).encode(
+        "def f(x):\n    return x"
+    )
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "ladder"
+    (tmp_path / "imported").mkdir()
+    export(model, tmp_path / "theirs", tmp_path / "imported")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLM"]

@@ -150,6 +150,24 @@ def test_an_index_that_names_missing_or_foreign_files(model: Path, refused) -> N
     assert "is not an index" in refused()
 
 
+def test_an_index_that_disagrees_with_the_files(model: Path, refused) -> None:
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    names = sorted(tensors)
+    save_file({name: tensors[name] for name in names[:9]}, model / "a.safetensors")
+    save_file({name: tensors[name] for name in names[9:]}, model / "b.safetensors")
+    right = dict.fromkeys(names[:9], "a.safetensors") | dict.fromkeys(names[9:], "b.safetensors")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": right | {"model.extra.weight": "a.safetensors"}}))
+    said = refused()
+    assert f"a.safetensors has model.extra.weight by {index}, but not by {model}/a.safe" in said
+    index.write_text(json.dumps({"weight_map": {k: v for k, v in right.items() if k != names[9]}}))
+    said = refused()
+    assert f"b.safetensors has {names[9]} by {model}/b.safetensors, but not by {index}" in said
+    index.write_text(json.dumps({"weight_map": right | {names[0]: "b.safetensors"}}))
+    assert f"a.safetensors has {names[0]} by {model}/a.safetensors, but not by {index}" in refused()
+
+
 def test_folders_that_are_no_models(model: Path, tmp_path: Path, refused) -> None:
     assert "does not exist" in refused(source=tmp_path / "nothing")
     (model / "tokenizer.json").unlink()
