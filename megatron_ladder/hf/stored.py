@@ -1,7 +1,7 @@
 """Safetensors files, a tensor at a time: read when it is asked for, written when it is its turn."""
 
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,32 +19,24 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file; `tensor[:]` reads it, into memory of its own."""
+    """A tensor in a file; `tensor[:]` reads it: the file, mapped, for as long as the tensor is there."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    offset: int
-    """Of its first byte in the file."""
 
     def __getitem__(self, all_of_it: slice) -> Tensor:
         assert all_of_it == slice(None)
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        # Not mapped: a mapped file's pages would count as this process's memory, beside what is
-        # made of them.
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            count = file.readinto(bytes_of(tensor))
-        if count < tensor.nbytes:
-            raise UserError(f"{self.path} is damaged or cut short: it ends within {self.name}")
+        with safe_open(self.path, "pt") as file:
+            tensor = file.get_tensor(self.name)
         if not is_finite(tensor):
             raise UserError(f"{self.path}: {self.name} holds NaN or infinite values")
         return tensor
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's memory, of whatever dtype; to be read from or into."""
+    """A contiguous tensor's memory, of whatever dtype."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
@@ -64,25 +56,27 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     files, weight_map = _files(folder)
     found: dict[str, StoredTensor] = {}
     for path in files:
+        names: set[str] = set()
         try:
-            with safe_open(path, "pt") as file:  # checks that the header fits the file
-                dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                    part = file.get_slice(name)
+                    if part.get_dtype() not in DTYPES:
+                        raise UserError(
+                            f"{path}: {name} is {part.get_dtype()}: weights in F32, F16 or BF16 are "
+                            "read, quantized ones are not"
+                        )
+                    shape, dtype = tuple(part.get_shape()), DTYPES[part.get_dtype()]
+                    found[name] = StoredTensor(path, name, shape, dtype)
+                    names.add(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or cut short: {error}") from error
-        for name, dtype in dtypes.items():
-            if dtype not in DTYPES:
-                raise UserError(
-                    f"{path}: {name} is {dtype}: weights in F32, F16 or BF16 are read, quantized ones "
-                    "are not"
-                )
-        headers = _headers(path)
         if weight_map is not None:
-            _check_index(folder / INDEX, weight_map, path, headers.keys())
-        found |= headers
+            _check_index(folder / INDEX, weight_map, path, names)
     return found
 
 
-def _check_index(index: Path, weight_map: dict[str, str], path: Path, names: Set[str]) -> None:
+def _check_index(index: Path, weight_map: dict[str, str], path: Path, names: set[str]) -> None:
     """Refuses a file that does not hold just what the index says."""
     named = {name for name, file in weight_map.items() if file == path.name}
     for wrong, where, not_where in (
@@ -109,24 +103,6 @@ def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data is aligned
     return len(text).to_bytes(8, "little") + text
-
-
-def _headers(path: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a file are: a length, 8 bytes, and as much JSON; then the data."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(
-            path,
-            name,
-            tuple(facts["shape"]),
-            DTYPES[facts["dtype"]],
-            8 + length + facts["data_offsets"][0],
-        )
-        for name, facts in header.items()
-    }
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
