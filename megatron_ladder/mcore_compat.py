@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -47,6 +48,19 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+
+
+def destroy_model_parallel() -> None:
+    """Undoes `initialize_model_parallel`; torch.distributed stays.
+
+    megatron-core's own keeps some names of groups, and RoPE's cache keeps models, which have them. With a
+    group live its threads: a process forked later would wait for them.
+    """
+    parallel_state.destroy_model_parallel()
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, torch.distributed.ProcessGroup):
+            setattr(parallel_state, name, None)
+    RotaryEmbedding.forward.cache_clear()
 
 
 @dataclass

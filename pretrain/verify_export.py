@@ -32,6 +32,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.stored import stored_tensors
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
+    destroy_model_parallel,
     initialize_model_parallel,
     transformer_config,
 )
@@ -231,6 +232,6 @@ def _one_rank() -> Iterator[None]:
         yield
     finally:
         if made:
-            parallel_state.destroy_model_parallel()
+            destroy_model_parallel()
         if alone:
             dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """What is exported is the run's model, or there is no folder."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,12 @@ def exported(kind: str, tokenizer: Path, folder: Path) -> tuple[dict, ModelConfi
     return weights, config
 
 
+def threads() -> list[str]:
+    """Names of this process's threads, native ones too. Those of a live group hang what is forked."""
+    gc.collect()
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_both_sides_agree_whole_and_layer_by_layer(
     kind: str,
@@ -73,6 +80,7 @@ def test_both_sides_agree_whole_and_layer_by_layer(
     assert "verified: " in verify_export.verify_export(folder, weights, model, torch.bfloat16)
     assert not dist.is_initialized()
     assert not parallel_state.model_parallel_is_initialized()
+    assert "gloo_tcp_loop" not in threads()
     assert files == {path: path.read_bytes() for path in folder.rglob("*")}
 
 
