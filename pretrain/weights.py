@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.convert import Chunk
 
 
@@ -112,11 +113,12 @@ def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
 
 
 class _OneAtATime(DefaultSavePlanner):
-    """A plan of tensors that do not exist yet."""
+    """A plan of tensors that do not exist yet; one is made while the one before it is written."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         super().__init__(flatten_state_dict=False)
         self._chunks = {_index(chunk): chunk for chunk in chunks}
+        self._made = one_ahead((_index(chunk), _made(chunk)) for chunk in chunks)
 
     def create_local_plan(self) -> SavePlan:
         items = []
@@ -132,9 +134,14 @@ class _OneAtATime(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        chunk = self._chunks[write_item.index]
-        tensor = chunk.make()
-        return tensor if chunk.layer is None else tensor.unsqueeze(0)
+        index, tensor = next(self._made)
+        assert index == write_item.index, "torch writes in the plan's order"
+        return tensor
+
+
+def _made(chunk: Chunk) -> Tensor:
+    tensor = chunk.make()
+    return tensor if chunk.layer is None else tensor.unsqueeze(0)
 
 
 def _index(chunk: Chunk) -> MetadataIndex:

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.configuration_ladder import LadderConfig
 from megatron_ladder.hf.convert import megatron_to_hf
 from megatron_ladder.hf.output import complete_or_absent
@@ -234,7 +235,7 @@ def _write_weights(
         (folder / file).write_bytes(header)
     # As the plan names them in the order in which they come, each is added to the end of its file.
     for name, tensor in tqdm(
-        megatron_to_hf(tensors, config),
+        one_ahead(megatron_to_hf(tensors, config)),
         desc="exporting",
         unit=" tensors",
         total=len(planned),
