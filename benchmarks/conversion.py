@@ -212,7 +212,7 @@ def measured(line: str, source: Path, target: Path) -> dict[str, Any]:
         "start_s": wall - facts["work_s"],
         "anonymous_bytes": peaks["RssAnon"],
         "mapped_bytes": peaks["RssFile"],
-        "said": output.strip().splitlines()[0] if line != "copy" else "",
+        "said": next((said for said in errors.splitlines() if "verified" in said), ""),
     }
 
 

@@ -109,14 +109,12 @@ def export(argv: list[str]) -> int:
 
     if options.push is not None:
         check_repository(options.push)
-    print(
-        export_run(
-            options.run,
-            options.output_dir,
-            options.dtype,
-            options.max_shard_size,
-            options.license,
-        )
+    export_run(
+        options.run,
+        options.output_dir,
+        options.dtype,
+        options.max_shard_size,
+        options.license,
     )
     if options.push is not None:
         print(push_folder(options.output_dir, options.push, private=options.private))

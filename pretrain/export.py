@@ -1,6 +1,7 @@
 """From a run's checkpoint to a Hugging Face folder."""
 
 import json
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from pretrain.run_folder import checkpoint_step, find_checkpoint
 from pretrain.verify_export import verify_export
 from pretrain.weights import checkpoint_weights
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,7 +31,7 @@ def export_run(
     dtype: str | None,
     max_shard_size: str,
     license: str | None = None,
-) -> str:
+) -> Path:
     """Writes the newest checkpoint of a run (or the given one) as a Hugging Face folder.
 
     The folder appears when its logits have been found to be the run's (verify_export.py).
@@ -41,7 +44,7 @@ def export_run(
         license: for the model card, as Hugging Face's hub names them, such as "apache-2.0".
 
     Returns:
-        What was written and how it compares, to print.
+        `output_dir`.
 
     Raises:
         UserError: no such run or checkpoint, the output is in use, a size that is none, weights that are
@@ -87,7 +90,8 @@ def export_run(
             model_card_facts={**_facts(checkpoint, config), "license": license},
         )
         found = verify_export(folder, weights, model, as_dtype)
-    return f"{output_dir}: {found}"
+    logger.info("%s: %s", output_dir, found)
+    return output_dir
 
 
 def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import Chunk, hf_to_megatron_chunks
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.hf.output import complete_or_absent
+from megatron_ladder.hf.output import check_unused, complete_or_absent
 from megatron_ladder.hf.stored import stored_tensors
 from megatron_ladder.mcore_compat import save_without_tensors
 from pretrain.config import DataConfig, TrainConfig, save_config
@@ -61,6 +61,7 @@ def import_model(
     """
     if not source.is_dir():
         raise UserError(f"{source} does not exist: give a Hugging Face model's folder")
+    check_unused(output_dir)
     hf_config = read_hf_config(source)
     model = to_model_config(hf_config, source / "config.json")
     tokenizer = tokenizer_facts(source, hf_config)

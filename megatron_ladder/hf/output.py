@@ -9,17 +9,26 @@ from pathlib import Path
 from megatron_ladder.errors import UserError
 
 
-@contextmanager
-def complete_or_absent(output_dir: Path) -> Iterator[Path]:
-    """A temporary sibling of `output_dir` that becomes it when the block ends without an error.
+def check_unused(output_dir: Path) -> None:
+    """Refuses a folder that is in use; before long work.
 
     Raises:
-        UserError: at once, when `output_dir` is a file or holds something.
+        UserError: it is a file, or holds something.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir} exists and is not a folder: choose another output folder")
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir} is not empty: choose another output folder, or remove it")
+
+
+@contextmanager
+def complete_or_absent(output_dir: Path) -> Iterator[Path]:
+    """A temporary sibling of `output_dir` that becomes it when the block ends without an error.
+
+    Raises:
+        UserError: at once, as `check_unused`.
+    """
+    check_unused(output_dir)
     parent = output_dir.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     temporary = parent / f".{output_dir.absolute().name}.tmp-{os.getpid()}"

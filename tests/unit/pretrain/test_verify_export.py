@@ -193,7 +193,7 @@ def test_another_model_is_never_there(
 
 def test_export_says_what_it_found(run: Path, tmp_path: Path, capsys) -> None:
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
-    assert f"{tmp_path / 'out'}: verified: the largest difference" in capsys.readouterr().out
+    assert f"{tmp_path / 'out'}: verified: the largest difference" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
