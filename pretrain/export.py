@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from megatron_ladder.hf.output import complete_or_absent
 from pretrain.config import TrainConfig, load_config
 from pretrain.data import DataFolder, kept_facts
 from pretrain.metrics import read_metrics
+from pretrain.plain_model import one_rank_model
 from pretrain.run_folder import checkpoint_step, find_checkpoint
 from pretrain.verify_export import verify_export
 from pretrain.weights import checkpoint_weights
@@ -58,15 +58,7 @@ def export_run(
         )
     checkpoint = find_checkpoint(run)
     config = load_config(checkpoint / "config.json")
-    model, tp = config.model, config.parallel.tensor_model_parallel_size
-    if model.residual == "desync":
-        if tp > 1:
-            raise UserError(
-                f"{run} was trained with desync-{model.desync_interval} at tensor-parallel size {tp}: "
-                "its weights give that model on that many ranks only, and a Hugging Face folder runs "
-                "on one. Export a standard, ladder or parallel model"
-            )
-        model = replace(model, residual="standard")  # one rank parts from nobody
+    model = one_rank_model(config.model, config.parallel.tensor_model_parallel_size, run)
     data = kept_facts(checkpoint.parents[1])[0]
     weights = checkpoint_weights(checkpoint)
     hf_config = to_hf_config(model, data.tokenizer["eod_id"])

@@ -20,4 +20,5 @@ bin="$VENV/bin"
 "$bin/ruff" format --check --quiet .
 "$bin/ruff" check --quiet .
 "$bin/mypy"
-exec "$bin/python" -m pytest "$@"
+# Two files at a time: much of what they do is wait for ranks and for other processes.
+exec "$bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"

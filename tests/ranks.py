@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_ladder import cpu_platform
 
-TIMEOUT_S = 300
+TIMEOUT_S = 500
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, tmp_path: Path) -> list[Any]:

@@ -161,7 +161,7 @@ TAMPERED: dict[str, Callable[[Path], None]] = {
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     foreign.save(foreign.make("llama, tied, linear"), folder / "published")
-    import_model(folder / "published", folder / "run", (1, 2))
+    import_model(folder / "published", folder / "run", "1,2")
     return folder / "run"
 
 
