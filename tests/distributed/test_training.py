@@ -162,6 +162,10 @@ def test_the_run_exports_and_its_card_has_its_figures(whole_run, tmp_path: Path)
     card = (out / "README.md").read_text()
     assert f"{metrics(run, 'validation')[-1]['loss']:.4f} nats a token at step {STEPS}" in card
     assert f"| Tensor-parallel size | {tp} |" in card
+    sources = len(manifest["sources"])
+    tokens = manifest["splits"]["train"]["tokens"]
+    assert f"{tokens:,} tokens for training, from {sources} source" in card
+    assert f"SHA-256 {manifest['tokenizer']['sha256']} |" in card
 
 
 def test_training_learns(whole_run) -> None:
