@@ -20,5 +20,9 @@ bin="$VENV/bin"
 "$bin/ruff" format --check --quiet .
 "$bin/ruff" check --quiet .
 "$bin/mypy"
-# Two files at a time: much of what they do is wait for ranks and for other processes.
-exec "$bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"
+if [ $# -gt 0 ]; then
+  exec "$bin/python" -m pytest "$@"
+fi
+# What runs in one process, two files at a time; then what runs several ranks, which need the cores.
+"$bin/python" -m pytest --numprocesses 2 --dist loadfile tests/unit
+exec "$bin/python" -m pytest tests/distributed tests/gpu

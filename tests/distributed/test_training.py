@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pretrain.checkpoint import load_weights
+from pretrain.cli import main
 from pretrain.export import export_run
 from tests.data_sets import write_data_set
 from tests.unit.hf.tiny import train_sentencepiece
@@ -253,7 +254,7 @@ def test_a_run_starts_from_another_with_some_layers_made_ladder(
     base = tmp_path / "base"
     train(data, base, "--model.residual", "standard")
     start = ("--init-from", str(base))
-    train(data, tmp_path / "control", *start, *tensor_parallel(2))
+    train(data, tmp_path / "control", *start, *tensor_parallel(2), "--save-interval", "20")
     led = (
         *(*start, *tensor_parallel(2), "--ladder-layers", "last:3", "--save-interval", "4"),
         *("--adapt.gradual-steps", "10", "--adapt.distillation-weight", "0.5"),
@@ -277,14 +278,9 @@ def test_a_run_starts_from_another_with_some_layers_made_ladder(
     )
 
     def refused(*options: str) -> str:
-        done = subprocess.run(
-            command(data, tmp_path / "new", *options),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
-        assert done.returncode == 2, done.stdout + done.stderr
-        return " ".join((done.stdout + done.stderr).replace("\u2502", " ").split())
+        assert main(command(data, tmp_path / "new", *options)[3:]) == 2
+        output = capfd.readouterr()
+        return " ".join((output.out + output.err).replace("\u2502", " ").split())
 
     assert "model.hidden_size: 64 there, 128 here" in refused(*start, "--model.hidden-size", "128")
     assert "model.residual: standard there, parallel here" in refused(
