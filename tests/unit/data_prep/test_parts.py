@@ -1,5 +1,6 @@
 """However the work is cut, shared out or interrupted, the same bytes come out."""
 
+import functools
 import gzip
 import json
 import os
@@ -260,6 +261,8 @@ def test_control_c_ends_all_at_once_and_keeps_what_is_done(jsonl, tokenizer, tmp
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # Ignored in what a shell has started in the background, these tests perhaps.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while len(children(process.pid)) < 3:
