@@ -16,6 +16,7 @@ from pretrain.checkpoint import load_weights
 from pretrain.cli import main
 from pretrain.export import export_run
 from tests.data_sets import write_data_set
+from tests.runs import run_train
 from tests.unit.hf.tiny import train_sentencepiece
 
 STEPS = 20
@@ -41,11 +42,10 @@ FIRST_STAGE_OF_ONE = ("--parallel.num-layers-in-first-pipeline-stage", "1")
 
 
 def train(data: Path, run: Path, *options: str) -> str:
-    done = subprocess.run(
-        command(data, run, *options), capture_output=True, text=True, timeout=TIMEOUT_S
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    argv = command(data, run, *options)[4:]
+    codes, output = run_train(argv, run.with_name(f"{run.name}.log"), TIMEOUT_S)
+    assert set(codes) == {0}, output
+    return output
 
 
 def metrics(run: Path, kind: str) -> list[dict]:

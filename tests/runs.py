@@ -1,0 +1,57 @@
+"""`megatron-ladder train`, its ranks forked from the test's own process: torchrun's import torch and
+megatron-core anew, which takes longer than a small run. What torchrun itself does is tested with it.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from pretrain import commands
+from pretrain.arguments import parse_train
+from pretrain.launch import die_with_parent, local_ranks
+
+
+def run_train(argv: list[str], log: Path, timeout_s: float) -> tuple[list[int | None], str]:
+    """Trains to the end, on as many ranks as the command would start.
+
+    Returns:
+        The ranks' exit statuses, and what they printed.
+    """
+    ranks = local_ranks(*parse_train(argv))
+    log.unlink(missing_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_rank, args=(argv, rank, ranks, port, log)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes], log.read_text()
+
+
+def _rank(argv: list[str], rank: int, ranks: int, port: int, log: Path) -> None:
+    die_with_parent()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    if ranks > 1:  # as torchrun sets them
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    sys.exit(commands.train(argv))
