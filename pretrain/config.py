@@ -23,12 +23,25 @@ from pretrain.files import write_atomically
 
 
 @dataclass(frozen=True)
+class Phase:
+    """From a point of the run on, another blend."""
+
+    from_tokens: int
+    """Tokens trained on before it; it begins with the next whole step."""
+    weights: tuple[float, ...]
+    """One for each of data.paths, in any unit; 0 leaves a data set out."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What to train on: data set folders written by `megatron-ladder data tokenize`."""
 
     paths: tuple[Path, ...] = ()
     weights: tuple[float, ...] | None = None
-    """One for each path, in any unit; None weighs by tokens."""
+    """One for each path, in any unit; None weighs by tokens. 0, where there are phases: not yet."""
+    phases: tuple[Phase, ...] = ()
+    """Other weights from later points on, in a --config FILE; `megatron-ladder data blend --then`
+    writes one. They may be changed while a run is stopped, as far as it has not come yet."""
     seq_length: int = 2048
     """Tokens in a training sequence; documents are packed into it."""
     attend_across_documents: bool = True
@@ -218,9 +231,13 @@ class TrainConfig:
     def warmup_steps(self) -> int:
         return self._steps("warmup_steps", "warmup_tokens", default=0)
 
+    def steps_for(self, tokens: int) -> int:
+        """Whole steps that train on at least so many tokens."""
+        return -(-tokens // self.tokens_per_step)
+
     def _steps(self, steps: str, tokens: str, default: int) -> int:
         if (count := getattr(self.schedule, tokens)) is not None:
-            return -(-count // self.tokens_per_step)
+            return self.steps_for(count)
         count = getattr(self.schedule, steps)
         return default if count is None else count
 
@@ -244,8 +261,12 @@ class TrainConfig:
 
 
 # What may differ when a run is resumed: nothing here changes the numbers trained on or the order of
-# the data (the layout changes them only by rounding).
+# the data (the layout changes them only by rounding). A blend may change from here on:
+# blends.check_past sees to it.
 SAFE_TO_CHANGE = (
+    "data.paths",
+    "data.weights",
+    "data.phases",
     "parallel.",
     "output_dir",
     "data.num_workers",
@@ -290,17 +311,15 @@ def to_dict(config: Any) -> dict[str, Any]:
             return str(value)
         if isinstance(value, tuple):
             return [plain(v) for v in value]
-        return value
+        return to_dict(value) if dataclasses.is_dataclass(value) else value
 
-    return {
-        f.name: to_dict(v) if dataclasses.is_dataclass(v) else plain(v)
-        for f in dataclasses.fields(config)
-        for v in [getattr(config, f.name)]
-    }
+    return {f.name: plain(v) for f in dataclasses.fields(config) for v in [getattr(config, f.name)]}
 
 
 def from_dict(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
     """A config dataclass from `to_dict`'s output. Raises UserError on fields it does not have."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is {values!r}: it must be an object of {cls.__name__}'s fields")
     hints = typing.get_type_hints(cls)
     if unknown := sorted(set(values) - set(hints)):
         raise UserError(f"{where}: unknown field {', '.join(unknown)}")

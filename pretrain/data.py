@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_ladder.errors import UserError
+from pretrain.blends import check_blends
 from pretrain.config import TrainConfig
 from pretrain.files import write_atomically
 
@@ -106,12 +107,7 @@ def open_data(config: TrainConfig) -> list[DataFolder]:
     """The run's data sets, refused when they do not fit each other, the model or the lengths."""
     if not config.data.paths:
         raise UserError("no data: give --data.paths FOLDER made by `megatron-ladder data tokenize`")
-    weights = config.data.weights
-    if weights is not None and (len(weights) != len(config.data.paths) or min(weights) <= 0):
-        raise UserError(
-            f"data.weights has {len(weights)} values for {len(config.data.paths)} data.paths: give "
-            "one above 0 for each"
-        )
+    check_blends(config)
     folders = [open_folder(path) for path in config.data.paths]
     first = folders[0]
     for other in folders[1:]:
@@ -163,15 +159,23 @@ def kept_facts(run_dir: Path) -> list[DataFolder]:
     return [DataFolder(path.parent, json.loads(path.read_text())) for path in paths]
 
 
-def check_same_tokenizer(run_dir: Path, folders: list[DataFolder]) -> None:
-    """Refuses to go on with data that was tokenized again with another tokenizer."""
+def check_same_data(run_dir: Path, folders: list[DataFolder]) -> None:
+    """Refuses to go on with data sets that were made again since the run began."""
     if not (run_dir / "data" / "0" / "manifest.json").is_file():
         return  # a run that has not started
-    if kept_facts(run_dir)[0].tokenizer["sha256"] != folders[0].tokenizer["sha256"]:
+    kept = kept_facts(run_dir)
+    if kept[0].tokenizer["sha256"] != folders[0].tokenizer["sha256"]:
         raise UserError(
             f"{folders[0].path} was tokenized with another tokenizer than the run in {run_dir} was "
             "started with: its ids mean different things; use the data set it was started with"
         )
+    for before, now in zip(kept, folders, strict=False):
+        if before.manifest["splits"].get("train") != now.manifest["splits"].get("train"):
+            raise UserError(
+                f"{now.path} holds other training text than when the run in {run_dir} began "
+                f"({before.tokens('train'):,} tokens then, {now.tokens('train'):,} now): a resumed run "
+                "would read some of it twice; use the data set it was started with"
+            )
 
 
 def unigram_loss(folder: DataFolder, split: str = "validation") -> float:

@@ -83,6 +83,7 @@ def _is_made(path: Path, facts: dict[str, Any]) -> bool:
 def _facts(config: TrainConfig, folders: list[DataFolder]) -> dict[str, Any]:
     """All that the files depend on."""
     manifests = json.dumps([folder.manifest for folder in folders], sort_keys=True)
+    phases = [[phase.from_tokens, *phase.weights] for phase in config.data.phases]
     return {
         "folders": [str(folder.path) for folder in folders],
         "manifests": hashlib.sha256(manifests.encode()).hexdigest(),
@@ -90,4 +91,5 @@ def _facts(config: TrainConfig, folders: list[DataFolder]) -> dict[str, Any]:
         "seq_length": config.data.seq_length,
         "sequences": config.train_steps * config.global_batch_size,
         "seed": config.seed,
+        **({"phases": phases} if phases else {}),  # runs of before have none of them
     }

@@ -6,8 +6,9 @@ from dataclasses import replace
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
 from megatron_ladder.specs import resolve_impl
+from pretrain.blends import check_past, describe
 from pretrain.config import TrainConfig
-from pretrain.data import DataFolder, check_same_tokenizer, open_data
+from pretrain.data import DataFolder, check_same_data, open_data
 from pretrain.fim import fill_in_the_middle
 from pretrain.initial import check_initial
 from pretrain.run_folder import check_free_space, check_output_dir
@@ -46,9 +47,12 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     config.num_microbatches(config.parallel.data_parallel_size(world_size))
     fill_in_the_middle(config, folders[0])
     plan = check_output_dir(config)
+    check_past(config, folders)
+    if plan and config.data.phases:
+        plan = f"{plan}\n{describe(config, folders)}"
     check_free_space(config)
     assert config.output_dir is not None
-    check_same_tokenizer(config.output_dir, folders)
+    check_same_data(config.output_dir, folders)
     if config.wandb:
         try:
             import wandb  # noqa: F401

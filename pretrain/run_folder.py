@@ -100,12 +100,20 @@ def _is_used(run_dir: Path) -> bool:
     return run_dir.is_dir() and any(not p.name.startswith(beginning) for p in run_dir.iterdir())
 
 
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Of one checkpoint: weights, and AdamW's fp32 master weights and two moments."""
+    return config.model.num_parameters() * (16 if config.precision == "fp32" else 14)
+
+
+def stored_bytes(config: TrainConfig) -> int:
+    """What a run's folder takes at most: the checkpoints to be kept, and the one being written."""
+    return checkpoint_bytes(config) * (config.keep_last + 1)
+
+
 def check_free_space(config: TrainConfig) -> None:
     """Refuses a disk that cannot hold the checkpoints to be kept, and the one being written."""
     assert config.output_dir is not None
-    # Weights, and AdamW's fp32 master weights and two moments.
-    per_parameter = 16 if config.precision == "fp32" else 14
-    needed = config.model.num_parameters() * per_parameter * (config.keep_last + 1)
+    needed = stored_bytes(config)
     free = shutil.disk_usage(_existing_parent(config.output_dir)).free
     if free < needed:
         raise UserError(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_ladder.errors import UserError
 from pretrain.config import TrainConfig, to_dict
-from pretrain.data import DataFolder, keep_facts, unigram_loss
+from pretrain.data import DataFolder, keep_facts, kept_facts, unigram_loss
 from pretrain.initial import keep_imported
 from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
 
@@ -33,6 +33,7 @@ class RunLog:
     def __init__(self, config: TrainConfig, resume_step: int, device: str) -> None:
         self._config = config
         self._world_size = dist.get_world_size()
+        self._is_resumed = resume_step > 0
         self._log: MetricsLog | None = None
         if dist.get_rank() == 0:
             assert config.output_dir is not None
@@ -69,12 +70,14 @@ class RunLog:
         self._pending_s = 0.0
 
     def data(self, folders: list[DataFolder]) -> None:
-        """What a new run trains on, and what a model without context could reach on it."""
+        """What a new run trains on, or what joins a resumed one, and what a model without context could
+        reach on it."""
         if self._log:
             assert self._config.output_dir is not None
+            known = len(kept_facts(self._config.output_dir)) if self._is_resumed else 0
             keep_facts(self._config.output_dir, folders)
             keep_imported(self._config)
-            for folder in folders:
+            for folder in folders[known:]:
                 if folder.tokens("validation"):
                     self._log.baseline(dataset=folder.name, unigram_loss=unigram_loss(folder))
 

@@ -8,7 +8,7 @@ of them depends on the sequence's number and the seed alone, so that a resumed r
 import logging
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
+from pretrain.blends import blends
 from pretrain.config import TrainConfig
 from pretrain.data import SPLITS, DataFolder
 from pretrain.fim import FillInTheMiddle, fill_in_the_middle
+from pretrain.phased import PhasedSequences
 
 Blend = tuple[list[str], list[float] | None]
 
@@ -132,10 +134,21 @@ def train_sequences(config: TrainConfig, folders: list[DataFolder], cache: Path)
     Args:
         cache: the folder of index files; the first rank makes those that are not there.
     """
-    weights = config.data.weights or tuple(float(f.tokens("train")) for f in folders)
-    blend = ([f.prefix("train") for f in folders], list(weights))
+    planned = blends(config, folders)
+    weighed = [
+        (f.prefix("train"), w) for f, w in zip(folders, planned[0].weights, strict=True) if w
+    ]
+    blend = ([prefix for prefix, _ in weighed], [weight for _, weight in weighed])
     samples = config.train_steps * config.global_batch_size
-    return _build(config, folders[0], "train", blend, samples, cache)
+    start = _build(config, folders[0], "train", blend, samples, cache)
+    if not config.data.phases:
+        return start
+
+    def epoch(number: int, seed: int) -> Dataset:
+        once = ([folders[number].prefix("train")], None)
+        return _build(replace(config, seed=seed), folders[number], "train", once, None, cache)
+
+    return PhasedSequences(start, planned, config, cache, epoch)
 
 
 def validation_sequences(

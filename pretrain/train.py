@@ -56,8 +56,7 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
         **data_parallel,
     )
     log = RunLog(config, progress.step, device)
-    if progress.step == 0:
-        log.data(folders)
+    log.data(folders)
 
     def evaluate(step: int) -> None:
         use_ladder_layers(model, config, None)  # the model that is to be, as an export is

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_ladder.config import Residual
+from megatron_ladder.config import ParallelConfig, Residual
 from megatron_ladder.errors import UserError
 from pretrain.bench.links import network_of
 from pretrain.bench.plan import DEVICES, Hardware, Row
 from pretrain.bench.plan_search import search
+from pretrain.config import TrainConfig
+from pretrain.estimate import estimate, format_estimate
 from pretrain.files import write_atomically
 from pretrain.presets import PRESETS
 
@@ -77,12 +79,32 @@ def main_plan(options: PlanOptions) -> int:
         f"global batch {batch}. docs/overlap.md says what the model leaves out.\n"
     )
     print(table(found, options.top))
+    best = found[model.residual if model.residual in found else "standard"][0]
+    chosen = laid_out(replace(config, model=replace(model, residual=best.residual)), best)
+    print(f"\nThe preset's run with the first {best.residual} layout:")
+    print(format_estimate(estimate(chosen, ranks=options.gpus, hardware=hardware)))
     if options.json:
         rows = {kind: [dataclasses.asdict(r) for r in rows] for kind, rows in found.items()}
         write_atomically(options.json, json.dumps(rows, indent=1) + "\n")
     if options.png:
         write_atomically(options.png, draw({kind: rows[0] for kind, rows in found.items()}))
     return 0
+
+
+def laid_out(config: TrainConfig, layout: Row) -> TrainConfig:
+    """The configuration that has a row's layout."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+    )
+    return replace(
+        config,
+        parallel=parallel,
+        micro_batch_size=layout.micro_batch_size,
+        recompute=layout.recompute,
+    )
 
 
 def table(found: dict[Residual, list[Row]], top: int) -> str:

@@ -11,7 +11,7 @@ from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from pretrain.config import DataConfig
 from pretrain.data import (
-    check_same_tokenizer,
+    check_same_data,
     keep_facts,
     kept_facts,
     open_data,
@@ -168,14 +168,14 @@ def test_weights_must_fit_the_paths(data: Path) -> None:
 def test_a_run_keeps_what_export_needs_and_refuses_another_tokenizer(data, tmp_path) -> None:
     run = tmp_path / "run"
     folders = open_data(config_for(data))
-    check_same_tokenizer(run, folders)  # nothing kept yet
+    check_same_data(run, folders)  # nothing kept yet
     with pytest.raises(UserError, match=r"holds no data/0/manifest\.json"):
         kept_facts(run)
     keep_facts(run, folders)
     (kept,) = kept_facts(run)
     assert kept.manifest == folders[0].manifest
     assert (kept.path / "tokenizer.model").read_bytes() == b"a tokenizer"
-    check_same_tokenizer(run, folders)
+    check_same_data(run, folders)
     other = open_data(config_for(write_data_set(tmp_path / "other", tokenizer=b"another")))
     with pytest.raises(UserError, match="was tokenized with another tokenizer than the run"):
-        check_same_tokenizer(run, other)
+        check_same_data(run, other)

@@ -1,0 +1,33 @@
+"""The estimated size of a checkpoint, against one on disk."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint import Progress, save_checkpoint
+from pretrain.config import TrainConfig
+from pretrain.run_folder import checkpoint_bytes
+from pretrain.step import train_step
+from tests.distributed.layouts import Layout, batches, configuration, micro_batches, start
+from tests.ranks import run_ranks
+
+
+def save(config: TrainConfig, folder: Path) -> int:
+    """Bytes on disk of a checkpoint after one step."""
+    model, optimizer, scheduler = start(config)
+    train_step(model, optimizer, scheduler, iter(micro_batches(batches()[0], config)), config)
+    path = save_checkpoint(folder, Progress(1, 1), config, model, optimizer, scheduler)
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2)], ids=str)
+def test_a_checkpoint_is_as_large_as_estimated(
+    precision: str, layout: Layout, tmp_path: Path
+) -> None:
+    config = configuration("ladder", layout)
+    model = replace(config.model, hidden_size=256, ffn_hidden_size=768)
+    config = replace(config, model=model, precision=precision)
+    sizes = run_ranks(layout.ranks, save, config, tmp_path / "run", tmp_path=tmp_path)
+    assert sizes[0] == pytest.approx(checkpoint_bytes(config), rel=0.05)
