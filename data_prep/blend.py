@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -27,6 +28,9 @@ class Blend:
     """How many times to go through each data set; how long to train follows."""
     weights: tuple[float, ...] | None = None
     """Shares of the tokens trained on, in any unit."""
+    then: tuple[float, ...] | None = None
+    """Other weights later on: the tokens trained on before them, then one weight for each data set (0
+    leaves it out); and so on. Weights from the start on may then be 0."""
     train_tokens: int | None = None
     """How long training will be: shows the tokens and epochs of each data set."""
 
@@ -45,12 +49,19 @@ def blend(options: Blend) -> str:
     total = options.train_tokens
     if options.epochs:
         total = round(sum(e * t for e, t in zip(options.epochs, tokens, strict=True)))
-    config = {"data": {"paths": [str(d.path.resolve()) for d in sets], "weights": weights}}
-    write_durably(options.output, json.dumps(config, indent=2) + "\n")
+    phases = _phases(options)
+    data = {"paths": [str(d.path.resolve()) for d in sets], "weights": weights, "phases": phases}
+    write_durably(options.output, json.dumps({"data": data}, indent=2) + "\n")
     command = f"megatron-ladder train --preset NAME --config {options.output}"
     if total:
         command += f" --schedule.train-tokens {total}"
-    return f"{table(sets, tokens, weights, total)}\n\n{command}"
+    tables = [table(sets, tokens, weights, phases[0]["from_tokens"] if phases else total)]
+    ends = [phase["from_tokens"] for phase in phases[1:]] + [total]
+    for phase, end in zip(phases, ends, strict=True):
+        start = phase["from_tokens"]
+        tables.append(f"from {start:,} tokens on")
+        tables.append(table(sets, tokens, phase["weights"], end - start if end else None))
+    return "\n".join([*tables, "", command])
 
 
 def table(sets: list[DataSet], tokens: list[int], weights: list[float], total: int | None) -> str:
@@ -79,6 +90,43 @@ def _weights(options: Blend, tokens: list[int]) -> list[float]:
     return [value / total for value in raw]
 
 
+def _phases(options: Blend) -> list[dict[str, Any]]:
+    """As `train` reads them; weights add up to 1."""
+    then, each = options.then or (), 1 + len(options.data)
+    phases = []
+    for begin in range(0, len(then), each):
+        start, *raw = then[begin : begin + each]
+        total = math.fsum(raw)
+        weights = [value / total for value in raw]
+        phases.append({"from_tokens": int(start), "weights": weights})
+    return phases
+
+
+def _check_phases(options: Blend) -> None:
+    then, each = options.then or (), 1 + len(options.data)
+    if len(then) % each or options.then == ():
+        raise UserError(
+            f"--then has {len(then)} values: give the tokens before the change and {len(options.data)} "
+            f"weights, {each} values for each change"
+        )
+    if not all(0 <= value < math.inf for value in then):
+        raise UserError("--then: tokens and weights are 0 or more")
+    before = 0.0
+    for begin in range(0, len(then), each):
+        start, *weights = then[begin : begin + each]
+        if start != int(start) or start <= before:
+            raise UserError(
+                f"--then {start:g}: tokens are whole, and more than {before:g} before them"
+            )
+        if not any(weights):
+            raise UserError(f"--then {start:g}: its weights are all 0")
+        before = start
+    if before and options.train_tokens and before >= options.train_tokens:
+        raise UserError(
+            f"--then {before:g} is not before the end, --train-tokens {options.train_tokens}"
+        )
+
+
 def _check(options: Blend) -> None:
     if not options.data:
         raise UserError("no data: give data set folders")
@@ -90,13 +138,20 @@ def _check(options: Blend) -> None:
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} are both given: weights come from one of them")
+    if options.then is not None:
+        if options.epochs:
+            raise UserError("--epochs is of the whole training: with --then give --weights")
+        _check_phases(options)
     if options.epochs and options.train_tokens:
         raise UserError("--epochs says how long to train: leave out --train-tokens")
     for name in ("epochs", "weights"):
         values = getattr(options, name)
         if values is not None and len(values) != len(options.data):
             raise UserError(f"--{name} has {len(values)} values for {len(options.data)} data sets")
-    numbers = [options.temperature, *(options.epochs or ()), *(options.weights or ())]
+    weights = options.weights or ()
+    if options.then and any(weights):  # one that is 0 may come later
+        weights = tuple(weight for weight in weights if weight)
+    numbers = [options.temperature, *(options.epochs or ()), *weights]
     for number in (*numbers, options.train_tokens):
         if number is not None and not 0 < number < math.inf:
             raise UserError(

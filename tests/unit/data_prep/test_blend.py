@@ -97,6 +97,26 @@ def test_what_it_means_is_shown(sets: list[Path], tmp_path: Path, capsys) -> Non
     ]
 
 
+def test_weights_that_change_later(sets: list[Path], tmp_path: Path, capsys) -> None:
+    """In one file, as `train` reads them; the tables add up to the whole training."""
+    from pretrain.arguments import parse_train
+    from pretrain.config import Phase
+
+    file = tmp_path / "blend.json"
+    argv = ["blend", *sets[:2], "--weights", 1, 0, "--output", file, "--train-tokens", 5000]
+    argv += ["--then", 1000, 3, 1, 4000, 0, 5]
+    assert cli.main([str(a) for a in argv]) == 0
+    config, _ = parse_train(["--preset", "debug", "--config", str(file)])
+    assert config.data.weights == (1.0, 0.0)
+    assert config.data.phases == (Phase(1000, (0.75, 0.25)), Phase(4000, (0.0, 1.0)))
+    lines = capsys.readouterr().out.splitlines()
+    taken = [
+        int(line.split()[3].replace(",", "")) for line in lines if line.startswith(str(sets[0]))
+    ]
+    assert taken == [1000, 2250, 0]
+    assert "from 4,000 tokens on" in lines
+
+
 def test_bad_input(sets: list[Path], tmp_path: Path, refused) -> None:
     file = tmp_path / "blend.json"
 
@@ -111,6 +131,15 @@ def test_bad_input(sets: list[Path], tmp_path: Path, refused) -> None:
     assert "above 0" in said(*sets[:2], "--temperature", "nan")
     assert "one of them" in said(*sets[:2], "--temperature", 2, "--epochs", 1, 2)
     assert "leave out --train-tokens" in said(*sets[:2], "--epochs", 1, 2, "--train-tokens", 9)
+    then = (*sets[:2], "--weights", 1, 1, "--then")
+    assert "3 values for each change" in said(*then, 100, 1)
+    assert "more than 100 before them" in said(*then, 100, 1, 1, 100, 1, 1)
+    assert "all 0" in said(*then, 100, 0, 0)
+    assert "tokens are whole" in said(*then, 1.5, 1, 1)
+    assert "0 or more" in said(*then, 100, 1, "nan")
+    assert "not before the end" in said(*then, 100, 1, 1, "--train-tokens", 100)
+    assert "above 0" in said(*sets[:2], "--weights", 0, 0, "--then", 100, 1, 1)
+    assert "give --weights" in said(*sets[:2], "--epochs", 1, 1, "--then", 100, 1, 1)
     assert not file.exists()
     file.write_text("mine")
     assert "exists" in said(*sets[:2])
