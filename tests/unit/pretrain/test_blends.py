@@ -210,7 +210,7 @@ def test_packing_options_hold_in_every_phase(
     paths, cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Documents apart, fill in the middle and masks are those of the data set's own sequences."""
-    monkeypatch.setattr("pretrain.fim.find_tokens", lambda *_: (190, 191, 192))
+    monkeypatch.setattr("pretrain.fim.find_tokens", lambda *_: (500, 501, 502))
     masked = write_data_set(tmp_path / "masked", document_length=32, seed=9)
     np.zeros(60 * 32, np.uint8).tofile(masked / "train.mask")
     manifest = json.loads((masked / "manifest.json").read_text())
@@ -224,7 +224,7 @@ def test_packing_options_hold_in_every_phase(
         assert set(item) == {"tokens", "labels", "position_ids", "loss_mask", "documents"}
         is_masked = place["data_set"] == 2
         assert bool(item["loss_mask"].any()) != is_masked
-        is_filled_in = bool(set(item["tokens"].tolist()) & {190, 191, 192})
+        is_filled_in = bool(set(item["tokens"].tolist()) & {500, 501, 502})
         assert not (is_masked and is_filled_in)  # data with masks is left as it is
         changed += is_filled_in
     assert changed > 80
