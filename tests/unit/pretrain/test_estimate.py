@@ -54,7 +54,7 @@ def test_jobs_by_hand() -> None:
     """Of 2 hours, 100 s are the start, 17 s reading a checkpoint, and 300 s before the end it stops."""
     found = paper_1b(time_limit_s=7200, start_up_s=100, lead_s=300, storage_bytes_per_s=1e9)
     work_s = 25_000 * STEP_S + 100 * STEP_S / 3 + 50 * 16.913175552
-    assert work_s / (7200 - 100 - 300 - 16.913175552) == pytest.approx(5.478, abs=1e-3)
+    assert work_s / (7200 - 100 - 300 - 16.913175552) == pytest.approx(5.4790, abs=1e-4)
     assert found.jobs == 6
     assert found.starting_s == pytest.approx(6 * 100 + 5 * 16.913175552)
     assert found.saving_s == pytest.approx(55 * 16.913175552)
