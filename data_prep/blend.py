@@ -55,12 +55,14 @@ def blend(options: Blend) -> str:
     command = f"megatron-ladder train --preset NAME --config {options.output}"
     if total:
         command += f" --schedule.train-tokens {total}"
-    tables = [table(sets, tokens, weights, phases[0]["from_tokens"] if phases else total)]
-    ends = [phase["from_tokens"] for phase in phases[1:]] + [total]
-    for phase, end in zip(phases, ends, strict=True):
-        start = phase["from_tokens"]
-        tables.append(f"from {start:,} tokens on")
-        tables.append(table(sets, tokens, phase["weights"], end - start if end else None))
+    starts = [phase["from_tokens"] for phase in phases]
+    stretches = zip(
+        [weights, *(p["weights"] for p in phases)], [0, *starts], [*starts, total], strict=True
+    )
+    tables = []
+    for weights, start, end in stretches:
+        tables += [f"from {start:,} tokens on"] if start else []
+        tables.append(table(sets, tokens, weights, end - start if end else None))
     return "\n".join([*tables, "", command])
 
 

@@ -75,6 +75,7 @@ def sequences(config: TrainConfig, cache: Path) -> PhasedSequences:
     st.lists(st.integers(0, 1000), min_size=1, max_size=12).filter(any),
     st.integers(1, 400),
 )
+@settings(deadline=None)
 def test_every_stretch_has_its_shares_within_one_sequence(weights: list[int], count: int) -> None:
     shares = tuple(weight / sum(weights) for weight in weights)
     order = interleave(shares, count)

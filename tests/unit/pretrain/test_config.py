@@ -61,8 +61,8 @@ def test_the_number_of_options_stays_small() -> None:
 
     # 52, and with the overlap: five of the layout (sequence parallelism, stages), two dropouts, desync's n;
     # with other projects' models: four of what they are made of, and where to start from; with adapting
-    # them: gradually, and by distillation (two).
-    assert count(to_dict(PRESETS["debug"]())) <= 68
+    # them: gradually, and by distillation (two); blends that change (phases).
+    assert count(to_dict(PRESETS["debug"]())) <= 69
 
 
 def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
