@@ -53,7 +53,7 @@ class PhasedSequences(Dataset):
             np.save(path_to_taken, taken)
             np.save(path, places)
         self._places = np.load(path, mmap_mode="r")
-        self.data_sets = {}
+        self.data_sets: dict[int, ConcatDataset] = {}
         for i, count in enumerate(np.load(path_to_taken)):
             parts = [drawn[i]] if i in drawn else []
             while sum(map(len, parts)) < count:

@@ -363,7 +363,7 @@ class Row:
     dp: int
     sequence_parallel: bool
     micro_batch_size: int
-    recompute: str
+    recompute: Recompute
     step_s: float
     compute_s: float
     exposed_tp_s: float

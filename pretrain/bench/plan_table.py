@@ -79,9 +79,9 @@ def main_plan(options: PlanOptions) -> int:
         f"global batch {batch}. docs/overlap.md says what the model leaves out.\n"
     )
     print(table(found, options.top))
-    best = found[model.residual if model.residual in found else "standard"][0]
-    chosen = laid_out(replace(config, model=replace(model, residual=best.residual)), best)
-    print(f"\nThe preset's run with the first {best.residual} layout:")
+    kind: Residual = model.residual if model.residual in found else "standard"
+    chosen = laid_out(replace(config, model=replace(model, residual=kind)), found[kind][0])
+    print(f"\nThe preset's run with the first {kind} layout:")
     print(format_estimate(estimate(chosen, ranks=options.gpus, hardware=hardware)))
     if options.json:
         rows = {kind: [dataclasses.asdict(r) for r in rows] for kind, rows in found.items()}
