@@ -30,7 +30,7 @@ def test_a_plan_changed_on_purpose_is_exact_at_another_dp_size(tmp_path: Path) -
     ]
     old = plan(tmp_path / "old.json", paths[:2], (5, [1, 1]), (12, [1, 3]))
     new = plan(tmp_path / "new.json", paths, (5, [1, 1, 0]), (13, [0, 1, 2]))
-    runs = {name: tmp_path / "runs" / name for name in ("old", "new", "resumed")}
+    runs = {name: tmp_path / name for name in ("old", "new", "resumed")}
 
     def start(name: str, config: Path, *options: str) -> str:
         # `train` gives data.paths of its own: the last one counts.
