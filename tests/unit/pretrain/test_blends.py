@@ -18,6 +18,7 @@ from megatron_ladder.errors import UserError
 from pretrain.blends import check_blends, check_past, describe, interleave
 from pretrain.config import DataConfig, Phase, TrainConfig, load_config, save_config
 from pretrain.data import open_data, train_batches
+from pretrain.index_cache import _facts
 from pretrain.phased import PhasedSequences
 from pretrain.presets import PRESETS
 from pretrain.run_folder import write_config
@@ -232,6 +233,14 @@ def test_packing_options_hold_in_every_phase(
     torch.utils.data.default_collate([ours[0], ours[STEPS * BATCH - 1]])
     first_epoch, *_ = ours.data_sets[2].datasets
     assert isinstance(first_epoch, Sequences)
+
+
+def test_index_files_are_made_again_for_another_plan(paths) -> None:
+    config = config_for(paths)
+    folders = open_data(config)
+    others = [config_for(paths, phases) for phases in (PHASES[:1], PHASES[::-1], ())]
+    assert all(_facts(other, folders) != _facts(config, folders) for other in others)
+    assert "phases" not in _facts(others[-1], folders)  # a run of before finds its own
 
 
 # --- what is refused ---

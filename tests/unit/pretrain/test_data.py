@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,3 +180,15 @@ def test_a_run_keeps_what_export_needs_and_refuses_another_tokenizer(data, tmp_p
     other = open_data(config_for(write_data_set(tmp_path / "other", tokenizer=b"another")))
     with pytest.raises(UserError, match="was tokenized with another tokenizer than the run"):
         check_same_data(run, other)
+
+
+def test_a_data_set_made_again_is_not_resumed_with(data: Path, tmp_path: Path) -> None:
+    keep_facts(tmp_path / "run", open_data(config_for(data)))
+    shutil.rmtree(data)
+    write_data_set(data, train_documents=61)
+    with pytest.raises(UserError, match=r"\(3,840 tokens then, 3,904 now\): a resumed run would"):
+        check_same_data(tmp_path / "run", open_data(config_for(data)))
+    joined = write_data_set(tmp_path / "joined")
+    shutil.rmtree(data)
+    write_data_set(data)
+    check_same_data(tmp_path / "run", open_data(config_for(data, joined)))
