@@ -70,12 +70,14 @@ def train(argv: list[str]) -> int:
         )
         return 0
     if not under_torchrun and ranks > 1:
-        launch(argv, ranks)
+        assert config.output_dir is not None
+        return launch(argv, ranks, config.output_dir)
     log.info(plan)
+    from pretrain.stopping import StopSignals
     from pretrain.train import train as run_training
 
-    run_training(config, folders)
-    return 0
+    with StopSignals() as signals:
+        return run_training(config, folders, signals)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_ladder.errors import UserError
 from pretrain.config import TrainConfig
 from pretrain.files import write_atomically
+from pretrain.stopping import obey_parent_alone
 
 Batch = dict[str, torch.Tensor]
 
@@ -210,6 +211,7 @@ def train_batches(
         num_workers=config.data.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
+        worker_init_fn=obey_parent_alone,
     )
     return iter(loader)
 

@@ -126,9 +126,9 @@ class RunLog:
         logger.info("saved checkpoint of step %d", step)
         self._step_started = time.perf_counter()
 
-    def end(self, step: int) -> None:
+    def end(self, step: int, reason: str) -> None:
         if self._log:
-            self._log.end(step=step, reason="finished")
+            self._log.end(step=step, reason=reason)
 
 
 def versions() -> dict[str, str]:

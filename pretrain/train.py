@@ -14,19 +14,24 @@ from pretrain.config import TrainConfig
 from pretrain.data import DataFolder, train_batches, validation_batches
 from pretrain.gradual import use_ladder_layers
 from pretrain.index_cache import IndexCache
+from pretrain.launch import STOPPED
 from pretrain.optimizer import gathered_parameters
 from pretrain.run_folder import find_checkpoint, latest_checkpoint, lock, write_config
 from pretrain.run_log import RunLog
 from pretrain.sequences import train_sequences, validation_sequences
 from pretrain.setup import build, start_ranks, stop_ranks
 from pretrain.step import train_step, validate
+from pretrain.stopping import StopSignals
 from pretrain.teacher import Teacher
 
 
-def train(config: TrainConfig, folders: list[DataFolder]) -> None:
+def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) -> int:
     """Trains to the end of the schedule, from the newest checkpoint of the run if there is one.
 
     Called by every rank, under torchrun. `config` and `folders` have been checked by preflight.py.
+
+    Returns:
+        The exit status: 0, or STOPPED after a signal.
     """
     run_dir = config.output_dir
     assert run_dir is not None
@@ -79,12 +84,18 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
 
         if last or (config.eval_interval and step % config.eval_interval == 0):
             evaluate(step)
-        if last or step % config.save_interval == 0:
+        signal = signals.agreed()
+        if last or signal or step % config.save_interval == 0:
             with gathered_parameters(model):
                 save_checkpoint(run_dir, progress, config, model, optimizer, scheduler)
             log.saved(step)
+        if signal and not last:
+            break
 
-    log.end(progress.step)
+    finished = progress.step == config.train_steps
+    log.end(progress.step, "finished" if finished else f"signal {signal}")
+    signals.ignore()
     if is_first_rank():
         held.close()
     stop_ranks()
+    return 0 if finished else STOPPED
