@@ -4,12 +4,14 @@ A scheduler sends SIGUSR1 or SIGTERM some time before it kills; to one process, 
 has: loader processes and those that write checkpoints among them, which must not mind.
 """
 
+import contextlib
 import functools
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -109,10 +111,14 @@ def _shield_forked_children() -> None:
     )
 
 
-def shield(parent: int) -> None:
-    """The same for a process that was not forked: called in it."""
-    die_with_parent(parent)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+@contextlib.contextmanager
+def no_stop_signals() -> Iterator[None]:
+    """They wait for the end of the block; a process that is started in it never gets them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _nothing(*_: object) -> None:

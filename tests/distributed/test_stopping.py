@@ -3,32 +3,24 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from pretrain.checkpoint import load_weights
 from pretrain.launch import STOPPED
 from pretrain.run_folder import checkpoints
 from tests.data_sets import write_data_set
+from tests.distributed.disturbed import assert_same, run_disturbed
 from tests.distributed.test_training import (
     OPTIONS,
-    STEPS,
-    TIMEOUT_S,
     command,
-    losses,
     metrics,
     tensor_parallel,
     train,
 )
-
-Disturb = Callable[[psutil.Process, list[psutil.Process]], None]
 
 
 @pytest.fixture(scope="module")
@@ -43,57 +35,12 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def steps_of(run: Path) -> int:
-    file = run / "metrics.jsonl"
-    return file.read_text().count('"kind": "train"') if file.is_file() else 0
-
-
-def run_disturbed(arguments: list[str], run: Path, step: int, disturb: Disturb) -> tuple[int, str]:
-    """Starts a run and disturbs it after a step.
-
-    Returns:
-        The exit status, and what it printed.
-    """
-    process = subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        deadline = time.monotonic() + TIMEOUT_S
-        while steps_of(run) < step:
-            assert process.poll() is None, "the run ended before it was disturbed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        launcher = psutil.Process(process.pid)
-        everything = launcher.children(recursive=True)
-        disturb(launcher, launcher.children() or [launcher])
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-        _, left = psutil.wait_procs(everything, timeout=10)
-        assert not left, f"left over: {left}"
-        return process.returncode, output
-    finally:
-        process.kill()
-
-
-def assert_same(run: Path, undisturbed: Path) -> None:
-    assert losses(run) == losses(undisturbed)
-    last = f"checkpoints/step_{STEPS:08d}"
-    expected, got = load_weights(undisturbed / last), load_weights(run / last)
-    assert set(got) == set(expected)
-    for name, weight in expected.items():
-        assert torch.equal(got[name], weight), name
-
-
 @pytest.mark.parametrize(
     ("number", "to"),
     [
-        (signal.SIGTERM, "the launcher"),
-        (signal.SIGUSR1, "one rank"),
-        (signal.SIGUSR2, "the process group"),
+        pytest.param(signal.SIGTERM, "the launcher", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, "one rank", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR2, "the process group", marks=pytest.mark.slow),
         (signal.SIGTERM, "the process group"),
     ],
 )
@@ -127,14 +74,20 @@ def test_a_signal_stops_a_run_with_nothing_lost(
 
 def test_a_killed_rank_is_started_again(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = command(data, run, *tensor_parallel(2))
-    status, output = run_disturbed(arguments, run, 7, lambda _, ranks: ranks[1].kill())
+
+    def kill(_: psutil.Process, ranks: list[psutil.Process]) -> None:
+        while not checkpoints(run):  # being written
+            time.sleep(0.01)
+        ranks[1].kill()
+
+    status, output = run_disturbed(command(data, run, *tensor_parallel(2)), run, 6, kill)
     assert status == 0, output
-    assert "starting again from step_00000005" in output
-    assert [m["step"] for m in metrics(run, "start")] == [0, 5]
+    assert "a rank has ended with status -9: starting again from step_000000" in output
+    assert metrics(run, "start")[-1]["step"] in (5, 10, 15)
     assert_same(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_torchrun_itself_passes_a_signal_on(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Without our launcher: torchrun's own exit status is 1, the checkpoint is there."""
     run = tmp_path / "run"
@@ -151,6 +104,7 @@ def test_torchrun_itself_passes_a_signal_on(data: Path, undisturbed: Path, tmp_p
     assert_same(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
