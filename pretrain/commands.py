@@ -38,6 +38,8 @@ def _for_users(command: Command) -> Command:
             return command(argv)
         except UserError as error:
             message = str(error)
+        except ConnectionError:  # to another rank, which has ended
+            raise
         except OSError as error:  # no space, no permission, a file that went away
             message = f"{error.filename or 'the operating system'}: {error.strerror or error}"
         except KeyboardInterrupt:

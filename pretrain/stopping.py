@@ -48,8 +48,11 @@ class StopSignals:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) is _nothing:  # not `ignore`d
                 signal.signal(number, handler)
-        os.close(self._write)
+        os.write(
+            self._write, bytes(1)
+        )  # its end: closing would not do, as children have it open too
         self._listener.join()
+        os.close(self._write)
         os.close(self._read)
 
     def agreed(self) -> str:
@@ -62,20 +65,21 @@ class StopSignals:
         return signal.Signals(int(number)).name if number else ""
 
     def ignore(self) -> None:
-        """All is saved: what ends this process's siblings shall not change its exit status."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        """All is saved: torchrun ends all ranks when one has ended, and shall not change their status."""
+        if dist.get_world_size() > 1:
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
     def _listen(self) -> None:
-        while number := os.read(self._read, 1):
-            if number[0] not in STOP_SIGNALS:
+        while number := os.read(self._read, 1)[0]:
+            if number not in STOP_SIGNALS:
                 continue
             if not self._received:
-                self._received, self._since = number[0], time.monotonic()
-                name = signal.Signals(number[0]).name
+                self._received, self._since = number, time.monotonic()
+                name = signal.Signals(number).name
                 print(f"{name}: stopping after this step, with a checkpoint", file=sys.stderr)
             elif time.monotonic() - self._since >= _SECOND_AFTER_S:
-                os._exit(128 + number[0])
+                os._exit(128 + number)
 
 
 def obey_parent_alone(_: int) -> None:

@@ -38,9 +38,13 @@ def test_a_second_signal_ends_a_process_whatever_it_waits_for() -> None:
 def test_handlers_are_put_back() -> None:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with StopSignals():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()  # has all files open
         assert signal.getsignal(signal.SIGUSR1) is not before[signal.SIGUSR1]
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
     assert signal.set_wakeup_fd(-1) == -1
+    child.kill()
+    child.join()
 
 
 def _child(pipe) -> None:
