@@ -98,9 +98,8 @@ def launch(argv: list[str], ranks: int, run_dir: Path) -> int:
             print(f"{fruitless} crashes without a new checkpoint: giving up", file=sys.stderr)
             return _crash_status(statuses)
         where = f"from {after.name}" if after else "from the start: there is no checkpoint yet"
-        print(
-            f"a rank has ended with status {min(statuses)}: starting again {where}", file=sys.stderr
-        )
+        ended = ", ".join(map(str, sorted(statuses)))
+        print(f"ranks have ended with {ended}: starting again {where}", file=sys.stderr)
 
 
 def _final_status(statuses: set[int], received: int) -> int | None:
@@ -113,13 +112,12 @@ def _final_status(statuses: set[int], received: int) -> int | None:
     for decided in (2, STOPPED):  # the others may have failed because this one had gone
         if decided in statuses:
             return decided
-    if received and -received in statuses:  # before Python was up: nothing was trained
-        return STOPPED
     if 130 in statuses:  # Ctrl-C
         return 130
     return 128 + received if received else None
 
 
 def _crash_status(statuses: set[int]) -> int:
-    worst = min(statuses)
-    return 128 - worst if worst < 0 else worst
+    # torchrun ends the other ranks by SIGTERM when one has failed.
+    first = min(statuses - {-signal.SIGTERM} or statuses)
+    return 128 - first if first < 0 else first

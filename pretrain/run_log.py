@@ -131,8 +131,8 @@ class RunLog:
 
     def save_failed(self, step: int, reason: str) -> None:
         """Training goes on without this checkpoint."""
-        logger.error("could not save a checkpoint of step %d: %s", step, reason)
         if self._log:
+            logger.error("could not save a checkpoint of step %d: %s", step, reason)
             self._log.save_failed(step=step, reason=reason)
 
     def end(self, step: int, reason: str) -> None:

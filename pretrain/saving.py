@@ -123,7 +123,12 @@ class CheckpointSaver:
         _prune(self._final.parents[1], self._config.keep_last)
 
     def _failed(self, error: str) -> None:
-        if dist.get_rank() == 0:
+        if (
+            dist.get_rank() == 0
+        ):  # said too, since torch does not always pass on why it could not write
+            error += (
+                f" ({shutil.disk_usage(self._config.output_dir or '.').free / 1e9:.3f} GB free)"
+            )
             shutil.rmtree(self._temporary, ignore_errors=True)
         self._failures += 1
         self._log.save_failed(self._step, error)

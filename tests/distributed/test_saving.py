@@ -20,13 +20,14 @@ ONE_RANK = ("--data.num-workers", "0", "--no-tensorboard")
 
 # A run whose disk does not take some of the checkpoints, in each of the places where files are written.
 FAILING_DISK = """
-import errno, sys
+import errno, functools, sys
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import FileSystemWriter
 from pretrain import saving
 from pretrain.cli import main
 
 def fail_at(step, function, where):
+    @functools.wraps(function)
     def failing(*args, **kwargs):
         if f"step_{step:08d}" in where(args):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -42,16 +43,19 @@ sys.exit(main(sys.argv[1:]))
 
 # A run that takes long to write a checkpoint.
 SLOW_DISK = """
-import sys, time
+import functools, sys, time
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from pretrain.cli import main
 
+write_item = filesystem_async._write_item
+
+@functools.wraps(write_item)
 def slow(*args, **kwargs):
-    if any("step_00000010" in getattr(a, "name", "") for a in args):
+    if any("step_00000010" in str(getattr(a, "name", "")) for a in args):
         time.sleep(60)
     return write_item(*args, **kwargs)
 
-write_item, filesystem_async._write_item = filesystem_async._write_item, slow
+filesystem_async._write_item = slow
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -100,7 +100,7 @@ def test_children_end_with_a_process_that_is_killed() -> None:
         ({2, 1}, 0, 2),
         ({75}, 0, STOPPED),
         ({75, 1}, signal.SIGTERM, STOPPED),
-        ({-15}, signal.SIGTERM, STOPPED),
+        ({-15}, signal.SIGTERM, 128 + signal.SIGTERM),
         ({143}, signal.SIGTERM, 143),
         ({1}, signal.SIGUSR1, 128 + signal.SIGUSR1),
         ({130}, 0, 130),
@@ -114,4 +114,4 @@ def test_what_ranks_end_with_decides_whether_they_are_started_again(
 
 def test_a_crash_has_the_status_of_a_crash() -> None:
     assert _crash_status({-9, 1}) == 137
-    assert _crash_status({1}) == 1
+    assert _crash_status({1, -15}) == 1
