@@ -97,6 +97,12 @@ class CheckpointSaver:
     def _temporary(self) -> Path:
         return self._final.with_name(self._final.name + ".tmp")
 
+    @property
+    def _disk(self) -> Path:
+        """What certainly exists on the checkpoints' disk."""
+        folder = self._final.parent
+        return folder if folder.is_dir() else folder.parent
+
     def _begin(self, progress: Progress, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         self._step = progress.step
         if error := self._on_first_rank(self._make_folder):
@@ -123,12 +129,9 @@ class CheckpointSaver:
         _prune(self._final.parents[1], self._config.keep_last)
 
     def _failed(self, error: str) -> None:
-        if (
-            dist.get_rank() == 0
-        ):  # said too, since torch does not always pass on why it could not write
-            error += (
-                f" ({shutil.disk_usage(self._config.output_dir or '.').free / 1e9:.3f} GB free)"
-            )
+        if dist.get_rank() == 0:
+            # Said too, since torch does not always pass on why it could not write.
+            error += f" ({shutil.disk_usage(self._disk).free / 1e9:.3f} GB free)"
             shutil.rmtree(self._temporary, ignore_errors=True)
         self._failures += 1
         self._log.save_failed(self._step, error)
