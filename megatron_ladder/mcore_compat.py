@@ -283,6 +283,8 @@ class BackgroundSave:
         options: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19
             options["async_strategy"] = "mcore"
+            # It logs that this is to be replaced by nvidia-resiliency-ext's; nothing for a user to do.
+            logging.getLogger(TorchDistSaveShardedStrategy.__module__).setLevel(logging.ERROR)
         request = dist_checkpointing.save(
             state,
             str(folder),

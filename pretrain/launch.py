@@ -98,8 +98,8 @@ def launch(argv: list[str], ranks: int, run_dir: Path) -> int:
             print(f"{fruitless} crashes without a new checkpoint: giving up", file=sys.stderr)
             return _crash_status(statuses)
         where = f"from {after.name}" if after else "from the start: there is no checkpoint yet"
-        ended = ", ".join(map(str, sorted(statuses)))
-        print(f"ranks have ended with {ended}: starting again {where}", file=sys.stderr)
+        what = ", ".join(map(str, sorted(statuses)))
+        print(f"ranks have ended with {what}: starting again {where}", file=sys.stderr)
 
 
 def _final_status(statuses: set[int], received: int) -> int | None:
