@@ -4,20 +4,29 @@ Works with megatron-core 0.16.1 (Python 3.11) and 0.19.2 (Python 3.12 and later)
 """
 
 import contextlib
+import functools
+import inspect
 import logging
+import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ladder.config import (
     ModelConfig,
@@ -235,6 +244,112 @@ def save_without_tensors(
     common = Path(folder) / "common.pt"
     if not common.exists():
         torch.save({**state, "content_metadata": content_metadata}, common)
+
+
+def start_results_queue(initializer: Callable[[], None]) -> None:
+    """Starts the process through which writers of checkpoints report, unless it has been started.
+
+    megatron-core would start it without `initializer`, which is called in it.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer)
+        filesystem_async._results_queue = manager.Queue()
+
+
+class BackgroundSave:
+    """A checkpoint on its way to the disk: copied, or forked off, when this returns; all ranks call alike.
+
+    megatron-core's own asynchronous saving, but for what rank 0 does alone at its end: there an error
+    is kept, as those of the writing processes are, where megatron-core leaves the other ranks waiting.
+
+    Args:
+        state: megatron-core's sharded state dict.
+        folder: exists and is empty.
+        content_metadata: kept in the checkpoint, for loading.
+        then: called in a rank's writing process with the files it has written; its result comes back.
+    """
+
+    def __init__(
+        self,
+        state: dict[str, Any],
+        folder: Path,
+        content_metadata: dict[str, Any],
+        then: Callable[[list[Path]], dict[str, Any]],
+    ) -> None:
+        self._folder = folder
+        self._strategy = _KeepingErrors("torch_dist", 1)
+        self._error = ""
+        options: dict[str, Any] = {}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19
+            options["async_strategy"] = "mcore"
+            # It logs that this is to be replaced by nvidia-resiliency-ext's; nothing for a user to do.
+            logging.getLogger(TorchDistSaveShardedStrategy.__module__).setLevel(logging.ERROR)
+        request = dist_checkpointing.save(
+            state,
+            str(folder),
+            sharded_strategy=self._strategy,
+            async_sharded_save=True,
+            content_metadata=content_metadata,
+            **options,
+        )
+        request.finalize_fns.pop()  # writes metadata.json, as `result` does
+        self._receiver, sender = multiprocessing.Pipe(duplex=False)
+        self._writes = request.async_fn is not None
+        if self._writes:
+            write = functools.partial(_write, request.async_fn, then, sender)
+            request = request._replace(async_fn=write)
+        self._queue = AsyncCallsQueue()
+        self._queue.schedule_async_request(request)
+
+    def is_written(self, *, wait: bool) -> bool:
+        """Whether all ranks' writing processes have ended, well or not."""
+        try:
+            return bool(self._queue.maybe_finalize_async_calls(blocking=wait))
+        except CheckpointException as failure:  # on all ranks; rank 0 has the reasons
+            reasons = [str(error) for error, _ in failure.failures.values()]
+            self._error = "; ".join(reasons) or "another rank could not write"
+            return True
+
+    def result(self) -> tuple[str, dict[str, Any]]:
+        """This rank's error, or "", and what `then` returned. Once, after `is_written`."""
+        try:
+            if not self._error and self._strategy.error:
+                raise self._strategy.error
+            if not self._error and torch.distributed.get_rank() == 0:
+                save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
+        except OSError as error:
+            self._error = str(error)
+        if self._error or not self._writes:
+            return self._error, {}
+        if not self._receiver.poll():
+            return "a process that writes checkpoints has ended early", {}
+        return "", self._receiver.recv()
+
+
+def _write(
+    write: Callable, then: Callable, sender: Any, rank: int, buckets: list[Any], queue: Any
+) -> None:
+    write(rank, buckets, queue)
+    sender.send(then([Path(path) for path, *_ in buckets]))
+
+
+class _KeepingErrors(TorchDistSaveShardedStrategy):
+    """Rank 0's last file, the tensors' index: an error is kept, since the other ranks wait for it."""
+
+    error: OSError | None = None
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, *args: Any) -> Any:
+        finish = writer.finish
+
+        def finish_or_keep(*results: Any) -> None:
+            try:
+                finish(*results)
+            except OSError as error:
+                self.error = error
+
+        writer.finish = finish_or_keep
+        return super()._get_save_and_finalize_callbacks(writer, *args)
 
 
 @contextlib.contextmanager

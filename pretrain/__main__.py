@@ -1,10 +1,13 @@
-"""`python -m pretrain`: the same as `megatron-ladder train`, for torchrun."""
+"""`python -m pretrain`: the same as `megatron-ladder train`, for torchrun and srun."""
 
+import signal
 import sys
 
 from pretrain.commands import train
-from pretrain.launch import die_with_parent
+from pretrain.launch import STOP_SIGNALS, die_with_parent
 
 if __name__ == "__main__":
     die_with_parent()
+    # Kept until training listens (stopping.py): starting takes seconds, in which they would kill.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     sys.exit(train(sys.argv[1:]))

@@ -1,11 +1,10 @@
-"""Checkpoints: megatron-core's distributed format, visible only when complete.
+"""Checkpoints: what is in them, in megatron-core's distributed format. saving.py writes them.
 
-A checkpoint is a folder RUN/checkpoints/step_00000100. It is written under a name that ends in
-`.tmp` and renamed when every byte is on disk, so a run killed at any instant finds the one before.
+A checkpoint is a folder RUN/checkpoints/step_00000100.
 Tensors are stored whole by name, with the layout's shards as ranges of them: any layout can read it.
 """
 
-import shutil
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_ladder import cpu_platform
+from megatron_ladder.errors import UserError
 from megatron_ladder.mcore_compat import loading_optimizer
-from pretrain.config import TrainConfig, save_config
-from pretrain.files import sync
-from pretrain.run_folder import checkpoints
+from pretrain.checkpoint_files import damage, damaged_message, refuse_damaged, set_aside
+from pretrain.run_folder import latest_checkpoint
+
+logger = logging.getLogger(__name__)
 
 # Optimizer state stored as tensors of the parameters' own shapes, readable at any TP and DP.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -35,37 +36,43 @@ class Progress:
     consumed_samples: int
 
 
-def save_checkpoint(
-    run_dir: Path,
-    progress: Progress,
-    config: TrainConfig,
-    model: list[Any],
-    optimizer: Any,
-    scheduler: Any,
-) -> Path:
-    """Writes everything a resumed run needs, then prunes old checkpoints. Called by all ranks."""
-    final = run_dir / "checkpoints" / f"step_{progress.step:08d}"
-    temporary = final.with_name(final.name + ".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
+def checkpoint_state(
+    progress: Progress, model: list[Any], optimizer: Any, scheduler: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Everything a resumed run needs, as megatron-core saves it. Called by all ranks.
 
+    Returns:
+        The sharded state, and what loading has to know before it.
+    """
     state = _state_dict(model, optimizer, scheduler, is_loading=False)
     state["rng"] = _rng_object(_rng_state())
     state["progress"] = {"step": progress.step, "consumed_samples": progress.consumed_samples}
-    metadata = {**_METADATA, "world_size": dist.get_world_size()}
-    dist_checkpointing.save(state, str(temporary), content_metadata=metadata)
+    return state, {**_METADATA, "world_size": dist.get_world_size()}
 
-    dist.barrier()
-    if dist.get_rank() == 0:
-        save_config(config, temporary / "config.json")
-        _sync_folder(temporary)
-        temporary.rename(final)
-        sync(final.parent)
-        _prune(run_dir, config.keep_last)
-    dist.barrier()
-    return final
+
+def newest_valid(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose files are those that were written; damaged ones are set aside.
+
+    Called by all ranks, which share the reading; rank 0 decides.
+    """
+    while True:
+        newest = [latest_checkpoint(run_dir)]
+        dist.broadcast_object_list(newest)  # a shared disk may show ranks different things
+        if (checkpoint := newest[0]) is None or not (what := _damage(checkpoint)):
+            return checkpoint
+        if dist.get_rank() == 0:
+            logger.warning(
+                "%s is damaged: %s. It is set aside as %s; the one before it is used",
+                *(checkpoint, what, set_aside(checkpoint).name),
+            )
+
+
+def _damage(checkpoint: Path) -> str:
+    """The same on every rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    mine = damage(checkpoint, read=True, part=dist.get_rank(), parts=dist.get_world_size())
+    dist.all_gather_object(found, mine)
+    return next(filter(None, found), "")
 
 
 def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> Progress:
@@ -94,6 +101,8 @@ def load_initial_weights(checkpoint: Path, chunks: dict[str, Any]) -> None:
     Args:
         chunks: a rank's models by name; `model_chunks` gives them.
     """
+    if what := _damage(checkpoint):
+        raise UserError(damaged_message(checkpoint, what))
     state = {name: _sharded_weights(chunk) for name, chunk in chunks.items()}
     loaded = dist_checkpointing.load(state, str(checkpoint))
     for name, chunk in chunks.items():
@@ -120,6 +129,7 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
 
     Needs no model and no GPU, whatever layout wrote it. The optimizer's state is not read.
     """
+    refuse_damaged(checkpoint, read=True)
     cpu_platform.enable()
     alone = not dist.is_initialized()
     if alone:  # reading asks for a process group
@@ -181,18 +191,3 @@ def _restore_rng(state: dict[str, Any]) -> None:
 def _rng_object(state: dict[str, Any] | None) -> ShardedObject:
     """One rank's random states, as one of world-size many."""
     return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))
-
-
-def _prune(run_dir: Path, keep_last: int) -> None:
-    """Deletes all but the newest checkpoints, and what killed runs left half written or deleted."""
-    for old in checkpoints(run_dir)[:-keep_last]:
-        # Renamed first: a checkpoint half deleted must not look complete.
-        old.rename(old.with_name(old.name + ".tmp"))
-    for leftover in (run_dir / "checkpoints").glob("*.tmp"):
-        shutil.rmtree(leftover)
-
-
-def _sync_folder(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        sync(file)
-    sync(folder)

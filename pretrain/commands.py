@@ -38,6 +38,8 @@ def _for_users(command: Command) -> Command:
             return command(argv)
         except UserError as error:
             message = str(error)
+        except ConnectionError:  # to another rank, which has ended
+            raise
         except OSError as error:  # no space, no permission, a file that went away
             message = f"{error.filename or 'the operating system'}: {error.strerror or error}"
         except KeyboardInterrupt:
@@ -70,12 +72,14 @@ def train(argv: list[str]) -> int:
         )
         return 0
     if not under_torchrun and ranks > 1:
-        launch(argv, ranks)
+        assert config.output_dir is not None
+        return launch(argv, ranks, config.output_dir)
     log.info(plan)
+    from pretrain.stopping import StopSignals
     from pretrain.train import train as run_training
 
-    run_training(config, folders)
-    return 0
+    with StopSignals() as signals:
+        return run_training(config, folders, signals)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,9 @@ class TrainConfig:
     save_interval: int = 100
     """Steps between checkpoints."""
     keep_last: int = 2
-    """Checkpoints to keep."""
+    """Checkpoints to keep; at least 2, so that there is one before a damaged one."""
+    async_save: bool = True
+    """Training waits only until a checkpoint is copied; it is written meanwhile."""
     log_interval: int = 1
     """Steps between lines of metrics."""
     tensorboard: bool = True
@@ -277,6 +279,7 @@ SAFE_TO_CHANGE = (
     "eval_sequences",
     "save_interval",
     "keep_last",
+    "async_save",
     "log_interval",
     "tensorboard",
     "wandb",

@@ -18,6 +18,7 @@ from megatron_ladder.errors import UserError
 from pretrain.blends import check_blends
 from pretrain.config import TrainConfig
 from pretrain.files import write_atomically
+from pretrain.stopping import obey_parent_alone
 
 Batch = dict[str, torch.Tensor]
 
@@ -214,6 +215,7 @@ def train_batches(
         num_workers=config.data.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
+        worker_init_fn=obey_parent_alone,
     )
     return iter(loader)
 

@@ -4,6 +4,7 @@ docs/formats.md describes the lines.
 """
 
 import json
+import sys
 import time as clock
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ class MetricsLog:
         )
         path = run_dir / "metrics.jsonl"
         write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept))
-        self._file = path.open("a", encoding="utf-8")
+        # Lines that a full disk does not take stay in this buffer until it does.
+        self._file = path.open("ab", buffering=1 << 20)
         self._train_steps = train_steps
         self._step_s: float | None = None  # smoothed
         self._last: tuple[int, float] = (resume_step, self.time_so_far)
@@ -148,6 +150,12 @@ class MetricsLog:
             flush=True,
         )
 
+    def save_failed(self, *, step: int, reason: str) -> None:
+        """A checkpoint could not be written."""
+        self._write(
+            {"kind": "save_failed", "step": step, "unix_time": clock.time(), "reason": reason}
+        )
+
     def end(self, *, step: int, reason: str) -> None:
         """Training stops."""
         self._write({"kind": "end", "step": step, "unix_time": clock.time(), "reason": reason})
@@ -158,13 +166,20 @@ class MetricsLog:
             self._wandb.finish()
 
     def _write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps(values).encode() + b"\n")
+        try:
+            self._file.flush()
+        except OSError as error:
+            print(f"metrics.jsonl is behind: {error}", file=sys.stderr)
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
         if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+            try:
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, step)
+            except OSError as error:  # its writer does not recover
+                print(f"no more TensorBoard: {error}", file=sys.stderr)
+                self._tensorboard = None
         if self._wandb:
             self._wandb.log(values, step=step)
 

@@ -46,6 +46,11 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     resolve_impl(config.transformer_impl)
     config.num_microbatches(config.parallel.data_parallel_size(world_size))
     fill_in_the_middle(config, folders[0])
+    if config.keep_last < 2:
+        raise UserError(
+            f"keep_last is {config.keep_last}: keep at least 2 checkpoints, so that there is one before "
+            "a damaged one"
+        )
     plan = check_output_dir(config)
     check_past(config, folders)
     if plan and config.data.phases:

@@ -96,7 +96,7 @@ def _read(path: Path, label: str) -> Run:
         validation=by_kind.get("validation", []),
         unigram={b["dataset"]: b["unigram_loss"] for b in by_kind.get("baseline", [])},
         restarts=len(by_kind["start"]) - 1,
-        finished="end" in by_kind,
+        finished=any(line["reason"] == "finished" for line in by_kind.get("end", [])),
         config_text=config.read_text() if config.is_file() else "",
     )
 

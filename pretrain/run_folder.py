@@ -8,6 +8,7 @@ from typing import IO
 
 from megatron_ladder.errors import UserError
 from pretrain.arguments import is_first_rank
+from pretrain.checkpoint_files import damage, refuse_damaged
 from pretrain.config import (
     TrainConfig,
     differences,
@@ -32,19 +33,19 @@ def checkpoint_step(path: Path) -> int:
 
 
 def find_checkpoint(run: Path) -> Path:
-    """A run's newest checkpoint, or the one that is given.
+    """A run's newest checkpoint, or the one that is given; its files have the right sizes.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is damaged.
     """
     if not run.is_dir():
         raise UserError(f"run {run} does not exist")
-    if run.parent.name == "checkpoints" and (run / "config.json").is_file():
-        return run
-    latest = latest_checkpoint(run)
-    if latest is None:
+    is_checkpoint = run.parent.name == "checkpoints" and run in checkpoints(run.parents[1])
+    found = run if is_checkpoint else latest_checkpoint(run)
+    if found is None:
         raise UserError(f"{run} has no checkpoint: is it a run of `megatron-ladder train`?")
-    return latest
+    refuse_damaged(found, read=False)  # reading comes when its weights are read
+    return found
 
 
 def check_output_dir(config: TrainConfig) -> str:
@@ -87,7 +88,7 @@ def check_output_dir(config: TrainConfig) -> str:
     if is_first_rank():  # the one that will hold it
         lock(run_dir).close()  # refused while another process trains here
     latest = latest_checkpoint(run_dir)
-    if latest and checkpoint_step(latest) >= config.train_steps:
+    if latest and checkpoint_step(latest) >= config.train_steps and not damage(latest, read=True):
         return ""
     where = f"step {checkpoint_step(latest)}" if latest else "the start: it has no checkpoint yet"
     what = ", ".join(f"{n}: {a} -> {b}" for n, (a, b) in changed.items() if n != "output_dir")

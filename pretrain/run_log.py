@@ -127,11 +127,20 @@ class RunLog:
     def saved(self, step: int) -> None:
         """A checkpoint is complete."""
         logger.info("saved checkpoint of step %d", step)
+
+    def saving_began(self) -> None:
+        """Training goes on; what beginning a checkpoint has taken does not count as a step's."""
         self._step_started = time.perf_counter()
 
-    def end(self, step: int) -> None:
+    def save_failed(self, step: int, reason: str) -> None:
+        """Training goes on without this checkpoint."""
         if self._log:
-            self._log.end(step=step, reason="finished")
+            logger.error("could not save a checkpoint of step %d: %s", step, reason)
+            self._log.save_failed(step=step, reason=reason)
+
+    def end(self, step: int, reason: str) -> None:
+        if self._log:
+            self._log.end(step=step, reason=reason)
 
 
 def versions() -> dict[str, str]:

@@ -8,25 +8,31 @@ from pretrain.checkpoint import (
     load_checkpoint,
     load_initial_weights,
     model_chunks,
-    save_checkpoint,
+    newest_valid,
 )
 from pretrain.config import TrainConfig
 from pretrain.data import DataFolder, train_batches, validation_batches
 from pretrain.gradual import use_ladder_layers
 from pretrain.index_cache import IndexCache
+from pretrain.launch import STOPPED
 from pretrain.optimizer import gathered_parameters
-from pretrain.run_folder import find_checkpoint, latest_checkpoint, lock, write_config
+from pretrain.run_folder import find_checkpoint, lock, write_config
 from pretrain.run_log import RunLog
+from pretrain.saving import CheckpointSaver
 from pretrain.sequences import train_sequences, validation_sequences
 from pretrain.setup import build, start_ranks, stop_ranks
 from pretrain.step import train_step, validate
+from pretrain.stopping import StopSignals
 from pretrain.teacher import Teacher
 
 
-def train(config: TrainConfig, folders: list[DataFolder]) -> None:
+def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) -> int:
     """Trains to the end of the schedule, from the newest checkpoint of the run if there is one.
 
     Called by every rank, under torchrun. `config` and `folders` have been checked by preflight.py.
+
+    Returns:
+        The exit status: 0, or STOPPED after a signal.
     """
     run_dir = config.output_dir
     assert run_dir is not None
@@ -39,7 +45,7 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
     model, optimizer, scheduler = build(config)
     teacher = Teacher(config) if config.adapt.distillation_weight else None
     progress = Progress(step=0, consumed_samples=0)
-    if checkpoint := latest_checkpoint(run_dir):
+    if checkpoint := newest_valid(run_dir):
         progress = load_checkpoint(checkpoint, model, optimizer, scheduler)
     elif config.init_from:
         load_initial_weights(find_checkpoint(config.init_from), model_chunks(model))
@@ -56,6 +62,7 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
         **data_parallel,
     )
     log = RunLog(config, progress.step, device)
+    saver = CheckpointSaver(config, log)
     log.data(folders)
 
     def evaluate(step: int) -> None:
@@ -78,12 +85,18 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
 
         if last or (config.eval_interval and step % config.eval_interval == 0):
             evaluate(step)
-        if last or step % config.save_interval == 0:
+        signal = signals.agreed()
+        saver.complete()
+        if last or signal or step % config.save_interval == 0:
             with gathered_parameters(model):
-                save_checkpoint(run_dir, progress, config, model, optimizer, scheduler)
-            log.saved(step)
+                saver.save(progress, model, optimizer, scheduler, wait=last or bool(signal))
+        if signal and not last:
+            break
 
-    log.end(progress.step)
+    finished = progress.step == config.train_steps
+    log.end(progress.step, "finished" if finished else f"signal {signal}")
+    signals.ignore()
     if is_first_rank():
         held.close()
     stop_ranks()
+    return 0 if finished else STOPPED

@@ -31,6 +31,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.convert import Chunk
+from pretrain.checkpoint_files import refuse_damaged
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,14 @@ def _holds(chunk: ChunkStorageMetadata, layer: int) -> bool:
 
 
 def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
-    """A checkpoint's weights by megatron-core's names, layers stacked on axis 0; no data is read yet.
+    """A checkpoint's weights by megatron-core's names, layers stacked on axis 0; they are read one by one.
 
     Needs no model, no process group and no GPU, whatever layout wrote it.
+
+    Raises:
+        UserError: its files are not those that were written. All are read for that.
     """
+    refuse_damaged(checkpoint, read=True)
     metadata = FileSystemReader(checkpoint).read_metadata()
     weights = {}
     for name, facts in metadata.state_dict_metadata.items():

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.mcore_compat import initialize_model_parallel
-from pretrain.checkpoint import Progress, load_checkpoint, save_checkpoint
+from pretrain.checkpoint import Progress, load_checkpoint
 from pretrain.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from pretrain.optimizer import gathered_parameters
+from pretrain.run_folder import latest_checkpoint
+from pretrain.run_log import RunLog
+from pretrain.saving import CheckpointSaver
 from pretrain.setup import build
 from pretrain.step import train_step, validate
 
@@ -160,7 +163,7 @@ def run_layout(
     kind: str, layout: Layout, weights: Path, before: Path | None, out: Path
 ) -> dict[str, Any]:
     """Opens the checkpoint of the layout before; trains from `weights`; leaves a checkpoint."""
-    config = replace(configuration(kind, layout), output_dir=out)
+    config = replace(configuration(kind, layout), output_dir=out, tensorboard=False)
     model, optimizer, scheduler = start(config)
     *steps, held_out = batches()
     result: dict[str, Any] = {}
@@ -194,9 +197,9 @@ def run_layout(
 
     result["validation"] = validation()
     with gathered_parameters(model):
-        result["checkpoint"] = save_checkpoint(
-            out, Progress(STEPS, STEPS * BATCH), config, model, optimizer, scheduler
-        )
+        saver = CheckpointSaver(config, RunLog(config, 0, "cpu"))
+        saver.save(Progress(STEPS, STEPS * BATCH), model, optimizer, scheduler, wait=True)
+    result["checkpoint"] = latest_checkpoint(out)
     return result
 
 

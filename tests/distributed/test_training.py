@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from pretrain.checkpoint import load_weights
 from pretrain.cli import main
 from pretrain.export import export_run
+from pretrain.run_folder import checkpoints
 from tests.data_sets import write_data_set
 from tests.runs import run_train
 from tests.unit.hf.tiny import train_sentencepiece
@@ -72,7 +73,7 @@ def whole_run(request, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def kill_at_step(step: int, data: Path, run: Path, *options: str) -> None:
-    """Starts a run and sends it SIGKILL once `step` is in its metrics."""
+    """Starts a run and sends it SIGKILL once `step` is in its metrics and it has a checkpoint."""
     process = subprocess.Popen(
         command(data, run, *options),
         stdout=subprocess.DEVNULL,
@@ -80,7 +81,7 @@ def kill_at_step(step: int, data: Path, run: Path, *options: str) -> None:
     )
     deadline = time.monotonic() + TIMEOUT_S
     seen = 0
-    while seen < step:
+    while seen < step or not checkpoints(run):
         assert process.poll() is None, "the run ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)

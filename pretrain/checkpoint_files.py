@@ -1,0 +1,92 @@
+"""Whether a checkpoint's files are those that were written: sizes and SHA-256 in its manifest.json."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_ladder.errors import UserError
+from pretrain.files import sync, write_atomically
+
+MANIFEST = "manifest.json"
+_FORMAT = {"format": "megatron-ladder-checkpoint", "version": 1}
+
+Facts = dict[str, dict[str, Any]]
+"""By file name: {"bytes": 1, "sha256": "..."}."""
+
+
+def sums(paths: Iterable[Path]) -> Facts:
+    """Sizes and checksums of files; reads them whole."""
+    facts = {}
+    for path in paths:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        facts[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return facts
+
+
+def write_manifest(folder: Path, facts: Facts) -> None:
+    """Writes down a checkpoint's files, then makes sure that all is on disk.
+
+    Args:
+        facts: of files whose writers have summed them already; the others are read here.
+    """
+    others = sums(path for path in sorted(folder.iterdir()) if path.name not in facts)
+    content = {**_FORMAT, "files": dict(sorted((facts | others).items()))}
+    write_atomically(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+    for file in folder.iterdir():
+        sync(file)
+    sync(folder)
+
+
+def damage(folder: Path, *, read: bool, part: int = 0, parts: int = 1) -> str:
+    """What is wrong with a checkpoint's files, in words; "" when nothing is.
+
+    Of one that has no manifest, as before there were any, nothing can be said: "".
+
+    Args:
+        read: compare the checksums too, not only the sizes.
+        part, parts: look at every `parts`-th file alone, so that ranks share the reading.
+    """
+    manifest = folder / MANIFEST
+    try:
+        files: Facts = json.loads(manifest.read_text())["files"]
+        for name, facts in sorted(files.items())[part::parts]:
+            size = (folder / name).stat().st_size
+            if size != facts["bytes"]:
+                return f"{name} has {size:,} bytes, {facts['bytes']:,} were written"
+            if read and sums([folder / name])[name] != facts:
+                return f"{name} is not what was written: its SHA-256 differs"
+    except FileNotFoundError as error:
+        missing = Path(error.filename)
+        return "" if missing == manifest else f"{missing.name} is missing"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} is not a manifest: {error!r}"
+    return ""
+
+
+def refuse_damaged(folder: Path, *, read: bool) -> None:
+    """Raises UserError when a checkpoint's files are not those that were written."""
+    if what := damage(folder, read=read):
+        raise UserError(damaged_message(folder, what))
+
+
+def damaged_message(folder: Path, what: str) -> str:
+    return (
+        f"{folder} is damaged: {what}. Give the checkpoint before it; or let `train` go on with the run, "
+        "which sets it aside and uses that one"
+    )
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a damaged checkpoint, so that it does not count as one. Nothing of it is deleted."""
+    aside = folder.with_name(folder.name + ".damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.damaged-{number}")
+    folder.rename(aside)
+    return aside

@@ -1,0 +1,210 @@
+"""Checkpoints of real runs: written in the background, on disks that fail, damaged afterwards."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_ladder.errors import UserError
+from pretrain.checkpoint_files import damage
+from pretrain.export import export_run
+from pretrain.run_folder import checkpoints
+from tests.data_sets import write_data_set
+from tests.distributed.disturbed import assert_same, run_disturbed, steps_of
+from tests.distributed.test_training import STEPS, command, metrics, tensor_parallel, train
+
+ONE_RANK = ("--data.num-workers", "0", "--no-tensorboard")
+
+# A run whose disk does not take some of the checkpoints, in each of the places where files are written.
+FAILING_DISK = """
+import errno, functools, sys
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint import FileSystemWriter
+from pretrain import saving
+from pretrain.cli import main
+
+def fail_at(step, function, where):
+    @functools.wraps(function)
+    def failing(*args, **kwargs):
+        if f"step_{step:08d}" in where(args):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return function(*args, **kwargs)
+    return failing
+
+stream = lambda args: next(a.name for a in args if hasattr(a, "fileno"))
+filesystem_async._write_item = fail_at(4, filesystem_async._write_item, stream)
+FileSystemWriter.finish = fail_at(12, FileSystemWriter.finish, lambda args: str(args[0].path))
+saving.write_manifest = fail_at(16, saving.write_manifest, lambda args: str(args[0]))
+sys.exit(main(sys.argv[1:]))
+"""
+
+# A run that takes long to write a checkpoint.
+SLOW_DISK = """
+import functools, sys, time
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from pretrain.cli import main
+
+write_item = filesystem_async._write_item
+
+@functools.wraps(write_item)
+def slow(*args, **kwargs):
+    if any("step_00000010" in str(getattr(a, "name", "")) for a in args):
+        time.sleep(60)
+    return write_item(*args, **kwargs)
+
+filesystem_async._write_item = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data_set(tmp_path_factory.mktemp("data") / "data", vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train(data, run, *ONE_RANK)
+    return run
+
+
+def patched(program: str, data: Path, run: Path, *options: str) -> list[str]:
+    arguments = command(data, run, *ONE_RANK, *options)
+    return [arguments[0], "-c", program, *arguments[3:]]
+
+
+def run_for_status(arguments: list[str]) -> tuple[int, str]:
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_run_goes_on_where_a_disk_fails(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    status, output = run_for_status(patched(FAILING_DISK, data, run, "--save-interval", "4"))
+    assert status == 0, output
+    assert [m["step"] for m in metrics(run, "save_failed")] == [4, 12, 16]
+    assert all("GB free)" in m["reason"] for m in metrics(run, "save_failed"))
+    assert output.count("No space left on device") >= 3
+    assert output.count("could not save a checkpoint of step") == 3
+    assert "step 12: [Errno 28] No space left on device" in output
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step_00000008",
+        "step_00000020",
+    ]
+    assert_same(run, undisturbed)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """And a run that is killed meanwhile leaves no writer behind, and goes on from the one before."""
+    run = tmp_path / "run"
+    seen = []
+
+    def kill(process: psutil.Process, _: list[psutil.Process]) -> None:
+        seen.extend(p.name for p in (run / "checkpoints").iterdir())
+        process.kill()
+
+    run_disturbed(patched(SLOW_DISK, data, run), run, 13, kill)
+    assert sorted(seen) == ["step_00000005", "step_00000010.tmp"]
+    assert steps_of(run) >= 13
+    train(data, run, *ONE_RANK)
+    assert [m["step"] for m in metrics(run, "start")] == [0, 5]
+    assert not list(run.glob("checkpoints/*.tmp"))
+    assert_same(run, undisturbed)
+
+
+def test_a_damaged_checkpoint_is_passed_over(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """By two ranks, one of which finds it; `export` refuses it."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    last = checkpoints(run)[-1]
+    largest = max(last.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 3] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match=f"{largest.name} is not what was written"):
+        export_run(run, tmp_path / "model", dtype=None, max_shard_size="5GB")
+    output = train(data, run, "--nproc-per-node", "2")
+    assert output.count("is set aside as step_00000020.damaged") == 1
+    assert [m["step"] for m in metrics(run, "start")] == [0, 15]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        *("step_00000015", "step_00000020", "step_00000020.damaged")
+    ]
+    assert all(damage(checkpoint, read=True) == "" for checkpoint in checkpoints(run))
+
+
+@pytest.mark.slow
+def test_waiting_for_checkpoints_changes_no_number(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    train(data, tmp_path / "run", *ONE_RANK, "--no-async-save")
+    assert_same(tmp_path / "run", undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, undisturbed: Path) -> Iterator[Path]:
+    """A run's folder whose checkpoints are on a disk of their own with room for two and a half."""
+    run = tmp_path / "run"
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True)
+    (run / "config.json").write_bytes((undisturbed / "config.json").read_bytes())
+    last = checkpoints(undisturbed)[-1]
+    size = int(2.5 * sum(p.stat().st_size for p in last.iterdir()))
+    options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    yield run
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def remount(run: Path, options: str) -> None:
+    folder = str(run / "checkpoints")
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk(small_disk: Path, data: Path, undisturbed: Path) -> None:
+    """The third checkpoint does not fit beside the two that are kept: three trials, then status 1."""
+    arguments = command(data, small_disk, *ONE_RANK, "--save-interval", "3")
+    status, output = run_for_status(arguments)
+    assert status == 1, output
+    assert "3 checkpoints in a row could not be written" in output
+    assert [m["step"] for m in metrics(small_disk, "save_failed")] == [9, 12, 15]
+    assert [c.name for c in checkpoints(small_disk)] == ["step_00000003", "step_00000006"]
+    assert all(damage(checkpoint, read=True) == "" for checkpoint in checkpoints(small_disk))
+    assert not list(small_disk.glob("checkpoints/*.tmp"))
+    remount(small_disk, "size=1g")
+    train(data, small_disk, *ONE_RANK)
+    assert metrics(small_disk, "start")[-1]["step"] == 6
+    assert_same(small_disk, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_two_ranks(small_disk: Path, data: Path, undisturbed: Path) -> None:
+    """Started again as after a crash, it makes no progress, and ends by itself."""
+    status, output = run_for_status(
+        command(data, small_disk, *tensor_parallel(2), "--save-interval", "3")
+    )
+    assert status == 1, output
+    assert "3 crashes without a new checkpoint: giving up" in output
+    assert [c.name for c in checkpoints(small_disk)] == ["step_00000003", "step_00000006"]
+
+
+@pytest.mark.slow
+def test_a_disk_that_becomes_read_only(small_disk: Path, data: Path, undisturbed: Path) -> None:
+    remount(small_disk, "size=1g")
+    train(data, small_disk, *ONE_RANK, "--save-interval", "10")
+    shutil.rmtree(small_disk / f"checkpoints/step_{STEPS:08d}")
+    remount(small_disk, "ro")
+    status, output = run_for_status(command(data, small_disk, *ONE_RANK, "--save-interval", "4"))
+    assert status == 1, output
+    assert [m["step"] for m in metrics(small_disk, "save_failed")] == [12, 16, 20]
+    assert all("Read-only file system" in m["reason"] for m in metrics(small_disk, "save_failed"))
+    remount(small_disk, "rw")
+    train(data, small_disk, *ONE_RANK)
+    assert_same(small_disk, undisturbed)

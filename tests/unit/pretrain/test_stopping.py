@@ -1,0 +1,117 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from pretrain.launch import STOP_SIGNALS, STOPPED, _crash_status, _final_status
+from pretrain.stopping import StopSignals, obey_parent_alone
+
+SECOND = """
+import os, signal, time
+from pretrain.stopping import StopSignals
+with StopSignals():
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGUSR1)  # the same one, passed on
+    time.sleep(1)
+    print("still here", flush=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # this thread runs no handler
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.read(os.pipe()[0], 1)  # for ever, as a collective whose other side is gone
+"""
+
+
+def test_a_second_signal_ends_a_process_whatever_it_waits_for() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SECOND], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stdout == "still here\n"
+    assert "SIGUSR1: stopping after this step" in done.stderr
+
+
+def test_handlers_are_put_back() -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with StopSignals():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()  # has all files open
+        assert signal.getsignal(signal.SIGUSR1) is not before[signal.SIGUSR1]
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+    assert signal.set_wakeup_fd(-1) == -1
+    child.kill()
+    child.join()
+
+
+def _child(pipe) -> None:
+    obey_parent_alone(0)
+    pipe.send(os.getpid())
+    time.sleep(60)
+
+
+def _middle(pipe) -> None:
+    """Starts a child of its own and waits to be killed."""
+    multiprocessing.get_context("fork").Process(target=_child, args=(pipe,)).start()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number", sorted(STOP_SIGNALS))
+def test_a_child_does_not_mind_the_signals_of_others(number: int) -> None:
+    with StopSignals():
+        ours, theirs = multiprocessing.Pipe()
+        child = multiprocessing.get_context("fork").Process(target=_child, args=(theirs,))
+        child.start()
+        ours.recv()
+        subprocess.run(["kill", f"-{number}", str(child.pid)], check=True)
+        child.join(0.5)
+        assert child.is_alive()
+        child.terminate()  # as DataLoader does with a worker that does not end
+        child.join(10)
+        assert child.exitcode == 0
+
+
+def is_alive(process: int) -> bool:
+    return psutil.pid_exists(process) and psutil.Process(process).status() != "zombie"
+
+
+def test_children_end_with_a_process_that_is_killed() -> None:
+    with StopSignals():
+        ours, theirs = multiprocessing.Pipe()
+        middle = multiprocessing.get_context("fork").Process(target=_middle, args=(theirs,))
+        middle.start()
+        grandchild = ours.recv()
+        middle.kill()
+        middle.join()
+        deadline = time.monotonic() + 10
+        while is_alive(grandchild):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "received", "status"),
+    [
+        ({-9}, 0, None),
+        ({-9, 1}, 0, None),
+        ({2, 1}, 0, 2),
+        ({75}, 0, STOPPED),
+        ({75, 1}, signal.SIGTERM, STOPPED),
+        ({-15}, signal.SIGTERM, 128 + signal.SIGTERM),
+        ({143}, signal.SIGTERM, 143),
+        ({1}, signal.SIGUSR1, 128 + signal.SIGUSR1),
+        ({130}, 0, 130),
+    ],
+)
+def test_what_ranks_end_with_decides_whether_they_are_started_again(
+    ranks, received, status
+) -> None:
+    assert _final_status(ranks, received) == status
+
+
+def test_a_crash_has_the_status_of_a_crash() -> None:
+    assert _crash_status({-9, 1}) == 137
+    assert _crash_status({1, -15}) == 1
