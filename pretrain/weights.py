@@ -3,8 +3,11 @@
 The format is torch's distributed checkpoint, as megatron-core writes it: any layout opens it.
 """
 
+import io
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -19,6 +22,7 @@ from torch.distributed.checkpoint import (
     SavePlan,
     save,
 )
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -31,6 +35,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.convert import Chunk
+from megatron_ladder.hf.output import synced_behind
 from pretrain.checkpoint_files import refuse_damaged
 
 
@@ -95,7 +100,7 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
 def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
     """Writes a checkpoint's tensors into a folder; each is made when it is its turn.
 
-    The caller makes sure that the files are on disk.
+    Tensors are on disk when it returns; the caller makes sure of the index and the folder.
 
     Raises:
         What `Chunk.make` raises, and OSError.
@@ -109,12 +114,29 @@ def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
         with warnings.catch_warnings():
             # That there are no ranks, and that megatron-core has begun the folder, is as it should be.
             warnings.simplefilter("ignore", UserWarning)
-            save({}, storage_writer=writer, planner=_OneAtATime(chunks), no_dist=True)
+            with synced_behind() as sync:
+                writer.fs = _SyncedBehind(sync)
+                save({}, storage_writer=writer, planner=_OneAtATime(chunks), no_dist=True)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise cause from error
     finally:
         set_crc32_options(crc)
+
+
+class _SyncedBehind(FileSystem):
+    """Has each file brought to disk when it is complete, while the next one is written."""
+
+    def __init__(self, sync: Callable[[Path], None]) -> None:
+        super().__init__()
+        self._sync = sync
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as stream:
+            yield stream
+        if "w" in mode and Path(path).suffix == ".distcp":  # the other, the index, is renamed
+            self._sync(Path(path))
 
 
 class _OneAtATime(DefaultSavePlanner):

@@ -30,7 +30,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.configuration_ladder import LadderConfig
 from megatron_ladder.hf.convert import megatron_to_hf
-from megatron_ladder.hf.output import complete_or_absent
+from megatron_ladder.hf.output import complete_or_absent, synced_behind
 from megatron_ladder.hf.stored import bytes_of, is_finite, safetensors_header
 from megatron_ladder.hf.tokenizer import write_tokenizer
 
@@ -234,17 +234,21 @@ def _write_weights(
         header = safetensors_header({name: planned[name] for name in names})
         (folder / file).write_bytes(header)
     # As the plan names them in the order in which they come, each is added to the end of its file.
-    for name, tensor in tqdm(
+    stream = tqdm(
         one_ahead(megatron_to_hf(tensors, config)),
         desc="exporting",
         unit=" tensors",
         total=len(planned),
         leave=False,
         disable=not sys.stderr.isatty(),
-    ):
-        with (folder / file_of[name]).open("ab") as opened:
-            for piece in tensor.detach().reshape(-1).split(_PIECE):
-                opened.write(bytes_of(_converted(piece, dtype, name)))
+    )
+    with synced_behind() as sync:
+        for name, tensor in stream:
+            path = folder / file_of[name]
+            with path.open("ab") as opened:
+                for piece in tensor.detach().reshape(-1).split(_PIECE):
+                    opened.write(bytes_of(_converted(piece, dtype, name)))
+            sync(path)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": file_of}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,6 +43,20 @@ def complete_or_absent(output_dir: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync(parent)
+
+
+@contextmanager
+def synced_behind() -> Iterator[Callable[[Path], None]]:
+    """Gives a function that has a file brought to disk, in a thread, while more is made and written.
+
+    Raises:
+        OSError: at the end of the block.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        files = []
+        yield lambda path: files.append(thread.submit(_fsync, path))
+        for file in files:
+            file.result()
 
 
 def _fsync(path: Path) -> None:
