@@ -134,7 +134,8 @@ def main() -> None:
         print(f"| {line} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |")
     if options.json:
         facts: dict[str, Any] = {
-            "command": "python benchmarks/checkpoint_stall.py --json benchmarks/results/checkpoint-stall.json",
+            "command": "python benchmarks/checkpoint_stall.py "
+            "--json benchmarks/results/checkpoint-stall.json",
             "device": f"cpu, {platform.machine()}, 1 thread",
             "versions": versions(),
             "parameters": config.model.num_parameters(),
