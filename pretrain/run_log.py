@@ -4,8 +4,10 @@ import importlib.metadata
 import logging
 import math
 import resource
+import statistics
 import sys
 import time
+from collections import deque
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from pretrain.config import TrainConfig, to_dict
 from pretrain.data import DataFolder, keep_facts, unigram_loss
 from pretrain.initial import keep_imported
 from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
+from pretrain.status import State, Status
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +31,12 @@ class RunLog:
         config: the run's, resolved.
         resume_step: the last step trained before this process started.
         device: "cpu" or the GPU's name.
+        status: told what the run is doing.
     """
 
-    def __init__(self, config: TrainConfig, resume_step: int, device: str) -> None:
+    def __init__(self, config: TrainConfig, resume_step: int, device: str, status: Status) -> None:
         self._config = config
+        self._status = status
         self._world_size = dist.get_world_size()
         self._log: MetricsLog | None = None
         if dist.get_rank() == 0:
@@ -67,6 +72,12 @@ class RunLog:
         self._step_started = time.perf_counter()
         self._pending_steps = 0
         self._pending_s = 0.0
+        self._recent_s: deque[float] = deque(maxlen=100)
+        status.begin(resume_step, last_checkpoint=resume_step or None)
+
+    def doing(self, state: State) -> None:
+        """Something else than training begins; the next step ends it."""
+        self._status.update(state)
 
     def data(self, folders: list[DataFolder]) -> None:
         """What a new run trains on, and what a model without context could reach on it."""
@@ -84,6 +95,16 @@ class RunLog:
         self._pending_steps += 1
         self._pending_s += seconds
         self._trained_s += seconds
+        self._recent_s.append(seconds)
+        step_s = statistics.median(self._recent_s)
+        self._status.update(
+            "training",
+            step=step,
+            tokens=step * self._config.tokens_per_step,
+            loss=loss if math.isfinite(loss) else None,
+            tokens_per_second=self._config.tokens_per_step / step_s,
+            eta_s=(self._config.train_steps - step) * step_s,
+        )
         due = step % self._config.log_interval == 0 or step == self._config.train_steps
         if self._log and due:
             step_s = self._pending_s / self._pending_steps
@@ -124,11 +145,17 @@ class RunLog:
     def saved(self, step: int) -> None:
         """A checkpoint is complete."""
         logger.info("saved checkpoint of step %d", step)
+        self._status.update(last_checkpoint=step)
         self._step_started = time.perf_counter()
 
-    def end(self, step: int) -> None:
+    def end(self, step: int, reason: str = "finished") -> None:
+        """Training ends in good order: finished, or stopped for another reason."""
         if self._log:
-            self._log.end(step=step, reason="finished")
+            self._log.end(step=step, reason=reason)
+        finished = reason == "finished"
+        self._status.update(
+            "finished" if finished else "stopped", step=step, reason="" if finished else reason
+        )
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from pretrain.run_folder import find_checkpoint, latest_checkpoint, lock, write_
 from pretrain.run_log import RunLog
 from pretrain.sequences import train_sequences, validation_sequences
 from pretrain.setup import build, start_ranks, stop_ranks
+from pretrain.status import Status
 from pretrain.step import train_step, validate
 from pretrain.teacher import Teacher
 
@@ -33,6 +34,15 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
     if is_first_rank():
         held = lock(run_dir)
         write_config(config)  # before anything else is there: the folder is this run's
+    with Status(config) as status:
+        _train(config, folders, status)
+    if is_first_rank():
+        held.close()
+
+
+def _train(config: TrainConfig, folders: list[DataFolder], status: Status) -> None:
+    run_dir = config.output_dir
+    assert run_dir is not None
     cache = IndexCache(config, folders)  # made meanwhile
     device = start_ranks(config)
 
@@ -55,11 +65,12 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
         consumed_samples=progress.consumed_samples,
         **data_parallel,
     )
-    log = RunLog(config, progress.step, device)
+    log = RunLog(config, progress.step, device, status)
     if progress.step == 0:
         log.data(folders)
 
     def evaluate(step: int) -> None:
+        log.doing("validating")
         use_ladder_layers(model, config, None)  # the model that is to be, as an export is
         for name, dataset in validations.items():
             held_out = validation_batches(dataset, config, **data_parallel)
@@ -80,11 +91,10 @@ def train(config: TrainConfig, folders: list[DataFolder]) -> None:
         if last or (config.eval_interval and step % config.eval_interval == 0):
             evaluate(step)
         if last or step % config.save_interval == 0:
+            log.doing("saving")
             with gathered_parameters(model):
                 save_checkpoint(run_dir, progress, config, model, optimizer, scheduler)
             log.saved(step)
 
     log.end(progress.step)
-    if is_first_rank():
-        held.close()
     stop_ranks()
