@@ -6,7 +6,7 @@ Tensors are stored whole by name, with the layout's shards as ranges of them: an
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Progress:
 
     step: int
     consumed_samples: int
+    recent_losses: tuple[float, ...] = ()
+    """Of the last steps, for what is a spike after them (bad_steps.py)."""
 
 
 def save_checkpoint(
@@ -53,7 +55,7 @@ def save_checkpoint(
 
     state = _state_dict(model, optimizer, scheduler, is_loading=False)
     state["rng"] = _rng_object(_rng_state())
-    state["progress"] = {"step": progress.step, "consumed_samples": progress.consumed_samples}
+    state["progress"] = asdict(progress)
     metadata = {**_METADATA, "world_size": dist.get_world_size()}
     dist_checkpointing.save(state, str(temporary), content_metadata=metadata)
 

@@ -92,16 +92,11 @@ class MetricsLog:
         wandb: bool,
         config: dict[str, Any],
     ) -> None:
-        kept = [m for m in _existing(run_dir) if _is_kept(m, resume_step)]
-        self.time_so_far: float = max(
-            (m["time"] for m in kept if m["kind"] == "train"), default=0.0
-        )
-        path = run_dir / "metrics.jsonl"
-        write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._run_dir = run_dir
         self._train_steps = train_steps
         self._step_s: float | None = None  # smoothed
-        self._last: tuple[int, float] = (resume_step, self.time_so_far)
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self.go_back(resume_step)
         self._tensorboard: Any = None
         self._wandb: Any = None
         if tensorboard:
@@ -114,6 +109,18 @@ class MetricsLog:
             import wandb as wandb_package
 
             self._wandb = wandb_package.init(dir=run_dir, name=run_dir.name, config=config)
+
+    def go_back(self, step: int) -> None:
+        """Training goes on from a checkpoint's step: the lines after it are dropped."""
+        kept = [m for m in _existing(self._run_dir) if _is_kept(m, step)]
+        self.time_so_far: float = max(
+            (m["time"] for m in kept if m["kind"] == "train"), default=0.0
+        )
+        path = self._run_dir / "metrics.jsonl"
+        self._file.close()
+        write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._last: tuple[int, float] = (step, self.time_so_far)
 
     def start(self, **facts: Any) -> None:
         """Training starts, or goes on."""
@@ -147,6 +154,11 @@ class MetricsLog:
             f"step {step}: validation loss on {dataset} {loss:.4f} (perplexity {perplexity:.2f})",
             flush=True,
         )
+
+    def note(self, kind: str, text: str, **values: Any) -> None:
+        """Something that happened, for the record and, as `text`, for whoever looks on."""
+        self._write({"kind": kind, **values})
+        print(text, flush=True)
 
     def end(self, *, step: int, reason: str) -> None:
         """Training stops."""
