@@ -24,7 +24,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from pretrain.config import BadStepPolicy, TrainConfig
+from pretrain.config import TrainConfig
+from pretrain.fault_config import BadStepPolicy
 from pretrain.files import write_atomically
 from pretrain.run_folder import checkpoint_step, latest_checkpoint
 from pretrain.run_log import versions
@@ -99,13 +100,11 @@ class BadSteps:
         if not is_bad.item():
             self._recent.append(loss)
             return True
+        verdicts: list[Verdict | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(verdicts, verdict)
         details = self._details(step, loss, grad_norm, sums, model)
         if dist.get_rank() == 0:
-            reason, policy = verdict or (
-                "another rank found it bad",
-                self._config.faults.not_finite,
-            )
-            self.found = self._decision(step, reason, policy)
+            self.found = self._decision(step, *next(v for v in verdicts if v))
             self._write(self.found, details)
         self.found = _from_first_rank(self.found)
         self._known.append(self.found)
@@ -130,7 +129,7 @@ class BadSteps:
 
     def _decision(self, step: int, reason: str, policy: BadStepPolicy) -> BadStep:
         limit = self._config.faults.max_bad_steps
-        if sum(bad.action != "stop" for bad in self._known) >= limit > 0 and policy != "stop":
+        if sum(bad.action != "stop" for bad in self._known) >= limit and policy != "stop":
             why = f"{reason}, after {limit} bad steps passed over (faults.max_bad_steps)"
             return BadStep(step, why, "stop", None)
         if policy == "stop":
