@@ -21,32 +21,23 @@ class FaultConfig:
     """At a spike: stop, skip or rollback."""
     max_bad_steps: int = 20
     """Skipped and rolled back in the whole run, before it stops."""
-    hang_factor: float = 10.0
-    """A step that takes so many times the median hangs: stacks are written and the run ends; 0: never."""
-    hang_floor_s: float = 300.0
-    """No step hangs that takes less, in seconds."""
-    hang_allowance_s: float = 3600.0
-    """The same for the first step, a validation and a checkpoint; and for any collective."""
+    hang_s: float = 300.0
+    """Seconds without a step, and 10 times the median step, after which stacks are written and the run
+    ends; 12 times as long for the first step, a validation and a checkpoint; 0: never."""
     straggler_interval: int = 100
     """Steps between comparisons of the ranks' speed; 0: never."""
-    straggler_fraction: float = 0.2
-    """A rank is named that takes so much more time than the median."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("spike_factor", 0),
-            ("max_bad_steps", 0),
-            ("hang_factor", 0),
-            ("hang_floor_s", 0),
-            ("hang_allowance_s", 1),
-            ("straggler_interval", 0),
-            ("straggler_fraction", 0),
-        ):
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"faults.{name} is {value}: it must be at least {least}")
-        for name in ("spike_factor", "hang_factor"):
-            if 0 < (factor := getattr(self, name)) <= 1:
-                raise UserError(
-                    f"faults.{name} is {factor}: every second step is above 1 median; give more than "
-                    "1, or 0 to turn it off"
-                )
+        for name in ("spike_factor", "max_bad_steps", "hang_s", "straggler_interval"):
+            if (value := getattr(self, name)) < 0:
+                raise UserError(f"faults.{name} is {value}: it must be at least 0")
+        if 0 < self.spike_factor <= 1:
+            raise UserError(
+                f"faults.spike_factor is {self.spike_factor}: every second loss is above 1 median; give "
+                "more than 1, or 0 to turn it off"
+            )
+
+    @property
+    def allowance_s(self) -> float:
+        """For what takes longer than a step, and the longest that a rank waits for others."""
+        return 12 * self.hang_s if self.hang_s else 3600.0

@@ -19,7 +19,10 @@ import torch.distributed as dist
 from pretrain.config import TrainConfig
 from pretrain.data import Batch
 
+SLOW = 0.2
+"""How much more time than the median is slow; of reading data, in shares of the step."""
 REPEATS = 50
+"""Matrix products that are timed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,6 @@ class RankSpeed:
 
     def __init__(self, config: TrainConfig) -> None:
         self._interval = config.faults.straggler_interval
-        self._fraction = config.faults.straggler_fraction
         self._read_s = 0.0
         self._since = time.perf_counter()
 
@@ -62,16 +64,14 @@ class RankSpeed:
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, (socket.gethostname(), _compute_s(), read_s, step_s))
         self._read_s, self._since = 0.0, time.perf_counter()
-        return compare(ranks, self._fraction)
+        return compare(ranks)
 
 
-def compare(ranks: list[tuple[str, float, float, float]], fraction: float) -> list[SlowRank]:
+def compare(ranks: list[tuple[str, float, float, float]]) -> list[SlowRank]:
     """The ranks to name.
 
     Args:
         ranks: of each rank: host, seconds of computing, of reading a step's data, of a whole step.
-        fraction: how much behind the median is slow. Of reading, in shares of the step: a slow
-            reader whose data is there in no time holds up nobody.
     """
     slow = []
     for what, column in (("computing", 1), ("reading data", 2)):
@@ -79,8 +79,9 @@ def compare(ranks: list[tuple[str, float, float, float]], fraction: float) -> li
         slowest = max(range(len(ranks)), key=seconds.__getitem__)
         # The lower one of two ranks in the middle: with two ranks the other one.
         median = statistics.median_low(seconds)
+        # A slow reader whose data is there in no time holds up nobody.
         scale = median if what == "computing" else ranks[slowest][3]
-        if seconds[slowest] - median > fraction * scale:
+        if seconds[slowest] - median > SLOW * scale:
             host = ranks[slowest][0]
             slow.append(SlowRank(slowest, host, what, seconds[slowest], median))  # type: ignore[arg-type]
     return slow

@@ -37,7 +37,7 @@ def start_ranks(config: TrainConfig) -> str:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if "RANK" in os.environ:
         # A rank waits no longer for the others, whatever has become of them.
-        timeout = timedelta(seconds=config.faults.hang_allowance_s)
+        timeout = timedelta(seconds=config.faults.allowance_s)
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -24,6 +24,8 @@ from pretrain.status import record_failure
 
 logger = logging.getLogger(__name__)
 
+FACTOR = 10.0
+"""A step that takes so many times the median hangs."""
 POLL_S = 1.0
 GRACE_S = 5.0
 """Between a rank's stacks and its end, which ends the others: time for theirs."""
@@ -40,6 +42,7 @@ class Watchdog:
         self._faults = config.faults
         self._rank = int(os.environ.get("RANK", "0"))
         self._step = 0
+        self._usual_s = self._faults.hang_s
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.allow_more()
@@ -50,7 +53,7 @@ class Watchdog:
     def start(self) -> None:
         """Steps are to begin. Not sooner: until then processes are forked."""
         self.allow_more()
-        if self._faults.hang_factor:
+        if self._faults.hang_s:
             self._thread.start()
 
     def __exit__(
@@ -66,11 +69,12 @@ class Watchdog:
     def step_ended(self, step: int, median_s: float) -> None:
         """The next step may take as long as is usual, many times over."""
         self._step = step
-        self._expect(max(self._faults.hang_floor_s, self._faults.hang_factor * median_s))
+        self._usual_s = max(self._faults.hang_s, FACTOR * median_s)
+        self._expect(self._usual_s)
 
     def allow_more(self) -> None:
         """What comes is not a usual step: the first one, a validation, a checkpoint."""
-        self._expect(max(self._faults.hang_allowance_s, self._faults.hang_floor_s))
+        self._expect(max(self._faults.allowance_s, self._usual_s))
 
     def _expect(self, limit_s: float) -> None:
         now = time.monotonic()

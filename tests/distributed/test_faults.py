@@ -156,7 +156,7 @@ def test_a_spike_that_one_rank_sees_is_one_to_all(data: Path, tmp_path: Path) ->
 
 
 def test_a_hang_ends_all_ranks_with_their_stacks(data: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", data, "--faults.hang-floor-s", "5")
+    run = Run(tmp_path / "run", data, "--faults.hang-s", "6")
     started = time.monotonic()
     assert run.train(Fault(hang, rank=1, steps=(5,))) == [1, 1], run.log.read_text()
     assert time.monotonic() - started < 100  # not the end of the test's patience
@@ -177,7 +177,7 @@ def test_a_hang_ends_all_ranks_with_their_stacks(data: Path, tmp_path: Path) -> 
 
 
 def test_a_rank_that_keeps_python_s_lock_ends_too(data: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", data, "--faults.hang-floor-s", "3", world_size=1)
+    run = Run(tmp_path / "run", data, "--faults.hang-s", "6", world_size=1)
     assert run.train(Fault(hang_with_python_s_lock, rank=0, steps=(3,))) == [1]
     assert "hang_with_python_s_lock" in run.log.read_text()
 

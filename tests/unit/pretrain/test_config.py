@@ -63,8 +63,9 @@ def test_the_number_of_options_stays_small() -> None:
 
     # 52, and with the overlap: five of the layout (sequence parallelism, stages), two dropouts, desync's n;
     # with other projects' models: four of what they are made of, and where to start from; with adapting
-    # them: gradually, and by distillation (two).
-    assert count(to_dict(PRESETS["debug"]())) <= 68
+    # them: gradually, and by distillation (two); for what goes wrong: two policies, a spike's size, how
+    # many of them, hangs and slow ranks.
+    assert count(to_dict(PRESETS["debug"]())) <= 74
 
 
 def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
@@ -208,7 +209,7 @@ def test_fault_options_are_checked_and_may_change() -> None:
     assert is_safe_to_change("faults.not_finite")
     with pytest.raises(UserError, match=r"faults\.max_bad_steps is -1: it must be at least 0"):
         FaultConfig(max_bad_steps=-1)
-    with pytest.raises(UserError, match=r"faults\.spike_factor is 1\.0: every second step"):
+    with pytest.raises(UserError, match=r"faults\.spike_factor is 1\.0: every second loss"):
         FaultConfig(spike_factor=1.0)
 
 

@@ -19,7 +19,7 @@ USUAL = ("node0", 0.010, 0.001, 1.0)
 )
 @pytest.mark.parametrize("usual", [1, 2, 7])
 def test_a_rank_is_named_where_it_is_behind_the_median(slow, what: list[str], usual: int) -> None:
-    named = compare([USUAL] * usual + [slow], fraction=0.2)
+    named = compare([USUAL] * usual + [slow])
     assert [n.what for n in named] == what
     assert all((n.rank, n.host) == (usual, "node1") for n in named)
-    assert compare([USUAL] * (usual + 1), fraction=0.2) == []
+    assert compare([USUAL] * (usual + 1)) == []
