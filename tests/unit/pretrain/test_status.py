@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_ladder.errors import UserError
 from pretrain import status as status_file
@@ -134,12 +135,11 @@ def test_what_cannot_be_written_or_read_ends_no_run(config, monkeypatch, caplog)
 
 
 def test_prometheus_text_is_valid(config) -> None:
-    parser = pytest.importorskip("prometheus_client.parser")
     Status(config).update("training", step=3, loss=2.5)
     text = (config.output_dir / "metrics.prom").read_text()
     values = {
         sample.name: (sample.value, sample.labels)
-        for family in parser.text_string_to_metric_families(text)
+        for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
     assert values["megatron_ladder_loss"] == (2.5, {"run": "run"})
