@@ -84,6 +84,7 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
         optimizer.load_state_dict(loaded["optimizer"])
     for name, chunk in model_chunks(model).items():
         chunk.load_state_dict(loaded[name])
+    scheduler.num_steps = 0  # loading adds to it, and a run may go back in the middle
     scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
         _restore_rng(loaded["rng"])

@@ -122,6 +122,8 @@ class Status:
             before = {name: before[name] for name in ("state", "step", "unix_time", "reason")}
             if before["state"] not in ENDED:
                 before["reason"] = f"killed while {before['state']}"
+            end = before["reason"] or before["state"]
+            logger.info("The start before ended at step %d: %s", before["step"], end)
         _append(self._run_dir, {"kind": "start", **line, "before": before})
 
 
