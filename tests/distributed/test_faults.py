@@ -13,7 +13,7 @@ from pretrain.checkpoint import load_weights
 from pretrain.report import write_report
 from pretrain.status import read_starts, read_status
 from tests.data_sets import write_data_set
-from tests.faulty_ranks import (
+from tests.faults import (
     Fault,
     compute_slowly,
     die,
@@ -41,15 +41,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Run:
     """A run's folder, trained by two ranks unless told otherwise."""
 
-    def __init__(self, path: Path, data: Path, *options: str, world_size: int = 2) -> None:
-        self.path, self.world_size = path, world_size
-        self.log = path.with_name(path.name + ".log")
+    def __init__(self, path: Path, data: Path, *options: str, ranks: int = 2) -> None:
+        self.path = path
         steps = f"--preset debug --schedule.train-steps {STEPS} --save-interval 3 --eval-interval 0"
         self.argv = [*steps.split(), "--data.paths", str(data), "--output-dir", str(path), *options]
-        self.argv += ["--micro-batch-size", "2", "--no-tensorboard"]
+        self.argv += ["--micro-batch-size", "2", "--no-tensorboard", "--nproc-per-node", str(ranks)]
+        self.output = ""
 
-    def train(self, fault: Fault | None = None) -> list[int]:
-        return train_with(self.argv, fault, world_size=self.world_size, log=self.log)
+    def train(
+        self, fault: Fault | None = None, *, rank: int = 1, steps: tuple[int, ...] = ()
+    ) -> list[int | None]:
+        """The ranks' exit statuses."""
+        log = self.path.with_name(f"{self.path.name}.log")
+        codes, self.output = train_with(fault or die, self.argv, log, rank=rank, steps=steps)
+        return codes
 
     def lines(self, kind: str) -> list[dict]:
         lines = (self.path / "metrics.jsonl").read_text().splitlines()
@@ -102,7 +107,7 @@ def test_a_bad_step_is_passed_over_and_resumed_runs_do_the_same(
     options = (*LAYOUTS[layout], "--faults.not-finite", policy)
     over = {"skip": [5, 5], "rollback": [4, 5]}[policy]
     whole = Run(tmp_path / "whole", data, *options)
-    assert whole.train(Fault(NAN, rank=1, steps=(5,))) == [0, 0], whole.log.read_text()
+    assert whole.train(NAN, rank=1, steps=(5,)) == [0, 0], whole.output
     kept = [s for s in range(1, STEPS + 1) if not over[0] <= s <= over[1]]
     assert whole.steps() == kept
     assert all(w.isfinite().all() for w in whole.weights().values())
@@ -114,8 +119,8 @@ def test_a_bad_step_is_passed_over_and_resumed_runs_do_the_same(
     def nan_then_death() -> None:
         (NAN if not (killed.path / "bad_steps").exists() else die)()
 
-    assert killed.train(Fault(nan_then_death, rank=1, steps=(5, 6))) != [0, 0]
-    assert killed.train() == [0, 0], killed.log.read_text()
+    assert killed.train(nan_then_death, rank=1, steps=(5, 6)) != [0, 0]
+    assert killed.train() == [0, 0], killed.output
     assert killed.lines("start")[-1]["step"] == 3
     assert len(killed.lines("bad_step")) == 1
     assert_same(whole, killed)
@@ -123,14 +128,14 @@ def test_a_bad_step_is_passed_over_and_resumed_runs_do_the_same(
     told = Run(tmp_path / "told", data, *options)
     shutil.copytree(whole.path / "bad_steps", told.path / "bad_steps")
     shutil.copy(whole.path / "config.json", told.path)
-    assert told.train() == [0, 0], told.log.read_text()
+    assert told.train() == [0, 0], told.output
     assert_same(whole, told)
 
 
 def test_a_bad_step_is_written_down_and_stops_the_run(data: Path, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", data)
-    assert run.train(Fault(NAN, rank=1, steps=(5,))) == [2, 2], run.log.read_text()
-    assert "the loss is nan at step 5" in run.log.read_text()
+    assert run.train(NAN, rank=1, steps=(5,)) == [2, 2], run.output
+    assert "the loss is nan at step 5" in run.output
     status = read_status(run.path)
     assert status is not None
     assert (status["state"], status["step"], status["last_checkpoint"]) == ("failed", 4, 3)
@@ -151,17 +156,17 @@ def test_a_bad_step_is_written_down_and_stops_the_run(data: Path, tmp_path: Path
 
 def test_too_many_bad_steps_stop_the_run(data: Path, tmp_path: Path) -> None:
     options = ("--faults.not-finite", "skip", "--faults.max-bad-steps", "2")
-    run = Run(tmp_path / "run", data, *options, world_size=1)
-    assert run.train(Fault(NAN, rank=0, steps=(2, 4, 6, 7))) == [2]
+    run = Run(tmp_path / "run", data, *options, ranks=1)
+    assert run.train(NAN, rank=0, steps=(2, 4, 6, 7)) == [2]
     assert run.steps() == [1, 3, 5]
-    assert "after 2 bad steps passed over" in run.log.read_text()
+    assert "after 2 bad steps passed over" in run.output
 
 
 def test_a_spike_that_one_rank_sees_is_one_to_all(data: Path, tmp_path: Path) -> None:
     """At TP 2 each rank computes the loss: only one's is wrong."""
     options = (*LAYOUTS["tp2"], "--schedule.train-steps", "13", "--faults.spike-factor", "3")
     run = Run(tmp_path / "run", data, *options)
-    assert run.train(Fault(losses_times(50.0), rank=1, steps=(2, 12))) == [0, 0]
+    assert run.train(losses_times(50.0), rank=1, steps=(2, 12)) == [0, 0]
     # Step 2's is not known to be one: there is too little to compare it with.
     assert run.steps() == [*range(1, 10), 13]
     (line,) = run.lines("bad_step")
@@ -172,7 +177,7 @@ def test_a_spike_that_one_rank_sees_is_one_to_all(data: Path, tmp_path: Path) ->
 def test_a_hang_ends_all_ranks_with_their_stacks(data: Path, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", data, "--faults.hang-s", "6")
     started = time.monotonic()
-    assert run.train(Fault(hang, rank=1, steps=(5,))) == [1, 1], run.log.read_text()
+    assert run.train(hang, rank=1, steps=(5,)) == [1, 1], run.output
     assert time.monotonic() - started < 100  # not the end of the test's patience
     stacks = {p.name: p.read_text() for p in (run.path / "hangs").iterdir()}
     assert set(stacks) == {"step_5.rank_0.txt", "step_5.rank_1.txt"}
@@ -190,20 +195,25 @@ def test_a_hang_ends_all_ranks_with_their_stacks(data: Path, tmp_path: Path) -> 
     assert "finished, 1 restarts" in page and "no sign of step 5" in page
 
 
+@pytest.mark.slow
 def test_a_rank_that_keeps_python_s_lock_ends_too(data: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", data, "--faults.hang-s", "6", world_size=1)
-    assert run.train(Fault(hang_with_python_s_lock, rank=0, steps=(3,))) == [1]
-    assert "hang_with_python_s_lock" in run.log.read_text()
+    run = Run(tmp_path / "run", data, "--faults.hang-s", "6", ranks=1)
+    assert run.train(hang_with_python_s_lock, rank=0, steps=(3,)) == [1]
+    assert "hang_with_python_s_lock" in run.output
 
 
 @pytest.mark.parametrize(
-    ("fault", "what"), [(compute_slowly, "computing"), (read_slowly, "reading data")]
+    ("fault", "what"),
+    [
+        (compute_slowly, "computing"),
+        pytest.param(read_slowly, "reading data", marks=pytest.mark.slow),
+    ],
 )
 def test_the_rank_that_holds_up_the_others_is_named(
     fault, what: str, data: Path, tmp_path: Path
 ) -> None:
     run = Run(tmp_path / "run", data, "--faults.straggler-interval", "4")
-    assert run.train(Fault(fault, rank=1, steps=(1,))) == [0, 0], run.log.read_text()
+    assert run.train(fault, rank=1, steps=(1,)) == [0, 0], run.output
     named = {(m["rank"], m["what"]) for m in run.lines("slow_rank")}
     assert (1, what) in named
     assert (0, what) not in named
