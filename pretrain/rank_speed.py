@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pretrain.config import TrainConfig
 from pretrain.data import Batch
 
+Ability = Literal["computing", "reading data"]
 SLOW = 0.2
 """How much more time than the median is slow; of reading data, in shares of the step."""
 REPEATS = 50
@@ -31,7 +32,7 @@ class SlowRank:
 
     rank: int
     host: str
-    what: Literal["computing", "reading data"]
+    what: Ability
     seconds: float
     median: float
     """Of all ranks, in seconds."""
@@ -73,17 +74,18 @@ def compare(ranks: list[tuple[str, float, float, float]]) -> list[SlowRank]:
     Args:
         ranks: of each rank: host, seconds of computing, of reading a step's data, of a whole step.
     """
+    hosts, computing, reading, steps = zip(*ranks, strict=True)
     slow = []
-    for what, column in (("computing", 1), ("reading data", 2)):
-        seconds = [rank[column] for rank in ranks]  # type: ignore[misc]
+    measured: tuple[tuple[Ability, tuple[float, ...]], ...]
+    measured = (("computing", computing), ("reading data", reading))
+    for what, seconds in measured:
         slowest = max(range(len(ranks)), key=seconds.__getitem__)
         # The lower one of two ranks in the middle: with two ranks the other one.
         median = statistics.median_low(seconds)
         # A slow reader whose data is there in no time holds up nobody.
-        scale = median if what == "computing" else ranks[slowest][3]
+        scale = median if what == "computing" else steps[slowest]
         if seconds[slowest] - median > SLOW * scale:
-            host = ranks[slowest][0]
-            slow.append(SlowRank(slowest, host, what, seconds[slowest], median))  # type: ignore[arg-type]
+            slow.append(SlowRank(slowest, hosts[slowest], what, seconds[slowest], median))
     return slow
 
 

@@ -96,7 +96,8 @@ class Watchdog:
         folder = self._run_dir / "hangs"
         what = f"no sign of step {self._step + 1} for {waited_s:.0f} s"
         logger.error("rank %d: %s: its stacks go to %s", self._rank, what, folder)
-        with contextlib.suppress(OSError):
+        # Whatever cannot be written, or is not in this torch: the rank must end.
+        with contextlib.suppress(OSError, ImportError):
             folder.mkdir(exist_ok=True)
             name = f"step_{self._step + 1}.rank_{self._rank}"
             with (folder / f"{name}.txt").open("w") as file:
@@ -112,6 +113,6 @@ class Watchdog:
 
 def _write_collectives(path: Path) -> None:
     """The last collectives of this rank: which began, which ended."""
-    from torch._C._distributed_c10d import _dump_fr_trace_json
+    from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
 
     path.write_bytes(_dump_fr_trace_json())
