@@ -5,7 +5,7 @@ Tensors are stored whole by name, with the layout's shards as ranges of them: an
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Progress:
 
     step: int
     consumed_samples: int
+    recent_losses: tuple[float, ...] = ()
+    """Of the last steps, for what is a spike after them (bad_steps.py)."""
 
 
 def checkpoint_state(
@@ -46,7 +48,7 @@ def checkpoint_state(
     """
     state = _state_dict(model, optimizer, scheduler, is_loading=False)
     state["rng"] = _rng_object(_rng_state())
-    state["progress"] = {"step": progress.step, "consumed_samples": progress.consumed_samples}
+    state["progress"] = asdict(progress)
     return state, {**_METADATA, "world_size": dist.get_world_size()}
 
 
@@ -89,6 +91,7 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
         optimizer.load_state_dict(loaded["optimizer"])
     for name, chunk in model_chunks(model).items():
         chunk.load_state_dict(loaded[name])
+    scheduler.num_steps = 0  # loading adds to it, and a run may go back in the middle
     scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
         _restore_rng(loaded["rng"])

@@ -19,6 +19,7 @@ from megatron_ladder.config import (
     TransformerImpl,
 )
 from megatron_ladder.errors import UserError
+from pretrain.fault_config import FaultConfig
 from pretrain.files import write_atomically
 
 
@@ -140,6 +141,7 @@ class TrainConfig:
     """Steps between lines of metrics."""
     tensorboard: bool = True
     wandb: bool = False
+    faults: FaultConfig = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
         at_least_1 = {
@@ -264,11 +266,12 @@ class TrainConfig:
 
 # What may differ when a run is resumed: nothing here changes the numbers trained on or the order of
 # the data (the layout changes them only by rounding). A blend may change from here on:
-# blends.check_past sees to it.
+# blends.check_past sees to it. Of faults, what was done stays done.
 SAFE_TO_CHANGE = (
     "data.paths",
     "data.weights",
     "data.phases",
+    "faults.",
     "parallel.",
     "output_dir",
     "data.num_workers",

@@ -7,7 +7,7 @@ import json
 import sys
 import time as clock
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_ladder.errors import UserError
 from pretrain.files import write_atomically
@@ -93,17 +93,11 @@ class MetricsLog:
         wandb: bool,
         config: dict[str, Any],
     ) -> None:
-        kept = [m for m in _existing(run_dir) if _is_kept(m, resume_step)]
-        self.time_so_far: float = max(
-            (m["time"] for m in kept if m["kind"] == "train"), default=0.0
-        )
-        path = run_dir / "metrics.jsonl"
-        write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept))
-        # Lines that a full disk does not take stay in this buffer until it does.
-        self._file = path.open("ab", buffering=1 << 20)
+        self._run_dir = run_dir
         self._train_steps = train_steps
         self._step_s: float | None = None  # smoothed
-        self._last: tuple[int, float] = (resume_step, self.time_so_far)
+        self._file = _appended(run_dir / "metrics.jsonl")
+        self.go_back(resume_step)
         self._tensorboard: Any = None
         self._wandb: Any = None
         if tensorboard:
@@ -116,6 +110,18 @@ class MetricsLog:
             import wandb as wandb_package
 
             self._wandb = wandb_package.init(dir=run_dir, name=run_dir.name, config=config)
+
+    def go_back(self, step: int) -> None:
+        """Training goes on from a checkpoint's step: the lines after it are dropped."""
+        kept = [m for m in _existing(self._run_dir) if _is_kept(m, step)]
+        self.time_so_far: float = max(
+            (m["time"] for m in kept if m["kind"] == "train"), default=0.0
+        )
+        path = self._run_dir / "metrics.jsonl"
+        self._file.close()
+        write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept))
+        self._file = _appended(path)
+        self._last: tuple[int, float] = (step, self.time_so_far)
 
     def start(self, **facts: Any) -> None:
         """Training starts, or goes on."""
@@ -155,6 +161,11 @@ class MetricsLog:
         self._write(
             {"kind": "save_failed", "step": step, "unix_time": clock.time(), "reason": reason}
         )
+
+    def note(self, kind: str, text: str, **values: Any) -> None:
+        """Something that happened, for the record and, as `text`, for whoever looks on."""
+        self._write({"kind": kind, **values})
+        print(text, flush=True)
 
     def end(self, *, step: int, reason: str) -> None:
         """Training stops."""
@@ -202,6 +213,11 @@ class MetricsLog:
         parts.append(f"mem {values['memory_gib']:.1f} GiB")
         parts.append(f"ETA {_duration((self._train_steps - step) * self._step_s)}")
         return " | ".join(parts)
+
+
+def _appended(path: Path) -> BinaryIO:
+    """Lines that a full disk does not take stay in this file's buffer until it does."""
+    return path.open("ab", buffering=1 << 20)
 
 
 def _existing(run_dir: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from megatron_ladder.errors import UserError
 from pretrain.config import differences, load_config
 from pretrain.evaluation.results import cells, latest_results
 from pretrain.files import write_atomically
+from pretrain.goodput import Goodput, read_goodput
 from pretrain.metrics import read_metrics
 from pretrain.pages import labels, render
 from pretrain.plots import draw_losses, draw_series
@@ -29,6 +30,10 @@ class Run:
     unigram: dict[str, float]
     """By data set, in nats a token."""
     restarts: int
+    goodput: Goodput | None
+    """None for a run of a version that did not note its starts."""
+    bad_steps: Lines
+    slow_ranks: Lines
     finished: bool
     config_text: str = field(repr=False)
 
@@ -88,14 +93,20 @@ def _read(path: Path, label: str) -> Run:
     if "start" not in by_kind:
         raise UserError(f"{path}/metrics.jsonl is empty: the run has not started yet")
     config = path / "config.json"
+    train = by_kind.get("train", [])
+    goodput = read_goodput(path, train[-1]["time"] if train else 0.0)
+    restarts = goodput.ends.total() if goodput else len(by_kind["start"]) - 1
     return Run(
         path=path,
         label=label,
         start=by_kind["start"][-1],
-        train=by_kind.get("train", []),
+        train=train,
         validation=by_kind.get("validation", []),
         unigram={b["dataset"]: b["unigram_loss"] for b in by_kind.get("baseline", [])},
-        restarts=len(by_kind["start"]) - 1,
+        restarts=restarts,
+        goodput=goodput,
+        bad_steps=by_kind.get("bad_step", []),
+        slow_ranks=by_kind.get("slow_rank", []),
         finished=any(line["reason"] == "finished" for line in by_kind.get("end", [])),
         config_text=config.read_text() if config.is_file() else "",
     )
@@ -140,6 +151,46 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         ]
     state = "finished" if run.finished else "in progress or stopped"
     rows.append(("state", state + (f", {run.restarts} restarts" if run.restarts else "")))
+    return rows + _trouble(run)
+
+
+def _trouble(run: Run) -> list[tuple[str, str]]:
+    """Rows of what a run lost, and what was wrong with its data and machines."""
+    rows = []
+    if good := run.goodput:
+        rows += [
+            ("wall-clock since the first start", _duration(good.wall)),
+            ("of it in steps that counted (goodput)", f"{100 * good.share:.1f}%"),
+            ("starting, over all starts", _duration(good.starting)),
+        ]
+        if run.restarts:
+            rows += [
+                ("restarted after", ", ".join(f"{n} x {end}" for end, n in good.ends.items())),
+                ("between starts", _duration(good.between)),
+                ("steps lost and done again", f"{good.steps_again:,}"),
+            ]
+    if run.bad_steps:
+        over = sum(last - first + 1 for first, last in (b["passed_over"] for b in run.bad_steps))
+        last = run.bad_steps[-1]
+        rows.append(
+            (
+                "bad steps",
+                f"{len(run.bad_steps)}, {over} steps not in the weights; "
+                f"the last at step {last['step']:,}: {last['reason']}",
+            )
+        )
+    by_rank: dict[tuple[int, str, str], Lines] = {}
+    for line in run.slow_ranks:
+        by_rank.setdefault((line["rank"], line["host"], line["what"]), []).append(line)
+    for (rank, host, what), lines in by_rank.items():
+        last = lines[-1]
+        rows.append(
+            (
+                f"slow at {what}: rank {rank} on {host}",
+                f"{len(lines)} times; {last['seconds']:.3g} s, median {last['median']:.3g} s, "
+                f"at step {last['step']:,}",
+            )
+        )
     return rows
 
 

@@ -28,6 +28,10 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def checkpoint_at(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
 def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 

@@ -4,17 +4,26 @@ import importlib.metadata
 import logging
 import math
 import resource
+import statistics
 import sys
 import time
+from collections import deque
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from megatron_ladder.errors import UserError
 from pretrain.config import TrainConfig, to_dict
 from pretrain.data import DataFolder, keep_facts, kept_facts, unigram_loss
 from pretrain.initial import keep_imported
 from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
+from pretrain.status import State, Status
+from pretrain.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from pretrain.bad_steps import BadStep
+    from pretrain.rank_speed import SlowRank
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +37,21 @@ class RunLog:
         config: the run's, resolved.
         resume_step: the last step trained before this process started.
         device: "cpu" or the GPU's name.
+        status: told what the run is doing.
+        watchdog: started, and told when steps end.
     """
 
-    def __init__(self, config: TrainConfig, resume_step: int, device: str) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        resume_step: int,
+        device: str,
+        status: Status,
+        watchdog: Watchdog,
+    ) -> None:
         self._config = config
+        self._status = status
+        self._watchdog = watchdog
         self._world_size = dist.get_world_size()
         self._is_resumed = resume_step > 0
         self._log: MetricsLog | None = None
@@ -68,6 +88,14 @@ class RunLog:
         self._step_started = time.perf_counter()
         self._pending_steps = 0
         self._pending_s = 0.0
+        self._recent_s: deque[float] = deque(maxlen=100)
+        status.begin(resume_step, last_checkpoint=resume_step or None)
+        watchdog.start()
+
+    def doing(self, state: State) -> None:
+        """Something else than training begins; the next step ends it."""
+        self._status.update(state)
+        self._watchdog.allow_more()
 
     def data(self, folders: list[DataFolder]) -> None:
         """What a new run trains on, or what joins a resumed one, and what a model without context could
@@ -82,15 +110,25 @@ class RunLog:
                     self._log.baseline(dataset=folder.name, unigram_loss=unigram_loss(folder))
 
     def train(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
-        """One step is done. Raises UserError on every rank when the loss is not finite."""
+        """One step is done."""
         seconds = time.perf_counter() - self._step_started
         self._pending_steps += 1
         self._pending_s += seconds
         self._trained_s += seconds
+        self._recent_s.append(seconds)
+        step_s = self._step_s()
+        self._status.update(
+            "training",
+            step=step,
+            tokens=step * self._config.tokens_per_step,
+            loss=loss,
+            tokens_per_second=self._config.tokens_per_step / step_s,
+            eta_s=(self._config.train_steps - step) * step_s,
+        )
         due = step % self._config.log_interval == 0 or step == self._config.train_steps
         if self._log and due:
-            step_s = self._pending_s / self._pending_steps
-            achieved = self._tokens_per_rank_step / step_s * self._flops_per_token
+            mean_s = self._pending_s / self._pending_steps
+            achieved = self._tokens_per_rank_step / mean_s * self._flops_per_token
             self._log.train(
                 step=step,
                 tokens=step * self._config.tokens_per_step,
@@ -98,19 +136,39 @@ class RunLog:
                 loss=loss,
                 grad_norm=grad_norm,
                 learning_rate=learning_rate,
-                tokens_per_second=self._config.tokens_per_step / step_s,
+                tokens_per_second=self._config.tokens_per_step / mean_s,
                 tflops_per_gpu=achieved / 1e12,
                 mfu=achieved / self._peak if self._peak else None,
                 memory_gib=_peak_memory_gib(),
             )
         if due:
             self._pending_steps, self._pending_s = 0, 0.0
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {step}: lower optimizer.lr or train in fp32; the last "
-                "checkpoint is untouched"
+        self._step_done(step)
+
+    def passed_over(self, step: int, bad: "BadStep") -> None:
+        """A step that is not in the weights: the time that it took does not count."""
+        if self._log and step == bad.step:
+            assert bad.passed_over is not None
+            if bad.action == "rollback":
+                self._log.go_back(bad.passed_over[0] - 1)
+            self._log.note("bad_step", f"step {step}: {bad.reason}: {bad.action}", **asdict(bad))
+        if bad.action == "rollback":
+            self._pending_steps, self._pending_s = 0, 0.0
+            self._trained_s = self._log.time_so_far if self._log else 0.0
+        self._status.update("training", step=step, tokens=step * self._config.tokens_per_step)
+        self._step_done(step)
+
+    def slow_ranks(self, step: int, ranks: "list[SlowRank]") -> None:
+        """Ranks that hold up the others."""
+        for slow in ranks if self._log else []:
+            assert self._log is not None
+            self._log.note(
+                "slow_rank",
+                f"step {step}: rank {slow.rank} on {slow.host} is slow at {slow.what}: "
+                f"{slow.seconds:.3g} s, the median is {slow.median:.3g} s",
+                step=step,
+                **asdict(slow),
             )
-        self._step_started = time.perf_counter()
 
     def validation(self, step: int, dataset: str, loss: float) -> None:
         if self._log:
@@ -127,6 +185,7 @@ class RunLog:
     def saved(self, step: int) -> None:
         """A checkpoint is complete."""
         logger.info("saved checkpoint of step %d", step)
+        self._status.update(last_checkpoint=step)
 
     def saving_began(self) -> None:
         """Training goes on; what beginning a checkpoint has taken does not count as a step's."""
@@ -139,8 +198,21 @@ class RunLog:
             self._log.save_failed(step=step, reason=reason)
 
     def end(self, step: int, reason: str) -> None:
+        """Training ends in good order: finished, or stopped for another reason."""
         if self._log:
             self._log.end(step=step, reason=reason)
+        finished = reason == "finished"
+        self._status.update(
+            "finished" if finished else "stopped", step=step, reason="" if finished else reason
+        )
+
+    def _step_s(self) -> float:
+        """Of a usual step; 0 before the first."""
+        return statistics.median(self._recent_s) if self._recent_s else 0.0
+
+    def _step_done(self, step: int) -> None:
+        self._watchdog.step_ended(step, self._step_s())
+        self._step_started = time.perf_counter()
 
 
 def versions() -> dict[str, str]:

@@ -12,12 +12,12 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ladder.mcore_compat import BackgroundSave, start_results_queue
-from pretrain.checkpoint import Progress, checkpoint_state
+from pretrain.checkpoint import Progress, checkpoint_state, newest_valid
 from pretrain.checkpoint_files import Facts, sums, write_manifest
 from pretrain.config import TrainConfig, save_config
 from pretrain.files import sync
 from pretrain.launch import die_with_parent
-from pretrain.run_folder import checkpoints
+from pretrain.run_folder import checkpoint_at, checkpoints
 from pretrain.run_log import RunLog
 from pretrain.stopping import no_stop_signals
 
@@ -56,6 +56,7 @@ class CheckpointSaver:
         Args:
             wait: return when it is complete; one that fails is tried again at once.
         """
+        self._log.doing("saving")
         self.complete(wait=True)  # the one before, if that is still being written
         while True:
             self._begin(progress, model, optimizer, scheduler)
@@ -74,6 +75,7 @@ class CheckpointSaver:
         """
         if self._saving is None or not self._saving.is_written(wait=wait):
             return False
+        self._log.doing("saving")
         results: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(results, self._saving.result())
         self._saving = None
@@ -88,10 +90,16 @@ class CheckpointSaver:
         self._log.saved(self._step)
         return True
 
+    def newest(self) -> Path | None:
+        """The newest checkpoint to go back to, when what is being written is there."""
+        self.complete(wait=True)
+        assert self._config.output_dir is not None
+        return newest_valid(self._config.output_dir)
+
     @property
     def _final(self) -> Path:
         assert self._config.output_dir is not None
-        return self._config.output_dir / "checkpoints" / f"step_{self._step:08d}"
+        return checkpoint_at(self._config.output_dir, self._step)
 
     @property
     def _temporary(self) -> Path:

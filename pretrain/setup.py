@@ -1,6 +1,7 @@
 """Ranks, process groups, and the model with its optimizer."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,8 +33,12 @@ def start_ranks(config: TrainConfig) -> str:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
         backend, device = "nccl", torch.cuda.get_device_name(local_rank)
+    # What NCCL's recorder remembers of the last collectives, for the watchdog to write down.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        # A rank waits no longer for the others, whatever has become of them.
+        timeout = timedelta(seconds=config.faults.allowance_s)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if config.deterministic:

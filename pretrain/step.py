@@ -1,5 +1,6 @@
 """One optimizer step, and one validation pass, by megatron-core's schedules."""
 
+import collections
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -125,8 +126,13 @@ def train_step(
     batches: Iterator[Batch],
     config: TrainConfig,
     teacher: "Teacher | None" = None,
+    is_good: Callable[[float, float, list[Tensor], list[Any]], bool] | None = None,
 ) -> tuple[float, float, float]:
     """Forward and backward of one global batch, then an update.
+
+    Args:
+        is_good: asked before the update, which is left out otherwise (BadSteps.is_good); called on
+            every rank, and answers alike.
 
     Returns:
         (mean cross-entropy of the trained tokens of the global batch, gradient norm before clipping,
@@ -154,12 +160,24 @@ def train_step(
     )
     scheduler.step(increment=1)  # before the update: step 1 trains at the rate of step 1, not of 0
     learning_rate = optimizer.param_groups[0]["lr"]
-    _, grad_norm, _ = optimizer.step()
-
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     for output in outputs:
         total += output["sum"]
-    return _sum_over_ranks(total)[0].item() / tokens, float(grad_norm or 0.0), learning_rate
+    loss = _sum_over_ranks(total)[0].item() / tokens
+    # The optimizer's step does this once more: it costs a pass over this rank's share of gradients.
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    sums = [output["sum"] for output in outputs]
+    if is_good is None or is_good(loss, grad_norm, sums, model):
+        optimizer.step()
+    return loss, grad_norm, learning_rate
+
+
+def pass_over(scheduler: Any, batches: Iterator[Batch], config: TrainConfig) -> None:
+    """A step without training: its data is left out, the learning rate goes on."""
+    count = config.num_microbatches(parallel_state.get_data_parallel_world_size())
+    collections.deque(itertools.islice(batches, count), maxlen=0)
+    scheduler.step(increment=1)
 
 
 def _trained_tokens(micro_batches: list[Batch]) -> float:

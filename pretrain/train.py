@@ -1,8 +1,12 @@
 """The training loop."""
 
+from functools import partial
+
 from megatron.core import parallel_state
 
+from megatron_ladder.errors import UserError
 from pretrain.arguments import is_first_rank
+from pretrain.bad_steps import BadStep, BadSteps
 from pretrain.checkpoint import (
     Progress,
     load_checkpoint,
@@ -16,14 +20,17 @@ from pretrain.gradual import use_ladder_layers
 from pretrain.index_cache import IndexCache
 from pretrain.launch import STOPPED
 from pretrain.optimizer import gathered_parameters
-from pretrain.run_folder import find_checkpoint, lock, write_config
+from pretrain.rank_speed import RankSpeed
+from pretrain.run_folder import checkpoint_at, find_checkpoint, lock, write_config
 from pretrain.run_log import RunLog
 from pretrain.saving import CheckpointSaver
 from pretrain.sequences import train_sequences, validation_sequences
 from pretrain.setup import build, start_ranks, stop_ranks
-from pretrain.step import train_step, validate
+from pretrain.status import Status
+from pretrain.step import pass_over, train_step, validate
 from pretrain.stopping import StopSignals
 from pretrain.teacher import Teacher
+from pretrain.watchdog import Watchdog
 
 
 def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) -> int:
@@ -39,6 +46,22 @@ def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) 
     if is_first_rank():
         held = lock(run_dir)
         write_config(config)  # before anything else is there: the folder is this run's
+    with Status(config) as status, Watchdog(config) as watchdog:
+        exit_status = _train(config, folders, signals, status, watchdog)
+    if is_first_rank():
+        held.close()
+    return exit_status
+
+
+def _train(
+    config: TrainConfig,
+    folders: list[DataFolder],
+    signals: StopSignals,
+    status: Status,
+    watchdog: Watchdog,
+) -> int:
+    run_dir = config.output_dir
+    assert run_dir is not None
     cache = IndexCache(config, folders)  # made meanwhile
     device = start_ranks(config)
 
@@ -55,32 +78,61 @@ def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) 
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
     }
     validations = validation_sequences(config, folders, cache.ready())
-    batches = train_batches(
-        train_sequences(config, folders, cache.path),
-        config,
-        consumed_samples=progress.consumed_samples,
-        **data_parallel,
+    speed = RankSpeed(config)
+    batches = speed.timed(
+        train_batches(
+            train_sequences(config, folders, cache.path),
+            config,
+            consumed_samples=progress.consumed_samples,
+            **data_parallel,
+        )
     )
-    log = RunLog(config, progress.step, device)
+    log = RunLog(config, progress.step, device, status, watchdog)
     saver = CheckpointSaver(config, log)
+    bad_steps = BadSteps(config, saver, progress.recent_losses)
     log.data(folders)
 
     def evaluate(step: int) -> None:
+        log.doing("validating")
         use_ladder_layers(model, config, None)  # the model that is to be, as an export is
         for name, dataset in validations.items():
             held_out = validation_batches(dataset, config, **data_parallel)
             with gathered_parameters(model):
                 log.validation(step, name, validate(model, held_out, config))
 
+    def answer(bad: BadStep) -> None:
+        if bad.action == "stop":
+            raise UserError(
+                f"{bad.reason} at step {bad.step}: lower optimizer.lr, train in fp32, or pass such steps "
+                "over (faults.not_finite, faults.spike); the last checkpoint is untouched"
+            )
+        log.passed_over(bad.step, bad)
+        if bad.action == "rollback":
+            assert bad.passed_over
+            checkpoint = checkpoint_at(run_dir, bad.passed_over[0] - 1)
+            with gathered_parameters(model):
+                back = load_checkpoint(checkpoint, model, optimizer, scheduler)
+            scheduler.step(increment=bad.step - back.step)
+            bad_steps.went_back(back.recent_losses)
+
     if progress.step == 0 and config.init_from:
         evaluate(0)  # what changing the model costs before it is trained
     for step in range(progress.step + 1, config.train_steps + 1):
         use_ladder_layers(model, config, step)
-        loss, grad_norm, learning_rate = train_step(
-            model, optimizer, scheduler, batches, config, teacher
-        )
-        log.train(step, loss, grad_norm, learning_rate)
-        progress = Progress(step, step * config.global_batch_size)
+        if before := bad_steps.decided(step):
+            pass_over(scheduler, batches, config)
+            log.passed_over(step, before)
+        else:
+            figures = train_step(
+                *(model, optimizer, scheduler, batches, config, teacher),
+                partial(bad_steps.is_good, step),
+            )
+            if bad_steps.found:
+                answer(bad_steps.found)
+            else:
+                log.train(step, *figures)
+        log.slow_ranks(step, speed.slow_ranks(step))
+        progress = Progress(step, step * config.global_batch_size, bad_steps.recent_losses)
         last = step == config.train_steps
 
         if last or (config.eval_interval and step % config.eval_interval == 0):
@@ -96,7 +148,5 @@ def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) 
     finished = progress.step == config.train_steps
     log.end(progress.step, "finished" if finished else f"signal {signal}")
     signals.ignore()
-    if is_first_rank():
-        held.close()
     stop_ranks()
     return 0 if finished else STOPPED

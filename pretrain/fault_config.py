@@ -1,0 +1,43 @@
+"""The options about what goes wrong in a run: a part of its configuration (config.py)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ladder.errors import UserError
+
+BadStepPolicy = Literal["stop", "skip", "rollback"]
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """What a run does about bad losses, hangs and slow ranks (docs/reliability.md)."""
+
+    not_finite: BadStepPolicy = "stop"
+    """At a loss or gradient norm of NaN or infinity: stop; skip: leave the update out and go on; or
+    rollback: also undo the steps since the newest checkpoint, and go on after their data."""
+    spike_factor: float = 0.0
+    """A loss above so many times the median of the last 100 steps is a spike; 0: none is."""
+    spike: BadStepPolicy = "rollback"
+    """At a spike: stop, skip or rollback."""
+    max_bad_steps: int = 20
+    """Skipped and rolled back in the whole run, before it stops."""
+    hang_s: float = 300.0
+    """Seconds without a step, and 10 times the median step, after which stacks are written and the run
+    ends; 12 times as long for the first step, a validation and a checkpoint; 0: never."""
+    straggler_interval: int = 100
+    """Steps between comparisons of the ranks' speed; 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("spike_factor", "max_bad_steps", "hang_s", "straggler_interval"):
+            if (value := getattr(self, name)) < 0:
+                raise UserError(f"faults.{name} is {value}: it must be at least 0")
+        if 0 < self.spike_factor <= 1:
+            raise UserError(
+                f"faults.spike_factor is {self.spike_factor}: every second loss is above 1 median; give "
+                "more than 1, or 0 to turn it off"
+            )
+
+    @property
+    def allowance_s(self) -> float:
+        """For what takes longer than a step, and the longest that a rank waits for others."""
+        return 12 * self.hang_s if self.hang_s else 3600.0
