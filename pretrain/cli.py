@@ -13,9 +13,14 @@ USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says mor
   eval      perplexity, small offline tasks and lm-evaluation-harness on a run or an exported folder
   report    loss curves of one or several runs, as a page and pictures; report depth: a model's layers
   bench     trace, plan: what the overlap hides, seen on local ranks and modelled for a cluster
+  submit    one of these, or a chain of them, to SLURM: arrays, restarts, time limits
+  status    of submitted runs: state, step, loss, what SLURM says
+  logs      of a submitted run
+  cancel    a submitted run, which saves a checkpoint first
   doctor    what is installed, and what is missing for GPU and FP8
 """
 COMMANDS = ("data", "train", "import", "export", "generate", "eval", "report", "bench", "doctor")
+COMMANDS += ("submit", "status", "logs", "cancel")
 KEYWORDS = ("import", "eval")  # what Python calls so is another thing: these functions end in "_"
 
 
@@ -36,6 +41,14 @@ def main(argv: list[str] | None = None) -> int:
         from data_prep.cli import main as data_main
 
         return data_main(argv[1:])
+    if name in ("status", "logs", "cancel"):
+        from slurm.cli import main as slurm_main
+
+        return slurm_main(name, argv[1:])
+    if name == "submit":
+        from pretrain.submission import main as submit_main
+
+        return submit_main(argv[1:])
     from pretrain import commands
 
     return getattr(commands, name + "_" if name in KEYWORDS else name)(argv[1:])

@@ -100,8 +100,8 @@ def check_output_dir(config: TrainConfig) -> str:
 
 
 def _is_used(run_dir: Path) -> bool:
-    """Whether there is more than what a run's first moment leaves, which other ranks may see."""
-    beginning = ("lock", "config.json")
+    """Whether there is more than submitting it and its first moment leave, which other ranks may see."""
+    beginning = ("lock", "config.json", "slurm")
     return run_dir.is_dir() and any(not p.name.startswith(beginning) for p in run_dir.iterdir())
 
 

@@ -1,0 +1,101 @@
+"""The words after `submit`'s options: commands, joined by `then`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.errors import UserError
+
+THEN = "then"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a chain."""
+
+    command: tuple[str, ...]
+    """What one types after `megatron-ladder`."""
+    output: Path
+    """The folder that it makes, or is about: `status`, `logs` and `cancel` are told it."""
+    tasks: int | None = None
+    """Of `data tokenize`: tasks of a job array."""
+
+
+def split_chain(words: list[str]) -> list[list[str]]:
+    """The commands of a chain. Raises UserError when one is empty."""
+    commands: list[list[str]] = [[]]
+    for word in words:
+        if word == THEN:
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    if not all(commands):
+        where = "before or after `then`" if len(commands) > 1 else "after submit's options"
+        raise UserError(
+            f"no command {where}: write what you would type after `megatron-ladder`, such as "
+            "`submit --profile FILE train --preset debug ...`"
+        )
+    return commands
+
+
+def take_tasks(command: list[str]) -> tuple[list[str], int | None]:
+    """`data tokenize` without its `--tasks N`, which is submit's, and N.
+
+    Raises:
+        UserError: N is no number, another command has it, or ranks are given besides.
+    """
+    rest, tasks = [], None
+    words = iter(command)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name != "--tasks" or command[0] != "data":  # eval has a --tasks of its own
+            rest.append(word)
+            continue
+        value = value or next(words, "")
+        if not value.isascii() or not value.isdigit() or int(value) < 1:
+            raise UserError(f"--tasks {value}: give the number of tasks, 1 or more")
+        tasks = int(value)
+    if tasks is not None:
+        if command[:2] != ["data", "tokenize"]:
+            raise UserError(f"--tasks: only `data tokenize` is cut in tasks, not {command[:2]}")
+        options = {word.partition("=")[0].replace("_", "-") for word in rest}
+        if given := options & {"--rank", "--world-size"}:
+            raise UserError(f"{', '.join(sorted(given))}: --tasks gives each task its own")
+    return rest, tasks
+
+
+@dataclass(frozen=True)
+class Array:
+    """Tasks of one job array; several arrays may share the work."""
+
+    offset: int
+    """The number among all tasks of this array's first."""
+    count: int
+    world_size: int
+    """Tasks of all arrays."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What becomes one job, or one array of them."""
+
+    command: tuple[str, ...]
+    output: Path
+    array: Array | None = None
+
+
+def stages(steps: list[Step], max_array_size: int) -> list[list[Part]]:
+    """The chain's jobs: those of one stage run side by side, each stage after the one before.
+
+    `data tokenize` in tasks is two stages, the arrays and the joining of what they made. An array's
+    numbers, which count from 0, are below `max_array_size`: more tasks are several arrays.
+    """
+    result = []
+    for step in steps:
+        if step.tasks is None:
+            result.append([Part(step.command, step.output)])
+            continue
+        offsets = range(0, step.tasks, max_array_size)
+        arrays = [Array(o, min(max_array_size, step.tasks - o), step.tasks) for o in offsets]
+        result.append([Part(step.command, step.output, array) for array in arrays])
+        result.append([Part(("data", "merge", str(step.output)), step.output)])
+    return result

@@ -1,0 +1,100 @@
+"""A job's folder: RUN/slurm/1 of a training, OUTPUT-slurm/1 of anything else, which must find its output's
+place empty.
+
+    job.sh          the script, as submitted
+    profile.toml    the profile, as it was
+    job.json        the command and what was asked for, resolved; the job's id
+    log, log.7      what the job, or task 7 of an array, wrote
+    history         a training's starts and ends
+    pid, exit       with launcher "local": the running script, its exit status
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from slurm.errors import UserError
+from slurm.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Job:
+    """What job.json says."""
+
+    command: list[str]
+    """After `megatron-ladder`."""
+    workdir: str
+    launcher: str
+    asked: dict[str, Any]
+    """The profile and the resources, resolved."""
+    submitted_by: list[str]
+    """sbatch and its options."""
+    unix_time: float
+    after: list[str]
+    """Ids of the jobs that must have succeeded."""
+    job_id: str | None = None
+    runner: list[float] | None = None
+    """With launcher "local": the process that runs the chain, and when it was made."""
+
+
+def place_of(command: list[str] | tuple[str, ...], output: Path) -> Path:
+    """The folder of job folders."""
+    if command[0] == "train":
+        return output / "slurm"
+    return output.with_name(output.name + "-slurm")
+
+
+def next_folder(place: Path) -> Path:
+    return place / str(max((int(f.name) for f in _numbered(place)), default=0) + 1)
+
+
+def make_folder(place: Path) -> Path:
+    """A new job's folder: nobody else's, even when two submit at once."""
+    while True:
+        folder = next_folder(place)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+
+
+def write_job(folder: Path, job: Job) -> None:
+    write_atomically(folder / "job.json", json.dumps(asdict(job), indent=2) + "\n")
+
+
+def read_job(folder: Path) -> Job:
+    try:
+        return Job(**json.loads((folder / "job.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}/job.json cannot be read: {error}") from None
+
+
+def job_folders(output: Path) -> list[Path]:
+    """Of all jobs of an output, oldest first; those that were cut off before submission left out."""
+    places = (output.with_name(output.name + "-slurm"), output / "slurm")
+    found = [folder for place in places for folder in _numbered(place)]
+    found = [folder for folder in found if (folder / "job.json").is_file()]
+    return sorted(found, key=lambda folder: read_job(folder).unix_time)
+
+
+def need_jobs(output: Path) -> list[Path]:
+    """The same. Raises UserError when there is none."""
+    folders = job_folders(output)
+    if not folders:
+        raise UserError(
+            f"{output}: nothing was submitted for it: give the folder that a submitted command was to make"
+        )
+    return folders
+
+
+def log_files(folder: Path) -> list[Path]:
+    """A job's log, or those of an array's tasks in order."""
+    files = [f for f in folder.glob("log*") if f.name == "log" or f.name[4:].isdigit()]
+    return sorted(files, key=lambda f: int(f.name[4:] or -1))
+
+
+def _numbered(place: Path) -> list[Path]:
+    folders = [f for f in place.glob("*") if f.name.isascii() and f.name.isdigit()]
+    return sorted(folders, key=lambda f: int(f.name))

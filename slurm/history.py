@@ -1,0 +1,49 @@
+"""A training's history: the lines that its script wrote of every start and end."""
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class History:
+    """What a history says."""
+
+    starts: int
+    last: str
+    """Why it last ended, in words; empty while it has not."""
+
+
+def read_history(folder: Path) -> History:
+    """Lines are `TIME start NUMBER CHECKPOINT on HOSTS`, `TIME end STATUS CHECKPOINT ASKED` and
+    `TIME stop WHY`."""
+    try:
+        lines = [line.split(maxsplit=2) for line in (folder / "history").read_text().splitlines()]
+    except FileNotFoundError:
+        return History(0, "")
+    starts = sum(line[1:2] == ["start"] for line in lines)
+    last = lines[-1] if lines else []
+    if last[1:2] == ["stop"]:
+        return History(starts, last[2])
+    if last[1:2] == ["end"]:
+        return History(starts, _in_words(last[2].split()))
+    return History(starts, "")
+
+
+def _in_words(end: list[str]) -> str:
+    status, asked = int(end[0]), end[2] if len(end) == 3 else " ".join(end[2:])
+    if len(end) > 3:
+        return asked  # the script's own words
+    if status == 0:
+        return "finished"
+    if status == 2:
+        return "stopped at a mistake: the log says which"
+    if status == 75:
+        why = {"limit": "before the time limit", "stop": "as it was asked to"}.get(asked, "")
+        return f"stopped in good order {why}".rstrip()
+    if 128 < status < 128 + signal.NSIG:
+        try:
+            return f"a rank was ended by {signal.Signals(status - 128).name}"
+        except ValueError:
+            pass
+    return f"a rank ended with status {status}"
