@@ -19,8 +19,9 @@ USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says mor
   cancel    a submitted run, which saves a checkpoint first
   doctor    what is installed, and what is missing for GPU and FP8
 """
-COMMANDS = ("data", "train", "import", "export", "generate", "eval", "report", "bench", "doctor")
-COMMANDS += ("submit", "status", "logs", "cancel")
+JOBS = ("submit", "status", "logs", "cancel")
+WORK = ("data", "train", "import", "export", "generate", "eval", "report", "bench")
+COMMANDS = (*WORK, *JOBS, "doctor")
 KEYWORDS = ("import", "eval")  # what Python calls so is another thing: these functions end in "_"
 
 

@@ -61,6 +61,7 @@ def _step(command: list[str], ranks: int, *, is_first: bool) -> Step:
     name, arguments = command[0], command[1:]
     if {"-h", "--help"} & set(arguments):
         raise UserError(f"--help is for `megatron-ladder {name} --help`")
+    output: Any
     if name == "train":
         output = _check_train(arguments, ranks, is_first=is_first)
     elif name == "data":

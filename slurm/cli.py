@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -92,7 +92,7 @@ def parse_submit(argv: list[str]) -> tuple[Submit, list[list[str]]]:
 
 def main(name: str, argv: list[str]) -> int:
     """Runs `status`, `logs` or `cancel`; returns its exit status. 2: a user's mistake."""
-    command = {"status": Status, "logs": Logs, "cancel": Cancel}[name]
+    command: Any = {"status": Status, "logs": Logs, "cancel": Cancel}[name]
     config = (tyro.conf.FlagCreatePairsOff,)
     try:
         options = tyro.cli(command, args=argv, prog=f"megatron-ladder {name}", config=config)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from slurm.errors import UserError
 
 TIMEOUT_S = 60
-ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "STOPPED")
-ACTIVE += ("RESIZING", "SIGNALING", "STAGE_OUT", "REQUEUE_HOLD", "SPECIAL_EXIT")
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+ACTIVE = (*WAITING, "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING")
 
 # What SLURM says on refusing a job, and what to do about it.
 ADVICE = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from slurm.chain import Array
 from slurm.errors import UserError
 from slurm.profile import Profile
 
@@ -85,13 +86,13 @@ def task_script(
     name: Path,
     *,
     gpus: int = 0,
-    array: dict[str, int] | None = None,
+    array: Array | None = None,
 ) -> str:
     """The script of any other command, which is one task.
 
     Args:
         command: what one types after `megatron-ladder`.
-        array: `offset`, the first task's number among all, and `world_size`, their count.
+        array: whose tasks it is for.
     """
     return _render(
         "task.sh.jinja",
@@ -119,6 +120,7 @@ def _render(template: str, profile: Profile, *, name: Path, **values: Any) -> st
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        comment_start_string="{##",  # ${#array[@]} is bash
     )
     return environment.get_template(template).render(
         profile=profile,
