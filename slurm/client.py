@@ -26,6 +26,7 @@ ADVICE = {
     "job violates": "a limit of your account or QoS: `sacctmgr show qos` lists them",
     "dependency problem": "SLURM does not know the job of --after (it may be forgotten): leave it out",
     "unable to contact": "SLURM's controller does not answer: `scontrol ping`; try again later",
+    "configuration source": "SLURM's commands find no slurm.conf here: submit on a login node",
     "connection refused": "SLURM's controller does not answer: `scontrol ping`; try again later",
 }
 

@@ -62,7 +62,7 @@ class Profile:
     def __post_init__(self) -> None:
         for name in ("partition", "account", "qos", "memory"):
             _check(name, getattr(self, name), r"[A-Za-z0-9][A-Za-z0-9_.,+-]*")
-        _check("constraint", self.constraint, r"[A-Za-z0-9_(\[][A-Za-z0-9_.,+&|*()\[\]:=-]*")
+        _check("constraint", self.constraint, r"[A-Za-z0-9_(\[][A-Za-z0-9_.,+&|*()\[\]:-]*")
         for name in self.modules:
             _check("modules", name, r"[A-Za-z0-9][A-Za-z0-9_.+/-]*")
         for name in self.environment:

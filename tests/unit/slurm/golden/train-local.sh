@@ -1,0 +1,82 @@
+#!/bin/bash
+# Written by `megatron-ladder submit`; docs/slurm.md says what each part is for.
+# shellcheck disable=SC2016 # what stands in single quotes is data
+#SBATCH --job-name=ladder-ladder
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --cpus-per-task=1
+# A job that waits for one that failed ends, rather than waiting for ever.
+#SBATCH --kill-on-invalid-dep=yes
+# After a node's failure SLURM starts the job again; one log holds all its starts.
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# SIGUSR1 to this script (B:), so long before the time limit: time for a checkpoint.
+#SBATCH --signal=B:USR1@120
+
+cd -- /home/me || exit 2
+set -u
+export PYTHONUNBUFFERED=1 # the log shows a line when it is written
+export OMP_NUM_THREADS=1 # as many threads as the rank has cores, not all of the node's
+
+command=(
+  python3 -m pretrain.cli train --nproc-per-node 2 --preset paper-1b --data.paths /data --output-dir runs/ladder
+)
+
+run=/shared/runs/ladder
+folder=/shared/runs/ladder/slurm/1
+restarts_without_progress=3 # then it gives up
+
+note() { # a line of the history, which `megatron-ladder status` reads, and of the log
+  printf '%(%FT%T)T %s\n' -1 "$*" | tee -a "$folder/history"
+}
+newest_checkpoint() {
+  local path newest=none
+  for path in "$run"/checkpoints/step_*; do # in order
+    [[ $path =~ /step_([0-9]+)$ ]] && newest=${BASH_REMATCH[1]}
+  done
+  echo "$newest"
+}
+ends_at() { # how many of the last starts ended with this checkpoint as the newest
+  local count=0 what status checkpoint
+  while read -r _ what status checkpoint _; do
+    [ "$what" = end ] || continue
+    if [ "$checkpoint" = "$1" ]; then count=$((count + 1)); else count=0; fi
+  done <"$folder/history"
+  echo "$count"
+}
+start() {
+  note "start $starts $(newest_checkpoint)"
+  "${command[@]}" &
+  ranks=$!
+}
+
+# A signal is passed to the ranks: they finish the step, save, and end with 75.
+asked="" ranks="" starts=0
+pass_on() { asked=$1 signalled=1; [ -z "$ranks" ] || kill -s TERM "$ranks"; }
+trap 'pass_on stop USR2' USR2 # megatron-ladder cancel
+trap 'pass_on stop USR2' TERM # scancel, preemption
+
+while true; do
+  starts=$((starts + 1))
+  start
+  [ -z "$asked" ] || kill -s TERM "$ranks" # it came when there was nobody to pass it to
+  # `wait` returns early when a signal came: then it says nothing of the ranks.
+  signalled=1
+  while [ -n "$signalled" ]; do
+    signalled=""
+    wait "$ranks"
+    status=$?
+  done
+  ranks=""
+  newest=$(newest_checkpoint)
+  note "end $status $newest $asked"
+  case $status in
+  0 | 2) exit "$status" ;; # finished; a user's mistake
+  esac
+  [ "$asked" != stop ] || exit "$status"
+  if [ "$(ends_at "$newest")" -gt "$restarts_without_progress" ]; then
+    note "stop gave up: $restarts_without_progress restarts ended before another checkpoint"
+    exit 1
+  fi
+  sleep 2 # then the next start, here, from the newest checkpoint
+done

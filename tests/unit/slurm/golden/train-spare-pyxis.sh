@@ -1,0 +1,137 @@
+#!/bin/bash
+# Written by `megatron-ladder submit`; docs/slurm.md says what each part is for.
+# shellcheck disable=SC2016 # what stands in single quotes is data
+#SBATCH --job-name=ladder-ladder
+#SBATCH --nodes=3
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=1
+#SBATCH --gres=gpu:4
+#SBATCH --time=1-00:00:00
+# A job that waits for one that failed ends, rather than waiting for ever.
+#SBATCH --kill-on-invalid-dep=yes
+# After a node's failure SLURM starts the job again; one log holds all its starts.
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# SIGUSR1 to this script (B:), so long before the time limit: time for a checkpoint.
+#SBATCH --signal=B:USR1@300
+# The job outlives a node's failure: of its nodes, 1 to spare.
+#SBATCH --no-kill
+
+cd -- /home/me || exit 2
+set -u
+export PYTHONUNBUFFERED=1 # the log shows a line when it is written
+export OMP_NUM_THREADS=1 # as many threads as the rank has cores, not all of the node's
+
+command=(
+  env
+  A=1
+  python -m pretrain --preset paper-1b --data.paths /data --output-dir runs/ladder
+)
+srun=(
+  srun --mpi=none --input=none # ranks find each other by torch's store
+  --cpus-per-task=1 # srun does not take it from #SBATCH
+  --container-image='nvcr.io#nvidia/pytorch:25.09-py3' --container-workdir="$PWD"
+  --container-mounts='/shared:/shared,/data sets:/data:ro'
+)
+
+run=/shared/runs/ladder
+folder=/shared/runs/ladder/slurm/1
+nodes=2
+ranks_per_node=4
+export NCCL_DEBUG=WARN # NCCL's version, and what it complains of, in the log
+restarts_without_progress=3 # then it gives up
+
+note() { # a line of the history, which `megatron-ladder status` reads, and of the log
+  printf '%(%FT%T)T %s\n' -1 "$*" | tee -a "$folder/history"
+}
+newest_checkpoint() {
+  local path newest=none
+  for path in "$run"/checkpoints/step_*; do # in order
+    [[ $path =~ /step_([0-9]+)$ ]] && newest=${BASH_REMATCH[1]}
+  done
+  echo "$newest"
+}
+ends_at() { # how many of the last starts ended with this checkpoint as the newest
+  local count=0 what status checkpoint
+  while read -r _ what status checkpoint _; do
+    [ "$what" = end ] || continue
+    if [ "$checkpoint" = "$1" ]; then count=$((count + 1)); else count=0; fi
+  done <"$folder/history"
+  echo "$count"
+}
+ended_by_slurm() { # scancel or scontrol requeue has ended the job, or it is being preempted
+  local job
+  job=$(timeout 60 scontrol --oneliner show job "$SLURM_JOB_ID") || return 1
+  [[ $job != *JobState=RUNNING* || $job =~ PreemptTime=[0-9] ]]
+}
+choose_hosts() {
+  # The first nodes on which a step starts.
+  local host
+  hosts=()
+  for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    [ "${#hosts[@]}" -lt "$nodes" ] || return 0
+    timeout 60 srun --overlap --nodes=1 --ntasks=1 --nodelist="$host" true && hosts+=("$host")
+  done
+  [ "${#hosts[@]}" = "$nodes" ]
+}
+# One task of a step is one rank. torch reads these variables; exec leaves nothing between srun and the rank.
+as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
+# Where ranks meet. By job and start, as other jobs may share the node; below Linux's own ports (32768).
+port() { echo $((12000 + (SLURM_JOB_ID * 8 + starts) % 20000)); }
+start() {
+  choose_hosts || { note "end 1 $(newest_checkpoint) fewer than $nodes nodes of the job are left"; exit 1; }
+  MASTER_ADDR=${hosts[0]} MASTER_PORT=$(port)
+  export MASTER_ADDR MASTER_PORT
+  note "start $starts $(newest_checkpoint) on ${hosts[*]}"
+  # Neighbours in rank share a node (block). A rank keeps to its own cores, and sees all GPUs of its node: NCCL
+  # reaches the others' memory, LOCAL_RANK picks its own. Ranks end one after another; when one has crashed, the
+  # others wait for it for ever: they get half a minute. --label: whose line it is.
+  # --overlap: a step that died with its node keeps its cores for SLURM, and the next one would wait for them.
+  "${srun[@]}" --nodes="$nodes" --ntasks=$((nodes * ranks_per_node)) --ntasks-per-node="$ranks_per_node" \
+    --nodelist="$(IFS=,; echo "${hosts[*]}")" --distribution=block --cpu-bind=cores --gpu-bind=none \
+    --kill-on-bad-exit=0 --wait=30 --label --overlap \
+    bash -c "$as_rank" rank "${command[@]}" &
+  ranks=$!
+}
+
+# A signal is passed to the ranks: they finish the step, save, and end with 75.
+asked="" ranks="" starts=0
+# srun passes on SIGUSR1 and SIGUSR2; at SIGTERM it kills the ranks at once.
+pass_on() { asked=$1 signalled=1; [ -z "$ranks" ] || kill -s "$2" "$ranks"; }
+trap 'pass_on limit USR1' USR1 # before the time limit
+trap 'pass_on stop USR2' USR2 # megatron-ladder cancel
+trap 'pass_on stop USR2' TERM # scancel, preemption
+
+while true; do
+  starts=$((starts + 1))
+  start
+  [ -z "$asked" ] || kill -s USR2 "$ranks" # it came when there was nobody to pass it to
+  # `wait` returns early when a signal came: then it says nothing of the ranks.
+  signalled=1
+  while [ -n "$signalled" ]; do
+    signalled=""
+    wait "$ranks"
+    status=$?
+  done
+  ranks=""
+  newest=$(newest_checkpoint)
+  note "end $status $newest $asked"
+  if [ "$status" != 0 ] && ended_by_slurm; then
+    sleep 3600 & # SLURM does the rest; a preempted job that ends by itself would not be queued again
+    wait $!
+    exit "$status"
+  fi
+  case $status in
+  0 | 2) exit "$status" ;; # finished; a user's mistake
+  esac
+  [ "$asked" != stop ] || exit "$status"
+  if [ "$(ends_at "$newest")" -gt "$restarts_without_progress" ]; then
+    note "stop gave up: $restarts_without_progress restarts ended before another checkpoint"
+    exit 1
+  fi
+  if [ "$asked" = limit ]; then
+    timeout 60 scontrol requeue "$SLURM_JOB_ID" || { note "stop SLURM did not queue it again: submit it again"; exit 75; }
+    exit 0
+  fi
+  sleep 2 # then the next start, here, from the newest checkpoint
+done
