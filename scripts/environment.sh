@@ -1,5 +1,6 @@
 # Sourced by the other scripts: makes the checkout's own virtual environment, once.
 #
+#   install_slurm                       for tests/slurm, by apt, as root
 #   make_environment EXTRAS [PYTHON]    e.g. make_environment "" ; make_environment test /usr/bin/python3.12
 #
 # Sets VENV. Versions are pinned by scripts/constraints.txt. A second call finds it done.
@@ -30,4 +31,15 @@ make_environment() {
   "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "${constraints[@]}" \
     --editable ".${extras:+[$extras]}"
   echo "$wanted" >"$stamp"
+}
+
+# SLURM's daemons, which tests/slurm starts as a private cluster. Where they cannot be had, those tests are
+# skipped and say so.
+install_slurm() {
+  PATH="$PATH:/usr/sbin:/sbin" command -v slurmctld slurmd munged sbatch >/dev/null && return 0
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+  echo "Installing SLURM for its tests"
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+    --no-install-recommends slurm-wlm munge; } >/dev/null 2>&1 ||
+    echo "SLURM could not be installed: its tests are skipped" >&2
 }

@@ -16,6 +16,7 @@ else
   make_environment test
 fi
 bin="$VENV/bin"
+install_slurm
 
 "$bin/ruff" format --check --quiet .
 "$bin/ruff" check --quiet .
@@ -25,4 +26,4 @@ if [ $# -gt 0 ]; then
 fi
 # What runs in one process, two files at a time; then what runs several ranks, which need the cores.
 "$bin/python" -m pytest --numprocesses 2 --dist loadfile tests/unit
-exec "$bin/python" -m pytest tests/distributed tests/gpu
+exec "$bin/python" -m pytest tests/distributed tests/slurm tests/gpu

@@ -6,6 +6,8 @@ With a stand-in for the training, whose losses show a step that was lost or done
 import hashlib
 from pathlib import Path
 
+import pytest
+
 from pretrain import cli
 from slurm.folders import job_folders
 from tests.slurm.conftest import job_ids, log, wait_until
@@ -121,6 +123,7 @@ def test_scancel_saves_too(cluster, submit, profile, tmp_path) -> None:
     assert losses(job.run) == undisturbed()
 
 
+@pytest.mark.slow
 def test_a_requeue_from_outside(cluster, submit, profile, tmp_path) -> None:
     job = Job(cluster, submit, profile, tmp_path / "run")
     job.wait_for_step(7)
@@ -130,6 +133,7 @@ def test_a_requeue_from_outside(cluster, submit, profile, tmp_path) -> None:
     assert [h[:2] for h in history(job.run)][:2] == [["start", "1"], ["end", "75"]]
 
 
+@pytest.mark.slow
 def test_preemption_saves_and_is_queued_again(cluster, submit, profile, tmp_path) -> None:
     job = Job(cluster, submit, profile, tmp_path / "run", step_s=0.2)
     job.wait_for_step(7)
@@ -175,6 +179,7 @@ def test_a_mistake_is_not_started_again(cluster, submit, profile, tmp_path, said
     assert "stopped at a mistake" in said(job.run)
 
 
+@pytest.mark.slow
 def test_a_spare_node_stands_in(cluster, submit, profile, tmp_path) -> None:
     job = Job(cluster, submit, profile, tmp_path / "run", "--spare-nodes", 1, step_s=0.3)
     job.wait_for_step(7)
@@ -187,6 +192,7 @@ def test_a_spare_node_stands_in(cluster, submit, profile, tmp_path) -> None:
     assert "Restarts=0 " in cluster.call("scontrol", "-o", "show", "job", job.id)
 
 
+@pytest.mark.slow
 def test_a_dead_node_without_a_spare_one(cluster, submit, profile, tmp_path) -> None:
     """SLURM takes the job off the node and queues it again."""
     job = Job(cluster, submit, profile, tmp_path / "run", step_s=0.2)
@@ -195,3 +201,15 @@ def test_a_dead_node_without_a_spare_one(cluster, submit, profile, tmp_path) -> 
     wait_until(lambda: losses(job.run) == undisturbed(), 120, job.explain)
     job.wait_for("COMPLETED")
     assert "Restarts=1 " in cluster.call("scontrol", "-o", "show", "job", job.id)
+
+
+@pytest.mark.slow
+def test_a_time_limit(cluster, submit, profile, tmp_path) -> None:
+    """SLURM itself sends the signal, some seconds early or late, and nothing is lost."""
+    options = ("--time", "00:01:00", "--signal-lead", 40)
+    job = Job(cluster, submit, profile, tmp_path / "run", *options, steps=120, step_s=0.3)
+    wait_until(lambda: losses(job.run) == undisturbed(120), 200, job.explain)
+    job.wait_for("COMPLETED")
+    ends = [h for h in history(job.run) if h[0] == "end"]
+    assert [h[1] for h in ends] == ["75"] * (len(ends) - 1) + ["0"]
+    assert len(ends) > 1
