@@ -68,8 +68,12 @@ class Job:
 
 
 def test_two_nodes_train(cluster, submit, profile, tmp_path, said, capsys) -> None:
-    job = Job(cluster, submit, profile, tmp_path / "run", "--ranks-per-node", 2)
+    run = (
+        tmp_path / "a 'run' %j \\ 日本 $(touch pwned)"
+    )  # of which sbatch could read %j and \\ as its own
+    job = Job(cluster, submit, profile, run, "--ranks-per-node", 2)
     job.wait_for("COMPLETED")
+    assert (run / "slurm" / "1" / "log").is_file()
     text = log(job.run)
     for rank in range(4):  # neighbours share a node
         assert f"{rank}: rank {rank} of 4 on node{rank // 2} from step 0" in text
