@@ -26,6 +26,7 @@ def submit(
     Raises:
         UserError: SLURM refuses a job (then none of the chain is left), or cannot be asked.
     """
+    _check_outputs(steps, profile)
     waiting_for = [after] if after else []
     made: list[tuple[Path, Job]] = []
     try:
@@ -72,6 +73,14 @@ def dry_run(steps: list[Step], profile: Profile, resources: Resources, after: st
         waiting_for = [f"JOB{number}"]
 
 
+def _check_outputs(steps: list[Step], profile: Profile) -> None:
+    for step in steps:
+        if profile.launcher == "slurm" and "\\" in str(step.output):
+            raise UserError(
+                f"{step.output}: sbatch cannot write a log where a path has a backslash"
+            )
+
+
 def _stages(
     steps: list[Step], profile: Profile, resources: Resources, after: str | None
 ) -> list[list[Part]]:
@@ -97,9 +106,9 @@ def _script(part: Part, profile: Profile, resources: Resources, folder: Path) ->
 def _job(
     part: Part, profile: Profile, resources: Resources, folder: Path, waiting_for: list[str]
 ) -> Job:
-    # As paths may hold what --output takes for a pattern (%j), the log is named from inside its folder.
     log = "log.%a" if part.array else "log"
-    argv = ["sbatch", "--parsable", f"--chdir={folder}", f"--output={log}"]
+    # --output reads %j as the job's number, and drops backslashes.
+    argv = ["sbatch", "--parsable", f"--output={str(folder).replace('%', '%%')}/{log}"]
     if part.array:
         argv.append(f"--array=0-{part.array.count - 1}")
     if waiting_for:

@@ -68,9 +68,7 @@ class Job:
 
 
 def test_two_nodes_train(cluster, submit, profile, tmp_path, said, capsys) -> None:
-    run = (
-        tmp_path / "a 'run' %j \\ 日本 $(touch pwned)"
-    )  # of which sbatch could read %j and \\ as its own
+    run = tmp_path / "a 'run' %j 日本\n$(touch pwned)"  # of which sbatch could read %j as its own
     job = Job(cluster, submit, profile, run, "--ranks-per-node", 2)
     job.wait_for("COMPLETED")
     assert (run / "slurm" / "1" / "log").is_file()

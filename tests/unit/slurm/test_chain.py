@@ -112,7 +112,7 @@ def test_a_chain_is_submitted(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
         folder = tmp_path / place
         log = "log.%a" if i < 2 else "log"
         script = str(folder / "job.sh")
-        start = ["--parsable", f"--chdir={folder}", f"--output={log}"]
+        start = ["--parsable", f"--output={folder}/{log}"]
         assert call == [*start, *more, script]
         job = read_job(folder)
         assert (job.job_id, job.workdir) == (str(101 + i), str(tmp_path))
@@ -182,6 +182,7 @@ def test_mistakes_are_found_before_anything_is_submitted(slurm, tmp_path, capsys
         (*start, *TOKENIZE, "then", *TRAIN, "--optimizer.l", "1"): "--optimizer.lr",
         (*start, "--nodes", "3", *TOKENIZE, "then", *TRAIN): "global_batch_size 8",
         (*start, "train", "--preset", "debug"): "no --output-dir",
+        (*start, "export", "run", "a\\b"): "has a backslash",
         (*start, "export", "run"): "The folder to make",
         (*start, "data", "tokenize", "--help"): "is for `megatron-ladder data --help`",
         ("submit", "--profile", "no.toml", *TRAIN): "--profile no.toml does not exist",
