@@ -67,6 +67,16 @@ class Job:
         return f"{self.state()}\n{log(self.run)}\n{history(self.run)}"
 
 
+def assert_saved_on_stopping(job: Job) -> None:
+    """At the step at which it was stopped, after the seventh: the log says why if not.
+
+    The status is 75, or srun's own when SLURM has ended the step while srun was passing a signal on.
+    """
+    end = history(job.run)[1]
+    assert end[0] == "end" and end[1] in ("75", "140", "143"), job.explain()
+    assert end[2] != "none" and int(end[2]) >= 7, job.explain()
+
+
 def test_two_nodes_train(cluster, submit, profile, tmp_path, said, capsys) -> None:
     run = tmp_path / "a 'run' %j 日本\n$(touch pwned)"  # of which sbatch could read %j as its own
     job = Job(cluster, submit, profile, run, "--ranks-per-node", 2)
@@ -132,7 +142,7 @@ def test_a_requeue_from_outside(cluster, submit, profile, tmp_path) -> None:
     cluster.call("scontrol", "requeue", job.id)
     wait_until(lambda: losses(job.run) == undisturbed(), 60, job.explain)
     job.wait_for("COMPLETED")
-    assert [h[:2] for h in history(job.run)][:2] == [["start", "1"], ["end", "75"]]
+    assert_saved_on_stopping(job)
 
 
 @pytest.mark.slow
@@ -148,7 +158,7 @@ def test_preemption_saves_and_is_queued_again(cluster, submit, profile, tmp_path
         "--wrap=true",
     )
     wait_until(lambda: "end" in [h[0] for h in history(job.run)], 30, job.explain)
-    assert history(job.run)[1][1] == "75"  # its ranks were signalled, the script was not
+    assert_saved_on_stopping(job)
     wait_until(lambda: losses(job.run) == undisturbed(), 90, job.explain)
     job.wait_for("COMPLETED")
     assert [h[0] for h in history(job.run)] == ["start", "end", "start", "end"]

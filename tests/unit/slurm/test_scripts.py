@@ -149,6 +149,7 @@ def run_script(
     done = subprocess.run(
         ["/bin/bash", file],
         capture_output=True,
+        cwd=place,
         timeout=60,
         env={"PATH": path, "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node7", **environment},
     )
