@@ -17,8 +17,9 @@ from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
 from pretrain.arguments import parse_train
 from pretrain.commands import ExportOptions, ImportOptions, ReportOptions
+from pretrain.data import open_folder
 from slurm.chain import Step, take_tasks
-from slurm.cli import parse_submit
+from slurm.cli import Submit, parse_submit
 from slurm.errors import UserError as SlurmError
 from slurm.profile import load_profile
 from slurm.render import Resources
@@ -38,6 +39,9 @@ def main(argv: list[str]) -> int:
             options.signal_lead,
         )
         ranks = resources.nodes * resources.ranks_per_node
+        if options.estimate:
+            print("\n\n".join(_estimates(commands, ranks, options, resources.limit_s)))
+            return 0
         steps = [
             _step(command, ranks, is_first=i == 0 and options.after is None)
             for i, command in enumerate(commands)
@@ -53,6 +57,33 @@ def main(argv: list[str]) -> int:
         message = f"{error.filename or 'the operating system'}: {error.strerror or error}"
     print(f"megatron-ladder submit: {message}", file=sys.stderr)
     return 2
+
+
+def _estimates(
+    commands: list[list[str]], ranks: int, options: Submit, limit_s: int | None
+) -> list[str]:
+    """What each training of a chain will take."""
+    from pretrain.estimate import estimate, format_estimate, hardware_of
+
+    hardware = hardware_of(options.device)
+    texts = []
+    for arguments in (command[1:] for command in commands if command[0] == "train"):
+        config, _ = parse_train(arguments)
+        if config.model.vocab_size is None and config.data.paths:
+            vocab_size = open_folder(config.data.paths[0]).tokenizer["vocab_size"]
+            config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+        found = estimate(
+            config,
+            ranks=ranks,
+            hardware=hardware,
+            mfu=options.mfu,
+            time_limit_s=limit_s,
+            lead_s=options.signal_lead,
+        )
+        texts.append(format_estimate(found))
+    if not texts:
+        raise UserError("--estimate is of trainings: there is no `train` among the commands")
+    return texts
 
 
 def _step(command: list[str], ranks: int, *, is_first: bool) -> Step:

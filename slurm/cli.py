@@ -42,6 +42,12 @@ class Submit:
     """A job's id that must have succeeded first."""
     dry_run: bool = False
     """Print the scripts and submit nothing."""
+    estimate: bool = False
+    """Say what the chain's trainings will take (hours, GPU-hours, jobs, storage) and submit nothing."""
+    device: str = "h100"
+    """With --estimate: the GPU, by name."""
+    mfu: float | None = None
+    """With --estimate: the share of the GPUs' peak that is reached; None: the planner models it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ def parse_submit(argv: list[str]) -> tuple[Submit, list[list[str]]]:
     """
     end = 0
     while end < len(argv) and argv[end].startswith("-"):
-        takes_value = "=" not in argv[end] and argv[end].replace("_", "-") != "--dry-run"
+        flags = ("--dry-run", "--estimate")
+        takes_value = "=" not in argv[end] and argv[end].replace("_", "-") not in flags
         end += 2 if takes_value and argv[end] not in ("-h", "--help") else 1
     config = (tyro.conf.FlagCreatePairsOff,)
     options = tyro.cli(Submit, args=argv[:end], prog="megatron-ladder submit", config=config)

@@ -35,18 +35,22 @@ class Resources:
                 raise UserError(f"--{option} {getattr(self, name)}: it is at least {least}")
         if not 1 <= self.signal_lead <= 65535:  # sbatch's bounds
             raise UserError(f"--signal-lead {self.signal_lead}: seconds, 1 to 65535")
-        if self.time is None:
-            return
-        match = re.fullmatch(r"(?:(\d+)-)?(\d{1,3}):([0-5]\d):([0-5]\d)", self.time)
-        if not match:
-            raise UserError(f"--time {self.time}: write HH:MM:SS, or D-HH:MM:SS")
-        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-        limit = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-        if limit <= self.signal_lead:
+        if self.limit_s is not None and self.limit_s <= self.signal_lead:
             raise UserError(
                 f"--time {self.time} is over before the signal, --signal-lead {self.signal_lead} seconds "
                 "ahead of it, could come: give more time, or a shorter lead"
             )
+
+    @property
+    def limit_s(self) -> int | None:
+        """`time` in seconds."""
+        if self.time is None:
+            return None
+        match = re.fullmatch(r"(?:(\d+)-)?(\d{1,3}):([0-5]\d):([0-5]\d)", self.time)
+        if not match:
+            raise UserError(f"--time {self.time}: write HH:MM:SS, or D-HH:MM:SS")
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def train_script(

@@ -135,6 +135,31 @@ def test_a_dry_run_makes_nothing(slurm: FakeSlurm, tmp_path: Path, capsys) -> No
     assert not slurm.calls("sbatch")
 
 
+def test_an_estimate_submits_nothing(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    """The figures are estimate's, whose test works them out; here, that the options reach it."""
+    write_data_set(tmp_path / "tokens", vocab_size=400)
+    options = ("--profile", "p.toml", "--nodes", "4", "--ranks-per-node", "8", "--estimate")
+    train = ["train", "--preset", "paper-1b", *TRAIN[3:]]
+
+    def said(*more: str) -> str:
+        return run(capsys, "submit", *options, *more, *TOKENIZE, "then", *train)
+
+    half, quarter = said("--mfu", "0.5"), said("--mfu", "0.25")
+    assert "32 x H100 (MFU 50.0%; an MFU of 50%)" in half
+    hours = [float(text.split("Time")[1].split()[0].replace(",", "")) for text in (half, quarter)]
+    assert 1.8 < hours[1] / hours[0] < 2
+    assert "in 1 job;" in half
+    assert " jobs;" in said("--mfu", "0.5", "--time", "01:00:00")
+    assert "the planner's model" in said("--device", "h200")
+    assert not slurm.calls("sbatch")
+    assert not (tmp_path / "run").exists()
+    refused = run(capsys, "submit", *options, *TOKENIZE, status=2)
+    assert "no `train` among the commands" in refused
+    assert "no device 'h101'" in run(
+        capsys, "submit", *options, "--device", "h101", *train, status=2
+    )
+
+
 def test_what_sbatch_refuses_is_said_and_taken_back(slurm, tmp_path: Path, capsys) -> None:
     (slurm.folder / "sbatch").write_text(
         (slurm.folder / "sbatch").read_text().replace("n=$(", '[ "$n" ]; n=$(')
