@@ -85,7 +85,8 @@ class Status:
         self.update("training", step=step, tokens=tokens, last_checkpoint=last_checkpoint)
 
     def update(self, state: State | None = None, **facts: Any) -> None:
-        """Writes at once when the state changes, otherwise when the last time is a second ago.
+        """Writes at once when the state changes or a checkpoint is there, otherwise when the last time is
+        a second ago.
 
         Args:
             state: None: as it was.
@@ -93,7 +94,7 @@ class Status:
         """
         if not is_first_rank():
             return
-        changed = state not in (None, self._facts["state"])
+        changed = state not in (None, self._facts["state"]) or "last_checkpoint" in facts
         self._facts |= facts
         if state is not None:
             self._facts["state"] = state

@@ -23,10 +23,10 @@ def run(*command: str) -> str:
 @pytest.mark.parametrize(
     "options",
     [
-        ["--recompute", "full"],
+        pytest.param(["--recompute", "full"], marks=pytest.mark.slow),
         ["--sequence-parallel"],
         ["--fake-tp", "4"],
-        ["--link", "p2p-off", "--target", "llama-3-8b"],
+        pytest.param(["--link", "p2p-off", "--target", "llama-3-8b"], marks=pytest.mark.slow),
     ],
 )
 def test_the_overlap_benchmark(options: list[str], tmp_path: Path) -> None:

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_it_measures_every_line(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     shape = ["--shape", "2", "32", "48", "4", "2", "300"]

@@ -112,7 +112,15 @@ def oracle(plain: Any) -> Tensor:
     return total / count
 
 
-@pytest.mark.parametrize("kind", ["ladder", "standard", "parallel", "last-n"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ladder",
+        "last-n",
+        pytest.param("standard", marks=pytest.mark.slow),
+        pytest.param("parallel", marks=pytest.mark.slow),
+    ],
+)
 def test_a_packed_batch_is_its_documents_one_by_one(kind: str, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     run_ranks(1, save_start, kind, weights, tmp_path=tmp_path)

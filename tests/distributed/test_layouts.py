@@ -58,19 +58,35 @@ DESYNC_LAYOUTS = [
 ]
 
 
-# Two kinds are left to the slow run: megatron-core's own layers, and the other way to name a hybrid.
-SLOW = ("standard", "last-n")
+# For kinds that share the ladder's code: what has every collective and both boundaries of stages in it.
+SOME_LAYOUTS = [
+    Layout(accumulation=4),
+    Layout(tp=2, sp=True, recompute="full"),
+    Layout(tp=2, pp=2, accumulation=4),
+    Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4),
+]
+IN_EACH_RUN = {"ladder": LAYOUTS, "desync": DESYNC_LAYOUTS, "parallel": SOME_LAYOUTS} | {
+    "list": SOME_LAYOUTS
+}
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in KINDS]
+    ("kind", "layouts"),
+    [
+        *(pytest.param(kind, layouts, id=kind) for kind, layouts in IN_EACH_RUN.items()),
+        *(
+            pytest.param(kind, LAYOUTS, id=f"{kind}-all", marks=pytest.mark.slow)
+            for kind in KINDS
+            if kind not in ("ladder", "desync")
+        ),
+    ],
 )
-def test_every_layout_trains_as_the_oracle(kind: str, tmp_path: Path) -> None:
+def test_every_layout_trains_as_the_oracle(
+    kind: str, layouts: list[Layout], tmp_path: Path
+) -> None:
     weights = tmp_path / "weights"
     run_ranks(1, save_start, kind, weights, tmp_path=tmp_path)
     config = configuration(kind)
-    desync = kind == "desync"
-    layouts = DESYNC_LAYOUTS if desync else LAYOUTS
     plain = plain_model(config.model, weights)
     tp = layouts[0].tp
     *steps, held_out = batches()

@@ -176,6 +176,7 @@ def test_training_learns(whole_run) -> None:
     assert metrics(run, "validation")[-1]["loss"] < baseline["unigram_loss"] - 0.5
 
 
+@pytest.mark.slow  # at every layout, test_layouts.py does it against the oracle
 @pytest.mark.parametrize(
     "options",
     [

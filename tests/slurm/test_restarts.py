@@ -124,6 +124,7 @@ def test_cancel_saves_and_a_second_submit_goes_on(
     assert "from step 0" not in (job_folders(job.run)[1] / "log").read_text()
 
 
+@pytest.mark.slow
 def test_scancel_saves_too(cluster, submit, profile, tmp_path) -> None:
     job = Job(cluster, submit, profile, tmp_path / "run")
     job.wait_for_step(7)
@@ -177,6 +178,7 @@ def test_a_killed_rank_is_started_again_in_the_job(cluster, submit, profile, tmp
     assert "Restarts=0 " in cluster.call("scontrol", "-o", "show", "job", job.id)
 
 
+@pytest.mark.slow
 def test_it_gives_up_when_restarts_do_not_help(cluster, submit, profile, tmp_path, said) -> None:
     job = Job(cluster, submit, profile, tmp_path / "run", always_crash_at=8, step_s=0.02)
     job.wait_for("FAILED", 90)
