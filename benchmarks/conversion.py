@@ -283,7 +283,8 @@ def main() -> None:
             "medians": lines,
             "runs": runs,
         }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        text = json.dumps(report, indent=1).replace(str(work), "WORK")  # no machine's paths
+        args.json.write_text(text + "\n")
     if args.work is None:
         shutil.rmtree(work)
 
