@@ -33,7 +33,9 @@ from pretrain.run_folder import latest_checkpoint
 from pretrain.run_log import RunLog, versions
 from pretrain.saving import CheckpointSaver
 from pretrain.setup import build, start_ranks, stop_ranks
+from pretrain.status import Status
 from pretrain.step import train_step
+from pretrain.watchdog import Watchdog
 
 BATCH, LENGTH, VOCABULARY = 4, 256, 8192
 BEFORE = 5  # undisturbed steps before each save
@@ -74,7 +76,8 @@ class Training:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.parts = build(config)
-        self.saver = CheckpointSaver(config, RunLog(config, 0, "cpu"))
+        log = RunLog(config, 0, "cpu", Status(config), Watchdog(config))
+        self.saver = CheckpointSaver(config, log)
         self.step_number = 0
 
     def step(self) -> float:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 import torch.distributed as dist
@@ -197,7 +198,7 @@ def run_layout(
 
     result["validation"] = validation()
     with gathered_parameters(model):
-        saver = CheckpointSaver(config, RunLog(config, 0, "cpu"))
+        saver = CheckpointSaver(config, Mock(spec=RunLog))
         saver.save(Progress(STEPS, STEPS * BATCH), model, optimizer, scheduler, wait=True)
     result["checkpoint"] = latest_checkpoint(out)
     return result
