@@ -62,10 +62,15 @@ def _kill_rank(place: Place, run: Path, rng: random.Random) -> str:
     return f"rank {number}"
 
 
-def _kill_launcher(place: Place, run: Path, _: random.Random) -> str:
-    for process in place.launchers(run):
+def _kill_launcher(place: Place, run: Path, rng: random.Random) -> str:
+    """srun has a helper, which ends the ranks when srun has died: once it does, once it dies too."""
+    first, *helpers = place.launchers(run)
+    killed = [first, *helpers] if rng.randrange(2) else [first]
+    for process in killed:
+        process.suspend()
+    for process in killed:
         process.kill()
-    return ""
+    return "and of its helper" if len(killed) > 1 else ""
 
 
 def _crash_node(place: Place, run: Path, rng: random.Random) -> str:

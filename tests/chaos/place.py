@@ -83,9 +83,11 @@ class Place:
         return sorted(roots, key=lambda p: int(p.environ()["RANK"]))
 
     def launchers(self, run: Path) -> list[psutil.Process]:
-        """What started the ranks: srun and its helper, or `megatron-ladder train`, which runs torchrun."""
+        """What started the ranks: srun, and its helper; or `megatron-ladder train`, which runs torchrun."""
         if self.cluster:
-            return [p for p in _processes(run) if p.info["name"] == "srun"]
+            found = [p for p in _processes(run) if p.info["name"] == "srun"]
+            pids = {p.pid for p in found}
+            return sorted(found, key=lambda p: p.info["ppid"] in pids)
         return [p for p in _processes(run) if "pretrain.cli" in p.info["cmdline"] and _is_python(p)]
 
     def nodes(self, run: Path) -> list[int]:

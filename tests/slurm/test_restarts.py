@@ -180,7 +180,6 @@ def test_a_killed_rank_is_started_again_in_the_job(cluster, submit, profile, tmp
     assert "Restarts=0 " in cluster.call("scontrol", "-o", "show", "job", job.id)
 
 
-@pytest.mark.slow
 def test_a_killed_srun_leaves_no_ranks_behind(cluster, submit, profile, tmp_path) -> None:
     """With its helper, which would otherwise end the step; the run's folder is locked while ranks live."""
     job = Job(cluster, submit, profile, tmp_path / "run", step_s=0.5)
@@ -191,6 +190,8 @@ def test_a_killed_srun_leaves_no_ranks_behind(cluster, submit, profile, tmp_path
     ranks = [p for p in ours if p.info["cmdline"][0] == sys.executable]
     assert len(sruns) == len(ranks) == 2
     for srun in sruns:
+        srun.suspend()
+    for srun in sruns:
         srun.kill()
     _, left = psutil.wait_procs(ranks, timeout=4)  # they have more steps than that before them
     assert not left
@@ -198,6 +199,7 @@ def test_a_killed_srun_leaves_no_ranks_behind(cluster, submit, profile, tmp_path
     assert losses(job.run) == undisturbed()
 
 
+@pytest.mark.slow
 def test_it_gives_up_when_restarts_do_not_help(cluster, submit, profile, tmp_path, said) -> None:
     job = Job(cluster, submit, profile, tmp_path / "run", always_crash_at=8, step_s=0.02)
     job.wait_for("FAILED", 90)
