@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from pretrain import cli
-from slurm.folders import job_folders
+from slurm.folders import job_folders, read_job
 from slurm.local import stop
 from slurm.status import facts_of
 from tests.data_sets import write_data_set
@@ -90,6 +90,12 @@ class Place:
             return sorted(found, key=lambda p: p.info["ppid"] in pids)
         return [p for p in _processes(run) if "pretrain.cli" in p.info["cmdline"] and _is_python(p)]
 
+    def warn_of_time_limit(self, run: Path) -> None:
+        """As SLURM does at --signal's time."""
+        assert self.cluster
+        (folder,) = job_folders(run)
+        self.cluster.call("scancel", "--batch", "--signal=USR1", str(read_job(folder).job_id))
+
     def nodes(self, run: Path) -> list[int]:
         """Where ranks are."""
         (folder,) = job_folders(run)
@@ -105,10 +111,12 @@ class Place:
         self._returning[-1].start()
 
     def fill(self, left: int) -> Path:
-        """A file that takes all of the disk but so many bytes."""
+        """A file that takes all of the disk but so many bytes; called again, it takes what was freed."""
         ballast = self.folder / "ballast"
-        with ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self.folder).free - left)
+        more = shutil.disk_usage(self.folder).free - left
+        with ballast.open("ab") as file, contextlib.suppress(OSError):  # others are quicker
+            if more > 0:
+                os.posix_fallocate(file.fileno(), file.tell(), more)
         return ballast
 
     def logs(self, run: Path) -> str:

@@ -34,6 +34,8 @@ from tests.slurm.cluster import missing
 RECOVERY_S = 300.0
 """From a fault to the next step, at most: a hang takes 6 s to notice, or 72 in a save; srun waits 30."""
 POLL_S = 0.02
+ASK_S = 3.0
+"""Between two questions to SLURM."""
 
 
 @dataclass(frozen=True)
@@ -154,16 +156,17 @@ class Chaos:
         )
 
     def _wait(self, condition: Callable[[], object], what: str) -> None:
-        end = time.monotonic() + RECOVERY_S
+        now = asked = time.monotonic()
+        end = now + RECOVERY_S
         while not condition():
-            if time.monotonic() > end or self._is_over():
-                raise AssertionError(f"{what}\n{self._place.logs(self._run)}")
             time.sleep(POLL_S)
-
-    def _is_over(self) -> bool:
-        if int(time.monotonic() / POLL_S) % 100:  # squeue is not asked at every turn
-            return False
-        return self._place.state(self._run) in ("COMPLETED", "FAILED", "CANCELLED")
+            now = time.monotonic()
+            is_over = False
+            if now - asked > ASK_S:
+                asked = now
+                is_over = self._place.state(self._run) in ("COMPLETED", "FAILED", "CANCELLED")
+            if now > end or (is_over and not condition()):
+                raise AssertionError(f"{what}\n{self._place.logs(self._run)}")
 
 
 def wait_for_end(place: Place, run: Path) -> None:
