@@ -4,10 +4,6 @@ It is submitted by `megatron-ladder submit`, once undisturbed and once with faul
 and compared: every loss and every weight, bit by bit. docs/reliability.md has a table of it.
 """
 
-import os
-
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; ranks have one too
-
 import json
 import random
 import tempfile
