@@ -4,6 +4,7 @@ It is submitted by `megatron-ladder submit`, once undisturbed and once with faul
 and compared: every loss and every weight, bit by bit. docs/reliability.md has a table of it.
 """
 
+import contextlib
 import json
 import random
 import tempfile
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 import tyro
 
@@ -111,15 +113,21 @@ class Chaos:
         run, kind = self._run, KINDS[fault.kind]
         at_step = fault.step + (fault.kind == "NaN")  # a step passed over has no line
         self._wait(lambda: last_step(run) >= at_step, f"step {at_step} was not reached")
-        detail = ""
+        detail, damaged, ranks = "", None, []
         if kind.damage:
             self._wait(lambda: newest(run), "there is no checkpoint")
-            checkpoint = newest(run)
-            assert checkpoint
-            detail = kind.damage(file_of(checkpoint, self._rng), self._rng)
+            ranks = self._place.ranks(run)
+            for rank in ranks:  # or a newer checkpoint could take its place meanwhile
+                rank.suspend()
+            damaged = newest(run)
+            assert damaged
+            detail = kind.damage(file_of(damaged, self._rng), self._rng)
         valid, before, step = newest_valid(run), len(resumptions(run)), last_step(run)
         begun = time.monotonic()
         detail = ", ".join(filter(None, [detail, kind.strike(self._place, run, self._rng)]))
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):  # the one that was killed
+                rank.resume()
         if kind.effect == "none":
             reached = last_step(run)
             self._wait(lambda: last_step(run) > reached, "training does not go on")
@@ -145,6 +153,8 @@ class Chaos:
         starts = resumptions(run)[before:]
         lost = reached - starts[0]
         assert valid <= starts[0] <= reached, f"{fault}: went on from {starts[0]} of {reached}"
+        if damaged:
+            assert starts[0] != checkpoint_step(damaged), f"{fault}: the damaged one was used"
         if kind.effect == "stop":
             assert lost == 0, f"{fault}: {lost} steps are lost"
         return Outcome(
