@@ -4,8 +4,10 @@ With a stand-in for the training, whose losses show a step that was lost or done
 """
 
 import hashlib
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pretrain import cli
@@ -178,6 +180,25 @@ def test_a_killed_rank_is_started_again_in_the_job(cluster, submit, profile, tmp
     assert "Restarts=0 " in cluster.call("scontrol", "-o", "show", "job", job.id)
 
 
+def test_a_killed_srun_leaves_no_ranks_behind(cluster, submit, profile, tmp_path) -> None:
+    """With its helper, which would otherwise end the step; the run's folder is locked while ranks live."""
+    job = Job(cluster, submit, profile, tmp_path / "run", step_s=0.5)
+    job.wait_for_step(7)
+    found = psutil.process_iter(["name", "cmdline"])
+    ours = [p for p in found if str(job.run) in (p.info["cmdline"] or [])]
+    sruns = [p for p in ours if p.info["name"] == "srun"]
+    ranks = [p for p in ours if p.info["cmdline"][0] == sys.executable]
+    assert len(sruns) == len(ranks) == 2
+    for srun in sruns:
+        srun.suspend()
+    for srun in sruns:
+        srun.kill()
+    _, left = psutil.wait_procs(ranks, timeout=4)  # they have more steps than that before them
+    assert not left
+    job.wait_for("COMPLETED", 90)
+    assert losses(job.run) == undisturbed()
+
+
 @pytest.mark.slow
 def test_it_gives_up_when_restarts_do_not_help(cluster, submit, profile, tmp_path, said) -> None:
     job = Job(cluster, submit, profile, tmp_path / "run", always_crash_at=8, step_s=0.02)
@@ -204,6 +225,19 @@ def test_a_spare_node_stands_in(cluster, submit, profile, tmp_path) -> None:
     assert starts[0][3:] == ["on", "node0", "node1"]
     assert starts[-1][3:] == ["on", "node0", "node2"]
     assert "Restarts=0 " in cluster.call("scontrol", "-o", "show", "job", job.id)
+
+
+@pytest.mark.slow
+def test_when_spare_nodes_are_spent_it_is_queued_again(cluster, submit, profile, tmp_path) -> None:
+    job = Job(cluster, submit, profile, tmp_path / "run", "--spare-nodes", 1, step_s=0.3)
+    job.wait_for_step(7)
+    cluster.crash(1)
+    cluster.crash(2)
+    wait_until(lambda: "fewer than 2 nodes" in log(job.run), 120, job.explain)
+    cluster.start_node(1)
+    job.wait_for("COMPLETED", 120)
+    assert losses(job.run) == undisturbed()
+    assert "Restarts=1 " in cluster.call("scontrol", "-o", "show", "job", job.id)
 
 
 @pytest.mark.slow

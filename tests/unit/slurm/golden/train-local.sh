@@ -44,6 +44,11 @@ ends_at() { # how many of the last starts ended with this checkpoint as the newe
   done <"$folder/history"
   echo "$count"
 }
+give_up_at() { # a checkpoint that restarts do not get past
+  [ "$(ends_at "$1")" -gt "$restarts_without_progress" ] || return 0
+  note "stop gave up: $restarts_without_progress restarts ended before another checkpoint"
+  exit 1
+}
 start() {
   note "start $starts $(newest_checkpoint)"
   "${command[@]}" &
@@ -74,9 +79,6 @@ while true; do
   0 | 2) exit "$status" ;; # finished; a user's mistake
   esac
   [ "$asked" != stop ] || exit "$status"
-  if [ "$(ends_at "$newest")" -gt "$restarts_without_progress" ]; then
-    note "stop gave up: $restarts_without_progress restarts ended before another checkpoint"
-    exit 1
-  fi
+  give_up_at "$newest"
   sleep 2 # then the next start, here, from the newest checkpoint
 done

@@ -64,6 +64,21 @@ ends_at() { # how many of the last starts ended with this checkpoint as the newe
   done <"$folder/history"
   echo "$count"
 }
+give_up_at() { # a checkpoint that restarts do not get past
+  [ "$(ends_at "$1")" -gt "$restarts_without_progress" ] || return 0
+  note "stop gave up: $restarts_without_progress restarts ended before another checkpoint"
+  exit 1
+}
+queue_again() {
+  timeout 60 scontrol requeue "$SLURM_JOB_ID" || { note "stop SLURM did not queue it again: submit it again"; exit 75; }
+  exit 0
+}
+end_steps() { # ranks that an srun has left behind: killed, it cannot end them
+  local step
+  for step in $(timeout 60 squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i); do
+    [[ $step =~ \.[0-9]+$ ]] && timeout 60 scancel --signal=KILL "$step"
+  done
+}
 ended_by_slurm() { # scancel or scontrol requeue has ended the job, or it is being preempted
   local job
   job=$(timeout 60 scontrol --oneliner show job "$SLURM_JOB_ID") || return 1
@@ -77,7 +92,11 @@ as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_N
 # Where ranks meet. By job and start, as other jobs may share the node; below Linux's own ports (32768).
 port() { echo $((12000 + (SLURM_JOB_ID * 8 + starts) % 20000)); }
 start() {
-  choose_hosts || { note "end 1 $(newest_checkpoint) fewer than $nodes nodes of the job are left"; exit 1; }
+  if ! choose_hosts; then
+    note "end 1 $(newest_checkpoint) fewer than $nodes nodes of the job are left"
+    give_up_at "$(newest_checkpoint)"
+    queue_again # SLURM has others, or these when they are back
+  fi
   MASTER_ADDR=${hosts[0]} MASTER_PORT=$(port)
   export MASTER_ADDR MASTER_PORT
   note "start $starts $(newest_checkpoint) on ${hosts[*]}"
@@ -122,13 +141,8 @@ while true; do
   0 | 2) exit "$status" ;; # finished; a user's mistake
   esac
   [ "$asked" != stop ] || exit "$status"
-  if [ "$(ends_at "$newest")" -gt "$restarts_without_progress" ]; then
-    note "stop gave up: $restarts_without_progress restarts ended before another checkpoint"
-    exit 1
-  fi
-  if [ "$asked" = limit ]; then
-    timeout 60 scontrol requeue "$SLURM_JOB_ID" || { note "stop SLURM did not queue it again: submit it again"; exit 75; }
-    exit 0
-  fi
+  give_up_at "$newest"
+  [ "$asked" != limit ] || queue_again
+  end_steps
   sleep 2 # then the next start, here, from the newest checkpoint
 done
