@@ -9,8 +9,9 @@ from tests.slurm.cluster import missing
 
 
 def test_a_few_faults_on_this_machine(tmp_path: Path) -> None:
-    kinds = ("SIGKILL of a rank", "a bit flipped, SIGKILL", "SIGTERM to a rank", "NaN", "disk full")
-    results = chaos(Options(faults=5, steps=60, launcher="local", kinds=kinds), tmp_path)
+    kinds = ("a bit flipped, SIGKILL", "SIGTERM to a rank", "NaN", "disk full")
+    results = chaos(Options(faults=4, steps=50, launcher="local", kinds=kinds), tmp_path)
+    assert len(results["faults"]) == 4
     print(table(results))
 
 
