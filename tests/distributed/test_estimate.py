@@ -2,22 +2,28 @@
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from pretrain.checkpoint import Progress, save_checkpoint
+from pretrain.checkpoint import Progress
 from pretrain.config import TrainConfig
-from pretrain.run_folder import checkpoint_bytes
+from pretrain.run_folder import checkpoint_at, checkpoint_bytes
+from pretrain.run_log import RunLog
+from pretrain.saving import CheckpointSaver
 from pretrain.step import train_step
 from tests.distributed.layouts import Layout, batches, configuration, micro_batches, start
 from tests.ranks import run_ranks
 
 
-def save(config: TrainConfig, folder: Path) -> int:
+def save(config: TrainConfig) -> int:
     """Bytes on disk of a checkpoint after one step."""
     model, optimizer, scheduler = start(config)
     train_step(model, optimizer, scheduler, iter(micro_batches(batches()[0], config)), config)
-    path = save_checkpoint(folder, Progress(1, 1), config, model, optimizer, scheduler)
+    saver = CheckpointSaver(config, Mock(spec=RunLog))
+    saver.save(Progress(1, 1), model, optimizer, scheduler, wait=True)
+    assert config.output_dir is not None
+    path = checkpoint_at(config.output_dir, 1)
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
@@ -28,6 +34,6 @@ def test_a_checkpoint_is_as_large_as_estimated(
 ) -> None:
     config = configuration("ladder", layout)
     model = replace(config.model, hidden_size=256, ffn_hidden_size=768)
-    config = replace(config, model=model, precision=precision)
-    sizes = run_ranks(layout.ranks, save, config, tmp_path / "run", tmp_path=tmp_path)
+    config = replace(config, model=model, precision=precision, output_dir=tmp_path / "run")
+    sizes = run_ranks(layout.ranks, save, config, tmp_path=tmp_path)
     assert sizes[0] == pytest.approx(checkpoint_bytes(config), rel=0.05)
