@@ -25,7 +25,7 @@ def run(*command: str) -> str:
     [
         pytest.param(["--recompute", "full"], marks=pytest.mark.slow),
         ["--sequence-parallel"],
-        ["--fake-tp", "4"],
+        pytest.param(["--fake-tp", "4"], marks=pytest.mark.slow),
         pytest.param(["--link", "p2p-off", "--target", "llama-3-8b"], marks=pytest.mark.slow),
     ],
 )

@@ -73,6 +73,7 @@ def test_a_signal_stops_a_run_with_nothing_lost(
     assert_same(run, undisturbed)
 
 
+@pytest.mark.slow  # tests/chaos does it in each run
 def test_a_killed_rank_is_started_again(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
 

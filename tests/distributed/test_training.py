@@ -249,6 +249,7 @@ def test_documents_apart_and_loss_masks_by_the_command_line(tmp_path: Path) -> N
     assert both["one"] == pytest.approx(both["two"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_with_some_layers_made_ladder(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,6 +93,7 @@ def test_a_chain_from_text_to_a_model(
     assert "Resuming" not in log(run)
 
 
+@pytest.mark.slow
 def test_stopped_before_its_time_limit_it_computes_the_same(
     cluster, submit, profile, said, place: Path, tmp_path: Path
 ) -> None:
