@@ -79,7 +79,14 @@ def train(argv: list[str]) -> int:
     from pretrain.train import train as run_training
 
     with StopSignals() as signals:
-        return run_training(config, folders, signals)
+        try:
+            return run_training(config, folders, signals)
+        except ConnectionError:  # to another rank, which has ended
+            raise
+        except OSError as error:  # the disk's, not the user's: another start may do better
+            what = f"{error.filename or 'the operating system'}: {error.strerror or error}"
+            print(f"megatron-ladder train: {what}", file=sys.stderr)
+            return 1
 
 
 @dataclass(frozen=True)
