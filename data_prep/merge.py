@@ -32,9 +32,10 @@ def merge(options: Merge) -> str:
     Raises:
         UserError: there are no parts, some are missing, left out or there twice, or are being made.
     """
-    if (options.output_dir / "manifest.json").is_file():
-        return f"{options.output_dir}: merged before, nothing to do"
     place = Workplace(options.output_dir)
+    if (options.output_dir / "manifest.json").is_file():
+        place.remove_what_is_left()
+        return f"{options.output_dir}: merged before, nothing to do"
     plan = place.read_plan()
     with place.held(alone=True):
         return join(place, plan)

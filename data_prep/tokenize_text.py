@@ -96,9 +96,10 @@ def tokenize(options: Tokenize) -> str:
     _check_place(options)
     sources = find_sources(options.inputs, options.include, options.exclude)
     manifest = _manifest(options, encoder)
-    if _is_done(options.output_dir, manifest, sources):
-        return f"{options.output_dir}: already done from the same text, nothing to do"
     place = Workplace(options.output_dir)
+    if _is_done(options.output_dir, manifest, sources):
+        place.remove_what_is_left()
+        return f"{options.output_dir}: already done from the same text, nothing to do"
     _check_space(options.output_dir, sources, manifest["dtype"])
     parts = plan_parts(sources, options.text_documents)
     fingerprint = _fingerprint(manifest, options)

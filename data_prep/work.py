@@ -134,4 +134,4 @@ def clean_up(folder: Path, keys: set[str]) -> None:
     """Removes parts of earlier plans, and what processes that were killed left half written."""
     for path in folder.iterdir():
         if path.name.split(".")[0] not in keys or ".tmp-" in path.name:
-            path.unlink()
+            path.unlink(missing_ok=True)  # a killed run's last process may be ending itself

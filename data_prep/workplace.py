@@ -52,7 +52,17 @@ class Workplace:
             os.close(descriptor)
 
     def remove(self) -> None:
+        """Markers first: killed in the middle, it leaves none that speaks of files that are gone."""
+        for marker in self.parts.glob("*.json"):
+            marker.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove_what_is_left(self) -> None:
+        """When the data set is in its place, and the process that put it there was killed before it was
+        through with `remove`; unless another is at that."""
+        if self.folder.is_dir():
+            with contextlib.suppress(UserError), self.held(alone=True):
+                self.remove()
 
     def read_plan(self) -> dict[str, Any]:
         try:

@@ -90,9 +90,10 @@ def clean(options: Clean) -> str:
     sources = find_sources(options.inputs, options.include, options.exclude)
     facts = _facts(options)
     made_of = [[s.path, s.bytes, s.version] for s in sources]
-    if _is_done(options.output_dir, facts, made_of):
-        return f"{options.output_dir}: already done from the same text, nothing to do"
     place = Workplace(options.output_dir)
+    if _is_done(options.output_dir, facts, made_of):
+        place.remove_what_is_left()
+        return f"{options.output_dir}: already done from the same text, nothing to do"
     job = Job(
         str(place.parts),
         hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest(),

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,10 +197,12 @@ def test_a_run_that_is_killed_anywhere_goes_on(jsonl, tokenizer, tmp_path) -> No
     command = [sys.executable, "-c", code, *map(str, argv), "--workers", "2"]
     kills = killed_processes = 0
     while kills < 20:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        said = tmp_path / "said"
+        with said.open("wb") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file)
         time.sleep(chance.uniform(0.2, 2.5))
         if process.poll() is not None:
-            assert process.returncode == 0
+            assert process.returncode == 0, said.read_text()
             assert content(out) == expected
             for path in sorted(out.iterdir()):
                 path.unlink()
@@ -221,6 +224,33 @@ def test_a_run_that_is_killed_anywhere_goes_on(jsonl, tokenizer, tmp_path) -> No
     if not out.exists():
         subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
     assert content(out) == expected
+    assert not (tmp_path / ".data.tmp").exists()
+
+
+def test_a_run_that_is_killed_in_clearing_up(jsonl, tokenizer, tmp_path, monkeypatch) -> None:
+    """The data set was in its place by then; who deletes it and starts again gets it once more."""
+    expected = run(jsonl, tokenizer, tmp_path / "expected")
+    out = tmp_path / "data"
+
+    def killed(folder: Path, **_: object) -> None:
+        if (tokens := sorted(folder.glob("parts/*.bin"))) and out.is_dir():
+            tokens[0].unlink()
+            raise KeyboardInterrupt
+
+    def run_and_kill() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("data_prep.workplace.shutil.rmtree", killed)
+            argv = ["tokenize", jsonl, "--tokenizer", tokenizer, "--output-dir", out, *OPTIONS]
+            assert cli.main([str(argument) for argument in argv]) == 130
+        assert (tmp_path / ".data.tmp/parts").is_dir()
+
+    run_and_kill()
+    shutil.rmtree(out)
+    assert run(jsonl, tokenizer, out) == expected
+
+    shutil.rmtree(out)
+    run_and_kill()
+    assert run(jsonl, tokenizer, out) == expected  # done: what was left goes
     assert not (tmp_path / ".data.tmp").exists()
 
 
