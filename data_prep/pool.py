@@ -168,6 +168,8 @@ def _outcomes(
         return
     # glibc keeps what long documents took, unless it is told to give it back; no other system reads it.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 20))
+    # numpy's threads for linear algebra, of which there is none here, take 0.1 s to start.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         min(workers, len(parts)), context, initializer=_start_process, initargs=(start, tally)
