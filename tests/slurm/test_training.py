@@ -118,6 +118,48 @@ def test_stopped_before_its_time_limit_it_computes_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["scancel", "requeue", "preemption", "dead node"])
+def test_ended_from_outside_it_computes_the_same(
+    cluster, submit, profile, said, place: Path, tmp_path: Path, how: str
+) -> None:
+    if not (place / "run" / "metrics.jsonl").exists():
+        pytest.skip("compares with the run of the first test: run the whole file")
+    run = tmp_path / "run"
+    words = ["--profile", profile(), "--nodes", 2, *train(place / "data", run)]
+    submit(*words)
+
+    def explain() -> str:
+        return said(run) + log(run)
+
+    wait_until(lambda: len(losses(run)) > 60, 120, explain)
+    assert len(losses(run)) < STEPS - 10
+    job = job_ids(run)[0]
+    if how == "scancel":
+        cluster.call("scancel", job)
+        wait_until(lambda: all_over(cluster, [job]), 60, explain)
+        stopped_at = max(losses(run))
+        submit(*words)
+    elif how == "requeue":
+        cluster.call("scontrol", "requeue", job)
+    elif how == "preemption":
+        urgent = ["--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"]
+        cluster.call("sbatch", *urgent, "--wrap=true")
+    else:
+        cluster.crash(1)
+    wait_until(lambda: "Resuming" in log(run), 120, explain)
+    if how == "dead node":  # which could not save
+        assert f"Resuming {run} from step 50" in log(run)
+    else:
+        from_step = int(log(run).partition(f"Resuming {run} from step ")[2].split()[0])
+        assert from_step > 60
+        if how == "scancel":
+            assert from_step == stopped_at
+    wait_until(lambda: all_over(cluster, job_ids(run)), 120, explain)
+    assert losses(run) == losses(place / "run")  # bitwise
+    assert said(run).count("COMPLETED") == 1
+
+
+@pytest.mark.slow
 def test_four_nodes_train_as_two_do(
     cluster, submit, profile, said, place: Path, tmp_path: Path
 ) -> None:
