@@ -101,8 +101,14 @@ def _hang(place: Place, run: Path, rng: random.Random) -> str:
 
 def _fill_disk(place: Place, run: Path, _: random.Random) -> str:
     """Until a checkpoint could not be saved. What is small has room: this is about the checkpoint."""
+    ranks = place.ranks(run)
+    for rank in ranks:  # or a run near its end could be over before the disk is full
+        rank.suspend()
     failures = _count(run, '"kind": "save_failed"')
     starts = len(read_starts(run))
+    ballast = place.fill(left=256 << 10)
+    for rank in ranks:
+        rank.resume()
     end = time.monotonic() + 60
     while _count(run, '"kind": "save_failed"') == failures:
         assert len(read_starts(run)) == starts, "it was started again"

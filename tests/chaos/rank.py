@@ -2,7 +2,7 @@
 rank 1 at the steps of CHAOS_NAN.
 
 When such a step has been passed over once, it is not computed again: that is what a fault that happens once
-looks like to the run.
+looks like to the run. Every step takes a while, as those of real models do: a fault must not come too late.
 """
 
 import math
@@ -10,10 +10,12 @@ import os
 import runpy
 import signal
 import sys
+import time
 from typing import Any
 
 from pretrain.launch import STOP_SIGNALS
 
+STEP_S = 0.05
 STEPS = [int(step) for step in os.environ["CHAOS_NAN"].split()]
 
 
@@ -30,6 +32,7 @@ def spoil_losses() -> None:
     def faulty(*args: Any) -> Any:
         (number,) = args[-1].args  # of BadSteps.is_good
         step._masked_sum = is_nan if number in STEPS else masked_sum
+        time.sleep(STEP_S)
         return train_step(*args)
 
     train.train_step = faulty
