@@ -6,23 +6,35 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import parallel_state
+from transformers import AutoModelForCausalLM
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.export import export_folder
+from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.inference.engine import DynamicEngine, Request, Sampling, generate_static
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
     initialize_model_parallel,
     transformer_config,
 )
-from pretrain.checkpoint import load_initial_weights
+from pretrain.checkpoint import load_initial_weights, load_weights
 from tests.distributed.test_parity import KINDS, LOGITS_TOLERANCE, VOCAB, oracle, save_model
 from tests.ranks import run_ranks
+from tests.unit.hf.tiny import train_sentencepiece
 
 NEW = 24
 LENGTHS = (5, 12, 8, 1, 33)
-LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+SOME_LAYOUTS = [(1, 1), (2, 1), (1, 2)]
 """Tensor- and pipeline-parallel sizes."""
+LAYOUTS = [*SOME_LAYOUTS, (4, 1), (2, 2)]
+KINDS_AND_LAYOUTS = [
+    pytest.param("ladder", SOME_LAYOUTS, id="ladder"),
+    *(
+        pytest.param(kind, LAYOUTS, id=f"{kind}-all", marks=pytest.mark.slow)
+        for kind in ("standard", "parallel", "ladder", "last-n")
+    ),
+]
 NO_EOD = VOCAB + 1
 
 
@@ -118,13 +130,30 @@ def expected_tokens(model: ModelConfig, folder: Path) -> list[list[int]]:
     return result
 
 
-@pytest.mark.parametrize("kind", ["standard", "parallel", "ladder", "last-n"])
-def test_all_layouts_and_engines_give_the_same_tokens(kind: str, tmp_path: Path) -> None:
+def exported_tokens(model: ModelConfig, weights: Path, folder: Path) -> list[list[int]]:
+    """By transformers, from the folder that `export` makes."""
+    export_folder(
+        load_weights(weights),
+        to_hf_config(model, eod_id=2),
+        train_sentencepiece(weights.parent, "bpe"),
+        folder,
+        dtype=torch.float32,
+    )
+    exported = AutoModelForCausalLM.from_pretrained(folder)
+    how = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return [exported.generate(torch.tensor([ids]), **how)[0, -NEW:].tolist() for ids in prompts()]
+
+
+@pytest.mark.parametrize(("kind", "layouts"), KINDS_AND_LAYOUTS)
+def test_layouts_engines_and_the_exported_folder_give_the_same_tokens(
+    kind: str, layouts: list[tuple[int, int]], tmp_path: Path
+) -> None:
     model = tiny(kind)
     folder = tmp_path / "weights"
     run_ranks(1, save_weights, model, folder, tmp_path=tmp_path)
     expected = expected_tokens(model, folder)
-    for tp, pp in LAYOUTS:
+    assert exported_tokens(model, folder, tmp_path / "exported") == expected
+    for tp, pp in layouts:
         for static, dynamic in run_ranks(
             tp * pp, generate, model, tp, pp, folder, tmp_path=tmp_path
         ):
