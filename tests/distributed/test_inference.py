@@ -1,13 +1,16 @@
 """megatron-core's engines, static and dynamic, over tensor-parallel ranks and pipeline stages, give the
 tokens that the exported folder gives in transformers."""
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM
 
+from megatron_ladder.collectives import SubmoduleCollectives
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.export import export_folder
@@ -233,3 +236,52 @@ def test_requests_come_end_and_are_cancelled(tmp_path: Path) -> None:
     folder = tmp_path / "weights"
     run_ranks(1, save_weights, model, folder, tmp_path=tmp_path)
     run_ranks(1, lives, model, folder, tmp_path=tmp_path)
+
+
+def overlap_of_decode(model: ModelConfig, folder: Path) -> list[tuple[str, str]]:
+    """What happens in one decode step, in order: begin and end of sub-modules, start and wait of sums."""
+    gpt = load(model, 2, 1, folder)
+    events: list[tuple[str, str]] = []
+    for number, layer in enumerate(gpt.decoder.layers, start=1):
+        for kind, module in (("attention", layer.self_attention), ("mlp", layer.mlp)):
+            name = f"{kind} {number}"
+            module.register_forward_pre_hook(lambda *_, n=name: events.append(("begin", n)))
+            module.register_forward_hook(lambda *_, n=name: events.append(("end", n)))
+    start, wait = SubmoduleCollectives.start_output, SubmoduleCollectives.wait_output
+
+    def started(self: Any, x: torch.Tensor) -> torch.Tensor:
+        self.name = events[-1][1]
+        events.append(("start", self.name))
+        return start(self, x)
+
+    def waited(self: Any) -> None:
+        events.append(("wait", self.name))
+        wait(self)
+
+    SubmoduleCollectives.start_output, SubmoduleCollectives.wait_output = started, waited
+    engine = DynamicEngine(gpt, model, eod_id=NO_EOD, max_requests=2)
+    for request in requests()[:2]:
+        engine.add(request)
+    engine.step()  # the prompts
+    events.clear()
+    engine.step()
+    return events
+
+
+def test_sums_of_decode_are_under_way_while_the_next_submodule_computes(tmp_path: Path) -> None:
+    """In a ladder model; a standard layer of the same code waits at once."""
+    model = tiny("last-n")
+    residuals = model.layer_residuals()
+    assert {"ladder", "standard"} == set(residuals)
+    folder = tmp_path / "weights"
+    run_ranks(1, save_weights, model, folder, tmp_path=tmp_path)
+    for events in run_ranks(2, overlap_of_decode, model, folder, tmp_path=tmp_path):
+        names = [f"{kind} {i}" for i in range(1, 5) for kind in ("attention", "mlp")]
+        for this, following in pairwise(names):
+            number = int(following.split()[1])
+            begin, end = (events.index((what, following)) for what in ("begin", "end"))
+            start, wait = (events.index((what, this)) for what in ("start", "wait"))
+            if residuals[number - 1] == "ladder":
+                assert start < begin < end < wait, this
+            else:
+                assert start < wait < begin, this
