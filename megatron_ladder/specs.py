@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
     get_mlp_module_spec_for_backend,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_ladder.config import Residual, TransformerImpl
 from megatron_ladder.errors import UserError
+from megatron_ladder.inference.attention import LocalSelfAttention
 from megatron_ladder.layer import LadderTransformerLayer
 from megatron_ladder.linear import CommFreeColumnParallelLinear, CommFreeRowParallelLinear
 from megatron_ladder.norm import RMSNorm
@@ -140,7 +141,7 @@ def _submodules(
     return TransformerLayerSubmodules(
         input_layernorm=norm,
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=LocalSelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=backend.column_parallel_linear(),

@@ -9,7 +9,8 @@ USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says mor
   train     pretrain a model on data sets
   import    make a run's folder of a Hugging Face model
   export    write a run's checkpoint as a Hugging Face folder
-  generate  continue prompts with an exported folder
+  generate  continue prompts with a run or an exported folder
+  serve     the same over HTTP, as OpenAI's API
   eval      perplexity, small offline tasks and lm-evaluation-harness on a run or an exported folder
   report    loss curves of one or several runs, as a page and pictures; report depth: a model's layers
   bench     trace, plan: what the overlap hides, seen on local ranks and modelled for a cluster
@@ -20,7 +21,7 @@ USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says mor
   doctor    what is installed, and what is missing for GPU and FP8
 """
 JOBS = ("submit", "status", "logs", "cancel")
-WORK = ("data", "train", "import", "export", "generate", "eval", "report", "bench")
+WORK = ("data", "train", "import", "export", "generate", "serve", "eval", "report", "bench")
 COMMANDS = (*WORK, *JOBS, "doctor")
 KEYWORDS = ("import", "eval")  # what Python calls so is another thing: these functions end in "_"
 

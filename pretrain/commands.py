@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -157,41 +157,76 @@ def import_(argv: list[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
-    """Continue prompts with an exported folder."""
-
-    folder: tyro.conf.Positional[Path]
-    """Written by `megatron-ladder export`."""
-    prompt: Annotated[tuple[str, ...], tyro.conf.arg(name="prompt")]
-    """One or several texts to continue."""
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    """0 takes the likeliest token every time."""
-    top_k: int | None = None
-    """Sample among the k likeliest tokens only."""
-    top_p: float | None = None
-    """Sample among the likeliest tokens that together have this probability."""
-    seed: int = 1234
-
-
 @_for_users
 def generate(argv: list[str]) -> int:
     """Prints continuations of prompts."""
-    options = tyro.cli(GenerateOptions, args=argv, prog="megatron-ladder generate")
-    from megatron_ladder.hf.generate import generate_text
+    from pretrain.inference.options import GenerateOptions
 
-    texts = generate_text(
-        options.folder,
-        list(options.prompt),
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    print(("\n" + "-" * 80 + "\n").join(texts))
+    options = tyro.cli(GenerateOptions, args=argv, prog="megatron-ladder generate")
+    parallel = options.parallel()
+    from pretrain.plain_model import is_hf_folder
+
+    choice = {key: getattr(options, key) for key in ("temperature", "top_k", "top_p")}
+    if is_hf_folder(options.model):
+        if parallel.model_parallel_size > 1 or options.batching != "dynamic":
+            raise UserError(
+                f"{options.model} is a folder, which transformers runs in one process: layouts and "
+                "batching are a run's (`serve` takes folders at any layout)"
+            )
+        from megatron_ladder.hf.generate import generate_text
+
+        texts = generate_text(
+            options.model,
+            list(options.prompt),
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
+            **choice,
+        )
+    else:
+        from megatron_ladder.inference.engine import Sampling
+        from pretrain.inference.generate import generate_from_run
+        from pretrain.inference.loaded import find
+
+        sampling = Sampling(options.max_new_tokens, **choice)
+        find(options.model, parallel)  # refused before ranks start
+        _start_ranks("generate", argv, parallel.model_parallel_size)
+        texts = generate_from_run(
+            options.model,
+            options.prompt,
+            parallel,
+            sampling,
+            batching=options.batching,
+            seed=options.seed,
+        )
+    if is_first_rank():
+        print(("\n" + "-" * 80 + "\n").join(texts))
     return 0
+
+
+@_for_users
+def serve(argv: list[str]) -> int:
+    """Serves a model over HTTP until it is told to stop."""
+    from pretrain.inference.options import ServeOptions
+
+    options = tyro.cli(ServeOptions, args=argv, prog="megatron-ladder serve")
+    from pretrain.inference.loaded import find
+    from pretrain.inference.serve import listen
+    from pretrain.inference.serve import serve as serve_model
+
+    if options.parallel().model_parallel_size > 1:  # refused before ranks start
+        find(options.model, options.parallel())
+        listen(options).close()
+    _start_ranks("serve", argv, options.parallel().model_parallel_size)
+    serve_model(options)
+    return 0
+
+
+def _start_ranks(command: str, argv: list[str], ranks: int) -> None:
+    """Goes on as so many ranks, unless torchrun has started them."""
+    if ranks > 1 and "RANK" not in os.environ:
+        from pretrain.bench.ranks import become_torchrun
+
+        become_torchrun(ranks, "--module", "pretrain.cli", command, *argv)
 
 
 @_for_users

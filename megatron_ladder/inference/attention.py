@@ -1,0 +1,107 @@
+"""Attention over the blocks of megatron-core's key-value cache, in plain PyTorch.
+
+megatron-core calls flash-attn here, which needs a GPU. This takes its place where that is not installed.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+
+class LocalSelfAttention(SelfAttention):
+    """megatron-core's self-attention, for machines without flash-attn too."""
+
+    def flash_decode_and_prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        seqlens_k: Tensor,
+        block_table: Tensor,
+        is_decode_only: bool,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[tokens, 1, heads, channels] of all requests, one after another; megatron-core's arguments."""
+        if q.is_cuda:
+            return super().flash_decode_and_prefill(
+                *(q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k),
+                *(block_table, is_decode_only, *args),
+                **kwargs,
+            )
+        if is_decode_only:
+            output = decode(q[:, 0], k, v, seqlens_k, block_table)
+        else:
+            output = prefill(q[:, 0], k, v, cu_seqlens_q, seqlens_k, block_table)
+        return output[:, None]
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, blocks: Tensor) -> Tensor:
+    """Attention of one new token of each request.
+
+    Args:
+        q: [requests, heads, channels].
+        k, v: the cache, [blocks, tokens of a block, key/value heads, channels].
+        lengths: of each request's keys, the new token's included; 0: a place that no request has.
+        blocks: of each request, in order, [requests, most blocks]; -1: none.
+
+    Returns:
+        [requests, heads, channels]
+    """
+    count = min(len(q), len(lengths))
+    lengths = lengths[:count]
+    used = -(-int(lengths.max()) // k.shape[1])
+    ids = blocks[:count, :used].long().clamp(min=0)
+    keys, values = (cache[ids].flatten(1, 2).transpose(1, 2) for cache in (k, v))
+    mask = torch.arange(keys.shape[2], device=q.device) < lengths[:, None]
+    # What has never been written may be NaN, which a mask does not keep out of a sum.
+    keys, values = (x.masked_fill(~mask[:, None, :, None], 0) for x in (keys, values))
+    mask[lengths == 0] = True  # of what nobody reads
+    heads = q[:count, :, None]
+    attended = F.scaled_dot_product_attention(
+        heads, keys, values, attn_mask=mask[:, None, None], enable_gqa=True
+    )
+    output = torch.zeros_like(q)
+    output[:count] = attended[:, :, 0]
+    return output
+
+
+def prefill(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, blocks: Tensor
+) -> Tensor:
+    """Causal attention of several new tokens of each request.
+
+    Args:
+        q: [tokens, heads, channels], the requests' one after another.
+        starts: where each request's begin, and where the last one's end.
+        The others are as in `decode`.
+
+    Returns:
+        [tokens, heads, channels]
+    """
+    output = torch.zeros_like(q)
+    bounds, sizes = starts.tolist(), lengths.tolist()
+    for i, size in enumerate(sizes):
+        begin, end = bounds[i], bounds[i + 1]
+        if begin == end or size == 0:
+            continue
+        ids = blocks[i, : -(-size // k.shape[1])].long()
+        keys, values = (cache[ids].flatten(0, 1)[:size].transpose(0, 1) for cache in (k, v))
+        new = end - begin  # the last ones of the request's tokens
+        mask = torch.ones(new, size, dtype=torch.bool, device=q.device).tril(size - new)
+        attended = F.scaled_dot_product_attention(
+            q[begin:end].transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            enable_gqa=True,
+        )
+        output[begin:end] = attended[0].transpose(0, 1)
+    return output

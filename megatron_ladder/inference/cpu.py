@@ -1,0 +1,93 @@
+"""What megatron-core's inference engines ask of CUDA, on a machine without a GPU.
+
+cpu_platform.py lets training run there; the engines use more: events and streams for timing and copies,
+pinned memory, profiler ranges, and a check that flash-attn is there, whose place attention.py takes.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_ladder import cpu_platform
+
+_PINNING_FACTORIES = ("empty", "empty_like", "full", "ones", "tensor", "zeros")
+_enabled = False
+
+
+class _Event:
+    """torch.cuda.Event where everything has happened when a call returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._at = 0.0
+
+    def record(self, *_: Any) -> None:
+        self._at = time.perf_counter()
+
+    def wait(self, *_: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "_Event") -> float:
+        """Milliseconds."""
+        return (end._at - self._at) * 1e3
+
+
+class _Stream:
+    """torch.cuda.Stream where there is one, and nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, *_: Any) -> None:
+        pass
+
+    def wait_event(self, *_: Any) -> None:
+        pass
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def synchronize(self) -> None:
+        pass
+
+
+def enable() -> None:
+    """Call before megatron-core's engines are imported. Idempotent; with a GPU it does nothing."""
+    global _enabled
+    if not cpu_platform.enable() or _enabled:
+        return
+    cuda: Any = torch.cuda
+    cuda.Event, cuda.Stream = _Event, _Stream
+    cuda.stream = lambda _: contextlib.nullcontext()
+    cuda.current_stream = lambda *_: _Stream()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
+    for name in _PINNING_FACTORIES:
+        setattr(torch, name, _unpinned(getattr(torch, name)))
+    from megatron.core.inference import communication_utils
+    from megatron.core.inference.contexts import dynamic_context
+    from megatron.core.transformer import attention
+
+    communication_utils._is_cuda = lambda _: None
+    # Its Triton kernel; without one the context writes to the cache by indexing.
+    dynamic_context.triton_append_key_value_cache = None
+    # Attention asks for flash-attn 3 or 2 before it calls what attention.py has in its place.
+    attention.HAVE_FA3 = True
+    _enabled = True
+
+
+def _unpinned(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pin_memory", None)
+        return function(*args, **kwargs)
+
+    return wrapper

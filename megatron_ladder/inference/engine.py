@@ -1,0 +1,360 @@
+"""megatron-core's inference engines on this project's models: what differs between its versions is here.
+
+Every rank of a model makes an engine and calls its methods alike; all ranks get the same tokens.
+"""
+
+import logging
+import math
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_ladder.config import ModelConfig
+from megatron_ladder.errors import UserError
+from megatron_ladder.inference import cpu
+
+BLOCK_TOKENS = 16
+"""Tokens of a block of the key-value cache."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and how many. Raises UserError when a value is out of range."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0 takes the likeliest token each time."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens only."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together have this probability."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}: it must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+        if self.top_k is not None and self.top_p is not None:
+            raise UserError("top_k and top_p: megatron-core's engines take one of them")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue."""
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+
+    @property
+    def most_tokens(self) -> int:
+        return len(self.prompt_ids) + self.sampling.max_new_tokens
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step has given a request."""
+
+    id: int
+    new_ids: tuple[int, ...]
+    """Without the token that ends the text."""
+    finish_reason: Literal["stop", "length"] | None = None
+    """stop: the model has ended the text. length: it has its max_new_tokens. None: it goes on."""
+
+
+class DynamicEngine:
+    """Continuous batching: requests come and go between steps; their keys and values lie in blocks.
+
+    A request begins when the cache has room for all that it may become, so that none is ever set back.
+
+    Args:
+        chunk: this rank's part of the model, from build_gpt_model.
+        model: with vocab_size set.
+        eod_id: the token that ends a text.
+        max_requests: at a time.
+        cache_tokens: keys and values of so many tokens are kept; None: of max_requests whole contexts.
+        seed: of the sampling.
+    """
+
+    def __init__(
+        self,
+        chunk: Any,
+        model: ModelConfig,
+        *,
+        eod_id: int,
+        max_requests: int = 8,
+        cache_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        cpu.enable()
+        from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+
+        _quiet()
+        self._context_length = model.max_position_embeddings
+        per_request = math.ceil(self._context_length / BLOCK_TOKENS)
+        if cache_tokens is None:
+            self._blocks = max_requests * per_request
+        else:
+            self._blocks = cache_tokens // BLOCK_TOKENS
+        if self._blocks < 1:
+            raise UserError(
+                f"a cache of {cache_tokens} tokens is less than a block, {BLOCK_TOKENS}"
+            )
+        self._max_requests = max_requests
+        self._eod_id = eod_id
+        context, options = _dynamic_context(chunk, model, max_requests, self._blocks)
+        self._controller = _controller(chunk, model, context, eod_id, max_requests, seed)
+        self._engine = DynamicInferenceEngine(self._controller, context, **options)
+        self._waiting: deque[Request] = deque()
+        self._running: dict[int, tuple[Request, Any]] = {}
+        self._seen: dict[int, int] = {}
+        self._cancelled: set[int] = set()
+
+    @property
+    def free_blocks(self) -> int:
+        return self._blocks - sum(_blocks_of(request) for request, _ in self._running.values())
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def check(self, request: Request) -> None:
+        """Raises UserError when a request can never run."""
+        check_prompt(request, self._context_length)
+        if _blocks_of(request) > self._blocks:
+            raise UserError(
+                f"a prompt of {len(request.prompt_ids)} tokens and {request.sampling.max_new_tokens} new "
+                f"ones exceed the cache of {self._blocks * BLOCK_TOKENS} tokens: ask for fewer, or "
+                "start with a larger one (--cache-tokens)"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises UserError when it can never run."""
+        self.check(request)
+        assert request.id not in self._running
+        self._waiting.append(request)
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request, if it is there; no Output of it comes any more."""
+        self._waiting = deque(r for r in self._waiting if r.id != request_id)
+        if request_id in self._running:
+            # As for a stop word: the next step gives its blocks back.
+            self._engine.stop_word_finished_request_ids.add(request_id)
+            self._cancelled.add(request_id)
+
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def step(self) -> list[Output]:
+        """One forward pass of all requests that run: a whole prompt of a new one, a token of the others."""
+        self._begin_waiting()
+        if not self._running:
+            return []
+        self._engine.step_modern()
+        return [output for id in list(self._running) if (output := self._output(id))]
+
+    def _begin_waiting(self) -> None:
+        while self._waiting and len(self._running) < self._max_requests:
+            if _blocks_of(self._waiting[0]) > self.free_blocks:
+                return  # in order: a long one is not overtaken for ever
+            request = self._waiting.popleft()
+            params = _sampling_params(request.sampling, self._eod_id)
+            self._engine.add_request(request.id, list(request.prompt_ids), params)
+            self._running[request.id] = (request, self._engine.get_request(request.id))
+            self._seen[request.id] = 0
+
+    def _output(self, request_id: int) -> Output | None:
+        _, theirs = self._running[request_id]
+        ids = tuple(int(token) for token in theirs.generated_tokens)
+        new, is_over = (
+            ids[self._seen[request_id] :],
+            theirs.status is not None and (theirs.status.name == "COMPLETED"),
+        )
+        assert theirs.status is None or theirs.status.name != "FAILED", theirs
+        self._seen[request_id] = len(ids)
+        if is_over:
+            del self._running[request_id], self._seen[request_id]
+        if request_id in self._cancelled:
+            if is_over:
+                self._cancelled.remove(request_id)
+            return None
+        if is_over and ids and ids[-1] == self._eod_id:
+            return Output(request_id, new[:-1], "stop")
+        return Output(request_id, new, "length" if is_over else None)
+
+
+@torch.inference_mode()
+def generate_static(
+    chunk: Any, model: ModelConfig, requests: Sequence[Request], *, eod_id: int, seed: int = 0
+) -> list[tuple[int, ...]]:
+    """Continues prompts as one batch, which runs until all are done; `sampling` is the first one's.
+
+    Returns:
+        The new tokens of each, without the one that ends the text.
+    """
+    if not requests:
+        return []
+    for request in requests:
+        check_prompt(request, model.max_position_embeddings)
+        assert request.sampling == requests[0].sampling
+    cpu.enable()
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.engines.static_engine import StaticInferenceEngine
+
+    _quiet()
+    length = max(request.most_tokens for request in requests)
+    context = StaticInferenceContext(len(requests), length)
+    controller = _controller(chunk, model, context, eod_id, len(requests), seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it will be replaced by the other engine
+        engine = StaticInferenceEngine(controller, len(requests), seed or None, legacy=True)
+    params = _sampling_params(requests[0].sampling, eod_id)
+    ids = [
+        engine.scheduler.add_request("", list(request.prompt_ids), sampling_params=params)
+        for request in requests
+    ]
+    engine.run_engine()
+    done = engine.scheduler.completed_request_pool
+    new = [tuple(int(token) for token in done[i].generated_tokens) for i in ids]
+    return [tokens[: tokens.index(eod_id)] if eod_id in tokens else tokens for tokens in new]
+
+
+def check_prompt(request: Request, context_length: int) -> None:
+    """Raises UserError when a prompt is empty, or does not fit the context with what is to follow."""
+    if not request.prompt_ids:
+        raise UserError("a prompt is empty: give at least one token to continue")
+    if request.most_tokens > context_length:
+        raise UserError(
+            f"a prompt of {len(request.prompt_ids)} tokens and {request.sampling.max_new_tokens} new "
+            f"ones exceed the model's context of {context_length}: shorten the prompt or ask for "
+            "fewer tokens"
+        )
+
+
+def _blocks_of(request: Request) -> int:
+    return math.ceil(request.most_tokens / BLOCK_TOKENS)
+
+
+def _sampling_params(sampling: Sampling, eod_id: int) -> Any:
+    from megatron.core.inference.sampling_params import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature or 1.0,
+        top_k=1 if sampling.temperature == 0 else sampling.top_k or 0,
+        top_p=0.0 if sampling.temperature == 0 else sampling.top_p or 0.0,
+        num_tokens_to_generate=sampling.max_new_tokens,
+        termination_id=eod_id,
+    )
+
+
+def _dynamic_context(
+    chunk: Any, model: ModelConfig, max_requests: int, blocks: int
+) -> tuple[Any, dict[str, Any]]:
+    """The cache, and the engine's options."""
+    from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+
+    config = chunk.decoder.config
+    dtype = config.params_dtype
+    tp = config.tensor_model_parallel_size
+    layers = len(chunk.decoder.layers)
+    heads = model.kv_heads // tp
+    block_bytes = dtype.itemsize * 2 * layers * BLOCK_TOKENS * heads * model.head_dim
+    # One is kept for padding; half of one more, as the size is given in GiB.
+    size_gb = (blocks + 1.5) * block_bytes / 1024**3
+    max_tokens = max(model.max_position_embeddings, max_requests)
+    shared = {
+        "block_size_tokens": BLOCK_TOKENS,
+        "buffer_size_gb": size_gb,
+        "max_requests": max_requests,
+        "max_tokens": max_tokens,
+        "max_sequence_length": model.max_position_embeddings,
+        "use_flashinfer_fused_rope": False,
+    }
+    if find_spec("megatron.core.inference.config"):  # 0.19
+        from megatron.core.inference.config import InferenceConfig
+
+        inference = InferenceConfig(**shared, enable_chunked_prefill=False)
+        return DynamicInferenceContext(config, inference), {}
+    context = DynamicInferenceContext(
+        params_dtype=dtype,
+        num_layers=layers,
+        kv_channels=model.head_dim,
+        num_attention_heads=model.kv_heads,
+        tensor_model_parallel_size=tp,
+        **shared,
+    )
+    options = {"random_seed": 0, "enable_cuda_graph": False, "enable_chunked_prefill": False}
+    return context, options
+
+
+def _controller(
+    chunk: Any, model: ModelConfig, context: Any, eod_id: int, max_requests: int, seed: int
+) -> Any:
+    """Runs the model and samples."""
+    from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+        GPTInferenceWrapper,
+    )
+    from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+        TextGenerationController,
+    )
+
+    class Wrapper(GPTInferenceWrapper):
+        """Keeps the rows that pad the vocabulary from being chosen."""
+
+        def _forward(self, inference_input: dict[str, Any]) -> Tensor:
+            output = super()._forward(inference_input)
+            if parallel_state.is_pipeline_last_stage():
+                output[..., model.vocab_size :] = -math.inf
+            return output
+
+    arguments: list[Any] = [chunk, context]
+    if not find_spec("megatron.core.inference.config"):  # before 0.19
+        from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
+            InferenceWrapperConfig,
+        )
+
+        wrapper_config = InferenceWrapperConfig(
+            hidden_size=chunk.config.hidden_size,  # of what pipeline stages send
+            params_dtype=chunk.decoder.config.params_dtype,
+            inference_batch_times_seqlen_threshold=-1,
+            padded_vocab_size=model.padded_vocab_size,
+            inference_max_requests=max_requests,
+            inference_max_seq_length=model.max_position_embeddings,
+        )
+        arguments = [chunk, wrapper_config, context]
+    controller = TextGenerationController(Wrapper(*arguments), _Ids(model, eod_id))
+    controller.sampling_rng.manual_seed(seed)
+    return controller
+
+
+class _Ids:
+    """The tokenizer that megatron-core asks for text: there is none, ids go in and come out."""
+
+    bos = None
+
+    def __init__(self, model: ModelConfig, eod_id: int) -> None:
+        self.vocab_size, self.eod = model.vocab_size, eod_id
+
+    def detokenize(self, *_: Any, **__: Any) -> str:
+        return ""
+
+
+def _quiet() -> None:
+    """megatron-core warns of what it will replace some day; nothing for a user to do."""
+    logging.getLogger("megatron.core.inference").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.core\.inference.*")

@@ -1,0 +1,50 @@
+"""From a conversation to a prompt, by the chat template that comes with a model's tokenizer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_ladder.errors import UserError
+
+Render = Callable[[list[dict[str, str]]], str]
+
+
+def chat_renderer(folder: Path) -> Render:
+    """What makes a prompt of messages; of a model without a template it refuses them.
+
+    Args:
+        folder: with Hugging Face's tokenizer files; it may be missing.
+    """
+    if not _has_template(folder):
+
+        def refuse(_: list[dict[str, str]]) -> str:
+            raise UserError("this model has no chat template: use /v1/completions")
+
+        return refuse
+    from transformers import AutoTokenizer
+
+    # transformers renders in a sandbox: a template can compute text and nothing else.
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+    def render(messages: list[dict[str, str]]) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except (
+            Exception
+        ) as error:  # a template's own complaint, as of two turns in a row of one role
+            raise UserError(f"the chat template refuses these messages: {error}") from error
+
+    return render
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(config.get("chat_template"))

@@ -1,0 +1,62 @@
+"""`megatron-ladder generate RUN`: a run's newest checkpoint continues prompts, on ranks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+
+from megatron_ladder.config import ParallelConfig
+from megatron_ladder.inference.engine import (
+    DynamicEngine,
+    Request,
+    Sampling,
+    check_prompt,
+    generate_static,
+)
+from pretrain.inference.loaded import find, load
+from pretrain.inference.text import TextStream
+
+
+def generate_from_run(
+    run: Path,
+    prompts: Sequence[str],
+    parallel: ParallelConfig,
+    sampling: Sampling,
+    *,
+    batching: Literal["dynamic", "static"] = "dynamic",
+    seed: int = 0,
+) -> list[str]:
+    """Each prompt followed by its continuation, which stops where the model ends the document.
+
+    Called by every rank; all return the same.
+
+    Raises:
+        UserError: there is no such run, a prompt is empty or too long, or the layout does not fit.
+    """
+    found = find(run, parallel)
+    requests = [
+        Request(i, tuple(found.tokenizer.encode(text, add_special_tokens=False).ids), sampling)
+        for i, text in enumerate(prompts)
+    ]
+    for request in requests:
+        check_prompt(request, found.model.max_position_embeddings)
+    chunk = load(found, parallel, seed)
+    options = {"eod_id": found.eod_id, "seed": seed}
+    new: dict[int, list[int]] = {request.id: [] for request in requests}
+    if batching == "static":
+        static = generate_static(chunk, found.model, requests, **options)
+        new = {i: list(ids) for i, ids in enumerate(static)}
+    else:
+        engine = DynamicEngine(chunk, found.model, max_requests=max(1, len(prompts)), **options)
+        for request in requests:
+            engine.add(request)
+        while engine.has_work():
+            for output in engine.step():
+                new[output.id] += output.new_ids
+    dist.barrier()
+    dist.destroy_process_group()
+    return [
+        text + TextStream(found.tokenizer, request.prompt_ids).push(new[request.id], is_last=True)
+        for text, request in zip(prompts, requests, strict=True)
+    ]

@@ -1,0 +1,38 @@
+"""What /metrics says, as Prometheus text."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from megatron_ladder.inference.engine import BLOCK_TOKENS, DynamicEngine
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
+
+
+class Metrics:
+    """One server's, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        common = {"namespace": "megatron_ladder", "registry": self._registry}
+        self.requests = Counter(
+            "requests", "HTTP requests, by status.", ["path", "status"], **common
+        )
+        self.tokens = Counter("generated_tokens", "Tokens generated.", **common)
+        self.running = Gauge("requests_running", "Requests that the engine works on.", **common)
+        self.waiting = Gauge("requests_waiting", "Requests that wait for room.", **common)
+        self.free = Gauge("cache_free_tokens", "Room in the key-value cache, in tokens.", **common)
+        self.first_token = Histogram(
+            "first_token_seconds", "From a request to its first token.", buckets=_SECONDS, **common
+        )
+        self.duration = Histogram(
+            "request_seconds", "From a request to its end.", buckets=_SECONDS, **common
+        )
+
+    def look_at(self, engine: DynamicEngine, new_tokens: int) -> None:
+        """After a step."""
+        self.tokens.inc(new_tokens)
+        self.running.set(engine.num_running)
+        self.waiting.set(engine.num_waiting)
+        self.free.set(engine.free_blocks * BLOCK_TOKENS)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)

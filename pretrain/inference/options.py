@@ -1,0 +1,81 @@
+"""Options of `generate` and `serve`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from megatron_ladder.config import ParallelConfig
+from megatron_ladder.errors import UserError
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Continue prompts with a run's newest checkpoint, or with an exported folder."""
+
+    model: tyro.conf.Positional[Path]
+    """A run, one of its checkpoints, or a folder written by `megatron-ladder export`."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(name="prompt")]
+    """One or several texts to continue."""
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 takes the likeliest token every time."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens only."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together have this probability."""
+    seed: int = 1234
+    tensor_model_parallel_size: int = 1
+    """Of a run: the layout to generate at, whatever it was trained at."""
+    pipeline_model_parallel_size: int = 1
+    batching: Literal["dynamic", "static"] = "dynamic"
+    """Of a run: which of megatron-core's engines; the tokens are the same."""
+
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+        )
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Serve a run or an exported folder over HTTP, as OpenAI's API."""
+
+    model: tyro.conf.Positional[Path]
+    """A run, one of its checkpoints, or an exported folder."""
+    host: str = "127.0.0.1"
+    """0.0.0.0: for other machines too. There is no password: put a proxy in front."""
+    port: int = 8000
+    """0: a free one."""
+    served_model_name: str | None = None
+    """What clients call it; None: the folder's name."""
+    max_requests: int = 8
+    """That run at a time."""
+    max_waiting: int = 64
+    """That wait for room; more are refused (429)."""
+    cache_tokens: int | None = None
+    """Size of the key-value cache; None: max_requests whole contexts."""
+    max_body_bytes: int = 4 << 20
+    """Of a request; larger ones are refused (413)."""
+    shutdown_s: int = 30
+    """Seconds that running requests get to finish after a signal."""
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            *(("max_requests", 1), ("max_waiting", 0), ("max_body_bytes", 1), ("shutdown_s", 0)),
+            ("port", 0),
+        ):
+            if getattr(self, name) < least:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} {getattr(self, name)}: it is at least {least}")
+
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+        )

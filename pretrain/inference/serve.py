@@ -1,0 +1,117 @@
+"""`megatron-ladder serve`: an OpenAI-compatible HTTP endpoint of a run or an exported folder."""
+
+import logging
+import signal
+import socket
+import threading
+import time
+
+import torch.distributed as dist
+import uvicorn
+
+from megatron_ladder.errors import UserError
+from megatron_ladder.inference.engine import DynamicEngine, Output
+from pretrain.arguments import is_first_rank
+from pretrain.inference.app import Served, make_app
+from pretrain.inference.chat import chat_renderer
+from pretrain.inference.engine_loop import drive
+from pretrain.inference.frontdesk import FrontDesk
+from pretrain.inference.loaded import Found, find, load
+from pretrain.inference.metrics import Metrics
+from pretrain.inference.options import ServeOptions
+
+logger = logging.getLogger(__name__)
+
+
+def serve(options: ServeOptions) -> None:
+    """Serves until a signal: then what runs is finished, and nothing new is taken.
+
+    Called by every rank: the first one answers HTTP in a thread, all compute.
+
+    Raises:
+        UserError: no such model, a layout that does not fit, a port in use.
+    """
+    parallel = options.parallel()
+    found = find(options.model, parallel)
+    listening = listen(options) if is_first_rank() else None
+    chunk = load(found, parallel, options.seed)
+    engine = DynamicEngine(
+        chunk,
+        found.model,
+        eod_id=found.eod_id,
+        max_requests=options.max_requests,
+        cache_tokens=options.cache_tokens,
+        seed=options.seed,
+    )
+    metrics = Metrics()
+    desk = FrontDesk(
+        engine, metrics, max_running=options.max_requests, max_waiting=options.max_waiting
+    )
+    if listening is None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the first rank says when to stop
+        drive(engine, desk.inbox, _nothing)
+    else:
+        _serve_http(options, found, engine, desk, metrics, listening)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _serve_http(
+    options: ServeOptions,
+    found: Found,
+    engine: DynamicEngine,
+    desk: FrontDesk,
+    metrics: Metrics,
+    listening: socket.socket,
+) -> None:
+    served = Served(
+        name=options.served_model_name or found.name,
+        tokenizer=found.tokenizer,
+        vocab_size=found.tokenizer.get_vocab_size(),
+        context_length=found.model.max_position_embeddings,
+        render=chat_renderer(found.templates),
+        created=int(time.time()),
+    )
+    app = make_app(served, desk, metrics, options.max_body_bytes)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=options.shutdown_s, lifespan="off"
+    )
+    server = uvicorn.Server(config)
+
+    def stop(number: int, _: object) -> None:
+        logger.info("%s: finishing what runs", signal.Signals(number).name)
+        desk.close()
+        server.should_exit = True
+
+    def answer() -> None:
+        try:
+            server.run(sockets=[listening])
+        finally:
+            desk.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    metrics.look_at(engine, 0)
+    thread = threading.Thread(target=answer)
+    thread.start()
+    host, port = listening.getsockname()[:2]
+    logger.info("%s at http://%s:%d/v1 (Ctrl-C stops)", served.name, host, port)
+    try:
+        drive(engine, desk.inbox, desk.deliver)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def listen(options: ServeOptions) -> socket.socket:
+    """The socket to serve on. Raises UserError when the port is in use, or is none."""
+    try:
+        return socket.create_server((options.host, options.port), backlog=2048)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {options.host} --port {options.port}: {why}") from error
+
+
+def _nothing(_: list[Output]) -> None:
+    """Of the ranks that have no clients."""
