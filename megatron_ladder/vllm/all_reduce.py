@@ -57,6 +57,16 @@ class AllReduce:
         return output.partial
 
 
+def run_between_graphs(splitting_ops: list[str] | None) -> None:
+    """Adds both operators to those at which vLLM ends one captured graph and begins the next.
+
+    It ends them at each attention, across which an MLP's sum is under way, and no graph may end before a
+    stream that it forked. Without such operators (None or empty) it captures a whole forward or nothing.
+    """
+    if splitting_ops:
+        splitting_ops.extend(name for name in (START, FINISH) if name not in splitting_ops)
+
+
 def _start(partial: Tensor, group: str) -> Tensor:
     return torch.ops._c10d_functional.all_reduce(partial, "sum", group)
 

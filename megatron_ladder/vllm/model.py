@@ -190,7 +190,7 @@ class LadderModel(nn.Module):
         group = None
         if get_tensor_model_parallel_world_size() > 1:
             group = get_tp_group().device_group.group_name
-            _run_between_graphs(vllm_config)
+            all_reduce.run_between_graphs(vllm_config.compilation_config.splitting_ops)
         self.sums = all_reduce.AllReduce(group, tensor_model_parallel_all_reduce)
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers,
@@ -229,14 +229,6 @@ class LadderModel(nn.Module):
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"after_attention": a, "after_mlp": m})
         return self.norm(m)
-
-
-def _run_between_graphs(vllm_config: VllmConfig) -> None:
-    """Where vLLM captures a forward in pieces that end at each attention, has them end at starts and waits
-    too: an MLP's sum is under way across an attention, and no graph may end before a stream it forked."""
-    ends = vllm_config.compilation_config.splitting_ops
-    if ends:
-        ends.extend(name for name in (all_reduce.START, all_reduce.FINISH) if name not in ends)
 
 
 class LadderForCausalLM(nn.Module, SupportsPP, SupportsQuant):

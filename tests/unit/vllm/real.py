@@ -5,7 +5,7 @@ installed; docs/vllm.md says how.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -17,8 +17,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vllm.config import CompilationConfig, DeviceConfig, LoadConfig, ModelConfig, VllmConfig
-from vllm.config import ParallelConfig, set_current_vllm_config
+from vllm.config import (
+    CompilationConfig,
+    DeviceConfig,
+    LoadConfig,
+    ModelConfig,
+    ParallelConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
 from vllm.distributed import parallel_state
 from vllm.model_executor.model_loader import get_model
 
