@@ -131,7 +131,7 @@ def test_sums_are_under_way_while_the_next_sub_module_runs(tmp_path: Path) -> No
 
 
 def in_pieces(folder: Path, ids: Tensor) -> tuple[Tensor, list[list[str]]]:
-    """The logits, from the model's graph cut by vLLM; of each piece in turn, which of the operators are in it."""
+    """The logits, from the graph cut by vLLM; for each piece in turn, which of our operators are in it."""
     from vllm.compilation.backends import split_graph
 
     pieces: list[list[str]] = []
