@@ -1,7 +1,5 @@
 """What the CUDA operators ask of streams and events, in order; with stand-ins, as CI has no GPU."""
 
-import sys
-import types
 from contextlib import contextmanager
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_ladder.vllm import all_reduce
+from tests.unit.vllm import stand_in
 
 
 class Stream:
@@ -42,16 +41,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         entries.append(f"sum on {current[-1].name}")
         return partial * 2
 
-    breakable = types.ModuleType("vllm.compilation.breakable_cudagraph")
-    capture = types.SimpleNamespace(is_active=lambda: "breakable" in entries)
-    breakable.BreakableCUDAGraphCapture = capture  # type: ignore[attr-defined]
-    distributed = types.ModuleType("vllm.distributed")
-    group = types.SimpleNamespace(_all_reduce_out_place=reduce)
-    distributed.get_tp_group = lambda: group  # type: ignore[attr-defined]
-    for name in ("vllm", "vllm.compilation"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, breakable.__name__, breakable)
-    monkeypatch.setitem(sys.modules, distributed.__name__, distributed)
+    stand_in.install(monkeypatch, reduce, lambda: "breakable" in entries)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(all_reduce, "_side_stream", lambda: side)
