@@ -15,6 +15,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "megatron_ladder": {"megatron_ladder", "megatron", "torch"},
     "megatron_ladder/hf": {"megatron_ladder", "torch", "transformers", "safetensors", "tokenizers"}
     | {"huggingface_hub", "jinja2", "sentencepiece", "tqdm", "numpy"},
+    # Runs in vLLM's environment, without megatron-core.
+    "megatron_ladder/vllm": {"megatron_ladder", "torch", "vllm"},
     "pretrain": None,
     "data_prep": None,
     "slurm": None,
@@ -56,12 +58,14 @@ def test_packages_import_only_those_below_them(package: str) -> None:
         assert used <= MAY_IMPORT_OF_OURS[package], name
 
 
-@pytest.mark.parametrize("package", ["megatron_ladder", "megatron_ladder/hf"])
+@pytest.mark.parametrize(
+    "package", ["megatron_ladder", "megatron_ladder/hf", "megatron_ladder/vllm"]
+)
 def test_the_library_imports_only_what_it_needs(package: str) -> None:
     allowed = MAY_IMPORT[package]
     assert allowed is not None
     for file in files(package):
-        if package == "megatron_ladder" and "hf" in file.relative_to(ROOT).parts:
+        if package == "megatron_ladder" and {"hf", "vllm"} & set(file.relative_to(ROOT).parts):
             continue
         used = imports(file) - set(sys.stdlib_module_names)
         assert used <= allowed, f"{file.name}: {sorted(used - allowed)}"
