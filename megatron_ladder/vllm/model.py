@@ -216,7 +216,10 @@ class LadderModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         if get_pp_group().is_first_rank:
-            embedding = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            if inputs_embeds is None:
+                assert input_ids is not None
+                inputs_embeds = self.embed_input_ids(input_ids)
+            embedding = inputs_embeds
             state = State(embedding, embedding, None)
         else:
             assert intermediate_tensors is not None

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -208,7 +208,7 @@ class _Answers:
 
     async def _pieces(
         self, choices: Sequence[list[int]], sampling: Sampling, stop: list[str]
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Of all choices, as they come; closing this ends them."""
         ready: asyncio.Queue[Piece | None] = asyncio.Queue()
 
@@ -238,7 +238,7 @@ class _Answers:
 
     async def _choice(
         self, index: int, prompt: list[int], sampling: Sampling, stop: list[str]
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         stream = TextStream(self._served.tokenizer, prompt, stop)
         async with aclosing(self._desk.generate(prompt, sampling)) as outputs:
             async for output in outputs:
@@ -250,7 +250,9 @@ class _Answers:
                     return
 
 
-async def _while_connected(request: Request, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+async def _while_connected(
+    request: Request, pieces: AsyncGenerator[Piece, None]
+) -> AsyncGenerator[Piece, None]:
     """Ends `pieces` when the client goes away: there is nobody to answer."""
     gone = asyncio.create_task(_disconnected(request))
     try:
@@ -266,7 +268,7 @@ async def _while_connected(request: Request, pieces: AsyncIterator[Piece]) -> As
             yield piece
     finally:
         gone.cancel()
-        await pieces.aclose()  # type: ignore[attr-defined]
+        await pieces.aclose()
 
 
 async def _disconnected(request: Request) -> None:
@@ -275,11 +277,14 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _events(
-    pieces: AsyncIterator[Piece], facts: dict[str, Any], choice: Any, prompt_tokens: int | None
-) -> AsyncIterator[bytes]:
+    pieces: AsyncGenerator[Piece, None],
+    facts: dict[str, Any],
+    choice: Any,
+    prompt_tokens: int | None,
+) -> AsyncGenerator[bytes, None]:
     seen: set[int] = set()
     tokens = 0
-    async with aclosing(pieces) as open_pieces:  # type: ignore[type-var]
+    async with aclosing(pieces) as open_pieces:
         async for piece in open_pieces:
             tokens += len(piece.ids)
             listed = [choice(piece, is_whole=False, is_first=piece.index not in seen)]

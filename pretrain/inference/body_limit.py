@@ -1,5 +1,6 @@
 """ASGI middleware: reads a body before the application sees it, refuses one that is too large, counts."""
 
+from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -25,7 +26,7 @@ class BodyLimit:
             return
         path = scope["path"] if scope["path"] in self._paths else "other"
 
-        async def counted(message: dict[str, Any]) -> None:
+        async def counted(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 self._metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)

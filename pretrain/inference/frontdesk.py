@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import queue
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_ladder.errors import UserError
@@ -58,7 +58,9 @@ class FrontDesk:
         if len(self._open) + len(prompts) > self._most:
             raise Busy
 
-    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[Output]:
+    async def generate(
+        self, prompt: Sequence[int], sampling: Sampling
+    ) -> AsyncGenerator[Output, None]:
         """The outputs of one request; closing the iterator early cancels it."""
         self._loop = asyncio.get_running_loop()
         request_id = next(self._ids)

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from tokenizers import Tokenizer
 
 from megatron_ladder import cpu_platform
-from megatron_ladder.config import ModelConfig, ParallelConfig, check_layout
+from megatron_ladder.config import ModelConfig, ParallelConfig, Precision, check_layout
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import hf_to_megatron_chunks
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
@@ -91,6 +91,7 @@ def load(found: Found, parallel: ParallelConfig, seed: int) -> Any:
 
     On GPUs in bf16, on CPUs in fp32.
     """
+    precision: Precision
     if cpu_platform.enable():
         backend, precision = "gloo", "fp32"
     else:

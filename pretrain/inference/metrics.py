@@ -1,5 +1,7 @@
 """What /metrics says, as Prometheus text."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from megatron_ladder.inference.engine import BLOCK_TOKENS, DynamicEngine
@@ -12,7 +14,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        common = {"namespace": "megatron_ladder", "registry": self._registry}
+        common: dict[str, Any] = {"namespace": "megatron_ladder", "registry": self._registry}
         self.requests = Counter(
             "requests", "HTTP requests, by status.", ["path", "status"], **common
         )

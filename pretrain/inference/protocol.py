@@ -66,11 +66,9 @@ class CompletionRequest(_Common):
 
     def prompts(self) -> list[str] | list[list[int]]:
         """Several; one is a list of one."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+        given: Any = self.prompt
+        is_one = isinstance(given, str) or (given and isinstance(given[0], int))
+        return [given] if is_one else given
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
