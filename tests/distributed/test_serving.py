@@ -265,6 +265,30 @@ def test_two_ranks_serve_the_same(folder: Path, expected: str) -> None:
         process.wait(60)
 
 
+LAYOUTS = [
+    ["--batching", "dynamic"],
+    pytest.param(["--batching", "static"], marks=pytest.mark.slow),
+    pytest.param(["--tensor-model-parallel-size", "2"], marks=pytest.mark.slow),
+    pytest.param(["--pipeline-model-parallel-size", "2"], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("options", LAYOUTS)
+def test_a_run_generates_what_its_folder_does(
+    folder: Path, expected: str, options: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["import", str(folder), str(run)]) == 0
+    prompts = [PROMPT, "and then"]
+    command = [sys.executable, "-m", "pretrain.cli", "generate", str(run), *options]
+    command += ["--max-new-tokens", "32", "--prompt", *prompts]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split("\n" + "-" * 80 + "\n")
+    assert first == PROMPT + expected
+    assert second.startswith("and then")
+
+
 def test_mistakes_are_said_before_anything_starts(folder: Path, tmp_path: Path, capsys) -> None:
     assert cli.main(["serve", str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err
