@@ -37,6 +37,7 @@ from megatron_ladder import backward_order, linear
 from megatron_ladder.collectives import collectives_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
+from pretrain.bench.interleaved import measure, slowest
 from pretrain.bench.links import NVLINK
 from pretrain.bench.links import PRESETS as LINKS
 from pretrain.bench.plan import DEVICES, Hardware, Submodule, pass_seconds
@@ -159,54 +160,26 @@ def lines(args: argparse.Namespace, tp: int, names: tuple[str, ...]) -> list[Lin
     return result
 
 
-def slowest(times: tuple[float, float]) -> tuple[float, float]:
-    """A pass ends when its last rank does."""
-    both = torch.tensor(times, dtype=torch.float64, device=torch.cuda.current_device())
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    return both[0].item(), both[1].item()
+Times = dict[tuple[str, str], list[tuple[float, ...]]]
+"""By line and link: seconds of forward and of backward, of each repetition."""
 
-
-Key = tuple[str, str]
-
-
-def measure(
-    runs: dict[Key, Callable[[], tuple[float, float]]], steps: int
-) -> dict[Key, list[tuple[float, float]]]:
-    """Interleaved: every run once, then again, so that a slow moment hits all alike."""
-    times: dict[Key, list[tuple[float, float]]] = {key: [] for key in runs}
-    for step in range(steps + 1):  # the first warms up
-        order = list(runs)
-        order = order[step % len(order) :] + order[: step % len(order)]
-        for key in order:
-            seconds = slowest(runs[key]())
-            if step > 0:
-                times[key].append(seconds)
-        if dist.get_rank() == 0:
-            print(f"\rrepetition {step} of {steps}", end="", file=sys.stderr, flush=True)
-    if dist.get_rank() == 0:
-        print(file=sys.stderr)
-    return times
-
-
-PASSES: dict[str, Callable[[tuple[float, float]], float]] = {
+PASSES: dict[str, Callable[[tuple[float, ...]], float]] = {
     "forward": lambda t: t[0],
     "backward": lambda t: t[1],
     "total": sum,
 }
 
 
-def median(times: dict[Key, list[tuple[float, float]]], key: Key, part: str) -> float:
+def median(times: Times, key: tuple[str, str], part: str) -> float:
     return statistics.median(PASSES[part](t) for t in times[key])
 
 
-def link_time(times: dict[Key, list[tuple[float, float]]], name: str, part: str) -> float:
+def link_time(times: Times, name: str, part: str) -> float:
     """Seconds that the link adds: T(link) - T(zero)."""
     return median(times, (name, "link"), part) - median(times, (name, "zero"), part)
 
 
-def hidden_share(
-    times: dict[Key, list[tuple[float, float]]], name: str, part: str, standard: str = BLOCKING
-) -> float:
+def hidden_share(times: Times, name: str, part: str, standard: str = BLOCKING) -> float:
     return 1 - link_time(times, name, part) / link_time(times, standard, part)
 
 
@@ -215,7 +188,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def table(times: dict[Key, list[tuple[float, float]]], link_s: float) -> str:
+def table(times: Times, link_s: float) -> str:
     names = list(dict.fromkeys(name for name, _ in times))
     out = [
         f"{'median ms':30}"
@@ -303,7 +276,7 @@ def planned(
     return with_link[0] - without[0], with_link[1] - without[1]
 
 
-def paired(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> str:
+def paired(a: list[tuple[float, ...]], b: list[tuple[float, ...]]) -> str:
     """The quotient of two lines' totals, repetition by repetition."""
     low, middle, high = quartiles([sum(x) / sum(y) for x, y in zip(a, b, strict=True)])
     return f"{middle:.3f} (quartiles {low:.3f} to {high:.3f})"
@@ -330,7 +303,7 @@ def main() -> None:
         message = torch.empty(args.seq_length, args.micro_batch_size, args.hidden_size)
         own_s = own_seconds(parallel_state.get_tensor_model_parallel_group(), message)
 
-    runs: dict[Key, Callable[[], tuple[float, float]]] = {
+    runs: dict[tuple[str, str], Callable[[], tuple[float, ...]]] = {
         (line.name, way): lambda line=line, s=s: line.step(s)  # type: ignore[misc]
         for line in chosen
         for way, s in (("link", own_s + link_s), ("zero", 0.0))
@@ -375,7 +348,7 @@ def main() -> None:
         report["ladder_over_standard_zero_delay"] = zero
     if args.fake_tp is None:
         join(1)
-        alone = {
+        alone: dict[tuple[str, str], Callable[[], tuple[float, ...]]] = {
             (line.name, ""): lambda line=line: line.step(0.0)  # type: ignore[misc]
             for line in lines(args, 1, ("standard", "ladder"))
         }

@@ -1,7 +1,9 @@
 """A decoder to measure: the layers of a model alone, without embedding, head and loss."""
 
+import contextlib
 import gc
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +12,17 @@ from torch import Tensor
 
 from megatron_ladder.config import ModelConfig, ParallelConfig, Precision, Recompute
 from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """What is timed inside is begun together by all ranks."""
+    gc.collect()  # not in the middle of one rank's pass, where it would hold up all
+    gc.disable()
+    torch.distributed.barrier(group=parallel_state.get_tensor_model_parallel_group())
+    torch.cuda.synchronize()
+    yield
+    gc.enable()
 
 
 class Decoder:
@@ -56,16 +69,12 @@ class Decoder:
     def step(self) -> tuple[float, float]:
         """Seconds of a forward and of a backward pass, begun together by all ranks."""
         self.clear()
-        gc.collect()  # not in the middle of one rank's pass, where it would hold up all
-        gc.disable()
-        torch.distributed.barrier(group=parallel_state.get_tensor_model_parallel_group())
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        output = self.forward()
-        torch.cuda.synchronize()
-        middle = time.perf_counter()
-        self.backward(output)
-        torch.cuda.synchronize()
-        end = time.perf_counter()
-        gc.enable()
+        with undisturbed():
+            begin = time.perf_counter()
+            output = self.forward()
+            torch.cuda.synchronize()
+            middle = time.perf_counter()
+            self.backward(output)
+            torch.cuda.synchronize()
+            end = time.perf_counter()
         return middle - begin, end - middle

@@ -5,6 +5,7 @@ profiler is the tool, and `trace` says so.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -42,12 +43,24 @@ class Recorder:
 
     def step(self) -> list[Span]:
         """Runs a step; returns its spans in the order of their ends."""
-        self.spans, self._counts = [], {}
         self._decoder.clear()
-        self._in_backward = False
+        self._begin()
         output = self._decoder.forward()
         self._in_backward = True
         self._decoder.backward(output)
+        return self._computations_apart()
+
+    def forward(self, run: Callable[[], object]) -> list[Span]:
+        """The same of a pass without backward."""
+        self._begin()
+        run()
+        return self._computations_apart()
+
+    def _begin(self) -> None:
+        self.spans, self._counts = [], {}
+        self._in_backward = False
+
+    def _computations_apart(self) -> list[Span]:
         return [part for span in self.spans for part in self._without_waits(span)]
 
     @property

@@ -149,8 +149,8 @@ def table(rows: list[tuple[str, list[Span]]]) -> str:
 def draw(path: Path, rows: list[tuple[str, list[Span]]], *, layers: tuple[int, int]) -> None:
     """Writes a PNG timeline of two neighbouring layers on rank 0, a row of panels for each kind.
 
-    Forward is left, backward with recomputation right; time in ms from the first span shown, on one
-    scale in a column. A panel shows the time from the first to the last span of the two layers, and
+    Forward is left, backward with recomputation, if there is any, right; time in ms from the first
+    span shown, on one scale in a column. A panel shows the time from the first to the last span of the two layers, and
     paler what other layers did then. The exposed time in its title is that of the two layers' own
     collectives, so that kinds are compared over the same ones.
 
@@ -161,11 +161,13 @@ def draw(path: Path, rows: list[tuple[str, list[Span]]], *, layers: tuple[int, i
         raise UserError("there is no trace to draw")
     for kind, spans in rows:
         _check_layers(kind, spans, layers)
+    happened = {s.direction for _, spans in rows for s in spans}
+    columns = {name: which for name, which in COLUMNS.items() if happened & {*which}}
     figure = Figure(figsize=(1400 / DPI, (100 + 300 * len(rows)) / DPI), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), len(COLUMNS), squeeze=False, sharex="col", sharey=True)
+    axes = figure.subplots(len(rows), len(columns), squeeze=False, sharex="col", sharey=True)
     labels: list[tuple[Any, Any]] = []
-    for column, (name, directions) in enumerate(COLUMNS.items()):
+    for column, (name, directions) in enumerate(columns.items()):
         longest_ms = 0.0
         for row, (kind, spans) in enumerate(rows):
             panel = [s for s in spans if s.rank == 0 and s.direction in directions]

@@ -1,6 +1,7 @@
 """The benchmark and the trace run and write what they say; how fast is nobody's business here."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,37 @@ def test_the_overlap_benchmark(options: list[str], tmp_path: Path) -> None:
         "hybrid (last half)",
     }
     assert report["versions"]["megatron-core"]
+
+
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--fake-tp", "8", "--heads", "8"], marks=pytest.mark.slow)]
+)
+def test_the_inference_benchmark(options: list[str], tmp_path: Path) -> None:
+    small = ["--hidden-size", "64", "--heads", "4", "--layers", "2", "--prompt-length", "8"]
+    short = ["--steps", "2", "--prefill-steps", "3", "--cases", "70b:p2p-off", "--batches", "64"]
+    json_file, *pictures = [tmp_path / "new" / name for name in ("i.json", "i.png", "t.png")]
+    files = ["--json", json_file, "--picture", pictures[0], "--timeline", pictures[1]]
+    output = run("benchmarks/inference.py", *small, *short, *options, *map(str, files))
+    prefill, decode = json.loads(json_file.read_text())["cases"]
+    for case, steps in ((prefill, 3), (decode, 2)):
+        lines = {(t["kind"], t["link"]): t["seconds"] for t in case["times_s"]}
+        assert {len(times) for times in lines.values()} == {steps}
+        # What is reported comes from these times.
+        medians = {line: statistics.median(times) for line, times in lines.items()}
+        added = {k: medians[k, "link"] - medians[k, "zero"] for k in ("standard", "ladder")}
+        expected = 1 - added["ladder"] / added["standard"]
+        assert case["hidden_share"]["ladder"] == pytest.approx(expected)
+        computed = medians["no-comm", "zero"]
+        expected = (computed + added["standard"]) / (computed + added["ladder"])
+        assert case["speed_up"]["ladder"] == pytest.approx(expected)
+        # The link is to a layer's compute what it is in the case.
+        modelled, reduced = case["modelled"], case["reduced"]
+        ratio = modelled["all_reduce_s"] / (modelled["attention_s"] + modelled["mlp_s"])
+        assert case["link_s"] / reduced["layer_s"] == pytest.approx(ratio)
+    # 93 us, of 65 us and 1 MiB at 37 GB/s.
+    assert decode["modelled"]["all_reduce_s"] == pytest.approx(93.3e-6, rel=1e-2)
+    assert "| 70b:p2p-off | 64 |" in output and "| 1.29 | 1.28 |  |  |" in output  # the paper's
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
 @pytest.mark.parametrize("options", [[], ["--sequence-parallel", "--recompute", "full"]])

@@ -1,0 +1,89 @@
+"""A decoder to measure in inference: prefill and decode, with megatron-core's static KV cache."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
+
+from megatron_ladder.config import ModelConfig, ParallelConfig, Precision
+from pretrain.bench.decoder import Decoder, undisturbed
+
+
+class InferenceDecoder(Decoder):
+    """The layers of `model` on this rank, without embedding and head.
+
+    Args:
+        sequences: how many are generated at once.
+        prompt_length, new_tokens: of each.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        *,
+        sequences: int,
+        prompt_length: int,
+        new_tokens: int,
+        precision: Precision = "fp32",
+    ) -> None:
+        longest = prompt_length + new_tokens
+        super().__init__(
+            model, parallel, micro_batch_size=sequences, seq_length=longest, precision=precision
+        )
+        self.block.eval()
+        self._prompt_length = prompt_length
+        self._middle = prompt_length + new_tokens // 2
+        self._context: Any = StaticInferenceContext(sequences, longest)
+
+    def prefill(self) -> Tensor:
+        """All prompts into the empty cache. [prompt, sequences, h]"""
+        self._context.reset()
+        return self._states_of(0, self._prompt_length)
+
+    def generate_half(self) -> None:
+        """Fills the cache to the middle of the generation, where it has its mean length."""
+        self._context.reset()
+        self._states_of(0, self._middle)
+
+    def decode(self) -> Tensor:
+        """One token of each sequence, always that in the middle. [1, sequences, h]"""
+        self._context.enable_decode_mode()
+        return self._states_of(self._middle, self._middle + 1)
+
+    @torch.no_grad()
+    def _states_of(self, start: int, end: int) -> Tensor:
+        self._context.sequence_len_offset = start
+        return self.block(
+            hidden_states=self._x[start:end],
+            attention_mask=None,
+            inference_context=self._context,
+            rotary_pos_emb=self._rotary,
+        )
+
+
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """The kernels of `run` as a CUDA graph: what it returns launches them again. The modelled link's
+    too (wire.py), so a pass captured inside `wire.over` is replayed outside."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warm-up, as capture asks for
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def seconds(run: Callable[[], object]) -> tuple[float]:
+    """Of a pass, begun together by all ranks."""
+    with undisturbed():
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin,)
