@@ -150,9 +150,9 @@ def draw(path: Path, rows: list[tuple[str, list[Span]]], *, layers: tuple[int, i
     """Writes a PNG timeline of two neighbouring layers on rank 0, a row of panels for each kind.
 
     Forward is left, backward with recomputation, if there is any, right; time in ms from the first
-    span shown, on one scale in a column. A panel shows the time from the first to the last span of the two layers, and
-    paler what other layers did then. The exposed time in its title is that of the two layers' own
-    collectives, so that kinds are compared over the same ones.
+    span shown, on one scale in a column. A panel shows the time from the first to the last span of
+    the two layers, and paler what other layers did then. The exposed time in its title is that of the
+    two layers' own collectives, so that kinds are compared over the same ones.
 
     Raises:
         UserError: there is nothing to draw, or a kind has no span of one of the layers.
