@@ -1,4 +1,4 @@
-"""What the inference benchmark says of its times: shares, speed-ups, whole generations; tables, a picture."""
+"""What the inference benchmark makes of its times: shares, speed-ups, whole generations, tables."""
 
 import statistics
 from pathlib import Path
