@@ -91,6 +91,38 @@ def modelled_pass(
     return Pass(attention, mlp, all_reduce, shape.model.num_layers)
 
 
+def alternatives(shape: Shape, phase: str, *, batch: int, link: str) -> dict[str, float]:
+    """Seconds of a pass by other ways to wait less, as bounds: each one's overlap is taken as whole.
+
+    ladder, 8-bit sums    half the bytes on the link, and two more kernels a sub-module
+    ladder, in two parts  every message in two, each with its latency
+    standard, half-batches  one half's sums behind the other half's compute; weights are read twice
+    parallel, one layer stale  one sum a layer, behind the next layer: another model, trained by nobody
+    """
+    whole = modelled_pass(shape, phase, batch=batch, link=link)
+    message = BF16 * batch * (PROMPT if phase == "prefill" else 1) * shape.model.hidden_size
+    half_s = PRESETS[link].for_ranks(shape.tp).all_reduce_seconds(message / 2)
+    extra = 2 * KERNEL_S
+    quantised = replace(
+        whole,
+        attention_s=whole.attention_s + extra,
+        mlp_s=whole.mlp_s + extra,
+        all_reduce_s=half_s,
+    )
+    result = {
+        "ladder, 8-bit sums": quantised.seconds("ladder"),
+        "ladder, in two parts": replace(whole, all_reduce_s=2 * half_s).seconds("ladder"),
+    }
+    layers = whole.num_layers
+    if batch > 1:
+        half = modelled_pass(shape, phase, batch=batch // 2, link=link)
+        compute_s = 2 * (half.attention_s + half.mlp_s)
+        result["standard, half-batches"] = layers * max(compute_s, 4 * half.all_reduce_s)
+    layer_s = whole.attention_s + whole.mlp_s
+    result["parallel, one layer stale"] = layers * max(layer_s, whole.all_reduce_s)
+    return result
+
+
 def submodule_seconds(
     model: ModelConfig, *, batch: int, new: int, context: int, tp: int, cache_reads: float = 1.0
 ) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from pretrain.bench.inference_plan import (
     PHASES,
     SHAPES,
     Pass,
+    alternatives,
     generation_seconds,
 )
 
@@ -31,6 +32,12 @@ PAPER: dict[tuple[str, str], dict[int, tuple[float | None, ...]]] = {
         64: (1454.42, 1873.71, 1864.05, None),
     },
 }
+OTHERS = (
+    "ladder, 8-bit sums",
+    "ladder, in two parts",
+    "standard, half-batches",
+    "parallel, one layer stale",
+)
 COLOURS = {"parallel": "#E69F00", "ladder": "#0072B2", "no-comm": "#999999"}
 
 
@@ -54,6 +61,10 @@ def figures(times: dict[Line, list[float]]) -> dict[str, Any]:
         "relative_time": {k: 1 + adds[k] / computed for k in KINDS},
         "speed_up": {k: (computed + adds["standard"]) / (computed + adds[k]) for k in KINDS},
         "hidden_share": {k: 1 - adds[k] / adds["standard"] for k in ("parallel", "ladder")},
+        "raw_speed_up": {
+            k: statistics.median(times["standard", "link"]) / statistics.median(times[k, "link"])
+            for k in ("parallel", "ladder")
+        },
     }
 
 
@@ -101,11 +112,12 @@ def _rates(shape: str, batch: int, phases: list[dict[str, float]]) -> dict[str, 
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Both of docs/inference.md's."""
+    """Those of docs/inference.md."""
     rows = [
         "| | batch | attention, MLP, all-reduce, us | speed-up: parallel | ladder | no-comm (the bound) | "
-        "hidden: parallel | ladder | by the model: parallel | ladder |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "hidden: parallel | ladder | by the model: parallel | ladder | gloo's work counted: parallel | "
+        "ladder |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in report["cases"]:
         modelled, share = r["modelled"], r["hidden_share"]
@@ -113,6 +125,7 @@ def tables(report: dict[str, Any]) -> str:
         cells = [", ".join(parts), *(f"{r['speed_up'][k]:.2f}" for k in KINDS[1:])]
         cells += [f"{share['parallel']:.2f}", f"{share['ladder']:.3f}"]
         cells += [f"{modelled['hidden_share'][k]:.3f}" for k in share]
+        cells += [f"{r['raw_speed_up'][k]:.2f}" for k in share]
         name = f"{r['phase']}, {r['shape']}, {r['link']}"
         rows.append(f"| {name} | {r['batch']} | {' | '.join(cells)} |")
     rows += [
@@ -131,6 +144,15 @@ def tables(report: dict[str, Any]) -> str:
             for r in (rates, paper)
         ]
         rows.append(f"| {line['shape']}, {line['link']} | {line['batch']} | {' | '.join(cells)} |")
+    rows += ["", f"| modelled speed-up | batch | parallel | ladder | {' | '.join(OTHERS)} |"]
+    rows.append("|---|---:|---:|---:|" + "---:|" * len(OTHERS))
+    for r in report["cases"]:
+        standard = r["modelled"]["pass_s"]["standard"]
+        others = alternatives(SHAPES[r["shape"]], r["phase"], batch=r["batch"], link=r["link"])
+        cells = [f"{r['modelled']['speed_up'][k]:.2f}" for k in ("parallel", "ladder")]
+        cells += [f"{standard / others[k]:.2f}" if k in others else "" for k in OTHERS]
+        name = f"{r['phase']}, {r['shape']}, {r['link']}"
+        rows.append(f"| {name} | {r['batch']} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -12,6 +12,7 @@ from pretrain.bench.inference_plan import (
     SHAPES,
     Pass,
     Shape,
+    alternatives,
     generation_seconds,
     head_seconds,
     modelled_pass,
@@ -86,3 +87,33 @@ def test_a_generation_is_its_passes_and_heads() -> None:
     head = 2 * 64 * 512 / MEMORY + KERNEL_S
     assert head_seconds(shape, 1) == pytest.approx(head)
     assert generation_seconds(shape, 1, 3.0, 0.01) == pytest.approx(3.0 + 511 * 0.01 + 512 * head)
+
+
+def test_alternatives_by_hand() -> None:
+    # Llama 3 8B with P2P off, decode: the link is the longer of the two resources.
+    shape, batch = SHAPES["8b"], 64
+    made = modelled_pass(shape, "decode", batch=batch, link="p2p-off")
+    layer = made.attention_s + made.mlp_s
+    message = 2 * batch * 4096 / 37e9
+    assert made.all_reduce_s == pytest.approx(65e-6 + message)
+    assert made.all_reduce_s > layer > 0.8 * made.all_reduce_s
+    found = alternatives(shape, "decode", batch=batch, link="p2p-off")
+    a, m, n = made.attention_s, made.mlp_s, made.num_layers
+    # The first attention, then the link without a pause.
+    assert made.seconds("ladder") == pytest.approx(a + 2 * n * made.all_reduce_s)
+    quantised = a + 2 * KERNEL_S + 2 * n * (65e-6 + message / 2)
+    assert found["ladder, 8-bit sums"] == pytest.approx(quantised)
+    in_parts = a + 2 * n * (2 * 65e-6 + message)
+    assert found["ladder, in two parts"] == pytest.approx(in_parts)
+    assert found["standard, half-batches"] == pytest.approx(4 * n * (65e-6 + message / 2))
+    assert found["parallel, one layer stale"] == pytest.approx(n * made.all_reduce_s)
+    assert m < made.all_reduce_s
+    # Over NVSwitch compute is the longer: half-batches read all weights twice.
+    halves = alternatives(SHAPES["70b"], "decode", batch=4, link="nvswitch")[
+        "standard, half-batches"
+    ]
+    made = modelled_pass(SHAPES["70b"], "decode", batch=4, link="nvswitch")
+    assert halves > 1.8 * made.seconds("no-comm")
+    assert "standard, half-batches" not in alternatives(
+        SHAPES["70b"], "decode", batch=1, link="nvswitch"
+    )

@@ -29,6 +29,7 @@ def test_shares_and_speed_ups_are_of_what_the_link_adds() -> None:
     speed_ups = {"standard": 1, "parallel": 12 / 10, "ladder": 12 / 8.4, "no-comm": 12 / 8}
     assert found["speed_up"] == pytest.approx(speed_ups)
     relative = {"standard": 1.5, "parallel": 1.25, "ladder": 1.05, "no-comm": 1}
+    assert found["raw_speed_up"] == pytest.approx({"parallel": 15 / 11, "ladder": 15 / 10.4})
     assert found["relative_time"] == pytest.approx(relative)
 
 
@@ -51,6 +52,7 @@ def test_a_whole_generation_has_the_models_compute_and_the_measured_shares() -> 
     text = tables({"cases": results, "whole": [line]})
     assert "| decode, 70b, nvswitch | 4 | 39, 74, 23 | 1.20 | 1.43 | 1.50 | 0.50 | 0.900 |" in text
     assert "| 1.19 | 1.28 | 1.38 |" in text and "| 0.90 | 0.80 |" in text  # hidden
+    assert "| decode, 70b, nvswitch | 4 | 1.17 | 1.41 |" in text
 
 
 def test_the_papers_hidden_shares() -> None:
