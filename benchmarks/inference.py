@@ -103,12 +103,10 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def reduced_decoder(
-    args: argparse.Namespace, kind: Any, ffn_hidden_size: int, layers: int
-) -> InferenceDecoder:
+def reduced_decoder(args: argparse.Namespace, kind: Any, ffn_hidden_size: int) -> InferenceDecoder:
     tp = parallel_state.get_tensor_model_parallel_world_size()
     model = ModelConfig(
-        num_layers=layers,
+        num_layers=args.layers,
         hidden_size=args.hidden_size,
         ffn_hidden_size=ffn_hidden_size,
         num_attention_heads=args.heads,
@@ -162,10 +160,7 @@ def balanced_width(args: argparse.Namespace, phase: str) -> Callable[[float], in
     """How wide an MLP has to be for a given MLP over attention: its time grows evenly with its width."""
     step = 32 * parallel_state.get_tensor_model_parallel_world_size()
     widths = [w * args.hidden_size // step * step for w in WIDTHS]
-    parts = [
-        submodules_s(reduced_decoder(args, "no-comm", w, min(8, args.layers)), phase)
-        for w in widths
-    ]
+    parts = [submodules_s(reduced_decoder(args, "no-comm", w), phase) for w in widths]
     attention = statistics.mean(a for a, _ in parts)
     (_, low), (_, high) = parts
     slope = (high - low) / (widths[1] - widths[0])
@@ -247,9 +242,7 @@ def together(args: argparse.Namespace, cases: list[Case], width: int) -> list[di
     """Cases that differ in the link alone, with the same decoders."""
     on_gpu, phase = torch.cuda.is_available(), cases[0].phase
     decoders = {
-        kind: true_decoder(args, kind, cases[0])
-        if on_gpu
-        else reduced_decoder(args, kind, width, args.layers)
+        kind: true_decoder(args, kind, cases[0]) if on_gpu else reduced_decoder(args, kind, width)
         for kind in KINDS
     }
     passes = {kind: run_of(decoders[kind], phase) for kind in KINDS}
@@ -292,13 +285,12 @@ def main() -> None:
                 modelled = cases[0].modelled  # the link does not matter here
                 ratio = modelled.mlp_s / modelled.attention_s
                 results += together(args, cases, width(ratio) if width else 0)
-    report["cases"] = results
-    report["whole"] = whole(results)
+                report |= {"cases": results, "whole": whole(results)}
+                if dist.get_rank() == 0 and args.json:  # what there is, should it be ended
+                    args.json.parent.mkdir(parents=True, exist_ok=True)
+                    args.json.write_text(json.dumps(report, indent=1) + "\n")
     if dist.get_rank() == 0:
         print(tables(report))
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
         if args.picture:
             draw(args.picture, results)
     dist.destroy_process_group()
