@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 import torch
 import torch.distributed as dist
@@ -119,6 +120,9 @@ def _shield_forked_children() -> None:
 def no_stop_signals() -> Iterator[None]:
     """They wait for the end of the block; a process that is started in it never gets them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # The first process of an interpreter starts Python's tracker too, which unblocks SIGTERM here.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

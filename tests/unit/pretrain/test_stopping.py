@@ -78,6 +78,28 @@ def is_alive(process: int) -> bool:
     return psutil.pid_exists(process) and psutil.Process(process).status() != "zombie"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_first_process_that_an_interpreter_starts_does_not_mind_them_either() -> None:
+    """Through which writers of checkpoints report: SLURM signals all of a step."""
+    code = """
+import multiprocessing
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from pretrain.stopping import no_stop_signals
+
+if __name__ == "__main__":
+    with no_stop_signals():
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start()
+    for line in Path(f"/proc/{manager._process.pid}/status").read_text().splitlines():
+        if line.startswith("SigBlk"):
+            print(int(line.split()[1], 16))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    blocked = int(done.stdout)
+    assert all(blocked & 1 << (number - 1) for number in STOP_SIGNALS), f"{blocked:x}"
+
+
 def test_children_end_with_a_process_that_is_killed() -> None:
     with StopSignals():
         ours, theirs = multiprocessing.Pipe()
