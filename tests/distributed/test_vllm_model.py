@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests import ranks
 from tests.ranks import run_ranks
 from tests.unit.hf import tiny
 
@@ -30,6 +31,12 @@ MODELS = {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def _without_megatron_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not in vLLM's environment, and only its calls to "cuda" need to be sent elsewhere."""
+    monkeypatch.setattr(ranks.cpu_platform, "enable", lambda: False)
 
 
 def exported(folder: Path, name: str) -> tuple[Tensor, Tensor]:
