@@ -276,11 +276,12 @@ def _dynamic_context(
     block_bytes = dtype.itemsize * 2 * layers * BLOCK_TOKENS * heads * model.head_dim
     # One is kept for padding; half of one more, as the size is given in GiB.
     size_gb = (blocks + 1.5) * block_bytes / 1024**3
-    max_tokens = max(model.max_position_embeddings, max_requests)
+    slots = math.ceil(max_requests / tp) * tp  # 0.19 asks for a multiple
+    max_tokens = max(model.max_position_embeddings, slots)
     shared = {
         "block_size_tokens": BLOCK_TOKENS,
         "buffer_size_gb": size_gb,
-        "max_requests": max_requests,
+        "max_requests": slots,
         "max_tokens": max_tokens,
         "max_sequence_length": model.max_position_embeddings,
         "use_flashinfer_fused_rope": False,
