@@ -15,6 +15,9 @@ Batch and prompt of the case are in these two ratios only.
 On one GPU, with --fake-tp 8, the layers have the case's shape, batch and prompt, as many as --layers
 says, decode is a CUDA graph, and an all-reduce takes what is modelled.
 
+With --alternatives, other ways to wait less are run beside them: ladder with all-reduces in int8 or
+in two messages each, and parallel in two half-batches.
+
 A kind's hidden share of the link's time is one less T_kind(link) - T_kind(zero) over the same of
 standard, which waits at once; its speed-up counts what the link adds to it, on top of the no-comm
 compute: gloo's own work is left out, as a GPU's cores do not do it.
@@ -38,8 +41,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.inference.sums import set_all_reduce
 from pretrain.bench.inference_decoder import InferenceDecoder, captured, seconds
 from pretrain.bench.inference_plan import (
+    BUILT,
     KINDS,
     NEW_TOKENS,
     PHASES,
@@ -54,7 +59,7 @@ from pretrain.bench.links import PRESETS as LINKS
 from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.timeline import draw as draw_timeline
-from pretrain.bench.wire import over, own_seconds
+from pretrain.bench.wire import LinkSeconds, over, own_seconds
 
 TP = 2
 CASES = ("70b:nvswitch", "70b:p2p-off", "8b:nvswitch", "8b:p2p-off", "405b:two-nodes-ndr")
@@ -83,6 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=every, default=CASES, metavar="SHAPE:LINK")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
+    parser.add_argument("--alternatives", action="store_true", help="on a CPU: other ways as well")
     parser.add_argument("--fake-tp", type=int, help="one process as rank 0 of this many")
     parser.add_argument("--steps", type=int, default=16, help="interleaved repetitions of decode")
     parser.add_argument("--prefill-steps", type=int, default=6, help="of prefill")
@@ -100,6 +106,10 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if torch.cuda.is_available() and args.fake_tp is None:
         parser.error("on a GPU it plays one rank of many: --fake-tp 8")
+    if torch.cuda.is_available() and args.alternatives:
+        parser.error("--alternatives is for the reduced decoder, on a CPU")
+    if args.alternatives and args.fake_tp is None:
+        parser.error("--alternatives needs one played rank: --fake-tp 2")
     return args
 
 
@@ -172,8 +182,34 @@ def balanced_width(args: argparse.Namespace, phase: str) -> Callable[[float], in
     return width
 
 
+def other_ways(
+    case: Case, decoders: dict[str, InferenceDecoder], passes: dict[str, Callable[[], object]]
+) -> dict[str, tuple[Callable[[], object], LinkSeconds]]:
+    """Passes of alternatives, and how long each of their collectives is under way in the case itself."""
+    half_s = case.modelled.half_all_reduce_s
+    parallel = decoders["parallel"]
+    halves = parallel.prefill_in_halves if case.phase == "prefill" else parallel.decode_in_halves
+
+    def in_int8() -> None:
+        set_all_reduce(decoders["ladder"].block, "int8")
+        passes["ladder"]()
+        set_all_reduce(decoders["ladder"].block, "exact")
+
+    ways = {
+        # An all-to-all and an all-gather of half the bytes move half of what an all-reduce does, each.
+        "ladder, 8-bit sums": (in_int8, lambda *_: half_s / 2),
+        "ladder, in two parts": (passes["ladder"], lambda *_: 2 * half_s),
+        "parallel, half-batches": (halves, lambda *_: half_s),
+    }
+    assert tuple(ways) == BUILT
+    return ways if case.batch > 1 else dict(list(ways.items())[:-1])
+
+
 def measured(
-    args: argparse.Namespace, case: Case, passes: dict[str, Callable[[], object]]
+    args: argparse.Namespace,
+    case: Case,
+    decoders: dict[str, InferenceDecoder],
+    passes: dict[str, Callable[[], object]],
 ) -> dict[str, Any]:
     """One case: its times and what they say. All ranks call alike."""
     modelled, on_gpu = case.modelled, torch.cuda.is_available()
@@ -181,11 +217,20 @@ def measured(
     link_s, own_s = modelled.all_reduce_s, 0.0
     computed = measure({"": lambda: seconds(passes["no-comm"])}, 5)[""]
     layer_s = statistics.median(s for (s,) in computed) / args.layers
-    if not on_gpu:
-        link_s *= layer_s / (modelled.attention_s + modelled.mlp_s)
-        if args.fake_tp is None:
-            tokens = args.prompt_length if case.phase == "prefill" else 1
-            own_s = own_seconds(group, torch.empty(tokens, args.sequences, args.hidden_size))
+    scale = 1.0 if on_gpu else layer_s / (modelled.attention_s + modelled.mlp_s)
+    link_s *= scale
+    if not on_gpu and args.fake_tp is None:
+        tokens = args.prompt_length if case.phase == "prefill" else 1
+        own_s = own_seconds(group, torch.empty(tokens, args.sequences, args.hidden_size))
+
+    def slowed(
+        one_pass: Callable[[], object], under_way: LinkSeconds, scale: float
+    ) -> Callable[[], tuple[float, ...]]:
+        def once() -> tuple[float, ...]:
+            with over(group, lambda *message: scale * under_way(*message)):
+                return seconds(one_pass)
+
+        return once
 
     def run(kind: str, under_way_s: float) -> Callable[[], tuple[float, ...]]:
         def link() -> Any:
@@ -196,15 +241,14 @@ def measured(
                 replay = captured(passes[kind])
             return lambda: seconds(replay)
 
-        def once() -> tuple[float, ...]:
-            with link():
-                return seconds(passes[kind])
-
-        return once
+        return slowed(passes[kind], lambda *_: under_way_s, 1.0)
 
     ways = {"link": own_s + link_s, "zero": 0.0}
     runs = {(kind, way): run(kind, s) for kind in KINDS[:-1] for way, s in ways.items()}
     runs["no-comm", "zero"] = run("no-comm", 0.0)  # it has no collectives
+    if args.alternatives:
+        for name, (one_pass, under_way) in other_ways(case, decoders, passes).items():
+            runs[name, "link"] = slowed(one_pass, under_way, scale)
     steps = args.steps if case.phase == "decode" else args.prefill_steps
     times = {key: [s for (s,) in found] for key, found in measure(runs, steps).items()}
     return {
@@ -248,7 +292,7 @@ def together(args: argparse.Namespace, cases: list[Case], width: int) -> list[di
     passes = {kind: run_of(decoders[kind], phase) for kind in KINDS}
     gc.collect()
     gc.freeze()  # or collecting before each pass would take longer than the pass
-    results = [measured(args, case, passes) for case in cases]
+    results = [measured(args, case, decoders, passes) for case in cases]
     if not on_gpu:
         if args.timeline:
             trace(args.timeline, decoders, passes, results[0]["own_s"] + results[0]["link_s"])

@@ -17,19 +17,19 @@ reduction, `input_start` waits for it. Between a start and its wait a tensor is 
 passed on, never read. docs/overlap.md shows when each point runs, and why.
 """
 
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ladder import quantised_sum
 from megatron_ladder.backward_order import natural_number, run_no_sooner_than
+from megatron_ladder.quantised_sum import Work
 
 Group = dist.ProcessGroup
-
-
-class _Work(Protocol):
-    def wait(self) -> object: ...
+AllReduce = Literal["exact", "int8"]
+"""How partial outputs are summed; int8 in inference only (quantised_sum.py)."""
 
 
 # megatron-core passes a layer's outputs on untouched, and a sub-module its input to its first
@@ -43,19 +43,23 @@ class SubmoduleCollectives:
     Args:
         group: the tensor-parallel ranks.
         sequence_parallel: residual states are cut along the sequence, [s/tp, b, h].
+        all_reduce: of the output, without sequence parallelism.
     """
 
-    def __init__(self, group: Group, sequence_parallel: bool) -> None:
+    def __init__(
+        self, group: Group, sequence_parallel: bool, all_reduce: AllReduce = "exact"
+    ) -> None:
         self.group, self.sequence_parallel = group, sequence_parallel
+        self._all_reduce = all_reduce
         self.number: int | None = None
         """Where this sub-module's backward ends in autograd's order."""
         self._input_shard: Tensor | None = None
         self._gathers_again = False
-        self._input: _Work | None = None
-        self._output: _Work | None = None
-        self._input_gradient: tuple[Tensor, _Work] | None = None
-        self._output_gradient: tuple[Tensor, _Work] | None = None
-        self._input_again: tuple[Tensor, _Work] | None = None
+        self._input: Work | None = None
+        self._output: Work | None = None
+        self._input_gradient: tuple[Tensor, Work] | None = None
+        self._output_gradient: tuple[Tensor, Work] | None = None
+        self._input_again: tuple[Tensor, Work] | None = None
 
     # Forward.
 
@@ -76,6 +80,8 @@ class SubmoduleCollectives:
             self._input_shard = None
         if self.sequence_parallel:
             x, self._output = self._reduce_scatter(x)
+        elif self._all_reduce == "int8":
+            self._output = quantised_sum.start(x, self.group)
         else:
             # In place: `x` is a GEMM's fresh output, which no backward formula reads.
             self._output = dist.all_reduce(x, group=self.group, async_op=True)
@@ -137,20 +143,20 @@ class SubmoduleCollectives:
         self._input_shard, self._gathers_again = None, False
         return _arrived(*flying)
 
-    def _all_gather(self, x: Tensor) -> tuple[Tensor, _Work]:
+    def _all_gather(self, x: Tensor) -> tuple[Tensor, Work]:
         shape = (x.size(0) * self.group.size(), *x.shape[1:])
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
         return out, dist.all_gather_into_tensor(
             out, x.contiguous(), group=self.group, async_op=True
         )
 
-    def _reduce_scatter(self, x: Tensor) -> tuple[Tensor, _Work]:
+    def _reduce_scatter(self, x: Tensor) -> tuple[Tensor, Work]:
         shape = (x.size(0) // self.group.size(), *x.shape[1:])
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
         return out, dist.reduce_scatter_tensor(out, x.contiguous(), group=self.group, async_op=True)
 
 
-def _arrived(x: Tensor, work: _Work) -> Tensor:
+def _arrived(x: Tensor, work: Work) -> Tensor:
     work.wait()
     return used_here(x)
 
@@ -240,7 +246,11 @@ class _OutputWait(torch.autograd.Function):
 
 
 def input_start(
-    x: Tensor, group: Group | None, sequence_parallel: bool, behind: int | None = None
+    x: Tensor,
+    group: Group | None,
+    sequence_parallel: bool,
+    behind: int | None = None,
+    all_reduce: AllReduce = "exact",
 ) -> Tensor:
     """Brings a sub-module's normalised input to every rank.
 
@@ -249,13 +259,15 @@ def input_start(
         group: the tensor-parallel group; None communicates nothing (no-comm, for timing only).
         behind: the `number` of the sub-module before: the gradient is waited for after the whole
             backward of that one. None leaves it to autograd.
+        all_reduce: how this sub-module's outputs are going to be summed.
 
     Returns:
         [s, b, h]; with sequence parallelism in flight until `input_wait`.
     """
     if group is None or group.size() == 1:
         return x
-    collectives = SubmoduleCollectives(group, sequence_parallel)
+    assert all_reduce == "exact" or not torch.is_grad_enabled(), "int8 sums have no backward"
+    collectives = SubmoduleCollectives(group, sequence_parallel, all_reduce)
     x = _InputStart.apply(x, collectives)
     # With sequence parallelism the layer builds these nodes where they have to run (layer.py).
     if x.grad_fn is not None and not sequence_parallel:

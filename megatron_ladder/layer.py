@@ -30,7 +30,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ladder import collectives, streams
-from megatron_ladder.collectives import collectives_of, input_wait, output_start, output_wait
+from megatron_ladder.collectives import (
+    AllReduce,
+    collectives_of,
+    input_wait,
+    output_start,
+    output_wait,
+)
 from megatron_ladder.config import Residual
 from megatron_ladder.desync import meet, part_ways, sum_weight_gradients
 from megatron_ladder.recompute import numbers_drawn, recomputed
@@ -69,6 +75,7 @@ class LadderTransformerLayer(TransformerLayer):
         self.is_last_of_stage: bool | None = None
         self.sends_pair = "ladder" in residuals if residuals else True
         self.comm_group = None if self.residual == "no-comm" else self.tp_group
+        self.all_reduce: AllReduce = "exact"  # inference.sums sets it
         # Called in the middle of the running sub-module; see `_submodule`.
         self._chain: Callable[[], None] | None = None
         self._records = True
@@ -208,9 +215,8 @@ class LadderTransformerLayer(TransformerLayer):
     def _start(self, x: Tensor, behind: collectives.SubmoduleCollectives | None = None) -> Tensor:
         """Sends a normalised state on its way into a sub-module."""
         number = None if behind is None else behind.number
-        return collectives.input_start(
-            x, self.comm_group, self.config.sequence_parallel, behind=number
-        )
+        sequence_parallel, all_reduce = self.config.sequence_parallel, self.all_reduce
+        return collectives.input_start(x, self.comm_group, sequence_parallel, number, all_reduce)
 
     def _submodule(
         self,

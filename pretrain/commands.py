@@ -188,7 +188,7 @@ def generate(argv: list[str]) -> int:
         from pretrain.inference.loaded import find
 
         sampling = Sampling(options.max_new_tokens, **choice)
-        find(options.model, parallel)  # refused before ranks start
+        find(options.model, parallel, options.all_reduce)  # refused before ranks start
         _start_ranks("generate", argv, parallel.model_parallel_size)
         texts = generate_from_run(
             options.model,
@@ -196,6 +196,7 @@ def generate(argv: list[str]) -> int:
             parallel,
             sampling,
             batching=options.batching,
+            all_reduce=options.all_reduce,
             seed=options.seed,
         )
     if is_first_rank():
@@ -214,7 +215,7 @@ def serve(argv: list[str]) -> int:
     from pretrain.inference.serve import serve as serve_model
 
     if options.parallel().model_parallel_size > 1:  # refused before ranks start
-        find(options.model, options.parallel())
+        find(options.model, options.parallel(), options.all_reduce)
         listen(options).close()
     _start_ranks("serve", argv, options.parallel().model_parallel_size)
     serve_model(options)

@@ -38,6 +38,9 @@ class InferenceDecoder(Decoder):
         self._prompt_length = prompt_length
         self._middle = prompt_length + new_tokens // 2
         self._context: Any = StaticInferenceContext(sequences, longest)
+        self._halves: list[Any] = []
+        if sequences % 2 == 0:
+            self._halves = [StaticInferenceContext(sequences // 2, longest) for _ in range(2)]
 
     def prefill(self) -> Tensor:
         """All prompts into the empty cache. [prompt, sequences, h]"""
@@ -48,11 +51,50 @@ class InferenceDecoder(Decoder):
         """Fills the cache to the middle of the generation, where it has its mean length."""
         self._context.reset()
         self._states_of(0, self._middle)
+        if self._halves:
+            self._reset_halves()
+            self._states_in_halves(0, self._middle)
 
     def decode(self) -> Tensor:
         """One token of each sequence, always that in the middle. [1, sequences, h]"""
         self._context.enable_decode_mode()
         return self._states_of(self._middle, self._middle + 1)
+
+    def prefill_in_halves(self) -> Tensor:
+        """`prefill` with half the sequences a layer behind the other half: one half's sums run behind the
+        other's compute. Of an even number of sequences and layers of this project's."""
+        self._reset_halves()
+        return self._states_in_halves(0, self._prompt_length)
+
+    def decode_in_halves(self) -> Tensor:
+        """`decode` in the same way."""
+        for context in self._halves:
+            context.enable_decode_mode()
+        return self._states_in_halves(self._middle, self._middle + 1)
+
+    def _reset_halves(self) -> None:
+        for context in self._halves:
+            context.reset()
+
+    @torch.no_grad()
+    def _states_in_halves(self, start: int, end: int) -> Tensor:
+        pairs: list[tuple[Tensor, Tensor | None]] = [
+            (x, None) for x in self._x[start:end].chunk(2, dim=1)
+        ]
+        for context in self._halves:
+            context.sequence_len_offset = start
+        for layer in self.block.layers:
+            pairs = [
+                layer(
+                    hidden_states=y,
+                    context=a,
+                    attention_mask=None,
+                    inference_context=context,
+                    rotary_pos_emb=self._rotary,
+                )
+                for (y, a), context in zip(pairs, self._halves, strict=True)
+            ]
+        return self.block.final_layernorm(torch.cat([y for y, _ in pairs], dim=1))
 
     @torch.no_grad()
     def _states_of(self, start: int, end: int) -> Tensor:

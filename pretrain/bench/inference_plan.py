@@ -50,6 +50,8 @@ SHAPES = {
 }
 PHASES = ("prefill", "decode")
 KINDS = ("standard", "parallel", "ladder", "no-comm")
+BUILT = ("ladder, 8-bit sums", "ladder, in two parts", "parallel, half-batches")
+"""Of `alternatives`: those that the benchmark can run."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Pass:
     attention_s: float
     mlp_s: float
     all_reduce_s: float
+    half_all_reduce_s: float
+    """Of half as many bytes."""
     num_layers: int
 
     def seconds(self, kind: str) -> float:
@@ -87,8 +91,9 @@ def modelled_pass(
         shape.model, batch=batch, new=new, context=context, tp=shape.tp, cache_reads=cache_reads
     )
     message = BF16 * batch * new * shape.model.hidden_size
-    all_reduce = PRESETS[link].for_ranks(shape.tp).all_reduce_seconds(message)
-    return Pass(attention, mlp, all_reduce, shape.model.num_layers)
+    sum_seconds = PRESETS[link].for_ranks(shape.tp).all_reduce_seconds
+    sums = sum_seconds(message), sum_seconds(message / 2)
+    return Pass(attention, mlp, *sums, shape.model.num_layers)
 
 
 def alternatives(shape: Shape, phase: str, *, batch: int, link: str) -> dict[str, float]:
@@ -97,11 +102,11 @@ def alternatives(shape: Shape, phase: str, *, batch: int, link: str) -> dict[str
     ladder, 8-bit sums    half the bytes on the link, and two more kernels a sub-module
     ladder, in two parts  every message in two, each with its latency
     standard, half-batches  one half's sums behind the other half's compute; weights are read twice
+    parallel, half-batches  the same, with half as many sums
     parallel, one layer stale  one sum a layer, behind the next layer: another model, trained by nobody
     """
     whole = modelled_pass(shape, phase, batch=batch, link=link)
-    message = BF16 * batch * (PROMPT if phase == "prefill" else 1) * shape.model.hidden_size
-    half_s = PRESETS[link].for_ranks(shape.tp).all_reduce_seconds(message / 2)
+    half_s = whole.half_all_reduce_s
     extra = 2 * KERNEL_S
     quantised = replace(
         whole,
@@ -117,7 +122,8 @@ def alternatives(shape: Shape, phase: str, *, batch: int, link: str) -> dict[str
     if batch > 1:
         half = modelled_pass(shape, phase, batch=batch // 2, link=link)
         compute_s = 2 * (half.attention_s + half.mlp_s)
-        result["standard, half-batches"] = layers * max(compute_s, 4 * half.all_reduce_s)
+        result["standard, half-batches"] = layers * max(compute_s, 4 * half_s)
+        result["parallel, half-batches"] = layers * max(compute_s, 2 * half_s)
     layer_s = whole.attention_s + whole.mlp_s
     result["parallel, one layer stale"] = layers * max(layer_s, whole.all_reduce_s)
     return result

@@ -1,5 +1,6 @@
 """What the inference benchmark makes of its times: shares, speed-ups, whole generations, tables."""
 
+import random
 import statistics
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pretrain.bench.inference_plan import (
+    BUILT,
     KINDS,
     NEW_TOKENS,
     PHASES,
@@ -32,12 +34,7 @@ PAPER: dict[tuple[str, str], dict[int, tuple[float | None, ...]]] = {
         64: (1454.42, 1873.71, 1864.05, None),
     },
 }
-OTHERS = (
-    "ladder, 8-bit sums",
-    "ladder, in two parts",
-    "standard, half-batches",
-    "parallel, one layer stale",
-)
+OTHERS = (*BUILT, "standard, half-batches", "parallel, one layer stale")
 COLOURS = {"parallel": "#E69F00", "ladder": "#0072B2", "no-comm": "#999999"}
 
 
@@ -50,22 +47,41 @@ def figures(times: dict[Line, list[float]]) -> dict[str, Any]:
 
     Args:
         times: seconds of a pass, of the same repetitions for every line: what the link adds is the
-            median of its differences from the pass without in the same repetition.
+            median of its differences from the pass without in the same repetition. What an alternative
+            computes besides counts as what the link adds to it.
     """
     computed = statistics.median(times["no-comm", "zero"])
     adds = {"no-comm": 0.0}
-    for kind in KINDS[:-1]:
-        pairs = zip(times[kind, "link"], times[kind, "zero"], strict=True)
-        adds[kind] = statistics.median(link - zero for link, zero in pairs)
+    differences = {}
+    for kind in (k for k in (*KINDS[:-1], *BUILT) if (k, "link") in times):
+        pairs = zip(times[kind, "link"], times[kind.partition(",")[0], "zero"], strict=True)
+        differences[kind] = [link - zero for link, zero in pairs]
+        adds[kind] = statistics.median(differences[kind])
+    hiding = ("parallel", "ladder")
     return {
         "relative_time": {k: 1 + adds[k] / computed for k in KINDS},
-        "speed_up": {k: (computed + adds["standard"]) / (computed + adds[k]) for k in KINDS},
-        "hidden_share": {k: 1 - adds[k] / adds["standard"] for k in ("parallel", "ladder")},
+        "speed_up": {k: (computed + adds["standard"]) / (computed + adds[k]) for k in adds},
+        "hidden_share": {k: 1 - adds[k] / adds["standard"] for k in hiding},
+        "hidden_share_error": {k: _share_error(differences, k) for k in hiding},
         "raw_speed_up": {
             k: statistics.median(times["standard", "link"]) / statistics.median(times[k, "link"])
             for k in ("parallel", "ladder")
         },
     }
+
+
+def _share_error(differences: dict[str, list[float]], kind: str) -> float:
+    """Standard error of the hidden share: its spread when the repetitions are drawn again (bootstrap)."""
+    draw = random.Random(0)  # noqa: S311
+    count = len(differences[kind])
+    shares = []
+    for _ in range(200):
+        drawn = draw.choices(range(count), k=count)
+        medians = [
+            statistics.median([differences[k][i] for i in drawn]) for k in (kind, "standard")
+        ]
+        shares.append(1 - medians[0] / medians[1])
+    return statistics.stdev(shares)
 
 
 def modelled_figures(modelled: Pass) -> dict[str, dict[str, float]]:
@@ -115,7 +131,7 @@ def tables(report: dict[str, Any]) -> str:
     """Those of docs/inference.md."""
     rows = [
         "| | batch | attention, MLP, all-reduce, us | speed-up: parallel | ladder | no-comm (the bound) | "
-        "hidden: parallel | ladder | by the model: parallel | ladder | gloo's work counted: parallel | "
+        "hidden: parallel | ladder | by the model: parallel | ladder | everything counted: parallel | "
         "ladder |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -123,8 +139,9 @@ def tables(report: dict[str, Any]) -> str:
         modelled, share = r["modelled"], r["hidden_share"]
         parts = [f"{1e6 * modelled[k]:.0f}" for k in ("attention_s", "mlp_s", "all_reduce_s")]
         cells = [", ".join(parts), *(f"{r['speed_up'][k]:.2f}" for k in KINDS[1:])]
-        cells += [f"{share['parallel']:.2f}", f"{share['ladder']:.3f}"]
-        cells += [f"{modelled['hidden_share'][k]:.3f}" for k in share]
+        error = r["hidden_share_error"]
+        cells += [f"{share[k]:.2f} +- {error[k]:.2f}" for k in share]
+        cells += [f"{modelled['hidden_share'][k]:.2f}" for k in share]
         cells += [f"{r['raw_speed_up'][k]:.2f}" for k in share]
         name = f"{r['phase']}, {r['shape']}, {r['link']}"
         rows.append(f"| {name} | {r['batch']} | {' | '.join(cells)} |")
@@ -144,6 +161,7 @@ def tables(report: dict[str, Any]) -> str:
             for r in (rates, paper)
         ]
         rows.append(f"| {line['shape']}, {line['link']} | {line['batch']} | {' | '.join(cells)} |")
+    rows += _measured_alternatives(report["cases"])
     rows += ["", f"| modelled speed-up | batch | parallel | ladder | {' | '.join(OTHERS)} |"]
     rows.append("|---|---:|---:|---:|" + "---:|" * len(OTHERS))
     for r in report["cases"]:
@@ -154,6 +172,20 @@ def tables(report: dict[str, Any]) -> str:
         name = f"{r['phase']}, {r['shape']}, {r['link']}"
         rows.append(f"| {name} | {r['batch']} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _measured_alternatives(cases: list[dict[str, Any]]) -> list[str]:
+    names = [name for name in BUILT if any(name in r["speed_up"] for r in cases)]
+    if not names:
+        return []
+    rows = ["", f"| measured speed-up | batch | parallel | ladder | {' | '.join(names)} |"]
+    rows.append("|---|---:|---:|---:|" + "---:|" * len(names))
+    for r in cases:
+        found = [r["speed_up"].get(name) for name in ("parallel", "ladder", *names)]
+        cells = ["" if speed_up is None else f"{speed_up:.2f}" for speed_up in found]
+        name = f"{r['phase']}, {r['shape']}, {r['link']}"
+        rows.append(f"| {name} | {r['batch']} | {' | '.join(cells)} |")
+    return rows
 
 
 def hidden_of_rates(rates: dict[str, float]) -> float:

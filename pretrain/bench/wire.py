@@ -28,6 +28,7 @@ _ENTRIES: tuple[tuple[Any, str, str], ...] = (
     (dist, "all_reduce", "all-reduce"),
     (dist, "all_gather_into_tensor", "all-gather"),
     (dist, "reduce_scatter_tensor", "reduce-scatter"),
+    (dist, "all_to_all_single", "all-to-all"),
     (mappings, "dist_all_gather_func", "all-gather"),
     (mappings, "dist_reduce_scatter_func", "reduce-scatter"),
     (layers, "dist_all_gather_func", "all-gather"),
@@ -179,10 +180,10 @@ def own_seconds(group: dist.ProcessGroup, x: torch.Tensor) -> float:
 
 
 def sleep_until(moment_s: float) -> None:
-    """Gives the processor away until shortly before, then spins: sleeping overshoots."""
+    """Gives the processor away until shortly before, then spins: sleeping overshoots. Other threads may
+    run meanwhile."""
     while (left := moment_s - time.perf_counter()) > 0:
-        if left > 3e-4:
-            time.sleep(left - 2e-4)
+        time.sleep(left - 2e-4 if left > 3e-4 else 0)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from megatron_ladder.errors import UserError
@@ -181,22 +182,25 @@ class _Answers:
         """All at once, or as server-sent events."""
         n = body.n or 1
         choices = [prompt for prompt in prompts for _ in range(n)]
-        self._desk.check(choices, sampling)
         facts = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
         facts["model"] = self._served.name
-        pieces = self._pieces(choices, sampling, body.stops())
         prompt_tokens = sum(map(len, prompts))
+        admitted = self._desk.admit(choices, sampling)
+        pieces = self._pieces(admitted, choices, body.stops())
         if body.stream:
             facts["object"] = "chat.completion.chunk" if prefix == "chatcmpl" else kind
             include = body.stream_options is not None and body.stream_options.include_usage
             events = _events(pieces, facts, choice, prompt_tokens if include else None)
-            return StreamingResponse(events, media_type="text/event-stream")
+            return _Events(events, lambda: self._desk.release(admitted))
         ids: list[list[int]] = [[] for _ in choices]
         reasons: list[str | None] = [None for _ in choices]
-        async with aclosing(_while_connected(request, pieces)) as connected:
-            async for piece in connected:
-                ids[piece.index] += piece.ids
-                reasons[piece.index] = piece.finish_reason
+        try:
+            async with aclosing(_while_connected(request, pieces)) as connected:
+                async for piece in connected:
+                    ids[piece.index] += piece.ids
+                    reasons[piece.index] = piece.finish_reason
+        finally:
+            self._desk.release(admitted)
         whole = []
         for i, prompt in enumerate(choices):
             # Decoded at once: bytes that are no character may change the text before them.
@@ -207,14 +211,14 @@ class _Answers:
         return JSONResponse({**facts, "object": kind, "choices": listed, "usage": usage})
 
     async def _pieces(
-        self, choices: Sequence[list[int]], sampling: Sampling, stop: list[str]
+        self, admitted: Sequence[int], choices: Sequence[list[int]], stop: list[str]
     ) -> AsyncGenerator[Piece, None]:
-        """Of all choices, as they come; closing this ends them."""
+        """Of all choices, as they come."""
         ready: asyncio.Queue[Piece | None] = asyncio.Queue()
 
         async def one(index: int, prompt: list[int]) -> None:
             try:
-                async with aclosing(self._choice(index, prompt, sampling, stop)) as mine:
+                async with aclosing(self._choice(admitted[index], index, prompt, stop)) as mine:
                     async for piece in mine:
                         ready.put_nowait(piece)
             finally:
@@ -237,17 +241,33 @@ class _Answers:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _choice(
-        self, index: int, prompt: list[int], sampling: Sampling, stop: list[str]
+        self, request_id: int, index: int, prompt: list[int], stop: list[str]
     ) -> AsyncGenerator[Piece, None]:
         stream = TextStream(self._served.tokenizer, prompt, stop)
-        async with aclosing(self._desk.generate(prompt, sampling)) as outputs:
+        async with aclosing(self._desk.outputs(request_id)) as outputs:
             async for output in outputs:
                 text = stream.push(output.new_ids, is_last=output.finish_reason is not None)
                 reason = "stop" if stream.stopped else output.finish_reason
+                if stream.stopped:
+                    self._desk.release([request_id])  # now: other choices may go on for long
                 if text or reason or output.new_ids:
                     yield Piece(index, text, output.new_ids, reason)
                 if stream.stopped:
                     return
+
+
+class _Events(StreamingResponse):
+    """Server-sent events. `ended` is called however they end, also when a client goes before the first."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], ended: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
 
 
 async def _while_connected(

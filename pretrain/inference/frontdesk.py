@@ -25,11 +25,11 @@ class Closing(Exception):
 class _Open:
     outputs: "asyncio.Queue[Output]" = field(default_factory=asyncio.Queue)
     began: float = field(default_factory=time.monotonic)
-    is_first: bool = True
+    is_over: bool = False
 
 
 class FrontDesk:
-    """All methods but `deliver` are called in the event loop.
+    """All methods but `deliver` are called in the event loop. Who has admitted requests releases them.
 
     Args:
         engine: for what can be asked of it from another thread: whether a request can ever run.
@@ -47,39 +47,47 @@ class FrontDesk:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.is_closing = False
 
-    def check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Raises UserError when one can never run, Busy or Closing when they cannot now."""
+    def admit(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[int]:
+        """Sends all of them to the engine, or none; their ids.
+
+        Raises:
+            UserError: one can never run.
+            Busy, Closing: they cannot now.
+        """
         if self.is_closing:
             raise Closing
-        for prompt in prompts:
-            self._engine.check(Request(-1, tuple(prompt), sampling))
-        if len(prompts) > self._most:
-            raise UserError(f"{len(prompts)} prompts in one request: at most {self._most}")
-        if len(self._open) + len(prompts) > self._most:
+        requests = [Request(next(self._ids), tuple(prompt), sampling) for prompt in prompts]
+        for request in requests:
+            self._engine.check(request)
+        if len(requests) > self._most:
+            raise UserError(f"{len(requests)} prompts in one request: at most {self._most}")
+        if len(self._open) + len(requests) > self._most:
             raise Busy
-
-    async def generate(
-        self, prompt: Sequence[int], sampling: Sampling
-    ) -> AsyncGenerator[Output, None]:
-        """The outputs of one request; closing the iterator early cancels it."""
         self._loop = asyncio.get_running_loop()
-        request_id = next(self._ids)
-        mine = self._open[request_id] = _Open()
-        self.inbox.put(Request(request_id, tuple(prompt), sampling))
-        is_over = False
-        try:
-            while not is_over:
-                output = await mine.outputs.get()
-                if mine.is_first and output.new_ids:
-                    mine.is_first = False
-                    self._metrics.first_token.observe(time.monotonic() - mine.began)
-                is_over = output.finish_reason is not None
-                yield output
-        finally:
-            del self._open[request_id]
-            self._metrics.duration.observe(time.monotonic() - mine.began)
-            if not is_over:
-                self.inbox.put(Cancel(request_id))
+        for request in requests:
+            self._open[request.id] = _Open()
+            self.inbox.put(request)
+        return [request.id for request in requests]
+
+    async def outputs(self, request_id: int) -> AsyncGenerator[Output, None]:
+        """Of a request that has been admitted, until it is over."""
+        mine = self._open[request_id]
+        is_first = True
+        while not mine.is_over:
+            output = await mine.outputs.get()
+            if is_first and output.new_ids:
+                is_first = False
+                self._metrics.first_token.observe(time.monotonic() - mine.began)
+            mine.is_over = output.finish_reason is not None
+            yield output
+
+    def release(self, request_ids: Sequence[int]) -> None:
+        """Makes room for others, and ends what still runs. Harmless the second time."""
+        for request_id in request_ids:
+            if mine := self._open.pop(request_id, None):
+                self._metrics.duration.observe(time.monotonic() - mine.began)
+                if not mine.is_over:
+                    self.inbox.put(Cancel(request_id))
 
     def close(self) -> None:
         """Refuses what comes from now on."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from megatron_ladder.collectives import AllReduce
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.inference.engine import (
     DynamicEngine,
@@ -25,6 +26,7 @@ def generate_from_run(
     sampling: Sampling,
     *,
     batching: Literal["dynamic", "static"] = "dynamic",
+    all_reduce: AllReduce = "exact",
     seed: int = 0,
 ) -> list[str]:
     """Each prompt followed by its continuation, which stops where the model ends the document.
@@ -34,14 +36,14 @@ def generate_from_run(
     Raises:
         UserError: there is no such run, a prompt is empty or too long, or the layout does not fit.
     """
-    found = find(run, parallel)
+    found = find(run, parallel, all_reduce)
     requests = [
         Request(i, tuple(found.tokenizer.encode(text, add_special_tokens=False).ids), sampling)
         for i, text in enumerate(prompts)
     ]
     for request in requests:
         check_prompt(request, found.model.max_position_embeddings)
-    chunk = load(found, parallel, seed)
+    chunk = load(found, parallel, seed, all_reduce)
     options = {"eod_id": found.eod_id, "seed": seed}
     new: dict[int, list[int]] = {request.id: [] for request in requests}
     if batching == "static":

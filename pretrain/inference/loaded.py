@@ -14,12 +14,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from tokenizers import Tokenizer
 
 from megatron_ladder import cpu_platform
+from megatron_ladder.collectives import AllReduce
 from megatron_ladder.config import ModelConfig, ParallelConfig, Precision, check_layout
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import hf_to_megatron_chunks
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.stored import stored_tensors
+from megatron_ladder.inference.sums import check_all_reduce, set_all_reduce
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
     initialize_model_parallel,
@@ -52,11 +54,12 @@ class Found:
     """Where a chat template would be: a folder of Hugging Face's files."""
 
 
-def find(path: Path, parallel: ParallelConfig) -> Found:
+def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") -> Found:
     """Reads what a model is, not its weights.
 
     Raises:
-        UserError: it is no run and no folder of a supported model, or the layout cannot hold it.
+        UserError: it is no run and no folder of a supported model, or the layout cannot hold it, or
+            `all_reduce` is not for it.
     """
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a run or an exported folder")
@@ -83,10 +86,11 @@ def find(path: Path, parallel: ParallelConfig) -> Found:
             templates=run / "imported",
         )
     check_layout(found.model, parallel)
+    check_all_reduce(all_reduce, found.model, parallel)
     return found
 
 
-def load(found: Found, parallel: ParallelConfig, seed: int) -> Any:
+def load(found: Found, parallel: ParallelConfig, seed: int, all_reduce: AllReduce = "exact") -> Any:
     """Joins torchrun's ranks, or makes a world of one, and builds this rank's part of the model.
 
     On GPUs in bf16, on CPUs in fp32.
@@ -108,6 +112,7 @@ def load(found: Found, parallel: ParallelConfig, seed: int) -> Any:
         load_hf_weights(found.path, found.model, chunk)
     else:
         load_initial_weights(found.path, {"model": chunk})
+    set_all_reduce(chunk.decoder, all_reduce)
     return chunk.eval()
 
 

@@ -6,12 +6,29 @@ from typing import Annotated, Literal
 
 import tyro
 
+from megatron_ladder.collectives import AllReduce
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    tensor_model_parallel_size: int = 1
+    """The layout to run at, whatever the model was trained at."""
+    pipeline_model_parallel_size: int = 1
+    all_reduce: AllReduce = "exact"
+    """Of a sub-module's outputs over the tensor-parallel ranks. int8: a quarter to a half of the bytes on
+    the link, and other tokens now and then; for links that are slow."""
+
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(_Layout):
     """Continue prompts with a run's newest checkpoint, or with an exported folder."""
 
     model: tyro.conf.Positional[Path]
@@ -26,21 +43,12 @@ class GenerateOptions:
     top_p: float | None = None
     """Sample among the likeliest tokens that together have this probability."""
     seed: int = 1234
-    tensor_model_parallel_size: int = 1
-    """Of a run: the layout to generate at, whatever it was trained at."""
-    pipeline_model_parallel_size: int = 1
     batching: Literal["dynamic", "static"] = "dynamic"
     """Of a run: which of megatron-core's engines; the tokens are the same."""
 
-    def parallel(self) -> ParallelConfig:
-        return ParallelConfig(
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-        )
 
-
-@dataclass(frozen=True)
-class ServeOptions:
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(_Layout):
     """Serve a run or an exported folder over HTTP, as OpenAI's API."""
 
     model: tyro.conf.Positional[Path]
@@ -61,8 +69,6 @@ class ServeOptions:
     """Of a request; larger ones are refused (413)."""
     shutdown_s: int = 30
     """Seconds that running requests get to finish after a signal."""
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -73,9 +79,3 @@ class ServeOptions:
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(self, name)}: it is at least {least}")
-
-    def parallel(self) -> ParallelConfig:
-        return ParallelConfig(
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-        )

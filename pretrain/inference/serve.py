@@ -32,9 +32,9 @@ def serve(options: ServeOptions) -> None:
         UserError: no such model, a layout that does not fit, a port in use.
     """
     parallel = options.parallel()
-    found = find(options.model, parallel)
+    found = find(options.model, parallel, options.all_reduce)
     listening = listen(options) if is_first_rank() else None
-    chunk = load(found, parallel, options.seed)
+    chunk = load(found, parallel, options.seed, options.all_reduce)
     engine = DynamicEngine(
         chunk,
         found.model,

@@ -53,6 +53,23 @@ def test_prefill_and_decode_are_a_pass_without_a_cache(residual: str, tmp_path: 
         torch.testing.assert_close(decoded, whole[MIDDLE : MIDDLE + 1])
 
 
+def halves(residual: str) -> tuple[torch.Tensor, ...]:
+    """Prefill and decode, whole and as two half-batches."""
+    made = decoder(residual)
+    whole, in_halves = made.prefill().clone(), made.prefill_in_halves().clone()
+    made.generate_half()
+    return whole, in_halves, made.decode().clone(), made.decode_in_halves()
+
+
+@pytest.mark.parametrize("residual", ["parallel", "ladder"])
+def test_half_batches_compute_the_same(residual: str, tmp_path: Path) -> None:
+    for whole, in_halves, decoded, decoded_in_halves in run_ranks(
+        2, halves, residual, tmp_path=tmp_path
+    ):
+        torch.testing.assert_close(in_halves, whole)
+        torch.testing.assert_close(decoded_in_halves, decoded)
+
+
 def trace(residual: str) -> list[Any]:
     made = decoder(residual)
     made.generate_half()

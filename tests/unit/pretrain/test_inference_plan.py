@@ -73,10 +73,12 @@ def test_prefill_computes() -> None:
 
 def test_parallel_wins_when_one_all_reduce_outlasts_a_layers_compute() -> None:
     for link_s, ladder_wins in ((0.5, True), (2.9, True), (3.1, False), (6.0, False)):
-        made = Pass(attention_s=1.0, mlp_s=2.0, all_reduce_s=link_s, num_layers=1000)
+        made = Pass(
+            attention_s=1.0, mlp_s=2.0, all_reduce_s=link_s, half_all_reduce_s=0.0, num_layers=1000
+        )
         assert (made.seconds("ladder") < made.seconds("parallel")) == ladder_wins
         assert made.hidden_share("standard") == 0 and made.hidden_share("no-comm") == 1
-    made = Pass(attention_s=1.0, mlp_s=2.0, all_reduce_s=0.5, num_layers=10)
+    made = Pass(attention_s=1.0, mlp_s=2.0, all_reduce_s=0.5, half_all_reduce_s=0.3, num_layers=10)
     assert made.seconds("standard") == pytest.approx(30 + 20 * 0.5)
     assert made.hidden_share("parallel") == pytest.approx(0.5)
     assert made.hidden_share("ladder") == pytest.approx(1 - 1 / 20)
@@ -105,6 +107,9 @@ def test_alternatives_by_hand() -> None:
     assert found["ladder, 8-bit sums"] == pytest.approx(quantised)
     in_parts = a + 2 * n * (2 * 65e-6 + message)
     assert found["ladder, in two parts"] == pytest.approx(in_parts)
+    halves = submodule_seconds(shape.model, batch=batch // 2, new=1, context=1280, tp=8)
+    half_link = 65e-6 + message / 2
+    assert found["parallel, half-batches"] == pytest.approx(n * max(2 * sum(halves), 2 * half_link))
     assert found["standard, half-batches"] == pytest.approx(4 * n * (65e-6 + message / 2))
     assert found["parallel, one layer stale"] == pytest.approx(n * made.all_reduce_s)
     assert m < made.all_reduce_s

@@ -1,0 +1,31 @@
+"""Which all-reduce a model's sub-modules are summed by in inference."""
+
+from typing import Any
+
+from megatron_ladder.collectives import AllReduce
+from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.errors import UserError
+from megatron_ladder.layer import LadderTransformerLayer
+
+
+def check_all_reduce(all_reduce: AllReduce, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises UserError where int8 sums have no place."""
+    if all_reduce == "exact":
+        return
+    if parallel.tensor_model_parallel_size == 1:
+        raise UserError(
+            f"--all-reduce {all_reduce}: one tensor-parallel rank sums nothing; leave it out, or set "
+            "--tensor-model-parallel-size"
+        )
+    if model.residual not in ("ladder", "parallel") or model.is_standard:
+        raise UserError(
+            f"--all-reduce {all_reduce} is for ladder and parallel models: this one is "
+            f"{'standard' if model.is_standard else model.residual}; leave it out"
+        )
+
+
+def set_all_reduce(decoder: Any, all_reduce: AllReduce) -> None:
+    """Args: decoder: of a model that passes `check_all_reduce`; with int8 it must not be trained."""
+    for layer in decoder.layers:
+        if isinstance(layer, LadderTransformerLayer):
+            layer.all_reduce = all_reduce
