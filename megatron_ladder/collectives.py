@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_ladder import quantised_sum
 from megatron_ladder.backward_order import natural_number, run_no_sooner_than
 from megatron_ladder.quantised_sum import Work
+from megatron_ladder.ranges import named
 
 Group = dist.ProcessGroup
 AllReduce = Literal["exact", "int8"]
@@ -67,29 +68,33 @@ class SubmoduleCollectives:
         if not self.sequence_parallel:
             return x.view_as(x)
         self._input_shard = x.detach()
-        gathered, self._input = self._all_gather(x)
+        with named("input: start"):
+            gathered, self._input = self._all_gather(x)
         return gathered
 
     def wait_input(self) -> None:
         if self._input is not None:
-            self._input.wait()
+            with named("input: wait"):
+                self._input.wait()
             self._input = None
 
     def start_output(self, x: Tensor) -> Tensor:
         if not self._gathers_again:
             self._input_shard = None
-        if self.sequence_parallel:
-            x, self._output = self._reduce_scatter(x)
-        elif self._all_reduce == "int8":
-            self._output = quantised_sum.start(x, self.group)
-        else:
-            # In place: `x` is a GEMM's fresh output, which no backward formula reads.
-            self._output = dist.all_reduce(x, group=self.group, async_op=True)
+        with named("output: start"):
+            if self.sequence_parallel:
+                x, self._output = self._reduce_scatter(x)
+            elif self._all_reduce == "int8":
+                self._output = quantised_sum.start(x, self.group)
+            else:
+                # In place: `x` is a GEMM's fresh output, which no backward formula reads.
+                self._output = dist.all_reduce(x, group=self.group, async_op=True)
         return x
 
     def wait_output(self) -> None:
         if self._output is not None:
-            self._output.wait()
+            with named("output: wait"):
+                self._output.wait()
             self._output = None
 
     # Backward.
@@ -97,11 +102,12 @@ class SubmoduleCollectives:
     def start_input_gradient(self, grad: Tensor) -> None:
         """`grad` holds this rank's part of every element of the sum; it is overwritten."""
         grad = grad.contiguous()
-        if self.sequence_parallel:
-            self._input_gradient = self._reduce_scatter(grad)
-        else:
-            work = dist.all_reduce(grad, group=self.group, async_op=True)
-            self._input_gradient = grad, work
+        with named("input gradient: start"):
+            if self.sequence_parallel:
+                self._input_gradient = self._reduce_scatter(grad)
+            else:
+                work = dist.all_reduce(grad, group=self.group, async_op=True)
+                self._input_gradient = grad, work
 
     @property
     def input_gradient_started(self) -> bool:
@@ -110,16 +116,19 @@ class SubmoduleCollectives:
     def wait_input_gradient(self) -> Tensor:
         assert self._input_gradient is not None, "the sub-module's backward has not run"
         flying, self._input_gradient = self._input_gradient, None
-        return _arrived(*flying)
+        with named("input gradient: wait"):
+            return _arrived(*flying)
 
     def start_output_gradient(self, grad: Tensor) -> None:
-        self._output_gradient = self._all_gather(grad)
+        with named("output gradient: start"):
+            self._output_gradient = self._all_gather(grad)
         self.start_input_again()
 
     def wait_output_gradient(self) -> Tensor:
         assert self._output_gradient is not None
         flying, self._output_gradient = self._output_gradient, None
-        return _arrived(*flying)
+        with named("output gradient: wait"):
+            return _arrived(*flying)
 
     # With sequence parallelism backward can do without the gathered input, tp times its shard: it
     # gathers it once more, behind what runs then.

@@ -39,6 +39,7 @@ from megatron_ladder.collectives import (
 )
 from megatron_ladder.config import Residual
 from megatron_ladder.desync import meet, part_ways, sum_weight_gradients
+from megatron_ladder.ranges import named
 from megatron_ladder.recompute import numbers_drawn, recomputed
 from megatron_ladder.stages import pack, unpack
 
@@ -272,8 +273,11 @@ class LadderTransformerLayer(TransformerLayer):
         """[s, b, h] -> [s, b, h] partial sums. Biases, added after the sum, are refused above."""
 
         def submodule(x: Tensor) -> Tensor:
-            output, _ = module(x, **kwargs)
+            with named(f"layer {self.layer_number}: {name}"):
+                output, _ = module(x, **kwargs)
             return output
+
+        name = "attention" if module is self.self_attention else "mlp"
 
         return recomputed(submodule, x) if self.recompute and self.training else submodule(x)
 

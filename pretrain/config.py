@@ -100,6 +100,16 @@ class AdaptConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps by torch's profiler, into the run's folder `profile` (docs/overlap.md)."""
+
+    first_step: int | None = None
+    """None traces nothing."""
+    steps: int = 2
+    """How many; a trace of each rank grows by some megabytes a step."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run."""
 
@@ -142,6 +152,7 @@ class TrainConfig:
     tensorboard: bool = True
     wandb: bool = False
     faults: FaultConfig = field(default_factory=FaultConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         at_least_1 = {
@@ -151,6 +162,8 @@ class TrainConfig:
             "keep_last": self.keep_last,
             "log_interval": self.log_interval,
             "eval_sequences": self.eval_sequences,
+            "profile.first_step": self.profile.first_step,
+            "profile.steps": self.profile.steps,
             "data.seq_length": self.data.seq_length,
             "schedule.train_steps": self.schedule.train_steps,
             "schedule.train_tokens": self.schedule.train_tokens,
@@ -273,6 +286,7 @@ SAFE_TO_CHANGE = (
     "data.phases",
     "faults.",
     "parallel.",
+    "profile.",
     "output_dir",
     "data.num_workers",
     "micro_batch_size",

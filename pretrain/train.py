@@ -20,6 +20,7 @@ from pretrain.gradual import use_ladder_layers
 from pretrain.index_cache import IndexCache
 from pretrain.launch import STOPPED
 from pretrain.optimizer import gathered_parameters
+from pretrain.profile import StepProfile
 from pretrain.rank_speed import RankSpeed
 from pretrain.run_folder import checkpoint_at, find_checkpoint, lock, write_config
 from pretrain.run_log import RunLog
@@ -89,6 +90,7 @@ def _train(
     )
     log = RunLog(config, progress.step, device, status, watchdog)
     saver = CheckpointSaver(config, log)
+    profile = StepProfile(config)
     bad_steps = BadSteps(config, saver, progress.recent_losses)
     log.data(folders)
 
@@ -123,10 +125,11 @@ def _train(
             pass_over(scheduler, batches, config)
             log.passed_over(step, before)
         else:
-            figures = train_step(
-                *(model, optimizer, scheduler, batches, config, teacher),
-                partial(bad_steps.is_good, step),
-            )
+            with profile.of(step):
+                figures = train_step(
+                    *(model, optimizer, scheduler, batches, config, teacher),
+                    partial(bad_steps.is_good, step),
+                )
             if bad_steps.found:
                 answer(bad_steps.found)
             else:
@@ -145,6 +148,7 @@ def _train(
         if signal and not last:
             break
 
+    profile.close()
     finished = progress.step == config.train_steps
     log.end(progress.step, "finished" if finished else f"signal {signal}")
     signals.ignore()

@@ -1,5 +1,6 @@
 """Runs by the command line: killed and resumed, moved to another layout, exported."""
 
+import gzip
 import json
 import random
 import shutil
@@ -54,9 +55,9 @@ def metrics(run: Path, kind: str) -> list[dict]:
     return [m for m in map(json.loads, lines) if m["kind"] == kind]
 
 
-def losses(run: Path) -> list[float]:
+def losses(run: Path, steps: int = STEPS) -> list[float]:
     by_step = [(m["step"], m["loss"]) for m in metrics(run, "train")]
-    assert [step for step, _ in by_step] == list(range(1, STEPS + 1)), "steps are lost or repeated"
+    assert [step for step, _ in by_step] == list(range(1, steps + 1)), "steps are lost or repeated"
     return [loss for _, loss in by_step]
 
 
@@ -296,3 +297,33 @@ def test_a_run_starts_from_another_with_some_layers_made_ladder(
     assert "residual is ladder already" in refused(*changed)
     other = write_data_set(tmp_path / "other", vocab_size=400, tokenizer=b"another")
     assert "another tokenizer" in refused(*start, "--data.paths", str(other))
+
+
+def test_steps_are_traced(data: Path, tmp_path: Path) -> None:
+    """A sum that has been started is waited for after the next sub-module has run, in the trace too."""
+    run = tmp_path / "run"
+    options = ("--profile.first-step", "3", "--profile.steps", "2", "--schedule.train-steps", "5")
+    output = train(data, run, *tensor_parallel(2), *options, "--save-interval", "5")
+    assert "ui.perfetto.dev" in output
+    assert len(losses(run, steps=5)) == 5
+    files = sorted((run / "profile").iterdir())
+    assert [f.name for f in files] == [f"from-step-3-rank-{r}.json.gz" for r in (0, 1)]
+    for file in files:
+        events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        named = sorted(
+            (event["ts"], event["name"])
+            for event in events
+            if event.get("cat") == "user_annotation"
+        )
+        names = [name for _, name in named]
+        assert [name for name in names if name.startswith("step")] == ["step 3", "step 4"]
+        assert {"input gradient: start", "input gradient: wait"} <= set(names)
+        first = names.index("layer 2: attention")
+        ours = [n for n in names[first:] if n.startswith(("layer", "output"))][:5]
+        assert ours == [
+            "layer 2: attention",
+            "output: start",
+            "output: wait",  # of layer 1's MLP
+            "layer 2: mlp",
+            "output: start",
+        ]
