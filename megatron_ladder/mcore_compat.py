@@ -36,8 +36,11 @@ from megatron_ladder.config import (
     TransformerImpl,
     check_layout,
 )
+from megatron_ladder.fp8 import Fp8Config, config_fields
 from megatron_ladder.specs import block_spec, layer_spec, resolve_impl
 from megatron_ladder.stages import connect, sent_config
+
+NO_FP8 = Fp8Config()
 
 
 def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
@@ -88,6 +91,7 @@ def transformer_config(
     impl: TransformerImpl = "auto",
     recompute: Recompute = "none",
     deterministic: bool = False,
+    fp8: Fp8Config = NO_FP8,
 ) -> LadderConfig:
     """Our configuration in megatron-core's terms. The only place that does this translation."""
     check_layout(model, parallel)
@@ -150,6 +154,7 @@ def transformer_config(
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         **recompute_fields,
+        **config_fields(fp8),
     )
 
 

@@ -19,6 +19,7 @@ from megatron_ladder.config import (
     TransformerImpl,
 )
 from megatron_ladder.errors import UserError
+from megatron_ladder.fp8 import Fp8Config, check_fp8
 from pretrain.fault_config import FaultConfig
 from pretrain.files import write_atomically
 
@@ -130,6 +131,7 @@ class TrainConfig:
     """Sequences a step, over all ranks; the rest is gradient accumulation."""
     precision: Precision = "fp32"
     """bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     transformer_impl: TransformerImpl = "auto"
     """Whose layers: megatron-core's local ones, or Transformer Engine's (auto: where there is one)."""
     recompute: Recompute = "none"
@@ -211,6 +213,10 @@ class TrainConfig:
                 "schedule.wsd_decay_fraction and min_lr_fraction are shares from 0 to 1"
             )
 
+        check_fp8(
+            *(self.fp8, self.model, self.parallel, self.precision),
+            tokens=self.data.seq_length * self.micro_batch_size,
+        )
         self._check_adapt()
 
     def _check_adapt(self) -> None:

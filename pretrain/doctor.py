@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 
-FP8_CAPABILITY = (8, 9)  # Ada, Hopper and later
 # Package, what it is for, what to do without it.
 PACKAGES = (
     ("torch", "everything", "pip install torch"),
@@ -93,8 +92,13 @@ def _gpu() -> tuple[list[str], list[str]]:
     connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "not set")
     _row("CUDA_DEVICE_MAX_CONNECTIONS", connections)
     gpu = [] if names else ["a GPU" if torch.version.cuda else "a GPU and a CUDA build of torch"]
+    from megatron_ladder.fp8 import CAPABILITIES, missing
+
+    recipes = [recipe for recipe in CAPABILITIES if not missing(recipe)]
+    _row("FP8 recipes", ", ".join(recipes) or "none: see the last line")
     fp8 = [] if _version("transformer-engine") else ["transformer-engine"]
-    if names and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+    least, _ = CAPABILITIES["delayed"]
+    if names and torch.cuda.get_device_capability() < least:
         fp8.append("a GPU of compute capability 8.9 or later")
     return gpu, fp8
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
+from megatron_ladder.fp8 import check_machine
 from megatron_ladder.specs import resolve_impl
 from pretrain.blends import check_past, describe
 from pretrain.config import TrainConfig
@@ -43,7 +44,7 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
         )
     check_initial(config, folders)
     check_layout(config.model, config.parallel)
-    resolve_impl(config.transformer_impl)
+    check_machine(config.fp8, resolve_impl(config.transformer_impl))
     config.num_microbatches(config.parallel.data_parallel_size(world_size))
     fill_in_the_middle(config, folders[0])
     if config.keep_last < 2:

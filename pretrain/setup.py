@@ -64,6 +64,7 @@ def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
         impl=config.transformer_impl,
         recompute=config.recompute,
         deterministic=config.deterministic,
+        fp8=config.fp8,
     )
     chunks = build_gpt_model(
         config.model,

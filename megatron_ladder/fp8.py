@@ -1,0 +1,132 @@
+"""GEMMs in FP8 by Transformer Engine: which recipe, and what a machine and a model must have for it."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+
+from megatron_ladder.config import ModelConfig, ParallelConfig, Precision
+from megatron_ladder.errors import UserError
+
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+
+# Least compute capability, and what that is called.
+CAPABILITIES: dict[Fp8Recipe, tuple[tuple[int, int], str]] = {
+    "delayed": ((8, 9), "Ada, Hopper and later"),
+    "tensorwise": ((8, 9), "Ada, Hopper and later"),
+    "blockwise": ((9, 0), "Hopper and later"),
+    "mxfp8": ((10, 0), "Blackwell and later"),
+}
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """The layers' linears in FP8, with precision bf16. Attention, embedding and head stay bf16."""
+
+    recipe: Fp8Recipe | None = None
+    """How scales are found: from the maxima of steps before (delayed), from each tensor (tensorwise), or
+    from blocks of it (blockwise; mxfp8, on Blackwell). None: no FP8."""
+    num_layers_at_start_in_bf16: int = 0
+    num_layers_at_end_in_bf16: int = 0
+    """First and last layers whose GEMMs stay bf16; not with delayed."""
+
+
+def check_fp8(
+    fp8: Fp8Config,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    tokens: int,
+) -> None:
+    """Refuses what FP8 GEMMs cannot do; says nothing of the machine.
+
+    Args:
+        tokens: that a rank's linears see at once: sequence length times micro-batch.
+
+    Raises:
+        UserError: the first thing found wrong.
+    """
+    in_bf16 = fp8.num_layers_at_start_in_bf16, fp8.num_layers_at_end_in_bf16
+    if min(in_bf16) < 0 or sum(in_bf16) > model.num_layers:
+        raise UserError(
+            f"fp8.num_layers_at_start_in_bf16 {in_bf16[0]} and num_layers_at_end_in_bf16 {in_bf16[1]}: "
+            f"the model has {model.num_layers} layers"
+        )
+    if fp8.recipe is None:
+        if any(in_bf16):
+            raise UserError("fp8.num_layers_at_start_in_bf16 and _at_end_ need an fp8.recipe")
+        return
+    if precision != "bf16":
+        raise UserError(
+            f"fp8.recipe {fp8.recipe} needs precision bf16 (it is {precision}): what is not FP8 stays bf16"
+        )
+    if any(in_bf16) and fp8.recipe == "delayed":
+        raise UserError(
+            "fp8.recipe delayed takes its maxima from all layers together and cannot leave some in bf16: "
+            "use tensorwise, or no fp8.num_layers_at_start_in_bf16 and _at_end_"
+        )
+    tp = parallel.tensor_model_parallel_size
+    heads = model.num_attention_heads + 2 * model.kv_heads
+    multiple = 32 if fp8.recipe == "mxfp8" else 16
+    for name, size in (
+        ("model.hidden_size", model.hidden_size),
+        ("queries, keys and values of a rank", heads * model.head_dim // tp),
+        ("attention's output of a rank", model.num_attention_heads * model.head_dim // tp),
+        ("model.ffn_hidden_size of a rank", model.ffn_hidden_size // tp),
+        ("data.seq_length x micro_batch_size", tokens),
+    ):
+        if size % multiple:
+            raise UserError(
+                f"fp8.recipe {fp8.recipe}: {name}, {size}, is not a multiple of {multiple}, as its GEMMs "
+                "need: change it, or train without fp8.recipe"
+            )
+
+
+def check_machine(fp8: Fp8Config, impl: Literal["local", "transformer_engine"]) -> None:
+    """Refuses a recipe that this machine cannot run.
+
+    Args:
+        impl: whose layers will be built.
+
+    Raises:
+        UserError: with what is missing.
+    """
+    if fp8.recipe is None:
+        return
+    if reason := missing(fp8.recipe):
+        raise UserError(f"fp8.recipe {fp8.recipe} needs {reason}: see `megatron-ladder doctor`")
+    if impl == "local":
+        raise UserError(
+            f"fp8.recipe {fp8.recipe} is Transformer Engine's, transformer_impl is local: set it to auto"
+        )
+
+
+def missing(recipe: Fp8Recipe) -> str:
+    """What this machine lacks for a recipe; empty when it has all."""
+    least, generation = CAPABILITIES[recipe]
+    if find_spec("transformer_engine") is None:
+        return "the transformer-engine package"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < least:
+        found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        return f"a GPU of compute capability {least[0]}.{least[1]} ({generation}); found: {found}"
+    return ""
+
+
+def config_fields(fp8: Fp8Config) -> dict[str, Any]:
+    """megatron-core's fields; those for delayed are the ones that Megatron-LM's recipes use."""
+    if fp8.recipe is None:
+        return {}
+    per_tensor = fp8.recipe in ("delayed", "tensorwise")
+    return {
+        # hybrid: gradients as e5m2, of larger range; scales of blocks make e4m3 do for all.
+        "fp8": "hybrid" if per_tensor else "e4m3",
+        "fp8_recipe": fp8.recipe,
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": bool(
+            fp8.num_layers_at_start_in_bf16 or fp8.num_layers_at_end_in_bf16
+        ),
+        "num_layers_at_start_in_bf16": fp8.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": fp8.num_layers_at_end_in_bf16,
+    }
