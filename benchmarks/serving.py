@@ -1,6 +1,6 @@
 """`megatron-ladder serve` under many clients: latencies, and that nothing leaks.
 
-    python benchmarks/serving.py MODEL --json benchmarks/results/serving.json
+    python benchmarks/serving.py MODEL --json FILE --picture FILE
 
 Clients of OpenAI's official package stream completions, one after another each. Some go away in the
 middle of an answer, some send what is no request. Whatever is answered otherwise than it should be is an
@@ -28,8 +28,11 @@ from typing import Any
 import httpx
 import openai
 import psutil
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 MAX_REQUESTS = 16
+BLUE, GREY = "#0072B2", "#e6e6e6"
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "with"]
 LOOK_S = 5.0
 GROWTH = 1.02  # of memory from the first half to the second: more is a leak
@@ -224,6 +227,23 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def draw(path: Path, looks: list[dict[str, float]]) -> None:
+    """What must not grow, against time."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    panels = figure.subplots(2, sharex=True)
+    for panel, name, label in zip(
+        panels, ("rss_mb", "cache_free_tokens"), ("memory, MB", "free cache, tokens"), strict=True
+    ):
+        panel.plot([look["s"] for look in looks], [look[name] for look in looks], color=BLUE)
+        panel.set_ylim(bottom=0)
+        panel.set_ylabel(label)
+        panel.grid(True, color=GREY)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("seconds")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_figure(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("model", type=Path, help="a run or an exported folder")
@@ -231,11 +251,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     results = asyncio.run(measure(arguments))
     print(json.dumps({name: v for name, v in results.items() if name != "looks"}, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.picture:
+        draw(arguments.picture, results["looks"])
     room, memory = results["cache_free_tokens"], results["rss_mb"]
     is_leaking = room["before"] != room["after"] or any(results["left"].values())
     is_growing = memory["second half"] > GROWTH * memory["first half"]
