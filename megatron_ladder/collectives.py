@@ -17,7 +17,7 @@ reduction, `input_start` waits for it. Between a start and its wait a tensor is 
 passed on, never read. docs/overlap.md shows when each point runs, and why.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,12 +25,11 @@ from torch import Tensor
 
 from megatron_ladder import quantised_sum
 from megatron_ladder.backward_order import natural_number, run_no_sooner_than
+from megatron_ladder.config import AllReduce
 from megatron_ladder.quantised_sum import Work
 from megatron_ladder.ranges import named
 
 Group = dist.ProcessGroup
-AllReduce = Literal["exact", "int8"]
-"""How partial outputs are summed; int8 in inference only (quantised_sum.py)."""
 
 
 # megatron-core passes a layer's outputs on untouched, and a sub-module its input to its first

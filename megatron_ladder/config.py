@@ -12,6 +12,8 @@ Residual = Literal["standard", "ladder", "parallel", "desync", "no-comm"]
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
+AllReduce = Literal["exact", "int8"]
+"""How partial outputs are summed over tensor-parallel ranks; int8 in inference only (quantised_sum.py)."""
 
 # Vocabulary rows are padded to this, whatever the layout: a checkpoint's shapes must not depend on
 # the tensor-parallel size it was trained at.

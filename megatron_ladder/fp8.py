@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
-import torch
-
 from megatron_ladder.config import ModelConfig, ParallelConfig, Precision
 from megatron_ladder.errors import UserError
 
@@ -105,6 +103,8 @@ def check_machine(fp8: Fp8Config, impl: Literal["local", "transformer_engine"]) 
 def missing(recipe: Fp8Recipe) -> str:
     """What this machine lacks for a recipe; empty when it has all."""
     least, generation = CAPABILITIES[recipe]
+    import torch  # here: a command line starts without it
+
     if find_spec("transformer_engine") is None:
         return "the transformer-engine package"
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < least:

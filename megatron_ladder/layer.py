@@ -30,14 +30,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ladder import collectives, streams
-from megatron_ladder.collectives import (
-    AllReduce,
-    collectives_of,
-    input_wait,
-    output_start,
-    output_wait,
-)
-from megatron_ladder.config import Residual
+from megatron_ladder.collectives import collectives_of, input_wait, output_start, output_wait
+from megatron_ladder.config import AllReduce, Residual
 from megatron_ladder.desync import meet, part_ways, sum_weight_gradients
 from megatron_ladder.ranges import named
 from megatron_ladder.recompute import numbers_drawn, recomputed

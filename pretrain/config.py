@@ -22,6 +22,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config, check_fp8
 from pretrain.fault_config import FaultConfig
 from pretrain.files import write_atomically
+from pretrain.profile_config import ProfileConfig
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,6 @@ class AdaptConfig:
     """The share of the loss that is the divergence from the unmodified model's predictions."""
     distillation_temperature: float = 1.0
     """Both models' predictions are softened by it."""
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    """A trace of some steps by torch's profiler, into the run's folder `profile` (docs/overlap.md)."""
-
-    first_step: int | None = None
-    """None traces nothing."""
-    steps: int = 2
-    """How many; a trace of each rank grows by some megabytes a step."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from megatron_ladder.collectives import AllReduce
-from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.config import AllReduce, ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.layer import LadderTransformerLayer
 

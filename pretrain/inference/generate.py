@@ -6,8 +6,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from megatron_ladder.collectives import AllReduce
-from megatron_ladder.config import ParallelConfig
+from megatron_ladder.config import AllReduce, ParallelConfig
 from megatron_ladder.inference.engine import (
     DynamicEngine,
     Request,

@@ -14,8 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from tokenizers import Tokenizer
 
 from megatron_ladder import cpu_platform
-from megatron_ladder.collectives import AllReduce
-from megatron_ladder.config import ModelConfig, ParallelConfig, Precision, check_layout
+from megatron_ladder.config import AllReduce, ModelConfig, ParallelConfig, Precision, check_layout
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import hf_to_megatron_chunks
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config

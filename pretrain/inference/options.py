@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megatron_ladder.collectives import AllReduce
-from megatron_ladder.config import ParallelConfig
+from megatron_ladder.config import AllReduce, ParallelConfig
 from megatron_ladder.errors import UserError
 
 

@@ -1,0 +1,13 @@
+"""What to trace of a run: pretrain/profile.py does it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps by torch's profiler, into the run's folder `profile` (docs/overlap.md)."""
+
+    first_step: int | None = None
+    """None traces nothing."""
+    steps: int = 2
+    """How many; a trace of each rank grows by some megabytes a step."""
