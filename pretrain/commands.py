@@ -214,7 +214,8 @@ def serve(argv: list[str]) -> int:
     from pretrain.inference.serve import listen
     from pretrain.inference.serve import serve as serve_model
 
-    if options.parallel().model_parallel_size > 1:  # refused before ranks start
+    # Refused before ranks start; a rank would find the port in use by the first one.
+    if options.parallel().model_parallel_size > 1 and "RANK" not in os.environ:
         find(options.model, options.parallel(), options.all_reduce)
         listen(options).close()
     _start_ranks("serve", argv, options.parallel().model_parallel_size)
