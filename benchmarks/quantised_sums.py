@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--tensor-model-parallel-sizes", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--tensor-model-parallel-sizes", nargs="+", type=int, default=[2])
     parser.add_argument("--seq-length", type=int, default=256, help="that it was trained with")
     parser.add_argument("--windows", type=int, default=64, help="of the validation split")
     parser.add_argument("--json", type=Path)
