@@ -61,7 +61,7 @@ def halves(residual: str) -> tuple[torch.Tensor, ...]:
     return whole, in_halves, made.decode().clone(), made.decode_in_halves()
 
 
-@pytest.mark.parametrize("residual", ["parallel", "ladder"])
+@pytest.mark.parametrize("residual", ["parallel", pytest.param("ladder", marks=pytest.mark.slow)])
 def test_half_batches_compute_the_same(residual: str, tmp_path: Path) -> None:
     for whole, in_halves, decoded, decoded_in_halves in run_ranks(
         2, halves, residual, tmp_path=tmp_path

@@ -117,7 +117,7 @@ def generate(model: ModelConfig, folder: Path) -> tuple[Any, ...]:
     return (*both, static, finish(engine))
 
 
-@pytest.mark.parametrize("kind", ["ladder", "parallel"])
+@pytest.mark.parametrize("kind", ["ladder", pytest.param("parallel", marks=pytest.mark.slow)])
 def test_a_model_with_int8_sums(kind: str, tmp_path: Path) -> None:
     model, folder = tiny(kind), tmp_path / "weights"
     run_ranks(1, save_weights, model, folder, tmp_path=tmp_path)
