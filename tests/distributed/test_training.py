@@ -318,12 +318,12 @@ def test_steps_are_traced(data: Path, tmp_path: Path) -> None:
         names = [name for _, name in named]
         assert [name for name in names if name.startswith("step")] == ["step 3", "step 4"]
         assert {"input gradient: start", "input gradient: wait"} <= set(names)
-        first = names.index("layer 2: attention")
+        first = names.index("layer 1: attention")
         ours = [n for n in names[first:] if n.startswith(("layer", "output"))][:5]
         assert ours == [
-            "layer 2: attention",
+            "layer 1: attention",
             "output: start",
-            "output: wait",  # of layer 1's MLP
-            "layer 2: mlp",
+            "layer 1: mlp",
             "output: start",
+            "output: wait",  # of attention
         ]
