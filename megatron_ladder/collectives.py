@@ -223,8 +223,8 @@ class _OutputStart(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.collectives = collectives
-        if not collectives.sequence_parallel:
-            ctx.mark_dirty(x)
+        # Without sequence parallelism `x` itself, which autograd then returns as a view of it. Not
+        # marked dirty: Transformer Engine's outputs are views, which autograd lets nobody change.
         return collectives.start_output(x)
 
     @staticmethod

@@ -38,10 +38,10 @@ def _on_cpu(function: Callable) -> Callable:
 def enable() -> bool:
     """Makes the CPU stand in for a GPU; returns whether it did. Idempotent."""
     global _enabled
-    if torch.cuda.is_available():
-        return False
     if _enabled:
         return True
+    if torch.cuda.is_available():
+        return False
 
     from megatron.core.tensor_parallel import random as mcore_random
 

@@ -210,6 +210,10 @@ def build_gpt_model(
             )
         if not model.is_standard:
             connect(list(gpt.decoder.layers))
+        if config.fp8 and config.fp8_recipe == "delayed":
+            from megatron_ladder.te.scales import store_scales_as_numbers
+
+            store_scales_as_numbers(gpt)
         gpt.config = seen_by_schedules
         chunks.append(gpt.to(device or torch.cuda.current_device()))
     return chunks

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.random import (
 from torch import Tensor
 
 from megatron_ladder.collectives import SubmoduleCollectives, collectives_of, take_part
+from megatron_ladder.te.recompute import Fp8Region
 
 Submodule = Callable[[Tensor], Tensor]
 
@@ -51,6 +52,7 @@ class _Call:
     def __init__(self, submodule: Submodule) -> None:
         self.submodule = submodule
         self.rng_states = _get_all_rng_states()
+        self.fp8 = Fp8Region()
         self.again: tuple[Tensor, Tensor] | None = None
         """The recomputed sub-module's input and output, between the two nodes' backward."""
 
@@ -66,7 +68,8 @@ class _SubmoduleBackward(torch.autograd.Function):
         global _running
         ctx.call = _running = call
         try:
-            return call.submodule(x)
+            with call.fp8.forward():
+                return call.submodule(x)
         finally:
             _running = None
 
@@ -89,7 +92,6 @@ class _RecomputeFirst(torch.autograd.Function):
         ctx.call, ctx.collectives = call, collectives
         gathers = collectives is not None and collectives.gather_input_again()
         ctx.save_for_backward(*(() if gathers else (x,)))
-        ctx.mark_dirty(output)
         return output
 
     @staticmethod
@@ -100,6 +102,6 @@ class _RecomputeFirst(torch.autograd.Function):
         take_part(x, collectives)
         with _fork_rng():
             _set_all_rng_states(*call.rng_states)
-            with torch.enable_grad():
+            with call.fp8.again(), torch.enable_grad():
                 call.again = x, call.submodule(x)
         return grads[0], None, None, None

@@ -96,7 +96,7 @@ def layer_spec(
         spec = ModuleSpec(module=TransformerLayer, submodules=submodules)
     else:
         if chosen == "transformer_engine":
-            from megatron_ladder.te_backend import TECommFreeBackend
+            from megatron_ladder.te.backend import TECommFreeBackend
 
             backend: Any = TECommFreeBackend()
         else:

@@ -13,6 +13,7 @@ OURS = {"megatron_ladder", "pretrain", "data_prep", "slurm"}
 # What each package may import besides the standard library; None: anything.
 MAY_IMPORT: dict[str, set[str] | None] = {
     "megatron_ladder": {"megatron_ladder", "megatron", "torch"},
+    "megatron_ladder/te": {"megatron_ladder", "megatron", "torch", "transformer_engine"},
     "megatron_ladder/hf": {"megatron_ladder", "torch", "transformers", "safetensors", "tokenizers"}
     | {"huggingface_hub", "jinja2", "sentencepiece", "tqdm", "numpy"},
     # Runs in vLLM's environment, without megatron-core.
@@ -59,13 +60,16 @@ def test_packages_import_only_those_below_them(package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["megatron_ladder", "megatron_ladder/hf", "megatron_ladder/vllm"]
+    "package",
+    ["megatron_ladder", "megatron_ladder/te", "megatron_ladder/hf", "megatron_ladder/vllm"],
 )
 def test_the_library_imports_only_what_it_needs(package: str) -> None:
     allowed = MAY_IMPORT[package]
     assert allowed is not None
     for file in files(package):
-        if package == "megatron_ladder" and {"hf", "vllm"} & set(file.relative_to(ROOT).parts):
+        if package == "megatron_ladder" and {"te", "hf", "vllm"} & set(
+            file.relative_to(ROOT).parts
+        ):
             continue
         used = imports(file) - set(sys.stdlib_module_names)
         assert used <= allowed, f"{file.name}: {sorted(used - allowed)}"
@@ -93,6 +97,7 @@ def test_every_folder_has_its_line_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     folders = [
         "megatron_ladder",
+        "megatron_ladder/te",
         "megatron_ladder/hf",
         "pretrain",
         "pretrain/bench",

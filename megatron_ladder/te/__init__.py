@@ -1,0 +1,1 @@
+"""What is written against Transformer Engine, for GPUs; imported only where that is installed."""

@@ -1,0 +1,61 @@
+"""Delayed scaling's scales in checkpoints, as numbers. Imported only where Transformer Engine is.
+
+Transformer Engine pickles them, and refuses to unpickle: a run in FP8 with delayed scaling could not be
+resumed, or only by a variable that allows any pickle to run what it likes. The other recipes keep
+nothing from one step to the next.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import get_fp8_context
+from torch import Tensor
+from transformer_engine.pytorch import LayerNormLinear, Linear
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+from transformer_engine.pytorch.ops import BasicOperation
+
+
+def store_scales_as_numbers(model: Any) -> None:
+    """Changes what the linears of `model` give to checkpoints and take from them.
+
+    Norms and attention are not in FP8 here: what Transformer Engine would store of them is left out.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear | LayerNormLinear):
+            module.get_extra_state = partial(_state, module)
+            module.set_extra_state = partial(_set_state, module)
+        elif isinstance(module, TransformerEngineBaseModule | BasicOperation):
+            module.get_extra_state = _nothing
+            module.set_extra_state = _ignore
+
+
+def _nothing() -> Tensor:
+    return torch.empty(0)
+
+
+def _ignore(_: Tensor) -> None:
+    pass
+
+
+def _scales(linear: Any) -> list[Tensor]:
+    """Of inputs, weight and output, then of gradients: scales, and the maxima they come from."""
+    found = linear.fp8_meta["scaling_fwd"], linear.fp8_meta["scaling_bwd"]
+    return [x for state in found for x in (state.scale, state.amax_history)]
+
+
+def _state(linear: Any) -> Tensor:
+    if "scaling_fwd" not in linear.fp8_meta:  # before the first step
+        return _nothing()
+    return torch.cat([x.detach().flatten().float().cpu() for x in _scales(linear)])
+
+
+def _set_state(linear: Any, state: Tensor) -> None:
+    if state.numel() == 0:
+        return
+    with torch.no_grad(), get_fp8_context(linear.config):
+        linear.init_fp8_metadata(num_gemms=1)
+    scales = _scales(linear)
+    parts = state.split([x.numel() for x in scales])
+    for scale, part in zip(scales, parts, strict=True):
+        scale.copy_(part.view_as(scale))

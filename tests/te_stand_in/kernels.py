@@ -1,0 +1,239 @@
+"""CPU stand-ins for the CUDA kernels that Transformer Engine 2.20's layers and optimizer call.
+
+What is tested with them is what runs in Python: which module computes what in which precision, what is
+kept for backward and when scales are found, under this project's layers. Not the kernels.
+
+`install` changes torch and Transformer Engine for the whole process: call it in a rank of its own.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # scales of delayed scaling, in PyTorch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+gemms: list[tuple[bool, bool]] = []
+"""Of each GEMM, in order: whether it was of two FP8 operands, and whether in backward."""
+gemm_weights: list[int] = []
+"""Of each GEMM in backward that gave a weight's gradient: the `data_ptr` of what it wrote to, or 0."""
+
+
+def install() -> None:
+    from megatron_ladder import cpu_platform, streams
+
+    torch.compiler.set_stance("force_eager")  # compiling would look for a GPU
+    cpu_platform.enable()
+    _pretend_there_is_a_gpu()
+    streams.moment = lambda: None  # one stream
+    streams.rejoin = lambda *_: None
+
+    import transformer_engine.pytorch as te
+    import transformer_engine.pytorch.cpp_extensions.gemm as gemm
+    import transformer_engine_torch as tex
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    gemm.get_cublas_workspace = lambda *_: torch.empty(1, dtype=torch.uint8)
+    te.distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    te.distributed._set_cuda_rng_state = lambda *_, **__: None
+    TEDotProductAttention.forward = _attention
+    ours = {
+        "generic_gemm": _gemm,
+        "rmsnorm_fwd": _rmsnorm,
+        "rmsnorm_bwd": _rmsnorm_backward,
+        "quantize": _quantize,
+        "bgrad_quantize": lambda grad, quantizer: (
+            grad.reshape(-1, grad.shape[-1]).sum(0),
+            _quantize(grad, quantizer),
+        ),
+        "fp8_transpose": lambda data, *_, **__: data.movedim(-1, 0).contiguous(),
+        "multi_tensor_adam": _adam,
+        "multi_tensor_l2norm": _l2norm,
+        "multi_tensor_scale": _scale,
+        "multi_tensor_scale_tensor": _scale,
+    }
+    # The extension's functions are imported by name in many places.
+    modules = [
+        m for n, m in sys.modules.items() if n.startswith(("transformer_engine", "megatron"))
+    ]
+    for name, function in ours.items():
+        real = getattr(tex, name)
+        for module in [tex, *modules]:
+            for alias, value in list(vars(module).items()):
+                if value is real:
+                    setattr(module, alias, function)
+
+
+def _pretend_there_is_a_gpu() -> None:
+    cuda: Any = torch.cuda
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: 1
+    cuda.get_device_capability = lambda *_: (9, 0)
+    cuda.get_device_name = lambda *_: "stand-in"
+    cuda.get_device_properties = lambda *_: SimpleNamespace(
+        major=9, minor=0, name="stand-in", multi_processor_count=1, total_memory=80e9
+    )
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.set_device = lambda *_: None
+    cuda._lazy_init = lambda: None
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
+    torch.Tensor.is_cuda = property(lambda _: True)  # type: ignore[assignment]
+    torch.Tensor.record_stream = lambda *_: None
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
+
+
+# GEMMs. TE's are cuBLAS's, whose matrices are by column: out = B' A', by row.
+
+
+def _gemm(  # type: ignore[no-untyped-def]
+    a, transposed_a, b, transposed_b, out, quantizer, dtype, bias, bias_dtype, gelu, gelu_input, grad,
+    workspace, workspace_size, accumulate, split, **_,
+):  # fmt: skip
+    assert quantizer is None and not gelu
+    from transformer_engine.pytorch.cpp_extensions.gemm import TE_DType
+
+    dtypes = {v: k for k, v in TE_DType.items()}
+    gemms.append((_is_fp8(a) and _is_fp8(b), grad))
+    left, right = _plain(b).float(), _plain(a).float()
+    shape = left.shape
+    left, right = left.reshape(-1, shape[-1]), right.reshape(-1, right.shape[-1])
+    if transposed_b:
+        gemm_weights.append(0 if out is None else out.data_ptr())
+    result = (left.t() if transposed_b else left) @ (right.t() if transposed_a else right)
+    if bias is not None and not grad:
+        result += bias.float()
+    bias_gradient = left.sum(0).to(dtypes[bias_dtype]) if bias is not None and grad else None
+    if not transposed_b:
+        result = result.reshape(*shape[:-1], result.shape[-1])
+    if out is None:
+        return result.to(dtypes[dtype]), bias_gradient, None, None
+    result = result.reshape(out.shape).to(out.dtype)
+    out.add_(result) if accumulate else out.copy_(result)
+    return out, bias_gradient, None, None
+
+
+def _attention(  # type: ignore[no-untyped-def]
+    self, query: Tensor, key: Tensor, value: Tensor, attention_mask, *_, **__
+) -> Tensor:
+    s, b = query.shape[:2]
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.permute(2, 0, 1, 3).reshape(s, b, -1)
+
+
+def _rmsnorm(x, weight, eps, out, quantizer, dtype, *_):  # type: ignore[no-untyped-def]
+    from transformer_engine.pytorch.cpp_extensions.gemm import TE_DType
+
+    dtypes = {v: k for k, v in TE_DType.items()}
+    scale = (x.float().pow(2).mean(-1) + eps).rsqrt()
+    y = x.float() * scale[..., None] * weight.float()
+    y = y.to(dtype if isinstance(dtype, torch.dtype) else dtypes[dtype])
+    return (y if quantizer is None else quantizer(y)), None, scale
+
+
+def _rmsnorm_backward(grad, x, scale, weight, *_):  # type: ignore[no-untyped-def]
+    normalised = x.float() * scale[..., None]
+    weighted = grad.float() * weight.float()
+    mean = (weighted * normalised).mean(-1, keepdim=True)
+    weight_gradient = (grad.float() * normalised).reshape(-1, x.shape[-1]).sum(0)
+    return (scale[..., None] * (weighted - normalised * mean)).to(x.dtype), weight_gradient.to(
+        weight.dtype
+    )
+
+
+# FP8 with one scale a tensor: tensorwise, which finds it in the tensor, and delayed, which has it.
+
+
+def _fp8_dtype(te_dtype: Any) -> torch.dtype:
+    import transformer_engine_torch as tex
+
+    is_e5m2 = int(te_dtype) == int(tex.DType.kFloat8E5M2)
+    return torch.float8_e5m2 if is_e5m2 else torch.float8_e4m3fn
+
+
+def _is_fp8(x: Any) -> bool:
+    return hasattr(x, "_scale_inv")
+
+
+def _plain(x: Any) -> Tensor:
+    if not _is_fp8(x):
+        return x
+    dtype = _fp8_dtype(x._fp8_dtype)
+    if x._data is not None:
+        return x._data.view(dtype).float() * x._scale_inv
+    return (x._transpose.view(dtype).float() * x._scale_inv).movedim(0, -1)
+
+
+def _quantize(source: Any, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
+    from transformer_engine.pytorch.tensor.float8_tensor import (
+        Float8CurrentScalingQuantizer,
+        Float8Tensor,
+    )
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+
+    x = _plain(source).detach().float()
+    dtype = _fp8_dtype(quantizer.dtype)
+    largest, amax = torch.finfo(dtype).max, x.abs().max().reshape(1)
+    if isinstance(quantizer, Float8CurrentScalingQuantizer):
+        if quantizer.with_amax_reduction:
+            group = quantizer.amax_reduction_group
+            torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group)
+        scale = largest / amax.clamp(min=1e-30)
+    else:
+        seen = quantizer.amax  # of all tensors since the scale was found last
+        seen.copy_(torch.maximum(seen, amax.reshape(seen.shape)))
+        scale = quantizer.scale.reshape(1).clone()
+    data = (x * scale).clamp(-largest, largest).to(dtype).view(torch.uint8)
+    transpose = data.movedim(-1, 0).contiguous() if quantizer.columnwise_usage else None
+    if out is not None:
+        if out._data is not None:
+            out._data.copy_(data)
+        if transpose is not None:
+            out._transpose, out._transpose_invalid = transpose, False
+        out._scale_inv.copy_(1 / scale)
+        return out
+    arguments: dict[str, Any] = {
+        "fp8_scale_inv": 1 / scale,
+        "fp8_dtype": quantizer.dtype,
+        "data_transpose": transpose,
+        "quantizer": quantizer,
+    }
+    if quantizer.internal:
+        rows = data if quantizer.rowwise_usage else None
+        return Float8TensorStorage(data=rows, fake_dtype=source.dtype, **arguments)
+    return Float8Tensor(
+        shape=data.shape, dtype=source.dtype, data=data, device=data.device, **arguments
+    )
+
+
+# The optimizer's, over lists of tensors.
+
+
+def _adam(  # type: ignore[no-untyped-def]
+    chunk, overflow, lists: Sequence[list[Tensor]], lr, beta1, beta2, eps, step, decoupled,
+    bias_correction, weight_decay,
+):  # fmt: skip
+    assert decoupled and bias_correction
+    for grad, parameter, mean, square, *master in zip(*lists, strict=True):
+        g, p = grad.float(), (master[0] if master else parameter)
+        m = mean.float().lerp_(g, 1 - beta1)
+        v = square.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.mul_(1 - lr * weight_decay)
+        denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
+        p.addcdiv_(m / (1 - beta1**step), denominator, value=-lr)
+        mean.copy_(m), square.copy_(v), parameter.copy_(p)
+
+
+def _l2norm(chunk, overflow, lists, per_tensor=False):  # type: ignore[no-untyped-def]
+    norms = torch.stack([x.float().norm() for x in lists[0]])
+    return norms.norm().reshape(1), norms
+
+
+def _scale(chunk, overflow, lists, factor):  # type: ignore[no-untyped-def]
+    for source, out in zip(*lists, strict=True):
+        out.copy_(source * factor)

@@ -1,0 +1,66 @@
+"""Runs in FP8 through `megatron-ladder train`: the optimizer, checkpoints, resuming."""
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.config import load_config
+from tests.data_sets import write_data_set
+from tests.oracle import plain_model
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("transformer_engine") is None, reason="no Transformer Engine"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run tests/gpu"),
+]
+
+
+def losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def train(data: Path, run: Path, *options: str) -> None:
+    arguments = ["--preset", "debug", "--data.paths", str(data), "--output-dir", str(run)]
+    arguments += ["--nproc-per-node", "1", "--schedule.train-steps", "6", "--save-interval", "3"]
+    arguments += ["--precision", "bf16", *options]
+    command = [sys.executable, "-m", "tests.te_stand_in.train", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("residual", ["ladder", "standard"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_a_run_in_fp8_resumes_bitwise(recipe: str, residual: str, tmp_path: Path) -> None:
+    data = write_data_set(tmp_path / "data")
+    options = ["--fp8.recipe", recipe, "--model.residual", residual]
+    train(data, tmp_path / "run", *options)
+    whole = losses(tmp_path / "run")
+    assert whole[-1] < whole[0]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+    train(data, tmp_path / "run", *options)
+    assert losses(tmp_path / "run") == whole
+
+
+def test_a_checkpoint_in_fp8_holds_the_weights_of_any_other(tmp_path: Path) -> None:
+    data, run = write_data_set(tmp_path / "data"), tmp_path / "run"
+    train(data, run, "--fp8.recipe", "delayed")
+    model = load_config(run / "config.json").model
+    plain = plain_model(model, run / "checkpoints" / "step_00000006")  # refuses other names
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    assert plain(tokens).logits.isfinite().all()
+
+
+def test_layers_may_change_between_starts(tmp_path: Path) -> None:
+    data = write_data_set(tmp_path / "data")
+    train(data, tmp_path / "run")
+    whole = losses(tmp_path / "run")
+    for impl in ("local", "transformer_engine"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+        train(data, tmp_path / "run", "--transformer-impl", impl)
+        assert losses(tmp_path / "run") == pytest.approx(whole, rel=2e-3)
