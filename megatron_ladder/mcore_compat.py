@@ -148,9 +148,10 @@ def transformer_config(
         # These are torch.compile'd or CUDA kernels: a win on a GPU only.
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
+        apply_rope_fusion=resolve_impl(impl) == "transformer_engine",
         cross_entropy_loss_fusion=on_gpu and not deterministic,
         masked_softmax_fusion=False,
-        # Weight gradients added to DDP's fp32 buffer by the GEMM itself: a kernel of NVIDIA's apex.
+        # Of local linears, by a kernel of NVIDIA's apex; TE's own: pretrain/optimizer.py.
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         **recompute_fields,

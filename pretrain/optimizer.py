@@ -41,6 +41,11 @@ def wrap_data_parallel(chunks: list[Any]) -> list[DistributedDataParallel]:
     ]
     for chunk in model:
         align_checkpoint_ranges(chunk)
+        for module in chunk.modules():
+            # Transformer Engine's GEMMs add weight gradients to DDP's fp32 buffer themselves.
+            # megatron-core's flag for it asks for apex as well, for the output layer.
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
     config.finalize_model_grads_func = finalize_model_grads
     no_sync = [chunk.no_sync for chunk in model]
     # Accumulate first, reduce in the last micro-batch.

@@ -51,6 +51,8 @@ def install() -> None:
             grad.reshape(-1, grad.shape[-1]).sum(0),
             _quantize(grad, quantizer),
         ),
+        "fused_rope_forward": _rope,
+        "fused_rope_backward": lambda grad, angles, *_: _rope(grad, -angles),
         "fp8_transpose": lambda data, *_, **__: data.movedim(-1, 0).contiguous(),
         "multi_tensor_adam": _adam,
         "multi_tensor_l2norm": _l2norm,
@@ -124,6 +126,13 @@ def _attention(  # type: ignore[no-untyped-def]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.permute(2, 0, 1, 3).reshape(s, b, -1)
+
+
+def _rope(x: Tensor, angles: Tensor, *_) -> Tensor:  # type: ignore[no-untyped-def]
+    angles = angles[: x.shape[0]].float()  # [s, 1, 1, d], of [s, b, heads, d]
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
+    return (x * angles.cos() + turned * angles.sin()).to(x.dtype)
 
 
 def _rmsnorm(x, weight, eps, out, quantizer, dtype, *_):  # type: ignore[no-untyped-def]

@@ -41,7 +41,7 @@ FUSED = {
 
 
 class Run:
-    """One model on one rank: its loss, gradients and GEMMs, after some steps on the same tokens."""
+    """One model on one rank: its gradients and GEMMs after some passes over the same tokens."""
 
     def __init__(
         self,
@@ -60,22 +60,23 @@ class Run:
         config = transformer_config(model, parallel, impl=impl, recompute=recompute, **options)
         torch.manual_seed(0)
         (self.gpt,) = build_gpt_model(model, config, impl)
-        own = {_name(n): p for n, p in self.gpt.named_parameters()}
+        self.own = {_name(n): p for n, p in self.gpt.named_parameters()}
         for name, weight in (weights or {}).items():
-            own[name].data.copy_(weight)
-        tokens = torch.randint(0, VOCAB, (2, 33), generator=torch.Generator().manual_seed(1))
-        positions = torch.arange(32).expand(2, -1)
+            self.own[name].data.copy_(weight)
         for _ in range(steps):
             kernels.gemms.clear()
             self.gpt.zero_grad()
             self.gpt.set_is_first_microbatch()
-            losses = self.gpt(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
-            loss = losses.float().mean()
-            loss.backward()
-        self.loss = loss.item()
+            self.forward().backward()
         self.gemms = list(kernels.gemms)
-        self.gradients = {n: p.grad.float() for n, p in own.items()}
-        self.weights = {n: p.detach().clone() for n, p in own.items()}
+        self.weights = {n: p.detach().clone() for n, p in self.own.items()}
+        self.gradients = {n: p.grad.float() for n, p in self.own.items() if p.grad is not None}
+
+    def forward(self) -> Tensor:
+        tokens = torch.randint(0, VOCAB, (2, 33), generator=torch.Generator().manual_seed(1))
+        positions = torch.arange(32).expand(2, -1)
+        losses = self.gpt(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+        return losses.float().mean()
 
     def worst(self, other: "Run") -> float:
         """The largest relative difference of a parameter's gradient."""
@@ -119,11 +120,9 @@ def run_kind(kind: str, layout: str) -> list[str]:
         if not holds:
             found.append(f"{what}: {figures}")
 
-    plain = {}
     for recompute in ("none", "full"):
         run = Run(model, parallel, weights=local.weights, recompute=recompute)
         check(f"fp32 {recompute}", run.worst(local) < 1e-5, run.worst(local))
-        plain[recompute] = run
     bf16 = Run(model, parallel, weights=local.weights, precision="bf16")
     check("bf16", bf16.worst(local) < 0.05, bf16.worst(local))
 
@@ -171,3 +170,36 @@ def test_layers(kind: str, layout: str, tmp_path: Path) -> None:
     ranks = parallel.tensor_model_parallel_size
     for found in run_ranks(ranks, run_kind, kind, layout, tmp_path=tmp_path):
         assert not found
+
+
+def run_under_ddp() -> tuple[float, bool]:
+    """The worst difference of gradients from those without DDP, and whether all GEMMs wrote them."""
+    from tests.te_stand_in import kernels
+
+    kernels.install()
+    from megatron_ladder.mcore_compat import initialize_model_parallel
+    from pretrain.optimizer import wrap_data_parallel
+
+    model, parallel = model_of("ladder"), ParallelConfig()
+    initialize_model_parallel(parallel, seed=0)
+    plain = Run(model, parallel, precision="bf16")
+    run = Run(model, parallel, precision="bf16", steps=0, weights=plain.weights)
+    (ddp,) = wrap_data_parallel([run.gpt])
+    kernels.gemm_weights.clear()
+    for _ in range(2):  # micro-batches
+        run.forward().backward()
+    linears = [n for n in plain.gradients if ".linear_" in n]
+    buffers = {p.main_grad.data_ptr() for n, p in run.own.items() if n in linears}
+    all_written = set(kernels.gemm_weights) == buffers and len(buffers) == 4 * LAYERS
+    difference = max(
+        float((p.main_grad / 2 - plain.gradients[n]).norm() / plain.gradients[n].norm())
+        for n, p in run.own.items()
+    )
+    assert ddp.module is run.gpt
+    return difference, all_written
+
+
+def test_weight_gradients_are_added_to_ddps_buffer_by_the_gemms(tmp_path: Path) -> None:
+    ((difference, all_written),) = run_ranks(1, run_under_ddp, tmp_path=tmp_path)
+    assert all_written
+    assert difference < 1e-2  # bf16 against fp32, which the buffer is of
