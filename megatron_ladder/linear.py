@@ -32,8 +32,7 @@ class CommFreeColumnParallelLinear(ColumnParallelLinear):
             return super().forward(input_, weight, *args, **kwargs)
         assert weight is None and (self.bias is None or not self.skip_bias_add)
         fused = self.gradient_accumulation_fusion
-        output = _ColumnGemm.apply(input_, self.weight, collectives, fused)
-        return output if self.bias is None else output + self.bias, None
+        return column_gemm(input_, self.weight, self.bias, collectives, fused), None
 
 
 class CommFreeRowParallelLinear(RowParallelLinear):
@@ -52,6 +51,29 @@ class CommFreeRowParallelLinear(RowParallelLinear):
             grad_output_buffer=None,
         )
         return output, self.bias
+
+
+def column_gemm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    collectives: SubmoduleCollectives,
+    fused: bool,
+) -> Tensor:
+    """The first linear of a sub-module. Its input's gradient is summed over the ranks while the
+    weight's is computed, and with sequence parallelism it keeps this rank's shard of the input alone.
+
+    Args:
+        x: [s, b, input], gathered.
+        weight: [output/tp, input].
+        collectives: of `x`.
+        fused: the weight's gradient is added to its `main_grad`, where it has one.
+
+    Returns:
+        [s, b, output/tp].
+    """
+    output = _ColumnGemm.apply(x, weight, collectives, fused)
+    return output if bias is None else output + bias
 
 
 class _ColumnGemm(torch.autograd.Function):
@@ -83,11 +105,15 @@ class _ColumnGemm(torch.autograd.Function):
 
 def _add_to_main_grad(weight: Any, grad: Tensor, x: Tensor) -> Tensor:
     """Adds grad^T x to DDP's gradient buffer in the GEMM itself; returns what autograd may drop."""
-    if x.is_cuda:
+    if not x.is_cuda:
+        weight.main_grad.add_(grad.t().matmul(x))
+    elif hasattr(layers, "fused_weight_gradient_mlp_cuda"):
         assert weight.main_grad.dtype == torch.float32
         apex: Any = layers.fused_weight_gradient_mlp_cuda
         apex.wgrad_gemm_accum_fp32(x, grad, weight.main_grad)
     else:
-        weight.main_grad.add_(grad.t().matmul(x))
+        from megatron_ladder.te.gemm import add_product
+
+        add_product(grad, x, weight.main_grad)
     weight.grad_added_to_main_grad = True  # DDP adds nothing then
     return torch.empty_like(weight)

@@ -7,6 +7,11 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from torch import Tensor
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+from megatron_ladder.collectives import collectives_of
+from megatron_ladder.linear import column_gemm
 
 
 def _silence(linear: Any) -> None:
@@ -21,11 +26,25 @@ def _silence(linear: Any) -> None:
 
 
 class TECommFreeColumnParallelLinear(TEColumnParallelLinear):
-    """Column-parallel; the input gradient is left partial."""
+    """Column-parallel; the input gradient is left partial.
+
+    In bf16 the GEMM is ours, as in linear.py: TE's would keep the whole gathered input for backward, tp
+    times the shard, and start no reduction before both gradients are there. In FP8 it is TE's, which
+    keeps the gathered input in FP8.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _silence(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[s, b, input] -> [s, b, output/tp], its bias added, and None."""
+        collectives = collectives_of(x)
+        if collectives is None or FP8GlobalStateManager.is_fp8_enabled():
+            return super().forward(x)
+        fused = self.fuse_wgrad_accumulation
+        bias = self.bias if self.use_bias else None
+        return column_gemm(x, self.weight, bias, collectives, fused), None
 
 
 class TECommFreeRowParallelLinear(TERowParallelLinear):

@@ -1,0 +1,136 @@
+"""Which implementation each part of training gets, why, and what a faster one would save."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ladder.mcore_compat import LadderConfig
+
+WITHOUT_TE = "Transformer Engine"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One part of a training step."""
+
+    part: str
+    implementation: str
+    why: str
+    """Empty where nothing faster is known here."""
+    cost: str = ""
+    """What the faster one would save. Counted, not measured."""
+
+
+def choices(config: LadderConfig, adam: type) -> list[Choice]:
+    """What a model built with `config` runs on.
+
+    Args:
+        adam: the optimizer's class, megatron-core's choice of TE's, apex's and torch's.
+    """
+    te = config.transformer_impl == "transformer_engine"
+    on_gpu = config.bias_activation_fusion
+    lacks = "" if te else _why_local(on_gpu)
+
+    def by_te(part: str, own: str, other: str, cost: str) -> Choice:
+        return Choice(part, own, "") if te else Choice(part, other, lacks, cost)
+
+    def compiled(part: str, fused: bool, cost: str) -> Choice:
+        if fused:
+            return Choice(part, "one kernel, by torch.compile", "")
+        why = "deterministic" if on_gpu else "no GPU"
+        return Choice(part, "PyTorch, operator by operator", why, cost)
+
+    standard_norm = "fused with the linear after it, in standard layers; apart in the others"
+    return [
+        by_te("linears", "Transformer Engine", "megatron-core, cuBLAS", "no FP8"),
+        _fp8(config, te, lacks),
+        by_te(
+            "attention",
+            "Transformer Engine: FlashAttention or cuDNN",
+            "megatron-core, scores in memory",
+            "keeps 2 b heads s x s scores a layer for backward, unless recomputed",
+        ),
+        by_te(
+            "norms",
+            f"Transformer Engine, {standard_norm}",
+            "torch.nn.functional.rms_norm",
+            "in standard layers one pass over the state",
+        ),
+        by_te(
+            "RoPE",
+            "Transformer Engine, one kernel",
+            "PyTorch, operator by operator",
+            "some four passes over queries and keys",
+        ),
+        compiled("SwiGLU", config.bias_activation_fusion, "two passes over the MLP's width"),
+        compiled("dropout and add", config.bias_dropout_fusion, "a pass over the state"),
+        compiled(
+            "cross entropy", config.cross_entropy_loss_fusion, "some three passes over the logits"
+        ),
+        _weight_gradients(config, te),
+        _adam(adam, on_gpu),
+    ]
+
+
+def adam_class() -> type:
+    """megatron-core's choice on this machine."""
+    from megatron.core import optimizer
+
+    return optimizer.Adam
+
+
+def _why_local(on_gpu: bool) -> str:
+    from importlib.util import find_spec
+
+    if not on_gpu:
+        return "no GPU"
+    if find_spec("transformer_engine") is None:
+        return "transformer-engine is not installed"
+    return "transformer_impl is local"
+
+
+def _fp8(config: Any, te: bool, lacks: str) -> Choice:
+    if config.fp8:
+        return Choice("precision of linears", f"FP8 {config.fp8}, recipe {config.fp8_recipe}", "")
+    precision = "bf16" if config.bf16 else "fp32"
+    return Choice("precision of linears", precision, lacks or "no fp8.recipe is given")
+
+
+def _weight_gradients(config: Any, te: bool) -> Choice:
+    part = "weight gradients"
+    if config.gradient_accumulation_fusion:
+        by = "Transformer Engine's and apex's" if te else "apex's"
+        return Choice(part, f"added to the fp32 buffer by {by} GEMMs", "")
+    cost = "writes and reads each gradient once more, every micro-batch"
+    if te:
+        return Choice(
+            part,
+            "added to the fp32 buffer by Transformer Engine's GEMMs; the output layer's apart",
+            "NVIDIA's apex is not installed",
+            f"of the output layer: {cost}",
+        )
+    return Choice(part, "added to the fp32 buffer apart", "NVIDIA's apex is not installed", cost)
+
+
+def _adam(adam: type, on_gpu: bool) -> Choice:
+    by = adam.__module__.split(".")[0]
+    names = {"transformer_engine": "Transformer Engine's FusedAdam", "apex": "apex's FusedAdam"}
+    if by in names:
+        return Choice("Adam", names[by], "")
+    return Choice(
+        "Adam",
+        f"torch's AdamW, {'for many tensors at once (foreach)' if on_gpu else 'tensor by tensor'}",
+        "neither transformer-engine nor NVIDIA's apex is installed",
+        "several passes over the optimizer's state",
+    )
+
+
+def table(found: list[Choice]) -> str:
+    """Lines for people: the part, what it runs on, and why not on something faster."""
+    width = max(len(choice.part) for choice in found)
+    lines = []
+    for choice in found:
+        line = f"  {choice.part:{width}}  {choice.implementation}"
+        if choice.why:
+            line += f" ({choice.why}{'; costs ' + choice.cost if choice.cost else ''})"
+        lines.append(line)
+    return "\n".join(lines)
