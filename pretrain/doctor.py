@@ -52,6 +52,10 @@ def run_doctor() -> int:
     print("\nGPU")
     gpu_problems, fp8_problems = _gpu()
 
+    if _version("megatron-core") and _version("torch"):
+        print("\nTraining here (bf16, deterministic off)")
+        _built_of()
+
     cpu = not outside and _version("torch") is not None and _version("megatron-core") is not None
     print()
     print(f"Ready for CPU training: {'yes' if cpu else 'no'}.", end=" ")
@@ -101,6 +105,19 @@ def _gpu() -> tuple[list[str], list[str]]:
     if names and torch.cuda.get_device_capability() < least:
         fp8.append("a GPU of compute capability 8.9 or later")
     return gpu, fp8
+
+
+def _built_of() -> None:
+    """Prints which implementation each part of a training step would get."""
+    from megatron_ladder.config import ModelConfig, ParallelConfig
+    from megatron_ladder.mcore_compat import transformer_config
+    from pretrain.fusions import adam_class, choices, table
+
+    model = ModelConfig(
+        num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, vocab_size=64
+    )
+    config = transformer_config(model, ParallelConfig(), precision="bf16")
+    print(table(choices(config, adam_class())))
 
 
 def _backends(torch) -> list[str]:  # type: ignore[no-untyped-def]

@@ -1,11 +1,12 @@
-"""Which implementation each part of training gets, why, and what a faster one would save."""
+"""Which implementation each part of training gets, why, and what that costs."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-from megatron_ladder.mcore_compat import LadderConfig
+from megatron.core import optimizer
 
-WITHOUT_TE = "Transformer Engine"
+from megatron_ladder.mcore_compat import LadderConfig
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,9 @@ class Choice:
     part: str
     implementation: str
     why: str
-    """Empty where nothing faster is known here."""
+    """It is this one; empty where it is the fastest of those known here."""
     cost: str = ""
-    """What the faster one would save. Counted, not measured."""
+    """What it does more than the fastest. Counted, not measured."""
 
 
 def choices(config: LadderConfig, adam: type) -> list[Choice]:
@@ -41,8 +42,8 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
 
     standard_norm = "fused with the linear after it, in standard layers; apart in the others"
     return [
-        by_te("linears", "Transformer Engine", "megatron-core, cuBLAS", "no FP8"),
-        _fp8(config, te, lacks),
+        by_te("linears", "Transformer Engine", "megatron-core", "has no FP8"),
+        _precision(config, lacks),
         by_te(
             "attention",
             "Transformer Engine: FlashAttention or cuDNN",
@@ -53,18 +54,22 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
             "norms",
             f"Transformer Engine, {standard_norm}",
             "torch.nn.functional.rms_norm",
-            "in standard layers one pass over the state",
+            "takes a pass more over the state in standard layers",
         ),
         by_te(
             "RoPE",
             "Transformer Engine, one kernel",
             "PyTorch, operator by operator",
-            "some four passes over queries and keys",
+            "takes some four passes more over queries and keys",
         ),
-        compiled("SwiGLU", config.bias_activation_fusion, "two passes over the MLP's width"),
-        compiled("dropout and add", config.bias_dropout_fusion, "a pass over the state"),
         compiled(
-            "cross entropy", config.cross_entropy_loss_fusion, "some three passes over the logits"
+            "SwiGLU", config.bias_activation_fusion, "takes two passes more over the MLP's width"
+        ),
+        compiled("dropout, add", config.bias_dropout_fusion, "takes a pass more over the state"),
+        compiled(
+            "cross entropy",
+            config.cross_entropy_loss_fusion,
+            "takes three passes more over the logits",
         ),
         _weight_gradients(config, te),
         _adam(adam, on_gpu),
@@ -73,14 +78,10 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
 
 def adam_class() -> type:
     """megatron-core's choice on this machine."""
-    from megatron.core import optimizer
-
     return optimizer.Adam
 
 
 def _why_local(on_gpu: bool) -> str:
-    from importlib.util import find_spec
-
     if not on_gpu:
         return "no GPU"
     if find_spec("transformer_engine") is None:
@@ -88,7 +89,7 @@ def _why_local(on_gpu: bool) -> str:
     return "transformer_impl is local"
 
 
-def _fp8(config: Any, te: bool, lacks: str) -> Choice:
+def _precision(config: Any, lacks: str) -> Choice:
     if config.fp8:
         return Choice("precision of linears", f"FP8 {config.fp8}, recipe {config.fp8_recipe}", "")
     precision = "bf16" if config.bf16 else "fp32"
@@ -120,7 +121,7 @@ def _adam(adam: type, on_gpu: bool) -> Choice:
         "Adam",
         f"torch's AdamW, {'for many tensors at once (foreach)' if on_gpu else 'tensor by tensor'}",
         "neither transformer-engine nor NVIDIA's apex is installed",
-        "several passes over the optimizer's state",
+        "takes several passes more over its state",
     )
 
 
@@ -131,6 +132,6 @@ def table(found: list[Choice]) -> str:
     for choice in found:
         line = f"  {choice.part:{width}}  {choice.implementation}"
         if choice.why:
-            line += f" ({choice.why}{'; costs ' + choice.cost if choice.cost else ''})"
+            line += f" ({choice.why}{': ' + choice.cost if choice.cost else ''})"
         lines.append(line)
     return "\n".join(lines)

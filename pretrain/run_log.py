@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megatron_ladder.mcore_compat import LadderConfig
 from pretrain.config import TrainConfig, to_dict
 from pretrain.data import DataFolder, keep_facts, kept_facts, unigram_loss
+from pretrain.fusions import adam_class, choices, table
 from pretrain.initial import keep_imported
+from pretrain.memory import in_words, is_planned, memory_plan
 from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
 from pretrain.status import State, Status
 from pretrain.watchdog import Watchdog
@@ -55,6 +58,7 @@ class RunLog:
         self._world_size = dist.get_world_size()
         self._is_resumed = resume_step > 0
         self._log: MetricsLog | None = None
+        self._planned: float | None = None
         if dist.get_rank() == 0:
             assert config.output_dir is not None
             self._log = MetricsLog(
@@ -96,6 +100,23 @@ class RunLog:
         """Something else than training begins; the next step ends it."""
         self._status.update(state)
         self._watchdog.allow_more()
+
+    def built(self, mcore_config: LadderConfig) -> None:
+        """What the model runs on, and what it will hold in a GPU's memory."""
+        if self._log:
+            found = choices(mcore_config, adam_class())
+            records = [asdict(choice) for choice in found]
+            words = f"built of\n{table(found)}"
+            if not torch.cuda.is_available():
+                words = "built for the CPU; `megatron-ladder doctor` says of what"
+            self._log.note("built", words, choices=records)
+        if mcore_config.transformer_impl == "transformer_engine" and is_planned(self._config):
+            dp = self._config.parallel.data_parallel_size(self._world_size)
+            plan = memory_plan(self._config, dp)
+            self._planned = plan.total
+            if self._log:
+                words = f"memory of the fullest GPU: planned {in_words(plan)}"
+                self._log.note("memory_plan", words, **asdict(plan))
 
     def data(self, folders: list[DataFolder]) -> None:
         """What a new run trains on, or what joins a resumed one, and what a model without context could
@@ -199,12 +220,28 @@ class RunLog:
 
     def end(self, step: int, reason: str) -> None:
         """Training ends in good order: finished, or stopped for another reason."""
+        self._compare_memory()
         if self._log:
             self._log.end(step=step, reason=reason)
         finished = reason == "finished"
         self._status.update(
             "finished" if finished else "stopped", step=step, reason="" if finished else reason
         )
+
+    def _compare_memory(self) -> None:
+        if self._planned is None:
+            return
+        peak = torch.tensor(_peak_memory_gib() * 2**30, device=torch.cuda.current_device())
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        if self._log:
+            measured, planned = peak.item(), self._planned
+            self._log.note(
+                "memory_peak",
+                f"memory of the fullest GPU: {measured / 2**30:.2f} GiB at the peak, planned "
+                f"{planned / 2**30:.2f} GiB ({measured / planned - 1:+.1%})",
+                measured=measured,
+                planned=planned,
+            )
 
     def _step_s(self) -> float:
         """Of a usual step; 0 before the first."""

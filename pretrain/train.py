@@ -1,7 +1,9 @@
 """The training loop."""
 
+import sys
 from functools import partial
 
+import torch
 from megatron.core import parallel_state
 
 from megatron_ladder.errors import UserError
@@ -19,6 +21,7 @@ from pretrain.data import DataFolder, train_batches, validation_batches
 from pretrain.gradual import use_ladder_layers
 from pretrain.index_cache import IndexCache
 from pretrain.launch import STOPPED
+from pretrain.memory import out_of_memory
 from pretrain.optimizer import gathered_parameters
 from pretrain.profile import StepProfile
 from pretrain.rank_speed import RankSpeed
@@ -48,7 +51,16 @@ def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) 
         held = lock(run_dir)
         write_config(config)  # before anything else is there: the folder is this run's
     with Status(config) as status, Watchdog(config) as watchdog:
-        exit_status = _train(config, folders, signals, status, watchdog)
+        try:
+            exit_status = _train(config, folders, signals, status, watchdog)
+        except torch.OutOfMemoryError as error:
+            # Said by whichever rank it was; starting again would not help: 2, as after a mistake.
+            said = out_of_memory(config, torch.distributed.get_world_size(), error)
+            print(
+                f"megatron-ladder train: rank {torch.distributed.get_rank()}: {said}",
+                file=sys.stderr,
+            )
+            return 2
     if is_first_rank():
         held.close()
     return exit_status
@@ -92,6 +104,7 @@ def _train(
     saver = CheckpointSaver(config, log)
     profile = StepProfile(config)
     bad_steps = BadSteps(config, saver, progress.recent_losses)
+    log.built(model[0].config)
     log.data(folders)
 
     def evaluate(step: int) -> None:

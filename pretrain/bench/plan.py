@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from megatron_ladder.config import ModelConfig, Recompute
 from megatron_ladder.errors import UserError
 from pretrain.bench.links import GPUS_PER_NODE, PRESETS, Link, Network
-from pretrain.config import TrainConfig
 from pretrain.metrics import peak_flops
 
 BF16, FP32 = 2, 4  # bytes
@@ -281,75 +280,6 @@ def submodules(
     mlp_norm = 0.0 if model.residual == "parallel" else norm
     mlp = submodule(gemm(h, 2 * ffn), gemm(ffn, h), 0.0, mlp_norm + 3 * ffn / tp + add)
     return attention, mlp
-
-
-def activation_bytes(
-    model: ModelConfig, *, tokens: int, tp: int, sp: bool, recompute: Recompute
-) -> float:
-    """Kept for backward by one layer, for one micro-batch, on one GPU.
-
-    The counting of arXiv 2205.05198, section 4, for bf16, flash attention (no s x s scores), SwiGLU,
-    grouped-query attention and no dropout: 34 s b h becomes 16 + 6 ffn/h at MHA. Not divided by tp
-    without sequence parallelism: 8 s b h, the inputs of norms and first linears (the paper's 10 with
-    its dropout masks). "selective" keeps as much as "none": flash attention has no scores to drop.
-
-    Full recomputation keeps a layer's input with megatron-core's layers; this project's recompute a
-    sub-module at a time and keep each one's input and its norm's.
-    """
-    h = model.hidden_size
-    state = BF16 * tokens * h
-    if model.residual == "parallel":
-        # Attention and MLP share one normalised input, which stays gathered.
-        whole = state * (1 / tp if sp else 1.0) + state
-    else:
-        whole = 4 * state / (tp if sp else 1)
-    if recompute == "full":
-        return whole / 4 if model.is_standard else whole
-    kv = model.kv_heads * model.head_dim
-    return whole + BF16 * tokens * (2 * h + 2 * kv + 3 * model.ffn_hidden_size) / tp
-
-
-def stage_parameters(config: TrainConfig, *, first: bool, last: bool) -> float:
-    """Weights of a pipeline stage on one GPU; a tied table counts on both ends, once without stages."""
-    model, parallel = config.model, config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layers = (model.num_parameters(embeddings=False) - model.hidden_size) / pp / tp
-    table = model.padded_vocab_size * model.hidden_size / tp
-    tied = model.share_embeddings_and_output_weights and pp == 1
-    return layers + table * (int(first) + int(last and not tied))
-
-
-def memory_bytes(config: TrainConfig, dp: int) -> float:
-    """The fuller of the first and the last pipeline stage, on one GPU.
-
-    A parameter takes 2 B in bf16, 4 B of fp32 gradient, and 12 B of the distributed optimizer (fp32
-    copy, Adam's two moments) over dp. Activations by `activation_bytes` for the micro-batches in
-    flight: 1F1B's pp on the first stage, 1 + (pp - 1) / (pp vpp) times as many interleaved. Logits in
-    fp32 and their gradient on the last. Left out: CUDA's context, communication buffers,
-    fragmentation, embedding outputs; leave a margin for them.
-    """
-    model, parallel = config.model, config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    vpp, sp = parallel.num_chunks, parallel.sequence_parallel
-    tokens = config.micro_batch_size * config.data.seq_length
-
-    def layer(recompute: Recompute) -> float:
-        return activation_bytes(model, tokens=tokens, tp=tp, sp=sp, recompute=recompute)
-
-    # One layer at a time is whole again while it is recomputed.
-    working = layer("none") if config.recompute == "full" else 0.0
-    logits = 2 * FP32 * tokens * model.padded_vocab_size / tp
-    most = config.num_microbatches(dp) * vpp
-    totals = []
-    for stage in {0, pp - 1}:
-        first, last = stage == 0, stage == pp - 1
-        warm_up = (pp - 1 - stage) * (1 if vpp == 1 else 2) + (vpp - 1) * pp
-        in_flight = min(warm_up + 1, most)
-        parameters = stage_parameters(config, first=first, last=last)
-        chunk = model.num_layers / (pp * vpp) * layer(config.recompute)
-        total = parameters * (BF16 + FP32 + 12 / dp) + in_flight * chunk + working
-        totals.append(total + logits * last)
-    return max(totals)
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,14 @@ from dataclasses import replace
 
 from megatron_ladder.config import ParallelConfig, Recompute, Residual, check_layout
 from megatron_ladder.errors import UserError
-from pretrain.bench.plan import (
-    BF16,
-    FP32,
-    Hardware,
-    Row,
-    memory_bytes,
-    pass_seconds,
-    stage_parameters,
-    submodules,
-)
+from pretrain.bench.plan import BF16, FP32, Hardware, Row, pass_seconds, submodules
 from pretrain.config import TrainConfig
+from pretrain.memory import memory_plan, stage_parameters
 from pretrain.metrics import flops_per_token
 
 KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder")
 MEMORY_SHARE = 0.92
-"""Of a device's memory; the rest is left for what memory_bytes leaves out."""
+"""Of a device's memory; the rest is left for what memory_plan leaves out."""
 
 
 def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
@@ -89,7 +81,7 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
         bubble_s=bubble_s,
         tokens_per_s_per_gpu=config.tokens_per_step / step_s / gpus,
         mfu=flops / (gpus * hardware.device.peak_flops * step_s),
-        memory_gb=memory_bytes(config, dp) / 1e9,
+        memory_gb=memory_plan(config, dp).total / 1e9,
     )
 
 
@@ -140,7 +132,7 @@ def search(config: TrainConfig, gpus: int, hardware: Hardware) -> dict[Residual,
         rows = [
             row(c, gpus, hardware)
             for c in candidates
-            if memory_bytes(c, c.parallel.data_parallel_size(gpus)) <= limit
+            if memory_plan(c, c.parallel.data_parallel_size(gpus)).total <= limit
         ]
         if not rows:
             raise UserError(

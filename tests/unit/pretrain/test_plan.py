@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
@@ -13,7 +12,6 @@ from pretrain.bench.plan import (
     DEVICES,
     Hardware,
     Submodule,
-    activation_bytes,
     pass_seconds,
 )
 from pretrain.bench.plan_search import MEMORY_SHARE, layouts, row, search
@@ -77,19 +75,6 @@ def test_desync_exposes_one_every_n() -> None:
     forward, backward = pass_seconds(["desync-3", "desync-3"], ATTENTION, MLP, 1.5)
     # After the third sub-module, and after the fourth, the last.
     assert (forward, backward) == pytest.approx((COMPUTE[0] + 3.0, COMPUTE[1] + 3.0))
-
-
-def test_memory_of_a_layer_by_hand() -> None:
-    model = replace(
-        TRAIN_PRESETS["debug"]().model, hidden_size=100, ffn_hidden_size=400, num_attention_heads=10
-    )
-    model = replace(model, num_query_groups=10, residual="ladder")
-    kept = partial(activation_bytes, model, tokens=7)
-    # 16 + 6 ffn/h = 40 bytes a token and h; 8 of them are whole without sequence parallelism.
-    assert kept(tp=1, sp=False, recompute="none") == 40 * 7 * 100
-    assert kept(tp=2, sp=False, recompute="none") == (8 + 32 / 2) * 7 * 100
-    assert kept(tp=2, sp=True, recompute="none") == 20 * 7 * 100
-    assert kept(tp=2, sp=True, recompute="full") == 4 * 7 * 100
 
 
 def test_links_go_through_their_points_and_beyond() -> None:

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.mcore_compat import LadderConfig, transformer_config
+from pretrain.fusions import Choice, adam_class, choices, table
+
+
+def config_of(**changed: object) -> LadderConfig:
+    model = ModelConfig(
+        num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, vocab_size=64
+    )
+    config = transformer_config(model, ParallelConfig(), precision="bf16")
+    for name, value in changed.items():
+        setattr(config, name, value)
+    return config
+
+
+ON_GPU = {
+    "bias_activation_fusion": True,
+    "bias_dropout_fusion": True,
+    "cross_entropy_loss_fusion": True,
+}
+TE = type("FusedAdam", (), {"__module__": "transformer_engine.pytorch.optimizers.fused_adam"})
+
+
+def by_part(config: LadderConfig, adam: type) -> dict[str, Choice]:
+    return {choice.part: choice for choice in choices(config, adam)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_on_a_cpu_every_part_has_its_reason() -> None:
+    found = by_part(config_of(), adam_class())
+    assert all(choice.why for choice in found.values())
+    assert found["attention"].why == "no GPU"
+    assert "AdamW" in found["Adam"].implementation
+
+
+def test_all_there() -> None:
+    config = config_of(
+        **ON_GPU,
+        transformer_impl="transformer_engine",
+        gradient_accumulation_fusion=True,
+        fp8="hybrid",
+        fp8_recipe="delayed",
+    )
+    found = by_part(config, TE)
+    assert not any(choice.why for choice in found.values())
+    assert found["precision of linears"].implementation == "FP8 hybrid, recipe delayed"
+    assert "(" not in table(list(found.values()))
+
+
+def test_what_is_missing_alone_is_said() -> None:
+    config = config_of(**ON_GPU, transformer_impl="transformer_engine")
+    lacking = {c.part: c for c in choices(config, TE) if c.cost}
+    assert list(lacking) == ["weight gradients"]
+    assert "apex" in lacking["weight gradients"].why
+    deterministic = config_of(**(ON_GPU | {"cross_entropy_loss_fusion": False}))
+    assert by_part(deterministic, TE)["cross entropy"].why == "deterministic"
+
+
+def test_one_line_a_part() -> None:
+    found = choices(config_of(), adam_class())
+    lines = table(found).splitlines()
+    assert len(lines) == len(found)
+    assert all(f"({choice.why}" in line for choice, line in zip(found, lines, strict=True))
