@@ -57,7 +57,8 @@ def activation_bytes(
         attention's output, and 4 B a head of log-sums        h
         the MLP's first output, and SwiGLU's                  3 ffn
     The first two are not divided by tp without sequence parallelism. A parallel layer has one norm.
-    "selective" keeps as much as "none": flash attention has no s x s scores to drop.
+    "selective" keeps as much as "none": flash attention has no s x s scores to drop, and its output is
+    the next linear's input, but for delayed scaling's copy of it.
 
     In FP8 the inputs of linears are kept in FP8, the parallel layer's shared one twice; attention's output
     is kept in bf16 all the same, by attention, and with delayed scaling in FP8 too. Under sequence
@@ -83,7 +84,7 @@ def activation_bytes(
         swiglu = number * ffn
     rest = BF16 * (3 * width + 3 * kv + 2 * ffn) + FP32 * heads + swiglu
     if fp8 == "delayed":
-        rest += FP8 * width
+        rest += FP8 * width - (BF16 * width if recompute == "selective" else 0)
     return tokens * (inputs + outputs + rest / tp)
 
 
