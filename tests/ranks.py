@@ -3,6 +3,7 @@
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,22 @@ def run_ranks(world_size: int, function: Callable, *args: Any, tmp_path: Path) -
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
+def fork_managers() -> None:
+    """In a forked rank: the process through which writers of checkpoints report is forked as well.
+
+    Spawned, as in a run of its own, it imports torch anew: seconds, for each rank that saves.
+    """
+    begin = SyncManager.__init__
+
+    def forked(self: SyncManager, *args: Any, ctx: Any = None, **keywords: Any) -> None:
+        begin(self, *args, ctx=multiprocessing.get_context("fork"), **keywords)
+
+    SyncManager.__init__ = forked  # type: ignore[method-assign]
+
+
 def _rank(rank: int, world_size: int, function: Callable, args: tuple, folder: Path) -> None:
     try:
+        fork_managers()
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         torch.save(function(*args), folder / f"{rank}.pt")

@@ -1,5 +1,6 @@
 """`megatron-ladder train`, its ranks forked from the test's own process: torchrun's import torch and
-megatron-core anew, which takes longer than a small run. What torchrun itself does is tested with it.
+megatron-core anew, which takes longer than a small run. What torchrun itself does is tested with it, and
+so is the process that `fork_managers` forks, where a run of its own spawns one.
 """
 
 import multiprocessing
@@ -12,6 +13,7 @@ from pathlib import Path
 from pretrain import commands
 from pretrain.arguments import parse_train
 from pretrain.launch import die_with_parent, local_ranks
+from tests.ranks import fork_managers
 
 
 def run_train(argv: list[str], log: Path, timeout_s: float) -> tuple[list[int | None], str]:
@@ -42,6 +44,7 @@ def run_train(argv: list[str], log: Path, timeout_s: float) -> tuple[list[int | 
 
 def _rank(argv: list[str], rank: int, ranks: int, port: int, log: Path) -> None:
     die_with_parent()
+    fork_managers()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain import cli
+
 ROOT = Path(__file__).parents[2]
 SMALL = ["--hidden-size", "64", "--ffn-hidden-size", "96", "--seq-length", "32"]
 TIMEOUT_S = 150
@@ -77,7 +79,13 @@ def test_the_inference_benchmark(options: list[str], tmp_path: Path) -> None:
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
-@pytest.mark.parametrize("options", [[], ["--sequence-parallel", "--recompute", "full"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--sequence-parallel", "--recompute", "full"],
+    ],
+)
 def test_the_trace_of_a_step(options: list[str], tmp_path: Path) -> None:
     out = tmp_path / "trace"
     small = [*SMALL, "--num-layers", "2", "--num-attention-heads", "4", *options]
@@ -90,14 +98,9 @@ def test_the_trace_of_a_step(options: list[str], tmp_path: Path) -> None:
         assert {"compute", "flight", "wait"} <= {e.get("cat") for e in events}
 
 
-def test_a_trace_that_cannot_be_taken_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pretrain.cli", "bench", "trace", "x", "--num-layers", "1"],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        cwd=ROOT,
-    )
-    assert done.returncode == 2
-    assert "shows two layers on two ranks" in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
+def test_a_trace_that_cannot_be_taken_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "trace", "x", "--num-layers", "1"])
+    output = capsys.readouterr()
+    assert "shows two layers on two ranks" in output.err + output.out
+    assert "Traceback" not in output.err

@@ -116,7 +116,7 @@ def oracle(plain: Any) -> Tensor:
     "kind",
     [
         "ladder",
-        "last-n",
+        pytest.param("last-n", marks=pytest.mark.slow),
         pytest.param("standard", marks=pytest.mark.slow),
         pytest.param("parallel", marks=pytest.mark.slow),
     ],

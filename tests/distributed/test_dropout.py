@@ -31,8 +31,17 @@ def one_step(kind: str, layout: Layout) -> dict:
     return {"numbers": (loss, norm, second, second_norm), "shared": shared, "states": states}
 
 
-@pytest.mark.parametrize("sp", [False, True])
-@pytest.mark.parametrize("kind", ["standard", "parallel", "ladder"])
+@pytest.mark.parametrize(
+    ("kind", "sp"),
+    [
+        ("standard", False),
+        ("parallel", False),
+        ("ladder", True),
+        pytest.param("standard", True, marks=pytest.mark.slow),
+        pytest.param("parallel", True, marks=pytest.mark.slow),
+        pytest.param("ladder", False, marks=pytest.mark.slow),
+    ],
+)
 def test_dropout(kind: str, sp: bool, tmp_path: Path) -> None:
     layout = Layout(tp=2, sp=sp, accumulation=2)
     plain = run_ranks(2, one_step, kind, layout, tmp_path=tmp_path)

@@ -27,8 +27,23 @@ def save(config: TrainConfig) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2)], ids=str)
+@pytest.mark.parametrize(
+    ("precision", "layout"),
+    [
+        ("fp32", Layout(tp=2)),
+        ("bf16", Layout(dp=2)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("fp32", Layout()),
+                ("fp32", Layout(dp=2)),
+                ("bf16", Layout()),
+                ("bf16", Layout(tp=2)),
+            )
+        ),
+    ],
+    ids=str,
+)
 def test_a_checkpoint_is_as_large_as_estimated(
     precision: str, layout: Layout, tmp_path: Path
 ) -> None:

@@ -34,6 +34,24 @@ KINDS = {
     "last-n": {"residual": "ladder", "ladder_layers": 2},
     "list": {"residual": "ladder", "ladder_layers": (0, 2)},
 }
+SOME_RANKS = {
+    "standard": (2,),
+    "parallel": (2,),
+    "ladder": (1, 2),
+    "last-n": (2,),
+    "list": (1,),
+}
+"""Of each kind, in each run; the slow run has one and two ranks of all."""
+
+
+def kinds_and_ranks(some: dict[str, tuple[int, ...]]) -> list:
+    """Both for each of KINDS; slow, but for those given."""
+    return [
+        pytest.param(kind, tp, marks=() if tp in some.get(kind, ()) else pytest.mark.slow)
+        for kind, tp in itertools.product(KINDS, (1, 2))
+    ]
+
+
 # fp32 sums in another order. Exchanging two residual reads changes logits by more than 0.1 here.
 LOGITS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-5
@@ -122,8 +140,7 @@ def oracle(model: ModelConfig, folder: Path) -> LadderForCausalLM:
     return plain
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "tp"), kinds_and_ranks(SOME_RANKS))
 def test_logits_and_gradients_match_the_oracle(kind: str, tp: int, tmp_path: Path) -> None:
     by_rank = run_ranks(tp, run_variants, kind, tp, tmp_path, tmp_path=tmp_path)
     batch = tokens()
@@ -150,8 +167,10 @@ def test_logits_and_gradients_match_the_oracle(kind: str, tp: int, tmp_path: Pat
             )
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "tp"),
+    kinds_and_ranks({"standard": (2,), "parallel": (1,), "ladder": (2,), "last-n": (1,)}),
+)
 def test_the_exported_folder_gives_the_same_logits(kind: str, tp: int, tmp_path: Path) -> None:
     model = variants(kind)[3]  # GQA, untied, scaled RoPE
     by_rank = run_ranks(tp, run_model, model, tp, tmp_path, tmp_path=tmp_path)
@@ -171,7 +190,7 @@ def test_the_exported_folder_gives_the_same_logits(kind: str, tp: int, tmp_path:
         torch.testing.assert_close(logits, expected, atol=LOGITS_TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_standard_matches_transformers_own_llama(tp: int, tmp_path: Path) -> None:
     by_rank = run_ranks(tp, run_variants, "standard", tp, tmp_path, tmp_path=tmp_path)
     for i, model in enumerate(variants("standard")):

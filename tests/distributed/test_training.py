@@ -65,7 +65,7 @@ def tensor_parallel(size: int) -> tuple[str, str]:
     return ("--parallel.tensor-model-parallel-size", str(size))
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def whole_run(request, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """(tensor-parallel size, a run that nothing disturbed)."""
     run = tmp_path_factory.mktemp("runs") / f"tp{request.param}"
@@ -123,31 +123,35 @@ def test_old_checkpoints_are_pruned_and_none_is_half_there(whole_run) -> None:
     assert names == ["step_00000015", "step_00000020"]
 
 
-def test_a_checkpoint_continues_at_other_layouts(whole_run, data: Path, tmp_path: Path) -> None:
+ONE, TWO = tensor_parallel(1), tensor_parallel(2)
+INTERLEAVED = ("--parallel.virtual-pipeline-model-parallel-size", "2")
+OTHER_LAYOUTS = [
+    pytest.param(ONE, id="tp1", marks=pytest.mark.slow),
+    pytest.param((*ONE, "--nproc-per-node", "2"), id="dp2"),
+    pytest.param((*TWO, "--nproc-per-node", "4"), id="dp2 x tp2", marks=pytest.mark.slow),
+    pytest.param((*ONE, *pipeline(2), *FIRST_STAGE_OF_ONE), id="pp2, 1 and 3 layers"),
+    pytest.param(
+        (*TWO, *pipeline(2), "--parallel.sequence-parallel", *INTERLEAVED),
+        id="tp2 with sp x pp2, interleaved",
+    ),
+]
+
+
+@pytest.mark.parametrize("options", OTHER_LAYOUTS)
+def test_a_checkpoint_continues_at_other_layouts(
+    options: tuple[str, ...], whole_run, data: Path, tmp_path: Path
+) -> None:
     tp, whole = whole_run
     if tp != 2:
         pytest.skip("moved from TP 2 to the others")
     expected = metrics(whole, "validation")[-1]["loss"]
-    for name, options in {
-        "tp1": tensor_parallel(1),
-        "dp2": (*tensor_parallel(1), "--nproc-per-node", "2"),
-        "dp2 x tp2": (*tensor_parallel(2), "--nproc-per-node", "4"),
-        "pp2, 1 and 3 layers": (*tensor_parallel(1), *pipeline(2), *FIRST_STAGE_OF_ONE),
-        "tp2 with sp x pp2, interleaved": (
-            *tensor_parallel(2),
-            *pipeline(2),
-            "--parallel.sequence-parallel",
-            "--parallel.virtual-pipeline-model-parallel-size",
-            "2",
-        ),
-    }.items():
-        run = tmp_path / name
-        shutil.copytree(whole, run)
-        shutil.rmtree(run / f"checkpoints/step_{STEPS:08d}")
-        train(data, run, *options)
-        assert metrics(run, "start")[-1]["step"] == 15
-        assert metrics(run, "validation")[-1]["loss"] == pytest.approx(expected, abs=1e-5), name
-        assert losses(run) == pytest.approx(losses(whole), abs=1e-4)
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / f"checkpoints/step_{STEPS:08d}")
+    train(data, run, *options)
+    assert metrics(run, "start")[-1]["step"] == 15
+    assert metrics(run, "validation")[-1]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert losses(run) == pytest.approx(losses(whole), abs=1e-4)
 
 
 def test_the_run_exports_and_its_card_has_its_figures(whole_run, tmp_path: Path) -> None:

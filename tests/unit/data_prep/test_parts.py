@@ -180,7 +180,7 @@ def test_ranks_are_checked(jsonl, tokenizer, tmp_path, refused) -> None:
 
 
 def test_a_run_that_is_killed_anywhere_goes_on(jsonl, tokenizer, tmp_path) -> None:
-    """SIGKILL of the parent, or of one of its processes, at twenty random moments."""
+    """SIGKILL of the parent, or of one of its processes, at ten random moments."""
     big = tmp_path / "big.jsonl"
     lines = jsonl.read_bytes().splitlines(True)
     chance = random.Random(5)
@@ -196,7 +196,7 @@ def test_a_run_that_is_killed_anywhere_goes_on(jsonl, tokenizer, tmp_path) -> No
     argv = ["tokenize", big, "--tokenizer", tokenizer, "--output-dir", out, *OPTIONS]
     command = [sys.executable, "-c", code, *map(str, argv), "--workers", "2"]
     kills = killed_processes = 0
-    while kills < 20:
+    while kills < 10 or not killed_processes:
         said = tmp_path / "said"
         with said.open("wb") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file)
@@ -220,7 +220,6 @@ def test_a_run_that_is_killed_anywhere_goes_on(jsonl, tokenizer, tmp_path) -> No
             process.wait(60)
         kills += 1
         assert not out.exists() or content(out) == expected
-    assert killed_processes
     if not out.exists():
         subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
     assert content(out) == expected

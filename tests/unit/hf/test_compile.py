@@ -9,7 +9,12 @@ from tests.unit.hf import tiny
 
 
 @pytest.mark.parametrize(
-    ("kind", "attention"), [("ladder", "sdpa"), ("parallel", "sdpa"), ("last 2", "eager")]
+    ("kind", "attention"),
+    [
+        ("ladder", "sdpa"),
+        pytest.param("parallel", "sdpa", marks=pytest.mark.slow),
+        ("last 2", "eager"),
+    ],
 )
 def test_decoding_is_one_graph(kind, attention):
     torch._dynamo.reset()

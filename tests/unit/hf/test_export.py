@@ -71,7 +71,10 @@ def load_elsewhere(folder, trust):
     [
         ("layers 0 and 2", {"tie_word_embeddings": True}),
         ("parallel", {"max_shard_size": "30KB"}),
-        ("standard", {"tie_word_embeddings": True, "max_shard_size": "30KB"}),
+        pytest.param(
+            *("standard", {"tie_word_embeddings": True, "max_shard_size": "30KB"}),
+            marks=pytest.mark.slow,
+        ),
         ("standard", {"rope": "llama3"}),
     ],
 )

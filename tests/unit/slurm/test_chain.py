@@ -287,7 +287,8 @@ def test_cancel(slurm: FakeSlurm, capsys) -> None:
     assert "no job is queued or runs" in run(capsys, "cancel", "run")
 
 
-def test_logs(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+def test_logs(slurm: FakeSlurm, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm.logs.ASK_S", 0.5)
     run(capsys, "submit", "--profile", "p.toml", *TOKENIZE, "--tasks", "11")
     assert "no log yet" in run(capsys, "logs", "tokens")
     folder = tmp_path / "tokens-slurm" / "1"
