@@ -42,6 +42,7 @@ from pretrain.bench.links import NVLINK
 from pretrain.bench.links import PRESETS as LINKS
 from pretrain.bench.plan import DEVICES, Hardware, Submodule, pass_seconds
 from pretrain.bench.plan import submodules as planned_submodules
+from pretrain.bench.precisions import PRECISIONS, precision_of
 from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds
@@ -87,7 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="or an FP8 recipe")
     parser.add_argument("--steps", type=int, default=15, help="interleaved repetitions")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
@@ -125,6 +126,8 @@ def lines(args: argparse.Namespace, tp: int, names: tuple[str, ...]) -> list[Lin
         tensor_model_parallel_size=tp, sequence_parallel=args.sequence_parallel
     )
 
+    number_format, fp8 = precision_of(args.precision)
+
     def decoder(kind: dict[str, Any]) -> Decoder:
         model = ModelConfig(
             num_layers=args.layers,
@@ -145,7 +148,8 @@ def lines(args: argparse.Namespace, tp: int, names: tuple[str, ...]) -> list[Lin
             micro_batch_size=args.micro_batch_size,
             seq_length=args.seq_length,
             recompute=args.recompute,
-            precision=args.precision,
+            precision=number_format,
+            fp8=fp8,
         )
 
     result = [Line(name, decoder(kinds[name])) for name in names]

@@ -11,7 +11,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ladder.config import ModelConfig, ParallelConfig, Precision, Recompute
-from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
+from megatron_ladder.fp8 import Fp8Config
+from megatron_ladder.mcore_compat import NO_FP8, build_gpt_model, transformer_config
 
 
 @contextlib.contextmanager
@@ -41,10 +42,14 @@ class Decoder:
         seq_length: int,
         recompute: Recompute = "none",
         precision: Precision = "fp32",
+        fp8: Fp8Config = NO_FP8,
     ) -> None:
         assert parallel.pipeline_model_parallel_size == 1
-        config = transformer_config(model, parallel, recompute=recompute, precision=precision)
+        config = transformer_config(
+            model, parallel, recompute=recompute, precision=precision, fp8=fp8
+        )
         (gpt,) = build_gpt_model(model, config)
+        self._gpt = gpt
         self.model = model
         self.block: Any = gpt.decoder
         self._rotary = gpt.rotary_pos_emb(seq_length)
@@ -65,6 +70,7 @@ class Decoder:
     def clear(self) -> None:
         self._x.grad = None
         self.block.zero_grad(set_to_none=True)
+        self._gpt.set_is_first_microbatch()  # FP8 copies of weights are made once a step
 
     def step(self) -> tuple[float, float]:
         """Seconds of a forward and of a backward pass, begun together by all ranks."""

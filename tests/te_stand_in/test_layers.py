@@ -9,99 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.config import ParallelConfig
 from megatron_ladder.fp8 import Fp8Config
 from tests.ranks import run_ranks
+from tests.te_run import KINDS, LAYERS, Run, model_of
 
 pytestmark = [
     pytest.mark.skipif(find_spec("transformer_engine") is None, reason="no Transformer Engine"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run tests/gpu"),
 ]
-KINDS: dict[str, dict[str, Any]] = {
-    "standard": {"residual": "standard"},
-    "parallel": {"residual": "parallel"},
-    "ladder": {"residual": "ladder"},
-    "last-n": {"residual": "ladder", "ladder_layers": 2},
-    "desync": {"residual": "desync", "desync_interval": 2},
-    "qk-norm": {"residual": "ladder", "qk_layernorm": True, "add_qkv_bias": True},
-}
 LAYOUTS = {
     "1": ParallelConfig(),
     "tp2": ParallelConfig(tensor_model_parallel_size=2),
     "tp2-sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
 }
-VOCAB, LAYERS = 512, 3
-# TE's fused norm + linear, of standard layers, has the norm's weight.
-FUSED = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-
-
-class Run:
-    """One model on one rank: its gradients and GEMMs after some passes over the same tokens."""
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        parallel: ParallelConfig,
-        *,
-        impl: str = "transformer_engine",
-        weights: dict[str, Tensor] | None = None,
-        steps: int = 1,
-        recompute: str = "none",
-        **options: Any,
-    ) -> None:
-        from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
-        from tests.te_stand_in import kernels
-
-        config = transformer_config(model, parallel, impl=impl, recompute=recompute, **options)
-        torch.manual_seed(0)
-        (self.gpt,) = build_gpt_model(model, config, impl)
-        self.own = {_name(n): p for n, p in self.gpt.named_parameters()}
-        for name, weight in (weights or {}).items():
-            self.own[name].data.copy_(weight)
-        for _ in range(steps):
-            kernels.gemms.clear()
-            self.gpt.zero_grad()
-            self.gpt.set_is_first_microbatch()
-            self.forward().backward()
-        self.gemms = list(kernels.gemms)
-        self.weights = {n: p.detach().clone() for n, p in self.own.items()}
-        self.gradients = {n: p.grad.float() for n, p in self.own.items() if p.grad is not None}
-
-    def forward(self) -> Tensor:
-        tokens = torch.randint(0, VOCAB, (2, 33), generator=torch.Generator().manual_seed(1))
-        positions = torch.arange(32).expand(2, -1)
-        losses = self.gpt(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
-        return losses.float().mean()
-
-    def worst(self, other: "Run") -> float:
-        """The largest relative difference of a parameter's gradient."""
-        return max(
-            float((self.gradients[n] - g).norm() / g.norm()) for n, g in other.gradients.items()
-        )
-
-
-def _name(name: str) -> str:
-    for fused, separate in FUSED.items():
-        name = name.replace(fused, separate)
-    return name
-
-
-def model_of(kind: str) -> ModelConfig:
-    return ModelConfig(
-        num_layers=LAYERS,
-        hidden_size=64,
-        ffn_hidden_size=128,
-        num_attention_heads=4,
-        num_query_groups=2,
-        vocab_size=VOCAB,
-        init_method_std=0.05,
-        **KINDS[kind],
-    )
 
 
 def run_kind(kind: str, layout: str) -> list[str]:
@@ -131,8 +53,10 @@ def run_kind(kind: str, layout: str) -> list[str]:
 
     for recipe in ("tensorwise", "delayed"):
         steps = 1 if recipe == "tensorwise" else 2 + 4 * LAYERS  # each finds one more scale
-        runs = {
-            recompute: Run(
+        runs = {}
+        for recompute in ("none", "full"):
+            kernels.gemms.clear()
+            run = runs[recompute] = Run(
                 *(model, parallel),
                 weights=local.weights,
                 precision="bf16",
@@ -140,23 +64,19 @@ def run_kind(kind: str, layout: str) -> list[str]:
                 recompute=recompute,
                 steps=steps,
             )
-            for recompute in ("none", "full")
-        }
-        for recompute, run in runs.items():
-            check(f"{recipe} {recompute}", 0.02 < run.worst(local) < 0.3, run.worst(local))
-            check(f"{recipe} {recompute} GEMMs", all(fp8 for fp8, _ in run.gemms), run.gemms)
-            check(
-                f"{recipe} {recompute} number of GEMMs",
-                len(run.gemms) == LAYERS * 4 * (3 if recompute == "none" else 4),
-                len(run.gemms),
-            )
+            name = f"{recipe} {recompute}"
+            check(name, 0.02 < run.worst(local) < 0.3, run.worst(local))
+            check(f"{name}: all GEMMs in FP8", all(fp8 for fp8, _ in kernels.gemms))
+            expected = steps * LAYERS * 4 * (3 if recompute == "none" else 4)
+            check(f"{name}: GEMMs", len(kernels.gemms) == expected, len(kernels.gemms))
         # Recomputed with the same scales: the same to the last bit.
         check(f"{recipe} recomputed", runs["full"].worst(runs["none"]) == 0)
-    first = Fp8Config(
+    kernels.gemms.clear()
+    first_and_last = Fp8Config(
         recipe="tensorwise", num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1
     )
-    some = Run(model, parallel, weights=local.weights, precision="bf16", fp8=first)
-    in_fp8 = sum(fp8 for fp8, _ in some.gemms)
+    Run(model, parallel, weights=local.weights, precision="bf16", fp8=first_and_last)
+    in_fp8 = sum(fp8 for fp8, _ in kernels.gemms)
     check("layers in bf16", in_fp8 == (LAYERS - 2) * 4 * 3, in_fp8)
     return found
 
@@ -172,7 +92,7 @@ def test_layers(kind: str, layout: str, tmp_path: Path) -> None:
         assert not found
 
 
-def run_under_ddp() -> tuple[float, bool]:
+def run_under_ddp(layout: str) -> tuple[float, bool]:
     """The worst difference of gradients from those without DDP, and whether all GEMMs wrote them."""
     from tests.te_stand_in import kernels
 
@@ -180,7 +100,7 @@ def run_under_ddp() -> tuple[float, bool]:
     from megatron_ladder.mcore_compat import initialize_model_parallel
     from pretrain.optimizer import wrap_data_parallel
 
-    model, parallel = model_of("ladder"), ParallelConfig()
+    model, parallel = model_of("ladder"), LAYOUTS[layout]
     initialize_model_parallel(parallel, seed=0)
     plain = Run(model, parallel, precision="bf16")
     run = Run(model, parallel, precision="bf16", steps=0, weights=plain.weights)
@@ -199,7 +119,11 @@ def run_under_ddp() -> tuple[float, bool]:
     return difference, all_written
 
 
-def test_weight_gradients_are_added_to_ddps_buffer_by_the_gemms(tmp_path: Path) -> None:
-    ((difference, all_written),) = run_ranks(1, run_under_ddp, tmp_path=tmp_path)
-    assert all_written
-    assert difference < 1e-2  # bf16 against fp32, which the buffer is of
+@pytest.mark.parametrize("layout", ["1", "tp2-sp"])
+def test_weight_gradients_are_added_to_ddps_buffer_by_the_gemms(
+    layout: str, tmp_path: Path
+) -> None:
+    ranks = LAYOUTS[layout].tensor_model_parallel_size
+    for difference, all_written in run_ranks(ranks, run_under_ddp, layout, tmp_path=tmp_path):
+        assert all_written
+        assert difference < 1e-2  # bf16 against fp32, which the buffer is of

@@ -1,0 +1,174 @@
+"""Whole training steps on one device: tokens/s, MFU, and the peak of memory beside the plan's.
+
+    python benchmarks/training_step.py --cases paper-1b:bf16:ladder llama-3-8b:tensorwise:ladder:8
+
+A case is SHAPE:PRECISION:KIND, with :LAYERS and :RECOMPUTE where wanted. Model, loss, backward, gradient
+buffers and optimizer are those of `megatron-ladder train`; tokens are random and nothing is written.
+MFU counts 6 N + 12 L h s operations a token (pretrain/metrics.py) over the card's dense bf16 peak, for FP8
+too.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ladder.config import ParallelConfig
+from pretrain.bench.precisions import precision_of
+from pretrain.config import TrainConfig
+from pretrain.data import Batch
+from pretrain.memory import in_words, is_planned, memory_plan
+from pretrain.metrics import flops_per_token, peak_flops
+from pretrain.presets import PRESETS
+from pretrain.run_log import versions
+from pretrain.setup import build, start_ranks
+from pretrain.step import train_step
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", required=True)
+    parser.add_argument("--micro-batch-size", type=int, help="None: the preset's")
+    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches a step")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def config_of(case: str, args: argparse.Namespace) -> TrainConfig:
+    shape, precision, kind, *rest = case.split(":")
+    config = PRESETS[shape]()
+    layers = int(rest[0]) if rest and rest[0] else config.model.num_layers
+    recompute: Any = rest[1] if len(rest) > 1 else "none"
+    number_format, fp8 = precision_of(precision)
+    residual: Any = kind
+    micro = args.micro_batch_size or config.micro_batch_size
+    return replace(
+        config,
+        model=replace(
+            config.model,
+            num_layers=layers,
+            residual=residual,
+            ladder_layers=None,
+            vocab_size=config.model.vocab_size or 512,
+        ),
+        parallel=ParallelConfig(),
+        precision=number_format,
+        fp8=fp8,
+        recompute=recompute,
+        micro_batch_size=micro,
+        global_batch_size=micro * args.accumulate,
+    )
+
+
+def random_batch(config: TrainConfig) -> Batch:
+    shape = (config.micro_batch_size, config.data.seq_length)
+    assert config.model.vocab_size is not None
+    tokens = torch.randint(0, config.model.vocab_size, shape)
+    return {
+        "tokens": tokens,
+        "labels": tokens.roll(-1, 1),
+        "loss_mask": torch.ones(shape),
+        "position_ids": torch.arange(shape[1]).expand(shape),
+    }
+
+
+def measure(case: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
+    config = config_of(case, args)
+    on_gpu = device != "cpu"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model, optimizer, scheduler = build(config)
+    batches = itertools.repeat(random_batch(config))
+    seconds = []
+    for _ in range(args.steps + 2):  # two warm up
+        begin = time.perf_counter()
+        loss, _, _ = train_step(model, optimizer, scheduler, batches, config)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    step_s = statistics.median(seconds[2:])
+    flops = config.tokens_per_step * flops_per_token(
+        num_layers=config.model.num_layers,
+        hidden_size=config.model.hidden_size,
+        seq_length=config.data.seq_length,
+        matmul_parameters=config.model.num_matmul_parameters(),
+    )
+    peak = peak_flops(device) if on_gpu else None
+    found = {
+        "case": case,
+        "parameters": config.model.num_parameters(),
+        "micro_batch_size": config.micro_batch_size,
+        "seq_length": config.data.seq_length,
+        "step_ms": 1e3 * step_s,
+        "steps_ms": [1e3 * s for s in seconds],
+        "tokens_per_second": config.tokens_per_step / step_s,
+        "tflops": flops / step_s / 1e12,
+        "mfu": flops / step_s / peak if peak else None,
+        "loss": loss,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        "planned_gib": None,
+    }
+    if is_planned(config):
+        plan = memory_plan(config, dp=1)
+        found["planned_gib"], found["planned"] = plan.total / 2**30, in_words(plan)
+    del model, optimizer, scheduler
+    gc.collect()
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    lines = [
+        "| case | parameters | step, ms | tokens/s | TFLOP/s | MFU | peak, GiB | planned |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['case']} | {row['error']} |" + " |" * 6)
+            continue
+        lines.append(
+            f"| {row['case']} | {row['parameters'] / 1e6:,.0f} M | {row['step_ms']:.1f} | "
+            f"{row['tokens_per_second']:,.0f} | {row['tflops']:.1f} | {cell(row['mfu'], '.1%')} | "
+            f"{cell(row['peak_gib'], '.2f')} | {cell(row['planned_gib'], '.2f')} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = arguments()
+    first = config_of(args.cases[0], args)
+    device = start_ranks(first)
+    rows = []
+    for case in args.cases:
+        try:
+            rows.append(measure(case, args, device))
+        except torch.OutOfMemoryError as error:  # the other cases can still be measured
+            rows.append({"case": case, "error": str(error).split(". ")[0]})
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+        if args.json:
+            facts = {
+                "device": device,
+                "versions": versions(),
+                "options": {k: str(v) for k, v in vars(args).items() if k != "json"},
+                "rows": rows,
+            }
+            args.json.write_text(json.dumps(facts, indent=1) + "\n")
+    print(table(rows))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

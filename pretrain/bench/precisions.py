@@ -1,0 +1,16 @@
+"""The benchmarks' names for precisions: fp32, bf16, and FP8's recipes, which are of bf16."""
+
+from typing import get_args
+
+from megatron_ladder.config import Precision
+from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
+
+PRECISIONS: tuple[str, ...] = ("fp32", "bf16", *get_args(Fp8Recipe))
+
+
+def precision_of(name: str) -> tuple[Precision, Fp8Config]:
+    """What a name of PRECISIONS stands for."""
+    assert name in PRECISIONS
+    if name in ("fp32", "bf16"):
+        return name, Fp8Config()  # type: ignore[return-value]
+    return "bf16", Fp8Config(recipe=name)  # type: ignore[arg-type]

@@ -1,0 +1,90 @@
+"""A small model built of either kind of layers, for tests that compare them on a GPU or its stand-in."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
+
+KINDS: dict[str, dict[str, Any]] = {
+    "standard": {"residual": "standard"},
+    "parallel": {"residual": "parallel"},
+    "ladder": {"residual": "ladder"},
+    "last-n": {"residual": "ladder", "ladder_layers": 2},
+    "desync": {"residual": "desync", "desync_interval": 2},
+    "qk-norm": {"residual": "ladder", "qk_layernorm": True, "add_qkv_bias": True},
+}
+VOCAB, LAYERS, BATCH, LENGTH = 512, 3, 2, 64
+# TE's fused norm + linear, of standard layers, has the norm's weight.
+FUSED = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def model_of(kind: str) -> ModelConfig:
+    return ModelConfig(
+        num_layers=LAYERS,
+        hidden_size=256,
+        ffn_hidden_size=512,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=VOCAB,
+        init_method_std=0.05,
+        **KINDS[kind],
+    )
+
+
+class Run:
+    """One model on one rank, and its gradients after some passes over the same tokens.
+
+    Args:
+        weights: of another run; None draws them.
+        steps: passes; none leaves the model as it is made.
+        options: of `transformer_config`.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        *,
+        impl: str = "transformer_engine",
+        weights: dict[str, Tensor] | None = None,
+        steps: int = 1,
+        recompute: str = "none",
+        **options: Any,
+    ) -> None:
+        config = transformer_config(model, parallel, impl=impl, recompute=recompute, **options)
+        torch.manual_seed(0)
+        (self.gpt,) = build_gpt_model(model, config, impl)
+        self.own = {_name(n): p for n, p in self.gpt.named_parameters()}
+        for name, weight in (weights or {}).items():
+            self.own[name].data.copy_(weight)
+        for _ in range(steps):
+            self.gpt.zero_grad()
+            self.gpt.set_is_first_microbatch()
+            self.forward().backward()
+        self.weights = {n: p.detach().clone() for n, p in self.own.items()}
+        self.gradients = {n: p.grad.float() for n, p in self.own.items() if p.grad is not None}
+
+    def forward(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator).cuda()
+        positions = torch.arange(LENGTH).expand(BATCH, -1).cuda()
+        losses = self.gpt(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+        return losses.float().mean()
+
+    def worst(self, other: "Run") -> float:
+        """The largest relative difference of a parameter's gradient."""
+        return max(
+            float((self.gradients[n] - g).norm() / g.norm()) for n, g in other.gradients.items()
+        )
+
+
+def _name(name: str) -> str:
+    for fused, separate in FUSED.items():
+        name = name.replace(fused, separate)
+    return name
