@@ -4,8 +4,9 @@
 
 Measured: everything that is computed, and the collectives' own work, on real ranks (gloo on a CPU).
 Modelled: how long a collective is on the link (pretrain/bench/wire.py), the same for every kind. Its
-time is `--link-ratio` times the forward compute of a sub-module, or, with --link and --target, what
-the ratio is for that model's layers on H100s over that link.
+time is `--link-ratio` times the forward compute of a sub-module; or, with --link, that link's for the
+message, for a GPU and real shapes; or, with --link and --target, the ratio is what it would be for
+that model's layers on H100s.
 
 A kind's hidden share of the link's time is
     1 - (T_kind(link) - T_kind(zero)) / (T_standard(link) - T_standard(zero))
@@ -86,6 +87,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--ffn-hidden-size", type=int, default=1536)
     parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, help="None: as many as heads")
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="or an FP8 recipe")
@@ -93,8 +95,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--link-ratio", type=float, default=0.5, help="of a sub-module's forward")
-    parser.add_argument("--link", choices=LINKS, help="with --target: sets the ratio")
-    parser.add_argument("--target", choices=TRAIN_PRESETS, help="its layers at TP=8 on H100s")
+    parser.add_argument("--link", choices=LINKS, help="its time for these messages, no ratio")
+    parser.add_argument(
+        "--target",
+        choices=TRAIN_PRESETS,
+        help="with --link: the ratio of its layers at TP=8 on H100s",
+    )
     parser.add_argument("--fake-tp", type=int, help="one process as rank 0 of this many")
     parser.add_argument("--json", type=Path, help="write every time measured")
     return parser.parse_args()
@@ -134,6 +140,7 @@ def lines(args: argparse.Namespace, tp: int, names: tuple[str, ...]) -> list[Lin
             hidden_size=args.hidden_size,
             ffn_hidden_size=args.ffn_hidden_size,
             num_attention_heads=args.heads,
+            num_query_groups=args.kv_heads,
             vocab_size=128 * tp,
             **kind,
         )
@@ -302,6 +309,11 @@ def main() -> None:
     if args.link and args.target:
         ratio = target_ratio(args.target, args.link)
     link_s = ratio * submodule_s
+    if args.link and not args.target:
+        element_bytes = 4 if args.precision == "fp32" else 2
+        size = args.seq_length * args.micro_batch_size * args.hidden_size * element_bytes
+        link_s = LINKS[args.link].for_ranks(tp).all_reduce_seconds(size)
+        ratio = link_s / submodule_s
     own_s = 0.0
     if device == "cpu" and args.fake_tp is None:
         message = torch.empty(args.seq_length, args.micro_batch_size, args.hidden_size)

@@ -82,6 +82,8 @@ def _pretend_there_is_a_gpu() -> None:
     )
     cuda.is_current_stream_capturing = lambda: False
     cuda.set_device = lambda *_: None
+    cuda.empty_cache = cuda.reset_peak_memory_stats = lambda *_: None
+    cuda.max_memory_allocated = lambda *_: 0
     cuda._lazy_init = lambda: None
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
     torch.Tensor.is_cuda = property(lambda _: True)  # type: ignore[assignment]

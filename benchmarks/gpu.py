@@ -1,0 +1,143 @@
+"""Everything that is to be measured on one GPU, in one call, most wanted first, within a time.
+
+    python benchmarks/gpu.py OUTPUT --seconds 540
+
+Each part runs in a process of its own, and what it has written stays when a later one fails or the time
+is up; OUTPUT/summary.json says of each what became of it, OUTPUT/NAME.log what it printed. `--only` runs
+some parts; `--list` names them.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Layers as a rank of TP=8 has them, and the tokens of a micro-batch.
+OVERLAP = {
+    "8b": ["--hidden-size", "4096", "--ffn-hidden-size", "14336", "--heads", "32"],
+    "70b": ["--hidden-size", "8192", "--ffn-hidden-size", "28672", "--heads", "64"],
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    command: list[str]
+    """After `python`; OUTPUT stands for the folder."""
+    limit_s: float
+
+
+@dataclass(frozen=True)
+class Result:
+    name: str
+    command: str
+    status: str
+    seconds: float
+
+
+def parts() -> list[Part]:
+    fp8 = ["tensorwise", "delayed", "blockwise"]  # of Hopper
+
+    def overlap(shape: str, link: str, precision: str) -> Part:
+        name = f"overlap-{shape}-{link}-{precision}"
+        options = ["--fake-tp", "8", "--layers", "4", "--seq-length", "4096", "--steps", "12"]
+        options += ["--kv-heads", "8", "--precision", precision, "--link", link]
+        script = ["benchmarks/overlap.py", *OVERLAP[shape], *options]
+        return Part(name, [*script, "--json", f"OUTPUT/{name}.json"], 90)
+
+    cases = ["paper-1b:bf16:ladder", "paper-1b:tensorwise:ladder", "paper-1b:bf16:standard"]
+    cases += [f"llama-3-8b:{p}:ladder:4" for p in ("bf16", "tensorwise")]
+    cases += ["llama-3-8b:bf16:ladder:8:full"]
+    return [
+        Part("doctor", ["-m", "pretrain.cli", "doctor"], 60),
+        Part(
+            "tests",
+            ["-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "--junitxml", "OUTPUT/tests.xml"],
+            240,
+        ),
+        Part(
+            "layers",
+            ["benchmarks/layers.py", "--precisions", "bf16", *fp8, "--json", "OUTPUT/layers.json"],
+            120,
+        ),
+        Part(
+            "training-step",
+            [
+                *("benchmarks/training_step.py", "--cases", *cases),
+                *("--micro-batch-size", "2", "--json", "OUTPUT/training-step.json"),
+            ],
+            180,
+        ),
+        overlap("70b", "nvswitch", "bf16"),
+        overlap("8b", "nvswitch", "bf16"),
+        Part(
+            "precision",
+            [
+                *("benchmarks/precision.py", "--precisions", "bf16", *fp8, "--steps", "250"),
+                *("--json", "OUTPUT/precision.json", "--picture", "OUTPUT/precision.png"),
+            ],
+            120,
+        ),
+        overlap("70b", "nvswitch", "tensorwise"),
+        overlap("70b", "p2p-off", "bf16"),
+        overlap("8b", "p2p-off", "bf16"),
+        overlap("8b", "nvswitch", "tensorwise"),
+    ]
+
+
+def run(part: Part, output: Path, limit_s: float) -> Result:
+    """Ends it at its limit; its output goes to OUTPUT/NAME.log."""
+    command = [sys.executable, *(word.replace("OUTPUT", str(output)) for word in part.command)]
+    begin = time.monotonic()
+    with (output / f"{part.name}.log").open("w") as log:
+        process = subprocess.Popen(  # noqa: S603 (the commands above)
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(limit_s)
+            status = "done" if code == 0 else f"failed with {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its children would keep the GPU
+            process.wait()
+            status = f"ended at its limit of {limit_s:.0f} s"
+    shown = " ".join(["python", *part.command])
+    return Result(part.name, shown, status, round(time.monotonic() - begin, 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = {part.name: part for part in parts()}
+    parser.add_argument("output", type=Path, nargs="?", default=Path("gpu-results"))
+    parser.add_argument("--seconds", type=float, default=3600, help="for all parts together")
+    parser.add_argument("--only", nargs="+", choices=known)
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(known))
+        return
+    output = args.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + args.seconds
+    results = []
+    for name in args.only or known:
+        left = end - time.monotonic()
+        if left < 20:
+            results.append(Result(name, "", "no time left", 0.0))
+        else:
+            results.append(run(known[name], output, min(known[name].limit_s, left)))
+        print(f"{name}: {results[-1].status}, {results[-1].seconds:.0f} s", flush=True)
+        summary = [asdict(result) for result in results]
+        (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    sys.exit(any(result.status != "done" for result in results))
+
+
+if __name__ == "__main__":
+    main()
