@@ -22,6 +22,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config, check_fp8
 from pretrain.fault_config import FaultConfig
 from pretrain.files import write_atomically
+from pretrain.optimizer_config import OptimizerConfig
 from pretrain.profile_config import ProfileConfig
 
 
@@ -57,20 +58,6 @@ class DataConfig:
     """The tokenizer's prefix, middle and suffix tokens; None: those of StarCoder, Qwen or Code Llama."""
     num_workers: int = 2
     """Loader processes a rank; 0 loads in the training process."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with the paper's values (arXiv 2501.06589, section 4.1)."""
-
-    lr: float = 3e-4
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-10
-    weight_decay: float = 0.1
-    """Norm weights are not decayed."""
-    clip_grad: float = 1.0
-    """Largest gradient norm; 0 clips nothing."""
 
 
 @dataclass(frozen=True)

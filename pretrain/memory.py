@@ -102,10 +102,10 @@ def memory_plan(config: TrainConfig, dp: int) -> MemoryPlan:
     """The fuller of the first and the last pipeline stage.
 
     A parameter takes 2 B in bf16, 4 B of fp32 gradient, and 12 B of the distributed optimizer (fp32
-    copy, Adam's two moments) over dp. Activations by `activation_bytes` for the micro-batches in
-    flight: 1F1B's pp on the first stage, 1 + (pp - 1) / (pp vpp) times as many interleaved. Logits on
-    the last, when the loss's backward begins: their softmax in fp32, which becomes their gradient, and
-    that in bf16.
+    copy, Adam's two moments; 8 B with those in bf16) over dp. Activations by `activation_bytes` for the
+    micro-batches in flight: 1F1B's pp on the first stage, 1 + (pp - 1) / (pp vpp) times as many
+    interleaved. Logits on the last, when the loss's backward begins: their softmax in fp32, which
+    becomes their gradient, and that in bf16.
     """
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -119,6 +119,7 @@ def memory_plan(config: TrainConfig, dp: int) -> MemoryPlan:
     # One layer at a time is whole again while it is recomputed.
     working = layer("none") if config.recompute == "full" else 0.0
     logits = (FP32 + BF16) * tokens * model.padded_vocab_size / tp
+    state = FP32 + 2 * (BF16 if config.optimizer.moments == "bf16" else FP32)
     most = config.num_microbatches(dp) * vpp
     in_fp8 = model.num_layers - (
         config.fp8.num_layers_at_start_in_bf16 + config.fp8.num_layers_at_end_in_bf16
@@ -140,7 +141,7 @@ def memory_plan(config: TrainConfig, dp: int) -> MemoryPlan:
                 weights=BF16 * parameters,
                 fp8_weights=copies,
                 gradients=FP32 * parameters,
-                optimizer=3 * FP32 * parameters / dp,
+                optimizer=state * parameters / dp,
                 activations=in_flight * chunk + working,
                 logits=logits * last,
             )
@@ -189,6 +190,8 @@ def what_to_turn(config: TrainConfig, dp: int) -> str:
     if config.recompute != "full":
         advice.append("--recompute full (activations for a third more compute)")
     if plan.optimizer + plan.weights + plan.gradients > plan.activations + plan.logits:
+        if config.optimizer.moments == "fp32" and config.precision == "bf16":
+            advice.append("--optimizer.moments bf16 (4 bytes less a parameter; another training)")
         advice.append("more GPUs (the optimizer's state is divided over data-parallel ranks)")
     advice.append(
         f"--parallel.tensor-model-parallel-size {2 * tp} or more "

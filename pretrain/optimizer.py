@@ -67,6 +67,7 @@ def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
 def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -> Any:
     """AdamW with its state divided over the data-parallel ranks; fp32 master weights under bf16."""
     o = config.optimizer
+    moments = torch.bfloat16 if o.moments == "bf16" else torch.float32
     optimizer_config = McoreOptimizerConfig(
         optimizer="adam",
         lr=o.lr,
@@ -80,6 +81,10 @@ def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -
         params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         use_distributed_optimizer=True,
         overlap_param_gather=model[0].ddp_config.overlap_param_gather,
+        use_precision_aware_optimizer=o.moments != "fp32",
+        store_param_remainders=False,  # master weights stay fp32, whole
+        exp_avg_dtype=moments,
+        exp_avg_sq_dtype=moments,
     )
     return get_megatron_optimizer(
         optimizer_config, model, config_overrides=get_standard_config_overrides(optimizer_config)

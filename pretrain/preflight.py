@@ -12,6 +12,7 @@ from pretrain.config import TrainConfig
 from pretrain.data import DataFolder, check_same_data, open_data
 from pretrain.fim import fill_in_the_middle
 from pretrain.initial import check_initial
+from pretrain.optimizer_config import check_optimizer
 from pretrain.run_folder import check_free_space, check_output_dir
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     check_initial(config, folders)
     check_layout(config.model, config.parallel)
     check_machine(config.fp8, resolve_impl(config.transformer_impl))
+    check_optimizer(config.optimizer, config.precision)
     config.num_microbatches(config.parallel.data_parallel_size(world_size))
     fill_in_the_middle(config, folders[0])
     if config.keep_last < 2:

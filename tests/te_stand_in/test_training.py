@@ -1,4 +1,4 @@
-"""Runs in FP8 through `megatron-ladder train`: the optimizer, checkpoints, resuming."""
+"""`megatron-ladder train` in FP8, or with Adam's moments in bf16: the optimizer, checkpoints, resuming."""
 
 import json
 import shutil
@@ -34,11 +34,18 @@ def train(data: Path, run: Path, *options: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("residual", ["ladder", "standard"])
-@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
-def test_a_run_in_fp8_resumes_bitwise(recipe: str, residual: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--fp8.recipe", "tensorwise"],
+        ["--fp8.recipe", "delayed"],
+        ["--fp8.recipe", "delayed", "--model.residual", "standard"],
+        ["--optimizer.moments", "bf16"],
+    ],
+    ids=lambda options: " ".join(options[1::2]),
+)
+def test_a_run_resumes_bitwise(options: list[str], tmp_path: Path) -> None:
     data = write_data_set(tmp_path / "data")
-    options = ["--fp8.recipe", recipe, "--model.residual", residual]
     train(data, tmp_path / "run", *options)
     whole = losses(tmp_path / "run")
     assert whole[-1] < whole[0]

@@ -112,3 +112,10 @@ def test_out_of_memory_says_what_to_turn(
         assert part in said
     assert "--recompute full" in said
     assert "Including" not in said
+
+
+def test_moments_in_bf16_take_four_bytes_less(config: TrainConfig) -> None:
+    fewer = replace(config, optimizer=replace(config.optimizer, moments="bf16"))
+    plan, plain = memory_plan(fewer, dp=2), memory_plan(config, dp=2)
+    assert plan.optimizer == pytest.approx(plain.optimizer * 8 / 12)
+    assert replace(plan, optimizer=plain.optimizer) == plain

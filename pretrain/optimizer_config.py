@@ -1,0 +1,44 @@
+"""The optimizer's part of a run's configuration."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+from megatron_ladder.config import Precision
+from megatron_ladder.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with the paper's values (arXiv 2501.06589, section 4.1)."""
+
+    lr: float = 3e-4
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-10
+    weight_decay: float = 0.1
+    """Norm weights are not decayed."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 clips nothing."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Of Adam's two moments. bf16 takes 8 bytes a parameter of the optimizer's 12; it needs precision
+    bf16 and Transformer Engine's FusedAdam."""
+
+
+def check_optimizer(optimizer: OptimizerConfig, precision: Precision) -> None:
+    """Refuses what this machine's optimizers cannot do.
+
+    Raises:
+        UserError: with what is missing.
+    """
+    if optimizer.moments == "fp32":
+        return
+    if precision != "bf16":
+        raise UserError(
+            f"optimizer.moments {optimizer.moments} needs precision bf16 (it is {precision})"
+        )
+    if find_spec("transformer_engine") is None:
+        raise UserError(
+            f"optimizer.moments {optimizer.moments} needs Transformer Engine's FusedAdam, which is not "
+            "installed: see `megatron-ladder doctor`, or leave the moments in fp32"
+        )
