@@ -127,3 +127,37 @@ def test_weight_gradients_are_added_to_ddps_buffer_by_the_gemms(
     for difference, all_written in run_ranks(ranks, run_under_ddp, layout, tmp_path=tmp_path):
         assert all_written
         assert difference < 1e-2  # bf16 against fp32, which the buffer is of
+
+
+def count_scale_updates(recompute: str) -> list[int]:
+    """How often gradients' scales are found anew in a step: the linears still to run backward then."""
+    from tests.te_stand_in import kernels
+
+    kernels.install()
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager as manager
+
+    from megatron_ladder.mcore_compat import initialize_model_parallel
+
+    updates: list[int] = []
+    update = manager.reduce_and_update_fp8_tensors
+
+    def counted(forward: bool = True) -> None:
+        if not forward:
+            updates.append(len(kernels.gemm_weights))
+        update(forward=forward)
+
+    manager.reduce_and_update_fp8_tensors = counted
+    model, parallel = model_of("ladder"), ParallelConfig()
+    initialize_model_parallel(parallel, seed=0)
+    kernels.gemm_weights.clear()
+    fp8 = Fp8Config(recipe="delayed")
+    Run(model, parallel, precision="bf16", fp8=fp8, recompute=recompute)
+    return [4 * LAYERS - done for done in updates]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_delayed_scaling_finds_scales_after_the_last_backward(
+    recompute: str, tmp_path: Path
+) -> None:
+    (left,) = run_ranks(1, count_scale_updates, recompute, tmp_path=tmp_path)
+    assert left == [0]
