@@ -48,6 +48,7 @@ def parts() -> list[Part]:
         name = f"overlap-{shape}-{link}-{precision}"
         options = ["--fake-tp", "8", "--layers", "4", "--seq-length", "4096", "--steps", "12"]
         options += ["--kv-heads", "8", "--precision", precision, "--link", link]
+        options += ["--trace", f"OUTPUT/{name}.trace.json.gz"]
         script = ["benchmarks/overlap.py", *OVERLAP[shape], *options]
         return Part(name, [*script, "--json", f"OUTPUT/{name}.json"], 90)
 

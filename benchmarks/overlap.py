@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ladder import backward_order, linear
+from megatron_ladder import backward_order, linear, ranges
 from megatron_ladder.collectives import collectives_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
@@ -48,6 +48,7 @@ from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds
 from pretrain.presets import PRESETS as TRAIN_PRESETS
+from pretrain.profile import traced
 
 TP = 2
 BLOCKING = "standard, waiting at once"
@@ -103,6 +104,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--fake-tp", type=int, help="one process as rank 0 of this many")
     parser.add_argument("--json", type=Path, help="write every time measured")
+    parser.add_argument(
+        "--trace", type=Path, help="of a pass of standard and of ladder, for Perfetto"
+    )
     return parser.parse_args()
 
 
@@ -327,6 +331,11 @@ def main() -> None:
     }
     parts = submodules(no_comm.decoder, args, tp)
     times = measure(runs, args.steps)
+    if args.trace:
+        with traced(args.trace):
+            for name in ("standard", "ladder"):
+                with ranges.named(name):
+                    runs[name, "link"]()
     report: dict[str, Any] = {
         "measured": f"{tp} ranks, {device}, {platform.processor() or platform.machine()}",
         "modelled": f"an all-reduce is {link_s:.6f} s on the link, {ratio} x a sub-module's forward, "

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -43,19 +44,20 @@ class StepProfile:
             opened.close()
 
     def _begin(self, step: int) -> None:
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
         path = self._folder / f"from-step-{step}-rank-{dist.get_rank()}.json.gz"
-
-        def write(profiler: torch.profiler.profile) -> None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(path))
-            if dist.get_rank() == 0:
-                logger.info("traced: %s (open it at ui.perfetto.dev)", path)
-
         self._open = contextlib.ExitStack()
-        self._open.enter_context(ranges.recorded())
-        self._open.enter_context(
-            torch.profiler.profile(activities=activities, on_trace_ready=write)
-        )
+        if dist.get_rank() == 0:
+            self._open.callback(logger.info, "traced: %s (open it at ui.perfetto.dev)", path)
+        self._open.enter_context(traced(path))
+
+
+@contextlib.contextmanager
+def traced(path: Path) -> Iterator[None]:
+    """Writes a trace of its body, with the ranges of ranges.py, as Chrome's and Perfetto's JSON."""
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with ranges.recorded(), torch.profiler.profile(activities=activities) as profiler:
+        yield
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
