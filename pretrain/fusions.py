@@ -71,7 +71,7 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
             config.cross_entropy_loss_fusion,
             "takes three passes more over the logits",
         ),
-        _weight_gradients(config, te),
+        _weight_gradients(config, te, on_gpu),
         _adam(adam, on_gpu),
     ]
 
@@ -96,7 +96,7 @@ def _precision(config: Any, lacks: str) -> Choice:
     return Choice("precision of linears", precision, lacks or "no fp8.recipe is given")
 
 
-def _weight_gradients(config: Any, te: bool) -> Choice:
+def _weight_gradients(config: Any, te: bool, on_gpu: bool) -> Choice:
     part = "weight gradients"
     if config.gradient_accumulation_fusion:
         by = "Transformer Engine's and apex's" if te else "apex's"
@@ -109,7 +109,8 @@ def _weight_gradients(config: Any, te: bool) -> Choice:
             "NVIDIA's apex is not installed",
             f"of the output layer: {cost}",
         )
-    return Choice(part, "added to the fp32 buffer apart", "NVIDIA's apex is not installed", cost)
+    why = "NVIDIA's apex is not installed" if on_gpu else "no GPU"
+    return Choice(part, "added to the fp32 buffer apart", why, cost)
 
 
 def _adam(adam: type, on_gpu: bool) -> Choice:

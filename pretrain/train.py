@@ -50,17 +50,15 @@ def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) 
     if is_first_rank():
         held = lock(run_dir)
         write_config(config)  # before anything else is there: the folder is this run's
-    with Status(config) as status, Watchdog(config) as watchdog:
-        try:
+    try:
+        with Status(config) as status, Watchdog(config) as watchdog:
             exit_status = _train(config, folders, signals, status, watchdog)
-        except torch.OutOfMemoryError as error:
-            # Said by whichever rank it was; starting again would not help: 2, as after a mistake.
-            said = out_of_memory(config, torch.distributed.get_world_size(), error)
-            print(
-                f"megatron-ladder train: rank {torch.distributed.get_rank()}: {said}",
-                file=sys.stderr,
-            )
-            return 2
+    except torch.OutOfMemoryError as error:
+        # Said by whichever rank it was; starting again would not help: 2, as after a mistake.
+        said = out_of_memory(config, torch.distributed.get_world_size(), error)
+        rank = torch.distributed.get_rank()
+        print(f"megatron-ladder train: rank {rank}: {said}", file=sys.stderr)
+        return 2
     if is_first_rank():
         held.close()
     return exit_status

@@ -32,7 +32,7 @@ def by_part(config: LadderConfig, adam: type) -> dict[str, Choice]:
 def test_on_a_cpu_every_part_has_its_reason() -> None:
     found = by_part(config_of(), adam_class())
     assert all(choice.why for choice in found.values())
-    assert found["attention"].why == "no GPU"
+    assert found["attention"].why == found["weight gradients"].why == "no GPU"
     assert "AdamW" in found["Adam"].implementation
 
 

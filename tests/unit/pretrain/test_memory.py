@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,8 @@ def test_out_of_memory_says_what_to_turn(
         assert part in said
     assert "--recompute full" in said
     assert "Including" not in said
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
 
 
 def test_moments_in_bf16_take_four_bytes_less(config: TrainConfig) -> None:
