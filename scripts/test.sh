@@ -26,4 +26,4 @@ if [ $# -gt 0 ]; then
 fi
 # What runs in one process, two files at a time; then what runs several ranks, which need the cores.
 "$bin/python" -m pytest --numprocesses 2 --dist loadfile tests/unit
-exec "$bin/python" -m pytest tests/distributed tests/slurm tests/chaos tests/gpu
+exec "$bin/python" -m pytest tests/distributed tests/slurm tests/chaos tests/gpu tests/te_stand_in

@@ -16,6 +16,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "desync": {"residual": "desync", "desync_interval": 2},
     "qk-norm": {"residual": "ladder", "qk_layernorm": True, "add_qkv_bias": True},
 }
+LAYOUTS = {
+    "1": ParallelConfig(),
+    "tp2": ParallelConfig(tensor_model_parallel_size=2),
+    "tp2-sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+}
 VOCAB, LAYERS, BATCH, LENGTH = 512, 3, 2, 64
 # TE's fused norm + linear, of standard layers, has the norm's weight.
 FUSED = {

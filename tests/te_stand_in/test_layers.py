@@ -3,27 +3,18 @@
 Those are held to the plain-PyTorch oracle by tests/distributed.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.fp8 import Fp8Config
 from tests.ranks import run_ranks
-from tests.te_run import KINDS, LAYERS, Run, model_of
+from tests.te_run import KINDS, LAYERS, LAYOUTS, Run, model_of
+from tests.te_stand_in import MARKS
 
-pytestmark = [
-    pytest.mark.skipif(find_spec("transformer_engine") is None, reason="no Transformer Engine"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run tests/gpu"),
-]
-LAYOUTS = {
-    "1": ParallelConfig(),
-    "tp2": ParallelConfig(tensor_model_parallel_size=2),
-    "tp2-sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
-}
+pytestmark = MARKS
 
 
 def run_kind(kind: str, layout: str) -> list[str]:

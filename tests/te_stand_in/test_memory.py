@@ -1,7 +1,6 @@
 """The memory plan's counting against what the layers keep for backward, and what training holds."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,10 @@ from megatron_ladder.collectives import SubmoduleCollectives
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.fp8 import Fp8Config
 from tests.ranks import run_ranks
+from tests.te_run import LAYOUTS
+from tests.te_stand_in import MARKS
 
-pytestmark = [
-    pytest.mark.skipif(find_spec("transformer_engine") is None, reason="no Transformer Engine"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run tests/gpu"),
-]
-LAYOUTS = {
-    "1": ParallelConfig(),
-    "tp2": ParallelConfig(tensor_model_parallel_size=2),
-    "tp2-sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
-}
+pytestmark = MARKS
 BATCH, LENGTH = 2, 64
 
 

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,9 @@ import torch
 from pretrain.config import load_config
 from tests.data_sets import write_data_set
 from tests.oracle import plain_model
+from tests.te_stand_in import MARKS
 
-pytestmark = [
-    pytest.mark.skipif(find_spec("transformer_engine") is None, reason="no Transformer Engine"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run tests/gpu"),
-]
+pytestmark = MARKS
 
 
 def losses(run: Path) -> list[float]:
