@@ -52,9 +52,14 @@ def parts() -> list[Part]:
         script = ["benchmarks/overlap.py", *OVERLAP[shape], *options]
         return Part(name, [*script, "--json", f"OUTPUT/{name}.json"], 90)
 
-    cases = ["paper-1b:bf16:ladder", "paper-1b:tensorwise:ladder", "paper-1b:bf16:standard"]
-    cases += [f"llama-3-8b:{p}:ladder:4" for p in ("bf16", "tensorwise")]
-    cases += ["llama-3-8b:bf16:ladder:8:full"]
+    def training(shape: str, cases: list[str]) -> Part:
+        name = f"training-{shape}"
+        options = ["--accumulate", "4", "--steps", "6", "--json", f"OUTPUT/{name}.json"]
+        return Part(name, ["benchmarks/training_step.py", "--cases", *cases, *options], 120)
+
+    paper = [f"paper-1b:{case}" for case in ("bf16:ladder", "bf16:standard", "tensorwise:ladder")]
+    llama = [f"llama-3-8b:{case}" for case in ("bf16:ladder:4", "tensorwise:ladder:4")]
+    llama.append("llama-3-8b:bf16:ladder:8:full")
     return [
         Part("doctor", ["-m", "pretrain.cli", "doctor"], 60),
         Part(
@@ -67,14 +72,8 @@ def parts() -> list[Part]:
             ["benchmarks/layers.py", "--precisions", "bf16", *fp8, "--json", "OUTPUT/layers.json"],
             120,
         ),
-        Part(
-            "training-step",
-            [
-                *("benchmarks/training_step.py", "--cases", *cases),
-                *("--micro-batch-size", "2", "--json", "OUTPUT/training-step.json"),
-            ],
-            180,
-        ),
+        training("1b", paper),
+        training("8b", llama),
         overlap("70b", "nvswitch", "bf16"),
         overlap("8b", "nvswitch", "bf16"),
         Part(
