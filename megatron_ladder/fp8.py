@@ -28,6 +28,8 @@ class Fp8Config:
     num_layers_at_start_in_bf16: int = 0
     num_layers_at_end_in_bf16: int = 0
     """First and last layers whose GEMMs stay bf16; not with delayed."""
+    primary_weights: bool = False
+    """The linears' weights are kept and gathered in FP8 alone, beside the optimizer's fp32 ones."""
 
 
 def check_fp8(
@@ -52,8 +54,10 @@ def check_fp8(
             f"the model has {model.num_layers} layers"
         )
     if fp8.recipe is None:
-        if any(in_bf16):
-            raise UserError("fp8.num_layers_at_start_in_bf16 and _at_end_ need an fp8.recipe")
+        if any(in_bf16) or fp8.primary_weights:
+            raise UserError(
+                "fp8.num_layers_at_start_in_bf16, _at_end_ and primary_weights need an fp8.recipe"
+            )
         return
     if precision != "bf16":
         raise UserError(
@@ -63,6 +67,10 @@ def check_fp8(
         raise UserError(
             "fp8.recipe delayed takes its maxima from all layers together and cannot leave some in bf16: "
             "use tensorwise, or no fp8.num_layers_at_start_in_bf16 and _at_end_"
+        )
+    if fp8.primary_weights and fp8.recipe == "mxfp8":
+        raise UserError(
+            "fp8.primary_weights with fp8.recipe mxfp8 is not supported: leave out the first"
         )
     tp = parallel.tensor_model_parallel_size
     heads = model.num_attention_heads + 2 * model.kv_heads
@@ -122,6 +130,7 @@ def config_fields(fp8: Fp8Config) -> dict[str, Any]:
         # hybrid: gradients as e5m2, of larger range; scales of blocks make e4m3 do for all.
         "fp8": "hybrid" if per_tensor else "e4m3",
         "fp8_recipe": fp8.recipe,
+        "fp8_param": fp8.primary_weights,
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
         "first_last_layers_bf16": bool(

@@ -27,7 +27,7 @@ class MemoryPlan:
 
     weights: float
     fp8_weights: float
-    """Copies of the linears' weights, for both directions of their GEMMs."""
+    """The linears' weights in FP8, for both directions of their GEMMs."""
     gradients: float
     optimizer: float
     activations: float
@@ -131,14 +131,15 @@ def memory_plan(config: TrainConfig, dp: int) -> MemoryPlan:
         in_flight = min(warm_up + 1, most)
         parameters = stage_parameters(config, first=first, last=last)
         chunk = model.num_layers / (pp * vpp) * layer(config.recompute)
-        copies = 0.0
+        weights, copies = BF16 * parameters, 0.0
         if recipe:
-            linears = stage_parameters(config, first=False, last=False)
-            share = in_fp8 / model.num_layers
-            copies = 2 * FP8 * FP8_SCALES[recipe] * linears * share
+            linears = stage_parameters(config, first=False, last=False) * in_fp8 / model.num_layers
+            copies = 2 * FP8 * FP8_SCALES[recipe] * linears
+            if config.fp8.primary_weights:  # not beside weights in bf16, but in place of them
+                weights -= BF16 * linears
         plans.append(
             MemoryPlan(
-                weights=BF16 * parameters,
+                weights=weights,
                 fp8_weights=copies,
                 gradients=FP32 * parameters,
                 optimizer=state * parameters / dp,

@@ -33,6 +33,7 @@ def wrap_data_parallel(chunks: list[Any]) -> list[DistributedDataParallel]:
         overlap_grad_reduce=True,
         overlap_param_gather=parallel_state.get_data_parallel_world_size() > 1,
         use_distributed_optimizer=True,
+        fp8_param_gather=config.fp8_param,
     )
     model = [
         # A later chunk's reduction has the other chunks' backward to hide behind: no need to cut it.

@@ -6,6 +6,7 @@ kept for backward and when scales are found, under this project's layers. Not th
 `install` changes torch and Transformer Engine for the whole process: call it in a rank of its own.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -36,8 +37,10 @@ def install() -> None:
     import transformer_engine.pytorch as te
     import transformer_engine.pytorch.cpp_extensions.gemm as gemm
     import transformer_engine_torch as tex
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
+    _gather_one_by_one(param_and_grad_buffer)
     gemm.get_cublas_workspace = lambda *_: torch.empty(1, dtype=torch.uint8)
     te.distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     te.distributed._set_cuda_rng_state = lambda *_, **__: None
@@ -54,6 +57,8 @@ def install() -> None:
         "fused_rope_forward": _rope,
         "fused_rope_backward": lambda grad, angles, *_: _rope(grad, -angles),
         "fp8_transpose": lambda data, *_, **__: data.movedim(-1, 0).contiguous(),
+        "compute_amax": lambda x, amax: amax.copy_(x.abs().max()),
+        "multi_tensor_compute_scale_and_scale_inv": _scales,
         "multi_tensor_adam": _adam,
         "multi_tensor_l2norm": _l2norm,
         "multi_tensor_scale": _scale,
@@ -69,6 +74,18 @@ def install() -> None:
             for alias, value in list(vars(module).items()):
                 if value is real:
                     setattr(module, alias, function)
+
+
+def _gather_one_by_one(buffers: Any) -> None:
+    """gloo cannot take FP8 and bf16 weights as one message, as NCCL does: one after another, at once."""
+
+    def at_once(collective: Any) -> Any:
+        return lambda *args, async_op=False, **kwargs: collective(*args, **kwargs)
+
+    done = SimpleNamespace(wait=lambda: None)
+    buffers._coalescing_manager = lambda *_, **__: contextlib.nullcontext(done)
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, at_once(getattr(buffers, name)))
 
 
 def _pretend_there_is_a_gpu() -> None:
@@ -102,8 +119,8 @@ def _gemm(  # type: ignore[no-untyped-def]
     from transformer_engine.pytorch.cpp_extensions.gemm import TE_DType
 
     dtypes = {v: k for k, v in TE_DType.items()}
-    gemms.append((_is_fp8(a) and _is_fp8(b), grad))
-    left, right = _plain(b).float(), _plain(a).float()
+    gemms.append((is_fp8(a) and is_fp8(b), grad))
+    left, right = plain(b).float(), plain(a).float()
     shape = left.shape
     left, right = left.reshape(-1, shape[-1]), right.reshape(-1, right.shape[-1])
     if transposed_b:
@@ -167,12 +184,12 @@ def _fp8_dtype(te_dtype: Any) -> torch.dtype:
     return torch.float8_e5m2 if is_e5m2 else torch.float8_e4m3fn
 
 
-def _is_fp8(x: Any) -> bool:
+def is_fp8(x: Any) -> bool:
     return hasattr(x, "_scale_inv")
 
 
-def _plain(x: Any) -> Tensor:
-    if not _is_fp8(x):
+def plain(x: Any) -> Tensor:
+    if not is_fp8(x):
         return x
     dtype = _fp8_dtype(x._fp8_dtype)
     if x._data is not None:
@@ -187,7 +204,7 @@ def _quantize(source: Any, quantizer: Any, out: Any = None, noop: Any = None) ->
     )
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
-    x = _plain(source).detach().float()
+    x = plain(source).detach().float()
     dtype = _fp8_dtype(quantizer.dtype)
     largest, amax = torch.finfo(dtype).max, x.abs().max().reshape(1)
     if isinstance(quantizer, Float8CurrentScalingQuantizer):
@@ -197,7 +214,8 @@ def _quantize(source: Any, quantizer: Any, out: Any = None, noop: Any = None) ->
         scale = largest / amax.clamp(min=1e-30)
     else:
         seen = quantizer.amax  # of all tensors since the scale was found last
-        seen.copy_(torch.maximum(seen, amax.reshape(seen.shape)))
+        if seen.numel():
+            seen.copy_(torch.maximum(seen, amax.reshape(seen.shape)))
         scale = quantizer.scale.reshape(1).clone()
     data = (x * scale).clamp(-largest, largest).to(dtype).view(torch.uint8)
     transpose = data.movedim(-1, 0).contiguous() if quantizer.columnwise_usage else None
@@ -206,7 +224,7 @@ def _quantize(source: Any, quantizer: Any, out: Any = None, noop: Any = None) ->
             out._data.copy_(data)
         if transpose is not None:
             out._transpose, out._transpose_invalid = transpose, False
-        out._scale_inv.copy_(1 / scale)
+        out._scale_inv.copy_((1 / scale).reshape(out._scale_inv.shape))
         return out
     arguments: dict[str, Any] = {
         "fp8_scale_inv": 1 / scale,
@@ -243,6 +261,12 @@ def _adam(  # type: ignore[no-untyped-def]
 def _l2norm(chunk, overflow, lists, per_tensor=False):  # type: ignore[no-untyped-def]
     norms = torch.stack([x.float().norm() for x in lists[0]])
     return norms.norm().reshape(1), norms
+
+
+def _scales(chunk, overflow, lists, largest, *_):  # type: ignore[no-untyped-def]
+    for amax, scale, inverse in zip(*lists, strict=True):
+        scale.copy_(largest / amax.clamp(min=1e-30))
+        inverse.copy_(1 / scale)
 
 
 def _scale(chunk, overflow, lists, factor):  # type: ignore[no-untyped-def]

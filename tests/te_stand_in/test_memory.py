@@ -117,12 +117,14 @@ def test_what_layers_keep_is_what_is_planned(residual: str, layout: str, tmp_pat
         assert not found
 
 
-def measure_state(recipe: str | None, moments: str) -> dict[str, tuple[float, float]]:
+def measure_state(fp8: Fp8Config, moments: str) -> dict[str, tuple[float, float]]:
     """After a step: bytes measured and planned, by name."""
     from tests.te_stand_in import kernels
 
     kernels.install()
     from dataclasses import replace
+
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
 
     from megatron_ladder.mcore_compat import initialize_model_parallel
     from pretrain.memory import memory_plan
@@ -134,7 +136,7 @@ def measure_state(recipe: str | None, moments: str) -> dict[str, tuple[float, fl
         PRESETS["debug"](),
         model=model_of("ladder", 2),
         precision="bf16",
-        fp8=Fp8Config(recipe=recipe),
+        fp8=fp8,
         transformer_impl="transformer_engine",
     )
     config = replace(config, optimizer=replace(config.optimizer, moments=moments))
@@ -151,15 +153,14 @@ def measure_state(recipe: str | None, moments: str) -> dict[str, tuple[float, fl
     groups = inner.optimizer.param_groups
     # With moments in bf16 they are in the state, and these are the weights themselves.
     masters = [p for g in groups for p in g["params"] if p.dtype == torch.float32]
-    copies = [
-        part
-        for module in chunk.modules()
-        for copy in getattr(module, "_fp8_workspaces", {}).values()
-        for part in (copy._data, copy._transpose)
-    ]
+    weights = list(chunk.parameters())
+    in_fp8 = [p for p in weights if isinstance(p, Float8Tensor)]
+    for module in chunk.modules():
+        in_fp8 += getattr(module, "_fp8_workspaces", {}).values()
+    copies = [part for copy in in_fp8 for part in (copy._data, copy._transpose)]
     plan = memory_plan(config, dp=1)
     return {
-        "weights": (size(chunk.parameters()), plan.weights),
+        "weights": (size(p for p in weights if type(p) is not Float8Tensor), plan.weights),
         "gradients": (size(p.main_grad for p in chunk.parameters()), plan.gradients),
         "optimizer": (size(moments) + size(masters), plan.optimizer),
         "fp8_weights": (size(copies), plan.fp8_weights),
@@ -167,13 +168,19 @@ def measure_state(recipe: str | None, moments: str) -> dict[str, tuple[float, fl
 
 
 @pytest.mark.parametrize(
-    ("recipe", "moments"),
-    [(None, "fp32"), ("tensorwise", "fp32"), ("delayed", "fp32"), (None, "bf16")],
+    ("fp8", "moments"),
+    [
+        (Fp8Config(), "fp32"),
+        (Fp8Config("tensorwise"), "fp32"),
+        (Fp8Config("delayed"), "fp32"),
+        (Fp8Config("tensorwise", primary_weights=True), "fp32"),
+        (Fp8Config(), "bf16"),
+    ],
 )
 def test_what_training_holds_is_what_is_planned(
-    recipe: str | None, moments: str, tmp_path: Path
+    fp8: Fp8Config, moments: str, tmp_path: Path
 ) -> None:
-    (found,) = run_ranks(1, measure_state, recipe, moments, tmp_path=tmp_path)
+    (found,) = run_ranks(1, measure_state, fp8, moments, tmp_path=tmp_path)
     for name, (measured, planned) in found.items():
         assert measured == pytest.approx(planned, rel=0.01), name
-    assert (found["fp8_weights"][0] > 0) == (recipe is not None)
+    assert (found["fp8_weights"][0] > 0) == (fp8.recipe is not None)

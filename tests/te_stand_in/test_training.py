@@ -37,9 +37,11 @@ def train(data: Path, run: Path, *options: str) -> None:
         ["--fp8.recipe", "tensorwise"],
         ["--fp8.recipe", "delayed"],
         ["--fp8.recipe", "delayed", "--model.residual", "standard"],
+        ["--fp8.recipe", "tensorwise", "--fp8.primary-weights"],
+        ["--fp8.recipe", "delayed", "--fp8.primary-weights"],
         ["--optimizer.moments", "bf16"],
     ],
-    ids=lambda options: " ".join(options[1::2]),
+    ids=" ".join,
 )
 def test_a_run_resumes_bitwise(options: list[str], tmp_path: Path) -> None:
     data = write_data_set(tmp_path / "data")

@@ -68,6 +68,8 @@ def test_transformer_engine_is_needed(monkeypatch) -> None:
         (Fp8Config("tensorwise", -1), {}, "the model has 4 layers"),
         (Fp8Config("tensorwise", 2, 3), {}, "the model has 4 layers"),
         (Fp8Config(None, 1), {}, "need an fp8.recipe"),
+        (Fp8Config(primary_weights=True), {}, "need an fp8.recipe"),
+        (Fp8Config("mxfp8", primary_weights=True), {}, "mxfp8 is not supported"),
         (Fp8Config("delayed", 1), {}, "cannot leave some in bf16"),
         (Fp8Config("delayed"), {"precision": "fp32"}, "needs precision bf16 .it is fp32."),
         (Fp8Config("delayed"), {"tokens": 24}, "micro_batch_size, 24, is not a multiple of 16"),

@@ -65,8 +65,9 @@ def test_the_number_of_options_stays_small() -> None:
     # with other projects' models: four of what they are made of, and where to start from; with adapting
     # them: gradually, and by distillation (two); blends that change (phases); for what goes wrong: two
     # policies, a spike's size, how many of them, hangs and slow ranks; saves in the background. FP8: the
-    # recipe, and which layers it leaves out (two); a trace: from which step, how many; Adam's moments.
-    assert count(to_dict(PRESETS["debug"]())) <= 82
+    # recipe, which layers it leaves out (two), weights in it; a trace: from which step, how many; Adam's
+    # moments.
+    assert count(to_dict(PRESETS["debug"]())) <= 83
 
 
 def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:

@@ -60,6 +60,17 @@ def test_fp8_keeps_copies_of_the_layers_weights(config: TrainConfig) -> None:
     assert fewer.fp8_weights == pytest.approx(plan.fp8_weights * 24 / 32)
 
 
+def test_primary_weights_are_in_fp8_alone(config: TrainConfig) -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=8)
+    plans = [
+        memory_plan(replace(config, parallel=parallel, fp8=fp8), dp=4)
+        for fp8 in (Fp8Config("tensorwise"), Fp8Config("tensorwise", primary_weights=True))
+    ]
+    tables = 2 * config.model.padded_vocab_size * config.model.hidden_size / 8
+    assert plans[1].weights == pytest.approx(2 * tables, rel=1e-3)
+    assert replace(plans[1], weights=plans[0].weights) == plans[0]
+
+
 def test_words(config: TrainConfig) -> None:
     plan = memory_plan(config, dp=8)
     words = in_words(plan)
