@@ -343,7 +343,8 @@ def draw(
     longest = a_run["training"]["tokens"][-1] * max(token_s.values())
     unit, name = next(u for u in UNITS if longest > 2 * u[0] or u[0] == 1)
     shown: list[float] = []
-    for (kind, of_kind), colour in zip(runs.items(), COLOURS, strict=False):
+    for kind, of_kind in runs.items():
+        colour = dict(zip(map(str, KINDS), COLOURS, strict=False))[kind]
         tokens, mean, low, high = mean_and_spread([smoothed(run) for run in of_kind])
         at, v_mean, v_low, v_high = mean_and_spread([validation(run) for run in of_kind])
         label = f"{kind}: {v_mean[-1]:.3f}"
