@@ -38,7 +38,7 @@ def draw_losses(runs: "list[Run]", against: str) -> bytes:
         x = [m[against] / scale for m in run.train]
         y = [_finite(m["loss"]) for m in run.train]
         axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.25)
-        axes.plot(x, _smooth(y), color=colour, linewidth=1.6, label=f"{run.label}, training")
+        axes.plot(x, smooth(y), color=colour, linewidth=1.6, label=f"{run.label}, training")
         for dataset in run.datasets():
             lines = run.validation_of(dataset)
             several = len(run.datasets()) > 1
@@ -82,7 +82,7 @@ def draw_series(runs: "list[Run]", name: str) -> bytes:
     if len(runs) > 1:
         axes.legend(frameon=False, fontsize=9)
     if name == "tokens_per_second":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _si(v)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: si(v)))
     return png_bytes(figure)
 
 
@@ -94,7 +94,7 @@ def _axes(against: str, label: str, height: float = 4.6, unit: str = "") -> tupl
     axes.grid(True, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _si(v)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: si(v)))
     return figure, axes
 
 
@@ -107,7 +107,7 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def _smooth(values: list[float]) -> list[float]:
+def smooth(values: list[float]) -> list[float]:
     """Exponential moving average over about a twenty-fifth of the run, corrected at its start."""
     keep = 1 - 1 / max(1.0, len(values) / 25)
     total, weight, out = 0.0, 0.0, []
@@ -119,7 +119,7 @@ def _smooth(values: list[float]) -> list[float]:
     return out
 
 
-def _si(value: float) -> str:
+def si(value: float) -> str:
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:g}{unit}"
