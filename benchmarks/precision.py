@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_ladder.config import ParallelConfig
 from pretrain.bench.precisions import PRECISIONS, precision_of
@@ -91,7 +92,7 @@ def batches(config: TrainConfig, text: torch.Tensor) -> Iterator[Batch]:
 def train(precision: str, text: torch.Tensor, args: argparse.Namespace) -> list[float]:
     config = config_of(precision, args)
     torch.manual_seed(config.seed)
-    torch.cuda.manual_seed(config.seed)
+    model_parallel_cuda_manual_seed(config.seed)  # what weights are drawn from
     model, optimizer, scheduler = build(config)
     losses = []
     data = batches(config, text)
