@@ -29,6 +29,7 @@ from pretrain.setup import build, start_ranks
 from pretrain.step import train_step
 
 SMOOTHED, AFTER = 20, 50  # steps
+OURS = ("megatron_ladder", "pretrain", "data_prep", "slurm", "tests", "benchmarks")
 
 
 def arguments() -> argparse.Namespace:
@@ -70,7 +71,8 @@ def config_of(precision: str, args: argparse.Namespace) -> TrainConfig:
 
 def text_of(args: argparse.Namespace) -> torch.Tensor:
     root = Path(__file__).parents[1]
-    files = args.text or sorted([*root.glob("*/**/*.py"), *root.glob("docs/*.md")])
+    ours = [f for folder in OURS for f in (root / folder).rglob("*.py")]
+    files = args.text or sorted([*ours, *root.glob("docs/*.md")])
     return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8)
 
 
@@ -125,8 +127,9 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, losses in curves.items():
-        axes.plot(range(1, len(losses) + 1), smoothed(losses), label=name, linewidth=1)
+    styles = itertools.cycle(["-", "--", ":", "-."])  # they lie on one another
+    for (name, losses), style in zip(curves.items(), styles, strict=False):
+        axes.plot(range(1, len(losses) + 1), smoothed(losses), style, label=name)
     axes.set(xlabel="step", ylabel=f"loss, mean of {SMOOTHED} steps", yscale="log")
     axes.legend()
     figure.savefig(path, dpi=150)

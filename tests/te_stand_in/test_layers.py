@@ -35,7 +35,8 @@ def run_kind(kind: str, layout: str) -> list[str]:
 
     for recompute in ("none", "full"):
         run = Run(model, parallel, weights=local.weights, recompute=recompute)
-        check(f"fp32 {recompute}", run.worst(local) < 1e-5, run.worst(local))
+        # Sums in another order: up to 1.3e-5 at this size. bf16 is a thousand times as far.
+        check(f"fp32 {recompute}", run.worst(local) < 3e-5, run.worst(local))
     bf16 = Run(model, parallel, weights=local.weights, precision="bf16")
     check("bf16", bf16.worst(local) < 0.05, bf16.worst(local))
 
