@@ -38,7 +38,8 @@ def test_a_part_that_fails_or_hangs_is_said_and_ends(tmp_path: Path) -> None:
     failed = gpu.run(gpu.Part("failed", ["-c", "raise SystemExit(3)"], 60), tmp_path, 60)
     assert failed.status == "failed with 3"
     # With a child that would live on.
-    hangs = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    sleep = "import time; time.sleep(600)"
+    hangs = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
     begin = time.monotonic()
     hung = gpu.run(gpu.Part("hung", ["-c", hangs], 60), tmp_path, 1.0)
     assert hung.status == "ended at its limit of 1 s"
