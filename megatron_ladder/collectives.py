@@ -17,6 +17,7 @@ reduction, `input_start` waits for it. Between a start and its wait a tensor is 
 passed on, never read. docs/overlap.md shows when each point runs, and why.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from megatron_ladder import quantised_sum
 from megatron_ladder.backward_order import natural_number, run_no_sooner_than
 from megatron_ladder.config import AllReduce
+from megatron_ladder.placeholder import Fp8, fp8_of, placeholder, standing_for
 from megatron_ladder.quantised_sum import Work
 from megatron_ladder.ranges import named
 
@@ -54,7 +56,11 @@ class SubmoduleCollectives:
         self.number: int | None = None
         """Where this sub-module's backward ends in autograd's order."""
         self._input_shard: Tensor | None = None
-        self._gathers_again = False
+        self._gathers_again = self._again_for_forward = False
+        self.fp8_input: Fp8 | None = None
+        """What the sub-module's first linear reads, where that is in FP8; taken by `input_wait`."""
+        self.gradient_in_fp8: Callable[[Tensor, Group], Tensor] | None = None
+        """Where the sub-module's last linear is in FP8: what it reads in backward, of a rank's part."""
         self._input: Work | None = None
         self._output: Work | None = None
         self._input_gradient: tuple[Tensor, Work] | None = None
@@ -65,10 +71,12 @@ class SubmoduleCollectives:
 
     def start_input(self, x: Tensor) -> Tensor:
         if not self.sequence_parallel:
+            self.fp8_input = fp8_of(x)
             return x.view_as(x)
-        self._input_shard = x.detach()
+        self._input_shard = standing_for(x.detach(), fp8_of(x))
         with named("input: start"):
-            gathered, self._input = self._all_gather(x)
+            gathered, self._input = self._all_gather(x, columns=False)
+        self.fp8_input = fp8_of(gathered)
         return gathered
 
     def wait_input(self) -> None:
@@ -120,6 +128,8 @@ class SubmoduleCollectives:
 
     def start_output_gradient(self, grad: Tensor) -> None:
         with named("output gradient: start"):
+            if self.gradient_in_fp8 is not None:
+                grad = self.gradient_in_fp8(grad, self.group)
             self._output_gradient = self._all_gather(grad)
         self.start_input_again()
 
@@ -132,16 +142,24 @@ class SubmoduleCollectives:
     # With sequence parallelism backward can do without the gathered input, tp times its shard: it
     # gathers it once more, behind what runs then.
 
-    def gather_input_again(self) -> bool:
+    def gather_input_again(self, *, for_forward: bool = False) -> bool:
         """In forward: whether backward shall gather the input again, as who asks keeps none. False
-        where nothing was gathered."""
+        where nothing was gathered.
+
+        Args:
+            for_forward: the sub-module's forward will run once more, too.
+        """
         self._gathers_again = self._input_shard is not None
+        self._again_for_forward = for_forward
+        if self._input_shard is not None and (fp8 := fp8_of(self._input_shard)) is not None:
+            fp8.keep(rows=for_forward)
         return self._gathers_again
 
     def start_input_again(self) -> None:
         if self._gathers_again and self._input_again is None:
             assert self._input_shard is not None
-            self._input_again = self._all_gather(self._input_shard)
+            rows = self._again_for_forward
+            self._input_again = self._all_gather(self._input_shard, rows=rows)
 
     def wait_input_again(self) -> Tensor:
         self.start_input_again()
@@ -151,8 +169,14 @@ class SubmoduleCollectives:
         self._input_shard, self._gathers_again = None, False
         return _arrived(*flying)
 
-    def _all_gather(self, x: Tensor) -> tuple[Tensor, Work]:
+    def _all_gather(
+        self, x: Tensor, *, rows: bool = True, columns: bool = True
+    ) -> tuple[Tensor, Work]:
+        """Of an FP8 tensor only what is going to be read."""
         shape = (x.size(0) * self.group.size(), *x.shape[1:])
+        if (fp8 := fp8_of(x)) is not None:
+            whole, work = fp8.all_gather(self.group, rows=rows, columns=columns)
+            return standing_for(placeholder(x, *shape), whole), work
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
         return out, dist.all_gather_into_tensor(
             out, x.contiguous(), group=self.group, async_op=True
@@ -171,7 +195,9 @@ def _arrived(x: Tensor, work: Work) -> Tensor:
 
 def used_here(x: Tensor) -> Tensor:
     """Tells CUDA's allocator that the current stream reads `x`, which another may have made."""
-    if x.is_cuda:
+    if (fp8 := fp8_of(x)) is not None:
+        fp8.used_here()
+    elif x.is_cuda:
         x.record_stream(torch.cuda.current_stream())
     return x
 
@@ -263,7 +289,8 @@ def input_start(
     """Brings a sub-module's normalised input to every rank.
 
     Args:
-        x: [s, b, h], or [s/tp, b, h] with sequence parallelism.
+        x: [s, b, h], or [s/tp, b, h] with sequence parallelism; or the placeholder of an FP8 tensor,
+            which then is what is gathered.
         group: the tensor-parallel group; None communicates nothing (no-comm, for timing only).
         behind: the `number` of the sub-module before: the gradient is waited for after the whole
             backward of that one. None leaves it to autograd.
@@ -273,7 +300,7 @@ def input_start(
         [s, b, h]; with sequence parallelism in flight until `input_wait`.
     """
     if group is None or group.size() == 1:
-        return x
+        return x  # with what it may stand for
     assert all_reduce == "exact" or not torch.is_grad_enabled(), "int8 sums have no backward"
     collectives = SubmoduleCollectives(group, sequence_parallel, all_reduce)
     x = _InputStart.apply(x, collectives)
@@ -295,7 +322,8 @@ def input_wait(x: Tensor, *, shared: bool = False) -> Tensor:
     collectives = collectives_of(x)
     if collectives is None:
         return x
-    x = used_here(_InputWait.apply(x, collectives))
+    fp8, collectives.fp8_input = collectives.fp8_input, None
+    x = used_here(standing_for(_InputWait.apply(x, collectives), fp8))
     return x if shared else take_part(x, collectives)
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -65,6 +66,9 @@ class LadderTransformerLayer(TransformerLayer):
         self.residual: Residual = residuals[self.layer_number - 1] if residuals else "ladder"
         self.is_last_layer = self.layer_number == self.config.num_layers
         self.recompute = recompute
+        self.in_fp8 = bool(self.config.fp8) and not is_first_last_bf16_layer(
+            self.config, self.layer_number - 1
+        )
         # The two are set by stages.connect; a tuple, lest the next layer become a submodule of this.
         self.next_layer: tuple[LadderTransformerLayer, ...] = ()
         self.is_last_of_stage: bool | None = None
@@ -154,12 +158,12 @@ class LadderTransformerLayer(TransformerLayer):
         if (x := getattr(a, _PREPARED, None)) is not None:
             delattr(a, _PREPARED)  # `x` was made from `a`: a cycle that would keep both
         else:
-            x = self._start(self.input_layernorm(a), previous)
+            x = self._start_attention(a, previous)
         attention_collectives = collectives_of(x)
 
         def after_previous_mlp() -> tuple[Tensor, Tensor]:
             m = a if y is None else self._add(a, y)
-            return m, self._start(self.pre_mlp_layernorm(m), attention_collectives)
+            return m, self._start_mlp(m, attention_collectives)
 
         def after_attention() -> tuple[Tensor, None]:
             return self._prepare_next(self._add(m, attention)), None
@@ -174,10 +178,9 @@ class LadderTransformerLayer(TransformerLayer):
         self, a: Tensor, y: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         m = a if y is None else self._add(a, y)
-        x = self._start(self.input_layernorm(m))
-        attention, _ = self._submodule(self.self_attention, x, **kwargs)
+        attention, _ = self._submodule(self.self_attention, self._start_attention(m), **kwargs)
         a = self._add(m, attention)
-        y, _ = self._submodule(self.mlp, self._start(self.pre_mlp_layernorm(a)))
+        y, _ = self._submodule(self.mlp, self._start_mlp(a))
         return y, a
 
     def _parallel(
@@ -206,6 +209,25 @@ class LadderTransformerLayer(TransformerLayer):
             else:
                 x = self._add(x, output)
         return x
+
+    def _start_attention(
+        self, x: Tensor, behind: collectives.SubmoduleCollectives | None = None
+    ) -> Tensor:
+        return self._start(
+            self._normalised(x, self.input_layernorm, self.self_attention.linear_qkv), behind
+        )
+
+    def _start_mlp(
+        self, x: Tensor, behind: collectives.SubmoduleCollectives | None = None
+    ) -> Tensor:
+        return self._start(self._normalised(x, self.pre_mlp_layernorm, self.mlp.linear_fc1), behind)
+
+    def _normalised(self, x: Tensor, norm: Any, linear: Any) -> Tensor:
+        """norm(x); in FP8 for an FP8 `linear`, so that what is gathered is in FP8."""
+        if not self.in_fp8:
+            return norm(x)
+        group = self.comm_group if self.config.sequence_parallel else None
+        return linear.normalised(x, norm, group)
 
     def _start(self, x: Tensor, behind: collectives.SubmoduleCollectives | None = None) -> Tensor:
         """Sends a normalised state on its way into a sub-module."""
@@ -247,6 +269,10 @@ class LadderTransformerLayer(TransformerLayer):
         # behind, in forward and, by the order in which the nodes are made, in backward.
         if chain is not None and own is not None and own.sequence_parallel:
             self._chain, self._records = run, torch.is_grad_enabled()
+        if own is not None and own.sequence_parallel and self.in_fp8:
+            is_attention = module is self.self_attention
+            last_linear = module.linear_proj if is_attention else module.linear_fc2
+            own.gradient_in_fp8 = last_linear.output_gradient
         output = output_start(self._compute(module, x, **kwargs), own)
         assert self._chain is None, "the sub-module's first linear did not run"
         if chain is not None and not results:
@@ -282,8 +308,7 @@ class LadderTransformerLayer(TransformerLayer):
             return a
         for following in self.next_layer:
             if following.residual == "ladder":
-                x = following._start(following.input_layernorm(a))
-                setattr(a, _PREPARED, x)
+                setattr(a, _PREPARED, following._start_attention(a))
         return a
 
     def _add(self, residual: Tensor, output: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.random import (
 from torch import Tensor
 
 from megatron_ladder.collectives import SubmoduleCollectives, collectives_of, take_part
+from megatron_ladder.placeholder import fp8_of, standing_for
 from megatron_ladder.te.recompute import Fp8Region
 
 Submodule = Callable[[Tensor], Tensor]
@@ -36,7 +37,8 @@ def recomputed(submodule: Submodule, x: Tensor) -> Tensor:
         return submodule(x)
     call = _Call(submodule)
     output = _SubmoduleBackward.apply(x, call)
-    return _RecomputeFirst.apply(output, x.detach(), collectives_of(x), call)
+    kept = standing_for(x.detach(), fp8_of(x))
+    return _RecomputeFirst.apply(output, kept, collectives_of(x), call)
 
 
 def numbers_drawn() -> None:
@@ -90,15 +92,19 @@ class _RecomputeFirst(torch.autograd.Function):
         ctx: Any, output: Tensor, x: Tensor, collectives: SubmoduleCollectives | None, call: _Call
     ) -> Tensor:
         ctx.call, ctx.collectives = call, collectives
-        gathers = collectives is not None and collectives.gather_input_again()
+        gathers = collectives is not None and collectives.gather_input_again(for_forward=True)
+        ctx.fp8 = None if gathers else fp8_of(x)
+        if ctx.fp8 is not None:
+            ctx.fp8.keep(rows=True)
         ctx.save_for_backward(*(() if gathers else (x,)))
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         call, collectives = ctx.call, ctx.collectives
+        fp8, ctx.fp8 = ctx.fp8, None
         x = ctx.saved_tensors[0] if ctx.saved_tensors else collectives.wait_input_again()
-        x = x.detach().requires_grad_()
+        x = standing_for(x.detach().requires_grad_(), fp8 or fp8_of(x))
         take_part(x, collectives)
         with _fork_rng():
             _set_all_rng_states(*call.rng_states)

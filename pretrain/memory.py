@@ -60,12 +60,12 @@ def activation_bytes(
     "selective" keeps as much as "none": flash attention has no s x s scores to drop, and its output is
     the next linear's input, but for delayed scaling's copy of it.
 
-    In FP8 the inputs of linears are kept in FP8, the parallel layer's shared one twice; attention's output
-    is kept in bf16 all the same, by attention, and with delayed scaling in FP8 too. Under sequence
-    parallelism the first linears' inputs are then kept gathered (te/backend.py), but for standard layers.
+    In FP8 the inputs of linears are kept in FP8, the parallel layer's shared one twice and gathered;
+    attention's output is kept in bf16 all the same, by attention, and with delayed scaling in FP8 too.
 
     Full recomputation keeps a layer's input with megatron-core's layers; this project's recompute a
-    sub-module at a time and keep each one's input and its norm's.
+    sub-module at a time and keep each one's input and its norm's; the former in FP8, where scales are of
+    blocks for both directions of the GEMMs.
     """
     h, ffn = model.hidden_size, model.ffn_hidden_size
     heads, kv = model.num_attention_heads, model.kv_heads * model.head_dim
@@ -74,14 +74,15 @@ def activation_bytes(
     norms = 1 if model.residual == "parallel" else 2
     inputs: float = BF16 * norms * h / cut
     outputs = BF16 * norms * h / (1 if sp and model.residual == "parallel" else cut)
+    number = FP8 * FP8_SCALES[fp8] if fp8 else BF16
+    in_fp8 = number * 2 * h / (1 if model.residual == "parallel" else cut)
     if recompute == "full":
-        kept = inputs / norms if model.is_standard else inputs + outputs
-        return tokens * kept
-    swiglu: float = BF16 * ffn
+        if fp8 and model.residual == "ladder":
+            outputs = in_fp8 * (1 if fp8 in ("delayed", "tensorwise") else 2)
+        return tokens * (inputs / norms if model.is_standard else inputs + outputs)
     if fp8:
-        number = FP8 * FP8_SCALES[fp8]
-        outputs = number * 2 * h / (cut if model.is_standard else 1)
-        swiglu = number * ffn
+        outputs = in_fp8
+    swiglu = number * ffn
     rest = BF16 * (3 * width + 3 * kv + 2 * ffn) + FP32 * heads + swiglu
     if fp8 == "delayed":
         rest += FP8 * width - (BF16 * width if recompute == "selective" else 0)

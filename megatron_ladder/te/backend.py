@@ -12,6 +12,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from megatron_ladder.collectives import collectives_of
 from megatron_ladder.linear import column_gemm
+from megatron_ladder.te.fp8_linear import fp8_linear, normalised, output_gradient
 
 
 def _silence(linear: Any) -> None:
@@ -28,9 +29,9 @@ def _silence(linear: Any) -> None:
 class TECommFreeColumnParallelLinear(TEColumnParallelLinear):
     """Column-parallel; the input gradient is left partial.
 
-    In bf16 the GEMM is ours, as in linear.py: TE's would keep the whole gathered input for backward, tp
-    times the shard, and start no reduction before both gradients are there. In FP8 it is TE's, which
-    keeps the gathered input in FP8.
+    The GEMM's autograd is ours, in bf16 (linear.py) and in FP8 (fp8_linear.py): TE's would keep the whole
+    gathered input for backward, tp times the shard, and start no reduction before both gradients are
+    there.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,12 +40,25 @@ class TECommFreeColumnParallelLinear(TEColumnParallelLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, input] -> [s, b, output/tp], its bias added, and None."""
+        if FP8GlobalStateManager.is_fp8_enabled():
+            return fp8_linear(self, x), None
         collectives = collectives_of(x)
-        if collectives is None or FP8GlobalStateManager.is_fp8_enabled():
+        if collectives is None:
             return super().forward(x)
         fused = self.fuse_wgrad_accumulation
         bias = self.bias if self.use_bias else None
         return column_gemm(x, self.weight, bias, collectives, fused), None
+
+    def normalised(self, x: Tensor, norm: Any, gathered_by: Any) -> Tensor:
+        """norm(x), for this linear: in FP8 within an autocast to FP8.
+
+        Args:
+            x: [s, b, h], or [s/tp, b, h] with sequence parallelism.
+            gathered_by: the ranks that will gather it; None for none.
+        """
+        if not FP8GlobalStateManager.is_fp8_enabled():
+            return norm(x)  # of an FP8 layer, but started in the layer before, which is in bf16
+        return normalised(self, x, norm, gathered_by)
 
 
 class TECommFreeRowParallelLinear(TERowParallelLinear):
@@ -53,6 +67,16 @@ class TECommFreeRowParallelLinear(TERowParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _silence(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[s, b, input/tp] -> [s, b, output] partial sums, and None."""
+        if FP8GlobalStateManager.is_fp8_enabled():
+            return fp8_linear(self, x), None
+        return super().forward(x)
+
+    def output_gradient(self, grad: Tensor, gathered_by: Any) -> Tensor:
+        """A rank's part [s/tp, b, output] of the output's gradient, in FP8: a placeholder of it."""
+        return output_gradient(self, grad, gathered_by)
 
 
 class TECommFreeBackend(TESpecProvider):

@@ -21,6 +21,8 @@ from torch import Tensor
 
 gemms: list[tuple[bool, bool]] = []
 """Of each GEMM, in order: whether it was of two FP8 operands, and whether in backward."""
+norms: list[bool] = []
+"""Of each norm, in order: whether it wrote FP8."""
 gemm_weights: list[int] = []
 """Of each GEMM in backward that gave a weight's gradient: the `data_ptr` of what it wrote to, or 0."""
 
@@ -56,6 +58,7 @@ def install() -> None:
         ),
         "fused_rope_forward": _rope,
         "fused_rope_backward": lambda grad, angles, *_: _rope(grad, -angles),
+        "create_empty_quantized_tensor": _empty,
         "fp8_transpose": lambda data, *_, **__: data.movedim(-1, 0).contiguous(),
         "compute_amax": lambda x, amax: amax.copy_(x.abs().max()),
         "multi_tensor_compute_scale_and_scale_inv": _scales,
@@ -161,6 +164,7 @@ def _rmsnorm(x, weight, eps, out, quantizer, dtype, *_):  # type: ignore[no-unty
     scale = (x.float().pow(2).mean(-1) + eps).rsqrt()
     y = x.float() * scale[..., None] * weight.float()
     y = y.to(dtype if isinstance(dtype, torch.dtype) else dtypes[dtype])
+    norms.append(quantizer is not None)
     return (y if quantizer is None else quantizer(y)), None, scale
 
 
@@ -237,6 +241,21 @@ def _quantize(source: Any, quantizer: Any, out: Any = None, noop: Any = None) ->
         return Float8TensorStorage(data=rows, fake_dtype=source.dtype, **arguments)
     return Float8Tensor(
         shape=data.shape, dtype=source.dtype, data=data, device=data.device, **arguments
+    )
+
+
+def _empty(quantizer: Any, shape: Any, dtype: torch.dtype, *_: Any) -> Any:
+    """Only what is gathered: all GEMMs' layouts are made of it then."""
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+
+    assert quantizer.internal
+    data = torch.empty(shape, dtype=torch.uint8)
+    return Float8TensorStorage(
+        data=data,
+        fp8_scale_inv=torch.empty(1),
+        fp8_dtype=quantizer.dtype,
+        fake_dtype=dtype,
+        quantizer=quantizer,
     )
 
 

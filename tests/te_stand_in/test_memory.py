@@ -1,5 +1,6 @@
 """The memory plan's counting against what the layers keep for backward, and what training holds."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,22 @@ def model_of(residual: Any, layers: int) -> ModelConfig:
 
 def kept_by(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
     """Bytes that backward needs after `forward`, besides the parameters."""
+    from megatron_ladder.te.quantised import Quantised
+
     known = {p.untyped_storage().data_ptr() for p in parameters}
     kept: list[Tensor] = []  # held, lest an address be used twice
-    start_input = SubmoduleCollectives.start_input
-    all_collectives: list[
-        SubmoduleCollectives
-    ] = []  # they keep shards of inputs, unseen by autograd
+    # What autograd does not see: shards of inputs, which collectives keep, and tensors in FP8.
+    start_input, init = SubmoduleCollectives.start_input, Quantised.__init__
+    all_collectives: list[SubmoduleCollectives] = []
+    all_in_fp8: weakref.WeakSet[Quantised] = weakref.WeakSet()
 
     def start(self: SubmoduleCollectives, x: Tensor) -> Tensor:
         all_collectives.append(self)
         return start_input(self, x)
+
+    def made(self: Quantised, *args: Any) -> None:
+        init(self, *args)
+        all_in_fp8.add(self)
 
     def keep(x: Tensor) -> Tensor:
         kept.append(x)
@@ -50,9 +57,13 @@ def kept_by(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         SubmoduleCollectives.start_input = start  # type: ignore[method-assign]
+        Quantised.__init__ = made  # type: ignore[method-assign]
         loss = forward()
         SubmoduleCollectives.start_input = start_input  # type: ignore[method-assign]
+        Quantised.__init__ = init  # type: ignore[method-assign]
     kept += [c._input_shard for c in all_collectives if c._input_shard is not None]
+    for fp8 in all_in_fp8:
+        kept += [x for x in vars(fp8.tensor).values() if isinstance(x, Tensor)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     loss.backward()  # after the counting: it frees
     return sum(size for address, size in storages.items() if address not in known)
@@ -76,8 +87,6 @@ def measure(residual: str, layout: str) -> list[str]:
     positions = torch.arange(LENGTH).expand(BATCH, -1)
     impl, found = "transformer_engine", []
     for recipe in (None, "tensorwise", "delayed"):
-        if recipe and residual == "standard" and parallel.sequence_parallel:
-            continue  # gathers in FP8: test_layers.py
         for recompute in ("none", "selective", "full"):
             sizes = []
             for layers in (2, 4):  # the difference is the layers'

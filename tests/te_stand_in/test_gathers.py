@@ -1,0 +1,79 @@
+"""Sequence parallelism in FP8: what ladder layers gather, and when they start to sum."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ladder.fp8 import Fp8Config
+from tests.ranks import run_ranks
+from tests.te_run import LAYERS, LAYOUTS, Run, model_of
+from tests.te_stand_in import MARKS
+
+pytestmark = MARKS
+
+
+def watch(layout: str, fp8: Fp8Config, recompute: str) -> dict[str, Any]:
+    """Of one forward and backward of a ladder model."""
+    from tests.te_stand_in import kernels
+
+    kernels.install()
+    from megatron_ladder.collectives import SubmoduleCollectives
+    from megatron_ladder.mcore_compat import initialize_model_parallel
+
+    model, parallel = model_of("ladder"), LAYOUTS[layout]
+    initialize_model_parallel(parallel, seed=0)
+    options = {"precision": "bf16", "fp8": fp8, "recompute": recompute}
+    run = Run(model, parallel, steps=0, **options)
+    seen: dict[str, Any] = {"gathers": [], "backward's gathers": [], "at start": []}
+    phase = "gathers"
+    gather = torch.distributed.all_gather_into_tensor
+    start = SubmoduleCollectives.start_input_gradient
+
+    def watched(out: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen[phase].append(x.dtype)
+        return gather(out, x, *args, **kwargs)
+
+    def started(self: Any, grad: torch.Tensor) -> None:
+        seen["at start"].append((len(kernels.gemms), len(kernels.gemm_weights)))
+        start(self, grad)
+
+    torch.distributed.all_gather_into_tensor = watched
+    SubmoduleCollectives.start_input_gradient = started  # type: ignore[method-assign]
+    kernels.norms.clear()
+    loss = run.forward()
+    seen["norms"] = list(kernels.norms)
+    phase = "backward's gathers"
+    kernels.gemms.clear(), kernels.gemm_weights.clear()
+    loss.backward()
+    return seen
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_ladder_layers_gather_fp8(recipe: Any, recompute: str, tmp_path: Path) -> None:
+    for seen in run_ranks(
+        2, watch, "tp2-sp", Fp8Config(recipe=recipe), recompute, tmp_path=tmp_path
+    ):
+        assert seen["gathers"] == [torch.uint8] * 2 * LAYERS
+        # Of each sub-module the gradient of its output, and its input again.
+        assert seen["backward's gathers"] == [torch.uint8] * 4 * LAYERS
+        # All write FP8 but the model's last.
+        assert seen["norms"] == [True] * 2 * LAYERS + [False]
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2-sp"])
+def test_sums_of_input_gradients_start_before_the_weights_gradient(
+    layout: str, tmp_path: Path
+) -> None:
+    for seen in run_ranks(2, watch, layout, Fp8Config("tensorwise"), "none", tmp_path=tmp_path):
+        # Of four GEMMs a sub-module, two of weights, the last is to come.
+        expected = [(4 * i + 3, 2 * i + 1) for i in range(2 * LAYERS)]
+        assert seen["at start"] == expected
+
+
+def test_norms_write_fp8_without_ranks_too(tmp_path: Path) -> None:
+    fp8 = Fp8Config("tensorwise", num_layers_at_end_in_bf16=1)
+    (seen,) = run_ranks(1, watch, "1", fp8, "none", tmp_path=tmp_path)
+    assert seen["norms"] == [True] * 2 * (LAYERS - 1) + [False] * 3
