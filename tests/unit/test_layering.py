@@ -13,7 +13,13 @@ OURS = {"megatron_ladder", "pretrain", "data_prep", "slurm"}
 # What each package may import besides the standard library; None: anything.
 MAY_IMPORT: dict[str, set[str] | None] = {
     "megatron_ladder": {"megatron_ladder", "megatron", "torch"},
-    "megatron_ladder/te": {"megatron_ladder", "megatron", "torch", "transformer_engine"},
+    "megatron_ladder/te": {
+        "megatron_ladder",
+        "megatron",
+        "torch",
+        "transformer_engine",
+        "transformer_engine_torch",
+    },
     "megatron_ladder/hf": {"megatron_ladder", "torch", "transformers", "safetensors", "tokenizers"}
     | {"huggingface_hub", "jinja2", "sentencepiece", "tqdm", "numpy"},
     # Runs in vLLM's environment, without megatron-core.

@@ -32,9 +32,13 @@ def test_a_layer_by_hand() -> None:
     assert kept(tp=2, sp=False, recompute="none") == 7 * (whole + divided / 2)
     assert kept(tp=2, sp=True, recompute="none") == 7 * (whole + divided) / 2
     assert kept(tp=2, sp=True, recompute="full") == 7 * whole / 2
-    # In FP8: the first linears' inputs a byte, and gathered; SwiGLU's output a byte.
-    in_fp8 = 7 * (400 / 2 + 200 + (divided - 400) / 2)
+    # In FP8: the first linears' inputs a byte, SwiGLU's output a byte.
+    in_fp8 = 7 * (400 + 200 + divided - 400) / 2
     assert kept(tp=2, sp=True, recompute="none", fp8="tensorwise") == in_fp8
+    assert kept(tp=2, sp=True, recompute="full", fp8="tensorwise") == 7 * (400 + 200) / 2
+    # Blocks along tokens and along the width have scales of their own: two bytes, and 1/64 more.
+    both = 7 * (400 + 400 * (1 + 4 / 128)) / 2
+    assert kept(tp=2, sp=True, recompute="full", fp8="blockwise") == both
 
 
 def test_what_does_not_depend_on_tokens(config: TrainConfig) -> None:
