@@ -40,7 +40,9 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
         why = "deterministic" if on_gpu else "no GPU"
         return Choice(part, "PyTorch, operator by operator", why, cost)
 
-    standard_norm = "fused with the linear after it, in standard layers; apart in the others"
+    norms = "in standard layers fused with the linear after it, apart in the others"
+    if config.fp8:
+        norms += "; ladder layers' write FP8 for it too"
     return [
         by_te("linears", "Transformer Engine", "megatron-core", "has no FP8"),
         _precision(config, lacks),
@@ -52,7 +54,7 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
         ),
         by_te(
             "norms",
-            f"Transformer Engine, {standard_norm}",
+            f"Transformer Engine, {norms}",
             "torch.nn.functional.rms_norm",
             "takes a pass more over the state in standard layers",
         ),
