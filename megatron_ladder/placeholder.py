@@ -39,7 +39,7 @@ class Fp8(Protocol):
 
 def placeholder(x: Tensor, *shape: int) -> Tensor:
     """A tensor of `x`'s dtype and device, and of `shape`, over one number."""
-    return x.new_zeros(()).expand(shape)
+    return x.new_empty(()).expand(shape)
 
 
 def fp8_of(x: Tensor) -> Fp8 | None:

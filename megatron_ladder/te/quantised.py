@@ -24,10 +24,11 @@ class Quantised:
     Args:
         tensor: Transformer Engine's, with the layouts that its GEMMs read.
         quantizer: what made it.
+        work: what brings it together.
     """
 
-    def __init__(self, tensor: Any, quantizer: Any) -> None:
-        self.tensor, self.quantizer = tensor, quantizer
+    def __init__(self, tensor: Any, quantizer: Any, work: Any = None) -> None:
+        self.tensor, self.quantizer, self._work = tensor, quantizer, work
 
     def all_gather(
         self, group: dist.ProcessGroup, *, rows: bool, columns: bool
@@ -35,10 +36,11 @@ class Quantised:
         if self.quantizer.supports_only_rowwise_all_gather():
             rows, columns = True, False  # the GEMM makes the other layout of it
         self.quantizer.set_usage(rowwise=rows, columnwise=columns)
+        self.quantizer.optimize_for_gemm = False
         whole, work = gather_along_first_dim(
             self.tensor, group, async_op=True, quantizer=self.quantizer
         )
-        return Quantised(whole, self.quantizer), work or _Done()
+        return Quantised(whole, self.quantizer, work), work or _Done()
 
     def keep(self, *, rows: bool) -> None:
         if self.quantizer.supports_only_rowwise_all_gather():
@@ -47,9 +49,12 @@ class Quantised:
             self.tensor.update_usage(rowwise_usage=rows, columnwise_usage=True)
 
     def used_here(self) -> None:
-        for part in vars(self.tensor).values():
+        # Waiting puts blocks' scales in order, which came in buffers of the gathering's stream.
+        buffers = getattr(self._work, "post_process_function_args", None) or ()
+        for part in (*vars(self.tensor).values(), *buffers):
             if isinstance(part, Tensor):
                 used_here(part)
+        self._work = None
 
 
 class _Done:
@@ -90,7 +95,7 @@ class _Norm(torch.autograd.Function):
         records: bool,
         made: list[Quantised],
     ) -> Tensor:
-        flat = x.view(-1, x.size(-1))
+        flat = x.contiguous().view(-1, x.size(-1))
         margin = norm._sm_margins["forward"]
         y, _, rstdev = tex.rmsnorm_fwd(
             *(flat, weight, norm.eps, None, quantizer, TE_DType[x.dtype], margin),
