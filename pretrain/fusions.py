@@ -120,9 +120,8 @@ def _adam(adam: type, on_gpu: bool) -> Choice:
         return Choice("Adam", names[by], "")
     return Choice(
         "Adam",
-        f"torch's AdamW, {'for many tensors at once (foreach)' if on_gpu else 'tensor by tensor'}",
-        "neither transformer-engine nor NVIDIA's apex is installed",
-        "takes several passes more over its state",
+        "torch's AdamW, its fused kernel",
+        "neither transformer-engine nor NVIDIA's apex is installed" if on_gpu else "no GPU",
     )
 
 
