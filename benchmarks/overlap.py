@@ -74,7 +74,9 @@ class Line:
             return under_way_s if operation == "all-reduce" else under_way_s / 2
 
         backward_order.enabled = self.mended
-        linear.collectives_of = collectives_of if self.early else lambda _: None
+        for module in (linear, sys.modules.get("megatron_ladder.te.backend")):
+            if module is not None:
+                module.collectives_of = collectives_of if self.early else lambda _: None  # type: ignore[attr-defined]
         group = parallel_state.get_tensor_model_parallel_group()
         with over(group, seconds, blocking=self.blocking):
             return self.decoder.step()
