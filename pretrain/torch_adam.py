@@ -1,4 +1,4 @@
-"""torch's AdamW under megatron-core's distributed optimizer, where neither Transformer Engine nor apex is."""
+"""torch's AdamW under megatron-core's distributed optimizer: without Transformer Engine and apex."""
 
 import contextlib
 from collections.abc import Callable, Iterator
