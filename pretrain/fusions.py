@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from megatron.core import optimizer
 
 from megatron_ladder.mcore_compat import LadderConfig
@@ -77,8 +78,8 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
 
 
 def adam_class() -> type:
-    """megatron-core's choice on this machine."""
-    return optimizer.Adam
+    """megatron-core's choice on this machine; without a GPU cpu_platform.py's."""
+    return optimizer.Adam if torch.cuda.is_available() else torch.optim.AdamW
 
 
 def _why_local(on_gpu: bool) -> str:
