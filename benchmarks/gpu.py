@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 # kernels long beside the time that Python takes to launch them, which would hide any link.
 OVERLAP = {"8b": ("4096", "14336", "32", "2"), "70b": ("8192", "28672", "64", "1")}
 # Of the parts' processes. A few small kernels are compiled: sooner in the process than by workers that
-# import torch first, one for each core, beside what is measured.
-ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+# import torch first, one for each core, beside what is measured. The other is as in training (setup.py).
+ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 GRACE_S = 10.0  # for a part to say what it has, at its limit
 
 
