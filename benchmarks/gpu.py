@@ -8,6 +8,7 @@ some parts; `--list` names them.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -18,11 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Layers as a rank of TP=8 has them, and the tokens of a micro-batch.
-OVERLAP = {
-    "8b": ["--hidden-size", "4096", "--ffn-hidden-size", "14336", "--heads", "32"],
-    "70b": ["--hidden-size", "8192", "--ffn-hidden-size", "28672", "--heads", "64"],
-}
+# Layers as a rank of TP=8 has them: hidden sizes, heads, and sequences in a micro-batch, as many as make
+# kernels long beside the time that Python takes to launch them, which would hide any link.
+OVERLAP = {"8b": ("4096", "14336", "32", "2"), "70b": ("8192", "28672", "64", "1")}
+# Of the parts' processes. A few small kernels are compiled: sooner in the process than by workers that
+# import torch first, one for each core, beside what is measured. The other is as in training (setup.py).
+ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+GRACE_S = 10.0  # for a part to say what it has, at its limit
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,13 @@ def parts() -> list[Part]:
 
     def overlap(shape: str, link: str, precision: str) -> Part:
         name = f"overlap-{shape}-{link}-{precision}"
-        options = ["--fake-tp", "8", "--layers", "4", "--seq-length", "4096", "--steps", "12"]
+        hidden, ffn, heads, batch = OVERLAP[shape]
+        options = ["--hidden-size", hidden, "--ffn-hidden-size", ffn, "--heads", heads]
+        options += ["--micro-batch-size", batch, "--seq-length", "8192"]
+        options += ["--fake-tp", "8", "--layers", "4", "--steps", "12"]
         options += ["--kv-heads", "8", "--precision", precision, "--link", link]
         options += ["--trace", f"OUTPUT/{name}.trace.json.gz"]
-        script = ["benchmarks/overlap.py", *OVERLAP[shape], *options]
+        script = ["benchmarks/overlap.py", *options]
         return Part(name, [*script, "--json", f"OUTPUT/{name}.json"], 90)
 
     def training(shape: str, cases: list[str]) -> Part:
@@ -64,12 +70,18 @@ def parts() -> list[Part]:
         Part("doctor", ["-m", "pretrain.cli", "doctor"], 60),
         Part(
             "tests",
-            ["-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "--junitxml", "OUTPUT/tests.xml"],
+            [
+                *("-m", "pytest", "-v", "--durations", "10", "-m", "gpu", "tests/gpu"),
+                *("--junitxml", "OUTPUT/tests.xml"),
+            ],
             240,
         ),
         Part(
             "layers",
-            ["benchmarks/layers.py", "--precisions", "bf16", *fp8, "--json", "OUTPUT/layers.json"],
+            [
+                *("benchmarks/layers.py", "--precisions", "bf16", *fp8, "--tokens", "16384"),
+                *("--steps", "20", "--json", "OUTPUT/layers.json"),
+            ],
             120,
         ),
         training("1b", paper),
@@ -97,15 +109,24 @@ def run(part: Part, output: Path, limit_s: float) -> Result:
     begin = time.monotonic()
     with (output / f"{part.name}.log").open("w") as log:
         process = subprocess.Popen(  # noqa: S603 (the commands above)
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             code = process.wait(limit_s)
             status = "done" if code == 0 else f"failed with {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its children would keep the GPU
-            process.wait()
             status = f"ended at its limit of {limit_s:.0f} s"
+            process.send_signal(signal.SIGINT)  # pytest reports then
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its children would keep the GPU
+        process.wait()
     shown = " ".join(["python", *part.command])
     return Result(part.name, shown, status, round(time.monotonic() - begin, 1))
 

@@ -7,6 +7,7 @@ The quotients are of pairs in one repetition.
 """
 
 import argparse
+import gc
 import json
 import statistics
 from dataclasses import replace
@@ -125,17 +126,21 @@ def main() -> None:
     args = arguments()
     device = join(1, fake=True)
     peak = None if device == "cpu" else peak_flops(device)
-    rows = [row for shape in args.shapes for row in compare(shape, args, peak)]
+    rows: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        rows += compare(shape, args, peak)
+        gc.collect()  # the next shape's layers want this one's memory
+        torch.cuda.empty_cache()
+        if args.json:
+            facts = {
+                "device": device,
+                "versions": versions(),
+                "options": {k: str(v) for k, v in vars(args).items() if k != "json"},
+                "threads": torch.get_num_threads(),
+                "rows": rows,
+            }
+            args.json.write_text(json.dumps(facts, indent=1) + "\n")
     print(table(rows, args.precisions[0]))
-    if args.json:
-        facts = {
-            "device": device,
-            "versions": versions(),
-            "options": {k: str(v) for k, v in vars(args).items() if k != "json"},
-            "threads": torch.get_num_threads(),
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(facts, indent=1) + "\n")
     dist.destroy_process_group()
 
 

@@ -26,7 +26,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds
 from pretrain.presets import PRESETS as TRAIN_PRESETS
 from pretrain.profile import traced
+from pretrain.run_log import versions
 
 TP = 2
 BLOCKING = "standard, waiting at once"
@@ -74,7 +74,9 @@ class Line:
             return under_way_s if operation == "all-reduce" else under_way_s / 2
 
         backward_order.enabled = self.mended
-        linear.collectives_of = collectives_of if self.early else lambda _: None
+        for module in (linear, sys.modules.get("megatron_ladder.te.backend")):
+            if module is not None:
+                module.collectives_of = collectives_of if self.early else lambda _: None  # type: ignore[attr-defined]
         group = parallel_state.get_tensor_model_parallel_group()
         with over(group, seconds, blocking=self.blocking):
             return self.decoder.step()
@@ -340,7 +342,7 @@ def main() -> None:
         "measured": f"{tp} ranks, {device}, {platform.processor() or platform.machine()}",
         "modelled": f"an all-reduce is {link_s:.6f} s on the link, {ratio} x a sub-module's forward, "
         f"on top of its own {own_s:.6f} s",
-        "versions": {n: version(n) for n in ("torch", "megatron-core", "megatron-ladder")},
+        "versions": versions(),
         "command": " ".join(["python", *sys.argv]),
         "options": {k: str(v) for k, v in vars(args).items()},
         "link_s": link_s,

@@ -86,6 +86,7 @@ def random_batch(config: TrainConfig) -> Batch:
 def measure(case: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     config = config_of(case, args)
     on_gpu = device != "cpu"
+    gc.collect()  # also when the case before ended without memory
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -122,8 +123,6 @@ def measure(case: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     if is_planned(config):
         plan = memory_plan(config, dp=1)
         found["planned_gib"], found["planned"] = plan.total / 2**30, in_words(plan)
-    del model, optimizer, scheduler
-    gc.collect()
     return found
 
 

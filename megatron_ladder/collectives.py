@@ -18,6 +18,7 @@ passed on, never read. docs/overlap.md shows when each point runs, and why.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,22 @@ Group = dist.ProcessGroup
 # megatron-core passes a layer's outputs on untouched, and a sub-module its input to its first
 # linear, so what belongs to a tensor travels as an attribute of it.
 _SUBMODULE = "_submodule_collectives"
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A collective under way: what it makes, what it reads, and its handle."""
+
+    result: Tensor
+    source: Tensor
+    work: Work
+
+    def arrive(self) -> Tensor:
+        self.work.wait()
+        # Whoever waits lets go of what NCCL reads. Its memory would be given out again at once on the
+        # stream that made it, which may be another than this one and has waited for nothing.
+        used_here(self.source)
+        return used_here(self.result)
 
 
 class SubmoduleCollectives:
@@ -61,11 +78,11 @@ class SubmoduleCollectives:
         """What the sub-module's first linear reads, where that is in FP8; taken by `input_wait`."""
         self.gradient_in_fp8: Callable[[Tensor, Group], Tensor] | None = None
         """Where the sub-module's last linear is in FP8: what it reads in backward, of a rank's part."""
-        self._input: Work | None = None
-        self._output: Work | None = None
-        self._input_gradient: tuple[Tensor, Work] | None = None
-        self._output_gradient: tuple[Tensor, Work] | None = None
-        self._input_again: tuple[Tensor, Work] | None = None
+        self._input: _Flight | None = None
+        self._output: _Flight | None = None
+        self._input_gradient: _Flight | None = None
+        self._output_gradient: _Flight | None = None
+        self._input_again: _Flight | None = None
 
     # Forward.
 
@@ -75,14 +92,14 @@ class SubmoduleCollectives:
             return x.view_as(x)
         self._input_shard = standing_for(x.detach(), fp8_of(x))
         with named("input: start"):
-            gathered, self._input = self._all_gather(x, columns=False)
-        self.fp8_input = fp8_of(gathered)
-        return gathered
+            self._input = self._all_gather(x, columns=False)
+        self.fp8_input = fp8_of(self._input.result)
+        return self._input.result
 
     def wait_input(self) -> None:
         if self._input is not None:
             with named("input: wait"):
-                self._input.wait()
+                self._input.arrive()
             self._input = None
 
     def start_output(self, x: Tensor) -> Tensor:
@@ -90,18 +107,18 @@ class SubmoduleCollectives:
             self._input_shard = None
         with named("output: start"):
             if self.sequence_parallel:
-                x, self._output = self._reduce_scatter(x)
+                self._output = self._reduce_scatter(x)
             elif self._all_reduce == "int8":
-                self._output = quantised_sum.start(x, self.group)
+                self._output = _Flight(x, x, quantised_sum.start(x, self.group))
             else:
                 # In place: `x` is a GEMM's fresh output, which no backward formula reads.
-                self._output = dist.all_reduce(x, group=self.group, async_op=True)
-        return x
+                self._output = self._sum(x)
+        return self._output.result
 
     def wait_output(self) -> None:
         if self._output is not None:
             with named("output: wait"):
-                self._output.wait()
+                self._output.arrive()
             self._output = None
 
     # Backward.
@@ -110,11 +127,8 @@ class SubmoduleCollectives:
         """`grad` holds this rank's part of every element of the sum; it is overwritten."""
         grad = grad.contiguous()
         with named("input gradient: start"):
-            if self.sequence_parallel:
-                self._input_gradient = self._reduce_scatter(grad)
-            else:
-                work = dist.all_reduce(grad, group=self.group, async_op=True)
-                self._input_gradient = grad, work
+            start = self._reduce_scatter if self.sequence_parallel else self._sum
+            self._input_gradient = start(grad)
 
     @property
     def input_gradient_started(self) -> bool:
@@ -124,7 +138,7 @@ class SubmoduleCollectives:
         assert self._input_gradient is not None, "the sub-module's backward has not run"
         flying, self._input_gradient = self._input_gradient, None
         with named("input gradient: wait"):
-            return _arrived(*flying)
+            return flying.arrive()
 
     def start_output_gradient(self, grad: Tensor) -> None:
         with named("output gradient: start"):
@@ -137,7 +151,7 @@ class SubmoduleCollectives:
         assert self._output_gradient is not None
         flying, self._output_gradient = self._output_gradient, None
         with named("output gradient: wait"):
-            return _arrived(*flying)
+            return flying.arrive()
 
     # With sequence parallelism backward can do without the gathered input, tp times its shard: it
     # gathers it once more, behind what runs then.
@@ -167,30 +181,28 @@ class SubmoduleCollectives:
         flying, self._input_again = self._input_again, None
         # Whole now: a recomputed sub-module keeps it for its own backward.
         self._input_shard, self._gathers_again = None, False
-        return _arrived(*flying)
+        return flying.arrive()
 
-    def _all_gather(
-        self, x: Tensor, *, rows: bool = True, columns: bool = True
-    ) -> tuple[Tensor, Work]:
+    def _sum(self, x: Tensor) -> _Flight:
+        return _Flight(x, x, dist.all_reduce(x, group=self.group, async_op=True))
+
+    def _all_gather(self, x: Tensor, *, rows: bool = True, columns: bool = True) -> _Flight:
         """Of an FP8 tensor only what is going to be read."""
         shape = (x.size(0) * self.group.size(), *x.shape[1:])
         if (fp8 := fp8_of(x)) is not None:
             whole, work = fp8.all_gather(self.group, rows=rows, columns=columns)
-            return standing_for(placeholder(x, *shape), whole), work
+            return _Flight(standing_for(placeholder(x, *shape), whole), x, work)
+        x = x.contiguous()
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        return out, dist.all_gather_into_tensor(
-            out, x.contiguous(), group=self.group, async_op=True
-        )
+        work = dist.all_gather_into_tensor(out, x, group=self.group, async_op=True)
+        return _Flight(out, x, work)
 
-    def _reduce_scatter(self, x: Tensor) -> tuple[Tensor, Work]:
+    def _reduce_scatter(self, x: Tensor) -> _Flight:
+        x = x.contiguous()
         shape = (x.size(0) // self.group.size(), *x.shape[1:])
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        return out, dist.reduce_scatter_tensor(out, x.contiguous(), group=self.group, async_op=True)
-
-
-def _arrived(x: Tensor, work: Work) -> Tensor:
-    work.wait()
-    return used_here(x)
+        work = dist.reduce_scatter_tensor(out, x, group=self.group, async_op=True)
+        return _Flight(out, x, work)
 
 
 def used_here(x: Tensor) -> Tensor:

@@ -75,6 +75,25 @@ def enable() -> bool:
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor.to = _on_cpu(torch.Tensor.to)
+    _use_torch_in_optimizers()
     _enabled = True
     logger.info("No GPU found: the CPU stands in for it (gloo, megatron-core's local layers).")
     return True
+
+
+def _use_torch_in_optimizers() -> None:
+    """Transformer Engine's and apex's kernels, which megatron-core takes where they are installed, need a
+    GPU: what it takes without them is put in their place."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as mixed_precision
+
+    for module in (clip_grads, mixed_precision):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None  # 0.19's
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    distrib_optimizer.Adam = torch.optim.Adam
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False

@@ -8,7 +8,7 @@ import functools
 import inspect
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing.managers import SyncManager
@@ -360,40 +360,3 @@ class _KeepingErrors(TorchDistSaveShardedStrategy):
 
         writer.finish = finish_or_keep
         return super()._get_save_and_finalize_callbacks(writer, *args)
-
-
-@contextlib.contextmanager
-def loading_optimizer(optimizer: Any) -> Iterator[None]:
-    """Load a checkpoint into the optimizer inside this: it mends megatron-core for torch's AdamW.
-
-    torch's keeps a `step` tensor for every parameter, which megatron-core's distributed optimizer
-    reads before it exists, then does not find among the loaded tensors, and then makes one tensor
-    shared by all parameters. With TE's or apex's fused Adam there is nothing to mend.
-    """
-    adams = [o for o in optimizer.chained_optimizers if isinstance(o.optimizer, torch.optim.AdamW)]
-    for chained in adams:
-        for group in chained.optimizer.param_groups:
-            for parameter in group["params"]:
-                chained.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        chained._set_main_param_and_optimizer_states = _keeping_step(chained)
-    yield
-    for chained in adams:
-        del chained._set_main_param_and_optimizer_states
-        for state in chained.optimizer.state.values():
-            # AdamW adds 1 to it in place: shared, it would count every parameter.
-            state["step"] = state["step"].clone()
-
-
-def _keeping_step(chained: Any) -> Callable[[Any, dict[str, Any]], None]:
-    """The optimizer's own setter of one parameter's state, which leaves `step` as it is."""
-    set_states = chained._set_main_param_and_optimizer_states
-
-    def set_states_but_step(model_param: Any, tensors: dict[str, Any]) -> None:
-        step = chained._get_main_param_and_optimizer_states(model_param)["step"]
-        set_states(model_param, {"step": step, **tensors})
-
-    return set_states_but_step

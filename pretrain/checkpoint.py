@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megatron_ladder import cpu_platform
 from megatron_ladder.errors import UserError
-from megatron_ladder.mcore_compat import loading_optimizer
 from pretrain.checkpoint_files import damage, damaged_message, refuse_damaged, set_aside
 from pretrain.run_folder import latest_checkpoint
+from pretrain.torch_adam import loading_optimizer
 
 logger = logging.getLogger(__name__)
 

@@ -55,6 +55,8 @@ def _for_users(command: Command) -> Command:
 @_for_users
 def train(argv: list[str]) -> int:
     """Trains a run, or goes on with it; starts the local ranks it needs when torchrun has not."""
+    # Read when CUDA starts, which a look for a GPU may do: setup.py says what for.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     config, asked = parse_train(argv)
     if asked is not None and asked < 1:
         raise UserError(f"--nproc-per-node {asked}: start at least one rank")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from megatron.core import optimizer
 
 from megatron_ladder.mcore_compat import LadderConfig
@@ -79,8 +80,8 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
 
 
 def adam_class() -> type:
-    """megatron-core's choice on this machine."""
-    return optimizer.Adam
+    """megatron-core's choice on this machine; without a GPU cpu_platform.py's."""
+    return optimizer.Adam if torch.cuda.is_available() else torch.optim.AdamW
 
 
 def _why_local(on_gpu: bool) -> str:
@@ -122,9 +123,8 @@ def _adam(adam: type, on_gpu: bool) -> Choice:
         return Choice("Adam", names[by], "")
     return Choice(
         "Adam",
-        f"torch's AdamW, {'for many tensors at once (foreach)' if on_gpu else 'tensor by tensor'}",
-        "neither transformer-engine nor NVIDIA's apex is installed",
-        "takes several passes more over its state",
+        "torch's AdamW, its fused kernel",
+        "neither transformer-engine nor NVIDIA's apex is installed" if on_gpu else "no GPU",
     )
 
 

@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ladder.mcore_compat import align_checkpoint_ranges
 from pretrain.config import TrainConfig
+from pretrain.torch_adam import use_fused_kernel
 
 
 def wrap_data_parallel(chunks: list[Any]) -> list[DistributedDataParallel]:
@@ -87,9 +88,11 @@ def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -
         exp_avg_dtype=moments,
         exp_avg_sq_dtype=moments,
     )
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         optimizer_config, model, config_overrides=get_standard_config_overrides(optimizer_config)
     )
+    use_fused_kernel(optimizer)
+    return optimizer
 
 
 def build_scheduler(optimizer: Any, config: TrainConfig) -> OptimizerParamScheduler:

@@ -37,8 +37,12 @@ def check_optimizer(optimizer: OptimizerConfig, precision: Precision) -> None:
         raise UserError(
             f"optimizer.moments {optimizer.moments} needs precision bf16 (it is {precision})"
         )
-    if find_spec("transformer_engine") is None:
+    import torch  # here: a command line starts without it
+
+    have_te = find_spec("transformer_engine") is not None
+    if not have_te or not torch.cuda.is_available():
+        missing = "needs a GPU: there is none" if have_te else "is not installed"
         raise UserError(
-            f"optimizer.moments {optimizer.moments} needs Transformer Engine's FusedAdam, which is not "
-            "installed: see `megatron-ladder doctor`, or leave the moments in fp32"
+            f"optimizer.moments {optimizer.moments} needs Transformer Engine's FusedAdam, which {missing}: "
+            "see `megatron-ladder doctor`, or leave the moments in fp32"
         )

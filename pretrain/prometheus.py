@@ -51,11 +51,13 @@ def prometheus_text(run: str, status: dict[str, Any], devices: list[dict[str, fl
 def device_figures() -> list[dict[str, float]]:
     """Of each GPU of this machine, by DEVICE_NAMES; [] without one.
 
-    All but this process's own memory is NVML's, which torch reads where nvidia-ml-py is installed.
+    All but this process's own memory is NVML's, which torch reads where nvidia-ml-py is installed. []
+    also before CUDA has started: asking would start it, before what it reads at its start is set
+    (setup.py), and before processes are forked.
     """
     import torch  # the report, which reads a run's status, does without
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():
         return []
     try:
         return [

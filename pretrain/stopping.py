@@ -6,6 +6,7 @@ has: loader processes and those that write checkpoints among them, which must no
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -21,12 +23,14 @@ from pretrain.launch import STOP_SIGNALS, die_with_parent
 
 # A scheduler, its step daemon and a batch script may each pass the same signal on.
 _SECOND_AFTER_S = 1.0
+# A terminal sends Ctrl-C to all that a run has; the run's own processes alone answer it.
+_NOT_FOR_CHILDREN = STOP_SIGNALS | {signal.SIGINT}
 
 
 class StopSignals:
     """While entered, a stop signal is kept until `agreed` asks; a second one ends the process at once.
 
-    SIGINT (Ctrl-C) stays what it was.
+    SIGINT (Ctrl-C) stays what it was: the run ends where it is, and what helps it with it.
     """
 
     def __enter__(self) -> "StopSignals":
@@ -44,7 +48,18 @@ class StopSignals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by __main__.py
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher passes it on once more
+            # A checkpoint that is being written would never become visible, and Python would wait for
+            # its writer, which would no longer find the process that it reports to.
+            for child in multiprocessing.active_children():
+                child.kill()
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             if signal.getsignal(number) is _nothing:  # not `ignore`d
@@ -99,7 +114,7 @@ def _await_parents_sigterm() -> None:
 
 @functools.cache
 def _shield_forked_children() -> None:
-    """Processes forked from now on do not get stop signals, and end when this one does, however.
+    """Processes forked from now on do not get stop signals nor Ctrl-C, and end when this one does, however.
 
     A writer of checkpoints that outlived a killed rank would write into those of the run started again.
     """
@@ -107,7 +122,7 @@ def _shield_forked_children() -> None:
 
     def block() -> None:
         before.parent = os.getpid()
-        before.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        before.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
 
     os.register_at_fork(
         before=block,
@@ -118,11 +133,11 @@ def _shield_forked_children() -> None:
 
 @contextlib.contextmanager
 def no_stop_signals() -> Iterator[None]:
-    """They wait for the end of the block; a process that is started in it never gets them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    # The first process of an interpreter starts Python's tracker too, which unblocks SIGTERM here.
+    """They and Ctrl-C wait for the end of the block; a process that is started in it never gets them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
+    # The first process of an interpreter starts Python's tracker too, which unblocks two of them here.
     resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
     try:
         yield
     finally:

@@ -74,7 +74,6 @@ class Decoder:
 
     def step(self) -> tuple[float, float]:
         """Seconds of a forward and of a backward pass, begun together by all ranks."""
-        self.clear()
         with undisturbed():
             begin = time.perf_counter()
             output = self.forward()
@@ -83,4 +82,5 @@ class Decoder:
             self.backward(output)
             torch.cuda.synchronize()
             end = time.perf_counter()
+        self.clear()  # other decoders want the memory of these gradients
         return middle - begin, end - middle

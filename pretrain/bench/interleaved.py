@@ -1,5 +1,6 @@
 """Measures several runs side by side, all ranks together."""
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -22,6 +23,8 @@ def measure(
 ) -> dict[Key, list[tuple[float, ...]]]:
     """Interleaved: every run once, then again, so that a slow moment hits all alike."""
     times: dict[Key, list[tuple[float, ...]]] = {key: [] for key in runs}
+    gc.collect()
+    gc.freeze()  # each run collects garbage first: a second, were it to look at all that is imported
     for step in range(steps + 1):  # the first warms up
         order = list(runs)
         order = order[step % len(order) :] + order[: step % len(order)]
@@ -33,4 +36,5 @@ def measure(
             print(f"\rrepetition {step} of {steps}", end="", file=sys.stderr, flush=True)
     if dist.get_rank() == 0:
         print(file=sys.stderr)
+    gc.unfreeze()
     return times

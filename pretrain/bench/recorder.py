@@ -1,13 +1,15 @@
 """Records one step of a decoder: sub-modules' computations, collectives' starts, flights and waits.
 
-Host times on a CPU, where the host computes. On a GPU they would be times of launches: there a
-profiler is the tool, and `trace` says so.
+Host times, for a CPU, where the host computes. On a GPU each computation is waited for, so that its own
+time is right, and nothing overlaps: there a profiler is the tool for a timeline, and `trace` says so.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
+
+import torch
 
 from pretrain.bench.decoder import Decoder
 from pretrain.bench.timeline import Direction, Span
@@ -74,7 +76,7 @@ class Recorder:
 
         def forward_begins(*_: Any) -> None:
             self._running = name
-            begin["forward"] = time.perf_counter()
+            begin["forward"] = _now()
 
         def forward_ends(_module: Any, _inputs: Any, output: Any) -> None:
             self._add("compute", name, self._direction, begin["forward"])
@@ -83,7 +85,7 @@ class Recorder:
                 output[0].grad_fn.register_prehook(backward_begins)
 
         def backward_begins(*_: Any) -> None:
-            begin["backward"] = time.perf_counter()
+            begin["backward"] = _now()
 
         def first_linear_ends(_module: Any, _inputs: Any, output: Any) -> None:
             if output[0].grad_fn is not None:
@@ -99,7 +101,7 @@ class Recorder:
     def _add(
         self, kind: str, name: str, direction: Direction, since: float, until: float | None = None
     ) -> None:
-        until = time.perf_counter() if until is None else until
+        until = _now() if until is None else until
         self.spans.append(Span(self._rank, cast(Any, kind), name, direction, since, until))
 
     # Of wire.Observer.
@@ -138,3 +140,8 @@ class Recorder:
         edges = [span.start_s, *(t for w in inside for t in (w.start_s, w.end_s)), span.end_s]
         pairs = zip(edges[::2], edges[1::2], strict=True)
         return [replace(span, start_s=a, end_s=b) for a, b in pairs if b > a]
+
+
+def _now() -> float:
+    torch.cuda.synchronize()  # nothing on a CPU: cpu_platform.py
+    return time.perf_counter()

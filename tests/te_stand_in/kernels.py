@@ -33,6 +33,7 @@ def install() -> None:
     torch.compiler.set_stance("force_eager")  # compiling would look for a GPU
     cpu_platform.enable()
     _pretend_there_is_a_gpu()
+    _use_te_in_optimizers()
     streams.moment = lambda: None  # one stream
     streams.rejoin = lambda *_: None
 
@@ -77,6 +78,23 @@ def install() -> None:
             for alias, value in list(vars(module).items()):
                 if value is real:
                     setattr(module, alias, function)
+
+
+def _use_te_in_optimizers() -> None:
+    """As megatron-core does by itself; cpu_platform.py has put torch's in their place."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as mixed_precision
+    from transformer_engine.pytorch import optimizers as te
+
+    for module in (clip_grads, mixed_precision):
+        module.multi_tensor_applier = te.multi_tensor_applier
+        module.multi_tensor_scale_impl = te.multi_tensor_scale
+    clip_grads.l2_norm_impl = te.multi_tensor_l2norm
+    clip_grads.multi_tensor_scale_tensor_impl = te.multi_tensor_scale_tensor
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = te.FusedAdam, False
+    distrib_optimizer.Adam = te.FusedAdam
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
 
 
 def _gather_one_by_one(buffers: Any) -> None:

@@ -1,13 +1,20 @@
 """What of the GPU benchmarks needs no GPU."""
 
+import contextlib
+import gc
 import importlib.util
 import math
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 import pytest
+import torch
+
+from megatron_ladder.collectives import take_part
+from pretrain.bench import interleaved
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,13 +44,58 @@ def test_a_part_that_fails_or_hangs_is_said_and_ends(tmp_path: Path) -> None:
     assert (tmp_path / "done.log").read_text().strip() == str(tmp_path)
     failed = gpu.run(gpu.Part("failed", ["-c", "raise SystemExit(3)"], 60), tmp_path, 60)
     assert failed.status == "failed with 3"
-    # With a child that would live on.
+    # With a child that would live on; what it says when it is interrupted is kept, as pytest's report is.
     sleep = "import time; time.sleep(600)"
-    hangs = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
+    hangs = f"""
+import subprocess, sys
+try:
+    subprocess.run([sys.executable, "-c", {sleep!r}], start_new_session=False)
+finally:
+    print("so far")
+"""
     begin = time.monotonic()
-    hung = gpu.run(gpu.Part("hung", ["-c", hangs], 60), tmp_path, 1.0)
-    assert hung.status == "ended at its limit of 1 s"
-    assert time.monotonic() - begin < 30
+    hung = gpu.run(gpu.Part("hung", ["-c", hangs], 60), tmp_path, 5.0)
+    assert hung.status == "ended at its limit of 5 s"
+    assert time.monotonic() - begin < 60
+    assert "so far" in (tmp_path / "hung.log").read_text()
+
+
+def test_repetitions_do_not_look_for_garbage_in_all_that_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(interleaved, "slowest", lambda times: times)
+    monkeypatch.setattr(interleaved.dist, "get_rank", lambda: 1)
+    frozen: list[int] = []
+
+    def run() -> tuple[float]:
+        frozen.append(gc.get_freeze_count())
+        return (0.0,)
+
+    assert interleaved.measure({"run": run}, 2) == {"run": [(0.0,), (0.0,)]}
+    assert min(frozen) > 1000
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_late_start_is_late_in_transformer_engines_layers_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overlap = script("overlap")
+    backend: Any = ModuleType("megatron_ladder.te.backend")
+    monkeypatch.setitem(sys.modules, backend.__name__, backend)
+    monkeypatch.setattr(overlap, "over", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(overlap.parallel_state, "get_tensor_model_parallel_group", lambda: None)
+    monkeypatch.setattr(overlap.linear, "collectives_of", overlap.collectives_of)
+    monkeypatch.setattr(overlap.backward_order, "enabled", True)
+    marked = take_part(torch.ones(1), cast(Any, "collectives"))
+
+    class Decoder:
+        def step(self) -> list[object]:
+            return [module.collectives_of(marked) for module in (overlap.linear, backend)]
+
+    line = overlap.Line("ladder", Decoder())
+    assert line.step(0.0) == ["collectives"] * 2
+    line.early = False
+    assert line.step(0.0) == [None] * 2
 
 
 def test_curves_are_compared_smoothed_and_after_the_start() -> None:

@@ -13,8 +13,12 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="only without 
 # One for all tests: starting it takes seconds.
 CODE = """
 import logging, torch
+from megatron.core import optimizer
+from megatron.core.optimizer import clip_grads
 from megatron_ladder import cpu_platform
 
+# As if they were Transformer Engine's, which need a GPU.
+optimizer.Adam = optimizer.USING_PYTORCH_OPTIMIZER = clip_grads.l2_norm_impl = None
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 assert cpu_platform.enable()
 found = {}
@@ -27,6 +31,9 @@ found["current"] = str(torch.cuda.current_device())
 with torch.device("meta"):
     made = [torch.empty(1), torch.arange(3), torch.ones(2), torch.tensor(1.0), torch.randn(2)]
 found["meta"] = [t.is_meta for t in made]
+
+found["adam"] = [optimizer.Adam is torch.optim.AdamW, optimizer.USING_PYTORCH_OPTIMIZER]
+found["norm"] = clip_grads.l2_norm_impl.__module__
 
 once = torch.ones
 cpu_platform.enable()
@@ -56,6 +63,12 @@ def test_cuda_means_cpu(found: dict[str, Any]) -> None:
 def test_device_contexts_still_work(found: dict[str, Any]) -> None:
     """transformers loads models under `torch.device("meta")`."""
     assert found["meta"] == [True] * 5
+
+
+def test_the_optimizer_is_torchs(found: dict[str, Any]) -> None:
+    """Where Transformer Engine is installed too: a login node."""
+    assert found["adam"] == [True, True]
+    assert found["norm"] == "megatron.core.utils"
 
 
 def test_enabling_twice_is_enabling_once(found: dict[str, Any]) -> None:

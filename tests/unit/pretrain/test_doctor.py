@@ -35,6 +35,17 @@ def test_what_is_missing_comes_with_what_to_install(monkeypatch, capsys) -> None
     assert "transformer-engine" in output.splitlines()[-1].split("Missing for FP8:")[1]
 
 
+def test_a_checkout_that_is_not_installed(monkeypatch, capsys) -> None:
+    """On PYTHONPATH alone, as on a machine that nothing can be installed on."""
+
+    def requires(package: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", requires)
+    assert doctor.run_doctor() == 0
+    assert "not installed: versions are not checked" in capsys.readouterr().out
+
+
 def test_the_other_apex_is_named(monkeypatch) -> None:
     pretend(monkeypatch, {"apex": "0.9.10.dev0"})
     verdict = doctor.apex_verdict()

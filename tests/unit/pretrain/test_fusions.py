@@ -33,7 +33,7 @@ def test_on_a_cpu_every_part_has_its_reason() -> None:
     found = by_part(config_of(), adam_class())
     assert all(choice.why for choice in found.values())
     assert found["attention"].why == found["weight gradients"].why == "no GPU"
-    assert "AdamW" in found["Adam"].implementation
+    assert found["Adam"].implementation == "torch's AdamW, its fused kernel"
 
 
 def test_all_there() -> None:

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from megatron_ladder.errors import UserError
 from pretrain import optimizer_config
@@ -18,4 +19,8 @@ def test_moments_in_bf16_are_transformer_engines(monkeypatch: pytest.MonkeyPatch
 
 def test_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizer_config, "find_spec", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="FusedAdam, which needs a GPU"):
+        check_optimizer(IN_BF16, "bf16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     check_optimizer(IN_BF16, "bf16")

@@ -157,9 +157,10 @@ def test_prometheus_text_by_the_letter(config) -> None:
 
 
 def test_gpu_figures_do_without_nvml(monkeypatch) -> None:
-    if not torch.cuda.is_available():
-        assert device_figures() == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert device_figures() == []  # nor is CUDA started by asking
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 5)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -33,6 +34,48 @@ def test_a_second_signal_ends_a_process_whatever_it_waits_for() -> None:
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert done.stdout == "still here\n"
     assert "SIGUSR1: stopping after this step" in done.stderr
+
+
+INTERRUPTED = """
+import multiprocessing, os, sys, time
+from multiprocessing.managers import SyncManager
+from pretrain.stopping import StopSignals, no_stop_signals
+
+def write(queue):
+    time.sleep(60)
+    queue.put("written")
+
+if __name__ == "__main__":
+    try:
+        with StopSignals():
+            with no_stop_signals():
+                manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+                manager.start()
+            writer = multiprocessing.get_context("fork").Process(target=write, args=(manager.Queue(),))
+            writer.start()
+            print("begun", flush=True)
+            time.sleep(60)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def test_ctrl_c_ends_what_writes_a_checkpoint_too(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED)
+    run = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group, as a terminal's
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "begun\n"
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=30)
+    assert (run.returncode, said) == (130, "")
 
 
 def test_handlers_are_put_back() -> None:
@@ -97,7 +140,8 @@ if __name__ == "__main__":
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     blocked = int(done.stdout)
-    assert all(blocked & 1 << (number - 1) for number in STOP_SIGNALS), f"{blocked:x}"
+    for number in (*STOP_SIGNALS, signal.SIGINT):
+        assert blocked & 1 << (number - 1), f"{number} in {blocked:x}"
 
 
 def test_children_end_with_a_process_that_is_killed() -> None:
