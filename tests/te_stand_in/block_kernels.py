@@ -60,35 +60,41 @@ def _fill(out: Tensor, values: Tensor) -> None:
     out[: values.shape[0], : values.shape[1]] = values
 
 
-def quantize(source: Tensor, quantizer: Any, out: Any = None) -> Any:
-    """Both directions from the source, each where the quantizer wants it."""
+def empty(quantizer: Any, shape: Any, dtype: torch.dtype) -> Any:
+    """A tensor with the room that a quantizer asks for, by TE's own account of it."""
+    tensors = quantizer.alloc_tensors(shape, device="cpu")
+    context = quantizer.create_metadata(shape, dtype=dtype)
+    stride = torch.empty(shape, device="meta").stride()
+    return context["cls"].__tensor_unflatten__(tensors, context, tuple(shape), stride)
+
+
+def quantize(source: Tensor, quantizer: Any, dtype: torch.dtype, out: Any = None) -> Any:
+    """Both directions from the source, each where the quantizer wants it.
+
+    Args:
+        dtype: that the tensor pretends to have.
+    """
     x = source.detach()
     specs = quantizer.inner_tensor_specs(tuple(x.shape))
     if out is None:
-        meta = quantizer.storage_metadata(x.dtype)
-        tensors = {n[1:]: torch.empty(shape, dtype=d) for n, (shape, d) in specs.items()}
-        absent = {f"{d}wise_{what}": None for d in ("row", "column") for what in ("data", "scale_inv")}
-        given = absent | tensors | meta["nontensor_kwargs"]
-        if not quantizer.internal:
-            given |= {"shape": x.shape, "dtype": given.pop("fake_dtype"), "device": x.device}
-        out = meta["cls"](**given)
+        out = empty(quantizer, x.shape, dtype)
     flat = x.reshape(-1, x.shape[-1]).float()
     for direction in ("_rowwise", "_columnwise"):
         if f"{direction}_data" not in specs:
             setattr(out, f"{direction}_data", None)
             setattr(out, f"{direction}_scale_inv", None)
             continue
+        parts = []
         for name in (f"{direction}_data", f"{direction}_scale_inv"):
-            shape, dtype = specs[name]
+            shape, kind = specs[name]
             if getattr(out, name) is None:
-                setattr(out, name, torch.empty(shape, dtype=dtype))
-            assert tuple(getattr(out, name).shape) == tuple(shape)
-        data, scale_inv = getattr(out, f"{direction}_data"), getattr(out, f"{direction}_scale_inv")
-        is_rowwise = direction == "_rowwise"
+                setattr(out, name, torch.empty(shape, dtype=kind))
+            parts.append(getattr(out, name))
+            assert tuple(parts[-1].shape) == tuple(shape)
         one = _of_blocks if hasattr(quantizer, "block_len") else _of_groups
-        number, scale = one(flat, quantizer, is_rowwise)
-        data.copy_(number.reshape(data.shape))
-        _fill(scale_inv, scale)
+        number, scale = one(flat, quantizer, direction == "_rowwise")
+        parts[0].copy_(number.reshape(parts[0].shape))
+        _fill(parts[1], scale)
     return out
 
 

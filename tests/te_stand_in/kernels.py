@@ -63,6 +63,8 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         "fp8_transpose": lambda data, *_, **__: data.movedim(-1, 0).contiguous(),
         "compute_amax": lambda x, amax: amax.copy_(x.abs().max()),
         "multi_tensor_compute_scale_and_scale_inv": _scales,
+        "create_empty_quantized_tensor": _empty,
+        "swap_first_dims": lambda x, out: out.copy_(x.transpose(0, 1)),
         "fp8_block_scaling_compute_partial_amax": block_kernels.partial_amax,
         "fp8_block_scaling_partial_cast": block_kernels.partial_cast,
         "dequantize": lambda x, dtype: plain(x).to(_torch_dtype(dtype)),
@@ -84,13 +86,14 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
 
 
 def _gather_one_by_one(buffers: Any) -> None:
-    """gloo cannot take FP8 and bf16 weights as one message, as NCCL does: one after another, at once."""
+    """gloo cannot take several tensors as one message, as NCCL does: one after another, at once."""
 
     def at_once(collective: Any) -> Any:
         return lambda *args, async_op=False, **kwargs: collective(*args, **kwargs)
 
-    done = SimpleNamespace(wait=lambda: None)
-    buffers._coalescing_manager = lambda *_, **__: contextlib.nullcontext(done)
+    done: Any = SimpleNamespace(wait=lambda: None)
+    for module in (buffers, torch.distributed):
+        module._coalescing_manager = lambda *_, **__: contextlib.nullcontext(done)
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(buffers, name, at_once(getattr(buffers, name)))
 
@@ -203,6 +206,14 @@ def plain(x: Any, rowwise: bool | None = None) -> Tensor:
     return (x._transpose.view(dtype).float() * x._scale_inv).movedim(0, -1)
 
 
+def _empty(quantizer: Any, shape: Any, dtype: torch.dtype, *_: Any) -> Any:
+    from transformer_engine.pytorch import Float8Quantizer
+
+    if isinstance(quantizer, Float8Quantizer):  # zeros raise no maximum
+        return _quantize(torch.zeros(shape, dtype=dtype), quantizer)
+    return block_kernels.empty(quantizer, shape, dtype)
+
+
 def _quantize(source: Any, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
     from transformer_engine.pytorch.tensor.float8_tensor import (
         Float8CurrentScalingQuantizer,
@@ -211,7 +222,7 @@ def _quantize(source: Any, quantizer: Any, out: Any = None, noop: Any = None) ->
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
     if block_kernels.is_of_blocks(quantizer):
-        return block_kernels.quantize(plain(source), quantizer, out)
+        return block_kernels.quantize(plain(source), quantizer, source.dtype, out)
     x = plain(source).detach().float()
     dtype = fp8_dtype(quantizer.dtype)
     largest, amax = torch.finfo(dtype).max, x.abs().max().reshape(1)
