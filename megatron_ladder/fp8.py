@@ -14,8 +14,11 @@ CAPABILITIES: dict[Fp8Recipe, tuple[tuple[int, int], str]] = {
     "delayed": ((8, 9), "Ada, Hopper and later"),
     "tensorwise": ((8, 9), "Ada, Hopper and later"),
     "blockwise": ((9, 0), "Hopper and later"),
-    "mxfp8": ((10, 0), "Blackwell and later"),
+    "mxfp8": ((10, 0), "Blackwell of data centres"),
 }
+# What Transformer Engine asks besides: its GEMM of blocks is cuBLAS 12.9's, and for capabilities from here
+# on it has no GEMMs of mxfp8 in all layouts.
+BLOCKWISE_CUDA, MXFP8_BELOW = (12, 9), (12, 0)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,30 @@ def check_fp8(
                 f"fp8.recipe {fp8.recipe}: {name}, {size}, is not a multiple of {multiple}, as its GEMMs "
                 "need: change it, or train without fp8.recipe"
             )
+    # Parallel layers gather in bf16.
+    if model.residual != "parallel" and parallel.sequence_parallel and tp > 1:
+        _check_gathering(fp8.recipe, model.hidden_size, tokens / tp)
+
+
+def _check_gathering(recipe: Fp8Recipe, hidden_size: int, tokens: float) -> None:
+    """A rank's own tokens are quantised before they are gathered.
+
+    With blocks that are not whole Transformer Engine does not fail: it warns, gathers in bf16, and
+    quantises the inputs twice.
+    """
+    blocks = 128 if recipe == "blockwise" else 0
+    multiple = blocks or (32 if recipe == "mxfp8" else 8)
+    name = "data.seq_length x micro_batch_size / tensor_model_parallel_size"
+    for size_of, size, needed in (
+        (name, tokens, multiple),
+        ("model.hidden_size", hidden_size, blocks or 1),
+    ):
+        if size % needed:
+            raise UserError(
+                f"fp8.recipe {recipe}: {size_of}, {size:g}, is not a multiple of {needed}, as is needed to "
+                "gather in FP8 under sequence parallelism: change it, or train without "
+                "parallel.sequence_parallel"
+            )
 
 
 def check_machine(fp8: Fp8Config, impl: Literal["local", "transformer_engine"]) -> None:
@@ -115,9 +142,13 @@ def missing(recipe: Fp8Recipe) -> str:
 
     if find_spec("transformer_engine") is None:
         return "the transformer-engine package"
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < least:
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    if capability < least or (recipe == "mxfp8" and capability >= MXFP8_BELOW):
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         return f"a GPU of compute capability {least[0]}.{least[1]} ({generation}); found: {found}"
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
+    if recipe == "blockwise" and cuda < BLOCKWISE_CUDA:
+        return f"a torch built for CUDA 12.9 or later; found: CUDA {torch.version.cuda}"
     return ""
 
 

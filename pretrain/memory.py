@@ -12,13 +12,15 @@ from megatron_ladder.fp8 import Fp8Recipe
 from pretrain.config import TrainConfig
 
 BF16, FP32, FP8 = 2, 4, 1  # bytes
-# Of FP8 numbers with their scales: one scale a tensor, an fp32 for 128 numbers, a byte for 32.
+# Of FP8 numbers with their scales: one scale a tensor, an fp32 for 128 numbers (of weights 128 x 128), a
+# byte for 32.
 FP8_SCALES: dict[Fp8Recipe, float] = {
     "delayed": 1.0,
     "tensorwise": 1.0,
     "blockwise": 1 + FP32 / 128,
     "mxfp8": 1 + 1 / 32,
 }
+FP8_WEIGHT_SCALES = FP8_SCALES | {"blockwise": 1 + FP32 / 128**2}
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def memory_plan(config: TrainConfig, dp: int) -> MemoryPlan:
         weights, copies = BF16 * parameters, 0.0
         if recipe:
             linears = stage_parameters(config, first=False, last=False) * in_fp8 / model.num_layers
-            copies = 2 * FP8 * FP8_SCALES[recipe] * linears
+            copies = 2 * FP8 * FP8_WEIGHT_SCALES[recipe] * linears
             if config.fp8.primary_weights:  # not beside weights in bf16, but in place of them
                 weights -= BF16 * linears
         plans.append(

@@ -48,6 +48,7 @@ class Run:
     Args:
         weights: of another run; None draws them.
         steps: passes; none leaves the model as it is made.
+        batch: sequences of `LENGTH`.
         options: of `transformer_config`.
     """
 
@@ -60,9 +61,11 @@ class Run:
         weights: dict[str, Tensor] | None = None,
         steps: int = 1,
         recompute: str = "none",
+        batch: int = BATCH,
         **options: Any,
     ) -> None:
         config = transformer_config(model, parallel, impl=impl, recompute=recompute, **options)
+        self.batch = batch
         torch.manual_seed(0)
         (self.gpt,) = build_gpt_model(model, config, impl)
         self.own = {_name(n): p for n, p in self.gpt.named_parameters()}
@@ -77,8 +80,8 @@ class Run:
 
     def forward(self) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator).cuda()
-        positions = torch.arange(LENGTH).expand(BATCH, -1).cuda()
+        tokens = torch.randint(0, VOCAB, (self.batch, LENGTH + 1), generator=generator).cuda()
+        positions = torch.arange(LENGTH).expand(self.batch, -1).cuda()
         losses = self.gpt(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
         return losses.float().mean()
 

@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.te_stand_in import block_kernels
+from tests.te_stand_in.block_kernels import fp8_dtype
+
 gemms: list[tuple[bool, bool]] = []
 """Of each GEMM, in order: whether it was of two FP8 operands, and whether in backward."""
 norms: list[bool] = []
@@ -27,12 +30,13 @@ gemm_weights: list[int] = []
 """Of each GEMM in backward that gave a weight's gradient: the `data_ptr` of what it wrote to, or 0."""
 
 
-def install() -> None:
+def install(capability: tuple[int, int] = (9, 0)) -> None:
+    """Args: capability: of the GPU to pretend; mxfp8 asks for (10, 0), the rest is tested as Hopper's."""
     from megatron_ladder import cpu_platform, streams
 
     torch.compiler.set_stance("force_eager")  # compiling would look for a GPU
     cpu_platform.enable()
-    _pretend_there_is_a_gpu()
+    _pretend_there_is_a_gpu(*capability)
     _use_te_in_optimizers()
     streams.moment = lambda: None  # one stream
     streams.rejoin = lambda *_: None
@@ -59,10 +63,14 @@ def install() -> None:
         ),
         "fused_rope_forward": _rope,
         "fused_rope_backward": lambda grad, angles, *_: _rope(grad, -angles),
-        "create_empty_quantized_tensor": _empty,
         "fp8_transpose": lambda data, *_, **__: data.movedim(-1, 0).contiguous(),
         "compute_amax": lambda x, amax: amax.copy_(x.abs().max()),
         "multi_tensor_compute_scale_and_scale_inv": _scales,
+        "create_empty_quantized_tensor": _empty,
+        "swap_first_dims": lambda x, out: out.copy_(x.transpose(0, 1)),
+        "fp8_block_scaling_compute_partial_amax": block_kernels.partial_amax,
+        "fp8_block_scaling_partial_cast": block_kernels.partial_cast,
+        "dequantize": lambda x, dtype: plain(x).to(_torch_dtype(dtype)),
         "multi_tensor_adam": _adam,
         "multi_tensor_l2norm": _l2norm,
         "multi_tensor_scale": _scale,
@@ -98,25 +106,26 @@ def _use_te_in_optimizers() -> None:
 
 
 def _gather_one_by_one(buffers: Any) -> None:
-    """gloo cannot take FP8 and bf16 weights as one message, as NCCL does: one after another, at once."""
+    """gloo cannot take several tensors as one message, as NCCL does: one after another, at once."""
 
     def at_once(collective: Any) -> Any:
         return lambda *args, async_op=False, **kwargs: collective(*args, **kwargs)
 
-    done = SimpleNamespace(wait=lambda: None)
-    buffers._coalescing_manager = lambda *_, **__: contextlib.nullcontext(done)
+    done: Any = SimpleNamespace(wait=lambda: None)
+    for module in (buffers, torch.distributed):
+        module._coalescing_manager = lambda *_, **__: contextlib.nullcontext(done)
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(buffers, name, at_once(getattr(buffers, name)))
 
 
-def _pretend_there_is_a_gpu() -> None:
+def _pretend_there_is_a_gpu(major: int, minor: int) -> None:
     cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.device_count = lambda: 1
-    cuda.get_device_capability = lambda *_: (9, 0)
+    cuda.get_device_capability = lambda *_: (major, minor)
     cuda.get_device_name = lambda *_: "stand-in"
     cuda.get_device_properties = lambda *_: SimpleNamespace(
-        major=9, minor=0, name="stand-in", multi_processor_count=1, total_memory=80e9
+        major=major, minor=minor, name="stand-in", multi_processor_count=1, total_memory=80e9
     )
     cuda.is_current_stream_capturing = lambda: False
     cuda.set_device = lambda *_: None
@@ -137,23 +146,23 @@ def _gemm(  # type: ignore[no-untyped-def]
     workspace, workspace_size, accumulate, split, **_,
 ):  # fmt: skip
     assert quantizer is None and not gelu
-    from transformer_engine.pytorch.cpp_extensions.gemm import TE_DType
-
-    dtypes = {v: k for k, v in TE_DType.items()}
     gemms.append((is_fp8(a) and is_fp8(b), grad))
-    left, right = plain(b).float(), plain(a).float()
+    left, right = plain(b, not transposed_b).float(), plain(a, transposed_a).float()
     shape = left.shape
     left, right = left.reshape(-1, shape[-1]), right.reshape(-1, right.shape[-1])
+    outer_a, inner = right.shape if transposed_a else right.shape[::-1]
+    outer_b = shape[-1] if transposed_b else left.shape[0]
+    block_kernels.check_gemm(a, b, (outer_a, outer_b, inner), bias is not None and grad)
     if transposed_b:
         gemm_weights.append(0 if out is None else out.data_ptr())
     result = (left.t() if transposed_b else left) @ (right.t() if transposed_a else right)
     if bias is not None and not grad:
         result += bias.float()
-    bias_gradient = left.sum(0).to(dtypes[bias_dtype]) if bias is not None and grad else None
+    bias_gradient = left.sum(0).to(_torch_dtype(bias_dtype)) if bias is not None and grad else None
     if not transposed_b:
         result = result.reshape(*shape[:-1], result.shape[-1])
     if out is None:
-        return result.to(dtypes[dtype]), bias_gradient, None, None
+        return result.to(_torch_dtype(dtype)), bias_gradient, None, None
     result = result.reshape(out.shape).to(out.dtype)
     out.add_(result) if accumulate else out.copy_(result)
     return out, bias_gradient, None, None
@@ -176,12 +185,9 @@ def _rope(x: Tensor, angles: Tensor, *_) -> Tensor:  # type: ignore[no-untyped-d
 
 
 def _rmsnorm(x, weight, eps, out, quantizer, dtype, *_):  # type: ignore[no-untyped-def]
-    from transformer_engine.pytorch.cpp_extensions.gemm import TE_DType
-
-    dtypes = {v: k for k, v in TE_DType.items()}
     scale = (x.float().pow(2).mean(-1) + eps).rsqrt()
     y = x.float() * scale[..., None] * weight.float()
-    y = y.to(dtype if isinstance(dtype, torch.dtype) else dtypes[dtype])
+    y = y.to(dtype if isinstance(dtype, torch.dtype) else _torch_dtype(dtype))
     norms.append(quantizer is not None)
     return (y if quantizer is None else quantizer(y)), None, scale
 
@@ -199,24 +205,34 @@ def _rmsnorm_backward(grad, x, scale, weight, *_):  # type: ignore[no-untyped-de
 # FP8 with one scale a tensor: tensorwise, which finds it in the tensor, and delayed, which has it.
 
 
-def _fp8_dtype(te_dtype: Any) -> torch.dtype:
-    import transformer_engine_torch as tex
+def _torch_dtype(te_dtype: Any) -> torch.dtype:
+    from transformer_engine.pytorch.cpp_extensions.gemm import TE_DType
 
-    is_e5m2 = int(te_dtype) == int(tex.DType.kFloat8E5M2)
-    return torch.float8_e5m2 if is_e5m2 else torch.float8_e4m3fn
+    return {v: k for k, v in TE_DType.items()}[te_dtype]
 
 
 def is_fp8(x: Any) -> bool:
-    return hasattr(x, "_scale_inv")
+    return hasattr(x, "_fp8_dtype")
 
 
-def plain(x: Any) -> Tensor:
+def plain(x: Any, rowwise: bool | None = None) -> Tensor:
+    """In fp32. Which data is taken, rowwise or not, matters to scales of blocks alone."""
     if not is_fp8(x):
         return x
-    dtype = _fp8_dtype(x._fp8_dtype)
+    if block_kernels.is_of_blocks(x):
+        return block_kernels.plain(x, rowwise)
+    dtype = fp8_dtype(x._fp8_dtype)
     if x._data is not None:
         return x._data.view(dtype).float() * x._scale_inv
     return (x._transpose.view(dtype).float() * x._scale_inv).movedim(0, -1)
+
+
+def _empty(quantizer: Any, shape: Any, dtype: torch.dtype, *_: Any) -> Any:
+    from transformer_engine.pytorch import Float8Quantizer
+
+    if isinstance(quantizer, Float8Quantizer):  # zeros raise no maximum
+        return _quantize(torch.zeros(shape, dtype=dtype), quantizer)
+    return block_kernels.empty(quantizer, shape, dtype)
 
 
 def _quantize(source: Any, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
@@ -226,8 +242,10 @@ def _quantize(source: Any, quantizer: Any, out: Any = None, noop: Any = None) ->
     )
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
+    if block_kernels.is_of_blocks(quantizer):
+        return block_kernels.quantize(plain(source), quantizer, source.dtype, out)
     x = plain(source).detach().float()
-    dtype = _fp8_dtype(quantizer.dtype)
+    dtype = fp8_dtype(quantizer.dtype)
     largest, amax = torch.finfo(dtype).max, x.abs().max().reshape(1)
     if isinstance(quantizer, Float8CurrentScalingQuantizer):
         if quantizer.with_amax_reduction:
@@ -262,21 +280,6 @@ def _quantize(source: Any, quantizer: Any, out: Any = None, noop: Any = None) ->
     )
 
 
-def _empty(quantizer: Any, shape: Any, dtype: torch.dtype, *_: Any) -> Any:
-    """Only what is gathered: all GEMMs' layouts are made of it then."""
-    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
-
-    assert quantizer.internal
-    data = torch.empty(shape, dtype=torch.uint8)
-    return Float8TensorStorage(
-        data=data,
-        fp8_scale_inv=torch.empty(1),
-        fp8_dtype=quantizer.dtype,
-        fake_dtype=dtype,
-        quantizer=quantizer,
-    )
-
-
 # The optimizer's, over lists of tensors.
 
 
@@ -300,9 +303,9 @@ def _l2norm(chunk, overflow, lists, per_tensor=False):  # type: ignore[no-untype
     return norms.norm().reshape(1), norms
 
 
-def _scales(chunk, overflow, lists, largest, *_):  # type: ignore[no-untyped-def]
+def _scales(chunk, overflow, lists, largest, power_of_2=False, *_):  # type: ignore[no-untyped-def]
     for amax, scale, inverse in zip(*lists, strict=True):
-        scale.copy_(largest / amax.clamp(min=1e-30))
+        scale.copy_(block_kernels.scales_of(amax.clamp(min=1e-30), largest, power_of_2))
         inverse.copy_(1 / scale)
 
 

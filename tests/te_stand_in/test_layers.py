@@ -3,30 +3,46 @@
 Those are held to the plain-PyTorch oracle by tests/distributed.
 """
 
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_ladder.config import ParallelConfig
-from megatron_ladder.fp8 import Fp8Config
+from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
 from tests.ranks import run_ranks
-from tests.te_run import KINDS, LAYERS, LAYOUTS, Run, model_of
+from tests.te_run import BATCH, KINDS, LAYERS, LAYOUTS, Run, model_of
 from tests.te_stand_in import MARKS
 
 pytestmark = MARKS
 
 
-def run_kind(kind: str, layout: str) -> list[str]:
+# The largest relative difference of a parameter's gradient from fp32's, in norm. With scales of blocks 0.14
+# to 0.21 was found.
+BOUNDS = {
+    "tensorwise": (0.02, 0.3),
+    "delayed": (0.02, 0.3),
+    "blockwise": (0.1, 0.25),
+    "mxfp8": (0.1, 0.25),
+}
+
+
+def run_kind(kind: str, layout: str, recipes: tuple[Fp8Recipe, ...]) -> list[str]:
     """What is wrong with it, in words."""
     from tests.te_stand_in import kernels
 
-    kernels.install()
+    kernels.install((10, 0) if "mxfp8" in recipes else (9, 0))
+    # What TE does where blocks are not whole, which megatron_ladder/fp8.py refuses.
+    warnings.filterwarnings("error", message="Cannot quantize input tensor")
     from megatron_ladder.mcore_compat import initialize_model_parallel
 
     model, parallel = model_of(kind), LAYOUTS[layout]
     initialize_model_parallel(parallel, seed=0)
-    local = Run(model, parallel, impl="local")
+    gathers_blocks = kind != "parallel" and parallel.sequence_parallel
+    run_of = partial(Run, model, parallel, batch=2 * BATCH if gathers_blocks else BATCH)
+    local = run_of(impl="local")
     found = []
 
     def check(what: str, holds: bool, *figures: Any) -> None:
@@ -34,39 +50,40 @@ def run_kind(kind: str, layout: str) -> list[str]:
             found.append(f"{what}: {figures}")
 
     for recompute in ("none", "full"):
-        run = Run(model, parallel, weights=local.weights, recompute=recompute)
+        run = run_of(weights=local.weights, recompute=recompute)
         # Sums in another order: up to 1.3e-5 at this size. bf16 is a thousand times as far.
         check(f"fp32 {recompute}", run.worst(local) < 3e-5, run.worst(local))
-    bf16 = Run(model, parallel, weights=local.weights, precision="bf16")
+    bf16 = run_of(weights=local.weights, precision="bf16")
     check("bf16", bf16.worst(local) < 0.05, bf16.worst(local))
 
-    for recipe in ("tensorwise", "delayed"):
-        steps = 1 if recipe == "tensorwise" else 2 + 4 * LAYERS  # each finds one more scale
+    for recipe in recipes:
+        steps = 2 + 4 * LAYERS if recipe == "delayed" else 1  # each finds one more scale
         runs = {}
         for recompute in ("none", "full"):
             kernels.gemms.clear()
-            run = runs[recompute] = Run(
-                *(model, parallel),
+            run = runs[recompute] = run_of(
                 weights=local.weights,
                 precision="bf16",
                 fp8=Fp8Config(recipe=recipe),
                 recompute=recompute,
                 steps=steps,
             )
-            name = f"{recipe} {recompute}"
-            check(name, 0.02 < run.worst(local) < 0.3, run.worst(local))
+            name, (least, most) = f"{recipe} {recompute}", BOUNDS[recipe]
+            check(name, least < run.worst(local) < most, run.worst(local))
             check(f"{name}: all GEMMs in FP8", all(fp8 for fp8, _ in kernels.gemms))
             expected = steps * LAYERS * 4 * (3 if recompute == "none" else 4)
             check(f"{name}: GEMMs", len(kernels.gemms) == expected, len(kernels.gemms))
         # Recomputed with the same scales: the same to the last bit.
         check(f"{recipe} recomputed", runs["full"].worst(runs["none"]) == 0)
-    kernels.gemms.clear()
-    first_and_last = Fp8Config(
-        recipe="tensorwise", num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1
-    )
-    Run(model, parallel, weights=local.weights, precision="bf16", fp8=first_and_last)
-    in_fp8 = sum(fp8 for fp8, _ in kernels.gemms)
-    check("layers in bf16", in_fp8 == (LAYERS - 2) * 4 * 3, in_fp8)
+        if recipe == "delayed":
+            continue
+        kernels.gemms.clear()
+        first_and_last = Fp8Config(
+            recipe=recipe, num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1
+        )
+        run_of(weights=local.weights, precision="bf16", fp8=first_and_last)
+        in_fp8 = sum(fp8 for fp8, _ in kernels.gemms)
+        check(f"{recipe}: layers in bf16", in_fp8 == (LAYERS - 2) * 4 * 3, in_fp8)
     return found
 
 
@@ -76,8 +93,16 @@ def test_layers(kind: str, layout: str, tmp_path: Path) -> None:
     parallel = LAYOUTS[layout]
     if kind == "desync" and parallel.sequence_parallel:
         pytest.skip("desync has no sequence parallelism")
-    ranks = parallel.tensor_model_parallel_size
-    for found in run_ranks(ranks, run_kind, kind, layout, tmp_path=tmp_path):
+    ranks, recipes = parallel.tensor_model_parallel_size, ("tensorwise", "delayed", "blockwise")
+    for found in run_ranks(ranks, run_kind, kind, layout, recipes, tmp_path=tmp_path):
+        assert not found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mxfp8(layout: str, tmp_path: Path) -> None:
+    """Apart: it asks for another GPU. TE's Python does with it what it does with blockwise."""
+    ranks = LAYOUTS[layout].tensor_model_parallel_size
+    for found in run_ranks(ranks, run_kind, "ladder", layout, ("mxfp8",), tmp_path=tmp_path):
         assert not found
 
 

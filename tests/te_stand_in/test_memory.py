@@ -11,13 +11,13 @@ from torch import Tensor
 
 from megatron_ladder.collectives import SubmoduleCollectives
 from megatron_ladder.config import ModelConfig, ParallelConfig
-from megatron_ladder.fp8 import Fp8Config
+from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
 from tests.ranks import run_ranks
 from tests.te_run import LAYOUTS
 from tests.te_stand_in import MARKS
 
 pytestmark = MARKS
-BATCH, LENGTH = 2, 64
+BATCH, LENGTH = 4, 64  # two ranks have whole blocks of 128
 
 
 def model_of(residual: Any, layers: int) -> ModelConfig:
@@ -69,11 +69,11 @@ def kept_by(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
     return sum(size for address, size in storages.items() if address not in known)
 
 
-def measure(residual: str, layout: str) -> list[str]:
+def measure(residual: str, layout: str, recipes: tuple[Fp8Recipe | None, ...]) -> list[str]:
     """What differs by more than 5 %, in words."""
     from tests.te_stand_in import kernels
 
-    kernels.install()
+    kernels.install((10, 0) if "mxfp8" in recipes else (9, 0))
     from megatron_ladder.mcore_compat import (
         build_gpt_model,
         initialize_model_parallel,
@@ -86,7 +86,7 @@ def measure(residual: str, layout: str) -> list[str]:
     tokens = torch.randint(0, 512, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(LENGTH).expand(BATCH, -1)
     impl, found = "transformer_engine", []
-    for recipe in (None, "tensorwise", "delayed"):
+    for recipe in recipes:
         for recompute in ("none", "selective", "full"):
             sizes = []
             for layers in (2, 4):  # the difference is the layers'
@@ -121,8 +121,16 @@ def measure(residual: str, layout: str) -> list[str]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("residual", ["standard", "parallel", "ladder"])
 def test_what_layers_keep_is_what_is_planned(residual: str, layout: str, tmp_path: Path) -> None:
-    ranks = LAYOUTS[layout].tensor_model_parallel_size
-    for found in run_ranks(ranks, measure, residual, layout, tmp_path=tmp_path):
+    ranks, recipes = (
+        LAYOUTS[layout].tensor_model_parallel_size,
+        (None, "tensorwise", "delayed", "blockwise"),
+    )
+    for found in run_ranks(ranks, measure, residual, layout, recipes, tmp_path=tmp_path):
+        assert not found
+
+
+def test_what_layers_keep_with_mxfp8(tmp_path: Path) -> None:
+    for found in run_ranks(2, measure, "ladder", "tp2-sp", ("mxfp8",), tmp_path=tmp_path):
         assert not found
 
 
@@ -130,10 +138,10 @@ def measure_state(fp8: Fp8Config, moments: str) -> dict[str, tuple[float, float]
     """After a step: bytes measured and planned, by name."""
     from tests.te_stand_in import kernels
 
-    kernels.install()
+    kernels.install((10, 0) if fp8.recipe == "mxfp8" else (9, 0))
     from dataclasses import replace
 
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+    from transformer_engine.pytorch.tensor import QuantizedTensor
 
     from megatron_ladder.mcore_compat import initialize_model_parallel
     from pretrain.memory import memory_plan
@@ -150,8 +158,8 @@ def measure_state(fp8: Fp8Config, moments: str) -> dict[str, tuple[float, float]
     )
     config = replace(config, optimizer=replace(config.optimizer, moments=moments))
     (chunk,), optimizer, _ = build(config)
-    tokens = torch.zeros(1, 16, dtype=torch.long)
-    chunk(tokens, torch.arange(16)[None], None, labels=tokens).float().mean().backward()
+    tokens = torch.zeros(1, 32, dtype=torch.long)
+    chunk(tokens, torch.arange(32)[None], None, labels=tokens).float().mean().backward()
     optimizer.step()
     (inner,) = optimizer.chained_optimizers
 
@@ -163,13 +171,14 @@ def measure_state(fp8: Fp8Config, moments: str) -> dict[str, tuple[float, float]
     # With moments in bf16 they are in the state, and these are the weights themselves.
     masters = [p for g in groups for p in g["params"] if p.dtype == torch.float32]
     weights = list(chunk.parameters())
-    in_fp8 = [p for p in weights if isinstance(p, Float8Tensor)]
+    in_fp8 = [p for p in weights if isinstance(p, QuantizedTensor)]
     for module in chunk.modules():
         in_fp8 += getattr(module, "_fp8_workspaces", {}).values()
-    copies = [part for copy in in_fp8 for part in (copy._data, copy._transpose)]
+    copies = [part for copy in in_fp8 for part in copy.get_metadata().values()]
+    copies = [part for part in copies if isinstance(part, Tensor) and part.dim()]
     plan = memory_plan(config, dp=1)
     return {
-        "weights": (size(p for p in weights if type(p) is not Float8Tensor), plan.weights),
+        "weights": (size(p for p in weights if not isinstance(p, QuantizedTensor)), plan.weights),
         "gradients": (size(p.main_grad for p in chunk.parameters()), plan.gradients),
         "optimizer": (size(moments) + size(masters), plan.optimizer),
         "fp8_weights": (size(copies), plan.fp8_weights),
@@ -182,7 +191,10 @@ def measure_state(fp8: Fp8Config, moments: str) -> dict[str, tuple[float, float]
         (Fp8Config(), "fp32"),
         (Fp8Config("tensorwise"), "fp32"),
         (Fp8Config("delayed"), "fp32"),
+        (Fp8Config("blockwise"), "fp32"),
+        (Fp8Config("mxfp8"), "fp32"),
         (Fp8Config("tensorwise", primary_weights=True), "fp32"),
+        (Fp8Config("blockwise", primary_weights=True), "fp32"),
         (Fp8Config(), "bf16"),
     ],
 )

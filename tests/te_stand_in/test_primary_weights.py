@@ -69,7 +69,7 @@ def train(recipe: str, primary_weights: bool) -> tuple[list[float], float, int]:
     return losses, total, len(in_fp8)
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
 def test_it_trains_as_with_weights_in_bf16(recipe: str, tmp_path: Path) -> None:
     ((beside, _, none),) = run_ranks(1, train, recipe, False, tmp_path=tmp_path)
     ((alone, total, linears),) = run_ranks(1, train, recipe, True, tmp_path=tmp_path)

@@ -25,8 +25,11 @@ MODEL = ModelConfig(
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
 
 
-def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
-    """A machine with Transformer Engine and such a GPU, or none."""
+def gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, cuda: str | None = "13.0"
+) -> None:
+    """A machine with Transformer Engine and such a GPU, or none, and a torch built for this CUDA."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(module, "find_spec", lambda _: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -41,6 +44,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> 
         ((8, 9), ["delayed", "tensorwise"]),
         ((9, 0), ["delayed", "tensorwise", "blockwise"]),  # H100
         ((10, 0), ["delayed", "tensorwise", "blockwise", "mxfp8"]),
+        ((12, 0), ["delayed", "tensorwise", "blockwise"]),  # Transformer Engine refuses mxfp8 there
     ],
 )
 def test_a_gpu_can_do_what_its_generation_has(monkeypatch, capability, recipes) -> None:
@@ -49,6 +53,16 @@ def test_a_gpu_can_do_what_its_generation_has(monkeypatch, capability, recipes) 
     for recipe in set(CAPABILITIES) - set(recipes):
         with pytest.raises(UserError, match=rf"fp8.recipe {recipe} needs a GPU of compute cap"):
             check_machine(Fp8Config(recipe), "transformer_engine")
+
+
+@pytest.mark.parametrize("cuda", ["12.8", "12.4", None])
+def test_blockwise_needs_cublas_12_9(monkeypatch, cuda) -> None:
+    gpu(monkeypatch, (9, 0), cuda)
+    assert not missing("tensorwise")
+    with pytest.raises(UserError, match=f"needs a torch built for CUDA 12.9 or .* CUDA {cuda}"):
+        check_machine(Fp8Config("blockwise"), "transformer_engine")
+    gpu(monkeypatch, (9, 0), "12.10")
+    check_machine(Fp8Config("blockwise"), "transformer_engine")
 
 
 def test_transformer_engine_is_needed(monkeypatch) -> None:
@@ -88,6 +102,36 @@ def test_what_fp8_gemms_cannot_do_is_refused(fp8, change, says) -> None:
     given = {"precision": "bf16", "tokens": 64} | change
     with pytest.raises(UserError, match=says):
         check_fp8(fp8, model, TP2, **given)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tokens", "hidden_size", "says"),
+    [
+        ("blockwise", 128, 128, "tensor_model_parallel_size, 64, is not a multiple of 128"),
+        ("blockwise", 256, 192, "hidden_size, 192, is not a multiple of 128"),
+        ("mxfp8", 32, 64, "tensor_model_parallel_size, 16, is not a multiple of 32"),
+        ("tensorwise", 16, 64, ""),
+        ("blockwise", 256, 128, ""),
+    ],
+)
+@pytest.mark.parametrize("residual", ["standard", "ladder"])
+def test_whole_blocks_are_gathered(residual, recipe, tokens, hidden_size, says) -> None:
+    model = replace(MODEL, hidden_size=hidden_size, residual=residual)
+    parallel = replace(TP2, sequence_parallel=True)
+    check_fp8(Fp8Config(recipe), replace(model, residual="parallel"), parallel, "bf16", tokens)
+    check_fp8(Fp8Config(recipe), model, TP2, "bf16", tokens)
+    if not says:
+        check_fp8(Fp8Config(recipe), model, parallel, "bf16", tokens)
+        return
+    with pytest.raises(UserError, match=says):
+        check_fp8(Fp8Config(recipe), model, parallel, "bf16", tokens)
+
+
+def test_eights_are_gathered() -> None:
+    model, parallel = replace(MODEL, residual="standard"), replace(TP2, sequence_parallel=True)
+    four = replace(parallel, tensor_model_parallel_size=4)
+    with pytest.raises(UserError, match="parallel_size, 4, is not a multiple of 8"):
+        check_fp8(Fp8Config("tensorwise"), replace(model, num_query_groups=4), four, "bf16", 16)
 
 
 def test_what_they_can_is_not() -> None:

@@ -64,6 +64,17 @@ def test_fp8_keeps_copies_of_the_layers_weights(config: TrainConfig) -> None:
     assert fewer.fp8_weights == pytest.approx(plan.fp8_weights * 24 / 32)
 
 
+def test_scales_of_blocks_take_room_too(config: TrainConfig) -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=8)
+    one, blocks, groups = (
+        memory_plan(replace(config, parallel=parallel, fp8=Fp8Config(recipe)), dp=4)
+        for recipe in ("tensorwise", "blockwise", "mxfp8")
+    )
+    assert blocks.fp8_weights == pytest.approx(one.fp8_weights * (1 + 4 / 128**2), rel=1e-9)
+    assert groups.fp8_weights == pytest.approx(one.fp8_weights * 33 / 32, rel=1e-9)
+    assert groups.activations == blocks.activations > one.activations
+
+
 def test_primary_weights_are_in_fp8_alone(config: TrainConfig) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=8)
     plans = [
