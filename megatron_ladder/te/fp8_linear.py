@@ -158,7 +158,10 @@ class _Linear(torch.autograd.Function):
         quantised_weight = call.quantised_weight()
         output = call.gemm("fprop", quantised_weight, fp8)
         ctx.call, ctx.shape = call, x.shape
-        ctx.gathers = call.collectives is not None and call.collectives.gather_input_again()
+        # Not for a pass that records nothing: recomputation asks for itself, and for more.
+        ctx.gathers = (
+            wgrad and call.collectives is not None and call.collectives.gather_input_again()
+        )
         kept = None
         if wgrad and not ctx.gathers:
             kept = x if original else fp8
