@@ -102,6 +102,14 @@ def parts() -> list[Part]:
             120,
         ),
         overlap("70b", "nvswitch", "tensorwise"),
+        Part(
+            "compile",
+            [
+                *("benchmarks/compile.py", "--shapes", "256:6:256:2", "512:8:512:4"),
+                *("--precision", "bf16", "--json", "OUTPUT/compile.json"),
+            ],
+            120,
+        ),
         overlap("70b", "p2p-off", "bf16"),
         overlap("8b", "p2p-off", "bf16"),
         overlap("8b", "nvswitch", "tensorwise"),

@@ -293,7 +293,9 @@ class LadderTransformerLayer(TransformerLayer):
         """[s, b, h] -> [s, b, h] partial sums. Biases, added after the sum, are refused above."""
 
         def submodule(x: Tensor) -> Tensor:
-            with named(f"layer {self.layer_number}: {name}"):
+            # Compiled, layers share a graph, but not if it reads their number; it has no ranges.
+            number = None if torch.compiler.is_compiling() else self.layer_number
+            with named(f"layer {number}: {name}"):
                 output, _ = module(x, **kwargs)
             return output
 

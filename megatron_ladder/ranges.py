@@ -24,7 +24,8 @@ def recorded() -> Iterator[None]:
 
 def named(name: str) -> contextlib.AbstractContextManager[object]:
     """A range around its body."""
-    return _range(name) if _is_on else contextlib.nullcontext()
+    is_on = not torch.compiler.is_compiling() and _is_on
+    return _range(name) if is_on else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

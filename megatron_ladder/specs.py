@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_ladder.attention import LocalCoreAttention
 from megatron_ladder.config import Residual, TransformerImpl
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.attention import LocalSelfAttention
@@ -34,10 +35,14 @@ from megatron_ladder.norm import RMSNorm
 
 
 class LocalBackend(LocalSpecProvider):
-    """megatron-core's local modules, with a norm that allows sequence parallelism."""
+    """megatron-core's local modules, with a norm that allows sequence parallelism, and attention that
+    can be compiled."""
 
     def layer_norm(self, *_: Any, **__: Any) -> type:
         return RMSNorm
+
+    def core_attention(self) -> type:
+        return LocalCoreAttention
 
 
 class LocalCommFreeBackend(LocalBackend):

@@ -114,6 +114,8 @@ class TrainConfig:
     """Whose layers: megatron-core's local ones, or Transformer Engine's (auto: where there is one)."""
     recompute: Recompute = "none"
     """Activations to compute again in backward: none, selective (core attention) or full."""
+    compile: bool = False
+    """torch.compile each layer: for small models on one tensor-parallel rank, with local layers."""
     deterministic: bool = False
     """Bitwise repeatable kernels on a GPU; the CPU is repeatable anyway."""
     seed: int = 1234
@@ -276,6 +278,7 @@ SAFE_TO_CHANGE = (
     "micro_batch_size",
     "transformer_impl",
     "recompute",
+    "compile",
     "eval_interval",
     "eval_sequences",
     "save_interval",

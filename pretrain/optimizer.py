@@ -20,19 +20,23 @@ from pretrain.config import TrainConfig
 from pretrain.torch_adam import use_fused_kernel
 
 
-def wrap_data_parallel(chunks: list[Any]) -> list[DistributedDataParallel]:
+def wrap_data_parallel(
+    chunks: list[Any], *, gather_at_once: bool = False
+) -> list[DistributedDataParallel]:
     """Gradients summed in fp32 over the data-parallel ranks, behind backward; optimizer state
     sharded, and the updated parameters gathered behind the next forward.
 
     Args:
         chunks: from `build_gpt_model`; all with one configuration, which the schedules read.
+        gather_at_once: parameters, after the update: layers that are compiled cannot wait for them.
     """
     config = chunks[0].config
     assert all(chunk.config is config for chunk in chunks)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=True,
-        overlap_param_gather=parallel_state.get_data_parallel_world_size() > 1,
+        overlap_param_gather=not gather_at_once
+        and parallel_state.get_data_parallel_world_size() > 1,
         use_distributed_optimizer=True,
         fp8_param_gather=config.fp8_param,
     )

@@ -8,6 +8,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import check_machine
 from megatron_ladder.specs import resolve_impl
 from pretrain.blends import check_past, describe
+from pretrain.compiled import check_compile
 from pretrain.config import TrainConfig
 from pretrain.data import DataFolder, check_same_data, open_data
 from pretrain.fim import fill_in_the_middle
@@ -47,6 +48,7 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     check_layout(config.model, config.parallel)
     check_machine(config.fp8, resolve_impl(config.transformer_impl))
     check_optimizer(config.optimizer, config.precision)
+    check_compile(config)
     config.num_microbatches(config.parallel.data_parallel_size(world_size))
     fill_in_the_middle(config, folders[0])
     if config.keep_last < 2:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_ladder.mcore_compat import LadderConfig
 from pretrain.config import TrainConfig, to_dict
 from pretrain.data import DataFolder, keep_facts, kept_facts, unigram_loss
-from pretrain.fusions import adam_class, choices, table
+from pretrain.fusions import Choice, adam_class, choices, table
 from pretrain.initial import keep_imported
 from pretrain.memory import in_words, is_planned, memory_plan
 from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
@@ -105,6 +105,9 @@ class RunLog:
         """What the model runs on, and what it will hold in a GPU's memory."""
         if self._log:
             found = choices(mcore_config, adam_class())
+            if self._config.compile:
+                by = "each one graph, by torch.compile: of their parts below the linears alone are left"
+                found.insert(0, Choice("layers", by, ""))
             records = [asdict(choice) for choice in found]
             words = f"built of\n{table(found)}"
             if not torch.cuda.is_available():

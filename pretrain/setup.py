@@ -13,6 +13,7 @@ from megatron_ladder.mcore_compat import (
     initialize_model_parallel,
     transformer_config,
 )
+from pretrain.compiled import compile_layers
 from pretrain.config import TrainConfig
 from pretrain.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 
@@ -72,6 +73,8 @@ def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
         config.transformer_impl,
         masks_given=not config.data.attend_across_documents,
     )
-    model = wrap_data_parallel(chunks)
+    if config.compile:
+        compile_layers(chunks)
+    model = wrap_data_parallel(chunks, gather_at_once=config.compile)
     optimizer = build_optimizer(model, config)
     return model, optimizer, build_scheduler(optimizer, config)

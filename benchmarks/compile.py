@@ -1,0 +1,184 @@
+"""Whole training steps of small models, with and without torch.compile of the layers (`train --compile`).
+
+    python benchmarks/compile.py --shapes 128:4:128:1 256:6:256:2 --json FILE
+
+A shape is HIDDEN:LAYERS:SEQUENCE:MICRO_BATCH. Every run of a shape takes a step in turn, repetition by
+repetition; the quotients are of pairs in one repetition. `attention` is not compiled, but has torch's own
+attention, which compiled layers have in place of megatron-core's: what is left is the compiler's. Processor
+time, of this process alone, is what a machine that is shared leaves comparable.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ladder.config import ModelConfig
+from pretrain.bench.interleaved import measure
+from pretrain.config import DataConfig, TrainConfig
+from pretrain.data import Batch
+from pretrain.run_log import versions
+from pretrain.setup import build, start_ranks
+from pretrain.step import train_step
+
+VARIANTS = ("plain", "attention", "compiled")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=["128:4:128:1", "256:6:256:2"])
+    parser.add_argument("--kinds", nargs="+", default=["ladder", "standard"])
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--steps", type=int, default=30, help="interleaved repetitions")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def config_of(shape: str, kind: Any, precision: Any) -> TrainConfig:
+    hidden, layers, seq_length, batch = map(int, shape.split(":"))
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=3 * hidden,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=512,
+        max_position_embeddings=seq_length,
+        residual=kind,
+    )
+    return TrainConfig(
+        model=model,
+        data=DataConfig(seq_length=seq_length),
+        micro_batch_size=batch,
+        global_batch_size=batch,
+        precision=precision,
+        transformer_impl="local",
+    )
+
+
+def random_batch(config: TrainConfig) -> Batch:
+    assert config.model.vocab_size is not None
+    shape = (config.micro_batch_size, config.data.seq_length)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+    return {
+        "tokens": tokens,
+        "labels": tokens.roll(-1, 1),
+        "loss_mask": torch.ones(shape),
+        "position_ids": torch.arange(shape[1]).expand(shape),
+    }
+
+
+class Run:
+    """One variant of one model. Its first step has been taken."""
+
+    def __init__(self, config: TrainConfig, variant: str) -> None:
+        self._config = replace(config, compile=variant == "compiled")
+        torch.manual_seed(0)
+        self._parts = build(self._config)
+        if variant == "attention":
+            for layer in self._parts[0][0].module.decoder.layers:
+                core = layer.self_attention.core_attention
+                core.forward = lambda q, k, v, mask, *_, core=core, **__: core.by_torch(
+                    q, k, v, mask
+                )
+        self._batches = itertools.repeat(random_batch(config))
+        begin = time.perf_counter()
+        self.first_loss, self.first_norm = self._train()
+        self.first_s = time.perf_counter() - begin
+
+    def _train(self) -> tuple[float, float]:
+        loss, norm, _ = train_step(*self._parts, self._batches, self._config)
+        torch.cuda.synchronize()
+        return loss, norm
+
+    def step(self) -> tuple[float, float]:
+        """Seconds, and seconds of the processor."""
+        begin, cpu = time.perf_counter(), time.process_time()
+        self._train()
+        return time.perf_counter() - begin, time.process_time() - cpu
+
+
+def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    runs = {
+        (kind, variant): Run(config_of(shape, kind, args.precision), variant)
+        for kind in args.kinds
+        for variant in VARIANTS
+    }
+    gc.collect()
+    times = measure({key: run.step for key, run in runs.items()}, args.steps)
+    rows = []
+    for (kind, variant), found in times.items():
+        plain = times[kind, "plain"]
+        over = [
+            statistics.quantiles([a[i] / b[i] for a, b in zip(found, plain, strict=True)], n=4)
+            for i in (0, 1)
+        ]
+        run, other = runs[kind, variant], runs[kind, "plain"]
+        rows.append(
+            {
+                "shape": shape,
+                "kind": kind,
+                "variant": variant,
+                "first_step_s": run.first_s,
+                "ms": 1e3 * statistics.median(t[0] for t in found),
+                "processor_ms": 1e3 * statistics.median(t[1] for t in found),
+                "over_plain": over[0],
+                "processor_over_plain": over[1],
+                "first_loss_off": run.first_loss / other.first_loss - 1,
+                "first_norm_off": run.first_norm / other.first_norm - 1,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| hidden:layers:sequence:batch | kind | | step, ms | over plain | quartiles | "
+        "processor time over plain | quartiles | first step, s |",
+        "| --- | --- | --- | ---: | ---: | --- | ---: | --- | ---: |",
+    ]
+    for row in rows:
+        (low, middle, high), (own_low, own, own_high) = (
+            row["over_plain"],
+            row["processor_over_plain"],
+        )
+        lines.append(
+            f"| {row['shape']} | {row['kind']} | {row['variant']} | {row['ms']:.1f} | {middle:.2f} | "
+            f"{low:.2f} to {high:.2f} | {own:.2f} | {own_low:.2f} to {own_high:.2f} | "
+            f"{row['first_step_s']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = arguments()
+    device = start_ranks(config_of(args.shapes[0], "ladder", args.precision))
+    rows: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        rows += compare(shape, args)
+        if args.json:
+            facts = {
+                "device": device,
+                "versions": versions(),
+                "options": {k: str(v) for k, v in vars(args).items() if k != "json"},
+                "threads": torch.get_num_threads(),
+                "rows": rows,
+            }
+            args.json.write_text(json.dumps(facts, indent=1) + "\n")
+    print(table(rows))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
