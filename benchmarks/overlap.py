@@ -70,11 +70,16 @@ class Line:
     def step(self, under_way_s: float) -> tuple[float, float]:
         """Seconds of forward and of backward; an all-reduce is at least that long under way."""
 
-        def seconds(operation: str, _size: int) -> float:
-            return under_way_s if operation == "all-reduce" else under_way_s / 2
+        def seconds(operation: str, size: int) -> float:
+            if operation == "all-reduce":
+                return under_way_s
+            return (
+                under_way_s / 2 * size / self.decoder.state_bytes
+            )  # in FP8 half of it is gathered
 
         backward_order.enabled = self.mended
-        for module in (linear, sys.modules.get("megatron_ladder.te.backend")):
+        te = [sys.modules.get(f"megatron_ladder.te.{name}") for name in ("backend", "fp8_linear")]
+        for module in (linear, *te):
             if module is not None:
                 module.collectives_of = collectives_of if self.early else lambda _: None  # type: ignore[attr-defined]
         group = parallel_state.get_tensor_model_parallel_group()

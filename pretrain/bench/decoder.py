@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,8 @@ class Decoder:
         self._rotary = gpt.rotary_pos_emb(seq_length)
         cut = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
         shape = (seq_length // cut, micro_batch_size, model.hidden_size)
+        self.state_bytes = seq_length * math.prod(shape[1:]) * config.params_dtype.itemsize
+        """Of the states of all ranks."""
         # The same states on all ranks of a layout without sequence parallelism, as in training.
         generator = torch.Generator().manual_seed(1)
         states = torch.randn(shape, generator=generator).to(config.params_dtype)
