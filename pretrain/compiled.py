@@ -21,7 +21,7 @@ def check_compile(config: TrainConfig) -> None:
         return
     parallel = config.parallel
     reasons = {
-        "collectives inside a layer cannot be compiled: use one tensor-parallel rank": (
+        "collectives under way cannot be compiled: use one tensor-parallel rank": (
             parallel.tensor_model_parallel_size > 1
         ),
         "pipeline stages are not compiled: use one": parallel.pipeline_model_parallel_size > 1,
