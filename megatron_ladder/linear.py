@@ -35,7 +35,15 @@ class CommFreeColumnParallelLinear(ColumnParallelLinear):
         return column_gemm(input_, self.weight, self.bias, collectives, fused), None
 
 
-class CommFreeRowParallelLinear(RowParallelLinear):
+class LocalRowParallelLinear(RowParallelLinear):
+    """megatron-core's, which leaves out its group and warns of that at each call: torch.compile cannot
+    trace a warning."""
+
+    def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super()._forward_impl(*args, **{**kwargs, "tp_group": self.tp_group})
+
+
+class CommFreeRowParallelLinear(LocalRowParallelLinear):
     """Y = X A^T with A's columns split over tensor-parallel ranks; the output is left partial."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -30,12 +30,16 @@ from megatron_ladder.config import Residual, TransformerImpl
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.attention import LocalSelfAttention
 from megatron_ladder.layer import LadderTransformerLayer
-from megatron_ladder.linear import CommFreeColumnParallelLinear, CommFreeRowParallelLinear
+from megatron_ladder.linear import (
+    CommFreeColumnParallelLinear,
+    CommFreeRowParallelLinear,
+    LocalRowParallelLinear,
+)
 from megatron_ladder.norm import RMSNorm
 
 
 class LocalBackend(LocalSpecProvider):
-    """megatron-core's local modules, with a norm that allows sequence parallelism, and attention that
+    """megatron-core's local modules, with a norm that allows sequence parallelism, and what of them
     can be compiled."""
 
     def layer_norm(self, *_: Any, **__: Any) -> type:
@@ -43,6 +47,9 @@ class LocalBackend(LocalSpecProvider):
 
     def core_attention(self) -> type:
         return LocalCoreAttention
+
+    def row_parallel_linear(self) -> type:
+        return LocalRowParallelLinear
 
 
 class LocalCommFreeBackend(LocalBackend):

@@ -1,7 +1,6 @@
 """torch.compile of a model's layers, where each rank has them whole."""
 
 import shutil
-import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,7 +21,7 @@ def check_compile(config: TrainConfig) -> None:
         return
     parallel = config.parallel
     reasons = {
-        "collectives inside a layer cannot be compiled: use one tensor-parallel rank": (
+        "collectives under way cannot be compiled: use one tensor-parallel rank": (
             parallel.tensor_model_parallel_size > 1
         ),
         "pipeline stages are not compiled: use one": parallel.pipeline_model_parallel_size > 1,
@@ -50,8 +49,6 @@ def compile_layers(chunks: list[Any]) -> None:
     # A layer's function has graphs for each residual kind, for first, middle and last, in training and in
     # evaluation: more than torch's 8.
     dynamo.config.recompile_limit = 64
-    # megatron-core's row linears warn of something at each call, which would break the graph.
-    dynamo.config.ignore_logging_functions.add(warnings.warn)
     for chunk in chunks:
         for layer in chunk.decoder.layers:
             layer.compile(fullgraph=True)
