@@ -77,3 +77,47 @@ def test_norms_write_fp8_without_ranks_too(tmp_path: Path) -> None:
     fp8 = Fp8Config("tensorwise", num_layers_at_end_in_bf16=1)
     (seen,) = run_ranks(1, watch, "1", fp8, "none", tmp_path=tmp_path)
     assert seen["norms"] == [True] * 2 * (LAYERS - 1) + [False] * 3
+
+
+def gathered(recipe: Any) -> list[float]:
+    """Relative errors of a norm's output and of an output's gradient, gathered in FP8 from two ranks, whose
+    parts differ tenfold and more in size."""
+    from tests.te_stand_in import kernels
+
+    kernels.install()
+    from megatron.core.fp8_utils import get_fp8_context
+
+    from megatron_ladder.mcore_compat import initialize_model_parallel
+    from megatron_ladder.placeholder import fp8_of
+
+    model, parallel = model_of("ladder"), LAYOUTS["tp2-sp"]
+    initialize_model_parallel(parallel, seed=0)
+    run = Run(model, parallel, precision="bf16", fp8=Fp8Config(recipe=recipe))
+    layer = run.gpt.decoder.layers[1]
+    # A norm makes of equal numbers ones, and of a single one the root of the width.
+    width, tokens = model.hidden_size, 128
+    ranks = [torch.ones(tokens, 1, width), torch.eye(width)[:tokens, None]]
+    gradients = [torch.full((tokens, 1, width), 100.0**r) for r in range(2)]
+    own, group = layer.tp_group.rank(), layer.tp_group
+    with torch.no_grad(), get_fp8_context(layer.config):
+        linear = layer.self_attention.linear_qkv
+        parts = [
+            layer._normalised(ranks[own].bfloat16(), layer.input_layernorm, linear),
+            layer.mlp.linear_fc2.output_gradient(gradients[own].bfloat16(), group),
+        ]
+    errors = []
+    normed = [x * width**0.5 / x.norm(dim=-1, keepdim=True) for x in ranks]
+    for part, expected in zip(parts, (normed, gradients), strict=True):
+        fp8: Any = fp8_of(part)
+        whole, work = fp8.all_gather(group, rows=True, columns=False)
+        work.wait()
+        for x, y in zip(kernels.plain(whole.tensor).chunk(2), expected, strict=True):
+            errors.append(float((x.view_as(y) - y).norm() / y.norm()))
+    return errors
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_ranks_quantise_to_what_they_can_put_together(recipe: str, tmp_path: Path) -> None:
+    """One scale a tensor is one for all ranks; scales of blocks are gathered too."""
+    for errors in run_ranks(2, gathered, recipe, tmp_path=tmp_path):
+        assert max(errors) < 0.13  # half a step of e5m2, which gradients are in, is 1/8
