@@ -261,9 +261,12 @@ class _OutputStart(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.collectives = collectives
-        # Without sequence parallelism `x` itself, which autograd then returns as a view of it. Not
-        # marked dirty: Transformer Engine's outputs are views, which autograd lets nobody change.
-        return collectives.start_output(x)
+        # Without sequence parallelism this is `x`'s own memory, which the sum is still writing. Returned as
+        # `x`, autograd would take it for a view of `x`, and whoever read it later for a reader of changed
+        # numbers: some backends (gloo of a GPU's tensors) write when the sum ends, through a tensor that
+        # shares `x`'s version. Nor is it marked dirty: Transformer Engine's outputs are views, which autograd
+        # lets nobody change. `.data` is the same memory with a version of its own.
+        return collectives.start_output(x.data)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:

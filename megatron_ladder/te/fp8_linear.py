@@ -110,6 +110,8 @@ class _Call:
             return fp8.tensor
         # The whole: nobody gathers it any more.
         set_quantizer_amax_reduction_group(quantizer, None)
+        # The kernel of one scale a tensor writes columns only beside rows.
+        rows = rows or quantizer.supports_only_rowwise_all_gather()
         quantizer.set_usage(rowwise=rows, columnwise=columns)
         quantizer.optimize_for_gemm = True
         return quantizer(x.reshape(-1, x.size(-1)).contiguous())
