@@ -12,6 +12,8 @@ Residual = Literal["standard", "ladder", "parallel", "desync", "no-comm"]
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
+Attention = Literal["auto", "te", "torch", "unfused"]
+"""Whose core attention; attention_choice.py says what auto takes. unfused: megatron-core's own."""
 AllReduce = Literal["exact", "int8"]
 """How partial outputs are summed over tensor-parallel ranks; int8 in inference only (quantised_sum.py)."""
 

@@ -28,7 +28,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ladder.attention_choice import CoreAttention, choose
 from megatron_ladder.config import (
+    Attention,
     ModelConfig,
     ParallelConfig,
     Precision,
@@ -41,6 +43,7 @@ from megatron_ladder.specs import block_spec, layer_spec, resolve_impl
 from megatron_ladder.stages import connect, sent_config
 
 NO_FP8 = Fp8Config()
+TORCHS = CoreAttention("torch", "")
 
 
 def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
@@ -81,6 +84,10 @@ class LadderConfig(TransformerConfig):
 
     recompute_submodules: bool = False
     """Full recomputation by this project's layers (recompute.py)."""
+    masks_given: bool = False
+    """Attention is by the mask that forward gets, [b, 1, s, s], not merely causal."""
+    core_attention: CoreAttention = TORCHS
+    """Chosen by `transformer_config`, for all layers."""
 
 
 def transformer_config(
@@ -92,8 +99,18 @@ def transformer_config(
     recompute: Recompute = "none",
     deterministic: bool = False,
     fp8: Fp8Config = NO_FP8,
+    attention: Attention = "auto",
+    masks_given: bool = False,
+    micro_batch_size: int = 1,
+    seq_length: int | None = None,
 ) -> LadderConfig:
-    """Our configuration in megatron-core's terms. The only place that does this translation."""
+    """Our configuration in megatron-core's terms. The only place that does this translation.
+
+    Args:
+        attention: whose core attention, which is chosen here for all layers.
+        masks_given: attention is by the mask that forward gets, not merely causal.
+        micro_batch_size, seq_length: that attention is chosen for; None: the model's longest.
+    """
     check_layout(model, parallel)
     on_gpu = torch.cuda.is_available()
     recompute_fields: dict[str, Any] = {}
@@ -110,7 +127,7 @@ def transformer_config(
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    return LadderConfig(
+    config = LadderConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -154,9 +171,17 @@ def transformer_config(
         # Of local linears, by a kernel of NVIDIA's apex; TE's own: pretrain/optimizer.py.
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        masks_given=masks_given,
         **recompute_fields,
         **config_fields(fp8),
     )
+    config.core_attention = choose(
+        config,
+        attention,
+        micro_batch_size=micro_batch_size,
+        seq_length=seq_length or model.max_position_embeddings,
+    )
+    return config
 
 
 def build_gpt_model(
@@ -164,7 +189,6 @@ def build_gpt_model(
     config: LadderConfig,
     impl: TransformerImpl = "auto",
     *,
-    masks_given: bool = False,
     device: torch.device | None = None,
 ) -> list[GPTModel]:
     """megatron-core's GPTModel with this project's layers: this rank's part.
@@ -172,7 +196,6 @@ def build_gpt_model(
     Args:
         model: with `vocab_size` set.
         config: `transformer_config` of the same model.
-        masks_given: attention is by the mask that forward gets, [b, 1, s, s], not merely causal.
         device: meta makes parameters without data; None: the rank's own device.
 
     Returns:
@@ -187,8 +210,9 @@ def build_gpt_model(
         impl,
         desync_interval=model.desync_interval,
         recompute=config.recompute_submodules,
-        masks_given=masks_given,
+        masks_given=config.masks_given,
         qk_layernorm=model.qk_layernorm,
+        core_attention=config.core_attention.whose,
     )
     count = config.virtual_pipeline_model_parallel_size or 1
     seen_by_schedules = sent_config(config, sends_pair="ladder" in residuals)

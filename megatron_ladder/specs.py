@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_mlp_module_spec_for_backend,
 )
 from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -25,7 +26,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_ladder.attention import LocalCoreAttention
+from megatron_ladder.attention import TorchAttention
 from megatron_ladder.config import Residual, TransformerImpl
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.attention import LocalSelfAttention
@@ -37,16 +38,19 @@ from megatron_ladder.linear import (
 )
 from megatron_ladder.norm import RMSNorm
 
+# Of either kind of layers, in place of their own.
+CORE_ATTENTION = {"torch": TorchAttention, "unfused": DotProductAttention}
+
 
 class LocalBackend(LocalSpecProvider):
-    """megatron-core's local modules, with a norm that allows sequence parallelism, and what of them
-    can be compiled."""
+    """megatron-core's local modules, with a norm that allows sequence parallelism, torch's attention,
+    and a linear that can be compiled."""
 
     def layer_norm(self, *_: Any, **__: Any) -> type:
         return RMSNorm
 
     def core_attention(self) -> type:
-        return LocalCoreAttention
+        return TorchAttention
 
     def row_parallel_linear(self) -> type:
         return LocalRowParallelLinear
@@ -85,6 +89,7 @@ def layer_spec(
     recompute: bool = False,
     masks_given: bool = False,
     qk_layernorm: bool = False,
+    core_attention: Literal["te", "torch", "unfused"] | None = None,
 ) -> ModuleSpec:
     """The spec of a model's layers.
 
@@ -95,6 +100,8 @@ def layer_spec(
         recompute: full recomputation, by sub-module; standard models have megatron-core's.
         masks_given: attention is by the mask given to forward, which says all; else it is causal.
         qk_layernorm: a norm for each head's query and key.
+        core_attention: Transformer Engine's, torch's or megatron-core's own; None: torch's in local
+            layers, TE's in TE's.
 
     Standard models use megatron-core's own TransformerLayer: it is the baseline to beat.
     """
@@ -122,8 +129,11 @@ def layer_spec(
                 "recompute": recompute,
             },
         )
+    self_attention = spec.submodules.self_attention
+    if core_attention in CORE_ATTENTION:
+        self_attention.submodules.core_attention = CORE_ATTENTION[core_attention]
     if masks_given:
-        spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
+        self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
     return spec
 
 

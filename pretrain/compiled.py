@@ -32,6 +32,7 @@ def check_compile(config: TrainConfig) -> None:
         "Transformer Engine's layers are not compiled: use --transformer-impl local": (
             resolve_impl(config.transformer_impl) == "transformer_engine"
         ),
+        "attention unfused cannot be compiled: use auto": config.attention == "unfused",
         f"torch.compile needs {_compiler()}, which is not there: install it": not _has_compiler(),
     }
     for reason, holds in reasons.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ladder.config import (
+    Attention,
     ModelConfig,
     ParallelConfig,
     Precision,
@@ -112,6 +113,9 @@ class TrainConfig:
     fp8: Fp8Config = field(default_factory=Fp8Config)
     transformer_impl: TransformerImpl = "auto"
     """Whose layers: megatron-core's local ones, or Transformer Engine's (auto: where there is one)."""
+    attention: Attention = "auto"
+    """Whose core attention: Transformer Engine's where it would be fused, else torch's (auto); te, torch,
+    or unfused: megatron-core's, which keeps all scores."""
     recompute: Recompute = "none"
     """Activations to compute again in backward: none, selective (core attention) or full."""
     compile: bool = False
@@ -277,6 +281,7 @@ SAFE_TO_CHANGE = (
     "data.num_workers",
     "micro_batch_size",
     "transformer_impl",
+    "attention",
     "recompute",
     "compile",
     "eval_interval",

@@ -53,7 +53,6 @@ def run_doctor() -> int:
     gpu_problems, fp8_problems = _gpu()
 
     if _version("megatron-core") and _version("torch"):
-        print("\nTraining here (bf16, deterministic off)")
         _built_of()
 
     cpu = not outside and _version("torch") is not None and _version("megatron-core") is not None
@@ -113,10 +112,20 @@ def _built_of() -> None:
     from megatron_ladder.mcore_compat import transformer_config
     from pretrain.fusions import adam_class, choices, table
 
+    # Heads and lengths as in the presets: attention's kernels are asked whether they take them.
     model = ModelConfig(
-        num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, vocab_size=64
+        num_layers=1,
+        hidden_size=1024,
+        ffn_hidden_size=128,
+        num_attention_heads=16,
+        num_query_groups=4,
+        vocab_size=64,
     )
     config = transformer_config(model, ParallelConfig(), precision="bf16")
+    print(
+        "\nTraining here (bf16, deterministic off; attention of 16 heads of 64 channels, "
+        f"{config.num_query_groups} of keys, on {model.max_position_embeddings} tokens)"
+    )
     print(table(choices(config, adam_class())))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core import optimizer
 
+from megatron_ladder.attention_choice import CoreAttention
 from megatron_ladder.mcore_compat import LadderConfig
 
 
@@ -47,12 +48,7 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
     return [
         by_te("linears", "Transformer Engine", "megatron-core", "has no FP8"),
         _precision(config, lacks),
-        by_te(
-            "attention",
-            "Transformer Engine: FlashAttention or cuDNN",
-            "megatron-core, scores in memory",
-            "keeps 2 b heads s x s scores a layer for backward, unless recomputed",
-        ),
+        _attention(config.core_attention),
         by_te(
             "norms",
             f"Transformer Engine, {norms}",
@@ -97,6 +93,14 @@ def _precision(config: Any, lacks: str) -> Choice:
         return Choice("precision of linears", f"FP8 {config.fp8}, recipe {config.fp8_recipe}", "")
     precision = "bf16" if config.bf16 else "fp32"
     return Choice("precision of linears", precision, lacks or "no fp8.recipe is given")
+
+
+def _attention(taken: CoreAttention) -> Choice:
+    whose = {"te": "Transformer Engine", "torch": "torch", "unfused": "megatron-core"}[taken.whose]
+    cost = "keeps 2 b heads s x s scores a layer for backward, unless recomputed"
+    return Choice(
+        "attention", f"{whose}: {taken.kernel}", taken.why, cost if taken.keeps_scores else ""
+    )
 
 
 def _weight_gradients(config: Any, te: bool, on_gpu: bool) -> Choice:

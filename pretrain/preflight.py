@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 
+from megatron_ladder.attention_choice import check_attention
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import check_machine
@@ -47,6 +48,7 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     check_initial(config, folders)
     check_layout(config.model, config.parallel)
     check_machine(config.fp8, resolve_impl(config.transformer_impl))
+    check_attention(config.attention, resolve_impl(config.transformer_impl))
     check_optimizer(config.optimizer, config.precision)
     check_compile(config)
     config.num_microbatches(config.parallel.data_parallel_size(world_size))

@@ -66,13 +66,12 @@ def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
         recompute=config.recompute,
         deterministic=config.deterministic,
         fp8=config.fp8,
-    )
-    chunks = build_gpt_model(
-        config.model,
-        mcore_config,
-        config.transformer_impl,
+        attention=config.attention,
         masks_given=not config.data.attend_across_documents,
+        micro_batch_size=config.micro_batch_size,
+        seq_length=config.data.seq_length,
     )
+    chunks = build_gpt_model(config.model, mcore_config, config.transformer_impl)
     if config.compile:
         compile_layers(chunks)
     model = wrap_data_parallel(chunks, gather_at_once=config.compile)

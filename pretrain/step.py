@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_ladder.attention import as_bias
 from megatron_ladder.distillation import distilled_losses
 from pretrain.config import TrainConfig
 from pretrain.data import Batch, to_device
@@ -74,6 +75,8 @@ def _forward(
     """
     batch = to_device(next(batches))
     mask = document_mask(batch["documents"]) if "documents" in batch else None
+    if mask is not None and model.config.core_attention.whose == "torch":
+        mask = as_bias(mask, model.config.params_dtype)
     labels = None if wants_logits else batch["labels"]
     output = model(batch["tokens"], batch["position_ids"], mask, labels=labels)
     return output, partial(reduce, batch)

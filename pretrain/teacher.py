@@ -26,13 +26,12 @@ class Teacher:
             precision=config.precision,
             impl=config.transformer_impl,
             deterministic=config.deterministic,
-        )
-        self._chunks = build_gpt_model(
-            model,
-            mcore_config,
-            config.transformer_impl,
+            attention=config.attention,
             masks_given=not config.data.attend_across_documents,
+            micro_batch_size=config.micro_batch_size,
+            seq_length=config.data.seq_length,
         )
+        self._chunks = build_gpt_model(model, mcore_config, config.transformer_impl)
         for chunk in self._chunks:
             chunk.eval().requires_grad_(False)
         named = {str(number): chunk for number, chunk in enumerate(self._chunks)}

@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ladder.config import ModelConfig, ParallelConfig, Precision, Recompute
+from megatron_ladder.config import Attention, ModelConfig, ParallelConfig, Precision, Recompute
 from megatron_ladder.fp8 import Fp8Config
 from megatron_ladder.mcore_compat import NO_FP8, build_gpt_model, transformer_config
 
@@ -44,11 +44,20 @@ class Decoder:
         recompute: Recompute = "none",
         precision: Precision = "fp32",
         fp8: Fp8Config = NO_FP8,
+        attention: Attention = "auto",
     ) -> None:
         assert parallel.pipeline_model_parallel_size == 1
         config = transformer_config(
-            model, parallel, recompute=recompute, precision=precision, fp8=fp8
+            *(model, parallel),
+            recompute=recompute,
+            precision=precision,
+            fp8=fp8,
+            attention=attention,
+            micro_batch_size=micro_batch_size,
+            seq_length=seq_length,
         )
+        self.core_attention = config.core_attention
+        """What was taken."""
         (gpt,) = build_gpt_model(model, config)
         self._gpt = gpt
         self.model = model

@@ -1,0 +1,102 @@
+"""Which attention Transformer Engine will take: asked of itself, before it computes anything."""
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def ask(
+    config: TransformerConfig, *, micro_batch_size: int, seq_length: int, masked: bool
+) -> tuple[str, str]:
+    """What TE's `DotProductAttention` will take in training.
+
+    Args:
+        config: of the layers; their heads are divided over the tensor-parallel ranks.
+        masked: attention is by a mask that is given, not merely causal.
+
+    Returns:
+        The fused kernel, "" for none, and what TE says against the others. Never raises: an error on the
+        way is the reason.
+    """
+    try:
+        from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+        params = parameters(
+            config, micro_batch_size=micro_batch_size, seq_length=seq_length, masked=masked
+        )
+        with _what_te_says() as said:
+            flash, version, fused, *_ = utils.get_attention_backend(params)
+    except Exception as error:  # of TE's Python, of its C++, of CUDA's or cuDNN's libraries
+        return "", f"it could not be asked: {type(error).__name__}: {_in_one_line(str(error))}"
+    found = utils.FlashAttentionUtils
+    if not (found.is_installed or found.v3_is_installed or found.v4_is_installed):
+        said.append("flash-attn is not installed")
+    kernel = f"FlashAttention {version}" if flash else "cuDNN" if fused else ""
+    return kernel, "; ".join(said)
+
+
+def parameters(  # type: ignore[no-untyped-def]
+    config: TransformerConfig, *, micro_batch_size: int, seq_length: int, masked: bool
+):
+    """TE's `AttentionParams`, as `DotProductAttention.forward` makes them of megatron-core's tensors."""
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    tp = config.tensor_model_parallel_size
+    assert config.num_query_groups is not None
+    channels, mask_type = config.kv_channels, "arbitrary" if masked else "causal"
+    assert channels is not None
+    return utils.AttentionParams(
+        qkv_dtype=config.params_dtype,
+        # Queries and keys come from RoPE. Values, a view of the linear's output, are copied.
+        qkv_layout="sbhd_sbhd_sbhd",
+        batch_size=micro_batch_size,
+        num_heads=config.num_attention_heads // tp,
+        num_gqa_groups=config.num_query_groups // tp,
+        max_seqlen_q=seq_length,
+        max_seqlen_kv=seq_length,
+        head_dim_qk=channels,
+        head_dim_v=channels,
+        attn_mask_type=mask_type,
+        window_size=utils.check_set_window_size(mask_type, None),
+        bottom_right_diagonal=masked,
+        core_attention_bias_requires_grad=False,
+        attention_dropout=config.attention_dropout,
+        deterministic=os.getenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") == "0"
+        or torch.are_deterministic_algorithms_enabled(),
+        softmax_scale=1 / math.sqrt(channels),
+    )
+
+
+@contextmanager
+def _what_te_says() -> Iterator[list[str]]:
+    """Collects why TE puts a kernel aside, which it says to its debugging log alone."""
+    from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionLogging
+
+    said: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            words = _in_one_line(record.getMessage())
+            if words.startswith("Disabling") and "Unfused" not in words and words not in said:
+                said.append(words)
+
+    log = logging.getLogger("DotProductAttention")
+    level, handlers, propagate = AttentionLogging._log_level, log.handlers, log.propagate
+    # TE sets the logger's level from its own, each time that it is asked.
+    AttentionLogging._log_level = logging.DEBUG
+    log.handlers, log.propagate = [Collect()], False
+    try:
+        yield said
+    finally:
+        AttentionLogging._log_level = level
+        log.handlers, log.propagate = handlers, propagate
+        log.setLevel(level)
+
+
+def _in_one_line(words: str) -> str:
+    return " ".join(words.split())
