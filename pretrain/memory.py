@@ -54,13 +54,14 @@ def activation_bytes(
     For a token, of numbers in bf16, after the counting of arXiv 2205.05198, section 4, without dropout:
         the inputs of the two norms                           2 h
         the norms' outputs, inputs of the first linears       2 h
-        queries, keys and values as the linear gives them     h + 2 kv, as values are a view of them
         queries and keys with RoPE                            h + kv
+        the values, which TE's fused attention copies         kv
         attention's output, and 4 B a head of log-sums        h
         the MLP's first output, and SwiGLU's                  3 ffn
     The first two are not divided by tp without sequence parallelism. A parallel layer has one norm.
-    "selective" keeps as much as "none": flash attention has no s x s scores to drop, and its output is
-    the next linear's input, but for delayed scaling's copy of it.
+    "selective" keeps h + kv more than "none": attention's inputs, where the values are a view of queries,
+    keys and values as the linear gives them. Flash attention has no s x s scores to drop, and its output is
+    the next linear's input, but for delayed scaling's copy of it. Torch's attention keeps that view too.
 
     In FP8 the inputs of linears are kept in FP8, the parallel layer's shared one twice and gathered;
     attention's output is kept in bf16 all the same, by attention, and with delayed scaling in FP8 too.
@@ -85,7 +86,9 @@ def activation_bytes(
     if fp8:
         outputs = in_fp8
     swiglu = number * ffn
-    rest = BF16 * (3 * width + 3 * kv + 2 * ffn) + FP32 * heads + swiglu
+    rest = BF16 * (2 * width + 2 * kv + 2 * ffn) + FP32 * heads + swiglu
+    if recompute == "selective":
+        rest += BF16 * (width + kv)
     if fp8 == "delayed":
         rest += FP8 * width - (BF16 * width if recompute == "selective" else 0)
     return tokens * (inputs + outputs + rest / tp)

@@ -67,6 +67,12 @@ def document_mask(documents: Tensor) -> Tensor:
     return (causal | (documents[:, :, None] != documents[:, None, :])).unsqueeze(1)
 
 
+def attention_mask(documents: Tensor, config: Any) -> Tensor:
+    """`document_mask`, as the core attention of a model of this `transformer_config` takes it."""
+    mask = document_mask(documents)
+    return as_bias(mask, config.params_dtype) if config.core_attention.whose == "torch" else mask
+
+
 def _forward(
     reduce: Callable, wants_logits: bool, batches: Iterator[Batch], model: Any
 ) -> tuple[Tensor, Callable]:
@@ -74,9 +80,7 @@ def _forward(
     function that sums them; on the others what goes to the next stage, and the function is not called.
     """
     batch = to_device(next(batches))
-    mask = document_mask(batch["documents"]) if "documents" in batch else None
-    if mask is not None and model.config.core_attention.whose == "torch":
-        mask = as_bias(mask, model.config.params_dtype)
+    mask = attention_mask(batch["documents"], model.config) if "documents" in batch else None
     labels = None if wants_logits else batch["labels"]
     output = model(batch["tokens"], batch["position_ids"], mask, labels=labels)
     return output, partial(reduce, batch)

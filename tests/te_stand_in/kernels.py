@@ -28,6 +28,10 @@ norms: list[bool] = []
 """Of each norm, in order: whether it wrote FP8."""
 gemm_weights: list[int] = []
 """Of each GEMM in backward that gave a weight's gradient: the `data_ptr` of what it wrote to, or 0."""
+attentions: list[str] = []
+"""Of each call of TE's attention, in order: whether it was "fused" or "unfused"."""
+cudnn_says = ""
+"""Why it has no kernel, whatever it is asked; "": it has those of Hopper."""
 
 
 def install(capability: tuple[int, int] = (9, 0)) -> None:
@@ -45,14 +49,17 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     import transformer_engine.pytorch.cpp_extensions.gemm as gemm
     import transformer_engine_torch as tex
     from megatron.core.distributed import param_and_grad_buffer
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+    from transformer_engine.pytorch.attention.dot_product_attention import backends
 
     _gather_one_by_one(param_and_grad_buffer)
     gemm.get_cublas_workspace = lambda *_: torch.empty(1, dtype=torch.uint8)
     te.distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     te.distributed._set_cuda_rng_state = lambda *_, **__: None
-    TEDotProductAttention.forward = _attention
+    # Of attention the last calls alone: what is asked before them, and by them, is TE's own.
+    backends.FusedAttention.forward = _fused_attention
+    backends.UnfusedDotProductAttention.forward = _unfused_attention
     ours = {
+        "get_fused_attn_backend": _fused_backend,
         "generic_gemm": _gemm,
         "rmsnorm_fwd": _rmsnorm,
         "rmsnorm_bwd": _rmsnorm_backward,
@@ -168,13 +175,54 @@ def _gemm(  # type: ignore[no-untyped-def]
     return out, bias_gradient, None, None
 
 
-def _attention(  # type: ignore[no-untyped-def]
-    self, query: Tensor, key: Tensor, value: Tensor, attention_mask, *_, **__
+def _fused_backend(params: Any) -> tuple[Any, str]:
+    """Which of cuDNN's kernels, and why none: the C++ part of TE's question."""
+    from transformer_engine.pytorch.attention.dot_product_attention.utils import FusedAttnBackend
+
+    channels = (params.head_dim_qk, params.head_dim_v)
+    said = cudnn_says
+    if any(size % 8 or size > 256 for size in channels):
+        said = f"heads of {channels} channels"
+    return FusedAttnBackend["No_Backend" if said else "F16_arbitrary_seqlen"], said
+
+
+def _fused_attention(  # type: ignore[no-untyped-def]
+    self,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    qkv_layout,
+    attn_mask_type,
+    attention_mask,
+    **_,
 ) -> Tensor:
-    s, b = query.shape[:2]
+    assert query.dtype == torch.bfloat16 and all(x.is_contiguous() for x in (query, key, value))
+    assert (qkv_layout, attn_mask_type, attention_mask) == ("sbhd_sbhd_sbhd", "causal", None)
+    attentions.append("fused")
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out.permute(2, 0, 1, 3).reshape(s, b, -1)
+    dropout = self.attention_dropout if self.training else 0.0
+    with self.attention_dropout_ctx():
+        out = F.scaled_dot_product_attention(
+            *(q, k, v, None, dropout, True), scale=self.softmax_scale, enable_gqa=True
+        )
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _unfused_attention(  # type: ignore[no-untyped-def]
+    self, _, query: Tensor, key: Tensor, value: Tensor, *, attn_mask_type, attention_mask, **__
+) -> Tensor:
+    attentions.append("unfused")
+    times = query.shape[2] // key.shape[2]
+    key, value = (x.repeat_interleave(times, dim=2) for x in (key, value))
+    scores = torch.einsum("qbhd,kbhd->bhqk", query, key).float() * self.softmax_scale
+    if attn_mask_type == "causal":
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    assert attention_mask.dtype == torch.bool
+    scores = scores.masked_fill(attention_mask, -10000.0).softmax(-1).to(value.dtype)
+    with self.attention_dropout_ctx():
+        scores = self.attention_dropout(scores)
+    return torch.einsum("bhqk,kbhd->qbhd", scores, value).flatten(2)
 
 
 def _rope(x: Tensor, angles: Tensor, *_) -> Tensor:  # type: ignore[no-untyped-def]

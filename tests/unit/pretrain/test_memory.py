@@ -26,12 +26,15 @@ def test_a_layer_by_hand() -> None:
     model = replace(model, num_query_groups=10, residual="ladder")
     kept = partial(activation_bytes, model, tokens=7)
     # Bytes a token: 8 h are whole without sequence parallelism; queries, keys, values and attention's
-    # output 6 h, twice; log-sums 4 a head; the MLP's 2 ffn and ffn.
-    whole, divided = 800, 2 * 600 + 40 + 2 * 1200
+    # output 4 h, twice; log-sums 4 a head; the MLP's 2 ffn and ffn.
+    whole, divided = 800, 2 * 400 + 40 + 2 * 1200
     assert kept(tp=1, sp=False, recompute="none") == 7 * (whole + divided)
     assert kept(tp=2, sp=False, recompute="none") == 7 * (whole + divided / 2)
     assert kept(tp=2, sp=True, recompute="none") == 7 * (whole + divided) / 2
     assert kept(tp=2, sp=True, recompute="full") == 7 * whole / 2
+    # The values as a view: of queries, keys and values as the linear gives them, twice.
+    selective = 7 * (whole + (divided + 2 * 200) / 2)
+    assert kept(tp=2, sp=False, recompute="selective") == selective
     # In FP8: the first linears' inputs a byte, SwiGLU's output a byte.
     in_fp8 = 7 * (400 + 200 + divided - 400) / 2
     assert kept(tp=2, sp=True, recompute="none", fp8="tensorwise") == in_fp8
