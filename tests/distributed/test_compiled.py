@@ -129,6 +129,7 @@ def in_parallel(**sizes: Any) -> TrainConfig:
         (in_parallel(tensor_model_parallel_size=2), "use one tensor-parallel rank"),
         (in_parallel(pipeline_model_parallel_size=2), "pipeline stages are not compiled"),
         (config(recompute="full"), "recompute full is not compiled: use none"),
+        (config(attention="unfused"), "attention unfused cannot be compiled: use auto"),
         (
             replace(config(), model=replace(config().model, hidden_dropout=0.1)),
             "dropout would draw other numbers",

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from megatron_ladder.attention_choice import keeps_scores
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.mcore_compat import LadderConfig, transformer_config
 from pretrain.fusions import Choice, adam_class, choices, table
@@ -58,6 +59,29 @@ def test_what_is_missing_alone_is_said() -> None:
     assert "apex" in lacking["weight gradients"].why
     deterministic = config_of(**(ON_GPU | {"cross_entropy_loss_fusion": False}))
     assert by_part(deterministic, TE)["cross entropy"].why == "deterministic"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch has another kernel on a GPU")
+def test_attention_with_scores_in_memory_says_why_and_what_it_costs() -> None:
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_attention_heads=4,
+        vocab_size=64,
+        attention_dropout=0.1,
+    )
+    for attention, whose, why in (
+        ("auto", "torch", "no other kernel for float32, 16 channels a head, attention dropout"),
+        ("unfused", "megatron-core", "attention is unfused"),
+    ):
+        config = transformer_config(model, ParallelConfig(), impl="local", attention=attention)
+        assert keeps_scores(config)
+        found = by_part(config, adam_class())["attention"]
+        assert found.implementation == f"{whose}: scores in memory"
+        assert why in found.why
+        assert "s x s scores" in found.cost
+    assert not keeps_scores(config_of())
 
 
 def test_one_line_a_part() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ladder.attention_choice import check_attention
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from pretrain.config import save_config
@@ -34,3 +35,10 @@ def test_desync_of_several_ranks_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="desync-2 at tensor-parallel size 2: its weights"):
         export_run(checkpoint, tmp_path / "out", None, "5GB")
     assert not (tmp_path / "out").exists()
+
+
+def test_local_layers_have_no_attention_of_transformer_engine() -> None:
+    check_attention("auto", "local")
+    check_attention("te", "transformer_engine")
+    with pytest.raises(UserError, match="attention te is Transformer Engine's"):
+        check_attention("te", "local")
