@@ -1,17 +1,21 @@
-"""Whole training steps of small models, with and without torch.compile of the layers (`train --compile`).
+"""Whole training steps of small models: attention that keeps scores, torch's, and layers torch.compile'd.
 
     python benchmarks/compile.py --shapes 128:4:128:1 256:6:256:2 --json FILE
+    torchrun --nproc-per-node 2 benchmarks/compile.py --shapes 128:6:256:8:4096 --kinds ladder \\
+        --variants unfused plain                        # the quick start's training
 
-A shape is HIDDEN:LAYERS:SEQUENCE:MICRO_BATCH. Every run of a shape takes a step in turn, repetition by
-repetition; the quotients are of pairs in one repetition. `attention` is not compiled, but has torch's own
-attention, which compiled layers have in place of megatron-core's: what is left is the compiler's. Processor
-time, of this process alone, is what a machine that is shared leaves comparable.
+A shape is HIDDEN:LAYERS:SEQUENCE:MICRO_BATCH, and :VOCABULARY. Every run of a shape takes a step in turn,
+repetition by repetition; the quotients are of pairs in one repetition. `plain` is the default of `train`,
+`unfused` has `--attention unfused`; `compiled` has `--compile`, on one rank alone.
+Processor time, of the first rank's process alone, is what a machine that is shared leaves comparable. The
+bytes are those that a forward pass keeps for backward.
 """
 
 import argparse
 import gc
 import itertools
 import json
+import os
 import statistics
 import time
 from dataclasses import replace
@@ -21,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ladder.config import ModelConfig
+from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.interleaved import measure
 from pretrain.config import DataConfig, TrainConfig
 from pretrain.data import Batch
@@ -29,7 +33,11 @@ from pretrain.run_log import versions
 from pretrain.setup import build, start_ranks
 from pretrain.step import train_step
 
-VARIANTS = ("plain", "attention", "compiled")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "unfused": {"attention": "unfused"},
+    "plain": {},
+    "compiled": {"compile": True},
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -38,6 +46,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shapes", nargs="+", default=["128:4:128:1", "256:6:256:2"])
     parser.add_argument("--kinds", nargs="+", default=["ladder", "standard"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--steps", type=int, default=30, help="interleaved repetitions")
     parser.add_argument("--json", type=Path)
@@ -45,20 +54,21 @@ def arguments() -> argparse.Namespace:
 
 
 def config_of(shape: str, kind: Any, precision: Any) -> TrainConfig:
-    hidden, layers, seq_length, batch = map(int, shape.split(":"))
+    hidden, layers, seq_length, batch, *vocab = map(int, shape.split(":"))
     model = ModelConfig(
         num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=3 * hidden,
         num_attention_heads=4,
         num_query_groups=2,
-        vocab_size=512,
+        vocab_size=vocab[0] if vocab else 512,
         max_position_embeddings=seq_length,
         residual=kind,
     )
     return TrainConfig(
         model=model,
         data=DataConfig(seq_length=seq_length),
+        parallel=ParallelConfig(tensor_model_parallel_size=int(os.environ.get("WORLD_SIZE", "1"))),
         micro_batch_size=batch,
         global_batch_size=batch,
         precision=precision,
@@ -83,19 +93,31 @@ class Run:
     """One variant of one model. Its first step has been taken."""
 
     def __init__(self, config: TrainConfig, variant: str) -> None:
-        self._config = replace(config, compile=variant == "compiled")
+        self._config = replace(config, **VARIANTS[variant])
         torch.manual_seed(0)
         self._parts = build(self._config)
-        if variant == "attention":
-            for layer in self._parts[0][0].module.decoder.layers:
-                core = layer.self_attention.core_attention
-                core.forward = lambda q, k, v, mask, *_, core=core, **__: core.by_torch(
-                    q, k, v, mask
-                )
         self._batches = itertools.repeat(random_batch(config))
         begin = time.perf_counter()
         self.first_loss, self.first_norm = self._train()
         self.first_s = time.perf_counter() - begin
+        self.kept = self._kept()
+
+    def _kept(self) -> int:
+        """Bytes that a forward pass keeps for backward, besides the parameters."""
+        (model, *_), batch = self._parts[0], next(self._batches)
+        known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: list[torch.Tensor] = []  # held, lest an address be used twice
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            kept.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        storages = (x.untyped_storage() for x in kept)
+        return sum(
+            {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in known}.values()
+        )
 
     def _train(self) -> tuple[float, float]:
         loss, norm, _ = train_step(*self._parts, self._batches, self._config)
@@ -113,7 +135,7 @@ def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     runs = {
         (kind, variant): Run(config_of(shape, kind, args.precision), variant)
         for kind in args.kinds
-        for variant in VARIANTS
+        for variant in args.variants
     }
     gc.collect()
     times = measure({key: run.step for key, run in runs.items()}, args.steps)
@@ -135,6 +157,7 @@ def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 "processor_ms": 1e3 * statistics.median(t[1] for t in found),
                 "over_plain": over[0],
                 "processor_over_plain": over[1],
+                "kept_mib": run.kept / 2**20,
                 "first_loss_off": run.first_loss / other.first_loss - 1,
                 "first_norm_off": run.first_norm / other.first_norm - 1,
             }
@@ -145,8 +168,8 @@ def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| hidden:layers:sequence:batch | kind | | step, ms | over plain | quartiles | "
-        "processor time over plain | quartiles | first step, s |",
-        "| --- | --- | --- | ---: | ---: | --- | ---: | --- | ---: |",
+        "processor time over plain | quartiles | first step, s | kept, MiB |",
+        "| --- | --- | --- | ---: | ---: | --- | ---: | --- | ---: | ---: |",
     ]
     for row in rows:
         (low, middle, high), (own_low, own, own_high) = (
@@ -156,7 +179,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['shape']} | {row['kind']} | {row['variant']} | {row['ms']:.1f} | {middle:.2f} | "
             f"{low:.2f} to {high:.2f} | {own:.2f} | {own_low:.2f} to {own_high:.2f} | "
-            f"{row['first_step_s']:.1f} |"
+            f"{row['first_step_s']:.1f} | {row['kept_mib']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -167,7 +190,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for shape in args.shapes:
         rows += compare(shape, args)
-        if args.json:
+        if args.json and dist.get_rank() == 0:
             facts = {
                 "device": device,
                 "versions": versions(),
@@ -176,7 +199,8 @@ def main() -> None:
                 "rows": rows,
             }
             args.json.write_text(json.dumps(facts, indent=1) + "\n")
-    print(table(rows))
+    if dist.get_rank() == 0:
+        print(table(rows))
     dist.destroy_process_group()
 
 

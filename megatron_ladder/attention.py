@@ -26,7 +26,7 @@ class TorchAttention(DotProductAttention):
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._unsupported = unsupported(config)
-        if self._unsupported:
+        if self._unsupported and self.layer_number == 1:
             logger.warning(
                 "attention is megatron-core's, with scores in memory: torch's has no %s",
                 self._unsupported,
@@ -97,6 +97,7 @@ def unsupported(config: TransformerConfig) -> str:
         and config.params_dtype != torch.float32,
         "maximum of the scores (qk_clip, log_max_attention_logit)": config.qk_clip
         or config.log_max_attention_logit,
+        "batch_invariant_mode": config.batch_invariant_mode,
     }
     return ", ".join(name for name, holds in asked.items() if holds)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megatron_ladder.attention_choice import keeps_scores
 from megatron_ladder.mcore_compat import LadderConfig
 from pretrain.config import TrainConfig, to_dict
 from pretrain.data import DataFolder, keep_facts, kept_facts, unigram_loss
@@ -112,6 +113,8 @@ class RunLog:
             words = f"built of\n{table(found)}"
             if not torch.cuda.is_available():
                 words = "built for the CPU; `megatron-ladder doctor` says of what"
+                if keeps_scores(mcore_config):
+                    words += f"; attention keeps scores: {mcore_config.core_attention.why}"
             self._log.note("built", words, choices=records)
         if mcore_config.transformer_impl == "transformer_engine" and is_planned(self._config):
             dp = self._config.parallel.data_parallel_size(self._world_size)

@@ -85,7 +85,7 @@ def modules(**options: Any) -> list[Any]:
     for name, value in options.items():
         setattr(config, name, value)
     return [
-        c(config, 1, AttnMaskType.causal, "self") for c in (TorchAttention, DotProductAttention)
+        c(config, 2, AttnMaskType.causal, "self") for c in (TorchAttention, DotProductAttention)
     ]
 
 
