@@ -109,7 +109,8 @@ class SubmoduleCollectives:
             if self.sequence_parallel:
                 self._output = self._reduce_scatter(x)
             elif self._all_reduce == "int8":
-                self._output = _Flight(x, x, quantised_sum.start(x, self.group))
+                work = quantised_sum.start(_uncounted(x), self.group)
+                self._output = _Flight(_uncounted(x), x, work)
             else:
                 # In place: `x` is a GEMM's fresh output, which no backward formula reads.
                 self._output = self._sum(x)
@@ -184,7 +185,9 @@ class SubmoduleCollectives:
         return flying.arrive()
 
     def _sum(self, x: Tensor) -> _Flight:
-        return _Flight(x, x, dist.all_reduce(x, group=self.group, async_op=True))
+        work = dist.all_reduce(_uncounted(x), group=self.group, async_op=True)
+        # Not `x`: a function that returns its own input gives autograd a view of it, which it guards.
+        return _Flight(_uncounted(x), x, work)
 
     def _all_gather(self, x: Tensor, *, rows: bool = True, columns: bool = True) -> _Flight:
         """Of an FP8 tensor only what is going to be read."""
@@ -194,15 +197,26 @@ class SubmoduleCollectives:
             return _Flight(standing_for(placeholder(x, *shape), whole), x, work)
         x = x.contiguous()
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        work = dist.all_gather_into_tensor(out, x, group=self.group, async_op=True)
+        work = dist.all_gather_into_tensor(_uncounted(out), x, group=self.group, async_op=True)
         return _Flight(out, x, work)
 
     def _reduce_scatter(self, x: Tensor) -> _Flight:
         x = x.contiguous()
         shape = (x.size(0) // self.group.size(), *x.shape[1:])
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        work = dist.reduce_scatter_tensor(out, x, group=self.group, async_op=True)
+        work = dist.reduce_scatter_tensor(_uncounted(out), x, group=self.group, async_op=True)
         return _Flight(out, x, work)
+
+
+def _uncounted(x: Tensor) -> Tensor:
+    """`x`'s memory, for a collective to write unseen by autograd.
+
+    Autograd counts the writes to a tensor. It refuses what it saved before one, and views taken before.
+    Some backends' writes count and others' do not, and when they come differs: gloo's thread copies a sum
+    back to a GPU's tensor at any time before the wait. Nobody reads a result before the wait, so nothing is
+    to be guarded. `.data` has a count of its own; `.detach()` and views share it, under no_grad too.
+    """
+    return x.data
 
 
 def used_here(x: Tensor) -> Tensor:
@@ -261,12 +275,9 @@ class _OutputStart(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.collectives = collectives
-        # Without sequence parallelism this is `x`'s own memory, which the sum is still writing. Returned as
-        # `x`, autograd would take it for a view of `x`, and whoever read it later for a reader of changed
-        # numbers: some backends (gloo of a GPU's tensors) write when the sum ends, through a tensor that
-        # shares `x`'s version. Nor is it marked dirty: Transformer Engine's outputs are views, which autograd
-        # lets nobody change. `.data` is the same memory with a version of its own.
-        return collectives.start_output(x.data)
+        # Without sequence parallelism this is `x`'s own memory. Not marked dirty: Transformer Engine's
+        # outputs are views, which autograd lets nobody change.
+        return collectives.start_output(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:

@@ -16,7 +16,13 @@ from transformer_engine.pytorch.module._common import (
     can_reconstruct_wgrad_input_from_original,
     set_quantizer_amax_reduction_group,
 )
-from transformer_engine.pytorch.module.base import get_dummy_wgrad, quantize_weight
+from transformer_engine.pytorch.module.base import (
+    _2X_ACC_DGRAD,
+    _2X_ACC_FPROP,
+    _2X_ACC_WGRAD,
+    get_dummy_wgrad,
+    quantize_weight,
+)
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager as manager
 from transformer_engine.pytorch.quantized_tensor import (
     QuantizedTensor,
@@ -26,7 +32,7 @@ from transformer_engine.pytorch.quantized_tensor import (
 
 from megatron_ladder.collectives import collectives_of
 from megatron_ladder.placeholder import fp8_of
-from megatron_ladder.te.quantised import prepare_to_gather, quantised, quantised_norm
+from megatron_ladder.te.quantised import quantised, quantised_norm, set_usage
 
 
 def normalised(linear: Any, x: Tensor, norm: Any, gathered_by: dist.ProcessGroup | None) -> Tensor:
@@ -44,10 +50,7 @@ def normalised(linear: Any, x: Tensor, norm: Any, gathered_by: dist.ProcessGroup
     # With one scale a tensor, one for the ranks' parts together.
     set_quantizer_amax_reduction_group(quantizer, gathered_by)
     columns = torch.is_grad_enabled() and linear.weight.requires_grad
-    if gathered_by is not None:
-        prepare_to_gather(quantizer, columns=columns)
-    else:
-        quantizer.set_usage(rowwise=True, columnwise=columns)
+    set_usage(quantizer, columns=columns, gathered=gathered_by is not None)
     return quantised_norm(x, norm, quantizer)
 
 
@@ -59,7 +62,7 @@ def output_gradient(linear: Any, grad: Tensor, gathered_by: dist.ProcessGroup) -
     """
     quantizer = linear._get_quantizers(False, False, True)[5]
     set_quantizer_amax_reduction_group(quantizer, gathered_by)
-    prepare_to_gather(quantizer, columns=linear.weight.requires_grad)
+    set_usage(quantizer, columns=linear.weight.requires_grad, gathered=True)
     return quantised(grad, quantizer)
 
 
@@ -97,11 +100,10 @@ class _Call:
         caches = not linear.disable_parameter_transpose_cache
         self.is_first_microbatch = linear.is_first_microbatch if caches else None
         recipe = manager.get_fp8_recipe()
-        self.precise = {
-            name: gemm.use_split_accumulator
-            for name in ("fprop", "dgrad", "wgrad")
-            if (gemm := getattr(recipe, f"fp8_gemm_{name}", None)) is not None
-        }
+        self.precise = {"fprop": _2X_ACC_FPROP, "dgrad": _2X_ACC_DGRAD, "wgrad": _2X_ACC_WGRAD}
+        for name in self.precise:  # delayed says nothing of it
+            if (gemm := getattr(recipe, f"fp8_gemm_{name}", None)) is not None:
+                self.precise[name] = gemm.use_split_accumulator
 
     def in_fp8(self, x: Tensor, quantizer: Any, *, rows: bool = True, columns: bool = True) -> Any:
         """Transformer Engine's tensor of `x`, which stands for one or is quantised here."""
@@ -110,10 +112,7 @@ class _Call:
             return fp8.tensor
         # The whole: nobody gathers it any more.
         set_quantizer_amax_reduction_group(quantizer, None)
-        # The kernel of one scale a tensor writes columns only beside rows.
-        rows = rows or quantizer.supports_only_rowwise_all_gather()
-        quantizer.set_usage(rowwise=rows, columnwise=columns)
-        quantizer.optimize_for_gemm = True
+        set_usage(quantizer, rows=rows, columns=columns)
         return quantizer(x.reshape(-1, x.size(-1)).contiguous())
 
     def quantised_weight(self) -> Any:
@@ -139,9 +138,7 @@ class _Call:
 
     def gemm(self, name: str, a: Any, b: Any, **kwargs: Any) -> Tensor:
         kwargs = {"out_dtype": self.linear.activation_dtype, **kwargs}
-        if name in self.precise:
-            kwargs["use_split_accumulator"] = self.precise[name]
-        return general_gemm(a, b, **kwargs)[0]
+        return general_gemm(a, b, use_split_accumulator=self.precise[name], **kwargs)[0]
 
 
 class _Linear(torch.autograd.Function):
@@ -193,8 +190,11 @@ class _Linear(torch.autograd.Function):
             x = collectives.wait_input_again()
         if type(x) is Tensor:
             x = call.in_fp8(x, call.input, rows=False)
-        x.update_usage(columnwise_usage=True)
-        grad.update_usage(columnwise_usage=True)
+        for operand in (
+            x,
+            grad,
+        ):  # whose rows have been read, or were written because the kernel must
+            operand.update_usage(rowwise_usage=False, columnwise_usage=True)
         return dgrad, _weight_gradient(call, x, grad), None
 
 

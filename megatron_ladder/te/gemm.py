@@ -12,4 +12,5 @@ def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         b: [t, n].
         out: [m, n].
     """
+    a, b = a.contiguous(), b.contiguous()  # strides it does not read, nor refuse
     general_gemm(b, a, out_dtype=out.dtype, layout="NT", grad=True, accumulate=True, out=out)

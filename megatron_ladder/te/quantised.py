@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import transformer_engine_torch as tex
 from torch import Tensor
+from transformer_engine.pytorch import Float8CurrentScalingQuantizer, Float8Quantizer
 from transformer_engine.pytorch.constants import TE_DType
 from transformer_engine.pytorch.distributed import gather_along_first_dim
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager as manager
@@ -33,20 +34,16 @@ class Quantised:
     def all_gather(
         self, group: dist.ProcessGroup, *, rows: bool, columns: bool
     ) -> tuple["Quantised", Any]:
-        if self.quantizer.supports_only_rowwise_all_gather():
-            rows, columns = True, False  # the GEMM makes the other layout of it
-        self.quantizer.set_usage(rowwise=rows, columnwise=columns)
-        self.quantizer.optimize_for_gemm = False
+        set_usage(self.quantizer, rows=rows, columns=columns, gathered=True)
         whole, work = gather_along_first_dim(
             self.tensor, group, async_op=True, quantizer=self.quantizer
         )
         return Quantised(whole, self.quantizer, work), work or _Done()
 
     def keep(self, *, rows: bool) -> None:
-        if self.quantizer.supports_only_rowwise_all_gather():
-            self.tensor.update_usage(rowwise_usage=True, columnwise_usage=False)
-        else:
-            self.tensor.update_usage(rowwise_usage=rows, columnwise_usage=True)
+        # Of rows with one scale columns are made when a GEMM asks for them.
+        one_scale = has_one_scale(self.quantizer)
+        self.tensor.update_usage(rowwise_usage=rows or one_scale, columnwise_usage=not one_scale)
 
     def used_here(self) -> None:
         # Waiting puts blocks' scales in order, which came in buffers of the gathering's stream.
@@ -64,11 +61,28 @@ class _Done:
         pass
 
 
-def prepare_to_gather(quantizer: Any, *, columns: bool) -> None:
-    """Sets what a part is to have that ranks gather: all that is read of the whole."""
-    columns = columns and not quantizer.supports_only_rowwise_all_gather()
-    quantizer.set_usage(rowwise=True, columnwise=columns)
-    quantizer.optimize_for_gemm = False  # scales in the order of tokens, to be put together
+def has_one_scale(quantizer: Any) -> bool:
+    """Whether a tensor gets one scale (delayed, tensorwise). Its columns are then its rows, transposed."""
+    return isinstance(quantizer, Float8Quantizer | Float8CurrentScalingQuantizer)
+
+
+def set_usage(
+    quantizer: Any, *, rows: bool = True, columns: bool = True, gathered: bool = False
+) -> None:
+    """Sets what `quantizer` writes, so that what is going to be read is there or can be made of it.
+
+    With one scale a tensor the kernel writes no columns without rows, and ranks gather rows alone, of which
+    the GEMM's operand makes its columns. With scales of blocks neither can be made of the other.
+
+    Args:
+        rows: are read, by GEMMs that sum over the width.
+        columns: are read, by the GEMM that sums over tokens.
+        gathered: it is a part that ranks are going to gather, or what they gather.
+    """
+    if has_one_scale(quantizer):
+        rows, columns = True, columns and not gathered
+    quantizer.set_usage(rowwise=rows, columnwise=columns)
+    quantizer.optimize_for_gemm = not gathered  # gathered scales are put together in tokens' order
 
 
 def quantised(x: Tensor, quantizer: Any) -> Tensor:

@@ -34,6 +34,8 @@ pytestmark = [
     pytest.mark.skipif(find_spec("transformer_engine") is None, reason="no Transformer Engine"),
 ]
 RECIPES: tuple[Fp8Recipe, ...] = get_args(Fp8Recipe)
+# Each recipe, and with the weights in FP8 alone.
+RUNS = [(r, False) for r in RECIPES] + [(r, True) for r in RECIPES if r != "mxfp8"]
 # The largest relative difference of a parameter's gradient, in norm. bf16 has 8 bits, e4m3 4, e5m2 3.
 BOUNDS = {"bf16": 0.05, "fp8": 0.3}
 START_S, CASE_S = 120, 60
@@ -43,6 +45,9 @@ CASES: list[tuple[str, str, Fp8Recipe | None]] = [
     for kind in ("ladder", "parallel", "standard")
     for recipe in (None, *RECIPES)
 ]
+# What else calls the kernels otherwise: biases' gradients; sums of each other sub-module, at once.
+CASES += [("1", "qk-norm", recipe) for recipe in (None, *RECIPES)]
+CASES += [("tp2", "desync", None), ("tp2", "desync", "tensorwise")]
 
 
 def run_rank(rank: int, layout: str, cases: list[tuple[str, Fp8Recipe | None]], to: Path) -> None:
@@ -63,6 +68,12 @@ def run_rank(rank: int, layout: str, cases: list[tuple[str, Fp8Recipe | None]], 
     one_by_one = SimpleNamespace(wait=lambda: None)
     dist._coalescing_manager = lambda *_, **__: nullcontext(one_by_one)  # type: ignore[attr-defined]
     initialize_model_parallel(parallel, seed=0)
+
+    def leave(name: str, found: Any) -> None:
+        file = to / f"{name}-{rank}.json"
+        file.with_suffix(".part").write_text(json.dumps(found))
+        file.with_suffix(".part").rename(file)
+
     references: dict[str, Run] = {}
     # Two ranks gather whole blocks of 128 tokens.
     run_of = partial(Run, parallel=parallel, batch=2 * BATCH if layout == "tp2-sp" else BATCH)
@@ -84,11 +95,12 @@ def run_rank(rank: int, layout: str, cases: list[tuple[str, Fp8Recipe | None]], 
                 found[recompute] = run.worst(references[kind])
         except Exception:
             found["error"] = traceback.format_exc()
-        file = to / f"{kind}-{recipe}-{rank}.json"
-        file.with_suffix(".part").write_text(json.dumps(found))
-        file.with_suffix(".part").rename(file)
+        leave(f"{kind}-{recipe}", found)
         if "error" in found and tp > 1:
             return  # the other rank may be elsewhere
+    x, whole = torch.ones(4, device="cuda"), torch.empty(4 * tp, device="cuda")
+    dist.all_reduce(x), dist.all_gather_into_tensor(whole, x)
+    leave("versions", [x._version, whole._version])
     dist.destroy_process_group()
 
 
@@ -106,9 +118,9 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def found(self, kind: str, recipe: str | None) -> list[dict[str, Any]]:
-        """Of each rank, when it has come to that case."""
-        files = [self._folder / f"{kind}-{recipe}-{r}.json" for r in range(len(self.processes))]
+    def found(self, case: str) -> list[Any]:
+        """Of each rank, when it has come to that."""
+        files = [self._folder / f"{case}-{r}.json" for r in range(len(self.processes))]
         limit = CASE_S if any(self._folder.glob("*.json")) else START_S
         deadline = time.monotonic() + limit
         while not all(file.exists() for file in files):
@@ -122,19 +134,19 @@ class Ranks:
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple, Future]]:
     """Of each recipe the losses of a run, and of the same resumed in its middle."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(len(RUNS)) as pool:
         yield {
-            recipe: pool.submit(train_twice, recipe, tmp_path_factory.mktemp(recipe))
-            for recipe in RECIPES
-            if not missing(recipe)
+            run: pool.submit(train_twice, *run, tmp_path_factory.mktemp(run[0]))
+            for run in RUNS
+            if not missing(run[0])
         }
 
 
 @pytest.fixture(scope="module")
 def ranks(
-    tmp_path_factory: pytest.TempPathFactory, resumed: dict[str, Future]
+    tmp_path_factory: pytest.TempPathFactory, resumed: dict[tuple, Future]
 ) -> Iterator[dict[str, Ranks]]:
     del resumed  # begun
     layouts = dict.fromkeys(layout for layout, *_ in CASES)
@@ -152,17 +164,26 @@ def test_gradients_are_near_fp32s(
     if recipe and (lacks := missing(recipe)):
         pytest.skip(f"{recipe} needs {lacks}")
     bound = BOUNDS["fp8" if recipe else "bf16"]
-    for found in ranks[layout].found(kind, recipe):
+    for found in ranks[layout].found(f"{kind}-{recipe}"):
         assert "error" not in found, found["error"]
         for recompute, worst in found.items():
             assert 0 < worst < bound, recompute
 
 
-def train_twice(recipe: Fp8Recipe, folder: Path) -> tuple[list[float], list[float]]:
+def test_gloo_raises_versions_as_its_stand_in_does(ranks: dict[str, Ranks]) -> None:
+    """tests/gpu_gloo.py"""
+    for versions in ranks["tp2"].found("versions"):
+        assert min(versions) > 0
+
+
+def train_twice(
+    recipe: Fp8Recipe, primary_weights: bool, folder: Path
+) -> tuple[list[float], list[float]]:
     data, run = write_data_set(folder / "data"), folder / "run"
     arguments = ["--preset", "debug", "--data.paths", str(data), "--output-dir", str(run)]
     arguments += ["--nproc-per-node", "1", "--schedule.train-steps", "6", "--save-interval", "3"]
     arguments += ["--precision", "bf16", "--fp8.recipe", recipe, "--deterministic"]
+    arguments += ["--fp8.primary-weights"] * primary_weights
     command = [sys.executable, "-m", "pretrain.cli", "train", *arguments]
 
     def losses() -> list[float]:
@@ -176,9 +197,14 @@ def train_twice(recipe: Fp8Recipe, folder: Path) -> tuple[list[float], list[floa
     return whole, losses()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_run_in_fp8_resumes_bitwise(recipe: Fp8Recipe, resumed: dict[str, Future]) -> None:
+@pytest.mark.parametrize(("recipe", "primary_weights"), RUNS)
+def test_a_run_in_fp8_resumes_bitwise(
+    recipe: Fp8Recipe, primary_weights: bool, resumed: dict[tuple, Future]
+) -> None:
     if lacks := missing(recipe):
         pytest.skip(f"{recipe} needs {lacks}")
-    whole, again = resumed[recipe].result()
+    whole, again = resumed[recipe, primary_weights].result()
     assert again == whole
+    if primary_weights:
+        beside, _ = resumed[recipe, False].result()
+        assert whole == pytest.approx(beside, rel=0.01)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.te_stand_in import refusals
+
 SQUARE, GROUP = 128, 32  # numbers of a block: of blockwise (128 or 128 x 128), of mxfp8
 BIAS = 127  # of mxfp8's scales, which are exponents
 
@@ -155,27 +157,13 @@ def plain(x: Any, rowwise: bool | None = None) -> Tensor:
     return (number * spread(scale, *block, flat)).view(data.shape)
 
 
-def check_gemm(a: Any, b: Any, sizes: tuple[int, int, int], bias_gradient: bool) -> None:
-    """What TE's C++ refuses of a GEMM of blockwise operands (common/gemm/cublaslt_gemm.cu).
-
-    Args:
-        sizes: of the outer dimensions of `a` and `b`, and the inner one.
-    """
-    if not hasattr(a, "_is_2D_scaled"):
-        return
-    of_a, of_b, inner = sizes
-    assert not (a._is_2D_scaled and b._is_2D_scaled), "128 x 128 by 128 x 128 has no kernel"
-    assert inner % 16 == 0 and of_a % 8 == 0, sizes
-    assert b._is_2D_scaled or of_b % 8 == 0, sizes
-    assert not bias_gradient, "cuBLAS has no such epilogue"
-
-
 # The optimizer's, of primary weights: each rank has a piece of the flat weight.
 
 
 def partial_amax(  # type: ignore[no-untyped-def]
     piece: Tensor, amax: Tensor, h: int, w: int, start: int, block: int
 ) -> None:
+    refusals.piece_of_blocks(piece, amax, block)
     whole = torch.zeros(h * w)
     whole[start : start + piece.numel()] = piece.flatten().float()
     found = block_maxima(whole.view(h, w), block, block)
@@ -185,6 +173,7 @@ def partial_amax(  # type: ignore[no-untyped-def]
 def partial_cast(  # type: ignore[no-untyped-def]
     piece: Tensor, out: Tensor, scale: Tensor, h: int, w: int, start: int, block: int, te_dtype: Any
 ) -> None:
+    refusals.piece_of_blocks(piece, scale, block, out)
     of_numbers = spread(scale, block, block, torch.empty(h, w)).flatten()
     of_piece = of_numbers[start : start + piece.numel()]
     out.copy_(_cast(piece.flatten().float(), of_piece, fp8_dtype(te_dtype)).view(out.shape))

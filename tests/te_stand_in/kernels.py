@@ -19,11 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.te_stand_in import block_kernels
+from tests import gpu_gloo
+from tests.te_stand_in import block_kernels, refusals
 from tests.te_stand_in.block_kernels import fp8_dtype
+from tests.te_stand_in.refusals import is_fp8
 
 gemms: list[tuple[bool, bool]] = []
 """Of each GEMM, in order: whether it was of two FP8 operands, and whether in backward."""
+precise: dict[tuple[bool, bool], set[bool]] = {}
+"""Of FP8 GEMMs, by how their operands lie: whether they asked for a split accumulator."""
 norms: list[bool] = []
 """Of each norm, in order: whether it wrote FP8."""
 gemm_weights: list[int] = []
@@ -44,6 +48,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     _use_te_in_optimizers()
     streams.moment = lambda: None  # one stream
     streams.rejoin = lambda *_: None
+    gpu_gloo.install("when waited for")
 
     import transformer_engine.pytorch as te
     import transformer_engine.pytorch.cpp_extensions.gemm as gemm
@@ -70,8 +75,8 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         ),
         "fused_rope_forward": _rope,
         "fused_rope_backward": lambda grad, angles, *_: _rope(grad, -angles),
-        "fp8_transpose": lambda data, *_, **__: data.movedim(-1, 0).contiguous(),
-        "compute_amax": lambda x, amax: amax.copy_(x.abs().max()),
+        "fp8_transpose": _transpose,
+        "compute_amax": _maximum,
         "multi_tensor_compute_scale_and_scale_inv": _scales,
         "create_empty_quantized_tensor": _empty,
         "swap_first_dims": lambda x, out: out.copy_(x.transpose(0, 1)),
@@ -154,12 +159,17 @@ def _gemm(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     assert quantizer is None and not gelu
     gemms.append((is_fp8(a) and is_fp8(b), grad))
+    if is_fp8(a):
+        precise.setdefault((transposed_a, transposed_b), set()).add(split)
+    dtype = a.dtype if dtype is None else _torch_dtype(dtype)
     left, right = plain(b, not transposed_b).float(), plain(a, transposed_a).float()
     shape = left.shape
     left, right = left.reshape(-1, shape[-1]), right.reshape(-1, right.shape[-1])
     outer_a, inner = right.shape if transposed_a else right.shape[::-1]
     outer_b = shape[-1] if transposed_b else left.shape[0]
-    block_kernels.check_gemm(a, b, (outer_a, outer_b, inner), bias is not None and grad)
+    sizes = outer_a, outer_b, inner
+    refusals.gemm(a, b, sizes, out, dtype, bias, grad, accumulate, workspace_size)
+    assert (left.shape[0] if transposed_b else left.shape[1]) == inner
     if transposed_b:
         gemm_weights.append(0 if out is None else out.data_ptr())
     result = (left.t() if transposed_b else left) @ (right.t() if transposed_a else right)
@@ -169,8 +179,9 @@ def _gemm(  # type: ignore[no-untyped-def]
     if not transposed_b:
         result = result.reshape(*shape[:-1], result.shape[-1])
     if out is None:
-        return result.to(_torch_dtype(dtype)), bias_gradient, None, None
-    result = result.reshape(out.shape).to(out.dtype)
+        return result.to(dtype), bias_gradient, None, None
+    refusals.gemm_output(out, tuple(result.shape), dtype)
+    result = result.to(dtype)
     out.add_(result) if accumulate else out.copy_(result)
     return out, bias_gradient, None, None
 
@@ -226,21 +237,32 @@ def _unfused_attention(  # type: ignore[no-untyped-def]
 
 
 def _rope(x: Tensor, angles: Tensor, *_) -> Tensor:  # type: ignore[no-untyped-def]
-    angles = angles[: x.shape[0]].float()  # [s, 1, 1, d], of [s, b, heads, d]
+    refusals.rope(x, angles)
+    angles = angles[: x.shape[0]]  # [s, 1, 1, d], of [s, b, heads, d]
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), -1)
     return (x * angles.cos() + turned * angles.sin()).to(x.dtype)
 
 
 def _rmsnorm(x, weight, eps, out, quantizer, dtype, *_):  # type: ignore[no-untyped-def]
+    from transformer_engine.pytorch import Float8Quantizer
+
+    assert out is None
+    dtype = dtype if isinstance(dtype, torch.dtype) else _torch_dtype(dtype)
+    # With scales that it need not find the norm's kernel writes FP8 itself.
+    fp8 = fp8_dtype(quantizer.dtype) if isinstance(quantizer, Float8Quantizer) else None
+    refusals.norm(x, weight, dtype, fp8)
+    if fp8 is not None:
+        rows, _ = _room(quantizer, x.shape)
+        refusals.check(rows is not None, "Output tensor must have the same shape as x.")
     scale = (x.float().pow(2).mean(-1) + eps).rsqrt()
-    y = x.float() * scale[..., None] * weight.float()
-    y = y.to(dtype if isinstance(dtype, torch.dtype) else _torch_dtype(dtype))
+    y = (x.float() * scale[..., None] * weight.float()).to(dtype)
     norms.append(quantizer is not None)
-    return (y if quantizer is None else quantizer(y)), None, scale
+    return (y if quantizer is None else _quantize(y, quantizer)), None, scale
 
 
 def _rmsnorm_backward(grad, x, scale, weight, *_):  # type: ignore[no-untyped-def]
+    refusals.norm_backward(grad, x, scale, weight)
     normalised = x.float() * scale[..., None]
     weighted = grad.float() * weight.float()
     mean = (weighted * normalised).mean(-1, keepdim=True)
@@ -259,73 +281,112 @@ def _torch_dtype(te_dtype: Any) -> torch.dtype:
     return {v: k for k, v in TE_DType.items()}[te_dtype]
 
 
-def is_fp8(x: Any) -> bool:
-    return hasattr(x, "_fp8_dtype")
-
-
 def plain(x: Any, rowwise: bool | None = None) -> Tensor:
-    """In fp32. Which data is taken, rowwise or not, matters to scales of blocks alone."""
+    """In fp32, of the logical shape.
+
+    Args:
+        rowwise: which data to take; it must be there. None: whichever is.
+    """
     if not is_fp8(x):
         return x
     if block_kernels.is_of_blocks(x):
         return block_kernels.plain(x, rowwise)
     dtype = fp8_dtype(x._fp8_dtype)
-    if x._data is not None:
+    if rowwise is None:
+        rowwise = x._data is not None
+    if rowwise or not _keeps_transposes():
+        refusals.check(x._data is not None, "Input is missing row-wise usage")
         return x._data.view(dtype).float() * x._scale_inv
+    there = x._transpose is not None and not x._transpose_invalid
+    refusals.check(there, "Input is missing column-wise usage")
     return (x._transpose.view(dtype).float() * x._scale_inv).movedim(0, -1)
 
 
+def _keeps_transposes() -> bool:
+    """As GPUs do whose FP8 GEMMs read operands one way alone."""
+    from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
+
+    return not is_non_tn_fp8_gemm_supported()
+
+
+def _transpose(data: Tensor, *_: Any, out: Tensor | None = None) -> Tensor:
+    refusals.transposed(data)
+    transpose = data.movedim(-1, 0).contiguous()
+    return transpose if out is None else out.copy_(transpose)
+
+
+def _maximum(x: Tensor, amax: Tensor) -> None:
+    refusals.maximum(x, amax)
+    amax.copy_(x.abs().max())
+
+
 def _empty(quantizer: Any, shape: Any, dtype: torch.dtype, *_: Any) -> Any:
-    from transformer_engine.pytorch import Float8Quantizer
-
-    if isinstance(quantizer, Float8Quantizer):  # zeros raise no maximum
-        return _quantize(torch.zeros(shape, dtype=dtype), quantizer)
-    return block_kernels.empty(quantizer, shape, dtype)
-
-
-def _quantize(source: Any, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
-    from transformer_engine.pytorch.tensor.float8_tensor import (
-        Float8CurrentScalingQuantizer,
-        Float8Tensor,
-    )
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
     if block_kernels.is_of_blocks(quantizer):
-        return block_kernels.quantize(plain(source), quantizer, source.dtype, out)
-    x = plain(source).detach().float()
+        return block_kernels.empty(quantizer, shape, dtype)
+    rows, columns = _room(quantizer, shape)
+    arguments: dict[str, Any] = {
+        "data": rows,
+        "fp8_scale_inv": torch.full((1,), torch.nan),
+        "fp8_dtype": quantizer.dtype,
+        "data_transpose": columns,
+        "quantizer": quantizer,
+    }
+    if quantizer.internal:
+        return Float8TensorStorage(fake_dtype=dtype, **arguments)
+    return Float8Tensor(shape=shape, dtype=dtype, device=torch.device("cpu"), **arguments)
+
+
+def _room(
+    quantizer: Any, shape: Any, rows: Tensor | None = None, columns: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """For the data that a quantizer with one scale a tensor writes; of what is there it keeps that."""
+    transposes = _keeps_transposes()
+    if not quantizer.rowwise_usage and transposes:
+        rows = None
+    elif rows is None:
+        rows = torch.full(tuple(shape), 255, dtype=torch.uint8)  # NaN
+    if not quantizer.columnwise_usage or not transposes:
+        columns = None
+    elif columns is None:
+        columns = torch.full((shape[-1], *shape[:-1]), 255, dtype=torch.uint8)
+    return rows, columns
+
+
+def _quantize(source: Any, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
+    from transformer_engine.pytorch import Float8CurrentScalingQuantizer
+
+    refusals.source(source)
+    if block_kernels.is_of_blocks(quantizer):
+        return block_kernels.quantize(source, quantizer, source.dtype, out)
+    if out is None:
+        out = _empty(quantizer, source.shape, source.dtype)
+    else:
+        out._data, out._transpose = _room(quantizer, source.shape, out._data, out._transpose)
+        out._transpose_invalid = out._transpose is None
+    refusals.written_with_one_scale(out._data, out._transpose)
+    x = source.detach().float()
     dtype = fp8_dtype(quantizer.dtype)
     largest, amax = torch.finfo(dtype).max, x.abs().max().reshape(1)
     if isinstance(quantizer, Float8CurrentScalingQuantizer):
         if quantizer.with_amax_reduction:
             group = quantizer.amax_reduction_group
             torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group)
-        scale = largest / amax.clamp(min=1e-30)
+        amax = amax.clamp(min=quantizer.amax_epsilon)
+        scale = block_kernels.scales_of(amax, largest, quantizer.force_pow_2_scales)
     else:
         seen = quantizer.amax  # of all tensors since the scale was found last
         if seen.numel():
             seen.copy_(torch.maximum(seen, amax.reshape(seen.shape)))
         scale = quantizer.scale.reshape(1).clone()
     data = (x * scale).clamp(-largest, largest).to(dtype).view(torch.uint8)
-    transpose = data.movedim(-1, 0).contiguous() if quantizer.columnwise_usage else None
-    if out is not None:
-        if out._data is not None:
-            out._data.copy_(data)
-        if transpose is not None:
-            out._transpose, out._transpose_invalid = transpose, False
-        out._scale_inv.copy_((1 / scale).reshape(out._scale_inv.shape))
-        return out
-    arguments: dict[str, Any] = {
-        "fp8_scale_inv": 1 / scale,
-        "fp8_dtype": quantizer.dtype,
-        "data_transpose": transpose,
-        "quantizer": quantizer,
-    }
-    if quantizer.internal:
-        rows = data if quantizer.rowwise_usage else None
-        return Float8TensorStorage(data=rows, fake_dtype=source.dtype, **arguments)
-    return Float8Tensor(
-        shape=data.shape, dtype=source.dtype, data=data, device=data.device, **arguments
-    )
+    out._data.copy_(data)
+    if out._transpose is not None:
+        out._transpose.copy_(data.movedim(-1, 0))
+    out._scale_inv.copy_((1 / scale).reshape(out._scale_inv.shape))
+    return out
 
 
 # The optimizer's, over lists of tensors.
@@ -336,6 +397,7 @@ def _adam(  # type: ignore[no-untyped-def]
     bias_correction, weight_decay,
 ):  # fmt: skip
     assert decoupled and bias_correction
+    refusals.adam(lists)
     for grad, parameter, mean, square, *master in zip(*lists, strict=True):
         g, p = grad.float(), (master[0] if master else parameter)
         m = mean.float().lerp_(g, 1 - beta1)

@@ -1,0 +1,126 @@
+"""Collectives whose backend writes their results by copies that autograd counts, as gloo does for a GPU's
+tensors, whenever it gets to it: losses and gradients are the unsharded oracle's, in fp32.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_ladder.collectives import SubmoduleCollectives, output_start, output_wait
+from megatron_ladder.config import ParallelConfig
+from megatron_ladder.hf.convert import megatron_to_hf
+from megatron_ladder.mcore_compat import initialize_model_parallel
+from pretrain.checkpoint import load_weights
+from pretrain.step import train_step
+from tests import gpu_gloo
+from tests.distributed.layouts import (
+    Layout,
+    batches,
+    configuration,
+    load_start,
+    micro_batches,
+    save_gradients,
+    save_start,
+    start,
+)
+from tests.distributed.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from tests.oracle import plain_model, train_losses
+from tests.ranks import run_ranks
+
+TP, SP = Layout(tp=2), Layout(tp=2, sp=True)
+LAYOUTS = {
+    "ladder": [
+        TP,
+        SP,
+        Layout(tp=2, recompute="full"),
+        Layout(tp=2, sp=True, recompute="full"),
+        Layout(tp=2, accumulation=4),
+    ],
+    "list": [TP, SP],
+    "parallel": [TP, SP],
+    "desync": [TP, Layout(tp=2, recompute="full")],
+}
+
+
+def one_step(
+    kind: str, layouts: list[Layout], ends: gpu_gloo.Ends, weights: Path, folder: Path
+) -> list[float]:
+    """The loss of each; gradients go to `folder`."""
+    gpu_gloo.install(ends)
+    losses = []
+    for number, layout in enumerate(layouts):
+        config = configuration(kind, layout)
+        model, optimizer, scheduler = start(config)
+        load_start(model, weights)
+        take_step = optimizer.step
+
+        def step(*args: Any, to: Path = folder / str(number), model=model, take=take_step) -> Any:  # type: ignore[no-untyped-def]
+            save_gradients(model, to)
+            return take(*args)
+
+        optimizer.step = step
+        parts = iter(micro_batches(batches()[0], config))
+        losses.append(train_step(model, optimizer, scheduler, parts, config)[0])
+    return losses
+
+
+@pytest.mark.parametrize("ends", ["at once", "when waited for"])
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_step_is_the_oracles(kind: str, ends: gpu_gloo.Ends, tmp_path: Path) -> None:
+    weights, layouts = tmp_path / "weights", LAYOUTS[kind]
+    run_ranks(1, save_start, kind, weights, tmp_path=tmp_path)
+    config = configuration(kind)
+    plain = plain_model(config.model, weights)
+    (expected,), gradients = train_losses(plain, config, 2, [batches()[0]])
+    by_rank = run_ranks(2, one_step, kind, layouts, ends, weights, tmp_path, tmp_path=tmp_path)
+    for number, layout in enumerate(layouts):
+        for losses in by_rank:
+            assert losses[number] == pytest.approx(expected, abs=LOSS_TOLERANCE), layout
+        found = megatron_to_hf(load_weights(tmp_path / str(number)), plain.config)
+        for name, gradient in found:
+            if name in gradients:  # lm_head.weight is the embedding, tied
+                torch.testing.assert_close(
+                    gradient,
+                    gradients[name],
+                    atol=GRADIENT_TOLERANCE,
+                    rtol=1e-4,
+                    msg=lambda m, layout=layout, name=name: f"{layout}, {name}: {m}",
+                )
+
+
+class Keep(torch.autograd.Function):
+    """A function that saves its input, here one that is in flight, and reads it in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return ctx.saved_tensors[0]
+
+
+def save_in_flight(sp: bool, ends: gpu_gloo.Ends) -> bool:
+    """Whether a sum of the ranks' outputs is there in backward, saved before it had arrived."""
+    gpu_gloo.install(ends)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sp)
+    initialize_model_parallel(parallel, seed=0)
+    group = parallel_state.get_tensor_model_parallel_group()
+    x = torch.randn(4, 1, 8, requires_grad=True)
+    whole = (2 * x.detach()).chunk(2)[group.rank()] if sp else 2 * x.detach()
+    y = output_start(x * 1, SubmoduleCollectives(group, sp))
+    kept = Keep.apply(y)
+    total = output_wait(y)
+    grads = torch.autograd.grad((total, kept), y, (torch.zeros_like(total), torch.ones(())))
+    return torch.equal(grads[0], whole)
+
+
+@pytest.mark.parametrize("ends", ["at once", "when waited for"])
+@pytest.mark.parametrize("sp", [False, True])
+def test_what_is_in_flight_may_be_saved(sp: bool, ends: gpu_gloo.Ends, tmp_path: Path) -> None:
+    assert run_ranks(2, save_in_flight, sp, ends, tmp_path=tmp_path) == [True, True]
