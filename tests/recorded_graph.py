@@ -3,9 +3,11 @@ again.
 
 As with CUDA's, capturing computes nothing: what its operators wrote is undone. A replay calls the same
 operators on the same memory, with the Python numbers of the capture, and runs nothing else of Python. What
-makes the host wait for a number is refused. Not so: memory is never reused here, and there is one stream.
+makes the host wait for a number is refused, and a replay on memory that was made before the capture and
+that nobody else holds any more: CUDA's would be on memory given out again. Not so: there is one stream.
 """
 
+import collections
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -25,11 +27,18 @@ class RecordedGraph:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, tuple, dict, list[Tensor]]] = []
+        self.inputs: dict[Tensor, int] = {}
+        """One tensor of each memory that was there before, and how many there are of it in `calls`."""
 
     def register_generator_state(self, state: Any) -> None:
         pass
 
     def replay(self) -> None:
+        for tensor, mine in self.inputs.items():
+            if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= mine + 1:
+                raise RuntimeError(
+                    f"memory of {tuple(tensor.shape)} was given back since the capture"
+                )
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             for function, args, kwargs, made in self.calls:
                 again = _tensors(_call(function, args, kwargs))
@@ -57,13 +66,21 @@ class _Recorder(TorchDispatchMode):
                 self._before.setdefault(_memory(tensor), (storage, storage.clone()))
         output = _call(func, args, kwargs)
         made = _tensors(output)
+        if func is aten.lift_fresh.default:
+            self._own |= {_memory(args[0])}  # a number of Python's
         self._own |= {_memory(t) for t in made} - {_memory(t) for t in _tensors((args, kwargs))}
-        self._graph.calls.append((func, args, kwargs, made))
+        # As they are now: Transformer Engine empties a tensor, whose memory it has no more use for.
+        held = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs, made))
+        self._graph.calls.append((func, *held))
         return output
 
-    def undo(self) -> None:
+    def end(self) -> None:
         for storage, before in self._before.values():
             storage.copy_(before)
+        held = {id(t): t for call in self._graph.calls for t in _tensors(call[1:])}.values()
+        count = collections.Counter(map(_memory, held))
+        inputs = {_memory(t): t for t in held if _memory(t) not in self._own}
+        self._graph.inputs = {t: count[memory] for memory, t in inputs.items()}
 
 
 @contextlib.contextmanager
@@ -72,7 +89,7 @@ def recorded(graph: RecordedGraph, **_: Any) -> Iterator[None]:
     recorder = _Recorder(graph)
     with recorder:
         yield
-    recorder.undo()
+    recorder.end()
 
 
 def _call(function: Any, args: tuple, kwargs: dict) -> Any:
