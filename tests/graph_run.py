@@ -4,6 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,8 @@ from pretrain.step import train_step, validate
 from tests.recorded_graph import RecordedGraph, recorded
 
 STEPS = WARM_UP_STEPS + 3
+SKIPPED = WARM_UP_STEPS + 1
+"""A replayed step that does not change the weights, with a validation after it."""
 
 
 def config(residual: str = "ladder", **changes: Any) -> TrainConfig:
@@ -53,7 +56,7 @@ def random_batches(config: TrainConfig) -> Iterator[dict]:
 
 
 def run(config: TrainConfig) -> tuple[list[Any], list[Tensor]]:
-    """Losses and gradient norms of some steps, with a validation among them; the weights at their end.
+    """Figures of steps and their micro-batches, with a validation among them; the weights at their end.
 
     With a CUDA graph over NCCL, else with its stand-in.
     """
@@ -86,9 +89,17 @@ def _trained(
     held_out = list(itertools.islice(random_batches(config), 2))
     graph = StepGraph(model) if config.cuda_graph else None
     figures: list[Any] = []
+
+    def is_good(step: int, _loss: float, _norm: float, sums: list[Tensor], _: list[Any]) -> bool:
+        figures.append([x.tolist() for x in sums])
+        return step != SKIPPED
+
     for step in range(STEPS):
-        figures.append(train_step(model, optimizer, scheduler, batches, config, graph=graph))
-        if step == STEPS - 2:
+        judge = partial(is_good, step)
+        figures.append(
+            train_step(model, optimizer, scheduler, batches, config, is_good=judge, graph=graph)
+        )
+        if step == SKIPPED:
             with gathered_parameters(model):
                 figures.append(validate(model, held_out, config))
     with gathered_parameters(model):
