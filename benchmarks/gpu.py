@@ -90,6 +90,16 @@ def parts() -> list[Part]:
             120,
         ),
         training("1b", paper),
+        Part(  # small micro-batches, which Python cannot launch as fast as they run
+            "cuda-graph",
+            [
+                *("benchmarks/training_step.py", "--cases", *paper[:2]),
+                *(f"{case}:graph" for case in paper),
+                *("--micro-batch-size", "2", "--accumulate", "2", "--steps", "10"),
+                *("--json", "OUTPUT/cuda-graph.json"),
+            ],
+            120,
+        ),
         training("8b", llama),
         overlap("70b", "nvswitch", "bf16"),
         overlap("8b", "nvswitch", "bf16"),

@@ -2,7 +2,8 @@
 
     python benchmarks/training_step.py --cases paper-1b:bf16:ladder llama-3-8b:tensorwise:ladder:8
 
-A case is SHAPE:PRECISION:KIND, with :LAYERS and :RECOMPUTE where wanted. Model, loss, backward, gradient
+A case is SHAPE:PRECISION:KIND, with :LAYERS and :RECOMPUTE where wanted, and :graph at its end for a CUDA
+graph (pretrain/graphs.py). Model, loss, backward, gradient
 buffers and optimizer are those of `megatron-ladder train`; tokens are random and nothing is written.
 MFU counts 6 N + 12 L h s operations a token (pretrain/metrics.py) over the card's dense bf16 peak, for FP8
 too.
@@ -25,6 +26,7 @@ from megatron_ladder.config import ParallelConfig
 from pretrain.bench.precisions import precision_of
 from pretrain.config import TrainConfig
 from pretrain.data import Batch
+from pretrain.graphs import WARM_UP_STEPS, StepGraph
 from pretrain.memory import in_words, is_planned, memory_plan
 from pretrain.metrics import flops_per_token, peak_flops
 from pretrain.presets import PRESETS
@@ -46,7 +48,7 @@ def arguments() -> argparse.Namespace:
 
 
 def config_of(case: str, args: argparse.Namespace) -> TrainConfig:
-    shape, precision, kind, *rest = case.split(":")
+    shape, precision, kind, *rest = case.removesuffix(":graph").split(":")
     config = PRESETS[shape]()
     layers = int(rest[0]) if rest and rest[0] else config.model.num_layers
     recompute: Any = rest[1] if len(rest) > 1 else "none"
@@ -66,6 +68,7 @@ def config_of(case: str, args: argparse.Namespace) -> TrainConfig:
         precision=number_format,
         fp8=fp8,
         recompute=recompute,
+        cuda_graph=case.endswith(":graph"),
         micro_batch_size=micro,
         global_batch_size=micro * args.accumulate,
     )
@@ -92,13 +95,15 @@ def measure(case: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     model, optimizer, scheduler = build(config)
     batches = itertools.repeat(random_batch(config))
+    graph = StepGraph(model) if config.cuda_graph else None
+    warm_up = WARM_UP_STEPS + 2 if graph else 2
     seconds = []
-    for _ in range(args.steps + 2):  # two warm up
+    for _ in range(args.steps + warm_up):
         begin = time.perf_counter()
-        loss, _, _ = train_step(model, optimizer, scheduler, batches, config)
+        loss, _, _ = train_step(model, optimizer, scheduler, batches, config, graph=graph)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-    step_s = statistics.median(seconds[2:])
+    step_s = statistics.median(seconds[warm_up:])
     flops = config.tokens_per_step * flops_per_token(
         num_layers=config.model.num_layers,
         hidden_size=config.model.hidden_size,
@@ -148,8 +153,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     args = arguments()
-    first = config_of(args.cases[0], args)
-    device = start_ranks(first)
+    configs = [config_of(case, args) for case in args.cases]
+    device = start_ranks(max(configs, key=lambda config: config.cuda_graph))
     rows = []
     for case in args.cases:
         try:

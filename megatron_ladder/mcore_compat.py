@@ -46,10 +46,15 @@ NO_FP8 = Fp8Config()
 TORCHS = CoreAttention("torch", "")
 
 
-def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
+def initialize_model_parallel(
+    parallel: ParallelConfig, seed: int, *, for_graphs: bool = False
+) -> None:
     """Makes megatron-core's process groups and seeds its random states.
 
     torch.distributed must be initialised. Call `destroy_model_parallel` before a second layout.
+
+    Args:
+        for_graphs: random states are generators, which a CUDA graph can hold, and not numbers.
     """
     parallel.data_parallel_size(torch.distributed.get_world_size())
     parallel_state.initialize_model_parallel(
@@ -62,7 +67,9 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     # and have one each of their own in megatron-core's tracker.
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+    model_parallel_cuda_manual_seed(
+        seed, use_cudagraphable_rng=for_graphs, force_reset_rng=for_graphs
+    )
 
 
 def destroy_model_parallel() -> None:

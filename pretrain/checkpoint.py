@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import convert_cuda_rng_state
 from torch import Tensor
 
 from megatron_ladder import cpu_platform
@@ -177,7 +178,10 @@ def _state_dict(
 def _rng_state() -> dict[str, Any]:
     state: dict[str, Any] = {
         "cpu": torch.get_rng_state(),
-        "tracker": dict(get_cuda_rng_tracker().get_states()),
+        "tracker": {
+            name: convert_cuda_rng_state(state)
+            for name, state in get_cuda_rng_tracker().get_states().items()
+        },
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -186,7 +190,12 @@ def _rng_state() -> dict[str, Any]:
 
 def _restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    tracker = get_cuda_rng_tracker()
+    if tracker.use_cudagraphable_rng:  # generators, which a graph knows: they stay
+        for name, generator in tracker.get_states().items():
+            generator.set_state(state["tracker"][name])
+    else:
+        tracker.set_states(state["tracker"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
 

@@ -120,6 +120,8 @@ class TrainConfig:
     """Activations to compute again in backward: none, selective (core attention) or full."""
     compile: bool = False
     """torch.compile each layer: for small models on one tensor-parallel rank, with local layers."""
+    cuda_graph: bool = False
+    """Forward and backward of a step as one CUDA graph: without Python's time for launching kernels."""
     deterministic: bool = False
     """Bitwise repeatable kernels on a GPU; the CPU is repeatable anyway."""
     seed: int = 1234
@@ -284,6 +286,7 @@ SAFE_TO_CHANGE = (
     "attention",
     "recompute",
     "compile",
+    "cuda_graph",
     "eval_interval",
     "eval_sequences",
     "save_interval",

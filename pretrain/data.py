@@ -255,10 +255,11 @@ class _Sampler:
         return self._indices()
 
 
-_READ = ("tokens", "labels", "loss_mask", "position_ids", "documents", "teacher_logits")
+_READ = ("tokens", "labels", "loss_mask", "position_ids", "documents", "teacher_logits", "scale")
 
 
 def to_device(batch: Batch) -> Batch:
-    """The tensors a forward pass reads, on this rank's device. All [micro_batch_size, seq_length, ...]."""
+    """The tensors a forward pass reads, on this rank's device. All [micro_batch_size, seq_length, ...], but
+    for the loss's `scale`, of training."""
     device = torch.cuda.current_device()
     return {name: batch[name].to(device, non_blocking=True) for name in _READ if name in batch}

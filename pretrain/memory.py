@@ -187,6 +187,8 @@ def what_to_turn(config: TrainConfig, dp: int) -> str:
     """How to make a step take less memory, by this run's configuration, the cheapest first."""
     plan, parallel = memory_plan(config, dp), config.parallel
     advice = []
+    if config.cuda_graph:
+        advice.append("no --cuda-graph (it keeps a step's memory also while validating)")
     if config.micro_batch_size > 1:
         advice.append(
             f"--micro-batch-size {config.micro_batch_size // 2} (the global batch stays: more accumulation)"

@@ -28,7 +28,8 @@ def wrap_data_parallel(
 
     Args:
         chunks: from `build_gpt_model`; all with one configuration, which the schedules read.
-        gather_at_once: parameters, after the update: layers that are compiled cannot wait for them.
+        gather_at_once: parameters, after the update: layers that are compiled, and graphs, which the
+            update is no part of, cannot wait for them.
     """
     config = chunks[0].config
     assert all(chunk.config is config for chunk in chunks)

@@ -13,6 +13,7 @@ from pretrain.compiled import check_compile
 from pretrain.config import TrainConfig
 from pretrain.data import DataFolder, check_same_data, open_data
 from pretrain.fim import fill_in_the_middle
+from pretrain.graphs import check_cuda_graph
 from pretrain.initial import check_initial
 from pretrain.optimizer_config import check_optimizer
 from pretrain.run_folder import check_free_space, check_output_dir
@@ -51,6 +52,7 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     check_attention(config.attention, resolve_impl(config.transformer_impl))
     check_optimizer(config.optimizer, config.precision)
     check_compile(config)
+    check_cuda_graph(config)
     config.num_microbatches(config.parallel.data_parallel_size(world_size))
     fill_in_the_middle(config, folders[0])
     if config.keep_last < 2:

@@ -19,6 +19,7 @@ from megatron_ladder.mcore_compat import LadderConfig
 from pretrain.config import TrainConfig, to_dict
 from pretrain.data import DataFolder, keep_facts, kept_facts, unigram_loss
 from pretrain.fusions import Choice, adam_class, choices, table
+from pretrain.graphs import WARM_UP_STEPS
 from pretrain.initial import keep_imported
 from pretrain.memory import in_words, is_planned, memory_plan
 from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
@@ -109,6 +110,9 @@ class RunLog:
             if self._config.compile:
                 by = "each one graph, by torch.compile: of their parts below the linears alone are left"
                 found.insert(0, Choice("layers", by, ""))
+            if self._config.cuda_graph:
+                by = f"one CUDA graph, captured after {WARM_UP_STEPS} steps"
+                found.insert(0, Choice("forward and backward", by, ""))
             records = [asdict(choice) for choice in found]
             words = f"built of\n{table(found)}"
             if not torch.cuda.is_available():

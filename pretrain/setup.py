@@ -15,6 +15,7 @@ from megatron_ladder.mcore_compat import (
 )
 from pretrain.compiled import compile_layers
 from pretrain.config import TrainConfig
+from pretrain.graphs import use_own_stream
 from pretrain.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 
 
@@ -33,6 +34,8 @@ def start_ranks(config: TrainConfig) -> str:
     else:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
+        if config.cuda_graph:
+            use_own_stream()
         backend, device = "nccl", torch.cuda.get_device_name(local_rank)
     # What NCCL's recorder remembers of the last collectives, for the watchdog to write down.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -47,7 +50,7 @@ def start_ranks(config: TrainConfig) -> str:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
         torch.use_deterministic_algorithms(True)
-    initialize_model_parallel(config.parallel, config.seed)
+    initialize_model_parallel(config.parallel, config.seed, for_graphs=config.cuda_graph)
     return device
 
 
@@ -74,6 +77,6 @@ def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
     chunks = build_gpt_model(config.model, mcore_config, config.transformer_impl)
     if config.compile:
         compile_layers(chunks)
-    model = wrap_data_parallel(chunks, gather_at_once=config.compile)
+    model = wrap_data_parallel(chunks, gather_at_once=config.compile or config.cuda_graph)
     optimizer = build_optimizer(model, config)
     return model, optimizer, build_scheduler(optimizer, config)

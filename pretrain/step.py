@@ -17,14 +17,15 @@ from pretrain.config import TrainConfig
 from pretrain.data import Batch, to_device
 
 if TYPE_CHECKING:
+    from pretrain.graphs import StepGraph
     from pretrain.teacher import Teacher
 
 
 def _masked_sum(
-    scale: float, config: TrainConfig, batch: Batch, output: Tensor
+    config: TrainConfig, batch: Batch, output: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What is trained on, summed over a micro-batch, times `scale`, for backward; and for the log the
-    summed cross-entropy and its number of tokens, [2].
+    """What is trained on, summed over a micro-batch, times the batch's `scale`, for backward; and for the
+    log what `_counted` returns.
 
     Args:
         output: each token's cross-entropy, [b, s]; with a teacher, logits [b, s, vocabulary / tp].
@@ -39,11 +40,19 @@ def _masked_sum(
             temperature=config.adapt.distillation_temperature,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
+    total = (trained.float() * batch["loss_mask"]).sum()
+    return total * batch["scale"], {"sum": _counted(batch, cross_entropy)}
+
+
+def _counted(batch: Batch, cross_entropy: Tensor) -> Tensor:
+    """A micro-batch's summed cross-entropy, of each token [b, s], and its number of trained tokens. [2]"""
     loss_mask = batch["loss_mask"]
-    total = (trained.float() * loss_mask).sum()
     exact = (cross_entropy.detach().double() * loss_mask).sum()
-    counted = torch.stack([exact, loss_mask.double().sum()])
-    return total * scale, {"sum": counted}
+    return torch.stack([exact, loss_mask.double().sum()])
+
+
+def _measured(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return output.new_zeros(()), {"sum": _counted(batch, output)}
 
 
 def _logits(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,12 +143,14 @@ def train_step(
     config: TrainConfig,
     teacher: "Teacher | None" = None,
     is_good: Callable[[float, float, list[Tensor], list[Any]], bool] | None = None,
+    graph: "StepGraph | None" = None,
 ) -> tuple[float, float, float]:
     """Forward and backward of one global batch, then an update.
 
     Args:
         is_good: asked before the update, which is left out otherwise (BadSteps.is_good); called on
             every rank, and answers alike.
+        graph: of the run, where forward and backward are to be one CUDA graph (graphs.py).
 
     Returns:
         (mean cross-entropy of the trained tokens of the global batch, gradient norm before clipping,
@@ -153,17 +164,22 @@ def train_step(
     micro_batches = list(itertools.islice(batches, count))
     tokens = _trained_tokens(micro_batches)
     # Each token counts the same, whichever micro-batch or rank it is in: divided by all of them
-    # here, times what the schedule (micro-batches) and DDP (ranks) divide by.
-    reduce = partial(_masked_sum, count * data_parallel_size / tokens, config)
+    # here, times what the schedule (micro-batches) and DDP (ranks) divide by. A tensor, and among the
+    # inputs: what changes from step to step must not be a number in a graph. Filled: a copy would wait.
+    scale = torch.full((), count * data_parallel_size / tokens, device=torch.cuda.current_device())
+    micro_batches = [{**batch, "scale": scale} for batch in micro_batches]
     if teacher:
         teacher.add_logits(micro_batches)
-    outputs = _run_schedule(
+    forward_backward = partial(
+        _run_schedule,
         model,
-        micro_batches,
-        config,
-        reduce,
+        config=config,
+        reduce=partial(_masked_sum, config),
         forward_only=False,
         wants_logits=teacher is not None,
+    )
+    outputs = (
+        graph.run(forward_backward, micro_batches) if graph else forward_backward(micro_batches)
     )
     scheduler.step(increment=1)  # before the update: step 1 trains at the rate of step 1, not of 0
     learning_rate = optimizer.param_groups[0]["lr"]
@@ -203,8 +219,7 @@ def validate(model: list[Any], batches: list[Batch], config: TrainConfig) -> flo
     for chunk in model:
         chunk.eval()
     if batches:
-        reduce = partial(_masked_sum, 1.0, config)
-        for output in _run_schedule(model, batches, config, reduce, forward_only=True):
+        for output in _run_schedule(model, batches, config, _measured, forward_only=True):
             total += output["sum"]
     for chunk in model:
         chunk.train()

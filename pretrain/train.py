@@ -19,6 +19,7 @@ from pretrain.checkpoint import (
 from pretrain.config import TrainConfig
 from pretrain.data import DataFolder, train_batches, validation_batches
 from pretrain.gradual import use_ladder_layers
+from pretrain.graphs import StepGraph
 from pretrain.index_cache import IndexCache
 from pretrain.launch import STOPPED
 from pretrain.memory import out_of_memory
@@ -102,6 +103,7 @@ def _train(
     saver = CheckpointSaver(config, log)
     profile = StepProfile(config)
     bad_steps = BadSteps(config, saver, progress.recent_losses)
+    graph = StepGraph(model) if config.cuda_graph else None
     log.built(model[0].config)
     log.data(folders)
 
@@ -140,6 +142,7 @@ def _train(
                 figures = train_step(
                     *(model, optimizer, scheduler, batches, config, teacher),
                     partial(bad_steps.is_good, step),
+                    graph,
                 )
             if bad_steps.found:
                 answer(bad_steps.found)
