@@ -133,7 +133,7 @@ def read_load(lines: str) -> dict[str, float]:
     }
 
 
-def reason(error: RuntimeError) -> str:
+def reason(error: Exception) -> str:
     """Why a row could not be measured, in short; the whole of it is printed, but for missing memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return f"{NO_MEMORY}: {str(error).split('. ')[0]}"
