@@ -95,11 +95,12 @@ def under_load(run: Callable[[], object], times: int) -> dict[str, float]:
     """
     if not torch.cuda.is_available():
         return {}
-    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    which = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else "0"
     query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "50"]
     try:
         asked = subprocess.Popen(  # noqa: S603 (a list)
-            ["nvidia-smi", "-i", f"GPU-{uuid}", *query],  # noqa: S607
+            ["nvidia-smi", "-i", which, *query],  # noqa: S607
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

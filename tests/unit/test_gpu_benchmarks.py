@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-
 from megatron.core import parallel_state
 
 from megatron_ladder.collectives import take_part
