@@ -7,8 +7,8 @@ is up; OUTPUT/summary.json says of each what became of it, OUTPUT/NAME.log what 
 OUTPUT/results.tgz has all of it but the traces, which are in OUTPUT/traces.tgz. `--list` names the parts;
 `--only overlap` is all whose names begin so.
 
-While a part runs, the next one's process has been started and imports what it needs (standby.py), with one
-thread and without the GPU. A part's limit counts from its go.
+While a part runs, the next one's process has been started and imports what it needs
+(pretrain/bench/standby.py), with one thread and without the GPU. A part's limit counts from its go.
 """
 
 import argparse
@@ -25,6 +25,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout need not be installed
+
+from pretrain.bench.standby import Standby  # noqa: E402
+
 # Layers as a rank of TP=8 has them: hidden sizes, heads, and sequences in a micro-batch, as many as make
 # kernels long beside the time that Python takes to launch them, which would hide any link.
 OVERLAP = {"8b": ("4096", "14336", "32", "4"), "70b": ("8192", "28672", "64", "1")}
@@ -34,7 +38,6 @@ ENVIRONMENT = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "PYTHONUNBUFFERED": "1",  # what was printed before a part is killed is in its log
-    # This checkout need not be installed.
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
 }
 GRACE_S = 10.0  # for a part to say what it has, at its limit
@@ -106,6 +109,19 @@ def parts() -> list[Part]:
     llama.append("llama-3-8b:bf16:ladder:8:full")
     sp = "--sequence-parallel"
     layers = ["--precisions", "bf16", *fp8, "--tokens", "16384", "--steps", "15"]
+    learning = [
+        *("benchmarks/learning.py", "--text", "--work-dir", "WORK", "--seeds", "1"),
+        *("--target", "llama-3-8b", "llama-3-70b:64", "--preset", "paper-1b"),
+        # 25.7 million parameters without the embedding. Micro-batches that keep the GPU longer than
+        # Python takes to launch them.
+        *("--model.num-layers", "8", "--model.hidden-size", "512"),
+        *("--model.ffn-hidden-size", "1408", "--model.num-attention-heads", "8"),
+        *("--model.vocab-size", "None", "--data.seq-length", "1024", "--data.num-workers", "8"),
+        *("--micro-batch-size", "128", "--global-batch-size", "128"),
+        *("--schedule.warmup-steps", "60", "--eval-interval", "200", "--eval-sequences", "512"),
+        *("--save-interval", "1000000", "--log-interval", "5", "--no-tensorboard"),
+    ]
+    rates = [*learning, "--rates", "1e-3", "2e-3", "4e-3", "--train-tokens", "20_000_000"]
     precision = ["--precisions", "bf16", *fp8, "--steps", "250"]
     shapes = ["--shapes", "256:6:256:2", "512:8:512:4", "--precision", "bf16"]
     tests = ["-m", "pytest", "-v", "--durations", "10", "-m", "gpu", "tests/gpu"]
@@ -130,6 +146,20 @@ def parts() -> list[Part]:
         overlap("8b", "p2p-off", sp),
         *(connections(count) for count in (1, 2, 8, 32)),
         Part(
+            "learning",
+            [
+                *(*learning, "--seconds", "470", "--train-tokens", "210_000_000"),
+                *("--optimizer.lr", "2e-3", "--json", "OUTPUT/learning.json"),
+                *("--picture", "OUTPUT/learning.png"),
+            ],
+            500,
+        ),
+        Part(
+            "rates-of-learning",
+            [*rates, "--seconds", "240", "--json", "OUTPUT/rates-of-learning.json"],
+            270,
+        ),
+        Part(
             "precision",
             [
                 *("benchmarks/precision.py", *precision, "--json", "OUTPUT/precision.json"),
@@ -142,59 +172,36 @@ def parts() -> list[Part]:
     ]
 
 
-class Standby:
-    """A part's process, which is importing, or waits for its go. Its output goes to OUTPUT/NAME.log."""
+def standby_of(part: Part, output: Path) -> Standby:
+    """Its process, which begins to import."""
+    return Standby(
+        ROOT,
+        session=True,
+        log=output / f"{part.name}.log",
+        environment={**ENVIRONMENT, **part.environment},
+    )
 
-    def __init__(self, part: Part, output: Path) -> None:
-        self.part, self.output = part, output
-        self._process = self._start([str(ROOT / "benchmarks" / "standby.py")], "w", subprocess.PIPE)
 
-    def run(self, limit_s: float) -> Result:
-        """Ends it at its limit, counted from now."""
-        begin = time.monotonic()
-        work = Path(tempfile.gettempdir()) / f"{self.output.name}-{self.part.name}"
-        places = {"OUTPUT": str(self.output), "WORK": str(work)}
-        words = list(self.part.command)
-        for name, place in places.items():
-            words = [word.replace(name, place) for word in words]
-        try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(words).encode() + b"\n")
-            self._process.stdin.close()
-            if self._process.poll() is not None:
-                raise BrokenPipeError
-        except BrokenPipeError:  # it has ended while it imported
-            self._process = self._start(words, "a", subprocess.DEVNULL)
-        try:
-            code = self._process.wait(limit_s)
-            status = "done" if code == 0 else f"failed with {code}"
-        except subprocess.TimeoutExpired:
-            status = f"ended at its limit of {limit_s:.0f} s"
-            self._process.send_signal(signal.SIGINT)  # pytest reports then
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(GRACE_S)
-        self.end()
-        shown = [f"{name}={value}" for name, value in self.part.environment.items()]
-        shown += ["python", *self.part.command]
-        seconds = round(time.monotonic() - begin, 1)
-        return Result(self.part.name, " ".join(shown), status, seconds)
-
-    def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its children would keep the GPU
-        self._process.wait()
-
-    def _start(self, words: list[str], mode: str, stdin: int) -> subprocess.Popen[bytes]:
-        with (self.output / f"{self.part.name}.log").open(mode) as log:
-            return subprocess.Popen(  # noqa: S603 (the commands above)
-                [sys.executable, *words],
-                cwd=ROOT,
-                env={**os.environ, **ENVIRONMENT, **self.part.environment},
-                stdin=stdin,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+def run(part: Part, standby: Standby, output: Path, limit_s: float) -> Result:
+    """Ends it at its limit, counted from now."""
+    begin = time.monotonic()
+    work = Path(tempfile.gettempdir()) / f"{output.name}-work"
+    words = list(part.command)
+    for name, place in (("OUTPUT", output), ("WORK", work)):
+        words = [word.replace(name, str(place)) for word in words]
+    standby.go(words)
+    try:
+        code = standby.process.wait(limit_s)
+        status = "done" if code == 0 else f"failed with {code}"
+    except subprocess.TimeoutExpired:
+        status = f"ended at its limit of {limit_s:.0f} s"
+        standby.process.send_signal(signal.SIGINT)  # pytest reports then
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            standby.process.wait(GRACE_S)
+    standby.end()  # its children would keep the GPU
+    shown = [f"{name}={value}" for name, value in part.environment.items()]
+    shown += ["python", *part.command]
+    return Result(part.name, " ".join(shown), status, round(time.monotonic() - begin, 1))
 
 
 def archive(output: Path) -> list[str]:
@@ -243,17 +250,17 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.seconds
     results = []
-    standby = Standby(wanted[0], output)
+    standby = standby_of(wanted[0], output)
     for part, following in zip(wanted, [*wanted[1:], None], strict=True):
         current = standby
         if following is not None:
-            standby = Standby(following, output)
+            standby = standby_of(following, output)
         left = end - time.monotonic() - GRACE_S
         if left < 20:
             current.end()
             results.append(Result(part.name, "", "no time left", 0.0))
         else:
-            results.append(current.run(min(part.limit_s, left)))
+            results.append(run(part, current, output, min(part.limit_s, left)))
         print(f"{part.name}: {results[-1].status}, {results[-1].seconds:.0f} s", flush=True)
         summary = [asdict(result) for result in results]
         (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -19,7 +19,10 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_ladder.collectives import take_part
+from pretrain.arguments import parse_train
 from pretrain.bench import facts, hidden, interleaved
+from pretrain.bench import standby as standby_module
+from pretrain.bench.modelled_time import modelled
 from pretrain.bench.plan import Submodule
 from pretrain.bench.recorder import Recorder
 
@@ -54,21 +57,42 @@ def test_every_part_is_a_script_that_is_there() -> None:
 def test_every_parts_options_are_its_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash there costs minutes of a GPU."""
     for part in script("gpu").parts():
-        name = Path(part.command[0]).stem
-        if part.command[0] != "-m" and hasattr(module := script(name), "arguments"):
+        if part.command[0] != "-m":
             monkeypatch.setattr(sys, "argv", part.command)
-            module.arguments()
+            script(Path(part.command[0]).stem).arguments()
+
+
+def test_learnings_models_are_of_25_million_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the options that it gives to `train` are those of `train`."""
+    learning = script("learning")
+    monkeypatch.setattr(learning, "Standby", lambda *_, **__: None)
+    for part in script("gpu").chosen(["learning", "rates"]):
+        monkeypatch.setattr(sys, "argv", part.command)
+        options, of_train = learning.arguments()
+        options.data = [Path("data")]
+        trainings = learning.Trainings(options, of_train)
+        command = trainings.command("ladder", 1, Path("run"), options.train_tokens)
+        config, _ = parse_train(command)
+        assert 25e6 < config.model.num_parameters(embeddings=False) < 26e6
+        assert config.precision == "bf16" and config.num_microbatches(1) == 1
+        # The trial, which may be all there is time for, is longer than warm-up.
+        assert config.steps_for(options.trial_tokens) > config.warmup_steps
+        for target in options.target:
+            assert set(modelled(target, options.device).plan) == set(options.kinds)
 
 
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """With a folder of its own for scripts, and a standby that imports next to nothing."""
     module = script("gpu")
-    (tmp_path / "benchmarks").mkdir()
-    standby = (ROOT / "benchmarks/standby.py").read_text()
-    begin, end = standby.index("IMPORTED = ("), standby.index("def prepare")
-    names = 'IMPORTED = ("json", "no_such_package")\n\n\n'
-    (tmp_path / "benchmarks/standby.py").write_text(standby[:begin] + names + standby[end:])
+    standby = Path(standby_module.__file__).read_text()
+    begin, end = standby.index("IMPORTED = ("), standby.index("class Standby")
+    names = 'IMPORTED = ("json", "no_such_package", "broken")\n\n\n'
+    (tmp_path / "standby.py").write_text(standby[:begin] + names + standby[end:])
+    (tmp_path / "broken.py").write_text("raise OSError('a library')")
+    monkeypatch.setattr(standby_module, "__file__", str(tmp_path / "standby.py"))
     (tmp_path / "output").mkdir()
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
@@ -77,6 +101,11 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def part_of(gpu: ModuleType, name: str, source: str, *words: str) -> Any:
     (gpu.ROOT / f"{name}.py").write_text(source)
     return gpu.Part(name, [f"{name}.py", *words], 60, {"QUEUES": "8"})
+
+
+def run(gpu: ModuleType, part: Any, limit_s: float) -> Any:
+    output = gpu.ROOT / "output"
+    return gpu.run(part, gpu.standby_of(part, output), output, limit_s)
 
 
 def log_of(gpu: ModuleType, name: str) -> str:
@@ -91,31 +120,30 @@ print(sys.argv, os.environ["QUEUES"], sys.path[0])
 """
     output = gpu.ROOT / "output"
     part = part_of(gpu, "says", says, "--json", "OUTPUT/a.json")
-    done = gpu.Standby(part, output).run(60)
+    done = run(gpu, part, 60)
     assert done.status == "done"
     assert done.command == "QUEUES=8 python says.py --json OUTPUT/a.json"
     argv = ["says.py", "--json", f"{output}/a.json"]
     # What cannot be imported does not keep the part from running.
     first, last = log_of(gpu, "says").splitlines()
-    assert first.startswith("standby: no_such_package: ModuleNotFoundError")
+    assert first == "standby: broken: OSError: a library"
     assert last == f"{argv} 8 {gpu.ROOT}"
     module = gpu.Part("module", ["-m", "says", "word"], 60, {"QUEUES": "1"})
-    assert gpu.Standby(module, output).run(60).status == "done"
+    assert run(gpu, module, 60).status == "done"
     assert "'word'] 1" in log_of(gpu, "module")
 
 
 def test_a_part_runs_when_its_standby_has_died(gpu: ModuleType) -> None:
     part = part_of(gpu, "says", "print('here')")
-    (gpu.ROOT / "benchmarks/standby.py").write_text("print('no'); raise SystemExit(1)")
-    standby = gpu.Standby(part, gpu.ROOT / "output")
-    standby._process.wait()
-    assert standby.run(60).status == "done"
+    (gpu.ROOT / "standby.py").write_text("print('no'); raise SystemExit(1)")
+    standby = gpu.standby_of(part, gpu.ROOT / "output")
+    standby.process.wait()
+    assert gpu.run(part, standby, gpu.ROOT / "output", 60).status == "done"
     assert log_of(gpu, "says").split() == ["no", "here"]
 
 
 def test_a_part_that_fails_or_hangs_is_said_and_ends(gpu: ModuleType) -> None:
-    output = gpu.ROOT / "output"
-    failed = gpu.Standby(part_of(gpu, "failed", "raise SystemExit(3)"), output).run(60)
+    failed = run(gpu, part_of(gpu, "failed", "raise SystemExit(3)"), 60)
     assert failed.status == "failed with 3"
     # With a child that would live on; what it says when it is interrupted is kept, as pytest's report is.
     sleep = "import time; time.sleep(600)"
@@ -127,7 +155,7 @@ finally:
     print("so far")
 """
     begin = time.monotonic()
-    hung = gpu.Standby(part_of(gpu, "hung", hangs), output).run(5.0)
+    hung = run(gpu, part_of(gpu, "hung", hangs), 5.0)
     assert hung.status == "ended at its limit of 5 s"
     assert time.monotonic() - begin < 60
     assert "so far" in log_of(gpu, "hung")
@@ -170,8 +198,7 @@ def refused(*_, **__):
     raise AssertionError("CUDA")
 for name in ("_lazy_init", "current_device", "get_device_capability", "get_device_properties"):
     setattr(torch.cuda, name, refused)
-sys.path[:0] = ["benchmarks", "."]
-import standby
+from pretrain.bench import standby
 standby.prepare()
 assert "pretrain.bench.decoder" in sys.modules and "megatron.core" in sys.modules
 """
