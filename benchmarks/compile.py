@@ -14,9 +14,9 @@ bytes are those that a forward pass keeps for backward.
 import argparse
 import gc
 import itertools
-import json
 import os
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
+from pretrain.bench import facts
 from pretrain.bench.interleaved import measure
 from pretrain.config import DataConfig, TrainConfig
 from pretrain.data import Batch
-from pretrain.run_log import versions
 from pretrain.setup import build, start_ranks
 from pretrain.step import train_step
 
@@ -100,6 +100,7 @@ class Run:
         begin = time.perf_counter()
         self.first_loss, self.first_norm = self._train()
         self.first_s = time.perf_counter() - begin
+        self.attention = facts.attention_of(self._parts[0][0])
         self.kept = self._kept()
 
     def _kept(self) -> int:
@@ -132,6 +133,7 @@ class Run:
 
 
 def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    facts.forget_peak()
     runs = {
         (kind, variant): Run(config_of(shape, kind, args.precision), variant)
         for kind in args.kinds
@@ -139,6 +141,7 @@ def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     }
     gc.collect()
     times = measure({key: run.step for key, run in runs.items()}, args.steps)
+    load = facts.under_load(runs[args.kinds[0], "plain"].step, 50)
     rows = []
     for (kind, variant), found in times.items():
         plain = times[kind, "plain"]
@@ -160,28 +163,28 @@ def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 "kept_mib": run.kept / 2**20,
                 "first_loss_off": run.first_loss / other.first_loss - 1,
                 "first_norm_off": run.first_norm / other.first_norm - 1,
+                "attention": run.attention,
+                **facts.peak_memory(),  # of all together
+                **load,
             }
         )
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| hidden:layers:sequence:batch | kind | | step, ms | over plain | quartiles | "
-        "processor time over plain | quartiles | first step, s | kept, MiB |",
-        "| --- | --- | --- | ---: | ---: | --- | ---: | --- | ---: | ---: |",
-    ]
+    titles = ["hidden:layers:sequence:batch", "kind", "", "step, ms", "over plain", "quartiles"]
+    titles += ["processor time over plain", "quartiles", "first step, s", "kept, MiB"]
+    lines = []
     for row in rows:
-        (low, middle, high), (own_low, own, own_high) = (
-            row["over_plain"],
-            row["processor_over_plain"],
-        )
-        lines.append(
-            f"| {row['shape']} | {row['kind']} | {row['variant']} | {row['ms']:.1f} | {middle:.2f} | "
-            f"{low:.2f} to {high:.2f} | {own:.2f} | {own_low:.2f} to {own_high:.2f} | "
-            f"{row['first_step_s']:.1f} | {row['kept_mib']:.0f} |"
-        )
-    return "\n".join(lines)
+        if "error" in row:
+            lines.append([row["shape"], "all", "", row["error"]])
+            continue
+        low, middle, high = row["over_plain"]
+        own_low, own, own_high = row["processor_over_plain"]
+        cells = [row["shape"], row["kind"], row["variant"], f"{row['ms']:.1f}", f"{middle:.2f}"]
+        cells += [f"{low:.2f} to {high:.2f}", f"{own:.2f}", f"{own_low:.2f} to {own_high:.2f}"]
+        lines.append([*cells, f"{row['first_step_s']:.1f}", f"{row['kept_mib']:.0f}"])
+    return facts.markdown(titles, lines)
 
 
 def main() -> None:
@@ -189,19 +192,17 @@ def main() -> None:
     device = start_ranks(config_of(args.shapes[0], "ladder", args.precision))
     rows: list[dict[str, Any]] = []
     for shape in args.shapes:
-        rows += compare(shape, args)
-        if args.json and dist.get_rank() == 0:
-            facts = {
-                "device": device,
-                "versions": versions(),
-                "options": {k: str(v) for k, v in vars(args).items() if k != "json"},
-                "threads": torch.get_num_threads(),
-                "rows": rows,
-            }
-            args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        try:
+            rows += compare(shape, args)
+        except RuntimeError as error:  # the other shapes can still be measured
+            rows.append({"shape": shape, "error": facts.reason(error)})
+        if dist.get_rank() == 0:
+            print(f"{shape}: {facts.in_words(rows[-1])}", flush=True)
+            facts.write(args.json, {**facts.header(device, args), "rows": rows})
     if dist.get_rank() == 0:
         print(table(rows))
     dist.destroy_process_group()
+    sys.exit(facts.failed(rows))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """Everything that is to be measured on one GPU, in one call, most wanted first, within a time.
 
-    python benchmarks/gpu.py OUTPUT --seconds 540
+    python benchmarks/gpu.py OUTPUT --seconds 540 [--only PART...]
 
 Each part runs in a process of its own, and what it has written stays when a later one fails or the time
-is up; OUTPUT/summary.json says of each what became of it, OUTPUT/NAME.log what it printed. `--only` runs
-some parts; `--list` names them.
+is up; OUTPUT/summary.json says of each what became of it, OUTPUT/NAME.log what it printed. After each part
+OUTPUT/results.tgz has all of it but the traces, which are in OUTPUT/traces.tgz. `--list` names the parts;
+`--only overlap` is all whose names begin so.
+
+While a part runs, the next one's process has been started and imports what it needs
+(pretrain/bench/standby.py), with one thread and without the GPU. A part's limit counts from its go.
 """
 
 import argparse
@@ -14,31 +18,42 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout need not be installed
+
+from pretrain.bench.standby import Standby  # noqa: E402
+
 # Layers as a rank of TP=8 has them: hidden sizes, heads, and sequences in a micro-batch, as many as make
 # kernels long beside the time that Python takes to launch them, which would hide any link.
-OVERLAP = {"8b": ("4096", "14336", "32", "2"), "70b": ("8192", "28672", "64", "1")}
+OVERLAP = {"8b": ("4096", "14336", "32", "4"), "70b": ("8192", "28672", "64", "1")}
 # Of the parts' processes. A few small kernels are compiled: sooner in the process than by workers that
 # import torch first, one for each core, beside what is measured. The other is as in training (setup.py).
 ENVIRONMENT = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # This checkout need not be installed.
+    "PYTHONUNBUFFERED": "1",  # what was printed before a part is killed is in its log
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
 }
 GRACE_S = 10.0  # for a part to say what it has, at its limit
+KEPT = (".json", ".log", ".xml", ".png", ".md")
+TRACE = ".trace.json.gz"
+LARGEST = 4 << 20  # bytes of a file in the archive
 
 
 @dataclass(frozen=True)
 class Part:
     name: str
     command: list[str]
-    """After `python`; OUTPUT stands for the folder."""
+    """After `python`: a script, or -m and a module. OUTPUT stands for the folder, WORK for one that does
+    not come back."""
     limit_s: float
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,46 +64,76 @@ class Result:
     seconds: float
 
 
+def overlap(
+    shape: str, link: str, *options: str, precision: str = "bf16", layers: int = 24
+) -> Part:
+    """The layers, with those weights, gradients and activations, take some 40 of 80 GB."""
+    name = f"overlap-{shape}-{link}-{precision}"
+    if "--sequence-parallel" in options:
+        name += "-sp"
+    hidden, ffn, heads, batch = OVERLAP[shape]
+    command = ["benchmarks/overlap.py", "--hidden-size", hidden, "--ffn-hidden-size", ffn]
+    command += ["--heads", heads, "--kv-heads", "8", "--micro-batch-size", batch]
+    command += ["--seq-length", "8192", "--fake-tp", "8", "--layers", str(layers), "--steps", "8"]
+    command += ["--precision", precision, "--link", link, "--also", "parallel", *options]
+    if (shape, link, precision) == ("70b", "nvswitch", "bf16"):
+        command += ["--trace", f"OUTPUT/{name}{TRACE}"]
+    return Part(name, [*command, "--json", f"OUTPUT/{name}.json"], 90)
+
+
+def connections(count: int) -> Part:
+    """How many hardware queues the second stream of sequence parallelism wants: CUDA reads it once."""
+    hidden, ffn, heads, batch = OVERLAP["70b"]
+    command = ["benchmarks/overlap.py", "--hidden-size", hidden, "--ffn-hidden-size", ffn]
+    command += ["--heads", heads, "--kv-heads", "8", "--micro-batch-size", batch]
+    command += ["--seq-length", "8192", "--fake-tp", "8", "--layers", "8", "--steps", "8"]
+    command += ["--precision", "bf16", "--link", "nvswitch", "--also", "--sequence-parallel"]
+    return Part(
+        f"connections-{count}",
+        [*command, "--json", f"OUTPUT/connections-{count}.json"],
+        60,
+        {"CUDA_DEVICE_MAX_CONNECTIONS": str(count)},
+    )
+
+
+def training(shape: str, cases: list[str]) -> Part:
+    name = f"training-{shape}"
+    options = ["--accumulate", "4", "--steps", "6", "--json", f"OUTPUT/{name}.json"]
+    return Part(name, ["benchmarks/training_step.py", "--cases", *cases, *options], 120)
+
+
 def parts() -> list[Part]:
     fp8 = ["tensorwise", "delayed", "blockwise"]  # of Hopper
-
-    def overlap(shape: str, link: str, precision: str) -> Part:
-        name = f"overlap-{shape}-{link}-{precision}"
-        hidden, ffn, heads, batch = OVERLAP[shape]
-        options = ["--hidden-size", hidden, "--ffn-hidden-size", ffn, "--heads", heads]
-        options += ["--micro-batch-size", batch, "--seq-length", "8192"]
-        options += ["--fake-tp", "8", "--layers", "4", "--steps", "12"]
-        options += ["--kv-heads", "8", "--precision", precision, "--link", link]
-        options += ["--trace", f"OUTPUT/{name}.trace.json.gz"]
-        script = ["benchmarks/overlap.py", *options]
-        return Part(name, [*script, "--json", f"OUTPUT/{name}.json"], 90)
-
-    def training(shape: str, cases: list[str]) -> Part:
-        name = f"training-{shape}"
-        options = ["--accumulate", "4", "--steps", "6", "--json", f"OUTPUT/{name}.json"]
-        return Part(name, ["benchmarks/training_step.py", "--cases", *cases, *options], 120)
-
     paper = [f"paper-1b:{case}" for case in ("bf16:ladder", "bf16:standard", "tensorwise:ladder")]
     llama = [f"llama-3-8b:{case}" for case in ("bf16:ladder:4", "tensorwise:ladder:4")]
     llama.append("llama-3-8b:bf16:ladder:8:full")
+    sp = "--sequence-parallel"
+    layers = ["--precisions", "bf16", *fp8, "--tokens", "16384", "--steps", "15"]
+    learning = [
+        *("benchmarks/learning.py", "--text", "--work-dir", "WORK", "--seeds", "1"),
+        *("--target", "llama-3-8b", "llama-3-70b:64", "--preset", "paper-1b"),
+        # 25.7 million parameters without the embedding. Micro-batches that keep the GPU longer than
+        # Python takes to launch them.
+        *("--model.num-layers", "8", "--model.hidden-size", "512"),
+        *("--model.ffn-hidden-size", "1408", "--model.num-attention-heads", "8"),
+        *("--model.vocab-size", "None", "--data.seq-length", "1024", "--data.num-workers", "8"),
+        *("--micro-batch-size", "128", "--global-batch-size", "128"),
+        *("--schedule.warmup-steps", "60", "--eval-interval", "200", "--eval-sequences", "512"),
+        *("--save-interval", "1000000", "--log-interval", "5", "--no-tensorboard"),
+    ]
+    rates = [*learning, "--rates", "1e-3", "2e-3", "4e-3", "--train-tokens", "20_000_000"]
+    precision = ["--precisions", "bf16", *fp8, "--steps", "250"]
+    shapes = ["--shapes", "256:6:256:2", "512:8:512:4", "--precision", "bf16"]
+    tests = ["-m", "pytest", "-v", "--durations", "10", "-m", "gpu", "tests/gpu"]
+    # TE says why it takes which.
+    debug = {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "2"}
     return [
-        Part("doctor", ["-m", "pretrain.cli", "doctor"], 90),
         Part(
-            "tests",
-            [
-                *("-m", "pytest", "-v", "--durations", "10", "-m", "gpu", "tests/gpu"),
-                *("--junitxml", "OUTPUT/tests.xml"),
-            ],
-            240,
+            "attention", ["benchmarks/attention.py", "--json", "OUTPUT/attention.json"], 60, debug
         ),
-        Part(
-            "layers",
-            [
-                *("benchmarks/layers.py", "--precisions", "bf16", *fp8, "--tokens", "16384"),
-                *("--steps", "20", "--json", "OUTPUT/layers.json"),
-            ],
-            120,
-        ),
+        Part("doctor", ["-m", "pretrain.cli", "doctor"], 60),
+        Part("tests", [*tests, "--junitxml", "OUTPUT/tests.xml"], 240),
+        Part("layers", ["benchmarks/layers.py", *layers, "--json", "OUTPUT/layers.json"], 120),
         training("1b", paper),
         Part(  # small micro-batches, which Python cannot launch as fast as they run
             "cuda-graph",
@@ -101,85 +146,136 @@ def parts() -> list[Part]:
             120,
         ),
         training("8b", llama),
-        overlap("70b", "nvswitch", "bf16"),
-        overlap("8b", "nvswitch", "bf16"),
+        overlap("70b", "nvswitch"),
+        overlap("70b", "nvswitch", sp),
+        overlap("8b", "nvswitch"),
+        overlap("8b", "nvswitch", sp),
+        overlap("70b", "p2p-off"),
+        overlap("8b", "p2p-off"),
+        overlap("70b", "p2p-off", sp),
+        overlap("8b", "p2p-off", sp),
+        *(connections(count) for count in (1, 2, 8, 32)),
+        Part(
+            "learning",
+            [
+                *(*learning, "--seconds", "470", "--train-tokens", "210_000_000"),
+                *("--optimizer.lr", "2e-3", "--json", "OUTPUT/learning.json"),
+                *("--picture", "OUTPUT/learning.png"),
+            ],
+            500,
+        ),
+        Part(
+            "rates-of-learning",
+            [*rates, "--seconds", "240", "--json", "OUTPUT/rates-of-learning.json"],
+            270,
+        ),
         Part(
             "precision",
             [
-                *("benchmarks/precision.py", "--precisions", "bf16", *fp8, "--steps", "250"),
-                *("--json", "OUTPUT/precision.json", "--picture", "OUTPUT/precision.png"),
+                *("benchmarks/precision.py", *precision, "--json", "OUTPUT/precision.json"),
+                *("--picture", "OUTPUT/precision.png"),
             ],
             120,
         ),
-        overlap("70b", "nvswitch", "tensorwise"),
-        Part(
-            "compile",
-            [
-                *("benchmarks/compile.py", "--shapes", "256:6:256:2", "512:8:512:4"),
-                *("--precision", "bf16", "--json", "OUTPUT/compile.json"),
-            ],
-            120,
-        ),
-        overlap("70b", "p2p-off", "bf16"),
-        overlap("8b", "p2p-off", "bf16"),
-        overlap("8b", "nvswitch", "tensorwise"),
+        Part("compile", ["benchmarks/compile.py", *shapes, "--json", "OUTPUT/compile.json"], 120),
+        overlap("70b", "nvswitch", precision="tensorwise"),
     ]
 
 
-def run(part: Part, output: Path, limit_s: float) -> Result:
-    """Ends it at its limit; its output goes to OUTPUT/NAME.log."""
-    command = [sys.executable, *(word.replace("OUTPUT", str(output)) for word in part.command)]
+def standby_of(part: Part, output: Path) -> Standby:
+    """Its process, which begins to import."""
+    return Standby(
+        ROOT,
+        session=True,
+        log=output / f"{part.name}.log",
+        environment={**ENVIRONMENT, **part.environment},
+    )
+
+
+def run(part: Part, standby: Standby, output: Path, limit_s: float) -> Result:
+    """Ends it at its limit, counted from now."""
     begin = time.monotonic()
-    with (output / f"{part.name}.log").open("w") as log:
-        process = subprocess.Popen(  # noqa: S603 (the commands above)
-            command,
-            cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(limit_s)
-            status = "done" if code == 0 else f"failed with {code}"
-        except subprocess.TimeoutExpired:
-            status = f"ended at its limit of {limit_s:.0f} s"
-            process.send_signal(signal.SIGINT)  # pytest reports then
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its children would keep the GPU
-        process.wait()
-    shown = " ".join(["python", *part.command])
-    return Result(part.name, shown, status, round(time.monotonic() - begin, 1))
+    work = Path(tempfile.gettempdir()) / f"{output.name}-work"
+    words = list(part.command)
+    for name, place in (("OUTPUT", output), ("WORK", work)):
+        words = [word.replace(name, str(place)) for word in words]
+    standby.go(words)
+    try:
+        code = standby.process.wait(limit_s)
+        status = "done" if code == 0 else f"failed with {code}"
+    except subprocess.TimeoutExpired:
+        status = f"ended at its limit of {limit_s:.0f} s"
+        standby.process.send_signal(signal.SIGINT)  # pytest reports then
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            standby.process.wait(GRACE_S)
+    standby.end()  # its children would keep the GPU
+    shown = [f"{name}={value}" for name, value in part.environment.items()]
+    shown += ["python", *part.command]
+    return Result(part.name, " ".join(shown), status, round(time.monotonic() - begin, 1))
+
+
+def archive(output: Path) -> list[str]:
+    """Writes results.tgz and traces.tgz; returns the names of files too large for them."""
+    left_out = []
+    for name, ending in (("results.tgz", KEPT), ("traces.tgz", (TRACE,))):
+        temporary = output / f".{name}"
+        with tarfile.open(temporary, "w:gz") as tar:
+            for file in sorted(output.iterdir()):
+                if not file.name.endswith(ending):
+                    continue
+                if file.stat().st_size > LARGEST:
+                    left_out.append(file.name)
+                else:
+                    tar.add(file, file.name)
+        temporary.replace(output / name)
+    return left_out
+
+
+def chosen(only: list[str] | None) -> list[Part]:
+    """Those whose names begin as asked, in the order asked for."""
+    known = parts()
+    if only is None:
+        return known
+    found = {p.name: p for word in only for p in known if p.name.startswith(word)}
+    for word in only:
+        if not any(name.startswith(word) for name in found):
+            sys.exit(f"gpu.py: no part begins with {word!r}: --list names them")
+    return list(found.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = {part.name: part for part in parts()}
     parser.add_argument("output", type=Path, nargs="?", default=Path("gpu-results"))
     parser.add_argument("--seconds", type=float, default=3600, help="for all parts together")
-    parser.add_argument("--only", nargs="+", choices=known)
+    parser.add_argument("--only", nargs="+", help="parts, or how their names begin")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
+    wanted = chosen(args.only)
     if args.list:
-        print("\n".join(known))
+        print("\n".join(part.name for part in wanted))
         return
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.seconds
     results = []
-    for name in args.only or known:
+    standby = standby_of(wanted[0], output)
+    for part, following in zip(wanted, [*wanted[1:], None], strict=True):
+        current = standby
+        if following is not None:
+            standby = standby_of(following, output)
         left = end - time.monotonic() - GRACE_S
         if left < 20:
-            results.append(Result(name, "", "no time left", 0.0))
+            current.end()
+            results.append(Result(part.name, "", "no time left", 0.0))
         else:
-            results.append(run(known[name], output, min(known[name].limit_s, left)))
-        print(f"{name}: {results[-1].status}, {results[-1].seconds:.0f} s", flush=True)
+            results.append(run(part, current, output, min(part.limit_s, left)))
+        print(f"{part.name}: {results[-1].status}, {results[-1].seconds:.0f} s", flush=True)
         summary = [asdict(result) for result in results]
         (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        for name in archive(output):
+            print(f"{name} is too large for the archive", flush=True)
     sys.exit(any(result.status != "done" for result in results))
 
 

@@ -13,19 +13,21 @@ A kind's hidden share of the link's time is
 as collectives' own work on a CPU takes compute time and cannot hide. It is given against two
 standards: one that waits for every collective at once, which is all the link's time; and
 megatron-core's own layer, which in backward hides a reduction behind its own weight gradient.
-Also given is the usual (T_standard - T_kind) / (T_standard - T_no-comm).
+Also given is the usual (T_standard - T_kind) / (T_standard - T_no-comm), and how much ladder can hide: by
+its number of layers alone, and by the planner's model of a pass with the times measured here.
 
-With --fake-tp N one process plays rank 0 of N, and collectives move nothing: for one GPU.
+With --fake-tp N one process plays rank 0 of N, and collectives move nothing: for one GPU. Where the layers
+do not fit in its memory half as many are measured, and the results say so.
 """
 
 import argparse
-import json
+import gc
 import os
 import platform
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,24 @@ from megatron.core import parallel_state
 from megatron_ladder import backward_order, linear, ranges
 from megatron_ladder.collectives import collectives_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
+from pretrain.bench import facts
 from pretrain.bench.decoder import Decoder
+from pretrain.bench.hidden import (
+    BLOCKING,
+    NO_COMM,
+    PASSES,
+    hidden_share,
+    link_time,
+    most_hidden,
+    paired,
+    planned,
+    scaled,
+    table,
+)
 from pretrain.bench.interleaved import measure, slowest
 from pretrain.bench.links import NVLINK
 from pretrain.bench.links import PRESETS as LINKS
-from pretrain.bench.plan import DEVICES, Hardware, Submodule, pass_seconds
+from pretrain.bench.plan import DEVICES, Hardware, Submodule
 from pretrain.bench.plan import submodules as planned_submodules
 from pretrain.bench.precisions import PRECISIONS, precision_of
 from pretrain.bench.ranks import become_torchrun, join
@@ -48,10 +63,10 @@ from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds
 from pretrain.presets import PRESETS as TRAIN_PRESETS
 from pretrain.profile import traced
-from pretrain.run_log import versions
 
 TP = 2
-BLOCKING = "standard, waiting at once"
+ALSO = {"parallel": "parallel", "hybrid": "hybrid (last half)", NO_COMM: NO_COMM}
+AUTOGRAD = "autograd-order"
 
 
 @dataclass
@@ -66,6 +81,8 @@ class Line:
     """Backward's order is changed (backward_order.py)."""
     early: bool = True
     """The input gradient's reduction starts before the weight gradient is computed."""
+    device_allocations: list[int] = field(default_factory=list)
+    """Of each step, the warm-up too: how often CUDA was asked for memory, which no step should need."""
 
     def step(self, under_way_s: float) -> tuple[float, float]:
         """Seconds of forward and of backward; an all-reduce is at least that long under way."""
@@ -83,8 +100,11 @@ class Line:
             if module is not None:
                 module.collectives_of = collectives_of if self.early else lambda _: None  # type: ignore[attr-defined]
         group = parallel_state.get_tensor_model_parallel_group()
+        before = facts.device_allocations()
         with over(group, seconds, blocking=self.blocking):
-            return self.decoder.step()
+            times = self.decoder.step()
+        self.device_allocations.append(facts.device_allocations() - before)
+        return times
 
 
 def arguments() -> argparse.Namespace:
@@ -110,6 +130,13 @@ def arguments() -> argparse.Namespace:
         help="with --link: the ratio of its layers at TP=8 on H100s",
     )
     parser.add_argument("--fake-tp", type=int, help="one process as rank 0 of this many")
+    parser.add_argument(
+        "--also",
+        nargs="*",
+        choices=[*ALSO, AUTOGRAD],
+        default=[*ALSO, AUTOGRAD],
+        help="beside standard and ladder; default all",
+    )
     parser.add_argument("--json", type=Path, help="write every time measured")
     parser.add_argument(
         "--trace", type=Path, help="of a pass of standard and of ladder, for Perfetto"
@@ -131,127 +158,54 @@ def target_ratio(target: str, link: str) -> float:
     return seconds / ((attention.forward_s + mlp.forward_s) / 2)
 
 
-def lines(args: argparse.Namespace, tp: int, names: tuple[str, ...]) -> list[Line]:
+def decoder_of(args: argparse.Namespace, tp: int, name: str) -> Decoder:
     kinds: dict[str, dict[str, Any]] = {
-        "standard": {"residual": "standard"},
-        "parallel": {"residual": "parallel"},
-        "ladder": {"residual": "ladder"},
         "hybrid (last half)": {"residual": "ladder", "ladder_layers": args.layers // 2},
-        "no-comm": {"residual": "no-comm"},
     }
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=tp, sequence_parallel=args.sequence_parallel
+    number_format, fp8 = precision_of(args.precision)
+    model = ModelConfig(
+        num_layers=args.layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.heads,
+        num_query_groups=args.kv_heads,
+        vocab_size=128 * tp,
+        **kinds.get(name, {"residual": name}),
+    )
+    return Decoder(
+        model,
+        ParallelConfig(
+            tensor_model_parallel_size=tp,
+            sequence_parallel=args.sequence_parallel and name != NO_COMM,
+        ),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        recompute=args.recompute,
+        precision=number_format,
+        fp8=fp8,
     )
 
-    number_format, fp8 = precision_of(args.precision)
 
-    def decoder(kind: dict[str, Any]) -> Decoder:
-        model = ModelConfig(
-            num_layers=args.layers,
-            hidden_size=args.hidden_size,
-            ffn_hidden_size=args.ffn_hidden_size,
-            num_attention_heads=args.heads,
-            num_query_groups=args.kv_heads,
-            vocab_size=128 * tp,
-            **kind,
-        )
-        layout = (
-            ParallelConfig(tensor_model_parallel_size=tp)
-            if kind["residual"] == "no-comm"
-            else parallel
-        )
-        return Decoder(
-            model,
-            layout,
-            micro_batch_size=args.micro_batch_size,
-            seq_length=args.seq_length,
-            recompute=args.recompute,
-            precision=number_format,
-            fp8=fp8,
-        )
-
-    result = [Line(name, decoder(kinds[name])) for name in names]
-    if tp > 1:
-        by_name = {line.name: line.decoder for line in result}
-        result.insert(0, Line(BLOCKING, by_name["standard"], blocking=True))
-        if not args.sequence_parallel:
-            result += [
-                Line("ladder, autograd's order", by_name["ladder"], mended=False),
-                Line("  and started late", by_name["ladder"], mended=False, early=False),
-            ]
+def lines(args: argparse.Namespace, tp: int) -> list[Line]:
+    """Standard, ladder, and what is asked for besides."""
+    order = ["standard", "parallel", "ladder", "hybrid"]
+    names = [ALSO.get(n, n) for n in order if n in ("standard", "ladder", *args.also)]
+    result = [Line(name, decoder_of(args, tp, name)) for name in names]
+    by_name = {line.name: line.decoder for line in result}
+    result.insert(0, Line(BLOCKING, by_name["standard"], blocking=True))
+    if AUTOGRAD in args.also and not args.sequence_parallel:
+        result += [
+            Line("ladder, autograd's order", by_name["ladder"], mended=False),
+            Line("  and started late", by_name["ladder"], mended=False, early=False),
+        ]
     return result
 
 
-Times = dict[tuple[str, str], list[tuple[float, ...]]]
-"""By line and link: seconds of forward and of backward, of each repetition."""
-
-PASSES: dict[str, Callable[[tuple[float, ...]], float]] = {
-    "forward": lambda t: t[0],
-    "backward": lambda t: t[1],
-    "total": sum,
-}
-
-
-def median(times: Times, key: tuple[str, str], part: str) -> float:
-    return statistics.median(PASSES[part](t) for t in times[key])
-
-
-def link_time(times: Times, name: str, part: str) -> float:
-    """Seconds that the link adds: T(link) - T(zero)."""
-    return median(times, (name, "link"), part) - median(times, (name, "zero"), part)
-
-
-def hidden_share(times: Times, name: str, part: str, standard: str = BLOCKING) -> float:
-    return 1 - link_time(times, name, part) / link_time(times, standard, part)
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return low, middle, high
-
-
-def table(times: Times, link_s: float) -> str:
-    names = list(dict.fromkeys(name for name, _ in times))
-    out = [
-        f"{'median ms':30}"
-        + "".join(f"{p + ' ' + w:>16}" for p in PASSES for w in ("link", "zero")),
-    ]
-    for name in names:
-        cells = [
-            1e3 * statistics.median(PASSES[p](t) for t in times.get((name, w), times[name, "link"]))
-            for p in PASSES
-            for w in ("link", "zero")
-        ]
-        out.append(f"{name:30}" + "".join(f"{c:16.1f}" for c in cells))
-    for standard, title in ((BLOCKING, "waiting at once"), ("standard", "megatron-core's")):
-        title = f"hidden, against {title}"
-        out += ["", f"{title:30}" + "".join(f"{p:>16}" for p in PASSES)]
-        for name in names:
-            if name not in (standard, BLOCKING, "no-comm"):
-                shares = [hidden_share(times, name, p, standard) for p in PASSES]
-                out.append(f"{name:30}" + "".join(f"{s:16.3f}" for s in shares))
-    out += ["", f"{'(T_std - T) / (T_std - T_no-comm)':30}"]
-    for name in names:
-        if name not in (BLOCKING, "standard", "no-comm"):
-            cells = []
-            for p in PASSES:
-                std, mine, bound = (
-                    statistics.median(PASSES[p](t) for t in times[n, "link"])
-                    for n in ("standard", name, "no-comm")
-                )
-                cells.append((std - mine) / (std - bound))
-            out.append(f"{name:30}" + "".join(f"{c:16.3f}" for c in cells))
-    out += [
-        "",
-        f"An all-reduce is {1e3 * link_s:.2f} ms on the link (modelled), on top of its own work.",
-    ]
-    return "\n".join(out)
-
-
-def submodules(decoder: Decoder, args: argparse.Namespace, tp: int) -> tuple[Submodule, Submodule]:
+def submodules(decoder: Decoder, args: argparse.Namespace) -> tuple[Submodule, Submodule]:
     """Medians of attention's and MLP's own compute, for the planner's model of a pass."""
     recorder = Recorder(decoder, dist.get_rank())
     spans = [span for _ in range(3) for span in recorder.step()]
+    recorder.close()
 
     def of(kind: str, first_linear: float) -> Submodule:
         def median(direction: str) -> float:
@@ -270,38 +224,131 @@ def submodules(decoder: Decoder, args: argparse.Namespace, tp: int) -> tuple[Sub
     return of("attention", 3 / 4), of("mlp", 2 / 3)
 
 
-def planned(
-    name: str,
-    args: argparse.Namespace,
-    parts: tuple[Submodule, Submodule],
-    own_s: float,
-    link_s: float,
-) -> tuple[float, float]:
-    """What the link adds to forward and backward by the planner's model (pretrain/bench/plan.py)."""
-    n = args.layers
-    kinds = {
-        "hybrid (last half)": ["standard"] * (n - n // 2) + ["ladder"] * (n // 2),
-        "standard": ["standard"] * n,
-        "parallel": ["parallel"] * n,
-        "ladder": ["ladder"] * n,
-    }[name]
-    with_link, without = (
-        pass_seconds(
-            kinds,
-            *parts,
-            seconds,
-            sequence_parallel=args.sequence_parallel,
-            recompute=args.recompute,
+def link_of(args: argparse.Namespace, tp: int, submodule_s: float) -> tuple[float, float]:
+    """Seconds of an all-reduce on the link, and that over a sub-module's forward."""
+    if args.link and not args.target:
+        element_bytes = 4 if args.precision == "fp32" else 2
+        size = args.seq_length * args.micro_batch_size * args.hidden_size * element_bytes
+        link_s = LINKS[args.link].for_ranks(tp).all_reduce_seconds(size)
+        return link_s, link_s / submodule_s
+    ratio = target_ratio(args.target, args.link) if args.link and args.target else args.link_ratio
+    return ratio * submodule_s, ratio
+
+
+def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
+    """Measures, prints, and returns what is to be written."""
+    facts.forget_peak()
+    no_comm = Line(NO_COMM, decoder_of(args, tp, NO_COMM))
+    passes = [slowest(no_comm.step(0.0)) for _ in range(6)][1:]
+    forward_s, backward_s = (statistics.median(t[i] for t in passes) for i in (0, 1))
+    submodule_s = forward_s / (2 * args.layers)
+    link_s, ratio = link_of(args, tp, submodule_s)
+    own_s = 0.0
+    if device == "cpu" and args.fake_tp is None:
+        message = torch.empty(args.seq_length, args.micro_batch_size, args.hidden_size)
+        own_s = own_seconds(parallel_state.get_tensor_model_parallel_group(), message)
+    parts = submodules(no_comm.decoder, args)
+    if device != "cpu":
+        parts = scaled(parts, args.layers, forward_s, backward_s)
+
+    chosen = lines(args, tp)
+    if NO_COMM in args.also:
+        chosen.append(no_comm)
+    del no_comm  # the others want its memory
+    runs: dict[tuple[str, str], Callable[[], tuple[float, ...]]] = {
+        (line.name, way): lambda line=line, s=s: line.step(s)  # type: ignore[misc]
+        for line in chosen
+        for way, s in (("link", own_s + link_s), ("zero", 0.0))
+        if not (line.name == NO_COMM and way == "zero")  # it has no collectives
+    }
+    for line in chosen:
+        line.device_allocations.clear()
+    times = measure(runs, args.steps)
+    ladder = next(line for line in chosen if line.name == "ladder")
+    load = facts.under_load(runs["ladder", "link"], 10) if args.fake_tp else {}
+    bounds = {}
+    if args.recompute == "none":  # else standard layers communicate more
+        bounds = {
+            "layers": most_hidden(args.layers, args.sequence_parallel),
+            "planner": most_hidden(args.layers, args.sequence_parallel, parts, link_s),
+        }
+    zero = paired(times["ladder", "zero"], times["standard", "zero"])
+    report: dict[str, Any] = {
+        "measured": f"{tp} ranks, {device}, {platform.processor() or platform.machine()}",
+        "modelled": f"an all-reduce is {link_s:.6f} s on the link, {ratio} x a sub-module's forward, "
+        f"on top of its own {own_s:.6f} s",
+        **facts.header(device, args),
+        "command": " ".join(["python", *sys.argv]),
+        "attention": facts.attention_of(ladder.decoder.block),
+        **facts.peak_memory(),
+        **load,
+        "layers": args.layers,
+        "link_s": link_s,
+        "own_s": own_s,
+        "planned_link_ms": {},
+        "submodule_forward_s": submodule_s,
+        "times_s": [{"kind": k, "link": w, "forward_backward": t} for (k, w), t in times.items()],
+        "device_allocations": {line.name: line.device_allocations for line in chosen},
+        "hidden_share": {
+            against: {
+                line.name: {p: hidden_share(times, line.name, p, against) for p in PASSES}
+                for line in chosen
+                if line.name not in (against, NO_COMM)
+            }
+            for against in (BLOCKING, "standard")
+        },
+        "most_hidden": bounds,
+        "ladder_over_standard_zero_delay": zero,
+    }
+    if dist.get_rank() == 0:
+        print(table(times, bounds))
+        print(
+            f"\nAn all-reduce is {1e3 * link_s:.2f} ms on the link (modelled), on top of its own work."
         )
-        for seconds in (own_s + link_s, own_s)
-    )
-    return with_link[0] - without[0], with_link[1] - without[1]
+        print(f"Ladder / standard step time, zero delay, TP={tp}: {zero}")
+        print(facts.in_words(report))
+        print("\nms that the link adds, measured and by the planner's model of a pass")
+    options = {"sequence_parallel": args.sequence_parallel, "recompute": args.recompute}
+    for line in chosen:
+        if line.name not in ("standard", "ladder", *ALSO.values()) or line.name == NO_COMM:
+            continue
+        cells = [
+            (1e3 * link_time(times, line.name, p), 1e3 * s)
+            for p, s in zip(
+                ("forward", "backward"),
+                planned(line.name, args.layers, parts, own_s, link_s, options),
+                strict=True,
+            )
+        ]
+        report["planned_link_ms"][line.name] = {"measured_planned": cells}
+        if dist.get_rank() == 0:
+            print(f"{line.name:30}" + "".join(f"{m:10.1f} {s:7.1f}" for m, s in cells))
+    if dist.get_rank() == 0:
+        facts.write(args.json, report)
+    if args.trace:
+        with traced(args.trace):
+            for name in ("standard", "ladder"):
+                with ranges.named(name):
+                    runs[name, "link"]()
+    return report
 
 
-def paired(a: list[tuple[float, ...]], b: list[tuple[float, ...]]) -> str:
-    """The quotient of two lines' totals, repetition by repetition."""
-    low, middle, high = quartiles([sum(x) / sum(y) for x, y in zip(a, b, strict=True)])
-    return f"{middle:.3f} (quartiles {low:.3f} to {high:.3f})"
+def as_many_as_fit(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
+    """One process can try again with fewer layers; several would have to agree."""
+    refused: list[str] = []
+    while True:
+        try:
+            report = measured(args, tp, device)
+        except torch.OutOfMemoryError as error:
+            if args.fake_tp is None or args.layers < 2:
+                raise
+            refused.append(f"{args.layers} layers: {facts.reason(error)}")
+            print(refused[-1], flush=True)
+        else:
+            return {**report, "did_not_fit": refused} if refused else report
+        args.layers //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -310,88 +357,19 @@ def main() -> None:
         become_torchrun(TP, *sys.argv)
     tp = args.fake_tp or TP
     device = join(tp, fake=args.fake_tp is not None)
-
-    names = ("standard", "parallel", "ladder", "hybrid (last half)", "no-comm")
-    chosen = lines(args, tp, names)
-    no_comm = next(line for line in chosen if line.name == "no-comm")
-    passes = [slowest(no_comm.step(0.0)) for _ in range(6)][1:]
-    submodule_s = statistics.median(forward for forward, _ in passes) / (2 * args.layers)
-    ratio = args.link_ratio
-    if args.link and args.target:
-        ratio = target_ratio(args.target, args.link)
-    link_s = ratio * submodule_s
-    if args.link and not args.target:
-        element_bytes = 4 if args.precision == "fp32" else 2
-        size = args.seq_length * args.micro_batch_size * args.hidden_size * element_bytes
-        link_s = LINKS[args.link].for_ranks(tp).all_reduce_seconds(size)
-        ratio = link_s / submodule_s
-    own_s = 0.0
-    if device == "cpu" and args.fake_tp is None:
-        message = torch.empty(args.seq_length, args.micro_batch_size, args.hidden_size)
-        own_s = own_seconds(parallel_state.get_tensor_model_parallel_group(), message)
-
-    runs: dict[tuple[str, str], Callable[[], tuple[float, ...]]] = {
-        (line.name, way): lambda line=line, s=s: line.step(s)  # type: ignore[misc]
-        for line in chosen
-        for way, s in (("link", own_s + link_s), ("zero", 0.0))
-        if not (line.name == "no-comm" and way == "zero")  # it has no collectives
-    }
-    parts = submodules(no_comm.decoder, args, tp)
-    times = measure(runs, args.steps)
-    if args.trace:
-        with traced(args.trace):
-            for name in ("standard", "ladder"):
-                with ranges.named(name):
-                    runs[name, "link"]()
-    report: dict[str, Any] = {
-        "measured": f"{tp} ranks, {device}, {platform.processor() or platform.machine()}",
-        "modelled": f"an all-reduce is {link_s:.6f} s on the link, {ratio} x a sub-module's forward, "
-        f"on top of its own {own_s:.6f} s",
-        "versions": versions(),
-        "command": " ".join(["python", *sys.argv]),
-        "options": {k: str(v) for k, v in vars(args).items()},
-        "link_s": link_s,
-        "own_s": own_s,
-        "planned_link_ms": {},
-        "submodule_forward_s": submodule_s,
-        "times_s": [{"kind": k, "link": w, "forward_backward": t} for (k, w), t in times.items()],
-        "hidden_share": {
-            against: {
-                line.name: {p: hidden_share(times, line.name, p, against) for p in PASSES}
-                for line in chosen
-                if line.name not in (against, "no-comm")
-            }
-            for against in (BLOCKING, "standard")
-        },
-    }
-    if dist.get_rank() == 0:
-        print(table(times, link_s))
-        zero = paired(times["ladder", "zero"], times["standard", "zero"])
-        print(f"Ladder / standard step time, zero delay, TP={tp}: {zero}")
-        print("\nms that the link adds, measured and by the planner's model of a pass")
-        for name in ("standard", "parallel", "ladder", "hybrid (last half)"):
-            plan_s = planned(name, args, parts, own_s, link_s)
-            cells = [
-                (1e3 * link_time(times, name, p), 1e3 * s)
-                for p, s in zip(("forward", "backward"), plan_s, strict=True)
-            ]
-            print(f"{name:30}" + "".join(f"{m:10.1f} {s:7.1f}" for m, s in cells))
-            report["planned_link_ms"][name] = {"measured_planned": cells}
-        report["ladder_over_standard_zero_delay"] = zero
+    report = as_many_as_fit(args, tp, device)
     if args.fake_tp is None:
         join(1)
-        alone: dict[tuple[str, str], Callable[[], tuple[float, ...]]] = {
-            (line.name, ""): lambda line=line: line.step(0.0)  # type: ignore[misc]
-            for line in lines(args, 1, ("standard", "ladder"))
-        }
-        single = measure(alone, args.steps)
-        ratio_1 = paired(single["ladder", ""], single["standard", ""])
-        report["ladder_over_standard_tp1"] = ratio_1
+        alone = {name: Line(name, decoder_of(args, 1, name)) for name in ("standard", "ladder")}
+        single = measure(
+            {name: lambda line=line: line.step(0.0) for name, line in alone.items()},  # type: ignore[misc]
+            args.steps,
+        )
+        report["ladder_over_standard_tp1"] = paired(single["ladder"], single["standard"])
         if dist.get_rank() == 0:
-            print(f"Ladder / standard step time, TP=1: {ratio_1}")
-    if dist.get_rank() == 0 and args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+            print(f"Ladder / standard step time, TP=1: {report['ladder_over_standard_tp1']}")
+    if dist.get_rank() == 0:
+        facts.write(args.json, report)
     dist.destroy_process_group()
 
 

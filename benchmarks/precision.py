@@ -9,22 +9,23 @@ The tokens are the bytes of text files (--text; this checkout's own by default).
 import argparse
 import gc
 import itertools
-import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_ladder.config import ParallelConfig
+from pretrain.bench import facts
 from pretrain.bench.precisions import PRECISIONS, precision_of
 from pretrain.config import ScheduleConfig, TrainConfig
 from pretrain.data import Batch
 from pretrain.presets import PRESETS
-from pretrain.run_log import versions
 from pretrain.setup import build, start_ranks
 from pretrain.step import train_step
 
@@ -91,7 +92,8 @@ def batches(config: TrainConfig, text: torch.Tensor) -> Iterator[Batch]:
         }
 
 
-def train(precision: str, text: torch.Tensor, args: argparse.Namespace) -> list[float]:
+def train(precision: str, text: torch.Tensor, args: argparse.Namespace) -> tuple[list[float], str]:
+    """The losses, and which attention was taken."""
     config = config_of(precision, args)
     torch.manual_seed(config.seed)
     model_parallel_cuda_manual_seed(config.seed)  # what weights are drawn from
@@ -103,9 +105,7 @@ def train(precision: str, text: torch.Tensor, args: argparse.Namespace) -> list[
         losses.append(loss)
         if step % 50 == 0:
             print(f"{precision}: step {step} of {args.steps}, loss {loss:.4f}", flush=True)
-    del model, optimizer, scheduler
-    gc.collect()
-    return losses
+    return losses, facts.attention_of(model[0])
 
 
 def smoothed(losses: list[float]) -> list[float]:
@@ -139,26 +139,57 @@ def main() -> None:
     args = arguments()
     device = start_ranks(config_of(args.precisions[0], args))
     text = text_of(args)
-    curves = {precision: train(precision, text, args) for precision in args.precisions}
-    reference = curves[args.precisions[0]]
-    rows = {p: (c[-1], largest_difference(c, reference)) for p, c in curves.items()}
-    print(f"| precision | last loss | largest difference from {args.precisions[0]} |")
-    print("| --- | --- | --- |")
-    for precision, (last, difference) in rows.items():
-        print(f"| {precision} | {last:.4f} | {difference:.2%} |")
-    if args.picture:
+    curves: dict[str, list[float]] = {}
+    rows: list[dict[str, Any]] = []
+    for precision in args.precisions:
+        facts.forget_peak()
+        try:
+            curves[precision], attention = train(precision, text, args)
+        except RuntimeError as error:  # the others can still be measured
+            rows.append({"precision": precision, "error": facts.reason(error)})
+            continue
+        finally:
+            gc.collect()
+        row = {"precision": precision, "attention": attention, **facts.peak_memory()}
+        rows.append(row)
+        print(f"{precision}: {facts.in_words(row)}", flush=True)
+        write(args, facts.header(device, args), len(text), curves, rows)
+    print(table(curves, rows, args.precisions[0]))
+    write(args, facts.header(device, args), len(text), curves, rows)
+    if args.picture and curves:
         draw(curves, args.picture)
-    if args.json:
-        facts = {
-            "device": device,
-            "versions": versions(),
-            "options": {k: str(v) for k, v in vars(args).items() if k not in ("json", "picture")},
-            "tokens": len(text),
-            "largest_difference": {p: d for p, (_, d) in rows.items()},
-            "losses": curves,
-        }
-        args.json.write_text(json.dumps(facts) + "\n")
     dist.destroy_process_group()
+    sys.exit(facts.failed(rows))
+
+
+def differences(curves: dict[str, list[float]], first: str) -> dict[str, float]:
+    """From the first precision's curve; none where that is missing."""
+    if first not in curves:
+        return {}
+    return {p: largest_difference(losses, curves[first]) for p, losses in curves.items()}
+
+
+def table(curves: dict[str, list[float]], rows: list[dict[str, Any]], first: str) -> str:
+    found = differences(curves, first)
+    lines = []
+    for row in rows:
+        precision = row["precision"]
+        cells = [row["error"]] if "error" in row else [f"{curves[precision][-1]:.4f}"]
+        lines.append(
+            [precision, *cells, *([f"{found[precision]:.2%}"] if precision in found else [])]
+        )
+    return facts.markdown(["precision", "last loss", f"largest difference from {first}"], lines)
+
+
+def write(
+    args: argparse.Namespace,
+    header: dict[str, Any],
+    tokens: int,
+    curves: dict[str, list[float]],
+    rows: list[dict[str, Any]],
+) -> None:
+    found = {"largest_difference": differences(curves, args.precisions[0]), "losses": curves}
+    facts.write(args.json, {**header, "tokens": tokens, "rows": rows, **found})
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ too.
 import argparse
 import gc
 import itertools
-import json
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ladder.config import ParallelConfig
+from pretrain.bench import facts
 from pretrain.bench.precisions import precision_of
 from pretrain.config import TrainConfig
 from pretrain.data import Batch
@@ -30,7 +31,6 @@ from pretrain.graphs import WARM_UP_STEPS, StepGraph
 from pretrain.memory import in_words, is_planned, memory_plan
 from pretrain.metrics import flops_per_token, peak_flops
 from pretrain.presets import PRESETS
-from pretrain.run_log import versions
 from pretrain.setup import build, start_ranks
 from pretrain.step import train_step
 
@@ -88,41 +88,48 @@ def random_batch(config: TrainConfig) -> Batch:
 
 def measure(case: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     config = config_of(case, args)
-    on_gpu = device != "cpu"
     gc.collect()  # also when the case before ended without memory
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    torch.cuda.empty_cache()
+    facts.forget_peak()
     model, optimizer, scheduler = build(config)
     batches = itertools.repeat(random_batch(config))
     graph = StepGraph(model) if config.cuda_graph else None
     warm_up = WARM_UP_STEPS + 2 if graph else 2
-    seconds = []
-    for _ in range(args.steps + warm_up):
+    losses, seconds = [], []
+
+    def step() -> None:
         begin = time.perf_counter()
         loss, _, _ = train_step(model, optimizer, scheduler, batches, config, graph=graph)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-    step_s = statistics.median(seconds[warm_up:])
+        losses.append(loss)
+
+    for _ in range(args.steps + warm_up):
+        step()
+    step_s, steps_s = statistics.median(seconds[warm_up:]), list(seconds)
+    load = facts.under_load(step, 2)
     flops = config.tokens_per_step * flops_per_token(
         num_layers=config.model.num_layers,
         hidden_size=config.model.hidden_size,
         seq_length=config.data.seq_length,
         matmul_parameters=config.model.num_matmul_parameters(),
     )
-    peak = peak_flops(device) if on_gpu else None
+    peak = None if device == "cpu" else peak_flops(device)
     found = {
         "case": case,
         "parameters": config.model.num_parameters(),
         "micro_batch_size": config.micro_batch_size,
         "seq_length": config.data.seq_length,
         "step_ms": 1e3 * step_s,
-        "steps_ms": [1e3 * s for s in seconds],
+        "steps_ms": [1e3 * s for s in steps_s],
         "tokens_per_second": config.tokens_per_step / step_s,
         "tflops": flops / step_s / 1e12,
         "mfu": flops / step_s / peak if peak else None,
-        "loss": loss,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        "loss": losses[args.steps + 1],
+        "attention": facts.attention_of(model[0]),
+        "peak_gib": None,
+        **facts.peak_memory(),
+        **load,
         "planned_gib": None,
     }
     if is_planned(config):
@@ -135,43 +142,40 @@ def table(rows: list[dict[str, Any]]) -> str:
     def cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
+    titles = ["case", "parameters", "step, ms", "tokens/s", "TFLOP/s", "MFU"]
     lines = [
-        "| case | parameters | step, ms | tokens/s | TFLOP/s | MFU | peak, GiB | planned |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        [row["case"], row["error"]]
+        if "error" in row
+        else [
+            row["case"],
+            f"{row['parameters'] / 1e6:,.0f} M",
+            f"{row['step_ms']:.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tflops']:.1f}",
+            cell(row["mfu"], ".1%"),
+            cell(row["peak_gib"], ".2f"),
+            cell(row["planned_gib"], ".2f"),
+        ]
+        for row in rows
     ]
-    for row in rows:
-        if "error" in row:
-            lines.append(f"| {row['case']} | {row['error']} |" + " |" * 6)
-            continue
-        lines.append(
-            f"| {row['case']} | {row['parameters'] / 1e6:,.0f} M | {row['step_ms']:.1f} | "
-            f"{row['tokens_per_second']:,.0f} | {row['tflops']:.1f} | {cell(row['mfu'], '.1%')} | "
-            f"{cell(row['peak_gib'], '.2f')} | {cell(row['planned_gib'], '.2f')} |"
-        )
-    return "\n".join(lines)
+    return facts.markdown([*titles, "peak, GiB", "planned"], lines)
 
 
 def main() -> None:
     args = arguments()
     configs = [config_of(case, args) for case in args.cases]
     device = start_ranks(max(configs, key=lambda config: config.cuda_graph))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in args.cases:
         try:
             rows.append(measure(case, args, device))
-        except torch.OutOfMemoryError as error:  # the other cases can still be measured
-            rows.append({"case": case, "error": str(error).split(". ")[0]})
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-        if args.json:
-            facts = {
-                "device": device,
-                "versions": versions(),
-                "options": {k: str(v) for k, v in vars(args).items() if k != "json"},
-                "rows": rows,
-            }
-            args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        except RuntimeError as error:  # the other cases can still be measured
+            rows.append({"case": case, "error": facts.reason(error)})
+        print(f"{table(rows[-1:]).splitlines()[-1]} {facts.in_words(rows[-1])}", flush=True)
+        facts.write(args.json, {**facts.header(device, args), "rows": rows})
     print(table(rows))
     dist.destroy_process_group()
+    sys.exit(facts.failed(rows))
 
 
 if __name__ == "__main__":

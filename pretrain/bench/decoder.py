@@ -23,8 +23,10 @@ def undisturbed() -> Iterator[None]:
     gc.disable()
     torch.distributed.barrier(group=parallel_state.get_tensor_model_parallel_group())
     torch.cuda.synchronize()
-    yield
-    gc.enable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class Decoder:

@@ -25,16 +25,18 @@ def measure(
     times: dict[Key, list[tuple[float, ...]]] = {key: [] for key in runs}
     gc.collect()
     gc.freeze()  # each run collects garbage first: a second, were it to look at all that is imported
-    for step in range(steps + 1):  # the first warms up
-        order = list(runs)
-        order = order[step % len(order) :] + order[: step % len(order)]
-        for key in order:
-            seconds = slowest(runs[key]())
-            if step > 0:
-                times[key].append(seconds)
+    try:
+        for step in range(steps + 1):  # the first warms up
+            order = list(runs)
+            order = order[step % len(order) :] + order[: step % len(order)]
+            for key in order:
+                seconds = slowest(runs[key]())
+                if step > 0:
+                    times[key].append(seconds)
+            if dist.get_rank() == 0:
+                print(f"\rrepetition {step} of {steps}", end="", file=sys.stderr, flush=True)
         if dist.get_rank() == 0:
-            print(f"\rrepetition {step} of {steps}", end="", file=sys.stderr, flush=True)
-    if dist.get_rank() == 0:
-        print(file=sys.stderr)
-    gc.unfreeze()
+            print(file=sys.stderr)
+    finally:
+        gc.unfreeze()  # also what a run without memory leaves behind
     return times

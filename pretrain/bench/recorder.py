@@ -23,7 +23,11 @@ class _Start:
 
 
 class Recorder:
-    """An Observer of wire.py; `spans` holds the last step."""
+    """An Observer of wire.py; `spans` holds the last step.
+
+    It waits for the device at each sub-module, until `close`: a decoder that is still watched is slow on a
+    GPU, whose kernels would be queued ahead.
+    """
 
     def __init__(self, decoder: Decoder, rank: int) -> None:
         self.spans: list[Span] = []
@@ -32,6 +36,7 @@ class Recorder:
         self._running: str | None = None  # the sub-module whose forward is being computed
         self._counts: dict[tuple[str, str], int] = {}
         self._names: list[str] = []
+        self._hooks: list[Any] = []
         shares_one = decoder.model.residual == "parallel"  # one collective for both sub-modules
         for number, layer in enumerate(decoder.block.layers, 1):
             for kind, module, first in (
@@ -42,6 +47,12 @@ class Recorder:
             self._names += (
                 [f"layer {number}"] if shares_one else [f"attention {number}", f"mlp {number}"]
             )
+
+    def close(self) -> None:
+        """Leaves the decoder as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def step(self) -> list[Span]:
         """Runs a step; returns its spans in the order of their ends."""
@@ -94,9 +105,11 @@ class Recorder:
         def backward_ends(*_: Any) -> None:
             self._add("compute", name, "backward", begin["backward"])
 
-        module.register_forward_pre_hook(forward_begins)
-        module.register_forward_hook(forward_ends)
-        first_linear.register_forward_hook(first_linear_ends)
+        self._hooks += [
+            module.register_forward_pre_hook(forward_begins),
+            module.register_forward_hook(forward_ends),
+            first_linear.register_forward_hook(first_linear_ends),
+        ]
 
     def _add(
         self, kind: str, name: str, direction: Direction, since: float, until: float | None = None

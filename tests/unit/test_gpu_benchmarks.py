@@ -1,20 +1,30 @@
 """What of the GPU benchmarks needs no GPU."""
 
+import argparse
 import contextlib
 import gc
 import importlib.util
+import json
 import math
+import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from megatron_ladder.collectives import take_part
-from pretrain.bench import interleaved
+from pretrain.arguments import parse_train
+from pretrain.bench import facts, hidden, interleaved
+from pretrain.bench import standby as standby_module
+from pretrain.bench.modelled_time import modelled
+from pretrain.bench.plan import Submodule
+from pretrain.bench.recorder import Recorder
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,20 +39,111 @@ def script(name: str) -> ModuleType:
 
 
 def test_every_part_is_a_script_that_is_there() -> None:
-    parts = script("gpu").parts()
+    gpu = script("gpu")
+    parts = gpu.parts()
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:
         first = part.command[0]
         assert first == "-m" or (ROOT / first).exists()
         assert 0 < part.limit_s <= 600
+    one, *rest = gpu.chosen(["precision", "overlap"])
+    assert one.name == "precision" and {part.name.split("-")[0] for part in rest} == {"overlap"}
+    queues = [p.environment["CUDA_DEVICE_MAX_CONNECTIONS"] for p in gpu.chosen(["connections"])]
+    assert queues == ["1", "2", "8", "32"]
+    with pytest.raises(SystemExit, match="no part begins with 'nothing'"):
+        gpu.chosen(["nothing"])
 
 
-def test_a_part_that_fails_or_hangs_is_said_and_ends(tmp_path: Path) -> None:
-    gpu = script("gpu")
-    done = gpu.run(gpu.Part("done", ["-c", "print('OUTPUT')"], 60), tmp_path, 60)
+def test_every_parts_options_are_its_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash there costs minutes of a GPU."""
+    for part in script("gpu").parts():
+        if part.command[0] != "-m":
+            monkeypatch.setattr(sys, "argv", part.command)
+            script(Path(part.command[0]).stem).arguments()
+
+
+def test_learnings_models_are_of_25_million_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the options that it gives to `train` are those of `train`."""
+    learning = script("learning")
+    monkeypatch.setattr(learning, "Standby", lambda *_, **__: None)
+    for part in script("gpu").chosen(["learning", "rates"]):
+        monkeypatch.setattr(sys, "argv", part.command)
+        options, of_train = learning.arguments()
+        options.data = [Path("data")]
+        trainings = learning.Trainings(options, of_train)
+        command = trainings.command("ladder", 1, Path("run"), options.train_tokens)
+        config, _ = parse_train(command)
+        assert 25e6 < config.model.num_parameters(embeddings=False) < 26e6
+        assert config.precision == "bf16" and config.num_microbatches(1) == 1
+        # The trial, which may be all there is time for, is longer than warm-up.
+        assert config.steps_for(options.trial_tokens) > config.warmup_steps
+        for target in options.target:
+            assert set(modelled(target, options.device).plan) == set(options.kinds)
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """With a folder of its own for scripts, and a standby that imports next to nothing."""
+    module = script("gpu")
+    standby = Path(standby_module.__file__).read_text()
+    begin, end = standby.index("IMPORTED = ("), standby.index("class Standby")
+    names = 'IMPORTED = ("json", "no_such_package", "broken")\n\n\n'
+    (tmp_path / "standby.py").write_text(standby[:begin] + names + standby[end:])
+    (tmp_path / "broken.py").write_text("raise OSError('a library')")
+    monkeypatch.setattr(standby_module, "__file__", str(tmp_path / "standby.py"))
+    (tmp_path / "output").mkdir()
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+def part_of(gpu: ModuleType, name: str, source: str, *words: str) -> Any:
+    (gpu.ROOT / f"{name}.py").write_text(source)
+    return gpu.Part(name, [f"{name}.py", *words], 60, {"QUEUES": "8"})
+
+
+def run(gpu: ModuleType, part: Any, limit_s: float) -> Any:
+    output = gpu.ROOT / "output"
+    return gpu.run(part, gpu.standby_of(part, output), output, limit_s)
+
+
+def log_of(gpu: ModuleType, name: str) -> str:
+    return (gpu.ROOT / "output" / f"{name}.log").read_text()
+
+
+def test_a_part_runs_in_a_process_that_has_imported_before(gpu: ModuleType) -> None:
+    says = """
+import os, sys
+assert __name__ == "__main__" and "json" in sys.modules
+print(sys.argv, os.environ["QUEUES"], sys.path[0])
+"""
+    output = gpu.ROOT / "output"
+    part = part_of(gpu, "says", says, "--json", "OUTPUT/a.json")
+    done = run(gpu, part, 60)
     assert done.status == "done"
-    assert (tmp_path / "done.log").read_text().strip() == str(tmp_path)
-    failed = gpu.run(gpu.Part("failed", ["-c", "raise SystemExit(3)"], 60), tmp_path, 60)
+    assert done.command == "QUEUES=8 python says.py --json OUTPUT/a.json"
+    argv = ["says.py", "--json", f"{output}/a.json"]
+    # What cannot be imported does not keep the part from running.
+    first, last = log_of(gpu, "says").splitlines()
+    assert first == "standby: broken: OSError: a library"
+    assert last == f"{argv} 8 {gpu.ROOT}"
+    module = gpu.Part("module", ["-m", "says", "word"], 60, {"QUEUES": "1"})
+    assert run(gpu, module, 60).status == "done"
+    assert "'word'] 1" in log_of(gpu, "module")
+
+
+def test_a_part_runs_when_its_standby_has_died(gpu: ModuleType) -> None:
+    part = part_of(gpu, "says", "print('here')")
+    (gpu.ROOT / "standby.py").write_text("print('no'); raise SystemExit(1)")
+    standby = gpu.standby_of(part, gpu.ROOT / "output")
+    standby.process.wait()
+    assert gpu.run(part, standby, gpu.ROOT / "output", 60).status == "done"
+    assert log_of(gpu, "says").split() == ["no", "here"]
+
+
+def test_a_part_that_fails_or_hangs_is_said_and_ends(gpu: ModuleType) -> None:
+    failed = run(gpu, part_of(gpu, "failed", "raise SystemExit(3)"), 60)
     assert failed.status == "failed with 3"
     # With a child that would live on; what it says when it is interrupted is kept, as pytest's report is.
     sleep = "import time; time.sleep(600)"
@@ -54,10 +155,170 @@ finally:
     print("so far")
 """
     begin = time.monotonic()
-    hung = gpu.run(gpu.Part("hung", ["-c", hangs], 60), tmp_path, 5.0)
+    hung = run(gpu, part_of(gpu, "hung", hangs), 5.0)
     assert hung.status == "ended at its limit of 5 s"
     assert time.monotonic() - begin < 60
-    assert "so far" in (tmp_path / "hung.log").read_text()
+    assert "so far" in log_of(gpu, "hung")
+
+
+def test_one_call_runs_parts_and_packs_what_they_left(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second fails; a large file and what is not a result stay behind."""
+    writes = """
+import sys
+from pathlib import Path
+output = Path(sys.argv[1])
+(output / "a.json").write_text("{}")
+(output / "a.trace.json.gz").write_text("a trace")
+(output / "huge.json").write_bytes(bytes(5 << 20))
+(output / "weights.bin").write_text("weights")
+"""
+    parts = [part_of(gpu, "writes", writes, "OUTPUT"), part_of(gpu, "fails", "raise SystemExit(1)")]
+    monkeypatch.setattr(gpu, "parts", lambda: parts)
+    output = gpu.ROOT / "output"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", str(output), "--seconds", "300"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 1
+    summary = json.loads((output / "summary.json").read_text())
+    assert [part["status"] for part in summary] == ["done", "failed with 1"]
+    with tarfile.open(output / "results.tgz") as tar:
+        assert set(tar.getnames()) == {"a.json", "writes.log", "fails.log", "summary.json"}
+    with tarfile.open(output / "traces.tgz") as tar:
+        assert tar.getnames() == ["a.trace.json.gz"]
+
+
+def test_importing_leaves_cuda_alone() -> None:
+    """CUDA would take the GPU's memory and time, and reads its variables once."""
+    asserts = """
+import sys
+import torch
+def refused(*_, **__):
+    raise AssertionError("CUDA")
+for name in ("_lazy_init", "current_device", "get_device_capability", "get_device_properties"):
+    setattr(torch.cuda, name, refused)
+from pretrain.bench import standby
+standby.prepare()
+assert "pretrain.bench.decoder" in sys.modules and "megatron.core" in sys.modules
+"""
+    command = [sys.executable, "-W", "ignore", "-c", asserts]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "CUDA" not in done.stdout
+
+
+def test_a_shape_without_memory_is_a_row_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = script("layers")
+    real = layers.Decoder
+
+    class Decoder(real):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.no_memory = kwargs["precision"] == "bf16"
+
+        def backward(self, output: torch.Tensor) -> None:
+            if self.no_memory:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB. GPU 0")
+            super().backward(output)
+
+    monkeypatch.setattr(layers, "Decoder", Decoder)
+    file = tmp_path / "layers.json"
+    options = ["--shapes", "debug", "--precisions", "bf16", "fp32", "--tokens", "64"]
+    options += ["--steps", "2", "--layers", "1", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["layers.py", *options])
+    gc.collect()
+    with pytest.raises(SystemExit) as ended:
+        layers.main()
+    parallel_state.destroy_model_parallel()
+    assert not ended.value.code
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    first, *rest = json.loads(file.read_text())["rows"]
+    assert first["error"] == "out of memory: CUDA out of memory"
+    assert [row["kind"] for row in rest] == ["standard", "parallel", "ladder"]
+    assert all(row["ms"] > 0 and row["attention"] for row in rest)
+    assert "| debug | bf16 | all | out of memory: CUDA out of memory |" in capsys.readouterr().out
+
+
+def test_an_overlap_whose_layers_do_not_fit_has_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    overlap = script("overlap")
+
+    def measured(args: argparse.Namespace, *_: Any) -> dict[str, Any]:
+        if args.layers > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
+        return {"layers": args.layers}
+
+    monkeypatch.setattr(overlap, "measured", measured)
+    report = overlap.as_many_as_fit(argparse.Namespace(layers=24, fake_tp=8), 8, "a GPU")
+    assert report["layers"] == 6
+    assert [line.split(":")[0] for line in report["did_not_fit"]] == ["24 layers", "12 layers"]
+    with pytest.raises(torch.OutOfMemoryError):  # several ranks would have to agree
+        overlap.as_many_as_fit(argparse.Namespace(layers=24, fake_tp=None), 2, "a GPU")
+
+
+@pytest.mark.parametrize("layers", [1, 4, 24])
+def test_how_much_can_be_hidden(layers: int) -> None:
+    """Counted along docs/overlap.md: n sub-modules, of whose collectives only a pass's ends stand alone."""
+    n = 2 * layers
+    plain = hidden.most_hidden(layers, False)
+    # Forward's last all-reduce; backward's last runs behind a weight gradient.
+    assert plain == pytest.approx(
+        {"forward": (n - 1) / n, "backward": 1, "total": (2 * n - 1) / (2 * n)}
+    )
+    # In halves: forward's first all-gather and last reduce-scatter, of 2 n; backward's first
+    # all-gather, of 3 n.
+    sp = hidden.most_hidden(layers, True)
+    assert sp == pytest.approx(
+        {"forward": 1 - 2 / (2 * n), "backward": 1 - 1 / (3 * n), "total": 1 - 3 / (5 * n)}
+    )
+    # A link that takes twice as long as what it could hide behind.
+    short = Submodule(1.0, 2.0, 0.5)
+    slow = hidden.most_hidden(layers, False, (short, short), 2.0)
+    assert slow["forward"] == pytest.approx((n - 1) / n / 2)
+
+
+def test_a_recorder_that_is_closed_leaves_the_decoder_as_it_was() -> None:
+    """Its hooks wait for the device at every sub-module: on a GPU a decoder that kept them was slow."""
+    hooked = torch.nn.Module()
+    hooked.linear_qkv = hooked.linear_fc1 = torch.nn.Linear(2, 2)
+    layer = SimpleNamespace(self_attention=hooked, mlp=hooked)
+    decoder: Any = SimpleNamespace(
+        model=SimpleNamespace(residual="ladder"), block=SimpleNamespace(layers=[layer])
+    )
+    found = Recorder(decoder, 0)
+    assert hooked._forward_pre_hooks and hooked.linear_qkv._forward_hooks
+    found.close()
+    assert not any(
+        (hooked._forward_pre_hooks, hooked._forward_hooks, hooked.linear_qkv._forward_hooks)
+    )
+
+
+def test_attention_is_what_transformer_engine_says_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TEDotProductAttention(torch.nn.Module):
+        pass
+
+    model = torch.nn.Module()
+    model.core_attention = torch.nn.Identity()
+    assert facts.attention_of(model) == "Identity"
+    model.core_attention = TEDotProductAttention()
+    taken = dict.fromkeys(("use_flash_attention", "use_fused_attention", "use_unfused_attention"))
+    te: Any = ModuleType("dot_product_attention")
+    te._attention_backends = taken
+    name = "transformer_engine.pytorch.attention.dot_product_attention"
+    monkeypatch.setitem(sys.modules, name, te)
+    assert "not asked" in facts.attention_of(model)
+    taken["use_unfused_attention"] = True
+    assert "UNFUSED" in facts.attention_of(model)
+    taken.update(use_fused_attention=True, fused_attention_backend="F16_arbitrary_seqlen")
+    assert facts.attention_of(model) == "Transformer Engine: cuDNN F16_arbitrary_seqlen"
+
+
+def test_clock_and_power_are_medians_of_the_loaded_half() -> None:
+    lines = "345, 80.0\n1980, 90.5\n1755, 640.0\n1740, [N/A]\n1725, 660.0\n17"
+    assert facts.read_load(lines) == {"sm_clock_mhz": 1740, "power_w": 650}
+    assert facts.read_load("") == {}
 
 
 def test_repetitions_do_not_look_for_garbage_in_all_that_is_imported(

@@ -1,0 +1,161 @@
+"""What benchmarks say beside their figures: device, versions, options; attention, memory, clock, power."""
+
+import argparse
+import json
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrain.files import write_atomically
+from pretrain.run_log import versions
+
+NO_MEMORY = "out of memory"
+FILES = ("json", "picture", "trace")  # options that name what is written
+
+
+def header(device: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The first fields of a benchmark's JSON."""
+    if device != "cpu":
+        libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    else:
+        libraries = {}
+    return {
+        "device": device,
+        "versions": {**versions(), **libraries},
+        "options": {k: str(v) for k, v in vars(args).items() if k not in FILES},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write(path: Path | None, facts: dict[str, Any]) -> None:
+    """Writes, or replaces, the JSON. None: nothing was asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(facts, indent=1) + "\n")
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; short rows are filled with empty cells."""
+    cells = [titles, ["---"] * len(titles), *rows]
+    full = [[*row, *[""] * (len(titles) - len(row))] for row in cells]
+    return "\n".join("| " + " | ".join(row) + " |" for row in full)
+
+
+def attention_of(model: nn.Module) -> str:
+    """Which core attention the model's layers took in their last forward."""
+    names = {type(m).__name__ for n, m in model.named_modules() if n.endswith("core_attention")}
+    if not any(name.startswith("TE") for name in names):
+        return " and ".join(sorted(names)) or "none"
+    te: Any = sys.modules["transformer_engine.pytorch.attention.dot_product_attention"]
+    taken = te._attention_backends
+    if taken["use_flash_attention"]:
+        return f"Transformer Engine: FlashAttention {taken['flash_attention_backend']}"
+    if taken["use_fused_attention"]:
+        return f"Transformer Engine: cuDNN {taken['fused_attention_backend']}"
+    if taken["use_unfused_attention"]:
+        return "Transformer Engine: UNFUSED, scores in memory"
+    return "Transformer Engine, not asked yet"
+
+
+def forget_peak() -> None:
+    """What was held at most is counted from here on. Nothing without a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> dict[str, float]:
+    """GiB, since `forget_peak`: of tensors, and of what torch has taken from CUDA. Empty without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+    }
+
+
+def device_allocations() -> int:
+    """How often torch has asked CUDA for memory or given it back so far, which holds kernels up."""
+    if not torch.cuda.is_available():
+        return 0
+    counts = torch.cuda.memory_stats()
+    return sum(counts.get(n, 0) for n in ("num_device_alloc", "num_device_free"))
+
+
+def under_load(run: Callable[[], object], times: int) -> dict[str, float]:
+    """Clock of the SMs, MHz, and power, W: nvidia-smi's medians while `run` goes on, `times` times.
+
+    It is asked beside runs that are not measured. Empty without a GPU or nvidia-smi.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    which = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else "0"
+    query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "50"]
+    try:
+        asked = subprocess.Popen(  # noqa: S603 (a list)
+            ["nvidia-smi", "-i", which, *query],  # noqa: S607
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+    except OSError:
+        return {}
+    try:
+        for _ in range(times):
+            run()
+    finally:
+        asked.terminate()
+        lines, _ = asked.communicate()
+    return read_load(lines)
+
+
+def read_load(lines: str) -> dict[str, float]:
+    """nvidia-smi's lines of clock and power, the first of which may come before any load."""
+    found = []
+    for line in lines.splitlines():
+        try:
+            clock, power = map(float, line.split(","))
+        except ValueError:  # cut off, or "[N/A]"
+            continue
+        found.append((clock, power))
+    loaded = found[len(found) // 2 :]
+    if not loaded:
+        return {}
+    return {
+        "sm_clock_mhz": median(clock for clock, _ in loaded),
+        "power_w": median(power for _, power in loaded),
+    }
+
+
+def reason(error: Exception) -> str:
+    """Why a row could not be measured, in short; the whole of it is printed, but for missing memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{NO_MEMORY}: {str(error).split('. ')[0]}"
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+
+
+def failed(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether one of them ended in an error other than missing memory."""
+    return any("error" in row and not row["error"].startswith(NO_MEMORY) for row in rows)
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """Attention, memory, clock and power of a row, as far as it has them."""
+    forms = (
+        ("attention", "attention: {}"),
+        ("peak_gib", "peak {:.2f} GiB"),
+        ("peak_reserved_gib", "reserved {:.2f} GiB"),
+        ("sm_clock_mhz", "{:.0f} MHz"),
+        ("power_w", "{:.0f} W"),
+    )
+    return ", ".join(
+        form.format(found[name]) for name, form in forms if found.get(name) is not None
+    )
