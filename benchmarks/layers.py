@@ -13,12 +13,12 @@ import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
-from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.config import Attention, ModelConfig, ParallelConfig
 from pretrain.bench import facts
 from pretrain.bench.decoder import Decoder
 from pretrain.bench.interleaved import measure
@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=8192, help="in micro-batches of a shape")
     parser.add_argument("--steps", type=int, default=30, help="interleaved repetitions")
+    parser.add_argument("--attention", choices=get_args(Attention), default="auto")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -76,6 +77,7 @@ def compare(
             seq_length=seq_length,
             precision=number_format,
             fp8=fp8,
+            attention=args.attention,
         )
         for kind in KINDS
     }

@@ -17,12 +17,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
-from megatron_ladder.config import ParallelConfig
+from megatron_ladder.config import Attention, ParallelConfig
 from pretrain.bench import facts
 from pretrain.bench.precisions import precision_of
 from pretrain.config import TrainConfig
@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, help="None: the preset's")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches a step")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--attention", choices=get_args(Attention), default="auto")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -68,6 +69,7 @@ def config_of(case: str, args: argparse.Namespace) -> TrainConfig:
         precision=number_format,
         fp8=fp8,
         recompute=recompute,
+        attention=args.attention,
         cuda_graph=case.endswith(":graph"),
         micro_batch_size=micro,
         global_batch_size=micro * args.accumulate,

@@ -30,6 +30,10 @@ class CoreAttention:
     def keeps_scores(self) -> bool:
         return self.kernel == IN_MEMORY
 
+    def __str__(self) -> str:
+        whose = {"te": "Transformer Engine", "torch": "torch", "unfused": "megatron-core"}
+        return f"{whose[self.whose]}: {self.kernel}"
+
 
 def keeps_scores(config: Any) -> bool:
     """Whether s x s scores lie in memory in training with this `transformer_config`."""

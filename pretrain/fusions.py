@@ -96,11 +96,8 @@ def _precision(config: Any, lacks: str) -> Choice:
 
 
 def _attention(taken: CoreAttention) -> Choice:
-    whose = {"te": "Transformer Engine", "torch": "torch", "unfused": "megatron-core"}[taken.whose]
     cost = "keeps 2 b heads s x s scores a layer for backward, unless recomputed"
-    return Choice(
-        "attention", f"{whose}: {taken.kernel}", taken.why, cost if taken.keeps_scores else ""
-    )
+    return Choice("attention", str(taken), taken.why, cost if taken.keeps_scores else "")
 
 
 def _weight_gradients(config: Any, te: bool, on_gpu: bool) -> Choice:

@@ -50,16 +50,18 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def attention_of(model: nn.Module) -> str:
     """Which core attention the model's layers took in their last forward."""
-    names = {type(m).__name__ for n, m in model.named_modules() if n.endswith("core_attention")}
-    if not any(name.startswith("TE") for name in names):
-        return " and ".join(sorted(names)) or "none"
+    own: Any = next((m for n, m in model.named_modules() if n.endswith("core_attention")), None)
+    if own is None:
+        return "none"
+    if type(own).__name__ != "TEDotProductAttention":
+        return str(own.config.core_attention)
     te: Any = sys.modules["transformer_engine.pytorch.attention.dot_product_attention"]
-    taken = te._attention_backends
-    if taken["use_flash_attention"]:
-        return f"Transformer Engine: FlashAttention {taken['flash_attention_backend']}"
-    if taken["use_fused_attention"]:
-        return f"Transformer Engine: cuDNN {taken['fused_attention_backend']}"
-    if taken["use_unfused_attention"]:
+    backends = te._attention_backends
+    if backends["use_flash_attention"]:
+        return f"Transformer Engine: FlashAttention {backends['flash_attention_backend']}"
+    if backends["use_fused_attention"]:
+        return f"Transformer Engine: cuDNN {backends['fused_attention_backend']}"
+    if backends["use_unfused_attention"]:
         return "Transformer Engine: UNFUSED, scores in memory"
     return "Transformer Engine, not asked yet"
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from megatron_ladder.attention_choice import CoreAttention
 from megatron_ladder.collectives import take_part
 from pretrain.arguments import parse_train
 from pretrain.bench import facts, hidden, interleaved
@@ -300,8 +301,11 @@ def test_attention_is_what_transformer_engine_says_it_took(monkeypatch: pytest.M
         pass
 
     model = torch.nn.Module()
+    assert facts.attention_of(model) == "none"
     model.core_attention = torch.nn.Identity()
-    assert facts.attention_of(model) == "Identity"
+    taken_of_torch = CoreAttention("torch", "cuDNN")
+    model.core_attention.config = SimpleNamespace(core_attention=taken_of_torch)
+    assert facts.attention_of(model) == "torch: cuDNN"
     model.core_attention = TEDotProductAttention()
     taken = dict.fromkeys(("use_flash_attention", "use_fused_attention", "use_unfused_attention"))
     te: Any = ModuleType("dot_product_attention")
