@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ladder.mcore_compat import LadderConfig
+from pretrain import cudnn
 from pretrain.config import TrainConfig, to_dict
 from pretrain.data import DataFolder, keep_facts, kept_facts, unigram_loss
 from pretrain.fusions import Choice, adam_class, choices, table
@@ -113,6 +114,8 @@ class RunLog:
             if not torch.cuda.is_available():
                 words = "built for the CPU; `megatron-ladder doctor` says of what"
             self._log.note("built", words, choices=records)
+            for problem in cudnn.problems() if torch.cuda.is_available() else []:
+                logger.warning(problem)
         if mcore_config.transformer_impl == "transformer_engine" and is_planned(self._config):
             dp = self._config.parallel.data_parallel_size(self._world_size)
             plan = memory_plan(self._config, dp)
