@@ -51,6 +51,14 @@ def start_ranks(config: TrainConfig) -> str:
     return device
 
 
+def smallest_card() -> int:
+    """Bytes of memory of the ranks' smallest GPU: all ranks say the same."""
+    here = torch.cuda.current_device()
+    size = torch.tensor(torch.cuda.get_device_properties(here).total_memory, device=here)
+    dist.all_reduce(size, dist.ReduceOp.MIN)
+    return int(size.item())
+
+
 def stop_ranks() -> None:
     dist.barrier()
     dist.destroy_process_group()

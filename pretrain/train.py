@@ -7,6 +7,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.specs import resolve_impl
 from pretrain.arguments import is_first_rank
 from pretrain.bad_steps import BadStep, BadSteps
 from pretrain.checkpoint import (
@@ -21,7 +22,7 @@ from pretrain.data import DataFolder, train_batches, validation_batches
 from pretrain.gradual import use_ladder_layers
 from pretrain.index_cache import IndexCache
 from pretrain.launch import STOPPED
-from pretrain.memory import out_of_memory
+from pretrain.memory import check_memory, is_planned, out_of_memory
 from pretrain.optimizer import gathered_parameters
 from pretrain.profile import StepProfile
 from pretrain.rank_speed import RankSpeed
@@ -29,7 +30,7 @@ from pretrain.run_folder import checkpoint_at, find_checkpoint, lock, write_conf
 from pretrain.run_log import RunLog
 from pretrain.saving import CheckpointSaver
 from pretrain.sequences import train_sequences, validation_sequences
-from pretrain.setup import build, start_ranks, stop_ranks
+from pretrain.setup import build, smallest_card, start_ranks, stop_ranks
 from pretrain.status import Status
 from pretrain.step import pass_over, train_step, validate
 from pretrain.stopping import StopSignals
@@ -75,6 +76,8 @@ def _train(
     assert run_dir is not None
     cache = IndexCache(config, folders)  # made meanwhile
     device = start_ranks(config)
+    if is_planned(config) and resolve_impl(config.transformer_impl) == "transformer_engine":
+        check_memory(config, torch.distributed.get_world_size(), smallest_card())
 
     model, optimizer, scheduler = build(config)
     teacher = Teacher(config) if config.adapt.distillation_weight else None
