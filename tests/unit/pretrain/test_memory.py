@@ -3,6 +3,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -141,6 +142,34 @@ def test_the_papers_1b_fits_on_one_card_with_fused_attention_alone() -> None:
     )
     assert advice in said
     assert "--micro-batch-size 4" in said
+
+
+@pytest.mark.parametrize(
+    ("impl", "card", "refused"),
+    [
+        ("transformer_engine", 40e9, True),
+        ("transformer_engine", CARD, False),
+        ("local", 40e9, False),  # not counted
+    ],
+)
+def test_a_run_is_refused_before_its_model_is_built(
+    impl: str, card: float, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pretrain import train
+
+    class Built(Exception):
+        pass
+
+    config = replace(PRESETS["paper-1b"](), parallel=ParallelConfig(), precision="bf16")
+    config = replace(config, output_dir=tmp_path)
+    monkeypatch.setattr(train, "IndexCache", Mock())
+    monkeypatch.setattr(train, "start_ranks", Mock())
+    monkeypatch.setattr(train, "resolve_impl", lambda _: impl)
+    monkeypatch.setattr(train, "smallest_card", lambda: card)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(train, "build", Mock(side_effect=Built))
+    with pytest.raises(UserError if refused else Built):
+        train._train(config, [], Mock(), Mock(), Mock())
 
 
 def test_scores_of_one_layer_where_torch_has_no_other_kernel(config: TrainConfig) -> None:
