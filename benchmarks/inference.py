@@ -32,7 +32,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +59,7 @@ from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.timeline import draw as draw_timeline
 from pretrain.bench.wire import LinkSeconds, over, own_seconds
+from pretrain.run_log import versions
 
 TP = 2
 CASES = ("70b:nvswitch", "70b:p2p-off", "8b:nvswitch", "8b:p2p-off", "405b:two-nodes-ndr")
@@ -313,7 +313,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "measured": f"{tp} ranks{' (one played)' if args.fake_tp else ''}, {device}, "
         f"{platform.processor() or platform.machine()}",
-        "versions": {n: version(n) for n in ("torch", "megatron-core", "megatron-ladder")},
+        "versions": versions(),
         "command": " ".join(["python", *sys.argv]),
         "options": {k: str(v) for k, v in vars(args).items()},
     }

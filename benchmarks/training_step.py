@@ -28,10 +28,10 @@ from pretrain.bench.precisions import precision_of
 from pretrain.config import TrainConfig
 from pretrain.data import Batch
 from pretrain.graphs import WARM_UP_STEPS, StepGraph
-from pretrain.memory import in_words, is_planned, memory_plan
+from pretrain.memory import in_words, is_planned, kept_as, memory_plan
 from pretrain.metrics import flops_per_token, peak_flops
 from pretrain.presets import PRESETS
-from pretrain.setup import build, start_ranks
+from pretrain.setup import build, layers_config, start_ranks
 from pretrain.step import train_step
 
 
@@ -135,7 +135,7 @@ def measure(case: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
         "planned_gib": None,
     }
     if is_planned(config):
-        plan = memory_plan(config, dp=1)
+        plan = memory_plan(config, 1, kept_as(layers_config(config).core_attention))
         found["planned_gib"], found["planned"] = plan.total / 2**30, in_words(plan)
     return found
 

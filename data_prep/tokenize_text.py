@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from data_prep.progress import Progress
 from data_prep.shards import token_dtype
 from data_prep.sources import Source, find_sources, is_remote
 from data_prep.split import Fractions
+from data_prep.version import VERSION
 from data_prep.work import BadFiles, Job, clean_up, start
 from data_prep.workplace import Workplace
 
@@ -213,7 +213,7 @@ def _manifest(options: Tokenize, encoder: Encoder) -> dict[str, Any]:
     return {
         "format": "megatron-ladder-data",
         "version": 1,
-        "created_by": f"megatron-ladder {version('megatron-ladder')}",
+        "created_by": f"megatron-ladder {VERSION}",
         "tokenizer": {
             "kind": encoder.kind,
             "file": "tokenizer.model" if encoder.kind == "sentencepiece" else "tokenizer.json",

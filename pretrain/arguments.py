@@ -67,7 +67,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
         default=default,
         args=options,
         prog="megatron-ladder train [--preset NAME] [--config FILE] [--nproc-per-node N] "
-        "[--ladder-layers LAYERS]",
+        "[--ladder-layers LAYERS] [--plan-only [GPU]]",
         description=_description(),
         console_outputs=is_first_rank(),
     )
@@ -86,5 +86,7 @@ def _description() -> str:
     return (
         f"Train a model. Defaults below are those of the chosen preset:\n\n{presets}\n\n"
         "LAYERS make a standard model's layers ladder layers: last:N, all, layers from 0 (4,5,7), or "
-        "auto:N, the N that stand it best (`report depth` measures them)."
+        "auto:N, the N that stand it best (`report depth` measures them).\n\n"
+        "--plan-only trains nothing: it says whether the run fits in the memory of the GPU here, or of one "
+        "by name, on N ranks in all (--nproc-per-node)."
     )

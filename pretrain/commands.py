@@ -57,6 +57,10 @@ def train(argv: list[str]) -> int:
     """Trains a run, or goes on with it; starts the local ranks it needs when torchrun has not."""
     # Read when CUDA starts, which a look for a GPU may do: setup.py says what for.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if any(option.split("=")[0] == "--plan-only" for option in argv):
+        from pretrain.plan_only import plan_only
+
+        return plan_only(argv)
     config, asked = parse_train(argv)
     if asked is not None and asked < 1:
         raise UserError(f"--nproc-per-node {asked}: start at least one rank")

@@ -6,7 +6,7 @@ with the next one.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,14 @@ def _check_index(prefix: Path, facts: dict[str, Any], dtype: str) -> None:
             f"{prefix}.idx describes {tokens:,} tokens but {prefix}.bin holds "
             f"{facts['bin_bytes'] // width:,}: the files are of different data sets, tokenize again"
         )
+
+
+def with_vocab_size(config: TrainConfig) -> TrainConfig:
+    """Filled in from the first data set, where it is not given."""
+    if config.model.vocab_size is not None or not config.data.paths:
+        return config
+    vocab_size = open_folder(config.data.paths[0]).tokenizer["vocab_size"]
+    return replace(config, model=replace(config.model, vocab_size=vocab_size))
 
 
 def open_data(config: TrainConfig) -> list[DataFolder]:

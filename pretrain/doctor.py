@@ -54,6 +54,7 @@ def run_doctor() -> int:
 
     if _version("megatron-core") and _version("torch"):
         _built_of()
+        gpu_problems += _cudnn()
 
     cpu = not outside and _version("torch") is not None and _version("megatron-core") is not None
     print()
@@ -127,6 +128,20 @@ def _built_of() -> None:
         f"{config.num_query_groups} of keys, on {model.max_position_embeddings} tokens)"
     )
     print(table(choices(config, adam_class())))
+
+
+def _cudnn() -> list[str]:
+    """Prints which cuDNN is there, now that all who bring one are imported; returns what is missing."""
+    import torch
+
+    from pretrain.cudnn import loaded, problems
+
+    for graph in loaded():
+        _row("cuDNN", f"{torch.backends.cudnn.version()} in {graph.parent}")
+    found = problems()
+    for problem in found:
+        _row("cuDNN", problem)
+    return ["a cuDNN with all its libraries"] if found else []
 
 
 def _backends(torch) -> list[str]:  # type: ignore[no-untyped-def]

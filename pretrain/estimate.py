@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from megatron_ladder.errors import UserError
 from pretrain.bench.links import network_of
 from pretrain.bench.plan import DEVICES, Hardware
-from pretrain.bench.plan_search import KINDS, MEMORY_SHARE, row
+from pretrain.bench.plan_search import KINDS, row
 from pretrain.config import TrainConfig
-from pretrain.memory import memory_plan
+from pretrain.memory import memory_plan, room
 from pretrain.metrics import flops_per_token
 from pretrain.run_folder import checkpoint_bytes, stored_bytes
 
@@ -141,7 +141,7 @@ def estimate(
         jobs=jobs,
         parameters=config.model.num_parameters(),
         memory_bytes=memory_plan(config, dp).total if config.precision == "bf16" else None,
-        memory_limit_bytes=MEMORY_SHARE * hardware.device.memory_bytes,
+        memory_limit_bytes=room(hardware.device.memory_bytes),
         checkpoint_bytes=checkpoint,
         stored_bytes=stored_bytes(config),
         exported_bytes=exported * BYTES_OF_A_WEIGHT[config.precision],

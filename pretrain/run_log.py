@@ -16,12 +16,13 @@ import torch.distributed as dist
 
 from megatron_ladder.attention_choice import keeps_scores
 from megatron_ladder.mcore_compat import LadderConfig
+from pretrain import cudnn
 from pretrain.config import TrainConfig, to_dict
 from pretrain.data import DataFolder, keep_facts, kept_facts, unigram_loss
 from pretrain.fusions import Choice, adam_class, choices, table
 from pretrain.graphs import WARM_UP_STEPS
 from pretrain.initial import keep_imported
-from pretrain.memory import in_words, is_planned, memory_plan
+from pretrain.memory import in_words, is_planned, kept_as, memory_plan
 from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
 from pretrain.status import State, Status
 from pretrain.watchdog import Watchdog
@@ -120,9 +121,11 @@ class RunLog:
                 if keeps_scores(mcore_config):
                     words += f"; attention keeps scores: {mcore_config.core_attention.why}"
             self._log.note("built", words, choices=records)
+            for problem in cudnn.problems() if torch.cuda.is_available() else []:
+                logger.warning(problem)
         if mcore_config.transformer_impl == "transformer_engine" and is_planned(self._config):
             dp = self._config.parallel.data_parallel_size(self._world_size)
-            plan = memory_plan(self._config, dp)
+            plan = memory_plan(self._config, dp, kept_as(mcore_config.core_attention))
             self._planned = plan.total
             if self._log:
                 words = f"memory of the fullest GPU: planned {in_words(plan)}"

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_ladder import cpu_platform
 from megatron_ladder.mcore_compat import (
+    LadderConfig,
     build_gpt_model,
     initialize_model_parallel,
     transformer_config,
@@ -54,14 +55,22 @@ def start_ranks(config: TrainConfig) -> str:
     return device
 
 
+def smallest_card() -> int:
+    """Bytes of memory of the ranks' smallest GPU: all ranks say the same."""
+    here = torch.cuda.current_device()
+    size = torch.tensor(torch.cuda.get_device_properties(here).total_memory, device=here)
+    dist.all_reduce(size, dist.ReduceOp.MIN)
+    return int(size.item())
+
+
 def stop_ranks() -> None:
     dist.barrier()
     dist.destroy_process_group()
 
 
-def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
-    """This rank's chunks of the model under data parallelism, their optimizer and its schedule."""
-    mcore_config = transformer_config(
+def layers_config(config: TrainConfig) -> LadderConfig:
+    """megatron-core's configuration of the model; Transformer Engine is asked for its attention here."""
+    return transformer_config(
         config.model,
         config.parallel,
         precision=config.precision,
@@ -74,7 +83,11 @@ def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
         micro_batch_size=config.micro_batch_size,
         seq_length=config.data.seq_length,
     )
-    chunks = build_gpt_model(config.model, mcore_config, config.transformer_impl)
+
+
+def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
+    """This rank's chunks of the model under data parallelism, their optimizer and its schedule."""
+    chunks = build_gpt_model(config.model, layers_config(config), config.transformer_impl)
     if config.compile:
         compile_layers(chunks)
     model = wrap_data_parallel(chunks, gather_at_once=config.compile or config.cuda_graph)

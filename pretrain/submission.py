@@ -17,7 +17,7 @@ from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
 from pretrain.arguments import parse_train
 from pretrain.commands import ExportOptions, ImportOptions, ReportOptions
-from pretrain.data import open_folder
+from pretrain.data import with_vocab_size
 from slurm.chain import Step, take_tasks
 from slurm.cli import Submit, parse_submit
 from slurm.errors import UserError as SlurmError
@@ -69,11 +69,8 @@ def _estimates(
     texts = []
     for arguments in (command[1:] for command in commands if command[0] == "train"):
         config, _ = parse_train(arguments)
-        if config.model.vocab_size is None and config.data.paths:
-            vocab_size = open_folder(config.data.paths[0]).tokenizer["vocab_size"]
-            config = replace(config, model=replace(config.model, vocab_size=vocab_size))
         found = estimate(
-            config,
+            with_vocab_size(config),
             ranks=ranks,
             hardware=hardware,
             mfu=options.mfu,

@@ -7,6 +7,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.specs import resolve_impl
 from pretrain.arguments import is_first_rank
 from pretrain.bad_steps import BadStep, BadSteps
 from pretrain.checkpoint import (
@@ -22,7 +23,7 @@ from pretrain.gradual import use_ladder_layers
 from pretrain.graphs import StepGraph
 from pretrain.index_cache import IndexCache
 from pretrain.launch import STOPPED
-from pretrain.memory import out_of_memory
+from pretrain.memory import check_memory, is_planned, kept_as, out_of_memory
 from pretrain.optimizer import gathered_parameters
 from pretrain.profile import StepProfile
 from pretrain.rank_speed import RankSpeed
@@ -30,7 +31,7 @@ from pretrain.run_folder import checkpoint_at, find_checkpoint, lock, write_conf
 from pretrain.run_log import RunLog
 from pretrain.saving import CheckpointSaver
 from pretrain.sequences import train_sequences, validation_sequences
-from pretrain.setup import build, start_ranks, stop_ranks
+from pretrain.setup import build, layers_config, smallest_card, start_ranks, stop_ranks
 from pretrain.status import Status
 from pretrain.step import pass_over, train_step, validate
 from pretrain.stopping import StopSignals
@@ -56,7 +57,8 @@ def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) 
             exit_status = _train(config, folders, signals, status, watchdog)
     except torch.OutOfMemoryError as error:
         # Said by whichever rank it was; starting again would not help: 2, as after a mistake.
-        said = out_of_memory(config, torch.distributed.get_world_size(), error)
+        attention = kept_as(layers_config(config).core_attention)
+        said = out_of_memory(config, torch.distributed.get_world_size(), error, attention)
         rank = torch.distributed.get_rank()
         print(f"megatron-ladder train: rank {rank}: {said}", file=sys.stderr)
         return 2
@@ -76,6 +78,9 @@ def _train(
     assert run_dir is not None
     cache = IndexCache(config, folders)  # made meanwhile
     device = start_ranks(config)
+    if is_planned(config) and resolve_impl(config.transformer_impl) == "transformer_engine":
+        attention = kept_as(layers_config(config).core_attention)
+        check_memory(config, torch.distributed.get_world_size(), smallest_card(), attention)
 
     model, optimizer, scheduler = build(config)
     teacher = Teacher(config) if config.adapt.distillation_weight else None

@@ -8,7 +8,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from data_prep.parts import Part, plan_parts
 from data_prep.pool import Start, about, usable_cores, work_through
 from data_prep.progress import Progress
 from data_prep.sources import DROPPED, REPORT, Source, find_sources
+from data_prep.version import VERSION
 from data_prep.work import clean_up
 from data_prep.workplace import Workplace
 
@@ -212,7 +212,7 @@ def _write(
         if not path.stat().st_size:
             path.unlink()  # nothing of the part is left
     report = _report(judged, written)
-    report |= {"made_by": f"megatron-ladder {version('megatron-ladder')}", "options": facts}
+    report |= {"made_by": f"megatron-ladder {VERSION}", "options": facts}
     report["sources"] = [[s.path, s.bytes, s.version] for s in sources]
     samples = _samples(job, parts, judged, written)
     summary = _summary(report)

@@ -8,12 +8,10 @@ from megatron_ladder.config import ParallelConfig, Recompute, Residual, check_la
 from megatron_ladder.errors import UserError
 from pretrain.bench.plan import BF16, FP32, Hardware, Row, pass_seconds, submodules
 from pretrain.config import TrainConfig
-from pretrain.memory import memory_plan, stage_parameters
+from pretrain.memory import memory_plan, room, stage_parameters
 from pretrain.metrics import flops_per_token
 
 KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder")
-MEMORY_SHARE = 0.92
-"""Of a device's memory; the rest is left for what memory_plan leaves out."""
 
 
 def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
@@ -119,7 +117,7 @@ def search(config: TrainConfig, gpus: int, hardware: Hardware) -> dict[Residual,
     Raises:
         UserError: none does.
     """
-    limit = MEMORY_SHARE * hardware.device.memory_bytes
+    limit = room(hardware.device.memory_bytes)
     found: dict[Residual, list[Row]] = {}
     for kind in KINDS:
         model = replace(config.model, residual=kind, ladder_layers=None)

@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -29,6 +30,19 @@ def tokenizer(jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv = ["train-tokenizer", str(jsonl), "--vocab-size", "340", "--output-dir", str(folder)]
     assert cli.main(argv) == 0
     return folder / "tokenizer.model"
+
+
+@pytest.fixture
+def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout on PYTHONPATH alone: no metadata say which version it is."""
+    found = importlib.metadata.Distribution.from_name
+
+    def others(name: str) -> importlib.metadata.Distribution:
+        if name == "megatron-ladder":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", others)
 
 
 @pytest.fixture

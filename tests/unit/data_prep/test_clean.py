@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from data_prep import cli, parts
 from data_prep.clean import duplicates
 from data_prep.clean.quality import make_filter, make_judge
+from data_prep.version import VERSION
 
 pytest.importorskip("datatrove", reason="the extra `clean` is not installed")
 
@@ -196,10 +197,13 @@ def dump(tmp_path: Path) -> list[Path]:
 ALL = ("--exact-dedup", "--near-dedup", "--id-field", "id", "--quality", "gopher-quality")
 
 
-def test_what_is_dropped_why_and_what_stays(dump: list[Path], tmp_path: Path, capsys) -> None:
+def test_what_is_dropped_why_and_what_stays(
+    dump: list[Path], tmp_path: Path, capsys, not_installed
+) -> None:
     out = tmp_path / "out"
     run(*dump, "--output-dir", out, *ALL)
     facts = report(out)
+    assert facts["made_by"] == f"megatron-ladder {VERSION}"
     assert {why: n["documents"] for why, n in facts["dropped"].items()} == {
         "repeated id": 2,
         "exact duplicate": 2,

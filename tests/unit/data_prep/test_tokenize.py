@@ -25,6 +25,7 @@ from data_prep.lines import line_blocks
 from data_prep.shards import read_document, token_dtype, write_index
 from data_prep.sources import find_sources
 from data_prep.split import hash_fraction
+from data_prep.version import VERSION
 
 
 def tokenize(source: Path, tokenizer: Path, out: Path, *options: str) -> dict:
@@ -37,6 +38,11 @@ def documents(out: Path, split: str = "train") -> list[list[int]]:
     """As megatron-core reads them."""
     dataset = IndexedDataset(str(out / split))
     return [dataset[i].tolist() for i in range(len(dataset))]
+
+
+def test_a_checkout_that_is_not_installed(jsonl, tokenizer, tmp_path, not_installed) -> None:
+    manifest = tokenize(jsonl, tokenizer, tmp_path / "data")
+    assert manifest["created_by"] == f"megatron-ladder {VERSION}"
 
 
 def test_megatron_core_reads_the_tokens_the_tokenizer_gives(

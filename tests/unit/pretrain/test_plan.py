@@ -14,7 +14,8 @@ from pretrain.bench.plan import (
     Submodule,
     pass_seconds,
 )
-from pretrain.bench.plan_search import MEMORY_SHARE, layouts, row, search
+from pretrain.bench.plan_search import layouts, row, search
+from pretrain.memory import room
 from pretrain.presets import PRESETS as TRAIN_PRESETS
 
 ATTENTION = Submodule(forward_s=3.0, backward_s=6.0, weight_gradient_s=1.0)
@@ -106,7 +107,7 @@ def test_every_layout_is_one_the_trainer_takes(hardware) -> None:
 
 def test_what_is_found_fits_and_is_sorted_and_ladder_is_no_slower(hardware) -> None:
     found = search(TRAIN_PRESETS["llama-3-8b"](), 64, hardware)
-    limit = MEMORY_SHARE * 80
+    limit = room(80)
     for rows in found.values():
         assert all(r.memory_gb <= limit for r in rows)
         assert [r.step_s for r in rows] == sorted(r.step_s for r in rows)
