@@ -44,8 +44,8 @@ def test_a_layer_by_hand() -> None:
     assert kept(tp=2, sp=False, recompute="none") == 7 * (whole + divided / 2)
     assert kept(tp=2, sp=True, recompute="none") == 7 * (whole + divided) / 2
     assert kept(tp=2, sp=True, recompute="full") == 7 * whole / 2
-    # The values as a view: of queries, keys and values as the linear gives them, twice.
-    selective = 7 * (whole + (divided + 2 * 200) / 2)
+    # The values as a view, of all that the linear gives, 2 h more, twice; no log-sums.
+    selective = 7 * (whole + (divided + 2 * 200 - 40) / 2)
     assert kept(tp=2, sp=False, recompute="selective") == selective
     # In FP8: the first linears' inputs a byte, SwiGLU's output a byte.
     in_fp8 = 7 * (400 + 200 + divided - 400) / 2
