@@ -102,7 +102,7 @@ def measure(case: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     for _ in range(args.steps + 2):  # two warm up
         step()
     step_s, steps_s = statistics.median(seconds[2:]), list(seconds)
-    load = facts.under_load(step, 2)
+    load = facts.under_load(step)
     flops = config.tokens_per_step * flops_per_token(
         num_layers=config.model.num_layers,
         hidden_size=config.model.hidden_size,
