@@ -56,9 +56,14 @@ def test_every_part_is_a_script_that_is_there() -> None:
 
 def test_every_parts_options_are_its_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash there costs minutes of a GPU."""
-    for part in script("gpu").parts():
+    gpu = script("gpu")
+    for part in gpu.parts():
         if part.command[0] != "-m":
-            monkeypatch.setattr(sys, "argv", part.command)
+            words = gpu.words_of(part, Path("results"), part.limit_s)
+            assert not {"OUTPUT", "WORK", "SECONDS"} & set(
+                " ".join(words).replace("/", " ").split()
+            )
+            monkeypatch.setattr(sys, "argv", words)
             script(Path(part.command[0]).stem).arguments()
 
 
@@ -68,8 +73,9 @@ def test_learnings_models_are_of_25_million_parameters(
     """And the options that it gives to `train` are those of `train`."""
     learning = script("learning")
     monkeypatch.setattr(learning, "Standby", lambda *_, **__: None)
-    for part in script("gpu").chosen(["learning", "rates"]):
-        monkeypatch.setattr(sys, "argv", part.command)
+    gpu = script("gpu")
+    for part in gpu.chosen(["learning", "rates"]):
+        monkeypatch.setattr(sys, "argv", gpu.words_of(part, Path("results"), part.limit_s))
         options, of_train = learning.arguments()
         options.data = [Path("data")]
         trainings = learning.Trainings(options, of_train)
@@ -81,6 +87,7 @@ def test_learnings_models_are_of_25_million_parameters(
         assert config.steps_for(options.trial_tokens) > config.warmup_steps
         for target in options.target:
             assert set(modelled(target, options.device).plan) == set(options.kinds)
+        assert options.seconds == part.limit_s - 30
 
 
 @pytest.fixture
