@@ -141,7 +141,7 @@ def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     }
     gc.collect()
     times = measure({key: run.step for key, run in runs.items()}, args.steps)
-    load = facts.under_load(runs[args.kinds[0], "plain"].step, 50)
+    load = facts.under_load(runs[args.kinds[0], "plain"].step)
     rows = []
     for (kind, variant), found in times.items():
         plain = times[kind, "plain"]

@@ -51,7 +51,7 @@ class Part:
     name: str
     command: list[str]
     """After `python`: a script, or -m and a module. OUTPUT stands for the folder, WORK for one that does
-    not come back."""
+    not come back, SECONDS for how long it has."""
     limit_s: float
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -158,7 +158,7 @@ def parts() -> list[Part]:
         Part(
             "learning",
             [
-                *(*learning, "--seconds", "470", "--train-tokens", "210_000_000"),
+                *(*learning, "--seconds", "SECONDS", "--train-tokens", "210_000_000"),
                 *("--optimizer.lr", "2e-3", "--json", "OUTPUT/learning.json"),
                 *("--picture", "OUTPUT/learning.png"),
             ],
@@ -166,7 +166,7 @@ def parts() -> list[Part]:
         ),
         Part(
             "rates-of-learning",
-            [*rates, "--seconds", "240", "--json", "OUTPUT/rates-of-learning.json"],
+            [*rates, "--seconds", "SECONDS", "--json", "OUTPUT/rates-of-learning.json"],
             270,
         ),
         Part(
@@ -192,14 +192,20 @@ def standby_of(part: Part, output: Path) -> Standby:
     )
 
 
+def words_of(part: Part, output: Path, limit_s: float) -> list[str]:
+    work = Path(tempfile.gettempdir()) / f"{output.name}-work"
+    seconds = max(limit_s - 30, 0.5 * limit_s)
+    stands_for = {"OUTPUT": str(output), "WORK": str(work), "SECONDS": f"{seconds:.0f}"}
+    words = list(part.command)
+    for name, value in stands_for.items():
+        words = [word.replace(name, value) for word in words]
+    return words
+
+
 def run(part: Part, standby: Standby, output: Path, limit_s: float) -> Result:
     """Ends it at its limit, counted from now."""
     begin = time.monotonic()
-    work = Path(tempfile.gettempdir()) / f"{output.name}-work"
-    words = list(part.command)
-    for name, place in (("OUTPUT", output), ("WORK", work)):
-        words = [word.replace(name, str(place)) for word in words]
-    standby.go(words)
+    standby.go(words_of(part, output, limit_s))
     try:
         code = standby.process.wait(limit_s)
         status = "done" if code == 0 else f"failed with {code}"

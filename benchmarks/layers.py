@@ -82,7 +82,7 @@ def compare(
         for kind in KINDS
     }
     times = measure({kind: decoder.step for kind, decoder in decoders.items()}, args.steps)
-    load = facts.under_load(decoders["ladder"].step, 10)
+    load = facts.under_load(decoders["ladder"].step)
     memory = facts.peak_memory()
     rows = []
     for kind, found in times.items():

@@ -156,14 +156,20 @@ class Trainings:
 
     def __init__(self, options: argparse.Namespace, of_train: list[str]) -> None:
         self._options, self._of_train = options, of_train
-        self._next = Standby(Path.cwd(), session=False)
+        trial = options.seconds is not None
+        self._left = trial + len(options.kinds) * len(options.rates or options.seeds)
         self._now: Standby | None = None
+        self._next: Standby | None = Standby(Path.cwd(), session=False)
 
     def train(self, kind: str, seed: int, run_dir: Path, tokens: int, *more: str) -> Run:
         """One run, to its end. Raises Failed."""
         command = self.command(kind, seed, run_dir, tokens, *more)
         print(f"== {run_dir.name}", flush=True)
-        self._now, self._next = self._next, Standby(Path.cwd(), session=False)
+        assert self._next is not None
+        self._left -= 1
+        self._now, self._next = self._next, None
+        if self._left > 0:
+            self._next = Standby(Path.cwd(), session=False)
         self._now.go(["-m", "pretrain.cli", "train", *command])
         if status := self._now.process.wait():
             raise Failed(status)

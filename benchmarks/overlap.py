@@ -265,7 +265,7 @@ def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
         line.device_allocations.clear()
     times = measure(runs, args.steps)
     ladder = next(line for line in chosen if line.name == "ladder")
-    load = facts.under_load(runs["ladder", "link"], 10) if args.fake_tp else {}
+    load = facts.under_load(runs["ladder", "link"]) if args.fake_tp else {}
     bounds = {}
     if args.recompute == "none":  # else standard layers communicate more
         bounds = {

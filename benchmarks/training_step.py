@@ -109,7 +109,7 @@ def measure(case: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     for _ in range(args.steps + warm_up):
         step()
     step_s, steps_s = statistics.median(seconds[warm_up:]), list(seconds)
-    load = facts.under_load(step, 2)
+    load = facts.under_load(step)
     flops = config.tokens_per_step * flops_per_token(
         num_layers=config.model.num_layers,
         hidden_size=config.model.hidden_size,

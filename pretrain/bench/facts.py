@@ -4,10 +4,10 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from pretrain.files import write_atomically
 from pretrain.run_log import versions
 
 NO_MEMORY = "out of memory"
+PATIENCE_S = 5.0
 FILES = ("json", "picture", "trace")  # options that name what is written
 
 
@@ -90,16 +91,17 @@ def device_allocations() -> int:
     return sum(counts.get(n, 0) for n in ("num_device_alloc", "num_device_free"))
 
 
-def under_load(run: Callable[[], object], times: int) -> dict[str, float]:
-    """Clock of the SMs, MHz, and power, W: nvidia-smi's medians while `run` goes on, `times` times.
+def under_load(run: Callable[[], object]) -> dict[str, float]:
+    """Clock of the SMs, MHz, and power, W, while `run` is repeated, as long as nvidia-smi takes to answer.
 
-    It is asked beside runs that are not measured. Empty without a GPU or nvidia-smi.
+    These runs are not measured. Empty without a GPU or nvidia-smi. One process only: several would not
+    repeat it equally often.
     """
     if not torch.cuda.is_available():
         return {}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     which = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else "0"
-    query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "50"]
+    query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
     try:
         asked = subprocess.Popen(  # noqa: S603 (a list)
             ["nvidia-smi", "-i", which, *query],  # noqa: S607
@@ -109,31 +111,23 @@ def under_load(run: Callable[[], object], times: int) -> dict[str, float]:
         )
     except OSError:
         return {}
+    end = time.monotonic() + PATIENCE_S
     try:
-        for _ in range(times):
+        while asked.poll() is None and time.monotonic() < end:
             run()
     finally:
-        asked.terminate()
-        lines, _ = asked.communicate()
-    return read_load(lines)
+        asked.kill()
+        answer, _ = asked.communicate()
+    return read_load(answer)
 
 
-def read_load(lines: str) -> dict[str, float]:
-    """nvidia-smi's lines of clock and power, the first of which may come before any load."""
-    found = []
-    for line in lines.splitlines():
-        try:
-            clock, power = map(float, line.split(","))
-        except ValueError:  # cut off, or "[N/A]"
-            continue
-        found.append((clock, power))
-    loaded = found[len(found) // 2 :]
-    if not loaded:
+def read_load(answer: str) -> dict[str, float]:
+    """nvidia-smi's line of clock and power; empty when it says something else."""
+    try:
+        clock, power = map(float, answer.split(","))
+    except ValueError:  # "[N/A]", or an error
         return {}
-    return {
-        "sm_clock_mhz": median(clock for clock, _ in loaded),
-        "power_w": median(power for _, power in loaded),
-    }
+    return {"sm_clock_mhz": clock, "power_w": power}
 
 
 def reason(error: Exception) -> str:

@@ -104,3 +104,37 @@ def test_a_trace_that_cannot_be_taken_is_refused(capsys: pytest.CaptureFixture[s
     output = capsys.readouterr()
     assert "shows two layers on two ranks" in output.err + output.out
     assert "Traceback" not in output.err
+
+
+def test_the_learning_benchmark(tmp_path: Path) -> None:
+    """From source files to curves, at far less than a hundredth of a GPU's."""
+    text = tmp_path / "text"
+    text.mkdir()
+    words = [path.stem for path in sorted((ROOT / "pretrain").rglob("*.py"))]
+    for number in range(300):
+        lines = [f"def {word}_{number}(x):\n    return x + {number}\n" for word in words[:20]]
+        (text / f"module_{number}.py").write_text("\n".join(lines))
+    json_file, picture = tmp_path / "learning.json", tmp_path / "learning.png"
+    files = ["--work-dir", tmp_path / "work", "--json", json_file, "--picture", picture]
+    small = [
+        "--model.num-layers",
+        "2",
+        "--model.hidden-size",
+        "32",
+        "--model.ffn-hidden-size",
+        "64",
+    ]
+    small += ["--model.num-attention-heads", "4", "--model.vocab-size", "None"]
+    small += ["--data.seq-length", "32", "--micro-batch-size", "8", "--global-batch-size", "8"]
+    small += ["--schedule.warmup-steps", "2", "--parallel.tensor-model-parallel-size", "1"]
+    short = ["--train-tokens", "5120", "--seeds", "1", "--kinds", "standard", "ladder"]
+    made = ["--text", text, "--vocab-size", "300"]
+    output = run("benchmarks/learning.py", *map(str, [*made, *files, *short, *small]))
+    assert "| ladder | " in output
+    report = json.loads(json_file.read_text())
+    assert [row["kind"] for row in report["rows"]] == ["standard", "ladder"]
+    assert report["tokens"] == 5120 and report["data"][0]["validation_tokens"] > 0
+    for trained in report["runs"]:
+        losses = trained["training"]["loss"]
+        assert losses[-1] < losses[0]
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -57,9 +57,14 @@ def test_every_part_is_a_script_that_is_there() -> None:
 
 def test_every_parts_options_are_its_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash there costs minutes of a GPU."""
-    for part in script("gpu").parts():
+    gpu = script("gpu")
+    for part in gpu.parts():
         if part.command[0] != "-m":
-            monkeypatch.setattr(sys, "argv", part.command)
+            words = gpu.words_of(part, Path("results"), part.limit_s)
+            assert not {"OUTPUT", "WORK", "SECONDS"} & set(
+                " ".join(words).replace("/", " ").split()
+            )
+            monkeypatch.setattr(sys, "argv", words)
             script(Path(part.command[0]).stem).arguments()
 
 
@@ -69,8 +74,9 @@ def test_learnings_models_are_of_25_million_parameters(
     """And the options that it gives to `train` are those of `train`."""
     learning = script("learning")
     monkeypatch.setattr(learning, "Standby", lambda *_, **__: None)
-    for part in script("gpu").chosen(["learning", "rates"]):
-        monkeypatch.setattr(sys, "argv", part.command)
+    gpu = script("gpu")
+    for part in gpu.chosen(["learning", "rates"]):
+        monkeypatch.setattr(sys, "argv", gpu.words_of(part, Path("results"), part.limit_s))
         options, of_train = learning.arguments()
         options.data = [Path("data")]
         trainings = learning.Trainings(options, of_train)
@@ -82,6 +88,7 @@ def test_learnings_models_are_of_25_million_parameters(
         assert config.steps_for(options.trial_tokens) > config.warmup_steps
         for target in options.target:
             assert set(modelled(target, options.device).plan) == set(options.kinds)
+        assert options.seconds == part.limit_s - 30
 
 
 @pytest.fixture
@@ -319,10 +326,32 @@ def test_attention_is_what_transformer_engine_says_it_took(monkeypatch: pytest.M
     assert facts.attention_of(model) == "Transformer Engine: cuDNN F16_arbitrary_seqlen"
 
 
-def test_clock_and_power_are_medians_of_the_loaded_half() -> None:
-    lines = "345, 80.0\n1980, 90.5\n1755, 640.0\n1740, [N/A]\n1725, 660.0\n17"
-    assert facts.read_load(lines) == {"sm_clock_mhz": 1740, "power_w": 650}
-    assert facts.read_load("") == {}
+def test_clock_and_power_are_asked_while_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a program that answers when there is load, or never."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = SimpleNamespace(uuid="1234")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    load = tmp_path / "load"
+
+    def run() -> None:
+        load.touch()
+        time.sleep(0.01)
+
+    program = tmp_path / "nvidia-smi"
+    answers = f"while [ ! -e {load} ]; do sleep 0.01; done; [ $2 = GPU-1234 ] && echo 1755, 640.5"
+    program.write_text(f"#!/bin/sh\n{answers}\n")
+    program.chmod(0o755)
+    assert facts.under_load(run) == {"sm_clock_mhz": 1755, "power_w": 640.5}
+    monkeypatch.setattr(facts, "PATIENCE_S", 0.1)
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    assert facts.under_load(run) == {}
+    program.unlink()
+    assert facts.under_load(run) == {}
+    assert facts.read_load("1755, [N/A]") == {}
 
 
 def test_repetitions_do_not_look_for_garbage_in_all_that_is_imported(
