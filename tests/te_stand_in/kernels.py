@@ -7,9 +7,11 @@ kept for backward and when scales are found, under this project's layers. Not th
 """
 
 import contextlib
+import functools
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +30,8 @@ norms: list[bool] = []
 """Of each norm, in order: whether it wrote FP8."""
 gemm_weights: list[int] = []
 """Of each GEMM in backward that gave a weight's gradient: the `data_ptr` of what it wrote to, or 0."""
+seconds = 0.0
+"""Of this process in these kernels: benchmarks/python_overhead.py leaves them out."""
 
 
 def install(capability: tuple[int, int] = (9, 0)) -> None:
@@ -51,7 +55,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     gemm.get_cublas_workspace = lambda *_: torch.empty(1, dtype=torch.uint8)
     te.distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     te.distributed._set_cuda_rng_state = lambda *_, **__: None
-    TEDotProductAttention.forward = _attention
+    TEDotProductAttention.forward = _timed(_attention)
     ours = {
         "generic_gemm": _gemm,
         "rmsnorm_fwd": _rmsnorm,
@@ -81,11 +85,26 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         m for n, m in sys.modules.items() if n.startswith(("transformer_engine", "megatron"))
     ]
     for name, function in ours.items():
-        real = getattr(tex, name)
+        real, function = getattr(tex, name), _timed(function)
         for module in [tex, *modules]:
             for alias, value in list(vars(module).items()):
                 if value is real:
                     setattr(module, alias, function)
+
+
+def _timed(kernel: Callable) -> Callable:
+    """Adds what it takes to `seconds`; once, where one calls another."""
+
+    @functools.wraps(kernel)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        global seconds
+        before, begin = seconds, time.process_time()
+        try:
+            return kernel(*args, **kwargs)
+        finally:
+            seconds = before + time.process_time() - begin
+
+    return timed
 
 
 def _use_te_in_optimizers() -> None:
