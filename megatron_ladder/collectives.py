@@ -38,6 +38,12 @@ from megatron_ladder.ranges import named
 
 Group = dist.ProcessGroup
 
+# As torch 2.13 calls them. By their older names it warns at each call, which takes as long as the rest.
+ALL_GATHER, REDUCE_SCATTER = (
+    ("all_gather_single", "reduce_scatter_single")
+    if hasattr(dist, "all_gather_single")
+    else ("all_gather_into_tensor", "reduce_scatter_tensor")
+)
 
 # megatron-core passes a layer's outputs on untouched, and a sub-module its input to its first
 # linear, so what belongs to a tensor travels as an attribute of it.
@@ -193,15 +199,15 @@ class SubmoduleCollectives:
             whole, work = fp8.all_gather(self.group, rows=rows, columns=columns)
             return _Flight(standing_for(placeholder(x, *shape), whole), x, work)
         x = x.contiguous()
-        out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        work = dist.all_gather_into_tensor(out, x, group=self.group, async_op=True)
+        out = x.new_empty(shape)
+        work = getattr(dist, ALL_GATHER)(out, x, group=self.group, async_op=True)
         return _Flight(out, x, work)
 
     def _reduce_scatter(self, x: Tensor) -> _Flight:
         x = x.contiguous()
         shape = (x.size(0) // self.group.size(), *x.shape[1:])
-        out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        work = dist.reduce_scatter_tensor(out, x, group=self.group, async_op=True)
+        out = x.new_empty(shape)
+        work = getattr(dist, REDUCE_SCATTER)(out, x, group=self.group, async_op=True)
         return _Flight(out, x, work)
 
 
@@ -243,7 +249,7 @@ class _InputStart(torch.autograd.Function):
 
 
 class _OutputStart(torch.autograd.Function):
-    """With sequence parallelism only, as `_OutputWait`: without it the output's gradient needs no collective."""
+    """With sequence parallelism only, as `_OutputWait`: else the output's gradient needs no collective."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
