@@ -12,9 +12,13 @@ A sub-module's linears communicate nothing (linear.py); the layer does it at fou
       input         all-gather                          reduce-scatter of the input's gradient
       output        reduce-scatter                      all-gather of the output's gradient
 
-In backward the points run in the opposite order: `input_wait` starts the input gradient's
-reduction, `input_start` waits for it. Between a start and its wait a tensor is in flight: it may be
-passed on, never read. docs/overlap.md shows when each point runs, and why.
+In backward the points run in the opposite order. The reduction of the input's gradient is started by the
+sub-module's first linear, as early as can be (linear.py), and `input_start` waits for it. Between a start
+and its wait a tensor is in flight: it may be passed on, never read. docs/overlap.md shows when each point
+runs, and why.
+
+A point is a node in autograd's graph only where backward has something to do there: each costs as much
+Python as a small kernel takes.
 """
 
 from collections.abc import Callable
@@ -34,6 +38,12 @@ from megatron_ladder.ranges import named
 
 Group = dist.ProcessGroup
 
+# As torch 2.13 calls them. By their older names it warns at each call, which takes as long as the rest.
+ALL_GATHER, REDUCE_SCATTER = (
+    ("all_gather_single", "reduce_scatter_single")
+    if hasattr(dist, "all_gather_single")
+    else ("all_gather_into_tensor", "reduce_scatter_tensor")
+)
 
 # megatron-core passes a layer's outputs on untouched, and a sub-module its input to its first
 # linear, so what belongs to a tensor travels as an attribute of it.
@@ -75,7 +85,7 @@ class SubmoduleCollectives:
         self._input_shard: Tensor | None = None
         self._gathers_again = self._again_for_forward = False
         self.fp8_input: Fp8 | None = None
-        """What the sub-module's first linear reads, where that is in FP8; taken by `input_wait`."""
+        """What the sub-module's first linear reads, where that is in FP8; taken by `input_start`."""
         self.gradient_in_fp8: Callable[[Tensor, Group], Tensor] | None = None
         """Where the sub-module's last linear is in FP8: what it reads in backward, of a rank's part."""
         self._input: _Flight | None = None
@@ -103,6 +113,7 @@ class SubmoduleCollectives:
             self._input = None
 
     def start_output(self, x: Tensor) -> Tensor:
+        """The sum, in flight; without sequence parallelism in `x`'s own memory."""
         if not self._gathers_again:
             self._input_shard = None
         with named("output: start"):
@@ -130,10 +141,6 @@ class SubmoduleCollectives:
         with named("input gradient: start"):
             start = self._reduce_scatter if self.sequence_parallel else self._sum
             self._input_gradient = start(grad)
-
-    @property
-    def input_gradient_started(self) -> bool:
-        return self._input_gradient is not None
 
     def wait_input_gradient(self) -> Tensor:
         assert self._input_gradient is not None, "the sub-module's backward has not run"
@@ -196,15 +203,15 @@ class SubmoduleCollectives:
             whole, work = fp8.all_gather(self.group, rows=rows, columns=columns)
             return _Flight(standing_for(placeholder(x, *shape), whole), x, work)
         x = x.contiguous()
-        out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        work = dist.all_gather_into_tensor(_uncounted(out), x, group=self.group, async_op=True)
+        out = x.new_empty(shape)
+        work = getattr(dist, ALL_GATHER)(_uncounted(out), x, group=self.group, async_op=True)
         return _Flight(out, x, work)
 
     def _reduce_scatter(self, x: Tensor) -> _Flight:
         x = x.contiguous()
         shape = (x.size(0) // self.group.size(), *x.shape[1:])
-        out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        work = dist.reduce_scatter_tensor(_uncounted(out), x, group=self.group, async_op=True)
+        out = x.new_empty(shape)
+        work = getattr(dist, REDUCE_SCATTER)(_uncounted(out), x, group=self.group, async_op=True)
         return _Flight(out, x, work)
 
 
@@ -248,41 +255,25 @@ class _InputStart(torch.autograd.Function):
         return collectives.start_input(x)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+        # A linear that started the sum hands on nothing: the gradient in flight goes through `collectives`
+        # and not through autograd, which could copy it. Linears that share an input hand on theirs.
+        if grads[0] is not None:
+            ctx.collectives.start_input_gradient(grads[0])
         return ctx.collectives.wait_input_gradient(), None
 
 
-class _InputWait(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.collectives = collectives
-        collectives.wait_input()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None]:
-        # The gradient goes on in flight, through `collectives` and not through autograd, which
-        # could copy it. A linear that started the reduction itself hands on none.
-        if grads[0] is not None:
-            assert not ctx.collectives.input_gradient_started
-            ctx.collectives.start_input_gradient(grads[0])
-        return None, None
-
-
 class _OutputStart(torch.autograd.Function):
+    """With sequence parallelism only, as `_OutputWait`: else the output's gradient needs no collective."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.collectives = collectives
-        # Without sequence parallelism this is `x`'s own memory. Not marked dirty: Transformer Engine's
-        # outputs are views, which autograd lets nobody change.
         return collectives.start_output(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        if not ctx.collectives.sequence_parallel:
-            return grads[0], None
         # A gradient that comes by autograd has not been started: the output was waited for outside
         # this graph, as when megatron-core recomputes a whole layer.
         if grads[0] is not None:
@@ -291,8 +282,6 @@ class _OutputStart(torch.autograd.Function):
 
 
 class _OutputWait(torch.autograd.Function):
-    """With sequence parallelism only: without it the output's gradient needs no collective."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
         ctx.collectives = collectives
@@ -330,12 +319,13 @@ def input_start(
     assert all_reduce == "exact" or not torch.is_grad_enabled(), "int8 sums have no backward"
     collectives = SubmoduleCollectives(group, sequence_parallel, all_reduce)
     x = _InputStart.apply(x, collectives)
+    fp8, collectives.fp8_input = collectives.fp8_input, None
     # With sequence parallelism the layer builds these nodes where they have to run (layer.py).
     if x.grad_fn is not None and not sequence_parallel:
         collectives.number = natural_number(x.grad_fn)
         if behind is not None:
             run_no_sooner_than(x.grad_fn, behind)
-    return take_part(x, collectives)
+    return take_part(standing_for(x, fp8), collectives)
 
 
 def input_wait(x: Tensor, *, shared: bool = False) -> Tensor:
@@ -348,9 +338,10 @@ def input_wait(x: Tensor, *, shared: bool = False) -> Tensor:
     collectives = collectives_of(x)
     if collectives is None:
         return x
-    fp8, collectives.fp8_input = collectives.fp8_input, None
-    x = used_here(standing_for(_InputWait.apply(x, collectives), fp8))
-    return x if shared else take_part(x, collectives)
+    collectives.wait_input()
+    if shared:
+        delattr(x, _SUBMODULE)
+    return used_here(x)
 
 
 def output_start(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
@@ -365,7 +356,11 @@ def output_start(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
     """
     if collectives is None:
         return x
-    return take_part(_OutputStart.apply(x, collectives), collectives)
+    if collectives.sequence_parallel:
+        x = _OutputStart.apply(x, collectives)
+    else:
+        collectives.start_output(x)  # in `x`'s own memory, beside autograd: its gradient is the sum's
+    return take_part(x, collectives)
 
 
 def output_wait(x: Tensor) -> Tensor:

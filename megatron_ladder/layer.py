@@ -75,9 +75,9 @@ class LadderTransformerLayer(TransformerLayer):
         self.sends_pair = "ladder" in residuals if residuals else True
         self.comm_group = None if self.residual == "no-comm" else self.tp_group
         self.all_reduce: AllReduce = "exact"  # inference.sums sets it
-        # Called in the middle of the running sub-module; see `_submodule`.
-        self._chain: Callable[[], None] | None = None
-        self._records = True
+        # At most one: what is called in the middle of the running sub-module, and whether it records
+        # gradients; see `_submodule`. A list, as assigning to a module's attribute is slow.
+        self._chain: list[tuple[Callable[[], None], bool]] = []
         if self.config.sequence_parallel:
             for first_linear in (self.self_attention.linear_qkv, self.mlp.linear_fc1):
                 first_linear.register_forward_hook(self._run_chain)
@@ -268,13 +268,13 @@ class LadderTransformerLayer(TransformerLayer):
         # sub-module. With it, two collectives in a row: each gets a part of the sub-module to hide
         # behind, in forward and, by the order in which the nodes are made, in backward.
         if chain is not None and own is not None and own.sequence_parallel:
-            self._chain, self._records = run, torch.is_grad_enabled()
+            self._chain.append((run, torch.is_grad_enabled()))
         if own is not None and own.sequence_parallel and self.in_fp8:
             is_attention = module is self.self_attention
             last_linear = module.linear_proj if is_attention else module.linear_fc2
             own.gradient_in_fp8 = last_linear.output_gradient
         output = output_start(self._compute(module, x, **kwargs), own)
-        assert self._chain is None, "the sub-module's first linear did not run"
+        assert not self._chain, "the sub-module's first linear did not run"
         if chain is not None and not results:
             run()
         elif results and since is not None:
@@ -283,9 +283,9 @@ class LadderTransformerLayer(TransformerLayer):
 
     def _run_chain(self, *_: Any) -> None:
         """Forward hook of a sub-module's first linear. Recomputation finds nothing to run."""
-        chain, self._chain = self._chain, None
-        if chain is not None:
-            with torch.set_grad_enabled(self._records):  # recomputation's first pass does not
+        if self._chain:
+            chain, records = self._chain.pop()
+            with torch.set_grad_enabled(records):  # recomputation's first pass does not
                 chain()
             numbers_drawn()
 

@@ -27,12 +27,9 @@ class CommFreeColumnParallelLinear(ColumnParallelLinear):
         self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, input] -> [s, b, output/tp], its bias added, and None: there is none left to add."""
-        collectives = collectives_of(input_)
-        if collectives is None:
-            return super().forward(input_, weight, *args, **kwargs)
         assert weight is None and (self.bias is None or not self.skip_bias_add)
         fused = self.gradient_accumulation_fusion
-        return column_gemm(input_, self.weight, self.bias, collectives, fused), None
+        return gemm(input_, self.weight, self.bias, collectives_of(input_), fused), None
 
 
 class LocalRowParallelLinear(RowParallelLinear):
@@ -43,72 +40,70 @@ class LocalRowParallelLinear(RowParallelLinear):
         return super()._forward_impl(*args, **{**kwargs, "tp_group": self.tp_group})
 
 
-class CommFreeRowParallelLinear(LocalRowParallelLinear):
+class CommFreeRowParallelLinear(RowParallelLinear):
     """Y = X A^T with A's columns split over tensor-parallel ranks; the output is left partial."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, input/tp] -> [s, b, output] partial sums, and the bias to add once after the sum."""
-        output = self._forward_impl(
-            input=input_,
-            weight=self.weight,
-            bias=None,
-            gradient_accumulation_fusion=self.gradient_accumulation_fusion,
-            allreduce_dgrad=False,
-            sequence_parallel=False,
-            tp_group=None,
-            grad_output_buffer=None,
-        )
-        return output, self.bias
+        return gemm(input_, self.weight, None, None, self.gradient_accumulation_fusion), self.bias
 
 
-def column_gemm(
+def gemm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    collectives: SubmoduleCollectives,
+    collectives: SubmoduleCollectives | None,
     fused: bool,
 ) -> Tensor:
-    """The first linear of a sub-module. Its input's gradient is summed over the ranks while the
-    weight's is computed, and with sequence parallelism it keeps this rank's shard of the input alone.
+    """A linear of a sub-module, on one rank.
+
+    The sub-module's first linear is given its collectives: the sum of its input's gradient over the ranks
+    starts before the weight's gradient is computed, and with sequence parallelism it keeps this rank's
+    shard of the input alone.
 
     Args:
         x: [s, b, input], gathered.
-        weight: [output/tp, input].
+        weight: [output, input], this rank's part.
         collectives: of `x`.
         fused: the weight's gradient is added to its `main_grad`, where it has one.
 
     Returns:
-        [s, b, output/tp].
+        [s, b, output].
     """
-    output = _ColumnGemm.apply(x, weight, collectives, fused)
+    output = _Gemm.apply(x, weight, collectives, fused)
     return output if bias is None else output + bias
 
 
-class _ColumnGemm(torch.autograd.Function):
-    """x [s, b, i] times weight^T [i, o/tp]. Backward starts the sum of the input's gradient over the
-    ranks before it computes the weight's.
-    """
+class _Gemm(torch.autograd.Function):
+    """x [s, b, i] times weight^T [i, o]. megatron-core's does as much in twice the Python."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, collectives: SubmoduleCollectives, fused: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        collectives: SubmoduleCollectives | None,
+        fused: bool,
     ) -> Tensor:
         ctx.collectives, ctx.fused = collectives, fused
-        ctx.gathers = collectives.gather_input_again()
+        ctx.gathers = collectives is not None and collectives.gather_input_again()
         ctx.save_for_backward(weight, *(() if ctx.gathers else (x,)))
         return torch.matmul(x, weight.t())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None]:
-        weight = ctx.saved_tensors[0]
-        ctx.collectives.start_input_gradient(grads[0].matmul(weight))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        weight, collectives = ctx.saved_tensors[0], ctx.collectives
+        dgrad: Tensor | None = grads[0].matmul(weight)
+        if collectives is not None:
+            collectives.start_input_gradient(dgrad)
+            dgrad = None
         if not ctx.needs_input_grad[1]:
-            return None, None, None, None
-        x = ctx.collectives.wait_input_again() if ctx.gathers else ctx.saved_tensors[1]
+            return dgrad, None, None, None
+        x = collectives.wait_input_again() if ctx.gathers else ctx.saved_tensors[1]
         grad, x = grads[0].flatten(0, 1), x.flatten(0, 1)
         if ctx.fused and hasattr(weight, "main_grad"):
-            return None, _add_to_main_grad(weight, grad, x), None, None
-        return None, grad.t().matmul(x), None, None
+            return dgrad, _add_to_main_grad(weight, grad, x), None, None
+        return dgrad, grad.t().matmul(x), None, None
 
 
 def _add_to_main_grad(weight: Any, grad: Tensor, x: Tensor) -> Tensor:

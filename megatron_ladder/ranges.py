@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 _is_on = False
+_NOTHING = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -24,8 +25,7 @@ def recorded() -> Iterator[None]:
 
 def named(name: str) -> contextlib.AbstractContextManager[object]:
     """A range around its body."""
-    is_on = not torch.compiler.is_compiling() and _is_on
-    return _range(name) if is_on else contextlib.nullcontext()
+    return _range(name) if _is_on and not torch.compiler.is_compiling() else _NOTHING
 
 
 @contextlib.contextmanager

@@ -23,11 +23,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import layers, mappings
 
-# megatron-core binds two of torch's collectives to names of its own when it is imported.
+from megatron_ladder.collectives import ALL_GATHER, REDUCE_SCATTER
+
+# megatron-core binds two of torch's collectives to names of its own when it is imported. torch has two
+# names for each; this project takes the newer ones.
 _ENTRIES: tuple[tuple[Any, str, str], ...] = (
     (dist, "all_reduce", "all-reduce"),
-    (dist, "all_gather_into_tensor", "all-gather"),
-    (dist, "reduce_scatter_tensor", "reduce-scatter"),
+    *((dist, name, "all-gather") for name in {"all_gather_into_tensor", ALL_GATHER}),
+    *((dist, name, "reduce-scatter") for name in {"reduce_scatter_tensor", REDUCE_SCATTER}),
     (dist, "all_to_all_single", "all-to-all"),
     (mappings, "dist_all_gather_func", "all-gather"),
     (mappings, "dist_reduce_scatter_func", "reduce-scatter"),

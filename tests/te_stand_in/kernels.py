@@ -7,9 +7,11 @@ kept for backward and when scales are found, under this project's layers. Not th
 """
 
 import contextlib
+import functools
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +38,8 @@ attentions: list[str] = []
 """Of each call of TE's attention, in order: whether it was "fused" or "unfused"."""
 cudnn_says = ""
 """Why it has no kernel, whatever it is asked; "": it has those of Hopper."""
+seconds = 0.0
+"""Of this process in these kernels: benchmarks/python_overhead.py leaves them out."""
 
 
 def install(capability: tuple[int, int] = (9, 0)) -> None:
@@ -61,8 +65,8 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     te.distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     te.distributed._set_cuda_rng_state = lambda *_, **__: None
     # Of attention the last calls alone: what is asked before them, and by them, is TE's own.
-    backends.FusedAttention.forward = _fused_attention
-    backends.UnfusedDotProductAttention.forward = _unfused_attention
+    backends.FusedAttention.forward = _timed(_fused_attention)
+    backends.UnfusedDotProductAttention.forward = _timed(_unfused_attention)
     ours = {
         "get_fused_attn_backend": _fused_backend,
         "generic_gemm": _gemm,
@@ -93,11 +97,26 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         m for n, m in sys.modules.items() if n.startswith(("transformer_engine", "megatron"))
     ]
     for name, function in ours.items():
-        real = getattr(tex, name)
+        real, function = getattr(tex, name), _timed(function)
         for module in [tex, *modules]:
             for alias, value in list(vars(module).items()):
                 if value is real:
                     setattr(module, alias, function)
+
+
+def _timed(kernel: Callable) -> Callable:
+    """Adds what it takes to `seconds`; once, where one calls another."""
+
+    @functools.wraps(kernel)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        global seconds
+        before, begin = seconds, time.process_time()
+        try:
+            return kernel(*args, **kwargs)
+        finally:
+            seconds = before + time.process_time() - begin
+
+    return timed
 
 
 def _use_te_in_optimizers() -> None:

@@ -36,8 +36,8 @@ def test_what_a_collective_reads_is_kept_by_the_stream_that_waits(
         kept.append(x)
         return x
 
-    monkeypatch.setattr(dist, "all_gather_into_tensor", collective)
-    monkeypatch.setattr(dist, "reduce_scatter_tensor", collective)
+    monkeypatch.setattr(dist, collectives.ALL_GATHER, collective)
+    monkeypatch.setattr(dist, collectives.REDUCE_SCATTER, collective)
     monkeypatch.setattr(collectives, "used_here", used_here)
     group: Any = TwoRanks()
     shard, whole = torch.ones(2, 1, 4), torch.ones(4, 1, 4)

@@ -1,9 +1,9 @@
-"""The column-parallel GEMM: order of its backward, and accumulation into DDP's buffer."""
+"""The linears' GEMM: order of its backward, and accumulation into DDP's buffer."""
 
 import pytest
 import torch
 
-from megatron_ladder.linear import _ColumnGemm
+from megatron_ladder.linear import _Gemm
 
 
 class Collectives:
@@ -29,7 +29,7 @@ def test_gradients_and_accumulation(fused: bool) -> None:
     weight.grad_added_to_main_grad = False
     grad = torch.randn(5, 2, 3)
     collectives = Collectives(weight)
-    output = _ColumnGemm.apply(x, weight, collectives, fused)
+    output = _Gemm.apply(x, weight, collectives, fused)
     torch.testing.assert_close(output, x @ weight.t())
     output.backward(grad)
     torch.testing.assert_close(collectives.gradient, grad @ weight)
@@ -46,6 +46,6 @@ def test_a_frozen_weight_costs_no_gradient() -> None:
     weight = torch.nn.Parameter(torch.randn(3, 4), requires_grad=False)
     collectives = Collectives(weight)
     x = torch.randn(5, 2, 4, requires_grad=True)
-    _ColumnGemm.apply(x, weight, collectives, False).sum().backward()
+    _Gemm.apply(x, weight, collectives, False).sum().backward()
     assert weight.grad is None
     assert collectives.gradient is not None
