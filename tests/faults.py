@@ -48,9 +48,7 @@ def losses_times(factor: float) -> Fault:
 
     def fault() -> None:
         masked_sum = step._masked_sum
-        step._masked_sum = lambda scale, config, batch, output: masked_sum(
-            scale, config, batch, output * factor
-        )
+        step._masked_sum = lambda config, batch, output: masked_sum(config, batch, output * factor)
 
     return fault
 

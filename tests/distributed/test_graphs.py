@@ -5,6 +5,7 @@ The graph is tests/recorded_graph.py's: no CUDA here. tests/gpu/test_graphs.py h
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config
+from pretrain import checkpoint
 from pretrain.config import AdaptConfig, TrainConfig
 from pretrain.graphs import check_cuda_graph
 from pretrain.presets import PRESETS
@@ -70,6 +72,20 @@ def test_the_stand_in_keeps_numbers_and_refuses_what_cuda_does() -> None:
     x = torch.ones(3)
     with pytest.raises(RuntimeError, match="the host would wait"), recorded(RecordedGraph()):
         x.sum().item()
+
+
+def test_a_checkpoint_puts_back_the_numbers_of_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generators themselves stay, as a graph knows them."""
+    generator = torch.Generator()
+    tracker = SimpleNamespace(
+        use_cudagraphable_rng=True, get_states=lambda: {"model-parallel-rng": generator}
+    )
+    monkeypatch.setattr(checkpoint, "get_cuda_rng_tracker", lambda: tracker)
+    saved = checkpoint._rng_state()
+    assert isinstance(saved["tracker"]["model-parallel-rng"], torch.Tensor)
+    drawn = torch.rand(3, generator=generator)
+    checkpoint._restore_rng(saved)
+    assert torch.equal(torch.rand(3, generator=generator), drawn)
 
 
 def with_model(**changes: Any) -> TrainConfig:
