@@ -50,13 +50,12 @@ class Standby:
         self.process = self._start([__file__], subprocess.PIPE)
 
     def go(self, words: list[str]) -> None:
-        """Runs `python WORDS`, a script or -m and a module; without the imports if they have ended it."""
+        """Runs `python WORDS`, a script or -m and a module; without the imports when they have ended it."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(words).encode() + b"\n")
             self.process.stdin.close()
-            if self.process.poll() is None:
-                return
+            return
         self.process = self._start(words, subprocess.DEVNULL)
 
     def end(self) -> int:
