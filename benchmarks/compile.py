@@ -29,7 +29,7 @@ from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench import facts
 from pretrain.bench.interleaved import measure
 from pretrain.config import DataConfig, TrainConfig
-from pretrain.data import Batch
+from pretrain.data import Batch, to_device
 from pretrain.setup import build, start_ranks
 from pretrain.step import train_step
 
@@ -105,7 +105,7 @@ class Run:
 
     def _kept(self) -> int:
         """Bytes that a forward pass keeps for backward, besides the parameters."""
-        (model, *_), batch = self._parts[0], next(self._batches)
+        (model, *_), batch = self._parts[0], to_device(next(self._batches))
         known = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept: list[torch.Tensor] = []  # held, lest an address be used twice
 

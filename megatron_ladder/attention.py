@@ -65,13 +65,15 @@ class TorchAttention(DotProductAttention):
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask  # torch's True takes part
         assert mask is not None or self.attn_mask_type == AttnMaskType.causal, "there is no mask"
-        # A single query is the last of a sequence, and sees all keys. Torch's causal mask begins at the
-        # first one.
-        causal = mask is None and len(query) > 1
+        causal = mask is None
+        if len(query) == 1:  # the last one of a sequence: it sees all keys
+            causal = False
+        # Torch's causal mask begins at the first key.
         assert not causal or len(query) == len(key), "causal attention of some queries alone"
-        groups = query.shape[2] // key.shape[2]
+        groups = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
         if keys_are_repeated(groups, query.device, query.dtype, masked=mask is not None):
             key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
+            groups = 1
         dropout = self.attention_dropout.p if self.training else 0.0
         # Each tensor-parallel rank drops of its heads: by megatron-core's states of its own, which
         # sequence parallelism has taken for the whole layer.
@@ -81,7 +83,7 @@ class TorchAttention(DotProductAttention):
             attended = F.scaled_dot_product_attention(
                 *(query, key, value, mask, dropout, causal),
                 scale=self.softmax_scale,
-                enable_gqa=query.shape[1] != key.shape[1],
+                enable_gqa=groups > 1,
             )
         return attended.permute(2, 0, 1, 3).flatten(2).contiguous()
 

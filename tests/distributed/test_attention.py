@@ -130,6 +130,9 @@ def odd_cases() -> dict[str, float]:
     found["what is added"] = [
         of_both([ours], 7, 9, m)[0] for m in (mask, as_bias(mask, torch.float32))
     ]
+    # Traced for any length, of which a single query is not one.
+    traced = [torch.compile(ours, backend="eager", fullgraph=True, dynamic=True), ours]
+    found |= {f"{n} traced": of_both(traced, n, 9, None) for n in (9, 1)}
     for module in modules():
         with pytest.raises(AssertionError, match="causal"):
             of_both([module], 2, 9, None)

@@ -68,6 +68,11 @@ def test_layers_may_change_between_starts(tmp_path: Path) -> None:
     data = write_data_set(tmp_path / "data")
     train(data, tmp_path / "run")
     whole = losses(tmp_path / "run")
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (built,) = (line["choices"] for line in lines if line.get("kind") == "built")
+    assert {"Transformer Engine: cuDNN"} == {
+        choice["implementation"] for choice in built if choice["part"] == "attention"
+    }
     for impl in ("local", "transformer_engine"):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
         train(data, tmp_path / "run", "--transformer-impl", impl)
