@@ -359,7 +359,9 @@ def output_start(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
     if collectives.sequence_parallel:
         x = _OutputStart.apply(x, collectives)
     else:
-        collectives.start_output(x)  # in `x`'s own memory, beside autograd: its gradient is the sum's
+        collectives.start_output(
+            x
+        )  # in `x`'s own memory, beside autograd: its gradient is the sum's
     return take_part(x, collectives)
 
 

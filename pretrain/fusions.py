@@ -64,7 +64,15 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
         compiled(
             "SwiGLU", config.bias_activation_fusion, "takes two passes more over the MLP's width"
         ),
-        compiled("dropout, add", config.bias_dropout_fusion, "takes a pass more over the state"),
+        *(
+            [
+                compiled(
+                    "dropout, add", config.bias_dropout_fusion, "takes a pass more over the state"
+                )
+            ]
+            if config.hidden_dropout
+            else []  # one addition, which is one kernel anyhow
+        ),
         compiled(
             "cross entropy",
             config.cross_entropy_loss_fusion,

@@ -13,6 +13,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ladder.mcore_compat import align_checkpoint_ranges
@@ -98,6 +99,31 @@ def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -
     )
     use_fused_kernel(optimizer)
     return optimizer
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Of all gradients, before clipping; nothing changes."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: Any, grad_norm: float) -> None:
+    """megatron-core's `step`, given the norm: finding it takes a pass over the gradients, and the host
+    waits for it.
+
+    Args:
+        grad_norm: `gradient_norm`, of these gradients.
+    """
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if part.config.clip_grad > 0 and parameters:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
 
 
 def build_scheduler(optimizer: Any, config: TrainConfig) -> OptimizerParamScheduler:

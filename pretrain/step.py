@@ -15,6 +15,7 @@ from megatron_ladder.attention import as_bias
 from megatron_ladder.distillation import distilled_losses
 from pretrain.config import TrainConfig
 from pretrain.data import Batch, to_device
+from pretrain.optimizer import gradient_norm, update
 
 if TYPE_CHECKING:
     from pretrain.graphs import StepGraph
@@ -186,13 +187,14 @@ def train_step(
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     for output in outputs:
         total += output["sum"]
-    loss = _sum_over_ranks(total)[0].item() / tokens
-    # The optimizer's step does this once more: it costs a pass over this rank's share of gradients.
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
+    _sum_over_ranks(total)
+    # Here alone the host waits for the GPU. It would do so at each number that it reads of the GPU, and
+    # whatever is launched next would find the GPU idle.
+    grad_norm = gradient_norm(optimizer)
+    loss = total[0].item() / tokens
     sums = [output["sum"] for output in outputs]
     if is_good is None or is_good(loss, grad_norm, sums, model):
-        optimizer.step()
+        update(optimizer, grad_norm)
     return loss, grad_norm, learning_rate
 
 
@@ -204,11 +206,16 @@ def pass_over(scheduler: Any, batches: Iterator[Batch], config: TrainConfig) -> 
 
 
 def _trained_tokens(micro_batches: list[Batch]) -> float:
-    """Of the global batch, the labels that are trained on; 1 when there are none."""
-    count = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    """Of the global batch, the labels that are trained on; 1 when there are none.
+
+    Counted in the hosts' memory, where batches are, and summed by the hosts: their GPUs may still be at
+    the update before.
+    """
+    count = torch.zeros((), dtype=torch.float64)
     for batch in micro_batches:
         count += batch["loss_mask"].sum()
-    torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_data_parallel_world_size() > 1:
+        torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group_gloo())
     return max(count.item(), 1.0)
 
 

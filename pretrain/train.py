@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -135,18 +136,28 @@ def _train(
             scheduler.step(increment=bad.step - back.step)
             bad_steps.went_back(back.recent_losses)
 
+    signal = ""
+
+    def is_good(step: int, *figures: Any) -> bool:
+        """Asked between backward and update, when the host has waited for the GPU: ranks agree there on all
+        they have to, as elsewhere each question would wait for all that is queued."""
+        nonlocal signal
+        signal = signals.agreed()
+        return bad_steps.is_good(step, *figures)
+
     if progress.step == 0 and config.init_from:
         evaluate(0)  # what changing the model costs before it is trained
     for step in range(progress.step + 1, config.train_steps + 1):
         use_ladder_layers(model, config, step)
         if before := bad_steps.decided(step):
             pass_over(scheduler, batches, config)
+            signal = signals.agreed()
             log.passed_over(step, before)
         else:
             with profile.of(step):
                 figures = train_step(
                     *(model, optimizer, scheduler, batches, config, teacher),
-                    partial(bad_steps.is_good, step),
+                    partial(is_good, step),
                     graph,
                 )
             if bad_steps.found:
@@ -159,7 +170,6 @@ def _train(
 
         if last or (config.eval_interval and step % config.eval_interval == 0):
             evaluate(step)
-        signal = signals.agreed()
         saver.complete()
         if last or signal or step % config.save_interval == 0:
             with gathered_parameters(model):

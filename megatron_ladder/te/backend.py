@@ -11,8 +11,9 @@ from torch import Tensor
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from megatron_ladder.collectives import collectives_of
-from megatron_ladder.linear import column_gemm
+from megatron_ladder.linear import gemm
 from megatron_ladder.te.fp8_linear import fp8_linear, normalised, output_gradient
+from megatron_ladder.te.norm import RMSNorm
 
 
 def _silence(linear: Any) -> None:
@@ -31,7 +32,7 @@ class TECommFreeColumnParallelLinear(TEColumnParallelLinear):
 
     The GEMM's autograd is ours, in bf16 (linear.py) and in FP8 (fp8_linear.py): TE's would keep the whole
     gathered input for backward, tp times the shard, and start no reduction before both gradients are
-    there.
+    there. In bf16 it takes several times as much Python, too.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -42,12 +43,8 @@ class TECommFreeColumnParallelLinear(TEColumnParallelLinear):
         """[s, b, input] -> [s, b, output/tp], its bias added, and None."""
         if FP8GlobalStateManager.is_fp8_enabled():
             return fp8_linear(self, x), None
-        collectives = collectives_of(x)
-        if collectives is None:
-            return super().forward(x)
-        fused = self.fuse_wgrad_accumulation
         bias = self.bias if self.use_bias else None
-        return column_gemm(x, self.weight, bias, collectives, fused), None
+        return gemm(x, self.weight, bias, collectives_of(x), self.fuse_wgrad_accumulation), None
 
     def normalised(self, x: Tensor, norm: Any, gathered_by: Any) -> Tensor:
         """norm(x), for this linear: in FP8 within an autocast to FP8.
@@ -72,7 +69,7 @@ class TECommFreeRowParallelLinear(TERowParallelLinear):
         """[s, b, input/tp] -> [s, b, output] partial sums, and None."""
         if FP8GlobalStateManager.is_fp8_enabled():
             return fp8_linear(self, x), None
-        return super().forward(x)
+        return gemm(x, self.weight, None, None, self.fuse_wgrad_accumulation), None
 
     def output_gradient(self, grad: Tensor, gathered_by: Any) -> Tensor:
         """A rank's part [s/tp, b, output] of the output's gradient, in FP8: a placeholder of it."""
@@ -81,6 +78,9 @@ class TECommFreeRowParallelLinear(TERowParallelLinear):
 
 class TECommFreeBackend(TESpecProvider):
     """Separate norm and linears: TE's fused norm + linear communicates inside itself."""
+
+    def layer_norm(self, *_: Any, **__: Any) -> type:
+        return RMSNorm
 
     def column_parallel_linear(self) -> type:
         return TECommFreeColumnParallelLinear

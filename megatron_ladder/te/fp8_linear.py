@@ -32,7 +32,8 @@ from transformer_engine.pytorch.quantized_tensor import (
 
 from megatron_ladder.collectives import collectives_of
 from megatron_ladder.placeholder import fp8_of
-from megatron_ladder.te.quantised import quantised, quantised_norm, set_usage
+from megatron_ladder.te.norm import quantised_norm
+from megatron_ladder.te.quantised import quantised, set_usage
 
 
 def normalised(linear: Any, x: Tensor, norm: Any, gathered_by: dist.ProcessGroup | None) -> Tensor:

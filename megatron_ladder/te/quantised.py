@@ -6,14 +6,10 @@ last linear's output. Transformer Engine's layers do both, with communication of
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import transformer_engine_torch as tex
 from torch import Tensor
 from transformer_engine.pytorch import Float8CurrentScalingQuantizer, Float8Quantizer
-from transformer_engine.pytorch.constants import TE_DType
 from transformer_engine.pytorch.distributed import gather_along_first_dim
-from transformer_engine.pytorch.quantization import FP8GlobalStateManager as manager
 
 from megatron_ladder.collectives import used_here
 from megatron_ladder.placeholder import placeholder, standing_for
@@ -89,48 +85,3 @@ def quantised(x: Tensor, quantizer: Any) -> Tensor:
     """A placeholder of `x` [s, b, width] in FP8."""
     fp8 = Quantised(quantizer(x.reshape(-1, x.size(-1)).contiguous()), quantizer)
     return standing_for(placeholder(x, *x.shape), fp8)
-
-
-def quantised_norm(x: Tensor, norm: Any, quantizer: Any) -> Tensor:
-    """RMSNorm of `x` [s, b, h] that writes FP8 numbers alone: a placeholder of them."""
-    made: list[Quantised] = []
-    records = torch.is_grad_enabled()  # not within an autograd function's forward
-    return standing_for(_Norm.apply(x, norm.weight, norm, quantizer, records, made), made[0])
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        norm: Any,
-        quantizer: Any,
-        records: bool,
-        made: list[Quantised],
-    ) -> Tensor:
-        flat = x.contiguous().view(-1, x.size(-1))
-        margin = norm._sm_margins["forward"]
-        y, _, rstdev = tex.rmsnorm_fwd(
-            *(flat, weight, norm.eps, None, quantizer, TE_DType[x.dtype], margin),
-            norm.zero_centered_gamma,
-        )
-        made.append(Quantised(y, quantizer))
-        ctx.norm = norm
-        # The model's first norm is its first FP8 module, and the last to run backward, which finds
-        # delayed scaling's next scales of gradients. TE's norm does so too.
-        ctx.finds_scales = records and manager.is_first_fp8_module()
-        ctx.save_for_backward(flat, rstdev, weight)
-        return placeholder(x, *x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, rstdev, weight = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        margin = ctx.norm._sm_margins["backward"]
-        dx, dweight = tex.rmsnorm_bwd(
-            *(grad.view(x.shape), x, rstdev, weight, margin, ctx.norm.zero_centered_gamma)
-        )
-        if ctx.finds_scales:
-            manager.reduce_and_update_fp8_tensors(forward=False)
-        return dx.view(grad.shape), dweight, None, None, None, None

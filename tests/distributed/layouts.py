@@ -183,18 +183,16 @@ def run_layout(
         model, optimizer, scheduler = start(config)
     load_start(model, weights)
 
-    take_step, result["losses"] = optimizer.step, []
-    for number, tokens in enumerate(steps):
+    def before_update(*_: Any) -> bool:
+        if not result["losses"]:
+            save_gradients(model, out / "gradients")
+        return True
 
-        def step(*args: Any, number: int = number) -> Any:
-            if number == 0:
-                save_gradients(model, out / "gradients")
-            return take_step(*args)
-
-        optimizer.step = step
+    result["losses"] = []
+    for tokens in steps:
         parts = iter(micro_batches(tokens, config))
-        result["losses"].append(train_step(model, optimizer, scheduler, parts, config)[0])
-    del optimizer.step
+        loss, *_ = train_step(model, optimizer, scheduler, parts, config, is_good=before_update)
+        result["losses"].append(loss)
 
     result["validation"] = validation()
     with gathered_parameters(model):

@@ -83,15 +83,13 @@ def run(kind: str, layouts: list[Layout], weights: Path, folder: Path) -> list[d
         load_start(model, weights)
         with gathered_parameters(model):
             validation = validate(model, packed_micro_batches(config), config)
-        take_step = optimizer.step
 
-        def step(take_step: Any = take_step, number: int = number, model: Any = model) -> Any:
+        def before_update(*_: Any, number: int = number, model: Any = model) -> bool:
             save_gradients(model, folder / str(number))
-            return take_step()
+            return True
 
-        optimizer.step = step
         parts = iter(packed_micro_batches(config))
-        loss = train_step(model, optimizer, scheduler, parts, config)[0]
+        loss, *_ = train_step(model, optimizer, scheduler, parts, config, is_good=before_update)
         results.append({"loss": loss, "validation": validation})
     return results
 

@@ -92,6 +92,9 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         "multi_tensor_scale": _scale,
         "multi_tensor_scale_tensor": _scale,
     }
+    # What is timed of TE's GEMMs is timed of torch's, which bf16 has in their place (linear.py).
+    torch.matmul = _timed(torch.matmul)
+    torch.Tensor.matmul = _timed(torch.Tensor.matmul)  # type: ignore[method-assign]
     # The extension's functions are imported by name in many places.
     modules = [
         m for n, m in sys.modules.items() if n.startswith(("transformer_engine", "megatron"))
