@@ -74,6 +74,8 @@ class TorchAttention(DotProductAttention):
         if keys_are_repeated(groups, query.device, query.dtype, masked=mask is not None):
             key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
             groups = 1
+        # Kept for backward as a view, the values would keep all that the linear gives.
+        value = value.contiguous()
         dropout = self.attention_dropout.p if self.training else 0.0
         # Each tensor-parallel rank drops of its heads: by megatron-core's states of its own, which
         # sequence parallelism has taken for the whole layer.

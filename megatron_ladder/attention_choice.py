@@ -1,16 +1,16 @@
 """Whose core attention a model is built with: chosen once, of what the libraries say they would take."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_ladder.attention import kernel_of_torch
 from megatron_ladder.config import Attention, TransformerImpl
 from megatron_ladder.errors import UserError
 
-IN_MEMORY = "scores in memory"
+IN_MEMORY, CUDNN = "scores in memory", "cuDNN"
 TORCH_KERNELS = {
     "flash": "flash attention",
-    "cudnn": "cuDNN",
+    "cudnn": CUDNN,
     "efficient": "memory-efficient attention",
 }
 
@@ -58,8 +58,8 @@ def choose(
 ) -> CoreAttention:
     """The core attention for training with a `LadderConfig` on sequences of this length.
 
-    auto is Transformer Engine's where the layers are TE's and it would take a fused kernel; torch's in all
-    other cases.
+    auto is torch's where that is cuDNN's kernel: Transformer Engine has the same one, behind more Python.
+    Then TE's, where the layers are TE's and it would take a fused one; torch's in all other cases.
 
     Raises:
         UserError: the layers have no such attention.
@@ -68,21 +68,22 @@ def choose(
     check_attention(asked, config.transformer_impl)
     if asked == "unfused":
         return CoreAttention("unfused", IN_MEMORY, "attention is unfused")
-    why = ""
-    if with_te and asked != "torch":
-        from megatron_ladder.te.attention import ask
+    shape = {"micro_batch_size": micro_batch_size, "seq_length": seq_length}
+    torchs = _torchs(config, **shape)
+    if asked == "torch" or not with_te or (asked == "auto" and torchs.kernel == CUDNN):
+        return torchs
+    from megatron_ladder.te.attention import ask
 
-        kernel, why = ask(
-            config,
-            micro_batch_size=micro_batch_size,
-            seq_length=seq_length,
-            masked=config.masks_given,
-        )
-        if kernel:
-            return CoreAttention("te", kernel)
-        if asked == "te":
-            return CoreAttention("te", IN_MEMORY, why)
-        why = f"Transformer Engine would keep scores: {why}"
+    kernel, why = ask(config, **shape, masked=config.masks_given)
+    if kernel:
+        return CoreAttention("te", kernel)
+    if asked == "te":
+        return CoreAttention("te", IN_MEMORY, why)
+    reasons = [f"Transformer Engine would keep scores: {why}", torchs.why]
+    return replace(torchs, why="; ".join(filter(None, reasons)))
+
+
+def _torchs(config: Any, *, micro_batch_size: int, seq_length: int) -> CoreAttention:
     tp, dtype = config.tensor_model_parallel_size, config.params_dtype
     heads, channels = config.num_attention_heads // tp, config.kv_channels
     kernel = kernel_of_torch(
@@ -92,10 +93,9 @@ def choose(
         masked=config.masks_given,
         dropout=config.attention_dropout,
     )
-    if kernel not in TORCH_KERNELS:
-        of = [str(dtype).removeprefix("torch."), f"{channels} channels a head"]
-        of += ["attention dropout"] * (config.attention_dropout > 0) + [
-            "a mask"
-        ] * config.masks_given
-        why = "; ".join([*([why] if why else []), f"torch has no other kernel for {', '.join(of)}"])
-    return CoreAttention("torch", TORCH_KERNELS.get(kernel, IN_MEMORY), why)
+    if kernel in TORCH_KERNELS:
+        return CoreAttention("torch", TORCH_KERNELS[kernel])
+    of = [str(dtype).removeprefix("torch."), f"{channels} channels a head"]
+    of += ["attention dropout"] * (config.attention_dropout > 0)
+    of += ["a mask"] * config.masks_given
+    return CoreAttention("torch", IN_MEMORY, f"torch has no other kernel for {', '.join(of)}")

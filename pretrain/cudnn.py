@@ -1,8 +1,9 @@
-"""Whether the cuDNN of this process is whole.
+"""Whether this process has one cuDNN, and that one whole.
 
-Its graph library opens others by name when attention is built. The wheel of 9.20.0.48, which torch 2.12 and
-2.13 pin, leaves one of them out (pytorch's issues 187824 and 188892): Transformer Engine's fused attention
-then ends in CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED, and is not used.
+With two, or with one that has not all of its libraries, Transformer Engine's fused attention ends in
+CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED, and is not used. The graph library opens the others by name when
+attention is built; the wheel of 9.20.0.48, which torch 2.12 and 2.13 pin, leaves one of them out (pytorch's
+issues 187824 and 188892). megatron_ladder/cudnn_home.py sees to it that there is one.
 """
 
 import mmap
@@ -33,11 +34,17 @@ def lacking(graph: Path) -> list[str]:
 
 
 def problems() -> list[str]:
-    """Of each cuDNN that is not whole: what is missing, what that costs and what to do."""
-    return [
+    """What is wrong, what that costs and what to do."""
+    found = loaded()
+    two = [
+        f"{len(found)} cuDNNs are loaded, of {' and '.join(str(graph.parent) for graph in found)}: "
+        "Transformer Engine's fused attention fails, and something slower takes its place. Set CUDNN_HOME "
+        "to the folder above torch's, or remove the other"
+    ]
+    return (two if len(found) > 1 else []) + [
         f"the cuDNN in {graph.parent} opens {', '.join(missing)} by name and is installed without it: "
         "Transformer Engine's fused attention fails, and something slower takes its place. "
         "pip install 'nvidia-cudnn-cu13>=9.21', or the versions of scripts/constraints-gpu.txt"
-        for graph in loaded()
+        for graph in found
         if (missing := lacking(graph))
     ]

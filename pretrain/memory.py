@@ -78,23 +78,22 @@ def attention_bytes(
     """Kept for a token from attention's linear to the next one, by all heads.
 
     Of numbers in bf16, w for all heads' queries and kv for keys:
-        te        queries, keys, values (which TE copies) and output             2 w + 2 kv
-        torch     its values are a view of all that the linear gives             3 w + 3 kv
+        fused     queries, keys, values (copied) and output                       2 w + 2 kv
         unfused   keys and values are repeated for the heads of their group      4 w
                   by torch in fp32                                               7 w
                   by megatron-core with a head for each key: a view as above     6 w
     Fused, 4 B a head of log-sums; unfused, SCORES.
 
     Args:
-        again: it is computed again in backward, and keeps what it takes and gives: as torch's, without
-            log-sums.
+        again: it is computed again in backward, and keeps what it takes and gives: its values are a view
+            of all that the linear gives, 3 w + 3 kv, and there are no log-sums.
     """
     heads, keys = model.num_attention_heads, model.kv_heads * model.head_dim
     width = heads * model.head_dim
     if again:
         return BF16 * 3 * (width + keys)
     if attention in ("te", "torch"):
-        return BF16 * (2 if attention == "te" else 3) * (width + keys) + FP32 * heads
+        return BF16 * 2 * (width + keys) + FP32 * heads
     numbers = {"te-unfused": 4, "torch-unfused": 7, "unfused": 6 if keys == width else 4}
     scores = SCORES[attention][1 if model.attention_dropout else 0]
     return BF16 * numbers[attention] * width + scores * heads * seq_length

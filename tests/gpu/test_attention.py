@@ -179,7 +179,9 @@ def test_what_transformer_engine_says_is_what_it_takes(
         impl="transformer_engine",
         deterministic=deterministic,
     ).core_attention
-    assert auto.whose == ("te" if runs_fused else "torch")
+    hopper = torch.cuda.get_device_capability() >= (9, 0)
+    torch_has_cudnn = hopper and precision == "bf16" and not (masked or deterministic)
+    assert auto.whose == ("te" if runs_fused and not torch_has_cudnn else "torch")
     assert auto.kernel != IN_MEMORY
     # bf16 has 8 bits; fp32's GEMMs may be TF32's.
     for ours, theirs in zip(*found[::-1], strict=True):

@@ -1,5 +1,6 @@
 """The memory plan's counting against what the layers keep for backward, and what training holds."""
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from megatron_ladder.attention import TorchAttention
 from megatron_ladder.collectives import SubmoduleCollectives
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
@@ -62,16 +64,13 @@ def use_attention(attention: Attention) -> None:
 
     def forward(self: Any, *given: Any, **_: Any) -> Tensor:
         query, key, value = given[:3]
-        if attention == "torch":
-            return by_torch(query, key, value)
-        if attention == "torch-unfused":
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                return by_torch(query, key, value)
-        if attention == "unfused":
-            self._own = getattr(self, "_own", None) or DotProductAttention(
-                *(self.config, 1, AttnMaskType.causal, "self")
-            )
-            return DotProductAttention.forward(self._own, query, key, value, None)
+        if attention in ("torch", "torch-unfused", "unfused"):
+            kind = DotProductAttention if attention == "unfused" else TorchAttention
+            own = kind(*(self.config, 1, AttnMaskType.causal, "self"))
+            kernel = torch.nn.attention.SDPBackend.MATH
+            one = torch.nn.attention.sdpa_kernel(kernel)
+            with one if attention == "torch-unfused" else contextlib.nullcontext():
+                return own(query, key, value, None)
         layout, query, key, value, *_ = utils.get_qkv_layout(query, key, value, "sbhd")
         if attention == "te-unfused":
             unfused = self.unfused_attention

@@ -31,6 +31,19 @@ def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return graph
 
 
+def test_two_of_them_are_named(graph: Path, tmp_path: Path) -> None:
+    (graph.parent / "libcudnn_engines_tensor_ir.so.9").touch()
+    assert cudnn.problems() == []
+    other = tmp_path / "system" / "libcudnn_graph.so.9.14.0"
+    other.parent.mkdir()
+    other.write_bytes(b"\x7fELF")
+    with (tmp_path / "maps").open("a") as maps:
+        maps.write(f"7f05-7f06 r--p 00000000 fe:00 50   {other}\n")
+    (problem,) = cudnn.problems()
+    assert f"2 cuDNNs are loaded, of {graph.parent} and {other.parent}" in problem
+    assert "CUDNN_HOME" in problem
+
+
 def test_what_is_missing_is_named_with_what_to_do(graph: Path) -> None:
     assert cudnn.loaded() == [graph]
     (problem,) = cudnn.problems()

@@ -58,7 +58,7 @@ def test_a_layer_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("attention", "numbers", "bytes_of_a_score"),
-    [("torch", 450, 0), ("te-unfused", 400, 2), ("torch-unfused", 700, 4), ("unfused", 400, 6)],
+    [("torch", 300, 0), ("te-unfused", 400, 2), ("torch-unfused", 700, 4), ("unfused", 400, 6)],
 )
 def test_attention_by_hand(attention: Attention, numbers: int, bytes_of_a_score: int) -> None:
     """Ten heads of ten channels, two for each key: 100 numbers a token of queries, 50 of keys."""
