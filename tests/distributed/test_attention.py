@@ -179,3 +179,38 @@ def test_ranks_drop_by_themselves_and_recomputation_drops_the_same(tmp_path: Pat
         # A value's gradient is the sum of the weights it had in the recomputed pass.
         assert found["kept"][0] == pytest.approx(found["kept"][1], rel=1e-5)
     assert not torch.equal(first["output"], second["output"])
+
+
+def kept() -> dict[str, list[int]]:
+    """Bytes that each of the two modules keeps for backward, and what scores of all heads take."""
+    initialize_model_parallel(ParallelConfig(), seed=0)
+    length = 256
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(length, 1, heads, 6, generator=generator, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    bias = as_bias(torch.ones(1, 1, length, length, dtype=torch.bool).triu(1), torch.float32)
+    found = {}
+    for name, masks in {"causal": (None, None), "a mask": (bias, bias < 0)}.items():
+        sizes = []
+        for module, mask in zip(modules(), masks, strict=True):
+            saved: dict[int, int] = {}
+
+            def keep(x: Tensor, saved: dict[int, int] = saved) -> Tensor:
+                saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                output = module(*inputs, mask)
+            saved.pop(bias.untyped_storage().data_ptr(), None)  # one for all layers
+            sizes.append(sum(saved.values()))
+            del output
+        found[name] = [*sizes, 4 * length**2 * 4]
+    return found
+
+
+def test_no_scores_are_kept(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, kept, tmp_path=tmp_path)
+    for name, (ours, theirs, scores) in found.items():
+        assert ours < scores / 10 < scores <= theirs, name
