@@ -19,7 +19,7 @@ def watch(layout: str, fp8: Fp8Config, recompute: str) -> dict[str, Any]:
     from tests.te_stand_in import kernels
 
     kernels.install()
-    from megatron_ladder.collectives import SubmoduleCollectives
+    from megatron_ladder.collectives import ALL_GATHER, SubmoduleCollectives
     from megatron_ladder.mcore_compat import initialize_model_parallel
 
     model, parallel = model_of("ladder"), LAYOUTS[layout]
@@ -39,7 +39,8 @@ def watch(layout: str, fp8: Fp8Config, recompute: str) -> dict[str, Any]:
         seen["at start"].append((len(kernels.gemms), len(kernels.gemm_weights)))
         start(self, grad)
 
-    torch.distributed.all_gather_into_tensor = watched
+    for name in ("all_gather_into_tensor", ALL_GATHER):
+        setattr(torch.distributed, name, watched)
     SubmoduleCollectives.start_input_gradient = started  # type: ignore[method-assign]
     kernels.norms.clear()
     loss = run.forward()
