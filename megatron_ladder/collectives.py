@@ -113,7 +113,6 @@ class SubmoduleCollectives:
             self._input = None
 
     def start_output(self, x: Tensor) -> Tensor:
-        """The sum, in flight; without sequence parallelism in `x`'s own memory."""
         if not self._gathers_again:
             self._input_shard = None
         with named("output: start"):
@@ -121,7 +120,7 @@ class SubmoduleCollectives:
                 self._output = self._reduce_scatter(x)
             elif self._all_reduce == "int8":
                 work = quantised_sum.start(_uncounted(x), self.group)
-                self._output = _Flight(_uncounted(x), x, work)
+                self._output = _Flight(x, x, work)
             else:
                 # In place: `x` is a GEMM's fresh output, which no backward formula reads.
                 self._output = self._sum(x)
@@ -193,8 +192,7 @@ class SubmoduleCollectives:
 
     def _sum(self, x: Tensor) -> _Flight:
         work = dist.all_reduce(_uncounted(x), group=self.group, async_op=True)
-        # Not `x`: a function that returns its own input gives autograd a view of it, which it guards.
-        return _Flight(_uncounted(x), x, work)
+        return _Flight(x, x, work)
 
     def _all_gather(self, x: Tensor, *, rows: bool = True, columns: bool = True) -> _Flight:
         """Of an FP8 tensor only what is going to be read."""
@@ -359,9 +357,9 @@ def output_start(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
     if collectives.sequence_parallel:
         x = _OutputStart.apply(x, collectives)
     else:
-        collectives.start_output(
-            x
-        )  # in `x`'s own memory, beside autograd: its gradient is the sum's
+        # Summed in `x`'s own memory, unseen by autograd: `x`'s gradient is the sum's. Not marked dirty:
+        # Transformer Engine's outputs are views, which autograd lets nobody change.
+        collectives.start_output(x)
     return take_part(x, collectives)
 
 

@@ -107,7 +107,6 @@ def llama_3_8b() -> TrainConfig:
         parallel=ParallelConfig(tensor_model_parallel_size=8),
         micro_batch_size=1,
         global_batch_size=512,
-        recompute="selective",
     )
 
 

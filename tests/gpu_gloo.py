@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ladder.collectives import ALL_GATHER
+
 Ends = Literal["at once", "when waited for"]
 """When gloo's thread gets there: the two ends of what can happen."""
 
@@ -37,7 +39,8 @@ def install(ends: Ends) -> None:
         return work.begun(async_op, ends)
 
     dist.all_reduce = all_reduce
-    dist.all_gather_into_tensor = all_gather
+    for name in ("all_gather_into_tensor", ALL_GATHER):
+        setattr(dist, name, all_gather)
 
 
 class _Copying:

@@ -52,15 +52,14 @@ def one_step(
         config = configuration(kind, layout)
         model, optimizer, scheduler = start(config)
         load_start(model, weights)
-        take_step = optimizer.step
 
-        def step(*args: Any, to: Path = folder / str(number), model=model, take=take_step) -> Any:  # type: ignore[no-untyped-def]
+        def before_update(*_: Any, to: Path = folder / str(number), model: Any = model) -> bool:
             save_gradients(model, to)
-            return take(*args)
+            return True
 
-        optimizer.step = step
         parts = iter(micro_batches(batches()[0], config))
-        losses.append(train_step(model, optimizer, scheduler, parts, config)[0])
+        loss, *_ = train_step(model, optimizer, scheduler, parts, config, is_good=before_update)
+        losses.append(loss)
     return losses
 
 
