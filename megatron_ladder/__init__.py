@@ -1,5 +1,5 @@
 """Ladder Residual transformers on megatron-core."""
 
-from megatron_ladder.cudnn_home import name_torchs
+from megatron_ladder.one_cudnn import load_torchs
 
-name_torchs()  # before anything of this package imports megatron-core, which imports Transformer Engine
+load_torchs()  # before anything of this package imports megatron-core, which imports Transformer Engine

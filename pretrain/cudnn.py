@@ -3,7 +3,7 @@
 With two, or with one that has not all of its libraries, Transformer Engine's fused attention ends in
 CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED, and is not used. The graph library opens the others by name when
 attention is built; the wheel of 9.20.0.48, which torch 2.12 and 2.13 pin, leaves one of them out (pytorch's
-issues 187824 and 188892). megatron_ladder/cudnn_home.py sees to it that there is one.
+issues 187824 and 188892). megatron_ladder/one_cudnn.py sees to it that there is one.
 """
 
 import mmap
