@@ -31,7 +31,7 @@ from pretrain.bench.standby import Standby  # noqa: E402
 
 # Layers as a rank of TP=8 has them: hidden sizes, heads, and sequences in a micro-batch, as many as make
 # kernels long beside the time that Python takes to launch them, which would hide any link.
-OVERLAP = {"8b": ("4096", "14336", "32", "4"), "70b": ("8192", "28672", "64", "1")}
+OVERLAP = {"8b": ("4096", "14336", "32", "8"), "70b": ("8192", "28672", "64", "2")}
 # Of the parts' processes. A few small kernels are compiled: sooner in the process than by workers that
 # import torch first, one for each core, beside what is measured. The other is as in training (setup.py).
 ENVIRONMENT = {
@@ -65,7 +65,7 @@ class Result:
 
 
 def overlap(
-    shape: str, link: str, *options: str, precision: str = "bf16", layers: int = 24
+    shape: str, link: str, *options: str, precision: str = "bf16", layers: int = 16
 ) -> Part:
     """The layers, with those weights, gradients and activations, take some 40 of 80 GB."""
     name = f"overlap-{shape}-{link}-{precision}"
@@ -74,7 +74,7 @@ def overlap(
     hidden, ffn, heads, batch = OVERLAP[shape]
     command = ["benchmarks/overlap.py", "--hidden-size", hidden, "--ffn-hidden-size", ffn]
     command += ["--heads", heads, "--kv-heads", "8", "--micro-batch-size", batch]
-    command += ["--seq-length", "8192", "--fake-tp", "8", "--layers", str(layers), "--steps", "8"]
+    command += ["--seq-length", "8192", "--fake-tp", "8", "--layers", str(layers), "--steps", "6"]
     command += ["--precision", precision, "--link", link, "--also", "parallel", *options]
     if (shape, link, precision) == ("70b", "nvswitch", "bf16"):
         command += ["--trace", f"OUTPUT/{name}{TRACE}"]
