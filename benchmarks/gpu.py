@@ -33,7 +33,7 @@ from pretrain.bench.standby import Standby  # noqa: E402
 # kernels long beside the time that Python takes to launch them, which would hide any link.
 OVERLAP = {"8b": ("4096", "14336", "32", "8"), "70b": ("8192", "28672", "64", "2")}
 # Of the parts' processes. A few small kernels are compiled: sooner in the process than by workers that
-# import torch first, one for each core, beside what is measured. The other is as in training (setup.py).
+# import torch first, one for each core, beside what is measured. The next is as in training (queues.py).
 ENVIRONMENT = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
@@ -78,7 +78,9 @@ def overlap(
     command += ["--precision", precision, "--link", link, "--also", "parallel", *options]
     if (shape, link, precision) == ("70b", "nvswitch", "bf16"):
         command += ["--trace", f"OUTPUT/{name}{TRACE}"]
-    return Part(name, [*command, "--json", f"OUTPUT/{name}.json"], 90)
+    # As pretrain/queues.py sets it.
+    queues = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"} if "--sequence-parallel" in options else {}
+    return Part(name, [*command, "--json", f"OUTPUT/{name}.json"], 90, queues)
 
 
 def connections(count: int) -> Part:
@@ -135,12 +137,21 @@ def parts() -> list[Part]:
         Part("tests", [*tests, "--junitxml", "OUTPUT/tests.xml"], 240),
         Part("layers", ["benchmarks/layers.py", *layers, "--json", "OUTPUT/layers.json"], 120),
         training("1b", paper),
+        Part(  # beside the first rows of cuda-graph: the same with Transformer Engine's attention
+            "training-1b-te",
+            [
+                *("benchmarks/training_step.py", "--cases", paper[0], "--attention", "te"),
+                *("--micro-batch-size", "4", "--accumulate", "2", "--steps", "10"),
+                *("--json", "OUTPUT/training-1b-te.json"),
+            ],
+            60,
+        ),
         Part(  # small micro-batches, which Python cannot launch as fast as they run
             "cuda-graph",
             [
                 *("benchmarks/training_step.py", "--cases", *paper[:2]),
                 *(f"{case}:graph" for case in paper),
-                *("--micro-batch-size", "2", "--accumulate", "2", "--steps", "10"),
+                *("--micro-batch-size", "4", "--accumulate", "2", "--steps", "10"),
                 *("--json", "OUTPUT/cuda-graph.json"),
             ],
             120,

@@ -68,6 +68,7 @@ def besides(reports: dict[str, Report]) -> str:
             labels = [row[label] for label in ("case", "shape", "precision", "by") if label in row]
             text = "; ".join(filter(None, [facts.in_words(row), *row.get("did_not_fit", [])]))
             if text:
+                labels = [name] * (len(reports) > 1) + labels
                 said[f"- {', '.join(labels) or name}: {text}"] = None
     return "\n".join(said)
 
@@ -213,7 +214,14 @@ def page(folder: Path) -> str:
         return [name for name in known if name.startswith(start)]
 
     def of_one(render: Callable[[Report], str]) -> Callable[[dict[str, Report]], str]:
-        return lambda reports: "\n\n".join(render(report) for report in reports.values())
+        def each(reports: dict[str, Report]) -> str:
+            named = len(reports) > 1
+            return "\n\n".join(
+                (f"{name}:\n\n" if named else "") + render(report)
+                for name, report in reports.items()
+            )
+
+        return each
 
     tests = folder / "tests.log"
     return (
@@ -230,7 +238,7 @@ def page(folder: Path) -> str:
                 section("Layers, TP=1", ["layers"], folder, of_one(lambda r: rows_of(r, "layers"))),
                 section(
                     "Training steps",
-                    named("training"),
+                    [*named("training"), "cuda-graph"],
                     folder,
                     of_one(lambda r: rows_of(r, "training")),
                 ),

@@ -17,7 +17,8 @@ from torch import Tensor
 
 @functools.cache
 def _second_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()
+    # Its few small kernels go before what is left of a GEMM's.
+    return torch.cuda.Stream(priority=-1)
 
 
 def moment() -> Any:

@@ -17,6 +17,7 @@ import tyro
 
 from megatron_ladder.errors import UserError
 from pretrain.arguments import is_first_rank, parse_train
+from pretrain.queues import set_queues
 
 Command = Callable[[list[str]], int]
 
@@ -55,13 +56,12 @@ def _for_users(command: Command) -> Command:
 @_for_users
 def train(argv: list[str]) -> int:
     """Trains a run, or goes on with it; starts the local ranks it needs when torchrun has not."""
-    # Read when CUDA starts, which a look for a GPU may do: setup.py says what for.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if any(option.split("=")[0] == "--plan-only" for option in argv):
         from pretrain.plan_only import plan_only
 
         return plan_only(argv)
     config, asked = parse_train(argv)
+    set_queues(config)  # a look for a GPU may start CUDA
     if asked is not None and asked < 1:
         raise UserError(f"--nproc-per-node {asked}: start at least one rank")
     under_torchrun = "RANK" in os.environ

@@ -18,6 +18,7 @@ from pretrain.compiled import compile_layers
 from pretrain.config import TrainConfig
 from pretrain.graphs import use_own_stream
 from pretrain.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from pretrain.queues import set_queues
 
 
 def start_ranks(config: TrainConfig) -> str:
@@ -26,10 +27,7 @@ def start_ranks(config: TrainConfig) -> str:
     Returns:
         The device's name: "cpu", or the GPU's.
     """
-    # Read when CUDA starts. With one hardware queue kernels begin in the order in which they are
-    # issued: a collective that is started before a GEMM does not wait until that GEMM leaves room.
-    # Megatron's advice for tensor parallelism; docs/overlap.md.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    set_queues(config)
     if cpu_platform.enable():
         backend, device = "gloo", "cpu"
     else:

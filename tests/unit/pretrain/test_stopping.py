@@ -74,7 +74,7 @@ def test_ctrl_c_ends_what_writes_a_checkpoint_too(tmp_path: Path) -> None:
     assert run.stdout is not None
     assert run.stdout.readline() == "begun\n"
     os.killpg(run.pid, signal.SIGINT)
-    _, said = run.communicate(timeout=30)
+    _, said = run.communicate(timeout=90)
     assert (run.returncode, said) == (130, "")
 
 
