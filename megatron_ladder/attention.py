@@ -1,6 +1,7 @@
 """Core attention by torch's own kernels."""
 
 import contextlib
+import functools
 import logging
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -160,5 +162,22 @@ def kernel_of_torch(
         is_causal=not masked,
         enable_gqa=kv_heads != heads,
     )
-    backend = torch.nn.attention.SDPBackend(choice)
+    backend = SDPBackend(choice)
+    if backend == SDPBackend.CUDNN_ATTENTION and (error := _error_of_cudnn(channels, dtype)):
+        logger.warning("torch's cuDNN attention does not run here and is left out: %s", error)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # or torch would still take it
+        return kernel_of_torch(shape, kv_heads, dtype, masked=masked, dropout=dropout)
     return backend.name.removesuffix("_ATTENTION").lower()
+
+
+@functools.cache
+def _error_of_cudnn(channels: int, dtype: torch.dtype) -> str:
+    """Why a small attention fails; "": it runs. Torch's choice does not look whether cuDNN is whole."""
+    x = torch.zeros(1, 1, 64, channels, dtype=dtype, device="cuda", requires_grad=True)
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            F.scaled_dot_product_attention(x, x, x, is_causal=True).sum().backward()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return ""

@@ -35,11 +35,6 @@ class CoreAttention:
         return f"{whose[self.whose]}: {self.kernel}"
 
 
-def keeps_scores(config: Any) -> bool:
-    """Whether s x s scores lie in memory in training with this `transformer_config`."""
-    return config.core_attention.keeps_scores
-
-
 def check_attention(asked: Attention, impl: TransformerImpl) -> None:
     """Refuses what these layers have not.
 

@@ -31,19 +31,13 @@ from torch import Tensor
 
 from megatron_ladder import quantised_sum
 from megatron_ladder.backward_order import natural_number, run_no_sooner_than
+from megatron_ladder.collective_names import ALL_GATHER, REDUCE_SCATTER
 from megatron_ladder.config import AllReduce
 from megatron_ladder.placeholder import Fp8, fp8_of, placeholder, standing_for
 from megatron_ladder.quantised_sum import Work
 from megatron_ladder.ranges import named
 
 Group = dist.ProcessGroup
-
-# As torch 2.13 calls them. By their older names it warns at each call, which takes as long as the rest.
-ALL_GATHER, REDUCE_SCATTER = (
-    ("all_gather_single", "reduce_scatter_single")
-    if hasattr(dist, "all_gather_single")
-    else ("all_gather_into_tensor", "reduce_scatter_tensor")
-)
 
 # megatron-core passes a layer's outputs on untouched, and a sub-module its input to its first
 # linear, so what belongs to a tensor travels as an attribute of it.
@@ -136,6 +130,7 @@ class SubmoduleCollectives:
 
     def start_input_gradient(self, grad: Tensor) -> None:
         """`grad` holds this rank's part of every element of the sum; it is overwritten."""
+        assert self._input_gradient is None, "a linear that reads the input has started its sum"
         grad = grad.contiguous()
         with named("input gradient: start"):
             start = self._reduce_scatter if self.sequence_parallel else self._sum

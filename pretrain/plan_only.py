@@ -8,7 +8,15 @@ from pretrain.arguments import parse_train
 from pretrain.bench.plan import DEVICES
 from pretrain.data import with_vocab_size
 from pretrain.launch import local_ranks
-from pretrain.memory import card_in_words, in_words, is_planned, memory_plan, room, what_to_turn
+from pretrain.memory import (
+    Attention,
+    card_in_words,
+    in_words,
+    is_planned,
+    memory_plan,
+    room,
+    what_to_turn,
+)
 
 
 def plan_only(argv: list[str]) -> int:
@@ -35,18 +43,26 @@ def plan_only(argv: list[str]) -> int:
             f"--plan-only: memory is planned in bf16, of all kinds but desync; this run is "
             f"{config.model.residual} in {config.precision}"
         )
+    if config.transformer_impl == "local":
+        raise UserError(
+            "--plan-only: memory is planned of Transformer Engine's layers, not of local ones"
+        )
     check_layout(config.model, config.parallel)
     name, card_bytes = _card(chosen.plan_only)
     ranks = local_ranks(config, asked)
     dp = config.parallel.data_parallel_size(ranks)
-    attention = "te" if config.attention == "auto" else config.attention
+    # What `auto` takes, and TE has no fused attention for masks.
+    masked = not config.data.attend_across_documents
+    attention: Attention = "torch" if config.attention == "auto" else config.attention
+    if masked and attention == "te":
+        attention = "te-unfused"
     plan = memory_plan(config, dp, attention)
     print(f"The fullest of {ranks} GPUs would hold {in_words(plan)}.")
-    if attention == "te":
+    if attention in ("te", "torch"):
         with_scores = memory_plan(config, dp, "te-unfused").total
         print(
-            f"With Transformer Engine's fused attention; {with_scores / 2**30:.2f} GiB without "
-            "(`megatron-ladder doctor` says which one it takes)."
+            f"With fused attention; {with_scores / 2**30:.2f} GiB without (`megatron-ladder doctor` says "
+            "which one it takes)."
         )
     print(f"{name} has {card_in_words(card_bytes)}.")
     fits = plan.total <= room(card_bytes)

@@ -1,7 +1,6 @@
 """Everything that can be refused before work starts."""
 
 import logging
-from dataclasses import replace
 
 from megatron_ladder.attention_choice import check_attention
 from megatron_ladder.config import check_layout
@@ -11,7 +10,7 @@ from megatron_ladder.specs import resolve_impl
 from pretrain.blends import check_past, describe
 from pretrain.compiled import check_compile
 from pretrain.config import TrainConfig
-from pretrain.data import DataFolder, check_same_data, open_data
+from pretrain.data import DataFolder, check_same_data, open_data, with_vocab_size
 from pretrain.fim import fill_in_the_middle
 from pretrain.graphs import check_cuda_graph
 from pretrain.initial import check_initial
@@ -37,13 +36,11 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             "only its speed means something (benchmarks/overlap.py). Train another kind"
         )
     folders = open_data(config)
-    if config.model.vocab_size is None:
-        vocab_size = folders[0].tokenizer["vocab_size"]
-        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
-    elif config.model.vocab_size > folders[0].tokenizer["vocab_size"]:
+    given, config = config.model.vocab_size, with_vocab_size(config)
+    if given is not None and given > folders[0].tokenizer["vocab_size"]:
         logger.warning(
             "model.vocab_size is %d, the data's tokenizer has %d ids: the others are never trained on",
-            config.model.vocab_size,
+            given,
             folders[0].tokenizer["vocab_size"],
         )
     check_initial(config, folders)

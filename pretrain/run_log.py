@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from megatron_ladder.attention_choice import keeps_scores
 from megatron_ladder.mcore_compat import LadderConfig
 from pretrain import cudnn
 from pretrain.config import TrainConfig, to_dict
@@ -118,7 +117,7 @@ class RunLog:
             words = f"built of\n{table(found)}"
             if not torch.cuda.is_available():
                 words = "built for the CPU; `megatron-ladder doctor` says of what"
-                if keeps_scores(mcore_config):
+                if mcore_config.core_attention.keeps_scores:
                     words += f"; attention keeps scores: {mcore_config.core_attention.why}"
             self._log.note("built", words, choices=records)
             for problem in cudnn.problems() if torch.cuda.is_available() else []:

@@ -1,4 +1,5 @@
-"""What ends a run before its schedule: a signal. The step under way is finished, then a checkpoint.
+"""What ends a run before its schedule: a signal. The step under way is finished, or the one after it where
+the signal came after backward, then a checkpoint.
 
 A scheduler sends SIGUSR1 or SIGTERM some time before it kills; to one process, or to all that the job
 has: loader processes and those that write checkpoints among them, which must not mind.

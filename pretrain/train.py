@@ -24,7 +24,7 @@ from pretrain.gradual import use_ladder_layers
 from pretrain.graphs import StepGraph
 from pretrain.index_cache import IndexCache
 from pretrain.launch import STOPPED
-from pretrain.memory import check_memory, is_planned, kept_as, out_of_memory
+from pretrain.memory import Attention, check_memory, is_planned, kept_as, out_of_memory
 from pretrain.optimizer import gathered_parameters
 from pretrain.profile import StepProfile
 from pretrain.rank_speed import RankSpeed
@@ -53,13 +53,15 @@ def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) 
     if is_first_rank():
         held = lock(run_dir)
         write_config(config)  # before anything else is there: the folder is this run's
+    attention: list[
+        Attention
+    ] = []  # asked once: with no memory left nothing more is asked of the GPU
     try:
         with Status(config) as status, Watchdog(config) as watchdog:
-            exit_status = _train(config, folders, signals, status, watchdog)
+            exit_status = _train(config, folders, signals, status, watchdog, attention)
     except torch.OutOfMemoryError as error:
         # Said by whichever rank it was; starting again would not help: 2, as after a mistake.
-        attention = kept_as(layers_config(config).core_attention)
-        said = out_of_memory(config, torch.distributed.get_world_size(), error, attention)
+        said = out_of_memory(config, torch.distributed.get_world_size(), error, *attention)
         rank = torch.distributed.get_rank()
         print(f"megatron-ladder train: rank {rank}: {said}", file=sys.stderr)
         return 2
@@ -74,14 +76,15 @@ def _train(
     signals: StopSignals,
     status: Status,
     watchdog: Watchdog,
+    attention: list[Attention],
 ) -> int:
     run_dir = config.output_dir
     assert run_dir is not None
     cache = IndexCache(config, folders)  # made meanwhile
     device = start_ranks(config)
     if is_planned(config) and resolve_impl(config.transformer_impl) == "transformer_engine":
-        attention = kept_as(layers_config(config).core_attention)
-        check_memory(config, torch.distributed.get_world_size(), smallest_card(), attention)
+        attention.append(kept_as(layers_config(config).core_attention))
+        check_memory(config, torch.distributed.get_world_size(), smallest_card(), *attention)
 
     model, optimizer, scheduler = build(config)
     teacher = Teacher(config) if config.adapt.distillation_weight else None
@@ -170,6 +173,7 @@ def _train(
 
         if last or (config.eval_interval and step % config.eval_interval == 0):
             evaluate(step)
+            signal = signal or signals.agreed()  # validation has waited for the GPU, and takes long
         saver.complete()
         if last or signal or step % config.save_interval == 0:
             with gathered_parameters(model):

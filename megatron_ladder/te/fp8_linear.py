@@ -191,10 +191,8 @@ class _Linear(torch.autograd.Function):
             x = collectives.wait_input_again()
         if type(x) is Tensor:
             x = call.in_fp8(x, call.input, rows=False)
-        for operand in (
-            x,
-            grad,
-        ):  # whose rows have been read, or were written because the kernel must
+        # Their rows have been read, or were written because the kernel must.
+        for operand in (x, grad):
             operand.update_usage(rowwise_usage=False, columnwise_usage=True)
         return dgrad, _weight_gradient(call, x, grad), None
 

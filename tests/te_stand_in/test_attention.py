@@ -31,7 +31,6 @@ def run_each(kind: str, layout: str) -> list[str]:
         _attention_backends as taken,
     )
 
-    from megatron_ladder.attention_choice import keeps_scores
     from megatron_ladder.te.attention import parameters
 
     model, found = model_of(kind), []
@@ -60,7 +59,7 @@ def run_each(kind: str, layout: str) -> list[str]:
             masks_given=masked,
         )
         core, case = run.config.core_attention, (attention, refusal, masked)
-        if (core.whose, core.kernel) != said or keeps_scores(run.config) != ("scores" in said[1]):
+        if (core.whose, core.kernel) != said or core.keeps_scores != ("scores" in said[1]):
             found.append(f"{case}: {core}")
         if kernels.attentions != ([runs] * LAYERS if runs else []):
             found.append(f"{case}: TE ran {kernels.attentions}")

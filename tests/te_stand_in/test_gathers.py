@@ -19,7 +19,8 @@ def watch(layout: str, fp8: Fp8Config, recompute: str) -> dict[str, Any]:
     from tests.te_stand_in import kernels
 
     kernels.install()
-    from megatron_ladder.collectives import ALL_GATHER, SubmoduleCollectives
+    from megatron_ladder.collective_names import ALL_GATHER
+    from megatron_ladder.collectives import SubmoduleCollectives
     from megatron_ladder.mcore_compat import initialize_model_parallel
 
     model, parallel = model_of("ladder"), LAYOUTS[layout]

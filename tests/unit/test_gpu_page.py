@@ -85,7 +85,10 @@ def test_figures_are_those_of_the_archive(tmp_path: Path, monkeypatch: pytest.Mo
     assert "210,000,000 tokens of each kind, 2.10 epochs of 100,000,000" in page
     assert "| ladder | 25,690,624 | 2.0625 | +0.0625 | 1,500,000 | 0.808 |" in page
     assert "| 1e-3 | 2.5000 | 2.2500 |" in page
-    assert "No results: training-1b-te, training-8b, cuda-graph." in page and "No results: layers." in page
+    assert (
+        "No results: training-1b-te, training-8b, cuda-graph." in page
+        and "No results: layers." in page
+    )
 
 
 def test_results_of_the_real_scripts(

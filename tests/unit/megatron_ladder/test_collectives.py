@@ -1,13 +1,14 @@
 """What CUDA's allocator is told: on a GPU memory that a collective reads must not be given out again."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ladder import collectives
+from megatron_ladder import collective_names, collectives
 from megatron_ladder.collectives import SubmoduleCollectives
 
 
@@ -36,8 +37,8 @@ def test_what_a_collective_reads_is_kept_by_the_stream_that_waits(
         kept.append(x)
         return x
 
-    monkeypatch.setattr(dist, collectives.ALL_GATHER, collective)
-    monkeypatch.setattr(dist, collectives.REDUCE_SCATTER, collective)
+    monkeypatch.setattr(dist, collective_names.ALL_GATHER, collective)
+    monkeypatch.setattr(dist, collective_names.REDUCE_SCATTER, collective)
     monkeypatch.setattr(collectives, "used_here", used_here)
     group: Any = TwoRanks()
     shard, whole = torch.ones(2, 1, 4), torch.ones(4, 1, 4)
@@ -55,3 +56,11 @@ def test_what_a_collective_reads_is_kept_by_the_stream_that_waits(
     assert len(read) == 5
     for x in [*read, *results]:
         assert any(x is y for y in kept)
+
+
+def test_a_second_reader_of_an_input_whose_sum_has_started_is_found() -> None:
+    """Its gradient would take the place of the linear's, silently."""
+    own = collectives.SubmoduleCollectives(Mock(size=lambda: 2), sequence_parallel=False)
+    own._input_gradient = Mock()
+    with pytest.raises(AssertionError, match="has started its sum"):
+        own.start_input_gradient(torch.ones(1))

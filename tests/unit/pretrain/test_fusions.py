@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from megatron_ladder.attention_choice import keeps_scores
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.mcore_compat import LadderConfig, transformer_config
 from pretrain.fusions import Choice, adam_class, choices, table
@@ -76,12 +75,12 @@ def test_attention_with_scores_in_memory_says_why_and_what_it_costs() -> None:
         ("unfused", "megatron-core", "attention is unfused"),
     ):
         config = transformer_config(model, ParallelConfig(), impl="local", attention=attention)
-        assert keeps_scores(config)
+        assert config.core_attention.keeps_scores
         found = by_part(config, adam_class())["attention"]
         assert found.implementation == f"{whose}: scores in memory"
         assert why in found.why
         assert "s x s scores" in found.cost
-    assert not keeps_scores(config_of())
+    assert not config_of().core_attention.keeps_scores
 
 
 def test_one_line_a_part() -> None:
