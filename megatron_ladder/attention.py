@@ -173,9 +173,13 @@ def kernel_of_torch(
 @functools.cache
 def _error_of_cudnn(channels: int, dtype: torch.dtype) -> str:
     """Why a small attention fails; "": it runs. Torch's choice does not look whether cuDNN is whole."""
-    x = torch.zeros(1, 1, 64, channels, dtype=dtype, device="cuda", requires_grad=True)
     try:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
+        ):
+            x = torch.zeros(1, 1, 64, channels, dtype=dtype, device="cuda", requires_grad=True)
             F.scaled_dot_product_attention(x, x, x, is_causal=True).sum().backward()
         torch.cuda.synchronize()
     except RuntimeError as error:
