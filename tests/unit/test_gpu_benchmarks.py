@@ -235,11 +235,12 @@ def test_a_shape_without_memory_is_a_row_and_the_rest_goes_on(
     options += ["--steps", "2", "--layers", "1", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["layers.py", *options])
     gc.collect()
+    frozen = gc.get_freeze_count()  # Python 3.12 begins with some
     with pytest.raises(SystemExit) as ended:
         layers.main()
     parallel_state.destroy_model_parallel()
     assert not ended.value.code
-    assert gc.isenabled() and gc.get_freeze_count() == 0
+    assert gc.isenabled() and gc.get_freeze_count() <= frozen
     first, *rest = json.loads(file.read_text())["rows"]
     assert first["error"] == "out of memory: CUDA out of memory"
     assert [row["kind"] for row in rest] == ["standard", "parallel", "ladder"]
@@ -276,7 +277,7 @@ def test_repetitions_do_not_look_for_garbage_in_all_that_is_imported(
 
     assert interleaved.measure({"run": run}, 2) == {"run": [(0.0,), (0.0,)]}
     assert min(frozen) > 1000
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() < min(frozen)
 
 
 def test_a_late_start_is_late_in_transformer_engines_layers_too(
