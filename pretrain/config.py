@@ -114,8 +114,8 @@ class TrainConfig:
     transformer_impl: TransformerImpl = "auto"
     """Whose layers: megatron-core's local ones, or Transformer Engine's (auto: where there is one)."""
     attention: Attention = "auto"
-    """Whose core attention: Transformer Engine's where it would be fused, else torch's (auto); te, torch,
-    or unfused: megatron-core's, which keeps all scores."""
+    """Whose core attention: torch's where that is cuDNN's, else Transformer Engine's where it would be
+    fused, else torch's (auto); te, torch, or unfused: megatron-core's, which keeps all scores."""
     recompute: Recompute = "none"
     """Activations to compute again in backward: none, selective (core attention) or full."""
     compile: bool = False

@@ -141,7 +141,7 @@ def _cudnn() -> list[str]:
     found = problems()
     for problem in found:
         _row("cuDNN", problem)
-    return ["a cuDNN with all its libraries"] if found else []
+    return ["one cuDNN, with all its libraries"] if found else []
 
 
 def _backends(torch) -> list[str]:  # type: ignore[no-untyped-def]

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -71,6 +72,29 @@ def test_a_signal_stops_a_run_with_nothing_lost(
     train(data, run, *tensor_parallel(2))
     assert [m["step"] for m in metrics(run, "start")] == [0, end["step"]]
     assert_same(run, undisturbed)
+
+
+VALIDATION_IS_TOLD = """
+import os, signal, sys
+from pretrain import cli, train
+validate = train.validate
+def told(*given):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return validate(*given)
+train.validate = told
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_while_validating_costs_no_other_step(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = command(data, run, "--nproc-per-node", "1", "--eval-interval", "3")[3:]
+    script = [sys.executable, "-c", VALIDATION_IS_TOLD, *arguments]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120)
+    assert done.returncode == STOPPED, done.stdout + done.stderr
+    assert [m["step"] for m in metrics(run, "train")] == [1, 2, 3]
+    assert [m["step"] for m in metrics(run, "end")] == [3]
+    assert [c.name for c in checkpoints(run)] == ["step_00000003"]
 
 
 @pytest.mark.slow  # tests/chaos does it in each run

@@ -72,7 +72,7 @@ def test_doctor_does_not_call_it_ready(graph: Path, capsys) -> None:
     assert f"in {graph.parent}" in output
     assert "libcudnn_engines_tensor_ir.so" in output
     missing = output.splitlines()[-1].split("Missing for GPU: ")[1]
-    assert "a cuDNN with all its libraries" in missing.split(". ")[0]
+    assert "one cuDNN, with all its libraries" in missing.split(". ")[0]
 
 
 def test_a_run_on_a_gpu_says_so_before_its_first_step(
