@@ -1,6 +1,6 @@
 """Makes the page of GPU results from what gpu.py left: every table, with device, versions and commands.
 
-    python benchmarks/gpu_page.py FOLDER-OR-results.tgz docs/gpu-results.md
+    python benchmarks/gpu_page.py FOLDER-OR-results.tgz docs/results/h100.md
 
 A part that has not run, or has ended early, is named as such; no figure comes from anywhere else.
 """

@@ -1,4 +1,4 @@
-"""A data set's folder, as docs/formats.md describes it, opened to be looked at."""
+"""A data set's folder, as docs/reference/formats.md describes it, opened to be looked at."""
 
 import json
 from dataclasses import dataclass

@@ -56,7 +56,7 @@ def load_fast(tokenizer: Path) -> bytes:
 class FastEngine:
     """gigatoken; texts that hold one of `routed` go to the reference engine.
 
-    Chosen by measurement (docs/data.md): of the engines that gave the reference's ids it is the
+    Chosen by measurement (docs/guides/data.md): of the engines that gave the reference's ids it is the
     fastest, on both kinds of tokenizer. guard.py checks that it does, before any work.
 
     Raises:

@@ -18,7 +18,7 @@ tensor, complete (stages.py).
 
 A ladder sub-module reads the state before the previous sub-module's output arrived, so that output's
 collective runs behind it, and so does, in backward, the reduction of its input's gradient behind
-the previous sub-module's backward. docs/overlap.md has the timeline.
+the previous sub-module's backward. docs/design/overlap.md has the timeline.
 """
 
 from collections.abc import Callable

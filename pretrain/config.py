@@ -79,7 +79,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """How the model of `init_from` is led to its ladder layers (docs/adaptation.md)."""
+    """How the model of `init_from` is led to its ladder layers (docs/guides/adapt.md)."""
 
     gradual_steps: int = 0
     """Ladder layers are turned on one after another over so many steps, the last first; 0: at once."""

@@ -87,7 +87,7 @@ def open_folder(path: Path) -> DataFolder:
 
 
 def _check_index(prefix: Path, facts: dict[str, Any], dtype: str) -> None:
-    """Refuses an .idx that does not describe its .bin (docs/formats.md has the layout)."""
+    """Refuses an .idx that does not describe its .bin (docs/reference/formats.md has the layout)."""
     with prefix.with_suffix(".idx").open("rb") as file:
         header = file.read(34)
         sequences = int.from_bytes(header[18:26], "little")

@@ -10,7 +10,7 @@ BadStepPolicy = Literal["stop", "skip", "rollback"]
 
 @dataclass(frozen=True)
 class FaultConfig:
-    """What a run does about bad losses, hangs and slow ranks (docs/reliability.md)."""
+    """What a run does about bad losses, hangs and slow ranks (docs/guides/faults.md)."""
 
     not_finite: BadStepPolicy = "stop"
     """At a loss or gradient norm of NaN or infinity: stop; skip: leave the update out and go on; or

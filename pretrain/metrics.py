@@ -1,6 +1,6 @@
 """What a run measures: one JSON object a line, a readable console line, TensorBoard, optional W&B.
 
-docs/formats.md describes the lines.
+docs/reference/formats.md describes the lines.
 """
 
 import json
@@ -135,7 +135,7 @@ class MetricsLog:
         )
 
     def train(self, **values: Any) -> None:
-        """One logged step; docs/formats.md lists the values."""
+        """One logged step; docs/reference/formats.md lists the values."""
         self._write({"kind": "train", **values})
         scalars = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")
         self._scalars(

@@ -11,7 +11,7 @@ def set_queues(config: TrainConfig) -> None:
     In one queue kernels begin in the order in which they are issued: a collective that is started before a
     GEMM gets its few SMs first. Megatron's advice for tensor parallelism. But what a ladder layer runs on a
     second stream under sequence parallelism waits there for collectives, and in one queue the GEMMs issued
-    after it wait too (docs/overlap.md). So these get queues, and collectives the higher priority.
+    after it wait too (docs/design/overlap.md). So these get queues, and collectives the higher priority.
     """
     parallel = config.parallel
     second_stream = (

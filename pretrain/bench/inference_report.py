@@ -128,7 +128,7 @@ def _rates(shape: str, batch: int, phases: list[dict[str, float]]) -> dict[str, 
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Those of docs/inference.md."""
+    """Those of docs/guides/serve.md."""
     rows = [
         "| | batch | attention, MLP, all-reduce, us | speed-up: parallel | ladder | no-comm (the bound) | "
         "hidden: parallel | ladder | by the model: parallel | ladder | everything counted: parallel | "

@@ -1,4 +1,4 @@
-"""What was measured of models, as files; docs/formats.md describes them.
+"""What was measured of models, as files; docs/reference/formats.md describes them.
 
 Each command writes a file of its own: nothing that was there is touched, and commands that measure one
 run at the same time do not meet.

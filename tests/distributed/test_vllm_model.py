@@ -1,6 +1,6 @@
 """The plug-in in vLLM itself, on a CPU: logits are those of transformers from the same folder, and each
 all-reduce of a ladder layer is under way while the next sub-module runs. Skipped without vLLM, as in CI:
-docs/vllm.md says how to run it.
+docs/guides/vllm.md says how to run it.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests import ranks
 from tests.ranks import run_ranks
 from tests.unit.hf import tiny
 
-pytest.importorskip("vllm", reason="vLLM is not installed: docs/vllm.md says how to run this")
+pytest.importorskip("vllm", reason="vLLM is not installed: docs/guides/vllm.md says how to run this")
 
 from megatron_ladder.vllm.all_reduce import FINISH, START, AllReduce
 from megatron_ladder.vllm.schedule import InFlight

@@ -1,5 +1,5 @@
 """Stands in for the interpreter of a profile: `stand_in.py -m pretrain ...` is a training that keeps the
-contract of the real one (docs/slurm.md) without its seconds of start-up.
+contract of the real one (docs/guides/slurm.md) without its seconds of start-up.
 
 Ranks meet at MASTER_ADDR:MASTER_PORT and wait for each other at every step. The loss is a hash of all
 steps before, so that a step lost or done twice shows. STAND_IN (JSON) says what goes wrong.

@@ -34,7 +34,7 @@ def test_without_results_it_says_so_and_has_no_figures(tmp_path: Path) -> None:
     assert "There are no results yet" in page
     assert "No results: training-1b, training-1b-te, training-8b, cuda-graph." in page
     assert not any(line.startswith("|") for line in page.splitlines())
-    committed = ROOT / "docs/gpu-results.md"
+    committed = ROOT / "docs/results/h100.md"
     assert committed.exists() and committed.read_text().startswith(gpu_page.INTRODUCTION)
 
 

@@ -1,7 +1,7 @@
 """The model in vLLM itself, on a CPU: vLLM's layers, groups, configuration and loading of weights.
 
 A CUDA build of vLLM has no attention for a CPU: a plain one takes its place. Import this where vLLM is
-installed; docs/vllm.md says how.
+installed; docs/guides/vllm.md says how.
 """
 
 import os

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Written by `megatron-ladder submit`; docs/slurm.md says what each part is for.
+# Written by `megatron-ladder submit`; docs/guides/slurm.md says what each part is for.
 # shellcheck disable=SC2016 # what stands in single quotes is data
 #SBATCH --job-name=ladder-ladder
 #SBATCH --nodes=3
