@@ -1,7 +1,7 @@
 """Megatron's indexed data set: token files that megatron-core memory-maps.
 
-`.bin` holds the tokens of all documents one after another, `.idx` where each begins; docs/reference/formats.md
-and shared tools' readers agree on:
+`.bin` holds the tokens of all documents one after another, `.idx` where each begins;
+docs/reference/formats.md and shared tools' readers agree on:
 
     MMIDIDX\\0\\0 | u64 version 1 | u8 dtype code | u64 sequences S | u64 documents + 1
     i32[S] lengths | i64[S] byte offsets into .bin | i64[documents + 1] first sequence of each document

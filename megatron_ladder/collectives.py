@@ -14,8 +14,8 @@ A sub-module's linears communicate nothing (linear.py); the layer does it at fou
 
 In backward the points run in the opposite order. The reduction of the input's gradient is started by the
 sub-module's first linear, as early as can be (linear.py), and `input_start` waits for it. Between a start
-and its wait a tensor is in flight: it may be passed on, never read. docs/design/overlap.md shows when each point
-runs, and why.
+and its wait a tensor is in flight: it may be passed on, never read. docs/design/overlap.md shows when
+each point runs, and why.
 
 A point is a node in autograd's graph only where backward has something to do there: each costs as much
 Python as a small kernel takes.

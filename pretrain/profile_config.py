@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """A trace of some steps by torch's profiler, into the run's folder `profile` (docs/design/overlap.md)."""
+    """A trace of some steps by torch's profiler, into the run's folder `profile`.
+
+    docs/design/overlap.md reads one.
+    """
 
     first_step: int | None = None
     """None traces nothing."""

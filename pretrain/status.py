@@ -1,7 +1,7 @@
 """What a run is doing, for people and monitors: RUN/status.json, RUN/metrics.prom, RUN/starts.jsonl.
 
-Written by the first rank; another rank only to say that it failed. docs/reference/formats.md describes the files.
-Nothing decides by them: the clock and the host's name in them may be wrong.
+Written by the first rank; another rank only to say that it failed. docs/reference/formats.md describes
+the files. Nothing decides by them: the clock and the host's name in them may be wrong.
 """
 
 import contextlib

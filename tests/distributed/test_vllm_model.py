@@ -14,7 +14,9 @@ from tests import ranks
 from tests.ranks import run_ranks
 from tests.unit.hf import tiny
 
-pytest.importorskip("vllm", reason="vLLM is not installed: docs/guides/vllm.md says how to run this")
+pytest.importorskip(
+    "vllm", reason="vLLM is not installed: docs/guides/vllm.md says how to run this"
+)
 
 from megatron_ladder.vllm.all_reduce import FINISH, START, AllReduce
 from megatron_ladder.vllm.schedule import InFlight

@@ -8,7 +8,7 @@ from pretrain.bench.plan import Submodule
 
 @pytest.mark.parametrize("layers", [1, 4, 24])
 def test_how_much_can_be_hidden(layers: int) -> None:
-    """Counted along docs/design/overlap.md: n sub-modules, of whose collectives only a pass's ends stand alone."""
+    """Counted along docs/design/overlap.md: of n sub-modules, only a pass's ends stand alone."""
     n = 2 * layers
     plain = hidden.most_hidden(layers, False)
     # Forward's last all-reduce; backward's last runs behind a weight gradient.
