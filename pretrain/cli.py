@@ -48,10 +48,10 @@ def main(argv: list[str] | None = None) -> int:
 
         return slurm_main(name, argv[1:])
     if name == "submit":
-        from pretrain.submission import main as submit_main
+        from pretrain.commands.submit import main as submit_main
 
         return submit_main(argv[1:])
-    from pretrain import commands
+    from pretrain.commands import commands
 
     return getattr(commands, name + "_" if name in KEYWORDS else name)(argv[1:])
 

@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from pretrain import commands
-from pretrain.arguments import parse_train
-from pretrain.launch import die_with_parent, local_ranks
+from pretrain.commands import commands
+from pretrain.processes import die_with_parent
+from pretrain.start.arguments import parse_train
+from pretrain.start.launch import local_ranks
 from tests.ranks import fork_managers
 
 

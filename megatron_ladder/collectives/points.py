@@ -29,13 +29,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ladder import quantised_sum
-from megatron_ladder.backward_order import natural_number, run_no_sooner_than
-from megatron_ladder.collective_names import ALL_GATHER, REDUCE_SCATTER
+from megatron_ladder.collectives import quantised_sum
+from megatron_ladder.collectives.backward_order import natural_number, run_no_sooner_than
+from megatron_ladder.collectives.names import ALL_GATHER, REDUCE_SCATTER
+from megatron_ladder.collectives.placeholder import Fp8, fp8_of, placeholder, standing_for
+from megatron_ladder.collectives.quantised_sum import Work
+from megatron_ladder.collectives.ranges import named
 from megatron_ladder.config import AllReduce
-from megatron_ladder.placeholder import Fp8, fp8_of, placeholder, standing_for
-from megatron_ladder.quantised_sum import Work
-from megatron_ladder.ranges import named
 
 Group = dist.ProcessGroup
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ladder import streams
-from megatron_ladder.collective_names import ALL_GATHER
+from megatron_ladder.collectives import streams
+from megatron_ladder.collectives.names import ALL_GATHER
 
 GROUP = 128
 """Numbers that share a scale, a 128th of int8's range; a scale takes four bytes."""

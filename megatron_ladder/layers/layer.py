@@ -30,13 +30,14 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_ladder import collectives, streams
-from megatron_ladder.collectives import collectives_of, input_wait, output_start, output_wait
+from megatron_ladder.collectives import points as collectives
+from megatron_ladder.collectives import streams
+from megatron_ladder.collectives.points import collectives_of, input_wait, output_start, output_wait
+from megatron_ladder.collectives.ranges import named
 from megatron_ladder.config import AllReduce, Residual
-from megatron_ladder.desync import meet, part_ways, sum_weight_gradients
-from megatron_ladder.ranges import named
-from megatron_ladder.recompute import numbers_drawn, recomputed
-from megatron_ladder.stages import pack, unpack
+from megatron_ladder.layers.desync import meet, part_ways, sum_weight_gradients
+from megatron_ladder.layers.recompute import numbers_drawn, recomputed
+from megatron_ladder.layers.stages import pack, unpack
 
 # The next layer's attention input, already under way, travels on the state it was made from.
 _PREPARED = "_prepared_input"

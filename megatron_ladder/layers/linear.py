@@ -12,7 +12,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
 from torch import Tensor
 
-from megatron_ladder.collectives import SubmoduleCollectives, collectives_of
+from megatron_ladder.collectives.points import SubmoduleCollectives, collectives_of
 
 
 class CommFreeColumnParallelLinear(ColumnParallelLinear):

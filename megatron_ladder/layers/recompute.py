@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel.random import (
 )
 from torch import Tensor
 
-from megatron_ladder.collectives import SubmoduleCollectives, collectives_of, take_part
-from megatron_ladder.placeholder import fp8_of, standing_for
+from megatron_ladder.collectives.placeholder import fp8_of, standing_for
+from megatron_ladder.collectives.points import SubmoduleCollectives, collectives_of, take_part
 from megatron_ladder.te.recompute import Fp8Region
 
 Submodule = Callable[[Tensor], Tensor]

@@ -16,8 +16,9 @@ from typing import Literal
 import tyro
 
 from megatron_ladder.errors import UserError
-from pretrain.arguments import is_first_rank, parse_train
-from pretrain.queues import set_queues
+from pretrain.model.queues import set_queues
+from pretrain.ranks import is_first_rank
+from pretrain.start.arguments import parse_train
 
 Command = Callable[[list[str]], int]
 
@@ -57,7 +58,7 @@ def _for_users(command: Command) -> Command:
 def train(argv: list[str]) -> int:
     """Trains a run, or goes on with it; starts the local ranks it needs when torchrun has not."""
     if any(option.split("=")[0] == "--plan-only" for option in argv):
-        from pretrain.plan_only import plan_only
+        from pretrain.start.plan_only import plan_only
 
         return plan_only(argv)
     config, asked = parse_train(argv)
@@ -65,10 +66,10 @@ def train(argv: list[str]) -> int:
     if asked is not None and asked < 1:
         raise UserError(f"--nproc-per-node {asked}: start at least one rank")
     under_torchrun = "RANK" in os.environ
-    from pretrain.launch import launch, local_ranks
+    from pretrain.start.launch import launch, local_ranks
 
     ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun else local_ranks(config, asked)
-    from pretrain.preflight import preflight
+    from pretrain.start.preflight import preflight
 
     config, folders, plan = preflight(config, ranks)
     log = logging.getLogger(__name__)
@@ -81,8 +82,8 @@ def train(argv: list[str]) -> int:
         assert config.output_dir is not None
         return launch(argv, ranks, config.output_dir)
     log.info(plan)
-    from pretrain.stopping import StopSignals
-    from pretrain.train import train as run_training
+    from pretrain.loop.stopping import StopSignals
+    from pretrain.loop.train import train as run_training
 
     with StopSignals() as signals:
         try:
@@ -121,8 +122,8 @@ def export(argv: list[str]) -> int:
     options = tyro.cli(ExportOptions, args=argv, prog="megatron-ladder export")
     if options.private and options.push is None:
         raise UserError("--private says how to --push: give --push USER/NAME too")
-    from pretrain.export import export_run
-    from pretrain.push import check_repository, push_folder
+    from pretrain.convert.export import export_run
+    from pretrain.convert.push import check_repository, push_folder
 
     if options.push is not None:
         check_repository(options.push)
@@ -157,7 +158,7 @@ class ImportOptions:
 def import_(argv: list[str]) -> int:
     """Converts a Hugging Face model into a checkpoint."""
     options = tyro.cli(ImportOptions, args=argv, prog="megatron-ladder import")
-    from pretrain.import_model import import_model
+    from pretrain.convert.import_model import import_model
 
     print(import_model(options.model, options.output_dir, options.ladder_layers, options.sample))
     return 0
@@ -170,7 +171,7 @@ def generate(argv: list[str]) -> int:
 
     options = tyro.cli(GenerateOptions, args=argv, prog="megatron-ladder generate")
     parallel = options.parallel()
-    from pretrain.plain_model import is_hf_folder
+    from pretrain.convert.plain_model import is_hf_folder
 
     choice = {key: getattr(options, key) for key in ("temperature", "top_k", "top_p")}
     if is_hf_folder(options.model):
@@ -273,7 +274,7 @@ def report(argv: list[str]) -> int:
             tyro.cli(DepthOptions, args=argv[1:], prog="megatron-ladder report depth")
         )
     options = tyro.cli(ReportOptions, args=argv, prog="megatron-ladder report")
-    from pretrain.report import write_report
+    from pretrain.report.report import write_report
 
     print(f"Report: {write_report(list(options.runs), options.output_dir)}")
     return 0
@@ -298,7 +299,7 @@ def bench(argv: list[str]) -> int:
         main_trace(tyro.cli(TraceOptions, args=rest, prog=prog), rest)
         return 0
     if name == "plan":
-        from pretrain.bench.plan_table import PlanOptions, main_plan
+        from pretrain.plan.table import PlanOptions, main_plan
 
         return main_plan(tyro.cli(PlanOptions, args=rest, prog=prog))
     print(BENCH_USAGE, end="", file=sys.stdout if name in ("-h", "--help") else sys.stderr)
@@ -314,6 +315,6 @@ class DoctorOptions:
 def doctor(argv: list[str]) -> int:
     """Prints what this machine can do."""
     tyro.cli(DoctorOptions, args=argv, prog="megatron-ladder doctor")
-    from pretrain.doctor import run_doctor
+    from pretrain.start.doctor import run_doctor
 
     return run_doctor()

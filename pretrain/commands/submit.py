@@ -15,9 +15,9 @@ import tyro
 from data_prep.cli import Command as DataCommand
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
-from pretrain.arguments import parse_train
-from pretrain.commands import ExportOptions, ImportOptions, ReportOptions
-from pretrain.data import with_vocab_size
+from pretrain.commands.commands import ExportOptions, ImportOptions, ReportOptions
+from pretrain.data.checks import with_vocab_size
+from pretrain.start.arguments import parse_train
 from slurm.chain import Step, take_tasks
 from slurm.cli import Submit, parse_submit
 from slurm.errors import UserError as SlurmError
@@ -63,7 +63,7 @@ def _estimates(
     commands: list[list[str]], ranks: int, options: Submit, limit_s: int | None
 ) -> list[str]:
     """What each training of a chain will take."""
-    from pretrain.estimate import estimate, format_estimate, hardware_of
+    from pretrain.plan.estimate import estimate, format_estimate, hardware_of
 
     hardware = hardware_of(options.device)
     texts = []
@@ -121,7 +121,7 @@ def _check_train(arguments: list[str], ranks: int, *, is_first: bool) -> Path:
     # The machine that submits may have no GPU and no Transformer Engine; those that train have.
     is_here = config.transformer_impl != "transformer_engine" or find_spec("transformer_engine")
     if is_first and is_here:
-        from pretrain.preflight import preflight
+        from pretrain.start.preflight import preflight
 
         preflight(config, ranks)
     else:

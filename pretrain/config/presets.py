@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
-from pretrain.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from pretrain.config.train import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
 def debug() -> TrainConfig:

@@ -1,4 +1,4 @@
-"""What to trace of a run: pretrain/profile.py does it."""
+"""What to trace of a run: pretrain/loop/profile.py does it."""
 
 from dataclasses import dataclass
 

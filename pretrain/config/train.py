@@ -21,10 +21,10 @@ from megatron_ladder.config import (
 )
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config, check_fp8
-from pretrain.fault_config import FaultConfig
+from pretrain.config.faults import FaultConfig
+from pretrain.config.optimizer import OptimizerConfig
+from pretrain.config.profile import ProfileConfig
 from pretrain.files import write_atomically
-from pretrain.optimizer_config import OptimizerConfig
-from pretrain.profile_config import ProfileConfig
 
 
 @dataclass(frozen=True)

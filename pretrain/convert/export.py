@@ -12,13 +12,13 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import complete_or_absent
-from pretrain.config import TrainConfig, load_config
-from pretrain.data import DataFolder, kept_facts
-from pretrain.metrics import read_metrics
-from pretrain.plain_model import one_rank_model
-from pretrain.run_folder import checkpoint_step, find_checkpoint
-from pretrain.verify_export import verify_export
-from pretrain.weights import checkpoint_weights
+from pretrain.config.train import TrainConfig, load_config
+from pretrain.convert.plain_model import one_rank_model
+from pretrain.convert.verify_export import verify_export
+from pretrain.convert.weights import checkpoint_weights
+from pretrain.data.folders import DataFolder, kept_facts
+from pretrain.run.folder import checkpoint_step, find_checkpoint
+from pretrain.run.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 

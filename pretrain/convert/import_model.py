@@ -26,14 +26,14 @@ from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import check_unused, complete_or_absent
 from megatron_ladder.hf.stored import stored_tensors
 from megatron_ladder.mcore_compat import save_without_tensors
-from pretrain.config import DataConfig, TrainConfig, save_config
-from pretrain.data import open_folder
-from pretrain.ladder_layers import auto_count, is_auto, with_ladder_layers
-from pretrain.plain_model import load_plain_model
-from pretrain.sample import check_tokenizer, sample_sequences
-from pretrain.staleness import Staleness, measure_staleness, save_staleness
-from pretrain.tokenizer_facts import tokenizer_facts
-from pretrain.weights import write_weights
+from pretrain.config.train import DataConfig, TrainConfig, save_config
+from pretrain.convert.plain_model import load_plain_model
+from pretrain.convert.weights import write_weights
+from pretrain.data.folders import open_folder
+from pretrain.data.sample import check_tokenizer, sample_sequences
+from pretrain.data.tokenizer_facts import tokenizer_facts
+from pretrain.model.staleness import Staleness, measure_staleness, save_staleness
+from pretrain.start.ladder_layers import auto_count, is_auto, with_ladder_layers
 
 # What a model's folder holds beside weights, and export gives back.
 KEPT = ("*.json", "*.jinja", "*.txt", "tokenizer.model")

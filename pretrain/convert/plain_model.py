@@ -19,11 +19,11 @@ from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
 from megatron_ladder.hf.stored import stored_tensors
-from pretrain.config import load_config
-from pretrain.data import kept_facts
-from pretrain.run_folder import find_checkpoint
-from pretrain.tokenizer_facts import tokenizer_facts
-from pretrain.weights import checkpoint_weights
+from pretrain.config.train import load_config
+from pretrain.convert.weights import checkpoint_weights
+from pretrain.data.folders import kept_facts
+from pretrain.data.tokenizer_facts import tokenizer_facts
+from pretrain.run.folder import find_checkpoint
 
 
 @dataclass(frozen=True)

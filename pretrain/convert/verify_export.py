@@ -36,8 +36,8 @@ from megatron_ladder.mcore_compat import (
     initialize_model_parallel,
     transformer_config,
 )
-from pretrain.checkpoint import checkpoint_names
-from pretrain.weights import CheckpointTensor
+from pretrain.convert.weights import CheckpointTensor
+from pretrain.run.checkpoint import checkpoint_names
 
 # Of the logits' standard deviation. Measured: rounding in fp32 alone gives 4e-6 (the tests' models) to
 # 1e-5 (a 1.2 G model of 16 layers); a row of one matrix 5 % too large 7e-3, one layer that reads the

@@ -36,7 +36,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.convert import Chunk
 from megatron_ladder.hf.output import synced_behind
-from pretrain.checkpoint_files import refuse_damaged
+from pretrain.run.checkpoint_files import refuse_damaged
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,18 @@
 """What share of each data set a run trains on: one blend, or several one after another (data.phases).
 
 The order up to a step depends on nothing after it. So what comes later may be changed while a run is
-stopped, and what it has trained on may not: `check_past`.
+stopped, and what it has trained on may not: `check_past` in start/past.py.
 """
 
 import heapq
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_ladder.errors import UserError
-from pretrain.config import TrainConfig, load_config
-from pretrain.run_folder import checkpoint_step, latest_checkpoint
-
-if TYPE_CHECKING:
-    from pretrain.data import DataFolder
+from pretrain.config.train import TrainConfig
+from pretrain.data.folders import DataFolder
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def _check_weights(name: str, weights: tuple[float, ...], count: int, least: str
         )
 
 
-def blends(config: TrainConfig, folders: "list[DataFolder]") -> list[Blend]:
+def blends(config: TrainConfig, folders: list[DataFolder]) -> list[Blend]:
     """The run's blends in their order; the first begins with step 1."""
     start = config.data.weights or tuple(float(folder.tokens("train")) for folder in folders)
     later = [Blend(config.steps_for(p.from_tokens) + 1, p.weights) for p in config.data.phases]
@@ -113,41 +109,7 @@ def interleave(shares: tuple[float, ...], count: int) -> np.ndarray:
     return order
 
 
-def check_past(config: TrainConfig, folders: "list[DataFolder]") -> None:
-    """Refuses to resume a run with data sets or blends other than those it has been trained on."""
-    assert config.output_dir is not None
-    saved = config.output_dir / "config.json"
-    if not saved.is_file():
-        return
-    old = load_config(saved)
-    paths = old.data.paths
-    if config.data.paths[: len(paths)] != paths:
-        raise UserError(
-            f"{config.output_dir} trains on data.paths {' '.join(map(str, paths))}: keep them first and "
-            "in their order. Others may follow them; a weight of 0 in a phase leaves one out"
-        )
-    latest = latest_checkpoint(config.output_dir)
-    step = checkpoint_step(latest) if latest else 0
-    past = [b for b in blends(old, folders[: len(paths)]) if b.first_step <= step]
-    now = [b for b in blends(config, folders) if b.first_step <= step]
-    joined = (0.0,) * (len(folders) - len(paths))
-    if [(b.first_step, (*b.shares, *joined)) for b in past] != [
-        (b.first_step, b.shares) for b in now
-    ]:
-        was = "; ".join(_words(Blend(b.first_step, (*b.weights, *joined))) for b in past)
-        raise UserError(
-            f"{config.output_dir} has been trained to step {step} ({step * config.tokens_per_step:,} "
-            f"tokens) with the weights {was}. data.weights and data.phases now say "
-            f"{'; '.join(map(_words, now))}: a blend may change only after that step; put a change into "
-            "data.phases, and leave what was before it"
-        )
-
-
-def _words(blend: Blend) -> str:
-    return f"{' '.join(f'{w:.17g}' for w in blend.weights)} from step {blend.first_step} on"
-
-
-def describe(config: TrainConfig, folders: "list[DataFolder]") -> str:
+def describe(config: TrainConfig, folders: list[DataFolder]) -> str:
     """The blends of a run with phases, a line for each."""
     planned = blends(config, folders)
     lines = []

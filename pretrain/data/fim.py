@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ladder.errors import UserError
-from pretrain.config import TrainConfig
-from pretrain.data import DataFolder
+from pretrain.config.train import TrainConfig
+from pretrain.data.folders import DataFolder
 
 # What models that were trained so call the tokens: prefix, middle, suffix.
 KNOWN = (

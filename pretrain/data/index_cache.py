@@ -17,11 +17,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.arguments import is_first_rank
-from pretrain.config import TrainConfig
-from pretrain.data import DataFolder
+from pretrain.config.train import TrainConfig
+from pretrain.data.folders import DataFolder
+from pretrain.data.sequences import train_sequences, validation_sequences
 from pretrain.files import write_atomically
-from pretrain.sequences import train_sequences, validation_sequences
+from pretrain.ranks import is_first_rank
 
 
 class IndexCache:

@@ -11,8 +11,8 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from torch.utils.data import ConcatDataset, Dataset
 
-from pretrain.blends import Blend, ends, interleave
-from pretrain.config import TrainConfig
+from pretrain.config.train import TrainConfig
+from pretrain.data.blends import Blend, ends, interleave
 
 PLACE = np.dtype([("data_set", "<i2"), ("sequence", "<i8")])
 """Of each sequence of the run: the data set, and which of that data set's sequences it is."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_ladder.errors import UserError
-from pretrain.data import DataFolder
+from pretrain.data.folders import DataFolder
 from pretrain.files import sha256
 
 

@@ -20,11 +20,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
-from pretrain.blends import blends
-from pretrain.config import TrainConfig
-from pretrain.data import SPLITS, DataFolder
-from pretrain.fim import FillInTheMiddle, fill_in_the_middle
-from pretrain.phased import PhasedSequences
+from pretrain.config.train import TrainConfig
+from pretrain.data.blends import blends
+from pretrain.data.fim import FillInTheMiddle, fill_in_the_middle
+from pretrain.data.folders import SPLITS, DataFolder
+from pretrain.data.phased import PhasedSequences
 
 Blend = tuple[list[str], list[float] | None]
 

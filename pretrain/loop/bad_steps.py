@@ -15,7 +15,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from pretrain.config import TrainConfig
-from pretrain.fault_config import BadStepPolicy
+from pretrain.config.faults import BadStepPolicy
+from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
-from pretrain.run_folder import checkpoint_step
-from pretrain.run_log import versions
-from pretrain.saving import CheckpointSaver
+from pretrain.loop.saving import CheckpointSaver
+from pretrain.run.bad_step import BadStep, bad_steps_of
+from pretrain.run.folder import checkpoint_step
+from pretrain.run.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +42,6 @@ AT_LEAST = 10
 """Losses that must be known before one can be a spike."""
 NAMES = 20
 """Parameters with bad gradients that a rank names."""
-
-
-@dataclass(frozen=True)
-class BadStep:
-    """What was found, and what is done about it."""
-
-    step: int
-    reason: str
-    action: BadStepPolicy
-    passed_over: tuple[int, int] | None
-    """The first and the last step that is not in the weights; None: the run stops."""
 
 
 class BadSteps:
@@ -71,7 +61,9 @@ class BadSteps:
         self._saver = saver
         self._run_dir = config.output_dir
         self._recent = deque(recent_losses, maxlen=RECENT)
-        self._known = _from_first_rank(_read(self._run_dir) if dist.get_rank() == 0 else None)
+        self._known = _from_first_rank(
+            bad_steps_of(self._run_dir) if dist.get_rank() == 0 else None
+        )
         self.found: BadStep | None = None
         """What the last step judged was; None: good."""
 
@@ -190,18 +182,6 @@ class BadSteps:
         path = folder / f"step_{bad.step}.json"
         write_atomically(path, json.dumps({**asdict(bad), **details}, indent=2) + "\n")
         logger.warning("step %d is bad: %s; %s. See %s", bad.step, bad.reason, bad.action, path)
-
-
-def _read(run_dir: Path) -> list[BadStep]:
-    """What earlier starts of the run decided."""
-    found = []
-    for path in sorted((run_dir / "bad_steps").glob("step_*.json")):
-        values = json.loads(path.read_text())
-        over = values["passed_over"]
-        if over:
-            first, last = over
-            found.append(BadStep(values["step"], values["reason"], values["action"], (first, last)))
-    return found
 
 
 def _from_first_rank(value: Any) -> Any:

@@ -1,38 +1,32 @@
 """What the training loop reports: rank 0 turns it into metrics, the others do nothing."""
 
-import importlib.metadata
 import logging
 import math
 import resource
 import statistics
-import sys
 import time
 from collections import deque
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from megatron_ladder.mcore_compat import LadderConfig
-from pretrain import cudnn
-from pretrain.config import TrainConfig, to_dict
-from pretrain.data import DataFolder, keep_facts, kept_facts, unigram_loss
-from pretrain.fusions import Choice, adam_class, choices, table
-from pretrain.graphs import WARM_UP_STEPS
-from pretrain.initial import keep_imported
-from pretrain.memory import in_words, is_planned, kept_as, memory_plan
-from pretrain.metrics import MetricsLog, flops_per_token, peak_flops
-from pretrain.status import State, Status
-from pretrain.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from pretrain.bad_steps import BadStep
-    from pretrain.rank_speed import SlowRank
+from pretrain.config.train import TrainConfig, to_dict
+from pretrain.data.folders import DataFolder, keep_facts, kept_facts, unigram_loss
+from pretrain.loop.rank_speed import SlowRank
+from pretrain.loop.watchdog import Watchdog
+from pretrain.model import cudnn
+from pretrain.model.fusions import Choice, adam_class, choices, table
+from pretrain.model.graphs import WARM_UP_STEPS
+from pretrain.plan.memory import in_words, is_planned, kept_as, memory_plan
+from pretrain.run.bad_step import BadStep
+from pretrain.run.metrics import MetricsLog, flops_per_token, peak_flops
+from pretrain.run.status import State, Status
+from pretrain.run.versions import versions
+from pretrain.start.initial import keep_imported
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("megatron-ladder", "megatron-core", "torch", "transformer-engine")
 
 
 class RunLog:
@@ -178,7 +172,7 @@ class RunLog:
             self._pending_steps, self._pending_s = 0, 0.0
         self._step_done(step)
 
-    def passed_over(self, step: int, bad: "BadStep") -> None:
+    def passed_over(self, step: int, bad: BadStep) -> None:
         """A step that is not in the weights: the time that it took does not count."""
         if self._log and step == bad.step:
             assert bad.passed_over is not None
@@ -191,7 +185,7 @@ class RunLog:
         self._status.update("training", step=step, tokens=step * self._config.tokens_per_step)
         self._step_done(step)
 
-    def slow_ranks(self, step: int, ranks: "list[SlowRank]") -> None:
+    def slow_ranks(self, step: int, ranks: list[SlowRank]) -> None:
         """Ranks that hold up the others."""
         for slow in ranks if self._log else []:
             assert self._log is not None
@@ -262,17 +256,6 @@ class RunLog:
     def _step_done(self, step: int) -> None:
         self._watchdog.step_ended(step, self._step_s())
         self._step_started = time.perf_counter()
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of what computes, for the record."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _peak_memory_gib() -> float:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity
 
-from megatron_ladder import ranges
-from pretrain.config import TrainConfig
+from megatron_ladder.collectives import ranges
+from pretrain.config.train import TrainConfig
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from pretrain.config import TrainConfig
-from pretrain.data import Batch
+from pretrain.config.train import TrainConfig
+from pretrain.data.batches import Batch
 
 Ability = Literal["computing", "reading data"]
 SLOW = 0.2

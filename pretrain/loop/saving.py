@@ -12,14 +12,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ladder.mcore_compat import BackgroundSave, start_results_queue
-from pretrain.checkpoint import Progress, checkpoint_state, newest_valid
-from pretrain.checkpoint_files import Facts, sums, write_manifest
-from pretrain.config import TrainConfig, save_config
+from pretrain.config.train import TrainConfig, save_config
 from pretrain.files import sync
-from pretrain.launch import die_with_parent
-from pretrain.run_folder import checkpoint_at, checkpoints
-from pretrain.run_log import RunLog
-from pretrain.stopping import no_stop_signals
+from pretrain.loop.log import RunLog
+from pretrain.processes import die_with_parent, no_stop_signals
+from pretrain.run.checkpoint import Progress, checkpoint_state, newest_valid
+from pretrain.run.checkpoint_files import Facts, sums, write_manifest
+from pretrain.run.folder import checkpoint_at, checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -4,22 +4,19 @@ import collections
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ladder.attention import as_bias
 from megatron_ladder.distillation import distilled_losses
-from pretrain.config import TrainConfig
-from pretrain.data import Batch, to_device
-from pretrain.optimizer import gradient_norm, update
-
-if TYPE_CHECKING:
-    from pretrain.graphs import StepGraph
-    from pretrain.teacher import Teacher
+from megatron_ladder.layers.attention import as_bias
+from pretrain.config.train import TrainConfig
+from pretrain.data.batches import Batch, to_device
+from pretrain.model.graphs import StepGraph
+from pretrain.model.optimizer import gradient_norm, update
 
 
 def _masked_sum(
@@ -142,13 +139,14 @@ def train_step(
     scheduler: Any,
     batches: Iterator[Batch],
     config: TrainConfig,
-    teacher: "Teacher | None" = None,
+    add_teacher_logits: Callable[[list[Batch]], None] | None = None,
     is_good: Callable[[float, float, list[Tensor], list[Any]], bool] | None = None,
-    graph: "StepGraph | None" = None,
+    graph: StepGraph | None = None,
 ) -> tuple[float, float, float]:
     """Forward and backward of one global batch, then an update.
 
     Args:
+        add_teacher_logits: gives micro-batches what the model is to learn from (Teacher.add_logits).
         is_good: asked before the update, which is left out otherwise (BadSteps.is_good); called on
             every rank, and answers alike.
         graph: of the run, where forward and backward are to be one CUDA graph (graphs.py).
@@ -169,15 +167,15 @@ def train_step(
     # inputs: what changes from step to step must not be a number in a graph. Filled: a copy would wait.
     scale = torch.full((), count * data_parallel_size / tokens, device=torch.cuda.current_device())
     micro_batches = [{**batch, "scale": scale} for batch in micro_batches]
-    if teacher:
-        teacher.add_logits(micro_batches)
+    if add_teacher_logits:
+        add_teacher_logits(micro_batches)
     forward_backward = partial(
         _run_schedule,
         model,
         config=config,
         reduce=partial(_masked_sum, config),
         forward_only=False,
-        wants_logits=teacher is not None,
+        wants_logits=add_teacher_logits is not None,
     )
     outputs = (
         graph.run(forward_backward, micro_batches) if graph else forward_backward(micro_batches)

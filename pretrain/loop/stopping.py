@@ -5,27 +5,21 @@ A scheduler sends SIGUSR1 or SIGTERM some time before it kills; to one process, 
 has: loader processes and those that write checkpoints among them, which must not mind.
 """
 
-import contextlib
-import functools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from multiprocessing import resource_tracker
 from types import TracebackType
 
 import torch
 import torch.distributed as dist
 
-from pretrain.launch import STOP_SIGNALS, die_with_parent
+from pretrain.processes import STOP_SIGNALS, shield_forked_children
 
 # A scheduler, its step daemon and a batch script may each pass the same signal on.
 _SECOND_AFTER_S = 1.0
-# A terminal sends Ctrl-C to all that a run has; the run's own processes alone answer it.
-_NOT_FOR_CHILDREN = STOP_SIGNALS | {signal.SIGINT}
 
 
 class StopSignals:
@@ -35,7 +29,7 @@ class StopSignals:
     """
 
     def __enter__(self) -> "StopSignals":
-        _shield_forked_children()
+        shield_forked_children()
         self._received = 0
         self._since = 0.0
         self._handlers = {n: signal.signal(n, _nothing) for n in STOP_SIGNALS}
@@ -97,52 +91,6 @@ class StopSignals:
                 print(f"{name}: stopping after this step, with a checkpoint", file=sys.stderr)
             elif time.monotonic() - self._since >= _SECOND_AFTER_S:
                 os._exit(128 + number)
-
-
-def obey_parent_alone(_: int) -> None:
-    """For a loader process: SIGTERM ends it when its parent sends it, and no one else.
-
-    `_` is the worker's number, which DataLoader passes.
-    """
-    threading.Thread(target=_await_parents_sigterm, daemon=True).start()
-
-
-def _await_parents_sigterm() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-@functools.cache
-def _shield_forked_children() -> None:
-    """Processes forked from now on do not get stop signals nor Ctrl-C, and end when this one does, however.
-
-    A writer of checkpoints that outlived a killed rank would write into those of the run started again.
-    """
-    before = threading.local()  # forks of several threads do not share it
-
-    def block() -> None:
-        before.parent = os.getpid()
-        before.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
-
-    os.register_at_fork(
-        before=block,
-        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before.mask),
-        after_in_child=lambda: die_with_parent(before.parent),
-    )
-
-
-@contextlib.contextmanager
-def no_stop_signals() -> Iterator[None]:
-    """They and Ctrl-C wait for the end of the block; a process that is started in it never gets them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
-    # The first process of an interpreter starts Python's tracker too, which unblocks two of them here.
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _nothing(*_: object) -> None:

@@ -3,12 +3,12 @@
 import torch
 
 from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
-from pretrain.checkpoint import load_initial_weights
-from pretrain.config import TrainConfig
-from pretrain.data import Batch
-from pretrain.initial import original_model
-from pretrain.run_folder import find_checkpoint
-from pretrain.step import forward_logits
+from pretrain.config.train import TrainConfig
+from pretrain.data.batches import Batch
+from pretrain.loop.step import forward_logits
+from pretrain.run.checkpoint import load_initial_weights
+from pretrain.run.folder import find_checkpoint
+from pretrain.start.initial import original_model
 
 
 class Teacher:

@@ -9,35 +9,37 @@ from megatron.core import parallel_state
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.specs import resolve_impl
-from pretrain.arguments import is_first_rank
-from pretrain.bad_steps import BadStep, BadSteps
-from pretrain.checkpoint import (
+from pretrain.config.train import TrainConfig
+from pretrain.data.batches import train_batches, validation_batches
+from pretrain.data.folders import DataFolder
+from pretrain.data.index_cache import IndexCache
+from pretrain.data.sequences import train_sequences, validation_sequences
+from pretrain.loop.bad_steps import BadSteps
+from pretrain.loop.log import RunLog
+from pretrain.loop.profile import StepProfile
+from pretrain.loop.rank_speed import RankSpeed
+from pretrain.loop.saving import CheckpointSaver
+from pretrain.loop.step import pass_over, train_step, validate
+from pretrain.loop.stopping import StopSignals
+from pretrain.loop.teacher import Teacher
+from pretrain.loop.watchdog import Watchdog
+from pretrain.model.gradual import use_ladder_layers
+from pretrain.model.graphs import StepGraph
+from pretrain.model.optimizer import gathered_parameters
+from pretrain.model.setup import build, layers_config, smallest_card, start_ranks, stop_ranks
+from pretrain.plan.memory import Attention, check_memory, is_planned, kept_as, out_of_memory
+from pretrain.ranks import is_first_rank
+from pretrain.run.bad_step import BadStep
+from pretrain.run.checkpoint import (
     Progress,
     load_checkpoint,
     load_initial_weights,
     model_chunks,
     newest_valid,
 )
-from pretrain.config import TrainConfig
-from pretrain.data import DataFolder, train_batches, validation_batches
-from pretrain.gradual import use_ladder_layers
-from pretrain.graphs import StepGraph
-from pretrain.index_cache import IndexCache
-from pretrain.launch import STOPPED
-from pretrain.memory import Attention, check_memory, is_planned, kept_as, out_of_memory
-from pretrain.optimizer import gathered_parameters
-from pretrain.profile import StepProfile
-from pretrain.rank_speed import RankSpeed
-from pretrain.run_folder import checkpoint_at, find_checkpoint, lock, write_config
-from pretrain.run_log import RunLog
-from pretrain.saving import CheckpointSaver
-from pretrain.sequences import train_sequences, validation_sequences
-from pretrain.setup import build, layers_config, smallest_card, start_ranks, stop_ranks
-from pretrain.status import Status
-from pretrain.step import pass_over, train_step, validate
-from pretrain.stopping import StopSignals
-from pretrain.teacher import Teacher
-from pretrain.watchdog import Watchdog
+from pretrain.run.folder import checkpoint_at, find_checkpoint, lock, write_config
+from pretrain.run.status import Status
+from pretrain.start.launch import STOPPED
 
 
 def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) -> int:
@@ -159,7 +161,8 @@ def _train(
         else:
             with profile.of(step):
                 figures = train_step(
-                    *(model, optimizer, scheduler, batches, config, teacher),
+                    *(model, optimizer, scheduler, batches, config),
+                    teacher.add_logits if teacher else None,
                     partial(is_good, step),
                     graph,
                 )

@@ -19,8 +19,8 @@ from typing import Self
 
 import torch
 
-from pretrain.config import TrainConfig
-from pretrain.status import record_failure
+from pretrain.config.train import TrainConfig
+from pretrain.run.status import record_failure
 
 logger = logging.getLogger(__name__)
 

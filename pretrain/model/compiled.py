@@ -8,7 +8,7 @@ import torch
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.specs import resolve_impl
-from pretrain.config import TrainConfig
+from pretrain.config.train import TrainConfig
 
 
 def check_compile(config: TrainConfig) -> None:

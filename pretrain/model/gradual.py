@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pretrain.config import TrainConfig
+from pretrain.config.train import TrainConfig
 
 
 def use_ladder_layers(model: list[Any], config: TrainConfig, step: int | None) -> None:

@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel.random import get_all_rng_states
 from torch import Tensor
 
 from megatron_ladder.errors import UserError
-from pretrain.config import TrainConfig
-from pretrain.data import Batch, to_device
+from pretrain.config.train import TrainConfig
+from pretrain.data.batches import Batch, to_device
 
 WARM_UP_STEPS = 3
 """Steps of each start without a graph: DDP's first goes another way, and libraries make at first use what

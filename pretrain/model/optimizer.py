@@ -17,8 +17,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ladder.mcore_compat import align_checkpoint_ranges
-from pretrain.config import TrainConfig
-from pretrain.torch_adam import use_fused_kernel
+from pretrain.config.train import TrainConfig
+from pretrain.model.torch_adam import use_fused_kernel
 
 
 def wrap_data_parallel(

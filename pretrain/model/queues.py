@@ -2,7 +2,7 @@
 
 import os
 
-from pretrain.config import TrainConfig
+from pretrain.config.train import TrainConfig
 
 
 def set_queues(config: TrainConfig) -> None:

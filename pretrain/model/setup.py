@@ -14,11 +14,11 @@ from megatron_ladder.mcore_compat import (
     initialize_model_parallel,
     transformer_config,
 )
-from pretrain.compiled import compile_layers
-from pretrain.config import TrainConfig
-from pretrain.graphs import use_own_stream
-from pretrain.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-from pretrain.queues import set_queues
+from pretrain.config.train import TrainConfig
+from pretrain.model.compiled import compile_layers
+from pretrain.model.graphs import use_own_stream
+from pretrain.model.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from pretrain.model.queues import set_queues
 
 
 def start_ranks(config: TrainConfig) -> str:

@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass
 
 from megatron_ladder.errors import UserError
-from pretrain.bench.links import network_of
-from pretrain.bench.plan import DEVICES, Hardware
-from pretrain.bench.plan_search import KINDS, row
-from pretrain.config import TrainConfig
-from pretrain.memory import memory_plan, room
-from pretrain.metrics import flops_per_token
-from pretrain.run_folder import checkpoint_bytes, stored_bytes
+from pretrain.config.train import TrainConfig
+from pretrain.plan.links import network_of
+from pretrain.plan.memory import memory_plan, room
+from pretrain.plan.planner import DEVICES, Hardware
+from pretrain.plan.search import KINDS, row
+from pretrain.run.folder import checkpoint_bytes, stored_bytes
+from pretrain.run.metrics import flops_per_token
 
 BYTES_OF_A_WEIGHT = {"bf16": 2, "fp32": 4}
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 from megatron_ladder.config import ModelConfig, Recompute
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Recipe
-from pretrain.config import TrainConfig
+from pretrain.config.train import TrainConfig
 
 if TYPE_CHECKING:  # a command line starts without torch
-    from megatron_ladder.attention_choice import CoreAttention
+    from megatron_ladder.layers.attention_choice import CoreAttention
 
 BF16, FP32, FP8 = 2, 4, 1  # bytes
 HEADROOM = 0.05

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from megatron_ladder.config import ModelConfig, Recompute
 from megatron_ladder.errors import UserError
-from pretrain.bench.links import GPUS_PER_NODE, PRESETS, Link, Network
-from pretrain.metrics import peak_flops
+from pretrain.plan.links import GPUS_PER_NODE, PRESETS, Link, Network
+from pretrain.run.metrics import peak_flops
 
 BF16, FP32 = 2, 4  # bytes
 

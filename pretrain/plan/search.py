@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from megatron_ladder.config import ParallelConfig, Recompute, Residual, check_layout
 from megatron_ladder.errors import UserError
-from pretrain.bench.plan import BF16, FP32, Hardware, Row, pass_seconds, submodules
-from pretrain.config import TrainConfig
-from pretrain.memory import memory_plan, room, stage_parameters
-from pretrain.metrics import flops_per_token
+from pretrain.config.train import TrainConfig
+from pretrain.plan.memory import memory_plan, room, stage_parameters
+from pretrain.plan.planner import BF16, FP32, Hardware, Row, pass_seconds, submodules
+from pretrain.run.metrics import flops_per_token
 
 KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder")
 

@@ -10,13 +10,13 @@ from typing import Literal
 
 from megatron_ladder.config import ParallelConfig, Residual
 from megatron_ladder.errors import UserError
-from pretrain.bench.links import network_of
-from pretrain.bench.plan import DEVICES, Hardware, Row
-from pretrain.bench.plan_search import search
-from pretrain.config import TrainConfig
-from pretrain.estimate import estimate, format_estimate
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
-from pretrain.presets import PRESETS
+from pretrain.plan.estimate import estimate, format_estimate
+from pretrain.plan.links import network_of
+from pretrain.plan.planner import DEVICES, Hardware, Row
+from pretrain.plan.search import search
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def draw(best: dict[Residual, Row]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from pretrain.plots import COLOURS
+    from pretrain.pictures import COLOURS
 
     figure = Figure(figsize=(9, 1.2 + 0.7 * len(best)), layout="constrained")
     FigureCanvasAgg(figure)

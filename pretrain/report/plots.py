@@ -1,19 +1,14 @@
 """The report's pictures, as PNG bytes."""
 
-import io
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-if TYPE_CHECKING:
-    from pretrain.report import Run
+from pretrain.pictures import COLOURS, GREY, png_bytes, si, smooth
+from pretrain.report.runs import Run
 
-# Okabe and Ito's colours, which most colour-blind people tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-GREY = "#666666"
 LABELS = {
     "tokens": "tokens",
     "time": "training time",
@@ -23,7 +18,7 @@ LABELS = {
 }
 
 
-def draw_losses(runs: "list[Run]", against: str) -> bytes:
+def draw_losses(runs: list[Run], against: str) -> bytes:
     """Training loss (thin, and smoothed) and validation loss (dots) of every run.
 
     Args:
@@ -71,7 +66,7 @@ def draw_losses(runs: "list[Run]", against: str) -> bytes:
     return png_bytes(figure)
 
 
-def draw_series(runs: "list[Run]", name: str) -> bytes:
+def draw_series(runs: list[Run], name: str) -> bytes:
     """One value of the training lines against tokens, for every run."""
     figure, axes = _axes("tokens", LABELS[name], height=3.0)
     for run, colour in zip(runs, _colours(len(runs)), strict=True):
@@ -107,35 +102,9 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average over about a twenty-fifth of the run, corrected at its start."""
-    keep = 1 - 1 / max(1.0, len(values) / 25)
-    total, weight, out = 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            total = keep * total + (1 - keep) * value if keep else value
-            weight = keep * weight + (1 - keep) if keep else 1.0
-        out.append(total / weight if weight else math.nan)
-    return out
-
-
-def si(value: float) -> str:
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:g}{unit}"
-    return f"{value:g}"
-
-
 def _time_unit(longest_s: float) -> tuple[float, str]:
     """Seconds in the unit that suits the longest time, and its name."""
     for seconds, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if longest_s >= 2 * seconds:
             return seconds, name
     return 1.0, "seconds"
-
-
-def png_bytes(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()

@@ -1,56 +1,15 @@
 """Draws runs side by side: an HTML page that needs nothing else, and the same pictures as PNGs."""
 
-import itertools
 import statistics
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_ladder.errors import UserError
-from pretrain.config import differences, load_config
+from pretrain.config.train import differences, load_config
 from pretrain.evaluation.results import cells, latest_results
 from pretrain.files import write_atomically
-from pretrain.goodput import Goodput, read_goodput
-from pretrain.metrics import read_metrics
-from pretrain.pages import labels, render
-from pretrain.plots import draw_losses, draw_series
-
-Lines = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run's metrics say."""
-
-    path: Path
-    label: str
-    start: dict[str, Any]
-    train: Lines
-    validation: Lines
-    unigram: dict[str, float]
-    """By data set, in nats a token."""
-    restarts: int
-    goodput: Goodput | None
-    """None for a run of a version that did not note its starts."""
-    bad_steps: Lines
-    slow_ranks: Lines
-    finished: bool
-    config_text: str = field(repr=False)
-
-    def datasets(self) -> list[str]:
-        return sorted({line["dataset"] for line in self.validation})
-
-    def validation_of(self, dataset: str) -> Lines:
-        return [line for line in self.validation if line["dataset"] == dataset]
-
-    def loss_at(self, dataset: str, seconds: float) -> float | None:
-        """Validation loss after that much training time, between two validations linearly."""
-        lines = self.validation_of(dataset)
-        for before, after in itertools.pairwise(lines):
-            if before["time"] <= seconds <= after["time"]:
-                share = (seconds - before["time"]) / max(after["time"] - before["time"], 1e-9)
-                return before["loss"] + share * (after["loss"] - before["loss"])
-        return lines[-1]["loss"] if lines and lines[-1]["time"] <= seconds else None
+from pretrain.report.pages import labels, render
+from pretrain.report.plots import draw_losses, draw_series
+from pretrain.report.runs import Lines, Run, read_run
 
 
 def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
@@ -68,7 +27,7 @@ def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
     """
     if not run_dirs:
         raise UserError("no run: give one or several run folders")
-    runs = [_read(path, label) for path, label in zip(run_dirs, labels(run_dirs), strict=True)]
+    runs = [read_run(path, label) for path, label in zip(run_dirs, labels(run_dirs), strict=True)]
     output_dir = output_dir or run_dirs[0] / "report"
     output_dir.mkdir(parents=True, exist_ok=True)
     pictures = {
@@ -83,33 +42,6 @@ def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
     page = output_dir / "index.html"
     write_atomically(page, _page(runs, pictures))
     return page
-
-
-def _read(path: Path, label: str) -> Run:
-    metrics = read_metrics(path)
-    by_kind: dict[str, Lines] = {}
-    for line in metrics:
-        by_kind.setdefault(line["kind"], []).append(line)
-    if "start" not in by_kind:
-        raise UserError(f"{path}/metrics.jsonl is empty: the run has not started yet")
-    config = path / "config.json"
-    train = by_kind.get("train", [])
-    goodput = read_goodput(path, train[-1]["time"] if train else 0.0)
-    restarts = goodput.ends.total() if goodput else len(by_kind["start"]) - 1
-    return Run(
-        path=path,
-        label=label,
-        start=by_kind["start"][-1],
-        train=train,
-        validation=by_kind.get("validation", []),
-        unigram={b["dataset"]: b["unigram_loss"] for b in by_kind.get("baseline", [])},
-        restarts=restarts,
-        goodput=goodput,
-        bad_steps=by_kind.get("bad_step", []),
-        slow_ranks=by_kind.get("slow_rank", []),
-        finished=any(line["reason"] == "finished" for line in by_kind.get("end", [])),
-        config_text=config.read_text() if config.is_file() else "",
-    )
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from megatron_ladder import cpu_platform
 from megatron_ladder.errors import UserError
-from pretrain.checkpoint_files import damage, damaged_message, refuse_damaged, set_aside
-from pretrain.run_folder import latest_checkpoint
-from pretrain.torch_adam import loading_optimizer
+from pretrain.model.torch_adam import loading_optimizer
+from pretrain.run.checkpoint_files import damage, damaged_message, refuse_damaged, set_aside
+from pretrain.run.folder import latest_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import IO
 
 from megatron_ladder.errors import UserError
-from pretrain.arguments import is_first_rank
-from pretrain.checkpoint_files import damage, refuse_damaged
-from pretrain.config import (
+from pretrain.config.train import (
     TrainConfig,
     differences,
     is_safe_to_change,
     load_config,
     save_config,
 )
+from pretrain.ranks import is_first_rank
+from pretrain.run.checkpoint_files import damage, refuse_damaged
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.status import read_starts, read_status
+from pretrain.run.status import read_starts, read_status
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from megatron_ladder.errors import UserError
-from pretrain.arguments import is_first_rank
-from pretrain.config import TrainConfig
+from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
-from pretrain.prometheus import device_figures, prometheus_text
+from pretrain.ranks import is_first_rank
+from pretrain.run.prometheus import device_figures, prometheus_text
 
 logger = logging.getLogger(__name__)
 

@@ -3,16 +3,16 @@ that change it."""
 
 import argparse
 import difflib
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import tyro
 
 from megatron_ladder.errors import UserError
-from pretrain.config import TrainConfig, load_config
-from pretrain.ladder_layers import with_ladder_layers
-from pretrain.presets import PRESETS
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import TrainConfig, load_config
+from pretrain.ranks import is_first_rank
+from pretrain.start.ladder_layers import with_ladder_layers
 
 
 def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
@@ -46,7 +46,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
         if chosen.config:  # some of the fields, such as those that `data blend` writes
             default = load_config(chosen.config, onto=default)
     if chosen.init_from:
-        from pretrain.initial import starting_from  # brings torch, which --help does without
+        from pretrain.start.initial import starting_from  # brings torch, which --help does without
 
         # Layers are chosen of the model as it was, not as `import` has changed it.
         unmodified = chosen.preset == "adapt-control" or chosen.ladder_layers is not None
@@ -72,11 +72,6 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
         console_outputs=is_first_rank(),
     )
     return config, chosen.nproc_per_node
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for all ranks; torchrun sets RANK."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _description() -> str:

@@ -111,7 +111,7 @@ def _built_of() -> None:
     """Prints which implementation each part of a training step would get."""
     from megatron_ladder.config import ModelConfig, ParallelConfig
     from megatron_ladder.mcore_compat import transformer_config
-    from pretrain.fusions import adam_class, choices, table
+    from pretrain.model.fusions import adam_class, choices, table
 
     # Heads and lengths as in the presets: attention's kernels are asked whether they take them.
     model = ModelConfig(
@@ -134,7 +134,7 @@ def _cudnn() -> list[str]:
     """Prints which cuDNN is there, now that all who bring one are imported; returns what is missing."""
     import torch
 
-    from pretrain.cudnn import loaded, problems
+    from pretrain.model.cudnn import loaded, problems
 
     for graph in loaded():
         _row("cuDNN", f"{torch.backends.cudnn.version()} in {graph.parent}")

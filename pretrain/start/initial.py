@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
-from pretrain.config import TrainConfig, differences, load_config
-from pretrain.data import DataFolder, kept_facts
-from pretrain.run_folder import find_checkpoint
+from pretrain.config.train import TrainConfig, differences, load_config
+from pretrain.data.folders import DataFolder, kept_facts
+from pretrain.run.folder import find_checkpoint
 
 # What may differ between the two models: no tensor depends on it.
 FREE = (

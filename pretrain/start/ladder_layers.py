@@ -43,8 +43,8 @@ def auto_count(given: str) -> int:
 
 def auto_layers(given: str, measured: Path | None) -> tuple[int, ...]:
     """The layers that `auto:N` chooses by what was measured of a run. Raises UserError."""
-    from pretrain.run_folder import find_checkpoint
-    from pretrain.staleness import saved_staleness  # brings torch
+    from pretrain.model.staleness import saved_staleness  # brings torch
+    from pretrain.run.folder import find_checkpoint
 
     count = auto_count(given)
     if measured is None:

@@ -1,6 +1,5 @@
 """From one command to as many local ranks as the run needs, by torchrun."""
 
-import ctypes
 import logging
 import os
 import signal
@@ -10,17 +9,15 @@ from types import FrameType
 
 import psutil
 
-from pretrain.config import TrainConfig
-from pretrain.run_folder import latest_checkpoint
+from pretrain.config.train import TrainConfig
+from pretrain.processes import STOP_SIGNALS
+from pretrain.run.folder import latest_checkpoint
 
-STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 STOPPED = 75
 """The exit status of a run that has stopped in good order: EX_TEMPFAIL, start it again and it goes on."""
 
 # A crash is likely to come again when it came so often without a new checkpoint in between.
 _FRUITLESS_STARTS = 3
-
-_libc = ctypes.CDLL(None)  # loaded before any fork, not after one
 
 
 def local_ranks(config: TrainConfig, asked: int | None) -> int:
@@ -30,21 +27,6 @@ def local_ranks(config: TrainConfig, asked: int | None) -> int:
     import torch
 
     return torch.cuda.device_count() or config.parallel.model_parallel_size
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """Asks Linux to end this process when its parent ends, however that ends.
-
-    A rank that outlived a killed launcher would go on writing to a run that has been started again.
-
-    Args:
-        parent: its process id, where it is known: it may be gone already.
-    """
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if parent is not None and os.getppid() != parent:
-            os._exit(1)
 
 
 def launch(argv: list[str], ranks: int, run_dir: Path) -> int:

@@ -4,11 +4,8 @@ import argparse
 
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
-from pretrain.arguments import parse_train
-from pretrain.bench.plan import DEVICES
-from pretrain.data import with_vocab_size
-from pretrain.launch import local_ranks
-from pretrain.memory import (
+from pretrain.data.checks import with_vocab_size
+from pretrain.plan.memory import (
     Attention,
     card_in_words,
     in_words,
@@ -17,6 +14,9 @@ from pretrain.memory import (
     room,
     what_to_turn,
 )
+from pretrain.plan.planner import DEVICES
+from pretrain.start.arguments import parse_train
+from pretrain.start.launch import local_ranks
 
 
 def plan_only(argv: list[str]) -> int:

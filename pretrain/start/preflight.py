@@ -2,20 +2,22 @@
 
 import logging
 
-from megatron_ladder.attention_choice import check_attention
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import check_machine
+from megatron_ladder.layers.attention_choice import check_attention
 from megatron_ladder.specs import resolve_impl
-from pretrain.blends import check_past, describe
-from pretrain.compiled import check_compile
-from pretrain.config import TrainConfig
-from pretrain.data import DataFolder, check_same_data, open_data, with_vocab_size
-from pretrain.fim import fill_in_the_middle
-from pretrain.graphs import check_cuda_graph
-from pretrain.initial import check_initial
-from pretrain.optimizer_config import check_optimizer
-from pretrain.run_folder import check_free_space, check_output_dir
+from pretrain.config.optimizer import check_optimizer
+from pretrain.config.train import TrainConfig
+from pretrain.data.blends import describe
+from pretrain.data.checks import open_data, with_vocab_size
+from pretrain.data.fim import fill_in_the_middle
+from pretrain.data.folders import DataFolder
+from pretrain.model.compiled import check_compile
+from pretrain.model.graphs import check_cuda_graph
+from pretrain.run.folder import check_free_space, check_output_dir
+from pretrain.start.initial import check_initial
+from pretrain.start.past import check_past, check_same_data
 
 logger = logging.getLogger(__name__)
 

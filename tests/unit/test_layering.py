@@ -38,8 +38,8 @@ MAY_IMPORT_OF_OURS = {
 EXCEPTIONS = {
     ("pretrain/cli.py", "data_prep"),
     ("pretrain/cli.py", "slurm"),
-    ("pretrain/submission.py", "data_prep"),
-    ("pretrain/submission.py", "slurm"),
+    ("pretrain/commands/submit.py", "data_prep"),
+    ("pretrain/commands/submit.py", "slurm"),
 }
 
 

@@ -10,10 +10,10 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from torch import Tensor
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-from megatron_ladder.collectives import collectives_of
-from megatron_ladder.linear import gemm
-from megatron_ladder.te.fp8_linear import fp8_linear, normalised, output_gradient
-from megatron_ladder.te.norm import RMSNorm
+from megatron_ladder.collectives.points import collectives_of
+from megatron_ladder.layers.linear import gemm
+from megatron_ladder.te.layers.fp8_linear import fp8_linear, normalised, output_gradient
+from megatron_ladder.te.layers.norm import RMSNorm
 
 
 def _silence(linear: Any) -> None:

@@ -30,10 +30,10 @@ from transformer_engine.pytorch.quantized_tensor import (
     restore_from_func_ctx,
 )
 
-from megatron_ladder.collectives import collectives_of
-from megatron_ladder.placeholder import fp8_of
-from megatron_ladder.te.norm import quantised_norm
-from megatron_ladder.te.quantised import quantised, set_usage
+from megatron_ladder.collectives.placeholder import fp8_of
+from megatron_ladder.collectives.points import collectives_of
+from megatron_ladder.te.layers.norm import quantised_norm
+from megatron_ladder.te.layers.quantised import quantised, set_usage
 
 
 def normalised(linear: Any, x: Tensor, norm: Any, gathered_by: dist.ProcessGroup | None) -> Tensor:

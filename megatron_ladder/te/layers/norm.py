@@ -13,8 +13,8 @@ from transformer_engine.pytorch import RMSNorm as TERMSNorm
 from transformer_engine.pytorch.constants import TE_DType
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager as manager
 
-from megatron_ladder.placeholder import placeholder, standing_for
-from megatron_ladder.te.quantised import Quantised
+from megatron_ladder.collectives.placeholder import placeholder, standing_for
+from megatron_ladder.te.layers.quantised import Quantised
 
 
 class RMSNorm(TERMSNorm):

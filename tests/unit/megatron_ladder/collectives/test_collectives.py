@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ladder import collective_names, collectives
-from megatron_ladder.collectives import SubmoduleCollectives
+from megatron_ladder.collectives import names as collective_names
+from megatron_ladder.collectives import points as collectives
+from megatron_ladder.collectives.points import SubmoduleCollectives
 
 
 class TwoRanks:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from megatron_ladder import attention
+from megatron_ladder.layers import attention
 
 
 @pytest.mark.parametrize("error", ["", "CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED"])

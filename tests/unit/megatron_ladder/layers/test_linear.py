@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ladder.linear import _Gemm
+from megatron_ladder.layers.linear import _Gemm
 
 
 class Collectives:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from pretrain import cli
-from pretrain.arguments import parse_train
-from pretrain.config import save_config
-from pretrain.preflight import preflight
+from pretrain.config.train import save_config
+from pretrain.start.arguments import parse_train
+from pretrain.start.preflight import preflight
 from tests.data_sets import write_data_set
 
 
@@ -74,7 +74,7 @@ def test_errors_of_the_system_are_a_line(data, tmp_path, capsys, monkeypatch) ->
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "run"))
 
-    monkeypatch.setattr("pretrain.train.train", full)
+    monkeypatch.setattr("pretrain.loop.train.train", full)
     run = ["--output-dir", str(tmp_path / "run"), "--data.paths", str(data)]
     assert cli.main(["train", "--preset", "debug", *run]) == 1
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "megatron-ladder" in x]

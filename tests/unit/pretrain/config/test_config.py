@@ -5,8 +5,9 @@ import pytest
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
-from pretrain.arguments import parse_train
-from pretrain.config import (
+from pretrain.config.faults import FaultConfig
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import (
     AdaptConfig,
     DataConfig,
     ScheduleConfig,
@@ -18,8 +19,7 @@ from pretrain.config import (
     save_config,
     to_dict,
 )
-from pretrain.fault_config import FaultConfig
-from pretrain.presets import PRESETS
+from pretrain.start.arguments import parse_train
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("adapt")])

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from megatron_ladder.errors import UserError
-from pretrain import optimizer_config
-from pretrain.optimizer_config import OptimizerConfig, check_optimizer
+from pretrain.config import optimizer as optimizer_config
+from pretrain.config.optimizer import OptimizerConfig, check_optimizer
 
 IN_BF16 = OptimizerConfig(moments="bf16")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.arguments import parse_train
 from pretrain.cli import main
-from pretrain.config import load_config
-from pretrain.ladder_layers import parse_layers
-from pretrain.staleness import saved_staleness
+from pretrain.config.train import load_config
+from pretrain.model.staleness import saved_staleness
+from pretrain.start.arguments import parse_train
+from pretrain.start.ladder_layers import parse_layers
 from tests.data_sets import write_data_set
 from tests.unit.hf import foreign
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from megatron_ladder.errors import UserError
-from pretrain.data import open_folder
-from pretrain.import_model import import_model
-from pretrain.plain_model import load_plain_model
-from pretrain.sample import check_tokenizer, sample_sequences
-from pretrain.staleness import (
+from pretrain.convert.import_model import import_model
+from pretrain.convert.plain_model import load_plain_model
+from pretrain.data.folders import open_folder
+from pretrain.data.sample import check_tokenizer, sample_sequences
+from pretrain.model.staleness import (
     loss_with_ladder_layers,
     mean_loss,
     measure_staleness,

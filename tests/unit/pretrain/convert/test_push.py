@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import HTTPError
 
-from pretrain import export, push
 from pretrain.cli import main
-from pretrain.import_model import import_model
+from pretrain.convert import export, push
+from pretrain.convert.import_model import import_model
 from tests.unit.hf import foreign
 
 CALLS: list[tuple] = []

@@ -18,9 +18,9 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import hf_to_megatron
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.from_hf import to_model_config
-from pretrain import export, verify_export
 from pretrain.cli import main
-from pretrain.import_model import import_model
+from pretrain.convert import export, verify_export
+from pretrain.convert.import_model import import_model
 from tests.unit.hf import foreign, tiny
 
 # One kind of model a line: what differs from tiny.config.

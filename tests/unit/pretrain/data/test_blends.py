@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ladder.errors import UserError
-from pretrain.blends import check_blends, check_past, describe, interleave
-from pretrain.config import DataConfig, Phase, TrainConfig, load_config, save_config
-from pretrain.data import open_data, train_batches
-from pretrain.index_cache import _facts
-from pretrain.phased import PhasedSequences
-from pretrain.presets import PRESETS
-from pretrain.run_folder import write_config
-from pretrain.sequences import Sequences, train_sequences
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import DataConfig, Phase, TrainConfig, load_config, save_config
+from pretrain.data.batches import train_batches
+from pretrain.data.blends import check_blends, check_past, describe, interleave
+from pretrain.data.checks import open_data
+from pretrain.data.index_cache import _facts
+from pretrain.data.phased import PhasedSequences
+from pretrain.data.sequences import Sequences, train_sequences
+from pretrain.run.folder import write_config
 from tests.data_sets import write_data_set
 
 BATCH, LENGTH, STEPS = 8, 64, 20
@@ -212,7 +213,7 @@ def test_packing_options_hold_in_every_phase(
     paths, cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Documents apart, fill in the middle and masks are those of the data set's own sequences."""
-    monkeypatch.setattr("pretrain.fim.find_tokens", lambda *_: (500, 501, 502))
+    monkeypatch.setattr("pretrain.data.fim.find_tokens", lambda *_: (500, 501, 502))
     masked = write_data_set(tmp_path / "masked", document_length=32, seed=9)
     np.zeros(60 * 32, np.uint8).tofile(masked / "train.mask")
     manifest = json.loads((masked / "manifest.json").read_text())

@@ -10,18 +10,11 @@ import torch
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
-from pretrain.config import DataConfig
-from pretrain.data import (
-    check_same_data,
-    keep_facts,
-    kept_facts,
-    open_data,
-    open_folder,
-    train_batches,
-    unigram_loss,
-    validation_batches,
-)
-from pretrain.presets import PRESETS
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import DataConfig
+from pretrain.data.batches import train_batches, validation_batches
+from pretrain.data.checks import check_same_data, open_data
+from pretrain.data.folders import keep_facts, kept_facts, open_folder, unigram_loss
 from tests.data_sets import write_data_set
 
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_ladder.errors import UserError
-from pretrain.config import DataConfig
-from pretrain.data import open_data
-from pretrain.fim import FillInTheMiddle, find_tokens
-from pretrain.presets import PRESETS
-from pretrain.sequences import Sequences, train_sequences, validation_sequences
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import DataConfig
+from pretrain.data.checks import open_data
+from pretrain.data.fim import FillInTheMiddle, find_tokens
+from pretrain.data.sequences import Sequences, train_sequences, validation_sequences
 from tests.data_sets import write_data_set
 
 FIM = FillInTheMiddle(rate=1.0, spm_rate=0.5, prefix=-1, middle=-2, suffix=-3)
@@ -159,7 +159,7 @@ def test_rates_are_shares() -> None:
 
 @pytest.fixture
 def with_fim(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("pretrain.fim.find_tokens", lambda *_: (190, 191, 192))
+    monkeypatch.setattr("pretrain.data.fim.find_tokens", lambda *_: (190, 191, 192))
     return data
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf import LadderForCausalLM
 from pretrain import cli
+from pretrain.convert.import_model import import_model
 from pretrain.depth.conversion import measure_conversion
 from pretrain.depth.maps import map_errors, states_after_layers
 from pretrain.depth.measures import measure_contributions, measure_skips
 from pretrain.depth.report import write_depth_report
 from pretrain.depth.states import run
-from pretrain.import_model import import_model
-from pretrain.staleness import FILE, mean_loss, saved_staleness
+from pretrain.model.staleness import FILE, mean_loss, saved_staleness
 from tests.data_sets import write_data_set
 from tests.unit.hf import foreign, tiny
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from data_prep import cli as data_cli
-from pretrain.export import export_run
-from pretrain.import_model import import_model
+from pretrain.convert.export import export_run
+from pretrain.convert.import_model import import_model
 from tests.unit.hf import tiny
 
 WORDS = (

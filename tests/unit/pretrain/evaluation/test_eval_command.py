@@ -11,10 +11,10 @@ import torch
 from megatron_ladder.errors import UserError
 from pretrain.cli import main
 from pretrain.evaluation.results import cells, latest_results, save, table
-from pretrain.report import write_report
+from pretrain.report.report import write_report
 from tests.unit.hf import tiny
-from tests.unit.pretrain import eval_models
-from tests.unit.pretrain.test_report import write_run
+from tests.unit.pretrain.evaluation import eval_models
+from tests.unit.pretrain.report.test_report import write_run
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
@@ -192,9 +192,9 @@ def test_the_table() -> None:
 @needs_harness
 def test_the_harness_runs_a_local_task_offline(made: Path, tmp_path: Path, capsys) -> None:
     """Two choices, of which one is the likelier: the same answers as the model's own likelihoods."""
+    from pretrain.convert.plain_model import load_plain_model
     from pretrain.evaluation.documents import load_tokenizer
     from pretrain.evaluation.likelihood import TextModel
-    from pretrain.plain_model import load_plain_model
 
     questions = [
         {"question": f"The {a} of the {b} is", "choices": ["the model", "a rank"], "answer": i % 2}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ladder.errors import UserError
-from pretrain.data import open_folder
+from pretrain.data.folders import open_folder
 from pretrain.evaluation.documents import Texts, load_tokenizer, open_split
 from pretrain.evaluation.likelihood import Likelihood, TextModel, split_ids
 from pretrain.evaluation.offline_tasks import (
@@ -22,7 +22,7 @@ from pretrain.evaluation.offline_tasks import (
     run_task,
 )
 from tests.unit.hf import tiny
-from tests.unit.pretrain import eval_models
+from tests.unit.pretrain.evaluation import eval_models
 
 TEXTS = eval_models.texts()
 

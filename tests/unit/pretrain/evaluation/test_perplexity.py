@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ladder.errors import UserError
-from pretrain.data import open_folder
+from pretrain.data.folders import open_folder
 from pretrain.evaluation.documents import Documents, Texts, open_split
 from pretrain.evaluation.perplexity import measure_perplexity, ratio_stderr
 from tests.data_sets import write_data_set
 from tests.unit.hf import tiny
-from tests.unit.pretrain import eval_models
+from tests.unit.pretrain.evaluation import eval_models
 
 DOCUMENTS, LENGTH = 11, 9  # 99 tokens; the model's context is 128
 

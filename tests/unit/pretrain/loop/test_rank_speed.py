@@ -1,6 +1,6 @@
 import pytest
 
-from pretrain.rank_speed import compare
+from pretrain.loop.rank_speed import compare
 
 # host, computing, reading a step's data, a whole step
 USUAL = ("node0", 0.010, 0.001, 1.0)

@@ -9,8 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.launch import STOP_SIGNALS, STOPPED, _crash_status, _final_status
-from pretrain.stopping import StopSignals, obey_parent_alone
+from pretrain.loop.stopping import StopSignals
+from pretrain.processes import STOP_SIGNALS, obey_parent_alone
+from pretrain.start.launch import STOPPED, _crash_status, _final_status
 
 SECOND = """
 import os, signal, time

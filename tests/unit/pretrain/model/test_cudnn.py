@@ -7,9 +7,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from pretrain import cudnn, doctor
-from pretrain.presets import PRESETS
-from pretrain.run_log import RunLog
+from pretrain.config.presets import PRESETS
+from pretrain.loop.log import RunLog
+from pretrain.model import cudnn
+from pretrain.start import doctor
 
 
 @pytest.fixture

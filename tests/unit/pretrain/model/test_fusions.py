@@ -3,7 +3,7 @@ import torch
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.mcore_compat import LadderConfig, transformer_config
-from pretrain.fusions import Choice, adam_class, choices, table
+from pretrain.model.fusions import Choice, adam_class, choices, table
 
 
 def config_of(**changed: object) -> LadderConfig:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_ladder.config import ParallelConfig
-from pretrain.presets import PRESETS
-from pretrain.queues import set_queues
+from pretrain.config.presets import PRESETS
+from pretrain.model.queues import set_queues
 
 NAMES = ("CUDA_DEVICE_MAX_CONNECTIONS", "TORCH_NCCL_HIGH_PRIORITY")
 

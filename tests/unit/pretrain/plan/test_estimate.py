@@ -6,10 +6,10 @@ import pytest
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
-from pretrain import commands
-from pretrain.bench.plan_search import row
-from pretrain.estimate import Estimate, estimate, format_estimate, hardware_of
-from pretrain.presets import PRESETS
+from pretrain.commands import commands
+from pretrain.config.presets import PRESETS
+from pretrain.plan.estimate import Estimate, estimate, format_estimate, hardware_of
+from pretrain.plan.search import row
 
 CONFIG = PRESETS["paper-1b"]()
 H100 = hardware_of("h100")

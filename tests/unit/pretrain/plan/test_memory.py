@@ -11,9 +11,10 @@ import torch
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
-from pretrain import commands, launch
-from pretrain.config import TrainConfig
-from pretrain.memory import (
+from pretrain.commands import commands
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import TrainConfig
+from pretrain.plan.memory import (
     HEADROOM,
     Attention,
     activation_bytes,
@@ -22,7 +23,7 @@ from pretrain.memory import (
     memory_plan,
     what_to_turn,
 )
-from pretrain.presets import PRESETS
+from pretrain.start import launch
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_the_papers_1b_fits_on_one_card_with_fused_attention_alone() -> None:
 def test_a_run_is_refused_before_its_model_is_built(
     impl: str, card: float, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pretrain import train
+    from pretrain.loop import train
 
     class Built(Exception):
         pass
@@ -309,7 +310,7 @@ def test_advice_is_of_this_run(config: TrainConfig) -> None:
 def test_out_of_memory_says_what_to_turn(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    from pretrain import train
+    from pretrain.loop import train
 
     def run_out(*_: object) -> int:
         raise torch.OutOfMemoryError(

@@ -6,17 +6,12 @@ from dataclasses import replace
 import pytest
 
 from megatron_ladder.config import ParallelConfig, check_layout
-from pretrain import commands
-from pretrain.bench.links import MIB, NVLINK, PRESETS, Link
-from pretrain.bench.plan import (
-    DEVICES,
-    Hardware,
-    Submodule,
-    pass_seconds,
-)
-from pretrain.bench.plan_search import layouts, row, search
-from pretrain.memory import room
-from pretrain.presets import PRESETS as TRAIN_PRESETS
+from pretrain.commands import commands
+from pretrain.config.presets import PRESETS as TRAIN_PRESETS
+from pretrain.plan.links import MIB, NVLINK, PRESETS, Link
+from pretrain.plan.memory import room
+from pretrain.plan.planner import DEVICES, Hardware, Submodule, pass_seconds
+from pretrain.plan.search import layouts, row, search
 
 ATTENTION = Submodule(forward_s=3.0, backward_s=6.0, weight_gradient_s=1.0)
 MLP = Submodule(forward_s=5.0, backward_s=10.0, weight_gradient_s=2.0)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_ladder.errors import UserError
-from pretrain.config import save_config
-from pretrain.metrics import MetricsLog, flops_per_token, peak_flops, read_metrics
-from pretrain.presets import PRESETS
-from pretrain.report import write_report
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import save_config
+from pretrain.report.report import write_report
+from pretrain.run.metrics import MetricsLog, flops_per_token, peak_flops, read_metrics
 
 PNG = b"\x89PNG"
 

@@ -5,10 +5,10 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ladder.errors import UserError
-from pretrain.checkpoint import load_weights, newest_valid
-from pretrain.checkpoint_files import damage, refuse_damaged, sums, write_manifest
-from pretrain.run_folder import checkpoints, find_checkpoint
-from pretrain.weights import checkpoint_weights
+from pretrain.convert.weights import checkpoint_weights
+from pretrain.run.checkpoint import load_weights, newest_valid
+from pretrain.run.checkpoint_files import damage, refuse_damaged, sums, write_manifest
+from pretrain.run.folder import checkpoints, find_checkpoint
 
 
 def make_checkpoint(run: Path, step: int) -> Path:

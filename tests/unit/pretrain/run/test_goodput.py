@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.goodput import read_goodput
-from pretrain.report import write_report
+from pretrain.report.report import write_report
+from pretrain.run.goodput import read_goodput
 from tests.unit.pretrain.test_report import write_run
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.metrics import MetricsLog, read_metrics
+from pretrain.run.metrics import MetricsLog, read_metrics
 
 
 def test_lines_wait_for_a_disk_that_takes_them(

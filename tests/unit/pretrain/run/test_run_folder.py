@@ -5,9 +5,9 @@ import pytest
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
-from pretrain import run_folder
-from pretrain.presets import PRESETS
-from pretrain.run_folder import (
+from pretrain.config.presets import PRESETS
+from pretrain.run import folder as run_folder
+from pretrain.run.folder import (
     check_free_space,
     check_output_dir,
     checkpoints,

@@ -7,10 +7,10 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_ladder.errors import UserError
-from pretrain import status as status_file
-from pretrain.presets import PRESETS
-from pretrain.prometheus import device_figures, prometheus_text
-from pretrain.status import Status, read_starts, read_status, record_failure
+from pretrain.config.presets import PRESETS
+from pretrain.run import status as status_file
+from pretrain.run.prometheus import device_figures, prometheus_text
+from pretrain.run.status import Status, read_starts, read_status, record_failure
 
 FIELDS = {
     *(

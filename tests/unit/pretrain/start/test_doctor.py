@@ -2,7 +2,8 @@ import importlib.metadata
 
 import pytest
 
-from pretrain import cli, doctor
+from pretrain import cli
+from pretrain.start import doctor
 
 
 def pretend(monkeypatch, versions: dict[str, str], modules: set[str] = frozenset()) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ladder.attention_choice import check_attention
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
-from pretrain.config import save_config
-from pretrain.export import export_run
-from pretrain.preflight import preflight
-from pretrain.presets import PRESETS
+from megatron_ladder.layers.attention_choice import check_attention
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import save_config
+from pretrain.convert.export import export_run
+from pretrain.start.preflight import preflight
 
 
 def with_residual(residual: str, tp: int = 1):
