@@ -5,8 +5,8 @@
 A case is SHAPE:PRECISION:KIND, with :LAYERS and :RECOMPUTE where wanted, and :graph at its end for a CUDA
 graph (pretrain/model/graphs.py). Model, loss, backward, gradient
 buffers and optimizer are those of `megatron-ladder train`; tokens are random and nothing is written.
-MFU counts 6 N + 12 L h s operations a token (pretrain/run/metrics.py) over the card's dense bf16 peak, for FP8
-too.
+MFU counts 6 N + 12 L h s operations a token (pretrain/run/metrics.py) over the card's dense bf16 peak, for
+FP8 too.
 """
 
 import argparse

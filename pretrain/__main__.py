@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from pretrain.commands.commands import train
+from pretrain.commands.train import train
 from pretrain.processes import STOP_SIGNALS, die_with_parent
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from pretrain.commands import commands
+from pretrain.commands.train import train
 from pretrain.processes import die_with_parent
 from pretrain.start.arguments import parse_train
 from pretrain.start.launch import local_ranks
@@ -58,4 +58,4 @@ def _rank(argv: list[str], rank: int, ranks: int, port: int, log: Path) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    sys.exit(commands.train(argv))
+    sys.exit(train(argv))

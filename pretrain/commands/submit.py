@@ -15,7 +15,8 @@ import tyro
 from data_prep.cli import Command as DataCommand
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
-from pretrain.commands.commands import ExportOptions, ImportOptions, ReportOptions
+from pretrain.commands.convert import ExportOptions, ImportOptions
+from pretrain.commands.report import ReportOptions
 from pretrain.data.checks import with_vocab_size
 from pretrain.start.arguments import parse_train
 from slurm.chain import Step, take_tasks

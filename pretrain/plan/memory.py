@@ -1,7 +1,7 @@
 """What a rank's memory holds: planned before the first step, compared with the peak, and what to turn.
 
 Counted for Transformer Engine's layers; tests/te_stand_in holds the counting to what the layers save, and
-tests/unit/pretrain/test_memory.py to peaks measured on an H100. Left out: `HEADROOM`.
+tests/unit/pretrain/plan/test_memory.py to peaks measured on an H100. Left out: `HEADROOM`.
 """
 
 from dataclasses import dataclass, fields, replace

@@ -11,11 +11,13 @@ def render(template: str, **values: Any) -> str:
     """A page that needs nothing else.
 
     Args:
-        template: its path from this folder; it extends page.html.jinja. The filter `base64` makes
+        template: its path from `pretrain/`; it extends report/page.html.jinja. The filter `base64` makes
             text of a picture's bytes.
     """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader(Path(__file__).parents[1]),
+        autoescape=True,
+        undefined=StrictUndefined,
     )
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
     return environment.get_template(template).render(**values)

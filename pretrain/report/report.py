@@ -164,7 +164,7 @@ def _page(runs: list[Run], pictures: dict[str, tuple[bytes, str]]) -> str:
                 for name, (a, b) in differences(configs[0], config).items()
             ]
     return render(
-        "report.html.jinja",
+        "report/report.html.jinja",
         runs=runs,
         rows=rows,
         changed=changed,

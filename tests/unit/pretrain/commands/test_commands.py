@@ -98,5 +98,7 @@ def test_other_commands_say_what_is_wrong(tmp_path: Path, capsys) -> None:
 def test_help_lists_the_commands(capsys) -> None:
     assert cli.main([]) == 0
     output = capsys.readouterr().out
+    assert {"train", "export", "status"} < set(cli.COMMANDS)
     for name in cli.COMMANDS:
         assert f"  {name} " in output
+        assert callable(cli._command(name))

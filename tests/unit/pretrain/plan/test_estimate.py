@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
-from pretrain.commands import commands
+from pretrain.commands.bench import bench
 from pretrain.config.presets import PRESETS
 from pretrain.plan.estimate import Estimate, estimate, format_estimate, hardware_of
 from pretrain.plan.search import row
@@ -110,7 +110,7 @@ def test_a_device_that_is_not_known_is_refused() -> None:
 
 
 def test_the_planner_says_what_its_best_takes(capsys) -> None:
-    assert commands.bench(["plan", "--preset", "llama-3-8b", "--gpus", "64"]) == 0
+    assert bench(["plan", "--preset", "llama-3-8b", "--gpus", "64"]) == 0
     output = capsys.readouterr().out
     assert "run with the first ladder layout:" in output
     step_s = next(line for line in output.splitlines() if line.startswith("ladder")).split()

@@ -11,7 +11,7 @@ import torch
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
-from pretrain.commands import commands
+from pretrain.commands.train import train
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig
 from pretrain.plan.memory import (
@@ -210,7 +210,7 @@ def test_plan_only(
 ) -> None:
     """Without data, a GPU or ranks."""
     monkeypatch.setattr(launch, "launch", None)
-    assert commands.train(["--preset", "paper-1b", *options.split()]) == status
+    assert train(["--preset", "paper-1b", *options.split()]) == status
     said = "".join(capsys.readouterr())
     for word in words:
         assert word in said
@@ -218,7 +218,7 @@ def test_plan_only(
 
 def test_plan_only_of_the_card_that_is_here(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     argv = ["--preset", "paper-1b", "--plan-only"]
-    assert commands.train(argv) == 2
+    assert train(argv) == 2
     assert "no GPU here" in capsys.readouterr().err
     card = SimpleNamespace(total_memory=int(40e9))
     for name, found in (
@@ -228,7 +228,7 @@ def test_plan_only_of_the_card_that_is_here(monkeypatch: pytest.MonkeyPatch, cap
         ("get_device_properties", card),
     ):
         monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found)
-    assert commands.train(argv) == 1
+    assert train(argv) == 1
     assert "a small one has 37.25 GiB, 35.39 of it to plan with" in capsys.readouterr().out
 
 

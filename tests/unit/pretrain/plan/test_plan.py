@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_ladder.config import ParallelConfig, check_layout
-from pretrain.commands import commands
+from pretrain.commands.bench import bench
 from pretrain.config.presets import PRESETS as TRAIN_PRESETS
 from pretrain.plan.links import MIB, NVLINK, PRESETS, Link
 from pretrain.plan.memory import room
@@ -140,7 +140,7 @@ def test_the_bubble_shrinks_with_chunks_and_grows_with_stages(hardware) -> None:
     ],
 )
 def test_mistakes_are_said_in_a_line(options, message, capsys) -> None:
-    assert commands.bench(["plan", *options.split()]) == 2
+    assert bench(["plan", *options.split()]) == 2
     output = capsys.readouterr().err
     assert message in output
     assert "Traceback" not in output
@@ -148,7 +148,7 @@ def test_mistakes_are_said_in_a_line(options, message, capsys) -> None:
 
 def test_the_command_prints_draws_and_writes(tmp_path, capsys) -> None:
     files = ["--json", str(tmp_path / "plan.json"), "--png", str(tmp_path / "plan.png")]
-    assert commands.bench(["plan", "--preset", "llama-3-8b", "--gpus", "64", *files]) == 0
+    assert bench(["plan", "--preset", "llama-3-8b", "--gpus", "64", *files]) == 0
     output = capsys.readouterr().out
     assert "modelled, not measured" in output
     written = json.loads((tmp_path / "plan.json").read_text())
