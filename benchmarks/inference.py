@@ -54,12 +54,12 @@ from pretrain.bench.inference_plan import (
 )
 from pretrain.bench.inference_report import draw, figures, modelled_figures, tables, whole
 from pretrain.bench.interleaved import measure, slowest
-from pretrain.bench.links import PRESETS as LINKS
 from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.timeline import draw as draw_timeline
 from pretrain.bench.wire import LinkSeconds, over, own_seconds
-from pretrain.run_log import versions
+from pretrain.plan.links import PRESETS as LINKS
+from pretrain.run.versions import versions
 
 TP = 2
 CASES = ("70b:nvswitch", "70b:p2p-off", "8b:nvswitch", "8b:p2p-off", "405b:two-nodes-ndr")

@@ -32,11 +32,11 @@ from pretrain.bench import facts, source_text
 from pretrain.bench.learning_picture import draw
 from pretrain.bench.learning_runs import Run, data_facts, last_loss, read_run
 from pretrain.bench.modelled_time import Target, modelled
-from pretrain.bench.plan import DEVICES
-from pretrain.bench.plan_search import KINDS
 from pretrain.bench.standby import Standby
-from pretrain.data import open_folder
+from pretrain.data.folders import open_folder
 from pretrain.files import write_atomically
+from pretrain.plan.planner import DEVICES
+from pretrain.plan.search import KINDS
 
 OURS = (
     *("--model.residual", "--model.ladder-layers", "--ladder-layers", "--init-from", "--seed"),

@@ -26,7 +26,7 @@ from pretrain.bench.decoder import Decoder
 from pretrain.bench.interleaved import measure
 from pretrain.bench.precisions import PRECISIONS, precision_of
 from pretrain.bench.ranks import join
-from pretrain.run_log import versions
+from pretrain.run.versions import versions
 
 KINDS = ("standard", "parallel", "ladder")
 LAYOUTS = {

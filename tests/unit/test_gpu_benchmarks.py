@@ -18,11 +18,11 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_ladder.collectives import take_part
-from pretrain.arguments import parse_train
+from megatron_ladder.collectives.points import take_part
 from pretrain.bench import interleaved
 from pretrain.bench import standby as standby_module
 from pretrain.bench.modelled_time import modelled
+from pretrain.start.arguments import parse_train
 
 ROOT = Path(__file__).parents[2]
 
@@ -284,7 +284,7 @@ def test_a_late_start_is_late_in_transformer_engines_layers_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     overlap = script("overlap")
-    backend: Any = ModuleType("megatron_ladder.te.backend")
+    backend: Any = ModuleType("megatron_ladder.te.layers.backend")
     monkeypatch.setitem(sys.modules, backend.__name__, backend)
     monkeypatch.setattr(overlap, "over", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(overlap.parallel_state, "get_tensor_model_parallel_group", lambda: None)

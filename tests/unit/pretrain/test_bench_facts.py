@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ladder.attention_choice import CoreAttention
+from megatron_ladder.layers.attention_choice import CoreAttention
 from pretrain.bench import facts
 from pretrain.bench.recorder import Recorder
 
