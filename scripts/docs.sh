@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 make_environment docs
-export NO_MKDOCS_2_WARNING=1 # the theme's advertisement
+export NO_MKDOCS_2_WARNING=1 # the theme's notice of its end of life: docs/reference/dependencies.md
 if [ "${1:-}" = serve ]; then
   exec "$VENV/bin/mkdocs" serve "${@:2}"
 fi
