@@ -14,4 +14,4 @@ export NO_MKDOCS_2_WARNING=1 # the theme's notice of its end of life: docs/refer
 if [ "${1:-}" = serve ]; then
   exec "$VENV/bin/mkdocs" serve "${@:2}"
 fi
-exec "$VENV/bin/mkdocs" build --quiet "$@"
+exec "$VENV/bin/mkdocs" build "$@" # not --quiet: no warning would count then

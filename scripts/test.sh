@@ -21,7 +21,7 @@ install_slurm
 "$bin/ruff" format --check --quiet .
 "$bin/ruff" check --quiet .
 "$bin/mypy"
-NO_MKDOCS_2_WARNING=1 "$bin/mkdocs" build --quiet # strict: links and anchors too
+NO_MKDOCS_2_WARNING=1 "$bin/mkdocs" build # strict: links and anchors too. With --quiet no warning counts
 if [ $# -gt 0 ]; then
   exec "$bin/python" -m pytest "$@"
 fi
