@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from megatron_ladder.errors import UserError
+from pretrain.config import optimizer
 from pretrain.config.optimizer import OptimizerConfig, check_optimizer
 
 IN_BF16 = OptimizerConfig(moments="bf16")
