@@ -79,8 +79,8 @@ def pass_seconds(
     recompute="full": backward begins with the recomputed forward. Ladder, parallel and desync
     recompute without the output's collectives, as no gradient needs them: see
     megatron_ladder/layers/recompute.py. A standard layer repeats attention's. megatron-core in fact
-    repeats the MLP's too, though nothing reads it: leaving that out favours standard. "selective" adds nothing here: put core attention's
-    second forward into attention.backward_s.
+    repeats the MLP's too, though nothing reads it: leaving that out favours standard. "selective" adds
+    nothing here: put core attention's second forward into attention.backward_s.
 
     Args:
         residuals: the kind of each layer.
