@@ -20,8 +20,8 @@ from unittest import mock
 import tyro
 
 from pretrain.cli import COMMANDS, USAGE, main
-from pretrain.config import Phase, TrainConfig, is_safe_to_change
-from pretrain.presets import PRESETS
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import Phase, TrainConfig, is_safe_to_change
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by `python docs/reference/generate.py`: change the options' help, not this page. -->"
