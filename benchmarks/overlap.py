@@ -35,12 +35,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ladder import backward_order, linear, ranges
-from megatron_ladder.collectives import collectives_of
-from megatron_ladder.config import ModelConfig, ParallelConfig
-from pretrain.bench import facts
-from pretrain.bench.decoder import Decoder
-from pretrain.bench.hidden import (
+from measuring import facts
+from measuring.hidden import (
     BLOCKING,
     NO_COMM,
     PASSES,
@@ -52,12 +48,16 @@ from pretrain.bench.hidden import (
     scaled,
     table,
 )
-from pretrain.bench.interleaved import measure, slowest
+from measuring.interleaved import measure, slowest
+from measuring.precisions import PRECISIONS, precision_of
+from megatron_ladder import backward_order, linear, ranges
+from megatron_ladder.collectives import collectives_of
+from megatron_ladder.config import ModelConfig, ParallelConfig
+from pretrain.bench.decoder import Decoder
 from pretrain.bench.links import NVLINK
 from pretrain.bench.links import PRESETS as LINKS
 from pretrain.bench.plan import DEVICES, Hardware, Submodule
 from pretrain.bench.plan import submodules as planned_submodules
-from pretrain.bench.precisions import PRECISIONS, precision_of
 from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds
