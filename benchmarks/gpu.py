@@ -78,7 +78,7 @@ def overlap(
     command += ["--precision", precision, "--link", link, "--also", "parallel", *options]
     if (shape, link, precision) == ("70b", "nvswitch", "bf16"):
         command += ["--trace", f"OUTPUT/{name}{TRACE}"]
-    # As pretrain/queues.py sets it.
+    # As pretrain/model/queues.py sets it.
     queues = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"} if "--sequence-parallel" in options else {}
     return Part(name, [*command, "--json", f"OUTPUT/{name}.json"], 90, queues)
 

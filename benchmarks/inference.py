@@ -4,8 +4,8 @@ r"""Generation with each residual kind over a modelled link: prefill and decode,
         --picture docs/pictures/inference.png --timeline docs/pictures/inference_timeline.png
 
 A case is a shape of the paper, a link and a batch: prompt 1,024, 512 new tokens. How long attention, MLP
-and an all-reduce take there is modelled (measuring/inference/plan.py). What is measured is how much of the
-all-reduces' time the code hides:
+and an all-reduce take there is modelled (measuring/inference/plan.py). What is measured is how much
+of the all-reduces' time the code hides:
 
 On a CPU, real ranks (gloo) or, with --fake-tp N, one that plays rank 0 of N, run a reduced decoder with
 its real cache and collectives. Its MLP is made so wide that MLP over attention is as in the case, and
@@ -54,12 +54,12 @@ from measuring.inference.report import draw, figures, modelled_figures, tables, 
 from measuring.interleaved import measure, slowest
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.inference.sums import set_all_reduce
-from pretrain.bench.links import PRESETS as LINKS
 from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.timeline import draw as draw_timeline
 from pretrain.bench.wire import LinkSeconds, over, own_seconds
-from pretrain.run_log import versions
+from pretrain.plan.links import PRESETS as LINKS
+from pretrain.run.versions import versions
 
 TP = 2
 CASES = ("70b:nvswitch", "70b:p2p-off", "8b:nvswitch", "8b:p2p-off", "405b:two-nodes-ndr")

@@ -24,8 +24,8 @@ from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.config import Attention, ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
 from pretrain.bench.ranks import join
-from pretrain.metrics import flops_per_token, peak_flops
-from pretrain.presets import PRESETS
+from pretrain.config.presets import PRESETS
+from pretrain.run.metrics import flops_per_token, peak_flops
 
 KINDS = ("standard", "parallel", "ladder")
 

@@ -34,10 +34,10 @@ from measuring.learning.picture import draw
 from measuring.learning.runs import Run, data_facts, last_loss, read_run
 from measuring.standby import Standby
 from megatron_ladder.errors import UserError
-from pretrain.bench.plan import DEVICES
-from pretrain.bench.plan_search import KINDS
-from pretrain.data import open_folder
+from pretrain.data.folders import open_folder
 from pretrain.files import write_atomically
+from pretrain.plan.planner import DEVICES
+from pretrain.plan.search import KINDS
 
 OURS = (
     *("--model.residual", "--model.ladder-layers", "--ladder-layers", "--init-from", "--seed"),

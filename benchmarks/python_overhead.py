@@ -26,7 +26,7 @@ from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
 from pretrain.bench.ranks import join
-from pretrain.run_log import versions
+from pretrain.run.versions import versions
 
 KINDS = ("standard", "parallel", "ladder")
 LAYOUTS = {

@@ -23,7 +23,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pretrain.plots import COLOURS, GREY
+from pretrain.pictures import COLOURS, GREY
 
 LAYERS, LADDER = 8, 4
 BASE_STEPS, STEPS, SEEDS = 800, 200, (1, 2)

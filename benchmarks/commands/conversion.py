@@ -150,8 +150,9 @@ def _prepared(line: str, source: Path, target: Path) -> Any:
         return lambda: copy(source, target)
     import pretrain.export
     import pretrain.import_model
-    from pretrain import verify_export
+
     from pretrain.cli import main
+    from pretrain.convert import verify_export
 
     if line == "export, not verified":
         pretrain.export.verify_export = lambda *_: "not verified"  # type: ignore[assignment]

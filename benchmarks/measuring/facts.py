@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pretrain.files import write_atomically
-from pretrain.run_log import versions
+from pretrain.run.versions import versions
 
 NO_MEMORY = "out of memory"
 PATIENCE_S = 5.0

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from pretrain.bench.plan import Submodule, pass_seconds
+from pretrain.plan.planner import Submodule, pass_seconds
 
 BLOCKING = "standard, waiting at once"
 NO_COMM = "no-comm"

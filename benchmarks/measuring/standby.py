@@ -22,7 +22,7 @@ IMPORTED = (
     "transformer_engine.pytorch",
     "torch._inductor.compile_fx",
     "pretrain.bench.decoder",
-    "pretrain.train",
+    "pretrain.loop.train",
 )
 
 

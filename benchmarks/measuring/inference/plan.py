@@ -9,9 +9,9 @@ compute.
 from dataclasses import dataclass, replace
 
 from megatron_ladder.config import ModelConfig
-from pretrain.bench.links import NVLINK, PRESETS
-from pretrain.bench.plan import BF16, DEVICES, Hardware, Submodule, pass_seconds
-from pretrain.presets import llama_3_8b, llama_3_70b
+from pretrain.config.presets import llama_3_8b, llama_3_70b
+from pretrain.plan.links import NVLINK, PRESETS
+from pretrain.plan.planner import BF16, DEVICES, Hardware, Submodule, pass_seconds
 
 # Two constants from the paper's own no-comm rates (arXiv 2501.06589, 70B, batch 1: 38.24, 69.04 and 110.59
 # tokens/s at TP 2, 4 and 8): what grows with a GPU's share of the weights is read at 0.91 of H100's 3.35

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_ladder.errors import UserError
-from pretrain.bench.links import NVLINK
-from pretrain.bench.plan import DEVICES, Hardware, Row
-from pretrain.bench.plan_search import search
-from pretrain.presets import PRESETS
+from pretrain.config.presets import PRESETS
+from pretrain.plan.links import NVLINK
+from pretrain.plan.planner import DEVICES, Hardware, Row
+from pretrain.plan.search import search
 
 TP = 8
 
@@ -33,7 +33,7 @@ class Target:
     def facts(self, kinds: list[str]) -> dict[str, Any]:
         """For the record."""
         return {
-            "about": "by the planner (pretrain/bench/plan_search.py), not measured",
+            "about": "by the planner (pretrain/plan/search.py), not measured",
             "target": self.preset,
             "device": self.where,
             "kinds": {

@@ -6,8 +6,8 @@ from matplotlib.ticker import FuncFormatter
 
 from measuring.learning.modelled_time import TP, Target
 from measuring.learning.runs import Run, mean_and_spread, smoothed, validation
-from pretrain.bench.plan_search import KINDS
-from pretrain.plots import COLOURS, png_bytes, si
+from pretrain.pictures import COLOURS, png_bytes, si
+from pretrain.plan.search import KINDS
 
 UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 

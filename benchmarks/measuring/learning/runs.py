@@ -4,10 +4,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import load_config
-from pretrain.data import open_folder
-from pretrain.metrics import read_metrics
-from pretrain.plots import smooth
+from pretrain.config.train import load_config
+from pretrain.data.folders import open_folder
+from pretrain.pictures import smooth
+from pretrain.run.metrics import read_metrics
 
 Run = dict[str, Any]
 

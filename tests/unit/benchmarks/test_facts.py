@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from measuring import facts
-from megatron_ladder.attention_choice import CoreAttention
+from megatron_ladder.layers.attention_choice import CoreAttention
 from pretrain.bench.recorder import Recorder
 
 

@@ -21,8 +21,8 @@ from megatron.core import parallel_state
 from measuring import interleaved
 from measuring import standby as standby_module
 from measuring.learning.modelled_time import modelled
-from megatron_ladder.collectives import take_part
-from pretrain.arguments import parse_train
+from megatron_ladder.collectives.points import take_part
+from pretrain.start.arguments import parse_train
 
 ROOT = Path(__file__).parents[3]
 
@@ -285,7 +285,7 @@ def test_a_late_start_is_late_in_transformer_engines_layers_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     overlap = script("overlap")
-    backend: Any = ModuleType("megatron_ladder.te.backend")
+    backend: Any = ModuleType("megatron_ladder.te.layers.backend")
     monkeypatch.setitem(sys.modules, backend.__name__, backend)
     monkeypatch.setattr(overlap, "over", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(overlap.parallel_state, "get_tensor_model_parallel_group", lambda: None)

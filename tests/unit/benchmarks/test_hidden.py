@@ -3,7 +3,7 @@
 import pytest
 
 from measuring import hidden
-from pretrain.bench.plan import Submodule
+from pretrain.plan.planner import Submodule
 
 
 @pytest.mark.parametrize("layers", [1, 4, 24])

@@ -9,9 +9,9 @@ import pytest
 import learning
 from measuring.learning import runs as learning_runs
 from measuring.learning import source_text
-from pretrain.config import save_config
-from pretrain.metrics import MetricsLog
-from pretrain.presets import PRESETS
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import save_config
+from pretrain.run.metrics import MetricsLog
 from tests.data_sets import write_data_set
 
 LOSSES = {"standard": 5.0, "parallel": 5.25, "ladder": 5.125}
