@@ -1,8 +1,8 @@
-"""pretrain/bench/hidden.py: how much of a link's time can be hidden."""
+"""benchmarks/measuring/hidden.py: how much of a link's time can be hidden."""
 
 import pytest
 
-from pretrain.bench import hidden
+from measuring import hidden
 from pretrain.plan.planner import Submodule
 
 

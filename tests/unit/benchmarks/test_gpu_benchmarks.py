@@ -18,13 +18,13 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from measuring import interleaved
+from measuring import standby as standby_module
+from measuring.learning.modelled_time import modelled
 from megatron_ladder.collectives.points import take_part
-from pretrain.bench import interleaved
-from pretrain.bench import standby as standby_module
-from pretrain.bench.modelled_time import modelled
 from pretrain.start.arguments import parse_train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def script(name: str) -> ModuleType:
@@ -203,7 +203,8 @@ def refused(*_, **__):
     raise AssertionError("CUDA")
 for name in ("_lazy_init", "current_device", "get_device_capability", "get_device_properties"):
     setattr(torch.cuda, name, refused)
-from pretrain.bench import standby
+sys.path.append("benchmarks")
+from measuring import standby
 standby.prepare()
 assert "pretrain.bench.decoder" in sys.modules and "megatron.core" in sys.modules
 """

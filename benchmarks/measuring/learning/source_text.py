@@ -13,7 +13,7 @@ TOKENIZER_BYTES = 8_000_000
 def places() -> list[Path]:
     """Folders of this machine that hold such files, none inside another."""
     folders = [sys.prefix, sys.base_prefix, "/usr/include", "/usr/local/cuda", *sys.path[1:]]
-    here = Path(__file__).parents[2]
+    here = Path(__file__).parents[3]
     found = {p.resolve() for p in map(Path, folders) if p.is_dir()}
     found = {p for p in found if p != here}
     return sorted(p for p in found if not any(other in p.parents for other in found))

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ladder.config import ModelConfig
-from pretrain.bench.inference_plan import (
+from measuring.inference.plan import (
     KERNEL_S,
     NEW_TOKENS,
     PHASES,
@@ -18,6 +17,7 @@ from pretrain.bench.inference_plan import (
     modelled_pass,
     submodule_seconds,
 )
+from megatron_ladder.config import ModelConfig
 
 MEMORY = 0.91 * 3.35e12  # bytes a second
 MATH = 0.65 * 989e12

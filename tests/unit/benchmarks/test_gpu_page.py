@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from megatron.core import parallel_state
 
-from benchmarks import gpu_page
+import gpu_page
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HEAD = {"device": "A card", "versions": {"torch": "2.11.0", "cudnn": 92100}}
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import learning
-from pretrain.bench import learning_runs, source_text
+import learning
+from measuring.learning import runs as learning_runs
+from measuring.learning import source_text
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import save_config
 from pretrain.run.metrics import MetricsLog

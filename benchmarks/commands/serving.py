@@ -1,6 +1,6 @@
 """`megatron-ladder serve` under many clients: latencies, and that nothing leaks.
 
-    python benchmarks/serving.py MODEL --json FILE --picture FILE
+    python benchmarks/commands/serving.py MODEL --json FILE --picture FILE
 
 Clients of OpenAI's official package stream completions, one after another each. Some go away in the
 middle of an answer, some send what is no request. Whatever is answered otherwise than it should be is an

@@ -1,6 +1,6 @@
 """How fast text becomes tokens, against the reference tokenizers called the way Megatron-LM calls them.
 
-    python benchmarks/data_prep.py --json benchmarks/results/data-prep.json
+    python benchmarks/commands/tokenizing.py --json benchmarks/results/data-prep.json
 
 Everything is measured: CPU seconds of all processes, start to end (start-up, checks, merge and index
 included), and the most memory any one process held. MB are 10^6 bytes of JSONL.
@@ -34,9 +34,6 @@ from typing import Any
 
 import orjson
 import psutil
-
-# This script has the package's name, and would be imported in its place.
-sys.path = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).parent]
 
 ENDINGS = (".c", ".h", ".S", ".rst", ".txt", ".dts", ".dtsi", ".yaml", ".py", ".json")
 MAX_DOCUMENT_BYTES = 16 << 20  # data_prep's own limit

@@ -1,6 +1,6 @@
 """Time and memory of import and export, against a plain copy of the files.
 
-    python benchmarks/conversion.py --json benchmarks/results/conversion.json
+    python benchmarks/commands/conversion.py --json benchmarks/results/conversion.json
 
 The model is made here: random bf16 weights of Llama-3.2-1B's shape, 2.5 GB in shards of at most 500 MB
 (the vocabulary's table, larger than that, has a shard of its own). Each command runs in a process of

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pretrain.bench.inference_plan import KINDS, SHAPES, generation_seconds, modelled_pass
-from pretrain.bench.inference_report import (
+from measuring.inference.plan import KINDS, SHAPES, generation_seconds, modelled_pass
+from measuring.inference.report import (
     PAPER,
     figures,
     hidden_of_rates,

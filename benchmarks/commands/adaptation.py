@@ -1,6 +1,6 @@
 """A small standard model made a hybrid of ladder layers, and trained on: what each way costs.
 
-    python benchmarks/adaptation.py --work-dir DIR --json FILE --picture FILE
+    python benchmarks/commands/adaptation.py --work-dir DIR --json FILE --picture FILE
 
 Trains a standard model on the source of Python's standard library, exports it as a Hugging Face folder
 and imports that, as one would a published model. Half its layers are made ladder layers: the last
@@ -159,7 +159,7 @@ def main() -> None:
         )
     draw(curves, options.picture)
     result = {
-        "command": "python benchmarks/adaptation.py",
+        "command": "python benchmarks/commands/adaptation.py",
         "device": f"{platform.machine()} CPU",
         "versions": {p: version(p) for p in ("megatron-core", "torch", "transformers")},
         "seconds": round(time.time() - started),

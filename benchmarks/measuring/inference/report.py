@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pretrain.bench.inference_plan import (
+from measuring.inference.plan import (
     BUILT,
     KINDS,
     NEW_TOKENS,

@@ -1,4 +1,4 @@
-"""pretrain/bench/facts.py, and that what records a decoder leaves it alone."""
+"""benchmarks/measuring/facts.py, and that what records a decoder leaves it alone."""
 
 import sys
 import time
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from measuring import facts
 from megatron_ladder.layers.attention_choice import CoreAttention
-from pretrain.bench import facts
 from pretrain.bench.recorder import Recorder
 
 

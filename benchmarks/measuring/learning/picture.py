@@ -4,8 +4,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from pretrain.bench.learning_runs import Run, mean_and_spread, smoothed, validation
-from pretrain.bench.modelled_time import TP, Target
+from measuring.learning.modelled_time import TP, Target
+from measuring.learning.runs import Run, mean_and_spread, smoothed, validation
 from pretrain.pictures import COLOURS, png_bytes, si
 from pretrain.plan.search import KINDS
 
