@@ -16,7 +16,7 @@ import orjson
 import tyro
 
 from data_prep.clean import duplicates
-from data_prep.clean.parts import (
+from data_prep.clean.passes import (
     DECISION,
     REASONS,
     SAMPLES,
@@ -27,16 +27,16 @@ from data_prep.clean.parts import (
     start_writing,
 )
 from data_prep.clean.quality import Quality, make_judge
-from data_prep.documents import InvalidUtf8, Reading, TextDocuments
+from data_prep.encode.tokenize_part import clean_up
 from data_prep.errors import UserError
 from data_prep.files import sync_folder, write_durably
-from data_prep.parts import Part, plan_parts
-from data_prep.pool import Start, about, usable_cores, work_through
+from data_prep.parts.plan import Part, plan_parts
+from data_prep.parts.pool import Start, about, usable_cores, work_through
+from data_prep.parts.workplace import Workplace
 from data_prep.progress import Progress
-from data_prep.sources import DROPPED, REPORT, Source, find_sources
+from data_prep.read.documents import InvalidUtf8, Reading, TextDocuments
+from data_prep.read.sources import DROPPED, REPORT, Source, find_sources
 from data_prep.version import VERSION
-from data_prep.work import clean_up
-from data_prep.workplace import Workplace
 
 # Raised when the same input and options give other documents than before.
 OUTPUT_VERSION = 1

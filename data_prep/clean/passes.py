@@ -14,11 +14,11 @@ import zstandard
 
 from data_prep.clean import duplicates
 from data_prep.clean.quality import Quality, make_judge
-from data_prep.documents import BadLines, Named, Reading, read_segment
 from data_prep.files import sync_file, sync_folder, write_durably
-from data_prep.parts import Part
-from data_prep.pool import Tally, Work
-from data_prep.sources import Segment
+from data_prep.parts.plan import Part
+from data_prep.parts.pool import Tally, Work
+from data_prep.read.documents import BadLines, Named, Reading, read_segment
+from data_prep.read.sources import Segment
 
 SAMPLES = 20
 SAMPLE_CHARACTERS = 500

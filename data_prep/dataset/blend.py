@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from data_prep.dataset import DataSet, open_data_set
+from data_prep.dataset.folder import DataSet, open_data_set
 from data_prep.errors import UserError
 from data_prep.files import write_durably
 

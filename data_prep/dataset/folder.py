@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.encoders import Encoder, open_encoder, sha256
+from data_prep.dataset.shards import HEADER_BYTES
+from data_prep.encode.encoders import Encoder, open_encoder, sha256
 from data_prep.errors import UserError
-from data_prep.shards import HEADER_BYTES
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Literal
 
 import tyro
 
-from data_prep.dataset import DataSet, open_data_set
+from data_prep.dataset.folder import DataSet, open_data_set
+from data_prep.dataset.shards import read_document
 from data_prep.errors import UserError
-from data_prep.shards import read_document
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any
 
 import tyro
 
+from data_prep.dataset.shards import append_files, write_index
+from data_prep.encode.split import SPLITS
 from data_prep.errors import UserError
 from data_prep.files import sync_file, sync_folder, write_durably
-from data_prep.parts import Part, check_tiling, from_json
-from data_prep.shards import append_files, write_index
-from data_prep.sources import Source
-from data_prep.split import SPLITS
-from data_prep.workplace import Workplace
+from data_prep.parts.plan import Part, check_tiling, from_json
+from data_prep.parts.workplace import Workplace
+from data_prep.read.sources import Source
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from data_prep.dataset import DataSet, open_data_set
-from data_prep.encoders import Encoder
+from data_prep.dataset.folder import DataSet, open_data_set
+from data_prep.encode.encoders import Encoder
 from data_prep.errors import UserError
 from data_prep.files import write_durably
 from data_prep.progress import Progress

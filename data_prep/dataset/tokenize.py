@@ -12,21 +12,21 @@ from typing import Any, Literal
 
 import tyro
 
-from data_prep.chat import Chat, load_template
-from data_prep.documents import InvalidUtf8, Reading, TextDocuments
-from data_prep.encoders import Encoder, open_encoder, sha256
+from data_prep.dataset.merge import join
+from data_prep.dataset.shards import token_dtype
+from data_prep.encode.encoders import Encoder, open_encoder, sha256
+from data_prep.encode.guard import Verdict, judge
+from data_prep.encode.split import Fractions
+from data_prep.encode.tokenize_part import BadFiles, Job, clean_up, start
 from data_prep.errors import UserError
-from data_prep.guard import Verdict, judge
-from data_prep.merge import join
-from data_prep.parts import Part, plan_parts, to_json
-from data_prep.pool import about, usable_cores, work_through
+from data_prep.parts.plan import Part, plan_parts, to_json
+from data_prep.parts.pool import about, usable_cores, work_through
+from data_prep.parts.workplace import Workplace
 from data_prep.progress import Progress
-from data_prep.shards import token_dtype
-from data_prep.sources import Source, find_sources, is_remote
-from data_prep.split import Fractions
+from data_prep.read.chat import Chat, load_template
+from data_prep.read.documents import InvalidUtf8, Reading, TextDocuments
+from data_prep.read.sources import Source, find_sources, is_remote
 from data_prep.version import VERSION
-from data_prep.work import BadFiles, Job, clean_up, start
-from data_prep.workplace import Workplace
 
 # Raised when the same input and options give other bytes than before.
 OUTPUT_VERSION = 1

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from data_prep.dataset import DataSet, open_data_set
-from data_prep.encoders import sha256
+from data_prep.dataset.folder import DataSet, open_data_set
+from data_prep.dataset.shards import DTYPE_CODES, HEADER_BYTES
+from data_prep.encode.encoders import sha256
 from data_prep.errors import UserError
-from data_prep.pool import usable_cores
+from data_prep.parts.pool import usable_cores
 from data_prep.progress import Progress
-from data_prep.shards import DTYPE_CODES, HEADER_BYTES
 
 TOKENS_AT_ONCE = 4 << 20
 DOCUMENTS_AT_ONCE = 1 << 20

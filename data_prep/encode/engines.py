@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_prep.encoders import Encoder, HuggingFaceEncoder, SentencePieceEncoder
+from data_prep.encode.encoders import Encoder, HuggingFaceEncoder, SentencePieceEncoder
 from data_prep.errors import UserError
 
 Ids = tuple[np.ndarray, np.ndarray]

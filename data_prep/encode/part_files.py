@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_prep.encode.split import SPLITS, Fractions, sizes_and_splits
 from data_prep.files import sync_folder
-from data_prep.split import SPLITS, Fractions, sizes_and_splits
 
 
 @dataclass

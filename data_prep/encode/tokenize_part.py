@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.chat import encode
-from data_prep.documents import BadLines, NoTextField, Reading, TooManyBadLines, read_segment
-from data_prep.engines import Engine, FastEngine, LazyReference
+from data_prep.encode.engines import Engine, FastEngine, LazyReference
+from data_prep.encode.guard import Verdict
+from data_prep.encode.part_files import PartFiles
+from data_prep.encode.split import Fractions
 from data_prep.errors import UserError
 from data_prep.files import write_durably
-from data_prep.guard import Verdict
-from data_prep.part_files import PartFiles
-from data_prep.parts import Part
-from data_prep.pool import Tally, Work, peak_memory
-from data_prep.split import Fractions
+from data_prep.parts.plan import Part
+from data_prep.parts.pool import Tally, Work, peak_memory
+from data_prep.read.chat import encode
+from data_prep.read.documents import BadLines, NoTextField, Reading, TooManyBadLines, read_segment
 
 BadFiles = Literal["stop", "skip"]
 LONG_CHARACTERS = 1 << 20

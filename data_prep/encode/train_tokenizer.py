@@ -13,11 +13,11 @@ from typing import Literal
 import sentencepiece
 import tyro
 
-from data_prep.documents import BadLines, Reading, TextDocuments, read_documents
+from data_prep.encode.split import hash_fraction
 from data_prep.errors import UserError
 from data_prep.progress import Progress
-from data_prep.sources import Source, find_sources
-from data_prep.split import hash_fraction
+from data_prep.read.documents import BadLines, Reading, TextDocuments, read_documents
+from data_prep.read.sources import Source, find_sources
 
 # SentencePiece takes "sentences" of at most this many bytes; longer lines are cut.
 SENTENCE_BYTES = 4096

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_prep.documents import TextDocuments
 from data_prep.errors import UserError
-from data_prep.parquet import row_groups
-from data_prep.sources import Segment, Source
-from data_prep.streams import zstd_frames
+from data_prep.read.documents import TextDocuments
+from data_prep.read.parquet import row_groups
+from data_prep.read.sources import Segment, Source
+from data_prep.read.streams import zstd_frames
 
 # At most some thousands of parts, so that a folder of them stays small; and at least some for a
 # laptop's cores to share. Memory does not depend on it.

@@ -17,10 +17,10 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
-from data_prep.documents import BadLines, NoTextField, TooManyBadLines
 from data_prep.errors import UserError
-from data_prep.parts import Part
+from data_prep.parts.plan import Part
 from data_prep.progress import Progress
+from data_prep.read.documents import BadLines, NoTextField, TooManyBadLines
 
 REMOTE_ATTEMPTS = 4
 # Errors of the output's disk, which end the work: not of one input file.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.engines import Engine
+from data_prep.encode.engines import Engine
 from data_prep.errors import UserError
 
 Pieces = list[tuple[str, bool]]

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import orjson
 
-from data_prep.chat import Chat, Conversation, pieces_of
 from data_prep.errors import UserError
-from data_prep.lines import line_blocks
-from data_prep.parquet import read_rows
-from data_prep.sources import Segment, Source
-from data_prep.streams import Chunk, read_chunks
+from data_prep.read.chat import Chat, Conversation, pieces_of
+from data_prep.read.lines import line_blocks
+from data_prep.read.parquet import read_rows
+from data_prep.read.sources import Segment, Source
+from data_prep.read.streams import Chunk, read_chunks
 
 TextDocuments = Literal["file", "paragraph", "line"]
 InvalidUtf8 = Literal["skip", "replace", "stop"]

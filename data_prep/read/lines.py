@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from data_prep.errors import UserError
-from data_prep.streams import Chunk
+from data_prep.read.streams import Chunk
 
 # Lines are handed on in blocks of about this many bytes.
 BLOCK_BYTES = 2 << 20

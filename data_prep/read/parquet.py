@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.sources import Source, open_source
+from data_prep.read.sources import Source, open_source
 
 ROWS = 64  # read at once: they may be long
 

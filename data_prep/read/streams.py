@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from data_prep.errors import UserError
-from data_prep.sources import Source, open_source
+from data_prep.read.sources import Source, open_source
 
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 CHUNK_BYTES = 1 << 20

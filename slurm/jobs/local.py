@@ -1,6 +1,6 @@
 """launcher = "local": the scripts of a chain, one after another, on this machine and in the background.
 
-`python -m slurm.local FOLDER...` is that background process.
+`python -m slurm.jobs.local FOLDER...` is that background process.
 """
 
 import os
@@ -11,15 +11,15 @@ from pathlib import Path
 
 import psutil
 
-from slurm.client import Facts
 from slurm.files import write_atomically
-from slurm.folders import Job
+from slurm.jobs.client import Facts
+from slurm.jobs.folders import Job
 
 
 def start_chain(folders: list[Path]) -> list[float]:
     """Starts the scripts of `folders`; returns the process that sees to them."""
     process = subprocess.Popen(  # noqa: S603 (a list, no shell)
-        [sys.executable, "-m", "slurm.local", *map(str, folders)],
+        [sys.executable, "-m", "slurm.jobs.local", *map(str, folders)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -104,7 +104,7 @@ def load_profile(path: Path) -> Profile:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"--profile {path} does not exist: copy {Path(__file__).parent}/profiles/example.toml"
+            f"--profile {path} does not exist: copy {Path(__file__).parents[1]}/profiles/example.toml"
         ) from None
     except IsADirectoryError:
         raise UserError(f"--profile {path} is a folder: give a TOML file") from None

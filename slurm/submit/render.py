@@ -10,9 +10,9 @@ from typing import Any
 
 import jinja2
 
-from slurm.chain import Array
 from slurm.errors import UserError
-from slurm.profile import Profile
+from slurm.submit.chain import Array
+from slurm.submit.profile import Profile
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from slurm import client, local
-from slurm.chain import Part, Step, stages
 from slurm.errors import UserError
 from slurm.files import write_atomically
-from slurm.folders import Job, make_folder, next_folder, place_of, write_job
-from slurm.profile import Profile
-from slurm.render import Resources, task_script, train_script
+from slurm.jobs import client, local
+from slurm.jobs.folders import Job, make_folder, next_folder, place_of, write_job
+from slurm.submit.chain import Part, Step, stages
+from slurm.submit.profile import Profile
+from slurm.submit.render import Resources, task_script, train_script
 
 ON_A_GPU = ("eval", "generate")  # where there is one; the others compute on the CPU, or hardly
 

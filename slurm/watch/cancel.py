@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from slurm import client, local
-from slurm.client import Facts
-from slurm.folders import Job, need_jobs, read_job
-from slurm.status import facts_of
+from slurm.jobs import client, local
+from slurm.jobs.client import Facts
+from slurm.jobs.folders import Job, need_jobs, read_job
+from slurm.watch.status import facts_of
 
 
 def cancel(output: Path, *, now: bool) -> list[str]:

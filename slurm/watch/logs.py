@@ -5,8 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from slurm.folders import log_files, need_jobs
-from slurm.status import facts_of
+from slurm.jobs.folders import log_files, need_jobs
+from slurm.watch.status import facts_of
 
 LINES_BEFORE = 20
 POLL_S = 0.5

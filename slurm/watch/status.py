@@ -9,11 +9,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from slurm import client
-from slurm.client import Facts
-from slurm.folders import Job, job_folders, read_job
-from slurm.history import read_history
-from slurm.local import local_facts
+from slurm.jobs import client
+from slurm.jobs.client import Facts
+from slurm.jobs.folders import Job, job_folders, read_job
+from slurm.jobs.local import local_facts
+from slurm.watch.history import read_history
 
 AT_WORK = ("starting", "training", "validating", "saving")
 # SLURM's words for why a job is where it is, and what they ask for.

@@ -15,9 +15,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import cli, parts
+from data_prep import cli
 from data_prep.clean import duplicates
 from data_prep.clean.quality import make_filter, make_judge
+from data_prep.parts import plan
 from data_prep.version import VERSION
 
 pytest.importorskip("datatrove", reason="the extra `clean` is not installed")
@@ -239,7 +240,7 @@ def test_output_does_not_depend_on_processes_or_on_parts(
     dump: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(*dump, "--output-dir", tmp_path / "one", *ALL)
-    monkeypatch.setattr(parts, "SMALLEST_BYTES", 20_000)
+    monkeypatch.setattr(plan, "SMALLEST_BYTES", 20_000)
     for workers in (1, 2):
         run(*dump, "--output-dir", tmp_path / f"{workers}w", "--workers", workers, *ALL)
     names = [sorted(p.name for p in (tmp_path / f"{w}w").iterdir()) for w in (1, 2)]
@@ -275,10 +276,11 @@ def test_cleaning_twice_drops_no_more_and_tokenize_takes_the_folder(
 def test_a_killed_run_goes_on_and_gives_the_same(
     dump: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "SMALLEST_BYTES", 20_000)
+    monkeypatch.setattr(plan, "SMALLEST_BYTES", 20_000)
     run(*dump, "--output-dir", tmp_path / "whole", *ALL)
     program = (
-        "import sys; from data_prep import cli, parts; parts.SMALLEST_BYTES = 20_000\n"
+        "import sys; from data_prep import cli; from data_prep.parts import plan; "
+        "plan.SMALLEST_BYTES = 20_000\n"
         "if __name__ == '__main__': sys.exit(cli.main(sys.argv[1:]))"
     )
     script = tmp_path / "clean.py"

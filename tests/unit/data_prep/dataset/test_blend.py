@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import cli
-from data_prep.blend import Blend, _weights
+from data_prep.dataset.blend import Blend, _weights
 
 COUNTS = st.lists(st.integers(1, 10**13), min_size=1, max_size=8)
 

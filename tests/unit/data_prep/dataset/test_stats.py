@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import cli, stats
-from data_prep.dataset import open_data_set
+from data_prep import cli
+from data_prep.dataset import stats
+from data_prep.dataset.folder import open_data_set
 
 
 @pytest.fixture(scope="module")

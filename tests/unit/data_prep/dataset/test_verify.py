@@ -9,8 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import cli, parts, verify
+from data_prep import cli
+from data_prep.dataset import verify
 from data_prep.errors import UserError
+from data_prep.parts import plan
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def whole(jsonl: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("verify") / "data"
     argv = ["tokenize", jsonl, "--tokenizer", tokenizer, "--output-dir", folder]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "SMALLEST_BYTES", 3000)
+        patch.setattr(plan, "SMALLEST_BYTES", 3000)
         assert cli.main([str(a) for a in argv] + ["--validation-fraction", "0.2"]) == 0
     assert len(json.loads((folder / "manifest.json").read_text())["splits"]["train"]["parts"]) > 3
     return folder

@@ -12,13 +12,14 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import cli, engines
-from data_prep.documents import Reading
-from data_prep.encoders import open_encoder
-from data_prep.engines import FastEngine, LazyReference, ReferenceEngine, load_fast
-from data_prep.guard import Verdict, judge
-from data_prep.parts import plan_parts
-from data_prep.sources import find_sources
+from data_prep import cli
+from data_prep.encode import engines
+from data_prep.encode.encoders import open_encoder
+from data_prep.encode.engines import FastEngine, LazyReference, ReferenceEngine, load_fast
+from data_prep.encode.guard import Verdict, judge
+from data_prep.parts.plan import plan_parts
+from data_prep.read.documents import Reading
+from data_prep.read.sources import find_sources
 
 
 def trained(folder: Path, texts: list[str], **options: object) -> Path:

@@ -20,11 +20,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import cli, parts, streams
+from data_prep import cli
 from data_prep.errors import UserError
-from data_prep.parts import check_tiling, from_json, plan_parts, to_json
-from data_prep.sources import Segment, Source, find_sources
-from data_prep.streams import zstd_frames
+from data_prep.parts import plan
+from data_prep.parts.plan import check_tiling, from_json, plan_parts, to_json
+from data_prep.read import streams
+from data_prep.read.sources import Segment, Source, find_sources
+from data_prep.read.streams import zstd_frames
 
 OPTIONS = ("--validation-fraction", "0.2")
 
@@ -42,7 +44,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "SMALLEST_BYTES", 3000)
+    monkeypatch.setattr(plan, "SMALLEST_BYTES", 3000)
 
 
 @pytest.fixture
@@ -142,7 +144,7 @@ def test_holes_and_overlaps_are_refused() -> None:
     source = Source("a.jsonl", "jsonl", None, 100, "")
 
     def tiled(*ranges: tuple[int, int | None]) -> None:
-        check_tiling([parts.Part(i, (Segment(source, 0, *r),)) for i, r in enumerate(ranges)])
+        check_tiling([plan.Part(i, (Segment(source, 0, *r),)) for i, r in enumerate(ranges)])
 
     tiled((0, 50), (50, None))
     with pytest.raises(UserError, match="left out between 40 and 50"):
@@ -190,7 +192,8 @@ def test_a_run_that_is_killed_anywhere_goes_on(jsonl, tokenizer, tmp_path) -> No
     expected = run(big, tokenizer, tmp_path / "expected", "--engine", "reference", "--workers", 2)
     out = tmp_path / "data"
     code = (
-        "import sys; from data_prep import cli, parts; parts.SMALLEST_BYTES = 400_000; "
+        "import sys; from data_prep import cli; from data_prep.parts import plan; "
+        "plan.SMALLEST_BYTES = 400_000; "
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     argv = ["tokenize", big, "--tokenizer", tokenizer, "--output-dir", out, *OPTIONS]
@@ -238,7 +241,7 @@ def test_a_run_that_is_killed_in_clearing_up(jsonl, tokenizer, tmp_path, monkeyp
 
     def run_and_kill() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("data_prep.workplace.shutil.rmtree", killed)
+            patch.setattr("data_prep.parts.workplace.shutil.rmtree", killed)
             argv = ["tokenize", jsonl, "--tokenizer", tokenizer, "--output-dir", out, *OPTIONS]
             assert cli.main([str(argument) for argument in argv]) == 130
         assert (tmp_path / ".data.tmp/parts").is_dir()
@@ -318,8 +321,8 @@ def test_ten_million_documents_are_joined_in_little_memory(tmp_path) -> None:
     code = """
 import sys
 from pathlib import Path
-from data_prep.pool import peak_memory
-from data_prep.shards import append_files, write_index
+from data_prep.parts.pool import peak_memory
+from data_prep.dataset.shards import append_files, write_index
 folder = Path(sys.argv[1])
 base = peak_memory()
 append_files(folder / "train.bin", [folder / f"{i}.bin" for i in range(2)])
@@ -340,7 +343,7 @@ print(peak_memory() - base)
 def test_a_run_that_is_begun_anew_with_other_options_takes_nothing_over(
     jsonl, tokenizer, small_parts, tmp_path, monkeypatch
 ) -> None:
-    from data_prep import tokenize_text
+    from data_prep.dataset import tokenize as tokenize_text
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from data_prep import cli, parts
-from data_prep.chat import Chat, pieces_of
+from data_prep import cli
+from data_prep.parts import plan
+from data_prep.read.chat import Chat, pieces_of
 
 TEMPLATE = """\
 {% for message in messages %}
@@ -59,7 +60,7 @@ def trained_text(out: Path, tokenizer: Path, dtype: str = "<u2") -> list[str]:
 
 
 def test_the_assistants_turns_are_trained_on(chat_tokenizer, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(parts, "SMALLEST_BYTES", 1000)
+    monkeypatch.setattr(plan, "SMALLEST_BYTES", 1000)
     unfinished = [*TALK, {"role": "user", "content": "Thanks"}]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in [TALK, unfinished] * 10))

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import cli, parts, pool
-from data_prep.parts import plan_parts
-from data_prep.sources import find_sources
+from data_prep import cli
+from data_prep.parts import plan, pool
+from data_prep.parts.plan import plan_parts
+from data_prep.read.sources import find_sources
 
 Serve = Callable[..., str]
 
@@ -106,7 +107,7 @@ def test_files_on_the_web(jsonl, tokenize, serve, tmp_path, monkeypatch) -> None
     files = {"/a.jsonl": raw, "/b.jsonl.gz": gzip.compress(raw)}
     status, _, expected = tokenize(jsonl, out="local")
     assert status == 0
-    monkeypatch.setattr(parts, "SMALLEST_BYTES", 3000)  # more than one part
+    monkeypatch.setattr(plan, "SMALLEST_BYTES", 3000)  # more than one part
     table = tmp_path / "c.parquet"
     texts = [json.loads(row)["text"] for row in raw.splitlines()]
     pq.write_table(pa.table({"text": texts}), table, row_group_size=50)
@@ -231,9 +232,9 @@ def test_a_gigabyte_without_a_line_end_takes_little_memory(tmp_path) -> None:
         out.write(b"\n" + line("two").encode())
     code = """
 import sys
-from data_prep.documents import BadLines, Reading, read_documents
-from data_prep.sources import find_sources
-from data_prep.pool import peak_memory
+from data_prep.read.documents import BadLines, Reading, read_documents
+from data_prep.read.sources import find_sources
+from data_prep.parts.pool import peak_memory
 (source,) = find_sources((sys.argv[1],))
 bad, before = BadLines(1), peak_memory()
 print(list(read_documents(source, Reading(), bad, lambda _: None)), bad.examples)
@@ -272,7 +273,7 @@ def damaged(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_a_damaged_file_does_not_lose_the_others(damaged, tokenize, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(parts, "SMALLEST_BYTES", 1)  # a part for each file
+    monkeypatch.setattr(plan, "SMALLEST_BYTES", 1)  # a part for each file
     folder = next(iter(damaged.values())).parent
     status, output, manifest = tokenize(folder)
     assert status == 2 and not manifest

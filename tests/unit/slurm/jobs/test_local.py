@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pretrain import cli
-from slurm.folders import job_folders
-from slurm.history import read_history
-from slurm.local import stop
+from slurm.jobs.folders import job_folders
+from slurm.jobs.local import stop
+from slurm.watch.history import read_history
 
 FAKE_PYTHON = f"""#!{sys.executable}
 import signal, sys, time
@@ -31,7 +31,7 @@ CHAIN = ["data", "verify", "data", "then", *TRAIN, "then", "export", "run", "mod
 @pytest.fixture
 def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """A chain under way: its first command is over, its training runs."""
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     monkeypatch.setenv("PYTHONPATH", str(root))
     monkeypatch.chdir(tmp_path)
     python = tmp_path / "python"

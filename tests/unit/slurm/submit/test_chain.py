@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from pretrain import cli
-from slurm.chain import Array, Part, Step, split_chain, stages, take_tasks
 from slurm.cli import parse_submit
 from slurm.errors import UserError
-from slurm.folders import job_folders, log_files, read_job
-from slurm.history import read_history
+from slurm.jobs.folders import job_folders, log_files, read_job
+from slurm.submit.chain import Array, Part, Step, split_chain, stages, take_tasks
+from slurm.watch.history import read_history
 from tests.data_sets import write_data_set
 
 FAKE = """#!/bin/bash
@@ -288,7 +288,7 @@ def test_cancel(slurm: FakeSlurm, capsys) -> None:
 
 
 def test_logs(slurm: FakeSlurm, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slurm.logs.ASK_S", 0.5)
+    monkeypatch.setattr("slurm.watch.logs.ASK_S", 0.5)
     run(capsys, "submit", "--profile", "p.toml", *TOKENIZE, "--tasks", "11")
     assert "no log yet" in run(capsys, "logs", "tokens")
     folder = tmp_path / "tokens-slurm" / "1"

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from slurm.errors import UserError
-from slurm.profile import Container, Profile, load_profile
-from slurm.render import Resources
+from slurm.submit.profile import Container, Profile, load_profile
+from slurm.submit.render import Resources
 
-EXAMPLE = Path(__file__).parents[3] / "slurm" / "profiles" / "example.toml"
+EXAMPLE = Path(__file__).parents[4] / "slurm" / "profiles" / "example.toml"
 
 
 def read(tmp_path: Path, text: str) -> Profile:

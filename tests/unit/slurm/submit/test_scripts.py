@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from slurm.chain import Array
 from slurm.errors import UserError
-from slurm.profile import Container, Profile
-from slurm.render import Resources, task_script, train_script
+from slurm.submit.chain import Array
+from slurm.submit.profile import Container, Profile
+from slurm.submit.render import Resources, task_script, train_script
 
 GOLDEN = Path(__file__).parent / "golden"
 CLUSTER = Profile(
