@@ -27,7 +27,6 @@ from data_prep.clean.passes import (
     start_writing,
 )
 from data_prep.clean.quality import Quality, make_judge
-from data_prep.encode.tokenize_part import clean_up
 from data_prep.errors import UserError
 from data_prep.files import sync_folder, write_durably
 from data_prep.parts.plan import Part, plan_parts
@@ -109,7 +108,7 @@ def clean(options: Clean) -> str:
     )
     parts = plan_parts(sources, options.text_documents)
     with place.held(alone=True):
-        clean_up(place.parts, {part.key(job.fingerprint) for part in parts})
+        place.remove_parts_except({part.key(job.fingerprint) for part in parts})
         try:
             judged = _judge(options, job, parts)
         except BaseException:

@@ -17,7 +17,7 @@ from data_prep.dataset.shards import token_dtype
 from data_prep.encode.encoders import Encoder, open_encoder, sha256
 from data_prep.encode.guard import Verdict, judge
 from data_prep.encode.split import Fractions
-from data_prep.encode.tokenize_part import BadFiles, Job, clean_up, start
+from data_prep.encode.tokenize_part import BadFiles, Job, start
 from data_prep.errors import UserError
 from data_prep.parts.plan import Part, plan_parts, to_json
 from data_prep.parts.pool import about, usable_cores, work_through
@@ -117,7 +117,7 @@ def tokenize(options: Tokenize) -> str:
         return f"{summary}\nAll ranks done? megatron-ladder data merge {options.output_dir}"
     with place.held(alone=True):
         place.write_plan(plan, options.tokenizer)
-        clean_up(place.parts, {part.key(fingerprint) for part in parts})
+        place.remove_parts_except({part.key(fingerprint) for part in parts})
         try:
             summary = _work(options, place, encoder, fingerprint, mine)
             return f"{summary}\n{join(place, plan)}\nData set: {options.output_dir}"

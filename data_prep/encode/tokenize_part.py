@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.encode.conversations import encode_conversations
 from data_prep.encode.engines import Engine, FastEngine, LazyReference
 from data_prep.encode.guard import Verdict
 from data_prep.encode.part_files import PartFiles
@@ -20,7 +21,6 @@ from data_prep.errors import UserError
 from data_prep.files import write_durably
 from data_prep.parts.plan import Part
 from data_prep.parts.pool import Tally, Work, peak_memory
-from data_prep.read.chat import encode
 from data_prep.read.documents import BadLines, NoTextField, Reading, TooManyBadLines, read_segment
 
 BadFiles = Literal["stop", "skip"]
@@ -75,7 +75,9 @@ def tokenize_part(job: Job, engine: Engine, part: Part, tally: Tally) -> dict[st
             try:
                 for texts in long_ones_alone(batches):
                     if job.reading.chat:
-                        documents, tokens = files.add_conversations(texts, *encode(engine, texts))
+                        documents, tokens = files.add_conversations(
+                            texts, *encode_conversations(engine, texts)
+                        )
                     else:
                         documents, tokens = files.add(texts, *engine.encode(texts))
                     empty += len(texts) - documents
@@ -128,10 +130,3 @@ def make_engine(job: Job) -> Engine:
 def start(job: Job, tally: Tally) -> Work:
     """What a process of the pool does with each part."""
     return functools.partial(tokenize_part, job, make_engine(job), tally=tally)
-
-
-def clean_up(folder: Path, keys: set[str]) -> None:
-    """Removes parts of earlier plans, and what processes that were killed left half written."""
-    for path in folder.iterdir():
-        if path.name.split(".")[0] not in keys or ".tmp-" in path.name:
-            path.unlink(missing_ok=True)  # a killed run's last process may be ending itself

@@ -51,6 +51,12 @@ class Workplace:
         finally:
             os.close(descriptor)
 
+    def remove_parts_except(self, keys: set[str]) -> None:
+        """Removes the parts of earlier plans, and half-written files of processes that were killed."""
+        for path in self.parts.iterdir():
+            if path.name.split(".")[0] not in keys or ".tmp-" in path.name:
+                path.unlink(missing_ok=True)  # a killed run's last process may be ending itself
+
     def remove(self) -> None:
         """Markers first: killed in the middle, it leaves none that speaks of files that are gone."""
         for marker in self.parts.glob("*.json"):

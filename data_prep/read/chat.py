@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data_prep.encode.engines import Engine
 from data_prep.errors import UserError
 
 Pieces = list[tuple[str, bool]]
@@ -148,23 +145,3 @@ def load_template(tokenizer: Path, given: Path | None) -> str:
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template of {given or tokenizer} is none: {error}") from error
     return template
-
-
-def encode(
-    engine: Engine, texts: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Ids of conversations.
-
-    Returns:
-        All ids, [tokens]; whether each is trained on, [tokens] bool; tokens of each document,
-        [documents]; whether its end is trained on, [documents] bool: after the assistant's last word.
-    """
-    pieces = [text.pieces for text in texts if isinstance(text, Conversation)]
-    assert len(pieces) == len(texts)
-    flat = [piece for document in pieces for piece in document]
-    ids, lengths = engine.encode([text for text, _ in flat])
-    trained = np.repeat(np.array([trained for _, trained in flat], bool), lengths)
-    last = np.cumsum([len(document) for document in pieces])
-    ends = np.concatenate([[0], np.cumsum(lengths)])[np.concatenate([[0], last])]
-    end_trained = np.array([document[-1][1] for document in pieces], bool)
-    return ids, trained, np.diff(ends), end_trained
