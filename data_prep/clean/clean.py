@@ -33,7 +33,7 @@ from data_prep.parts.plan import Part, plan_parts
 from data_prep.parts.pool import Start, about, usable_cores, work_through
 from data_prep.parts.workplace import Workplace
 from data_prep.progress import Progress
-from data_prep.read.documents import InvalidUtf8, Reading, TextDocuments
+from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import DROPPED, REPORT, Source, find_sources
 from data_prep.version import VERSION
 

@@ -17,7 +17,9 @@ from data_prep.clean.quality import Quality, make_judge
 from data_prep.files import sync_file, sync_folder, write_durably
 from data_prep.parts.plan import Part
 from data_prep.parts.pool import Tally, Work
-from data_prep.read.documents import BadLines, Named, Reading, read_segment
+from data_prep.read.documents import read_segment
+from data_prep.read.reading import BadLines, Reading
+from data_prep.read.records import Named
 from data_prep.read.sources import Segment
 
 SAMPLES = 20

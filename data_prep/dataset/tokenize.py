@@ -24,7 +24,7 @@ from data_prep.parts.pool import about, usable_cores, work_through
 from data_prep.parts.workplace import Workplace
 from data_prep.progress import Progress
 from data_prep.read.chat import Chat, load_template
-from data_prep.read.documents import InvalidUtf8, Reading, TextDocuments
+from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import Source, find_sources, is_remote
 from data_prep.version import VERSION
 

@@ -15,7 +15,8 @@ from data_prep.encode.encoders import Encoder
 from data_prep.encode.engines import FastEngine, LazyReference, ReferenceEngine, load_fast
 from data_prep.errors import UserError
 from data_prep.parts.plan import Part
-from data_prep.read.documents import BadLines, Reading, read_segment
+from data_prep.read.documents import read_segment
+from data_prep.read.reading import BadLines, Reading
 
 SAMPLED_PARTS = 8
 SAMPLED_BYTES = 1 << 19

@@ -21,7 +21,8 @@ from data_prep.errors import UserError
 from data_prep.files import write_durably
 from data_prep.parts.plan import Part
 from data_prep.parts.pool import Tally, Work, peak_memory
-from data_prep.read.documents import BadLines, NoTextField, Reading, TooManyBadLines, read_segment
+from data_prep.read.documents import read_segment
+from data_prep.read.reading import BadLines, NoTextField, Reading, TooManyBadLines
 
 BadFiles = Literal["stop", "skip"]
 LONG_CHARACTERS = 1 << 20

@@ -16,7 +16,8 @@ import tyro
 from data_prep.encode.split import hash_fraction
 from data_prep.errors import UserError
 from data_prep.progress import Progress
-from data_prep.read.documents import BadLines, Reading, TextDocuments, read_documents
+from data_prep.read.documents import read_documents
+from data_prep.read.reading import BadLines, Reading, TextDocuments
 from data_prep.read.sources import Source, find_sources
 
 # SentencePiece takes "sentences" of at most this many bytes; longer lines are cut.

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.read.documents import TextDocuments
 from data_prep.read.parquet import row_groups
+from data_prep.read.reading import TextDocuments
 from data_prep.read.sources import Segment, Source
 from data_prep.read.streams import zstd_frames
 

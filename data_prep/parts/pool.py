@@ -20,7 +20,7 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.parts.plan import Part
 from data_prep.progress import Progress
-from data_prep.read.documents import BadLines, NoTextField, TooManyBadLines
+from data_prep.read.reading import BadLines, NoTextField, TooManyBadLines
 
 REMOTE_ATTEMPTS = 4
 # Errors of the output's disk, which end the work: not of one input file.

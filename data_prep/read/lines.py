@@ -1,8 +1,11 @@
 """Lines out of chunks of bytes, of a whole file or of a range of it."""
 
-from collections.abc import Iterator
+import codecs
+from collections.abc import Callable, Iterator
 
 from data_prep.errors import UserError
+from data_prep.read.reading import BadLines, Reading
+from data_prep.read.sources import Segment
 from data_prep.read.streams import Chunk
 
 # Lines are handed on in blocks of about this many bytes.
@@ -74,3 +77,34 @@ def _until_damage(chunks: Iterator[Chunk], damage: list[UserError]) -> Iterator[
         yield from chunks
     except UserError as error:
         damage.append(error)
+
+
+def naming(segment: Segment) -> Callable[[int], str]:
+    """Names a line by its number."""
+    after = f", counted from byte {segment.begin:,}" if segment.begin else ""
+    return lambda number: f"{segment.source.path}:{number}{after}"
+
+
+def numbered_lines(
+    segment: Segment, chunks: Iterator[Chunk], reading: Reading, bad: BadLines
+) -> Iterator[Iterator[tuple[int, bytes]]]:
+    """Lines with their numbers, in blocks; without those that are too long."""
+    where, limit = naming(segment), reading.max_document_bytes
+    for first, lines in line_blocks(chunks, inside=segment.begin > 0, longest=limit):
+        if first == 1 and not segment.begin and lines and lines[0] is not None:
+            if segment.source.kind == "jsonl" and b"\0" in lines[0]:
+                raise UserError(f"{segment.source.path} is not JSON lines: it holds binary data")
+            lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+        for number, line in enumerate(lines, start=first):
+            if line is None:
+                bad.add(where(number), f"a line of more than --max-document-bytes {limit:,}")
+        yield _taken_out(first, lines)
+
+
+def _taken_out(first: int, lines: list[bytes | None]) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers; each can be freed as soon as it has been used."""
+    lines.reverse()
+    while lines:
+        if (line := lines.pop()) is not None:
+            yield first, line
+        first += 1

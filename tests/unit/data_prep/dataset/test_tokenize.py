@@ -22,8 +22,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from data_prep import cli
 from data_prep.dataset.shards import read_document, token_dtype, write_index
 from data_prep.encode.split import hash_fraction
-from data_prep.read.documents import BadLines, Reading, read_documents
+from data_prep.read.documents import read_documents
 from data_prep.read.lines import line_blocks
+from data_prep.read.reading import BadLines, Reading
 from data_prep.read.sources import find_sources
 from data_prep.version import VERSION
 

@@ -18,7 +18,7 @@ from data_prep.encode.encoders import open_encoder
 from data_prep.encode.engines import FastEngine, LazyReference, ReferenceEngine, load_fast
 from data_prep.encode.guard import Verdict, judge
 from data_prep.parts.plan import plan_parts
-from data_prep.read.documents import Reading
+from data_prep.read.reading import Reading
 from data_prep.read.sources import find_sources
 
 

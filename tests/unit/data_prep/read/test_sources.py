@@ -232,7 +232,8 @@ def test_a_gigabyte_without_a_line_end_takes_little_memory(tmp_path) -> None:
         out.write(b"\n" + line("two").encode())
     code = """
 import sys
-from data_prep.read.documents import BadLines, Reading, read_documents
+from data_prep.read.documents import read_documents
+from data_prep.read.reading import BadLines, Reading
 from data_prep.read.sources import find_sources
 from data_prep.parts.pool import peak_memory
 (source,) = find_sources((sys.argv[1],))
