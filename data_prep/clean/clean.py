@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,19 +18,18 @@ from data_prep.clean import duplicates
 from data_prep.clean.passes import (
     DECISION,
     REASONS,
-    SAMPLES,
     Job,
     Rules,
-    place_name,
     start_judging,
     start_writing,
 )
 from data_prep.clean.quality import Quality, make_judge
+from data_prep.clean.report import choose_samples, make_report, summarize
 from data_prep.errors import UserError
 from data_prep.files import sync_folder, write_durably
 from data_prep.parts.plan import Part, plan_parts
 from data_prep.parts.pool import Start, about, usable_cores, work_through
-from data_prep.parts.workplace import Workplace
+from data_prep.parts.workplace import Workplace, check_outside
 from data_prep.progress import Progress
 from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import DROPPED, REPORT, Source, find_sources
@@ -210,11 +208,11 @@ def _write(
     for path in data.iterdir():
         if not path.stat().st_size:
             path.unlink()  # nothing of the part is left
-    report = _report(judged, written)
+    report = make_report(judged, written)
     report |= {"made_by": f"megatron-ladder {VERSION}", "options": facts}
     report["sources"] = [[s.path, s.bytes, s.version] for s in sources]
-    samples = _samples(job, parts, judged, written)
-    summary = _summary(report)
+    samples = choose_samples(job, parts, judged, written)
+    summary = summarize(report)
     if not report["kept"]["documents"]:
         place.remove()
         raise UserError(f"nothing is left, so nothing was written\n{summary}")
@@ -232,66 +230,6 @@ def _write(
         f"{options.output_dir / DROPPED}\n"
         f"Go on: megatron-ladder data tokenize {options.output_dir} ..."
     )
-
-
-def _report(judged: list[dict[str, Any]], written: list[dict[str, Any]]) -> dict[str, Any]:
-    dropped, dropped_bytes = Counter[str](), Counter[str]()
-    for part in (*judged, *written):
-        dropped.update(part["dropped"])
-        dropped_bytes.update(part["dropped_bytes"])
-    passed = sum(part["kept"] for part in judged)
-    documents = passed + sum(sum(part["dropped"].values()) for part in judged)
-    text_bytes = sum(part["text_bytes"] for part in judged)
-    return {
-        "documents": documents,
-        "text_bytes": text_bytes,
-        "kept": {
-            "documents": documents - dropped.total(),
-            "text_bytes": text_bytes - dropped_bytes.total(),
-        },
-        "dropped": {
-            why: {"documents": count, "text_bytes": dropped_bytes[why]}
-            for why, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
-        },
-        "bad_lines": sum(part["bad"]["count"] for part in judged),
-    }
-
-
-def _samples(
-    job: Job, parts: list[Part], judged: list[dict[str, Any]], written: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The first of each reason; duplicates with the name of what they repeat."""
-    seen = Counter[str]()
-    chosen = []
-    ends = np.cumsum([part["kept"] for part in judged])
-    for one in (one for part in (*judged, *written) for one in part["samples"]):
-        seen[one["reason"]] += 1
-        if seen[one["reason"]] > SAMPLES:
-            continue
-        if (of := one.pop("of", None)) is not None:
-            number = int(np.searchsorted(ends, of, side="right"))
-            within = int(of - (ends[number] - judged[number]["kept"]))
-            segment = next(s for s in judged[number]["sources"] if within < s["kept_up_to"])
-            ordinals = np.memmap(job.file(parts[number], "ordinals"), "<u4", "r")
-            one["repeats"] = place_name(segment["path"], segment["begin"], int(ordinals[within]))
-        chosen.append(one)
-    return chosen
-
-
-def _summary(report: dict[str, Any]) -> str:
-    total, kept = max(report["documents"], 1), report["kept"]
-    lines = [
-        f"{report['documents']:,} documents, {report['text_bytes'] / 1e6:.1f} MB of text; kept "
-        f"{kept['documents']:,} ({100 * kept['documents'] / total:.1f} %), "
-        f"{kept['text_bytes'] / 1e6:.1f} MB"
-    ]
-    lines += [
-        f"  {count['documents']:>12,}  {100 * count['documents'] / total:5.1f} %  {why}"
-        for why, count in report["dropped"].items()
-    ]
-    if report["bad_lines"]:
-        lines.append(f"{report['bad_lines']:,} lines could not be used")
-    return "\n".join(lines)
 
 
 def _rules(options: Clean) -> Rules:
@@ -348,13 +286,7 @@ def _check(options: Clean) -> None:
     for name in ("max_document_bytes", "workers", "min_characters", "max_characters"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be 1 or more")
-    place = options.output_dir.resolve()
-    for given in options.inputs:
-        if "://" not in given and Path(given).is_dir() and Path(given).resolve() in place.parents:
-            raise UserError(
-                f"--output-dir {options.output_dir} lies in the input folder {given}, where it would "
-                "be read as text: choose a folder outside"
-            )
+    check_outside(options.output_dir, options.inputs)
     make_judge(options.quality, None, None)  # whether its library is there
     if options.near_dedup:
         duplicates.check_rensa()

@@ -1,20 +1,17 @@
 """The two passes over the text: judge each document by itself, then leave out what others repeat."""
 
-import io
-import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
-import zstandard
 
 from data_prep.clean import duplicates
+from data_prep.clean.frames import Frames, read_frames
 from data_prep.clean.quality import Quality, make_judge
-from data_prep.files import sync_file, sync_folder, write_durably
+from data_prep.files import sync_file, write_durably
 from data_prep.parts.plan import Part
 from data_prep.parts.pool import Tally, Work
 from data_prep.read.documents import read_segment
@@ -24,7 +21,6 @@ from data_prep.read.sources import Segment
 
 SAMPLES = 20
 SAMPLE_CHARACTERS = 500
-FRAME_BYTES = 32 << 20  # where `data tokenize` can cut
 REASONS = ("", "repeated id", "exact duplicate", "near duplicate")
 DECISION = np.dtype([("reason", "u1"), ("of", "<i8")])
 """Of a document: its place in REASONS (0: it stays), and the place among all of the one it repeats."""
@@ -158,51 +154,6 @@ def _write_bands(job: Job, part: Part, kept: int) -> None:
 def open_signatures(job: Job, part: Part, kept: int) -> np.ndarray:
     shape = (kept, duplicates.PERMUTATIONS)
     return np.memmap(job.file(part, "signatures"), "<u4", "r", shape=shape)
-
-
-class Frames:
-    """Writes JSON lines in zstd frames: durable when closed, in its place by one rename."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        self._file = self._temporary.open("wb")
-        self._begin()
-
-    def _begin(self) -> None:
-        self._frame = zstandard.ZstdCompressor(level=3, write_checksum=True).compressobj()
-        self._held = 0
-
-    def write(self, record: dict[str, Any]) -> None:
-        line = orjson.dumps(record) + b"\n"
-        self._file.write(self._frame.compress(line))
-        self._held += len(line)
-        if self._held >= FRAME_BYTES:
-            self._file.write(self._frame.flush())
-            self._begin()
-
-    def __enter__(self) -> "Frames":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            if self._held:
-                self._file.write(self._frame.flush())
-            self._file.close()
-            sync_file(self._temporary)
-            self._temporary.replace(self._path)
-            sync_folder(self._path.parent)
-        else:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
-
-
-def read_frames(path: Path) -> Iterator[dict[str, Any]]:
-    """What `Frames` wrote."""
-    with path.open("rb") as file:
-        reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        for line in io.BufferedReader(reader, 1 << 20):
-            yield orjson.loads(line)
 
 
 def start_writing(job: Job, output: str, tally: Tally) -> Work:

@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from data_prep.dataset.merge import join
+from data_prep.dataset.output import check_space, is_done
 from data_prep.dataset.shards import token_dtype
 from data_prep.encode.encoders import Encoder, open_encoder, sha256
 from data_prep.encode.guard import Verdict, judge
@@ -21,11 +20,11 @@ from data_prep.encode.tokenize_part import BadFiles, Job, start
 from data_prep.errors import UserError
 from data_prep.parts.plan import Part, plan_parts, to_json
 from data_prep.parts.pool import about, usable_cores, work_through
-from data_prep.parts.workplace import Workplace
+from data_prep.parts.workplace import Workplace, check_outside
 from data_prep.progress import Progress
 from data_prep.read.chat import Chat, load_template
 from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
-from data_prep.read.sources import Source, find_sources, is_remote
+from data_prep.read.sources import find_sources
 from data_prep.version import VERSION
 
 # Raised when the same input and options give other bytes than before.
@@ -93,14 +92,14 @@ def tokenize(options: Tokenize) -> str:
     """
     _check_numbers(options)
     encoder = open_encoder(options.tokenizer, options.eod_token)
-    _check_place(options)
+    check_outside(options.output_dir, options.inputs)
     sources = find_sources(options.inputs, options.include, options.exclude)
     manifest = _manifest(options, encoder)
     place = Workplace(options.output_dir)
-    if _is_done(options.output_dir, manifest, sources):
+    if is_done(options.output_dir, manifest, sources):
         place.remove_what_is_left()
         return f"{options.output_dir}: already done from the same text, nothing to do"
-    _check_space(options.output_dir, sources, manifest["dtype"])
+    check_space(options.output_dir, sources, manifest["dtype"])
     parts = plan_parts(sources, options.text_documents)
     fingerprint = _fingerprint(manifest, options)
     plan = {
@@ -239,36 +238,6 @@ def _fingerprint(manifest: dict[str, Any], options: Tokenize) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def _is_done(output_dir: Path, wanted: dict[str, Any], sources: list[Source]) -> bool:
-    """Whether the folder holds this very data set. Raises UserError when it holds another thing."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output-dir {output_dir} is a file: give a folder")
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
-        return False
-    changed = ""
-    try:
-        manifest = json.loads((output_dir / "manifest.json").read_text())
-        same = all(manifest[key] == wanted[key] for key in ("tokenizer", "dtype", "options"))
-        whole = all(
-            (output_dir / f"{name}.{ending}").stat().st_size == split[f"{ending}_bytes"]
-            for name, split in manifest["splits"].items()
-            for ending in ("bin", "idx")
-        )
-        made_of = [(s["path"], s["bytes"], s["version"]) for s in manifest["sources"]]
-        now = [(s.path, s.bytes, s.version) for s in sources]
-        if same and whole and made_of == now:
-            return True
-        if [path for path, *_ in made_of] == [path for path, *_ in now]:
-            edited = [b[0] for a, b in zip(made_of, now, strict=True) if a != b]
-            changed = f" ({edited[0]} has changed since)" if edited else ""
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(
-        f"--output-dir {output_dir} is not empty and holds something else{changed}: choose another "
-        "folder, or remove it"
-    )
-
-
 def _check_numbers(options: Tokenize) -> None:
     fractions = (options.validation_fraction, options.test_fraction)
     if not (min(fractions) >= 0 and sum(fractions) < 1):  # NaN is neither
@@ -290,33 +259,4 @@ def _check_numbers(options: Tokenize) -> None:
         raise UserError(
             f"--rank {options.rank} is not one of --world-size {options.world_size}: ranks count "
             "from 0"
-        )
-
-
-def _check_place(options: Tokenize) -> None:
-    """Refuses an output among the input: its own files would be read the next time."""
-    place = options.output_dir.resolve()
-    for given in options.inputs:
-        if not is_remote(given) and Path(given).is_dir() and Path(given).resolve() in place.parents:
-            raise UserError(
-                f"--output-dir {options.output_dir} lies in the input folder {given}, where it would "
-                "be read as text: choose a folder outside"
-            )
-
-
-def _check_space(output_dir: Path, sources: list[Source], dtype: str) -> None:
-    """Refuses a disk that will not hold the tokens: about 3.5 bytes of text make one."""
-    text = sum(source.bytes * (4 if source.compression else 1) for source in sources)
-    # Twice: the parts are there until they are joined.
-    needed = 2 * text / 3.5 * (2 if dtype == "uint16" else 4)
-    parent = output_dir.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"--output-dir {output_dir}: no permission to write in {parent}")
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(
-            f"--output-dir {output_dir}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed: "
-            "free space or choose another disk"
         )

@@ -11,12 +11,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.files import write_durably
+from data_prep.read.sources import is_remote
 
 
 class Workplace:
@@ -113,3 +114,14 @@ def _difference(other: dict[str, Any], plan: dict[str, Any], keys: list[str]) ->
             if a != b:
                 return f"{a['path']} there, {b['path']} of {b['bytes']:,} bytes now"
     return ", ".join(keys)
+
+
+def check_outside(output_dir: Path, inputs: Iterable[str]) -> None:
+    """Refuses an output folder inside an input folder: the next run would read the output as text."""
+    place = output_dir.resolve()
+    for given in inputs:
+        if not is_remote(given) and Path(given).is_dir() and Path(given).resolve() in place.parents:
+            raise UserError(
+                f"--output-dir {output_dir} lies in the input folder {given}, where it would be read "
+                "as text: choose a folder outside"
+            )

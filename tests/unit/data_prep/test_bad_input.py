@@ -9,7 +9,7 @@ import sentencepiece
 import zstandard
 
 from data_prep import cli
-from data_prep.dataset import tokenize as tokenize_text
+from data_prep.dataset import output
 from data_prep.encode import tokenize_part
 from data_prep.parts.workplace import Workplace
 
@@ -180,11 +180,11 @@ def test_fractions_that_leave_nothing(tokenize, jsonl, tmp_path) -> None:
 
 def test_no_space_or_no_permission(tokenize, jsonl, monkeypatch) -> None:
     usage = type("usage", (), {"free": 10})
-    monkeypatch.setattr(tokenize_text.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
     assert "GB free, about" in tokenize(jsonl)
     monkeypatch.undo()
     # Root may write anywhere, so the system's answer is stood in for.
-    monkeypatch.setattr(tokenize_text.os, "access", lambda *_: False)
+    monkeypatch.setattr(output.os, "access", lambda *_: False)
     assert "no permission to write in" in tokenize(jsonl)
 
 
