@@ -25,9 +25,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from measuring import facts
+from measuring.interleaved import measure
 from megatron_ladder.config import ModelConfig, ParallelConfig
-from pretrain.bench import facts
-from pretrain.bench.interleaved import measure
 from pretrain.config.train import DataConfig, TrainConfig
 from pretrain.data.batches import Batch, to_device
 from pretrain.loop.step import train_step

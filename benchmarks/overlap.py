@@ -35,13 +35,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ladder.collectives import backward_order, ranges
-from megatron_ladder.collectives.points import collectives_of
-from megatron_ladder.config import ModelConfig, ParallelConfig
-from megatron_ladder.layers import linear
-from pretrain.bench import facts
-from pretrain.bench.decoder import Decoder
-from pretrain.bench.hidden import (
+from measuring import facts
+from measuring.hidden import (
     BLOCKING,
     NO_COMM,
     PASSES,
@@ -53,8 +48,13 @@ from pretrain.bench.hidden import (
     scaled,
     table,
 )
-from pretrain.bench.interleaved import measure, slowest
-from pretrain.bench.precisions import PRECISIONS, precision_of
+from measuring.interleaved import measure, slowest
+from measuring.precisions import PRECISIONS, precision_of
+from megatron_ladder.collectives import backward_order, ranges
+from megatron_ladder.collectives.points import collectives_of
+from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.layers import linear
+from pretrain.bench.decoder import Decoder
 from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from measuring import facts
+from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.config import ParallelConfig
-from pretrain.bench import facts
-from pretrain.bench.precisions import PRECISIONS, precision_of
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import ScheduleConfig, TrainConfig
 from pretrain.data.batches import Batch

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from measuring.interleaved import measure
+from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
-from pretrain.bench.interleaved import measure
-from pretrain.bench.precisions import PRECISIONS, precision_of
 from pretrain.bench.ranks import join
 from pretrain.run.versions import versions
 

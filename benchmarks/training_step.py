@@ -22,9 +22,9 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 
+from measuring import facts
+from measuring.precisions import precision_of
 from megatron_ladder.config import Attention, ParallelConfig
-from pretrain.bench import facts
-from pretrain.bench.precisions import precision_of
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig
 from pretrain.data.batches import Batch
