@@ -21,8 +21,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout need not be installed
 
-from pretrain.bench import facts  # noqa: E402
-from pretrain.bench.hidden import BLOCKING, PASSES  # noqa: E402
+from gpu_questions import QUESTIONS, Words  # noqa: E402
+from measuring import facts  # noqa: E402
+from measuring.hidden import BLOCKING, PASSES  # noqa: E402
 
 Report = dict[str, Any]
 INTRODUCTION = """# Results on one GPU
@@ -34,7 +35,7 @@ from the results: do not edit it. [All results](index.md) says what is measured 
 
 
 def script(name: str) -> ModuleType:
-    """A file of benchmarks/ as a module."""
+    """A benchmark, whose own table of its rows or parts is read."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -270,7 +271,7 @@ def in_lines(command: str) -> str:
     return " \\\n".join(f"    {line}" for line in lines)
 
 
-def asked(words: Any) -> str:
+def asked(words: Words) -> str:
     return f"**Question:**\n{words.question}\n\n**Wanted:**\n{words.wanted}\n"
 
 
@@ -296,7 +297,7 @@ def section(
         elif (log := folder / f"{name}.log").exists() and name == "tests":
             reports[name] = {"log": log.read_text()}
     missing = [f"`{name}`" for name in names if name not in reports]
-    words = script("gpu_questions").QUESTIONS[title]
+    words = QUESTIONS[title]
     text = [f"## {title}\n", asked(words)]
     if reports:
         devices = list(dict.fromkeys(r["device"] for r in reports.values() if "device" in r))
