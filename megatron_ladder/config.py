@@ -183,10 +183,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a model is laid out over ranks. The rest of the world size is data parallel.
-
-    Raises UserError when the numbers do not fit each other.
-    """
+    """How a model is laid out over ranks. The rest of the world size is data parallel."""
 
     tensor_model_parallel_size: int = 1
     sequence_parallel: bool = False
