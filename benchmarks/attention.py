@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pretrain.bench import facts
+from measuring import facts
 
 
 def arguments() -> argparse.Namespace:

@@ -26,16 +26,17 @@ from typing import Any
 import torch
 
 from megatron_ladder.config import ModelConfig
-from pretrain.checkpoint import Progress
-from pretrain.config import DataConfig, ScheduleConfig, TrainConfig
-from pretrain.optimizer import gathered_parameters
-from pretrain.run_folder import latest_checkpoint
-from pretrain.run_log import RunLog, versions
-from pretrain.saving import CheckpointSaver
-from pretrain.setup import build, start_ranks, stop_ranks
-from pretrain.status import Status
-from pretrain.step import train_step
-from pretrain.watchdog import Watchdog
+from pretrain.config.train import DataConfig, ScheduleConfig, TrainConfig
+from pretrain.loop.log import RunLog
+from pretrain.loop.saving import CheckpointSaver
+from pretrain.loop.step import train_step
+from pretrain.loop.watchdog import Watchdog
+from pretrain.model.optimizer import gathered_parameters
+from pretrain.model.setup import build, start_ranks, stop_ranks
+from pretrain.run.checkpoint import Progress
+from pretrain.run.folder import latest_checkpoint
+from pretrain.run.status import Status
+from pretrain.run.versions import versions
 
 BATCH, LENGTH, VOCABULARY = 4, 256, 8192
 BEFORE = 5  # undisturbed steps before each save

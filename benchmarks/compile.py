@@ -25,13 +25,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from measuring import facts
+from measuring.interleaved import measure
 from megatron_ladder.config import ModelConfig, ParallelConfig
-from pretrain.bench import facts
-from pretrain.bench.interleaved import measure
-from pretrain.config import DataConfig, TrainConfig
-from pretrain.data import Batch, to_device
-from pretrain.setup import build, start_ranks
-from pretrain.step import train_step
+from pretrain.config.train import DataConfig, TrainConfig
+from pretrain.data.batches import Batch, to_device
+from pretrain.loop.step import train_step
+from pretrain.model.setup import build, start_ranks
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "unfused": {"attention": "unfused"},

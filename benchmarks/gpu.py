@@ -8,7 +8,7 @@ OUTPUT/results.tgz has all of it but the traces, which are in OUTPUT/traces.tgz.
 `--only overlap` is all whose names begin so.
 
 While a part runs, the next one's process has been started and imports what it needs
-(pretrain/bench/standby.py), with one thread and without the GPU. A part's limit counts from its go.
+(benchmarks/measuring/standby.py), with one thread and without the GPU. A part's limit counts from its go.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout need not be installed
 
-from pretrain.bench.standby import Standby  # noqa: E402
+from measuring.standby import Standby  # noqa: E402
 
 # Layers as a rank of TP=8 has them: hidden sizes, heads, and sequences in a micro-batch, as many as make
 # kernels long beside the time that Python takes to launch them, which would hide any link.
@@ -78,7 +78,7 @@ def overlap(
     command += ["--precision", precision, "--link", link, "--also", "parallel", *options]
     if (shape, link, precision) == ("70b", "nvswitch", "bf16"):
         command += ["--trace", f"OUTPUT/{name}{TRACE}"]
-    # As pretrain/queues.py sets it.
+    # As pretrain/model/queues.py sets it.
     queues = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"} if "--sequence-parallel" in options else {}
     return Part(name, [*command, "--json", f"OUTPUT/{name}.json"], 90, queues)
 

@@ -20,8 +20,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout need not be installed
 
-from pretrain.bench import facts  # noqa: E402
-from pretrain.bench.hidden import BLOCKING, PASSES  # noqa: E402
+from measuring import facts  # noqa: E402
+from measuring.hidden import BLOCKING, PASSES  # noqa: E402
 
 Report = dict[str, Any]
 INTRODUCTION = """# Results on a GPU

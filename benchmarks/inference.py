@@ -4,7 +4,7 @@ r"""Generation with each residual kind over a modelled link: prefill and decode,
         --picture docs/pictures/inference.png --timeline docs/pictures/inference_timeline.png
 
 A case is a shape of the paper, a link and a batch: prompt 1,024, 512 new tokens. How long attention, MLP
-and an all-reduce take there is modelled (pretrain/bench/inference_plan.py). What is measured is how much
+and an all-reduce take there is modelled (measuring/inference/plan.py). What is measured is how much
 of the all-reduces' time the code hides:
 
 On a CPU, real ranks (gloo) or, with --fake-tp N, one that plays rank 0 of N, run a reduced decoder with
@@ -39,10 +39,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ladder.config import ModelConfig, ParallelConfig
-from megatron_ladder.inference.sums import set_all_reduce
-from pretrain.bench.inference_decoder import InferenceDecoder, captured, seconds
-from pretrain.bench.inference_plan import (
+from measuring.inference.decoder import InferenceDecoder, captured, seconds
+from measuring.inference.plan import (
     BUILT,
     KINDS,
     NEW_TOKENS,
@@ -52,14 +50,16 @@ from pretrain.bench.inference_plan import (
     Pass,
     modelled_pass,
 )
-from pretrain.bench.inference_report import draw, figures, modelled_figures, tables, whole
-from pretrain.bench.interleaved import measure, slowest
-from pretrain.bench.links import PRESETS as LINKS
+from measuring.inference.report import draw, figures, modelled_figures, tables, whole
+from measuring.interleaved import measure, slowest
+from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.inference.sums import set_all_reduce
 from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.timeline import draw as draw_timeline
 from pretrain.bench.wire import LinkSeconds, over, own_seconds
-from pretrain.run_log import versions
+from pretrain.plan.links import PRESETS as LINKS
+from pretrain.run.versions import versions
 
 TP = 2
 CASES = ("70b:nvswitch", "70b:p2p-off", "8b:nvswitch", "8b:p2p-off", "405b:two-nodes-ndr")

@@ -18,14 +18,14 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 
+from measuring import facts
+from measuring.interleaved import measure
+from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.config import Attention, ModelConfig, ParallelConfig
-from pretrain.bench import facts
 from pretrain.bench.decoder import Decoder
-from pretrain.bench.interleaved import measure
-from pretrain.bench.precisions import PRECISIONS, precision_of
 from pretrain.bench.ranks import join
-from pretrain.metrics import flops_per_token, peak_flops
-from pretrain.presets import PRESETS
+from pretrain.config.presets import PRESETS
+from pretrain.run.metrics import flops_per_token, peak_flops
 
 KINDS = ("standard", "parallel", "ladder")
 

@@ -27,16 +27,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from measuring import facts
+from measuring.learning import source_text
+from measuring.learning.modelled_time import Target, modelled
+from measuring.learning.picture import draw
+from measuring.learning.runs import Run, data_facts, last_loss, read_run
+from measuring.standby import Standby
 from megatron_ladder.errors import UserError
-from pretrain.bench import facts, source_text
-from pretrain.bench.learning_picture import draw
-from pretrain.bench.learning_runs import Run, data_facts, last_loss, read_run
-from pretrain.bench.modelled_time import Target, modelled
-from pretrain.bench.plan import DEVICES
-from pretrain.bench.plan_search import KINDS
-from pretrain.bench.standby import Standby
-from pretrain.data import open_folder
+from pretrain.data.folders import open_folder
 from pretrain.files import write_atomically
+from pretrain.plan.planner import DEVICES
+from pretrain.plan.search import KINDS
 
 OURS = (
     *("--model.residual", "--model.ladder-layers", "--ladder-layers", "--init-from", "--seed"),

@@ -35,12 +35,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ladder import backward_order, linear, ranges
-from megatron_ladder.collectives import collectives_of
-from megatron_ladder.config import ModelConfig, ParallelConfig
-from pretrain.bench import facts
-from pretrain.bench.decoder import Decoder
-from pretrain.bench.hidden import (
+from measuring import facts
+from measuring.hidden import (
     BLOCKING,
     NO_COMM,
     PASSES,
@@ -52,17 +48,22 @@ from pretrain.bench.hidden import (
     scaled,
     table,
 )
-from pretrain.bench.interleaved import measure, slowest
-from pretrain.bench.links import NVLINK
-from pretrain.bench.links import PRESETS as LINKS
-from pretrain.bench.plan import DEVICES, Hardware, Submodule
-from pretrain.bench.plan import submodules as planned_submodules
-from pretrain.bench.precisions import PRECISIONS, precision_of
+from measuring.interleaved import measure, slowest
+from measuring.precisions import PRECISIONS, precision_of
+from megatron_ladder.collectives import backward_order, ranges
+from megatron_ladder.collectives.points import collectives_of
+from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.layers import linear
+from pretrain.bench.decoder import Decoder
 from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds
-from pretrain.presets import PRESETS as TRAIN_PRESETS
-from pretrain.profile import traced
+from pretrain.config.presets import PRESETS as TRAIN_PRESETS
+from pretrain.loop.profile import traced
+from pretrain.plan.links import NVLINK
+from pretrain.plan.links import PRESETS as LINKS
+from pretrain.plan.planner import DEVICES, Hardware, Submodule
+from pretrain.plan.planner import submodules as planned_submodules
 
 TP = 2
 ALSO = {"parallel": "parallel", "hybrid": "hybrid (last half)", NO_COMM: NO_COMM}

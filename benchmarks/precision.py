@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from measuring import facts
+from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.config import ParallelConfig
-from pretrain.bench import facts
-from pretrain.bench.precisions import PRECISIONS, precision_of
-from pretrain.config import ScheduleConfig, TrainConfig
-from pretrain.data import Batch
-from pretrain.presets import PRESETS
-from pretrain.setup import build, start_ranks
-from pretrain.step import train_step
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import ScheduleConfig, TrainConfig
+from pretrain.data.batches import Batch
+from pretrain.loop.step import train_step
+from pretrain.model.setup import build, start_ranks
 
 SMOOTHED, AFTER = 20, 50  # steps
 OURS = ("megatron_ladder", "pretrain", "data_prep", "slurm", "tests", "benchmarks")

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from measuring.interleaved import measure
+from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
-from pretrain.bench.interleaved import measure
-from pretrain.bench.precisions import PRECISIONS, precision_of
 from pretrain.bench.ranks import join
-from pretrain.run_log import versions
+from pretrain.run.versions import versions
 
 KINDS = ("standard", "parallel", "ladder")
 LAYOUTS = {

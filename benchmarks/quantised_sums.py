@@ -4,8 +4,8 @@
 
 MODEL is a trained ladder or parallel run, or its exported folder; DATA a data set made with its tokenizer.
 At each tensor-parallel size the model reads the same windows of the validation split twice: what
-sub-modules give is summed as it is, and in int8 (megatron_ladder/quantised_sum.py). All else is fp32 on a
-CPU.
+sub-modules give is summed as it is, and in int8 (megatron_ladder/collectives/quantised_sum.py). All else
+is fp32 on a CPU.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.inference.sums import set_all_reduce
-from pretrain.data import open_folder
+from pretrain.data.folders import open_folder
 from pretrain.evaluation.documents import open_split
 from pretrain.inference.loaded import find, load
 

@@ -3,10 +3,10 @@
     python benchmarks/training_step.py --cases paper-1b:bf16:ladder llama-3-8b:tensorwise:ladder:8
 
 A case is SHAPE:PRECISION:KIND, with :LAYERS and :RECOMPUTE where wanted, and :graph at its end for a CUDA
-graph (pretrain/graphs.py). Model, loss, backward, gradient
+graph (pretrain/model/graphs.py). Model, loss, backward, gradient
 buffers and optimizer are those of `megatron-ladder train`; tokens are random and nothing is written.
-MFU counts 6 N + 12 L h s operations a token (pretrain/metrics.py) over the card's dense bf16 peak, for FP8
-too.
+MFU counts 6 N + 12 L h s operations a token (pretrain/run/metrics.py) over the card's dense bf16 peak, for
+FP8 too.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 
+from measuring import facts
+from measuring.precisions import precision_of
 from megatron_ladder.config import Attention, ParallelConfig
-from pretrain.bench import facts
-from pretrain.bench.precisions import precision_of
-from pretrain.config import TrainConfig
-from pretrain.data import Batch
-from pretrain.graphs import WARM_UP_STEPS, StepGraph
-from pretrain.memory import in_words, is_planned, kept_as, memory_plan
-from pretrain.metrics import flops_per_token, peak_flops
-from pretrain.presets import PRESETS
-from pretrain.setup import build, layers_config, start_ranks
-from pretrain.step import train_step
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import TrainConfig
+from pretrain.data.batches import Batch
+from pretrain.loop.step import train_step
+from pretrain.model.graphs import WARM_UP_STEPS, StepGraph
+from pretrain.model.setup import build, layers_config, start_ranks
+from pretrain.plan.memory import in_words, is_planned, kept_as, memory_plan
+from pretrain.run.metrics import flops_per_token, peak_flops
 
 
 def arguments() -> argparse.Namespace:

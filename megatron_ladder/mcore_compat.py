@@ -28,7 +28,6 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ladder.attention_choice import CoreAttention, choose
 from megatron_ladder.config import (
     Attention,
     ModelConfig,
@@ -39,8 +38,9 @@ from megatron_ladder.config import (
     check_layout,
 )
 from megatron_ladder.fp8 import Fp8Config, config_fields
+from megatron_ladder.layers.attention_choice import CoreAttention, choose
+from megatron_ladder.layers.stages import connect, sent_config
 from megatron_ladder.specs import block_spec, layer_spec, resolve_impl
-from megatron_ladder.stages import connect, sent_config
 
 NO_FP8 = Fp8Config()
 TORCHS = CoreAttention("torch", "")
@@ -176,7 +176,7 @@ def transformer_config(
         apply_rope_fusion=resolve_impl(impl) == "transformer_engine",
         cross_entropy_loss_fusion=on_gpu and not deterministic,
         masked_softmax_fusion=False,
-        # Of local linears, by a kernel of NVIDIA's apex; TE's own: pretrain/optimizer.py.
+        # Of local linears, by a kernel of NVIDIA's apex; TE's own: pretrain/model/optimizer.py.
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         masks_given=masks_given,

@@ -26,17 +26,17 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_ladder.attention import TorchAttention
 from megatron_ladder.config import Residual, TransformerImpl
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.attention import LocalSelfAttention
-from megatron_ladder.layer import LadderTransformerLayer
-from megatron_ladder.linear import (
+from megatron_ladder.layers.attention import TorchAttention
+from megatron_ladder.layers.layer import LadderTransformerLayer
+from megatron_ladder.layers.linear import (
     CommFreeColumnParallelLinear,
     CommFreeRowParallelLinear,
     LocalRowParallelLinear,
 )
-from megatron_ladder.norm import RMSNorm
+from megatron_ladder.layers.norm import RMSNorm
 
 # Of either kind of layers, in place of their own.
 CORE_ATTENTION = {"torch": TorchAttention, "unfused": DotProductAttention}
@@ -115,7 +115,7 @@ def layer_spec(
         spec = ModuleSpec(module=TransformerLayer, submodules=submodules)
     else:
         if chosen == "transformer_engine":
-            from megatron_ladder.te.backend import TECommFreeBackend
+            from megatron_ladder.te.layers.backend import TECommFreeBackend
 
             backend: Any = TECommFreeBackend()
         else:

@@ -3,8 +3,8 @@
 import signal
 import sys
 
-from pretrain.commands import train
-from pretrain.launch import STOP_SIGNALS, die_with_parent
+from pretrain.commands.train import train
+from pretrain.processes import STOP_SIGNALS, die_with_parent
 
 if __name__ == "__main__":
     die_with_parent()

@@ -2,6 +2,8 @@
 
 import difflib
 import sys
+from collections.abc import Callable
+from functools import partial
 
 USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says more)
 
@@ -20,10 +22,7 @@ USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says mor
   cancel    a submitted run, which saves a checkpoint first
   doctor    what is installed, and what is missing for GPU and FP8
 """
-JOBS = ("submit", "status", "logs", "cancel")
-WORK = ("data", "train", "import", "export", "generate", "serve", "eval", "report", "bench")
-COMMANDS = (*WORK, *JOBS, "doctor")
-KEYWORDS = ("import", "eval")  # what Python calls so is another thing: these functions end in "_"
+COMMANDS = [line.split()[0] for line in USAGE.splitlines() if line.startswith("  ")]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,22 +37,60 @@ def main(argv: list[str] | None = None) -> int:
         hint = f": did you mean {near[0]}?" if near else ""
         print(f"megatron-ladder: no command {name!r}{hint}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
-    # Imported only now: data preparation must not wait for torch.
-    if name == "data":
-        from data_prep.cli import main as data_main
+    return _command(name)(argv[1:])
 
-        return data_main(argv[1:])
-    if name in ("status", "logs", "cancel"):
-        from slurm.cli import main as slurm_main
 
-        return slurm_main(name, argv[1:])
-    if name == "submit":
-        from pretrain.submission import main as submit_main
+def _command(name: str) -> Callable[[list[str]], int]:
+    """A subcommand's function. Imported only now: data preparation must not wait for torch."""
+    match name:
+        case "data":
+            from data_prep.cli import main as data
 
-        return submit_main(argv[1:])
-    from pretrain import commands
+            return data
+        case "train":
+            from pretrain.commands.train import train
 
-    return getattr(commands, name + "_" if name in KEYWORDS else name)(argv[1:])
+            return train
+        case "import":
+            from pretrain.commands.convert import import_
+
+            return import_
+        case "export":
+            from pretrain.commands.convert import export
+
+            return export
+        case "generate":
+            from pretrain.commands.inference import generate
+
+            return generate
+        case "serve":
+            from pretrain.commands.inference import serve
+
+            return serve
+        case "eval":
+            from pretrain.commands.evaluate import eval_
+
+            return eval_
+        case "report":
+            from pretrain.commands.report import report
+
+            return report
+        case "bench":
+            from pretrain.commands.bench import bench
+
+            return bench
+        case "submit":
+            from pretrain.commands import submit
+
+            return submit.main
+        case "doctor":
+            from pretrain.commands.doctor import doctor
+
+            return doctor
+        case _:
+            from slurm.cli import main as jobs
+
+            return partial(jobs, name)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`megatron-ladder submit`, `status`, `logs` and `cancel`: options in, exit status out.
 
-What `submit` submits is checked by pretrain/submission.py, which knows the other commands.
+What `submit` submits is checked by pretrain/commands/submit.py, which knows the other commands.
 """
 
 import os

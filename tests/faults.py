@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import rank_speed, step, watchdog
-from pretrain import train as training
+from pretrain.loop import rank_speed, step, watchdog
+from pretrain.loop import train as training
 from tests.runs import run_train
 
 TIMEOUT_S = 150

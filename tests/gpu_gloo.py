@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ladder.collective_names import ALL_GATHER
+from megatron_ladder.collectives.names import ALL_GATHER
 
 Ends = Literal["at once", "when waited for"]
 """When gloo's thread gets there: the two ends of what can happen."""

@@ -13,12 +13,12 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_ladder.mcore_compat import destroy_model_parallel, initialize_model_parallel
-from pretrain.config import TrainConfig
-from pretrain.graphs import WARM_UP_STEPS, StepGraph
-from pretrain.optimizer import gathered_parameters
-from pretrain.presets import PRESETS
-from pretrain.setup import build
-from pretrain.step import train_step, validate
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import TrainConfig
+from pretrain.loop.step import train_step, validate
+from pretrain.model.graphs import WARM_UP_STEPS, StepGraph
+from pretrain.model.optimizer import gathered_parameters
+from pretrain.model.setup import build
 from tests.recorded_graph import RecordedGraph, recorded
 
 STEPS = WARM_UP_STEPS + 3

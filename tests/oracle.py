@@ -11,8 +11,8 @@ from megatron_ladder.config import ModelConfig
 from megatron_ladder.hf.convert import megatron_to_hf
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM, rope_cos_sin
-from pretrain.checkpoint import load_weights
-from pretrain.config import TrainConfig
+from pretrain.config.train import TrainConfig
+from pretrain.run.checkpoint import load_weights
 
 
 def plain_model(model: ModelConfig, weights: Path) -> LadderForCausalLM:

@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from pretrain import commands
-from pretrain.arguments import parse_train
-from pretrain.launch import die_with_parent, local_ranks
+from pretrain.commands.train import train
+from pretrain.processes import die_with_parent
+from pretrain.start.arguments import parse_train
+from pretrain.start.launch import local_ranks
 from tests.ranks import fork_managers
 
 
@@ -57,4 +58,4 @@ def _rank(argv: list[str], rank: int, ranks: int, port: int, log: Path) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    sys.exit(commands.train(argv))
+    sys.exit(train(argv))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
-from pretrain.step import attention_mask
+from pretrain.loop.step import attention_mask
 
 KINDS: dict[str, dict[str, Any]] = {
     "standard": {"residual": "standard"},

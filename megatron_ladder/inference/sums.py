@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron_ladder.config import AllReduce, ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
-from megatron_ladder.layer import LadderTransformerLayer
+from megatron_ladder.layers.layer import LadderTransformerLayer
 
 
 def check_all_reduce(all_reduce: AllReduce, model: ModelConfig, parallel: ParallelConfig) -> None:

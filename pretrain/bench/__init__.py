@@ -1,0 +1,1 @@
+"""One step seen as a timeline: traces, a modelled link, pictures."""

@@ -17,7 +17,7 @@ from pretrain.files import write_atomically
 
 Direction = Literal["forward", "backward", "recompute"]
 
-# Okabe and Ito's colours, as in pretrain/plots.py, each with the text colour readable on it.
+# Okabe and Ito's colours, as in pretrain/report/plots.py, each with the text colour readable on it.
 ATTENTION, MLP, LINK, OTHER = "#0072B2", "#E69F00", "#009E73", "#999999"
 WAIT = "#D55E00"
 TEXT_ON = {ATTENTION: "white", MLP: "black", LINK: "white", OTHER: "black"}

@@ -18,7 +18,7 @@ from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.timeline import Span, draw, table, write_chrome_trace
 from pretrain.bench.wire import over, own_seconds
-from pretrain.launch import die_with_parent
+from pretrain.processes import die_with_parent
 
 
 @dataclass(frozen=True)

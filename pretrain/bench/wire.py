@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import layers, mappings
 
-from megatron_ladder.collective_names import ALL_GATHER, REDUCE_SCATTER
+from megatron_ladder.collectives.names import ALL_GATHER, REDUCE_SCATTER
 
 # megatron-core binds two of torch's collectives to names of its own when it is imported. torch has two
 # names for each; this project takes the newer ones.

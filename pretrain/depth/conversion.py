@@ -6,7 +6,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
-from pretrain.staleness import Staleness, loss_with_ladder_layers, measure_staleness
+from pretrain.model.staleness import Staleness, loss_with_ladder_layers, measure_staleness
 
 
 @dataclass(frozen=True)

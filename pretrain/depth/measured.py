@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pretrain.convert.plain_model import PlainModel
 from pretrain.depth.conversion import Conversion, measure_conversion
 from pretrain.depth.measures import (
     Contributions,
@@ -11,8 +12,7 @@ from pretrain.depth.measures import (
     measure_contributions,
     measure_skips,
 )
-from pretrain.plain_model import PlainModel
-from pretrain.staleness import mean_loss
+from pretrain.model.staleness import mean_loss
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pretrain.depth.measured import Measured
-from pretrain.plots import COLOURS, GREY, png_bytes
+from pretrain.pictures import COLOURS, GREY, png_bytes
 
 WIDTH = 8.6
 SUB_LAYERS = {"attention": "attention", "mlp": "MLP", "layer": "whole layer"}

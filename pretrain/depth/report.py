@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from megatron_ladder.errors import UserError
-from pretrain.config import load_config
-from pretrain.data import DataFolder, open_folder
+from pretrain.config.train import load_config
+from pretrain.convert.plain_model import PlainModel, is_hf_folder, load_plain_model
+from pretrain.data.folders import DataFolder, open_folder
+from pretrain.data.sample import check_tokenizer, held_out_split, sample_sequences
 from pretrain.depth import plots
 from pretrain.depth.maps import map_errors, states_after_layers
 from pretrain.depth.measured import Measured, as_text, layer_table, measure, rule_table
 from pretrain.files import write_atomically
-from pretrain.pages import labels, render
-from pretrain.plain_model import PlainModel, is_hf_folder, load_plain_model
-from pretrain.sample import check_tokenizer, held_out_split, sample_sequences
-from pretrain.staleness import save_staleness
+from pretrain.model.staleness import save_staleness
+from pretrain.report.pages import labels, render
 
 DEFAULT_LENGTH = 256
 

@@ -1,0 +1,1 @@
+"""Perplexity, tasks made of local text, lm-evaluation-harness."""

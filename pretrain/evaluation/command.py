@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from megatron_ladder.errors import UserError
-from pretrain.data import open_folder
+from pretrain.convert.plain_model import PlainModel, is_hf_folder, load_plain_model
+from pretrain.data.folders import open_folder
+from pretrain.data.sample import check_tokenizer
 from pretrain.evaluation import harness
 from pretrain.evaluation.documents import Documents, Texts, load_tokenizer, open_split
 from pretrain.evaluation.likelihood import TextModel
@@ -17,10 +19,8 @@ from pretrain.evaluation.offline_tasks import ITEMS, run_task
 from pretrain.evaluation.options import EvalOptions
 from pretrain.evaluation.perplexity import measure_perplexity
 from pretrain.evaluation.results import FOLDER, Result, new_file, save, table
-from pretrain.plain_model import PlainModel, is_hf_folder, load_plain_model
-from pretrain.run_folder import checkpoint_step, find_checkpoint
-from pretrain.run_log import versions
-from pretrain.sample import check_tokenizer
+from pretrain.run.folder import checkpoint_step, find_checkpoint
+from pretrain.run.versions import versions
 
 
 def evaluate(options: EvalOptions) -> Path:

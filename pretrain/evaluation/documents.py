@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.tokenizer import sentencepiece_to_tokenizers
-from pretrain.data import DataFolder
+from pretrain.data.folders import DataFolder
 from pretrain.files import sha256
 
 

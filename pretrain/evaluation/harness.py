@@ -11,9 +11,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_ladder.errors import UserError
+from pretrain.convert.plain_model import PlainModel, is_hf_folder
 from pretrain.evaluation.documents import load_tokenizer
 from pretrain.evaluation.options import OFFLINE
-from pretrain.plain_model import PlainModel, is_hf_folder
 
 
 def find_tasks(names: Sequence[str], include_path: Path | None) -> Any:

@@ -26,13 +26,13 @@ from megatron_ladder.mcore_compat import (
     initialize_model_parallel,
     transformer_config,
 )
-from pretrain.checkpoint import load_initial_weights
-from pretrain.config import load_config
-from pretrain.data import kept_facts
+from pretrain.config.train import load_config
+from pretrain.convert.plain_model import is_hf_folder
+from pretrain.data.folders import kept_facts
+from pretrain.data.tokenizer_facts import tokenizer_facts
 from pretrain.evaluation.documents import load_tokenizer
-from pretrain.plain_model import is_hf_folder
-from pretrain.run_folder import find_checkpoint
-from pretrain.tokenizer_facts import tokenizer_facts
+from pretrain.run.checkpoint import load_initial_weights
+from pretrain.run.folder import find_checkpoint
 
 # Ranks wait for each other no longer; while there is nothing to do they hear of it more often.
 TIMEOUT = timedelta(minutes=10)

@@ -11,7 +11,6 @@ import uvicorn
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.engine import DynamicEngine, Output
-from pretrain.arguments import is_first_rank
 from pretrain.inference.app import Served, make_app
 from pretrain.inference.chat import chat_renderer
 from pretrain.inference.engine_loop import drive
@@ -19,6 +18,7 @@ from pretrain.inference.frontdesk import FrontDesk
 from pretrain.inference.loaded import Found, find, load
 from pretrain.inference.metrics import Metrics
 from pretrain.inference.options import ServeOptions
+from pretrain.ranks import is_first_rank
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pretrain.run_folder import checkpoints
-from pretrain.status import read_starts
+from pretrain.run.folder import checkpoints
+from pretrain.run.status import read_starts
 from tests.chaos.place import Place
 
 Effect = Literal["crash", "stop", "none"]

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from pretrain.launch import STOP_SIGNALS
+from pretrain.processes import STOP_SIGNALS
 
 STEP_S = 0.05
 STEPS = [int(step) for step in os.environ["CHAOS_NAN"].split()]
@@ -22,7 +22,7 @@ STEPS = [int(step) for step in os.environ["CHAOS_NAN"].split()]
 def spoil_losses() -> None:
     # As pretrain/__main__.py does, which comes too late here: importing takes seconds.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    from pretrain import step, train
+    from pretrain.loop import step, train
 
     train_step, masked_sum = train.train_step, step._masked_sum
 

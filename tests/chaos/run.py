@@ -18,13 +18,13 @@ import psutil
 import torch
 import tyro
 
-from pretrain.checkpoint import load_weights
-from pretrain.checkpoint_files import damage
-from pretrain.goodput import read_goodput
-from pretrain.metrics import read_metrics
-from pretrain.run_folder import checkpoint_at, checkpoint_step, checkpoints
-from pretrain.run_log import versions
-from pretrain.status import read_starts
+from pretrain.run.checkpoint import load_weights
+from pretrain.run.checkpoint_files import damage
+from pretrain.run.folder import checkpoint_at, checkpoint_step, checkpoints
+from pretrain.run.goodput import read_goodput
+from pretrain.run.metrics import read_metrics
+from pretrain.run.status import read_starts
+from pretrain.run.versions import versions
 from tests.chaos.faults import KINDS, Fault, file_of, newest, plan, possible_kinds
 from tests.chaos.place import Place, make_place
 from tests.slurm.cluster import missing

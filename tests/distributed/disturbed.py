@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from pretrain.checkpoint import load_weights
+from pretrain.run.checkpoint import load_weights
 from tests.distributed.test_training import STEPS, TIMEOUT_S, losses
 
 Disturb = Callable[[psutil.Process, list[psutil.Process]], None]

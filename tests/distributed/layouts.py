@@ -13,14 +13,14 @@ from torch import Tensor
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.mcore_compat import initialize_model_parallel
-from pretrain.checkpoint import Progress, load_checkpoint
-from pretrain.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from pretrain.optimizer import gathered_parameters
-from pretrain.run_folder import latest_checkpoint
-from pretrain.run_log import RunLog
-from pretrain.saving import CheckpointSaver
-from pretrain.setup import build
-from pretrain.step import train_step, validate
+from pretrain.config.train import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from pretrain.loop.log import RunLog
+from pretrain.loop.saving import CheckpointSaver
+from pretrain.loop.step import train_step, validate
+from pretrain.model.optimizer import gathered_parameters
+from pretrain.model.setup import build
+from pretrain.run.checkpoint import Progress, load_checkpoint
+from pretrain.run.folder import latest_checkpoint
 
 STEPS, BATCH, LENGTH, VOCAB = 10, 8, 12, 100
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.distillation import distilled_losses, divergence
 from megatron_ladder.mcore_compat import initialize_model_parallel
-from pretrain.checkpoint import load_initial_weights, model_chunks
-from pretrain.config import AdaptConfig, TrainConfig, save_config
-from pretrain.gradual import ladder_layers_at, use_ladder_layers
-from pretrain.initial import original_model
-from pretrain.optimizer import gathered_parameters
-from pretrain.run_folder import find_checkpoint
-from pretrain.step import train_step, validate
-from pretrain.teacher import Teacher
+from pretrain.config.train import AdaptConfig, TrainConfig, save_config
+from pretrain.loop.step import train_step, validate
+from pretrain.loop.teacher import Teacher
+from pretrain.model.gradual import ladder_layers_at, use_ladder_layers
+from pretrain.model.optimizer import gathered_parameters
+from pretrain.run.checkpoint import load_initial_weights, model_chunks
+from pretrain.run.folder import find_checkpoint
+from pretrain.start.initial import original_model
 from tests.distributed.layouts import (
     Layout,
     batches,
@@ -84,7 +84,9 @@ def adapt(layouts: list[Layout], base: Path) -> list[dict[str, list[float]]]:
         for step, tokens in enumerate(batches()[:STEPS], start=1):
             use_ladder_layers(model, config, step)
             parts = iter(micro_batches(tokens, config))
-            loss, norm, _ = train_step(model, optimizer, scheduler, parts, config, teacher)
+            loss, norm, _ = train_step(
+                model, optimizer, scheduler, parts, config, teacher.add_logits
+            )
             result["loss"].append(loss)
             result["norm"].append(norm)
         use_ladder_layers(model, config, None)

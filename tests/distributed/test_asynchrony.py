@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_ladder import backward_order
+from megatron_ladder.collectives import backward_order
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.mcore_compat import initialize_model_parallel
 from pretrain.bench.decoder import Decoder

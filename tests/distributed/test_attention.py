@@ -11,11 +11,11 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_ladder.attention import TorchAttention, as_bias
 from megatron_ladder.config import ParallelConfig
+from megatron_ladder.layers.attention import TorchAttention, as_bias
 from megatron_ladder.mcore_compat import initialize_model_parallel, transformer_config
-from pretrain.config import DataConfig
-from pretrain.step import train_step
+from pretrain.config.train import DataConfig
+from pretrain.loop.step import train_step
 from tests.distributed.layouts import LENGTH, Layout, configuration, start
 from tests.distributed.test_documents import packed_micro_batches
 from tests.ranks import run_ranks

@@ -12,12 +12,12 @@ from torch._dynamo.utils import counters
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.mcore_compat import destroy_model_parallel, initialize_model_parallel
-from pretrain import compiled
-from pretrain.compiled import check_compile
-from pretrain.config import TrainConfig
-from pretrain.presets import PRESETS
-from pretrain.setup import build
-from pretrain.step import train_step, validate
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import TrainConfig
+from pretrain.loop.step import train_step, validate
+from pretrain.model import compiled
+from pretrain.model.compiled import check_compile
+from pretrain.model.setup import build
 from tests.ranks import run_ranks
 
 STEPS = 3

@@ -17,7 +17,7 @@ def test_it_measures_every_line(tmp_path: Path) -> None:
     shape = ["--shape", "2", "32", "48", "4", "2", "300"]
     options = ["--rounds", "1", "--work", str(tmp_path / "work"), "--json", str(file)]
     output = subprocess.run(
-        [sys.executable, "benchmarks/conversion.py", *shape, *options],
+        [sys.executable, "benchmarks/commands/conversion.py", *shape, *options],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

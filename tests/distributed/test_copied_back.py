@@ -11,12 +11,12 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ladder.collectives import SubmoduleCollectives, output_start, output_wait
+from megatron_ladder.collectives.points import SubmoduleCollectives, output_start, output_wait
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.hf.convert import megatron_to_hf
 from megatron_ladder.mcore_compat import initialize_model_parallel
-from pretrain.checkpoint import load_weights
-from pretrain.step import train_step
+from pretrain.loop.step import train_step
+from pretrain.run.checkpoint import load_weights
 from tests import gpu_gloo
 from tests.distributed.layouts import (
     Layout,

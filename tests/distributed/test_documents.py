@@ -12,10 +12,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ladder.hf.convert import megatron_to_hf
-from pretrain.checkpoint import load_weights
-from pretrain.config import DataConfig, TrainConfig
-from pretrain.optimizer import gathered_parameters
-from pretrain.step import document_mask, train_step, validate
+from pretrain.config.train import DataConfig, TrainConfig
+from pretrain.loop.step import document_mask, train_step, validate
+from pretrain.model.optimizer import gathered_parameters
+from pretrain.run.checkpoint import load_weights
 from tests.distributed.layouts import (
     BATCH,
     LENGTH,

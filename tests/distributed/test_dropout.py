@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from pretrain.step import train_step
+from pretrain.loop.step import train_step
 from tests.distributed.layouts import Layout, batches, configuration, micro_batches, start
 from tests.ranks import run_ranks
 

@@ -6,12 +6,12 @@ from unittest.mock import Mock
 
 import pytest
 
-from pretrain.checkpoint import Progress
-from pretrain.config import TrainConfig
-from pretrain.run_folder import checkpoint_at, checkpoint_bytes
-from pretrain.run_log import RunLog
-from pretrain.saving import CheckpointSaver
-from pretrain.step import train_step
+from pretrain.config.train import TrainConfig
+from pretrain.loop.log import RunLog
+from pretrain.loop.saving import CheckpointSaver
+from pretrain.loop.step import train_step
+from pretrain.run.checkpoint import Progress
+from pretrain.run.folder import checkpoint_at, checkpoint_bytes
 from tests.distributed.layouts import Layout, batches, configuration, micro_batches, start
 from tests.ranks import run_ranks
 

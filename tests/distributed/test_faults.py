@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint import load_weights
-from pretrain.report import write_report
-from pretrain.status import read_starts, read_status
+from pretrain.report.report import write_report
+from pretrain.run.checkpoint import load_weights
+from pretrain.run.status import read_starts, read_status
 from tests.data_sets import write_data_set
 from tests.faults import (
     Fault,

@@ -17,7 +17,7 @@ from megatron_ladder.mcore_compat import (
     initialize_model_parallel,
     transformer_config,
 )
-from pretrain.checkpoint import load_weights
+from pretrain.run.checkpoint import load_weights
 from tests.distributed.test_parity import (
     LOGITS_TOLERANCE,
     VOCAB,

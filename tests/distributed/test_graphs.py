@@ -14,11 +14,11 @@ import torch
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config
-from pretrain import checkpoint
-from pretrain.config import AdaptConfig, TrainConfig
-from pretrain.graphs import check_cuda_graph
-from pretrain.presets import PRESETS
-from pretrain.profile_config import ProfileConfig
+from pretrain.config.presets import PRESETS
+from pretrain.config.profile import ProfileConfig
+from pretrain.config.train import AdaptConfig, TrainConfig
+from pretrain.model.graphs import check_cuda_graph
+from pretrain.run import checkpoint
 from tests.graph_run import both, config
 from tests.ranks import run_ranks
 from tests.recorded_graph import RecordedGraph, recorded

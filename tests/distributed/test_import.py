@@ -17,10 +17,10 @@ from megatron_ladder.mcore_compat import (
     initialize_model_parallel,
     transformer_config,
 )
-from pretrain.checkpoint import load_initial_weights
-from pretrain.config import load_config
-from pretrain.export import export_run
-from pretrain.import_model import import_model
+from pretrain.config.train import load_config
+from pretrain.convert.export import export_run
+from pretrain.convert.import_model import import_model
+from pretrain.run.checkpoint import load_initial_weights
 from tests.ranks import run_ranks
 from tests.unit.hf import foreign
 

@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM
 
-from megatron_ladder.collectives import SubmoduleCollectives
+from megatron_ladder.collectives.points import SubmoduleCollectives
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.export import export_folder
@@ -21,7 +21,7 @@ from megatron_ladder.mcore_compat import (
     initialize_model_parallel,
     transformer_config,
 )
-from pretrain.checkpoint import load_initial_weights, load_weights
+from pretrain.run.checkpoint import load_initial_weights, load_weights
 from tests.distributed.test_parity import KINDS, LOGITS_TOLERANCE, VOCAB, oracle, save_model
 from tests.ranks import run_ranks
 from tests.unit.hf.tiny import train_sentencepiece

@@ -8,9 +8,9 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from measuring.inference.decoder import InferenceDecoder
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.mcore_compat import initialize_model_parallel
-from pretrain.bench.inference_decoder import InferenceDecoder
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over
 from tests.ranks import run_ranks

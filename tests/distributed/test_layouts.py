@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ladder.hf.convert import megatron_to_hf
-from pretrain.checkpoint import load_weights
+from pretrain.run.checkpoint import load_weights
 from tests.distributed.layouts import (
     KINDS,
     Layout,

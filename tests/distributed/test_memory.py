@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from pretrain.setup import smallest_card
+from pretrain.model.setup import smallest_card
 from tests.ranks import run_ranks
 
 

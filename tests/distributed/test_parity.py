@@ -23,7 +23,7 @@ from megatron_ladder.mcore_compat import (
     initialize_model_parallel,
     transformer_config,
 )
-from pretrain.checkpoint import load_weights
+from pretrain.run.checkpoint import load_weights
 from tests.ranks import run_ranks
 from tests.unit.hf.tiny import train_sentencepiece
 

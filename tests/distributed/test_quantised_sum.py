@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ladder import quantised_sum
+from megatron_ladder.collectives import quantised_sum
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.engine import DynamicEngine, generate_static

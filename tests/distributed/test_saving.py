@@ -9,9 +9,9 @@ import psutil
 import pytest
 
 from megatron_ladder.errors import UserError
-from pretrain.checkpoint_files import damage
-from pretrain.export import export_run
-from pretrain.run_folder import checkpoints
+from pretrain.convert.export import export_run
+from pretrain.run.checkpoint_files import damage
+from pretrain.run.folder import checkpoints
 from tests.data_sets import write_data_set
 from tests.distributed.disturbed import assert_same, run_disturbed, steps_of
 from tests.distributed.test_training import STEPS, command, metrics, tensor_parallel, train

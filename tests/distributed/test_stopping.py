@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.launch import STOPPED
-from pretrain.run_folder import checkpoints
+from pretrain.run.folder import checkpoints
+from pretrain.start.launch import STOPPED
 from tests.data_sets import write_data_set
 from tests.distributed.disturbed import assert_same, run_disturbed
 from tests.distributed.test_training import (

@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pretrain.checkpoint import load_weights
 from pretrain.cli import main
-from pretrain.export import export_run
-from pretrain.run_folder import checkpoints
+from pretrain.convert.export import export_run
+from pretrain.run.checkpoint import load_weights
+from pretrain.run.folder import checkpoints
 from tests.data_sets import write_data_set
 from tests.runs import run_train
 from tests.unit.hf.tiny import train_sentencepiece

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ladder import mcore_compat
-from pretrain.step import train_step
+from pretrain.loop.step import train_step
 from tests.distributed.layouts import Layout, batches, configuration, micro_batches, start
 from tests.ranks import run_ranks
 

@@ -12,9 +12,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_ladder.attention import TorchAttention, as_bias, kernel_of_torch
-from megatron_ladder.attention_choice import IN_MEMORY
 from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.layers.attention import TorchAttention, as_bias, kernel_of_torch
+from megatron_ladder.layers.attention_choice import IN_MEMORY
 from megatron_ladder.mcore_compat import initialize_model_parallel, transformer_config
 
 pytestmark = [

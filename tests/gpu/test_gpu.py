@@ -45,7 +45,7 @@ def test_bf16_logits_are_near_the_fp32_oracle(kind: str, impl: str, tmp_path: Pa
         initialize_model_parallel,
         transformer_config,
     )
-    from pretrain.checkpoint import load_weights
+    from pretrain.run.checkpoint import load_weights
 
     model = ModelConfig(
         num_layers=4,

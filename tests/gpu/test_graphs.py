@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from megatron_ladder.fp8 import Fp8Config, Fp8Recipe, missing
-from pretrain.config import TrainConfig
+from pretrain.config.train import TrainConfig
 from tests.data_sets import write_data_set
 from tests.graph_run import both, config
 from tests.te_run import LAYOUTS, model_of
@@ -46,7 +46,7 @@ def case_config(kind: str, recipe: Fp8Recipe | None) -> TrainConfig:
 
 def train_all(folder: Path) -> None:
     """Writes of each case what differs with a graph; the numbers of trained tokens vary."""
-    from pretrain.setup import start_ranks
+    from pretrain.model.setup import start_ranks
 
     start_ranks(replace(case_config("ladder", None), cuda_graph=True))
     for kind, recipe in CASES:
@@ -65,7 +65,7 @@ def capture_second_stream(folder: Path) -> None:
 
     from pretrain.bench.decoder import Decoder
     from pretrain.bench.ranks import join
-    from pretrain.graphs import WARM_UP_STEPS, StepGraph, use_own_stream
+    from pretrain.model.graphs import WARM_UP_STEPS, StepGraph, use_own_stream
 
     join(2, fake=True)
     use_own_stream()

@@ -44,7 +44,8 @@ seconds = 0.0
 
 def install(capability: tuple[int, int] = (9, 0)) -> None:
     """Args: capability: of the GPU to pretend; mxfp8 asks for (10, 0), the rest is tested as Hopper's."""
-    from megatron_ladder import cpu_platform, streams
+    from megatron_ladder import cpu_platform
+    from megatron_ladder.collectives import streams
 
     torch.compiler.set_stance("force_eager")  # compiling would look for a GPU
     cpu_platform.enable()

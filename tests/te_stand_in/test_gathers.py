@@ -19,8 +19,8 @@ def watch(layout: str, fp8: Fp8Config, recompute: str) -> dict[str, Any]:
     from tests.te_stand_in import kernels
 
     kernels.install()
-    from megatron_ladder.collective_names import ALL_GATHER
-    from megatron_ladder.collectives import SubmoduleCollectives
+    from megatron_ladder.collectives.names import ALL_GATHER
+    from megatron_ladder.collectives.points import SubmoduleCollectives
     from megatron_ladder.mcore_compat import initialize_model_parallel
 
     model, parallel = model_of("ladder"), LAYOUTS[layout]
@@ -89,8 +89,8 @@ def gathered(recipe: Any) -> list[float]:
     kernels.install()
     from megatron.core.fp8_utils import get_fp8_context
 
+    from megatron_ladder.collectives.placeholder import fp8_of
     from megatron_ladder.mcore_compat import initialize_model_parallel
-    from megatron_ladder.placeholder import fp8_of
 
     model, parallel = model_of("ladder"), LAYOUTS["tp2-sp"]
     initialize_model_parallel(parallel, seed=0)

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
-from pretrain.config import TrainConfig
+from pretrain.config.train import TrainConfig
 from tests.graph_run import both, config
 from tests.ranks import run_ranks
 from tests.te_stand_in import MARKS

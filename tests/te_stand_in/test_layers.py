@@ -112,7 +112,7 @@ def run_under_ddp(layout: str) -> tuple[float, bool]:
 
     kernels.install()
     from megatron_ladder.mcore_compat import initialize_model_parallel
-    from pretrain.optimizer import wrap_data_parallel
+    from pretrain.model.optimizer import wrap_data_parallel
 
     model, parallel = model_of("ladder"), LAYOUTS[layout]
     initialize_model_parallel(parallel, seed=0)

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_ladder.attention import TorchAttention
-from megatron_ladder.collectives import SubmoduleCollectives
+from megatron_ladder.collectives.points import SubmoduleCollectives
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
-from pretrain.memory import Attention
+from megatron_ladder.layers.attention import TorchAttention
+from pretrain.plan.memory import Attention
 from tests.ranks import run_ranks
 from tests.te_run import LAYOUTS
 from tests.te_stand_in import MARKS
@@ -83,7 +83,7 @@ def use_attention(attention: Attention) -> None:
 
 def kept_by(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
     """Bytes that backward needs after `forward`, besides the parameters."""
-    from megatron_ladder.te.quantised import Quantised
+    from megatron_ladder.te.layers.quantised import Quantised
 
     known = {p.untyped_storage().data_ptr() for p in parameters}
     kept: list[Tensor] = []  # held, lest an address be used twice
@@ -134,7 +134,7 @@ def measure(
         initialize_model_parallel,
         transformer_config,
     )
-    from pretrain.memory import activation_bytes
+    from pretrain.plan.memory import activation_bytes
 
     parallel = LAYOUTS[layout]
     initialize_model_parallel(parallel, seed=0)
@@ -215,9 +215,9 @@ def measure_state(fp8: Fp8Config, moments: str) -> dict[str, tuple[float, float]
     from transformer_engine.pytorch.tensor import QuantizedTensor
 
     from megatron_ladder.mcore_compat import initialize_model_parallel
-    from pretrain.memory import memory_plan
-    from pretrain.presets import PRESETS
-    from pretrain.setup import build
+    from pretrain.config.presets import PRESETS
+    from pretrain.model.setup import build
+    from pretrain.plan.memory import memory_plan
 
     initialize_model_parallel(ParallelConfig(), seed=0)
     config = replace(

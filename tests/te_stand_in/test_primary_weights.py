@@ -25,11 +25,11 @@ def train(recipe: str, primary_weights: bool) -> tuple[list[float], float, int]:
 
     from megatron_ladder.config import ParallelConfig
     from megatron_ladder.mcore_compat import initialize_model_parallel
-    from pretrain.config import OptimizerConfig, ScheduleConfig
-    from pretrain.optimizer import gathered_parameters
-    from pretrain.presets import PRESETS
-    from pretrain.setup import build
-    from pretrain.step import train_step
+    from pretrain.config.presets import PRESETS
+    from pretrain.config.train import OptimizerConfig, ScheduleConfig
+    from pretrain.loop.step import train_step
+    from pretrain.model.optimizer import gathered_parameters
+    from pretrain.model.setup import build
 
     initialize_model_parallel(ParallelConfig(), seed=0)
     config = replace(

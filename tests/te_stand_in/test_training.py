@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config import load_config
+from pretrain.config.train import load_config
 from tests.data_sets import write_data_set
 from tests.oracle import plain_model
 from tests.te_stand_in import MARKS

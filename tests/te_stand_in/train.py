@@ -6,7 +6,8 @@ if __name__ == "__main__":  # not in processes that it spawns
     from tests.te_stand_in import kernels
 
     kernels.install()
-    from pretrain import commands, status
+    from pretrain.commands.train import train
+    from pretrain.run import status
 
     status.device_figures = lambda: []
-    sys.exit(commands.train(sys.argv[1:]))
+    sys.exit(train(sys.argv[1:]))

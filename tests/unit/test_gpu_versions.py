@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pretrain import cudnn
+from pretrain.model import cudnn
 
 ROOT = Path(__file__).parents[2]
 LACKS_A_LIBRARY = "9.20.0.48"  # of cuDNN

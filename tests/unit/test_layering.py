@@ -1,12 +1,13 @@
-"""Who may import whom; see CONTRIBUTING.md."""
+"""Who may import whom: packages, the rooms in them, and no files in a circle. See CONTRIBUTING.md."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.unit.imports import circles, import_graph
 
 ROOT = Path(__file__).parents[2]
 OURS = {"megatron_ladder", "pretrain", "data_prep", "slurm"}
@@ -34,12 +35,20 @@ MAY_IMPORT_OF_OURS = {
     "data_prep": {"data_prep"},
     "slurm": {"slurm"},
 }
+# The rooms of each package, and the files that are in none, from the lowest to the highest: each imports
+# only what stands before it.
+ROOMS = {
+    "megatron_ladder": "errors one_cudnn config fp8 cpu_platform distillation collectives te layers "
+    "te.layers inference specs mcore_compat megatron_lm hf vllm",
+    "pretrain": "files processes ranks pictures config data model run plan start loop convert evaluation "
+    "report inference depth bench commands cli __main__",
+}
 # The one command's dispatcher, and what checks commands of all packages before they are submitted.
 EXCEPTIONS = {
     ("pretrain/cli.py", "data_prep"),
     ("pretrain/cli.py", "slurm"),
-    ("pretrain/submission.py", "data_prep"),
-    ("pretrain/submission.py", "slurm"),
+    ("pretrain/commands/submit.py", "data_prep"),
+    ("pretrain/commands/submit.py", "slurm"),
 }
 
 
@@ -89,7 +98,14 @@ def test_exported_modelling_files_need_only_torch_and_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["data_prep.cli", "slurm.cli", "pretrain.cli", "pretrain.commands"]
+    "module",
+    [
+        "data_prep.cli",
+        "slurm.cli",
+        "pretrain.cli",
+        "pretrain.commands.train",
+        "pretrain.commands.submit",
+    ],
 )
 def test_command_lines_start_without_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'megatron') if m in sys.modules])"
@@ -99,25 +115,42 @@ def test_command_lines_start_without_torch(module: str) -> None:
     assert output.stdout.strip() == "[]"
 
 
-def test_every_folder_has_its_line_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
-    folders = [
-        "megatron_ladder",
-        "megatron_ladder/te",
-        "megatron_ladder/hf",
-        "pretrain",
-        "pretrain/bench",
-        "pretrain/depth",
-        "pretrain/evaluation",
-        "data_prep",
-        "slurm",
-        "tests",
-    ]
-    for folder in [*folders, "benchmarks", "docs", "scripts"]:
-        assert re.search(rf"^\s*{re.escape(Path(folder).name)}/ ", readme, re.M), folder
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = import_graph(ROOT, OURS)
+    assert len(graph) > 200
+    assert circles(graph) == []
 
 
-def test_files_are_small() -> None:
-    for package in OURS:
-        for file in files(package):
-            assert len(file.read_text().splitlines()) <= 400, file
+@pytest.mark.parametrize("package", sorted(ROOMS))
+def test_no_import_goes_up(package: str) -> None:
+    order = ROOMS[package].split()
+
+    def place(module: str) -> int:
+        """Of the room, or the file on the package's floor, that a module is in."""
+        name = module.removeprefix(package + ".")
+        found = [room for room in order if f"{name}.".startswith(room + ".")]
+        assert found, f"{module} is in no room of ROOMS"
+        return order.index(max(found, key=len))
+
+    for module, imported in import_graph(ROOT, {package}).items():
+        for other in sorted(imported - {package}):
+            if module != package:
+                assert place(other) <= place(module), f"{module} imports {other}, which is above it"
+
+
+def test_circles_and_imports_are_found(tmp_path: Path) -> None:
+    """Type-checking imports and those inside functions count too."""
+    for name, source in {
+        "__init__": "",
+        "a": "def f():\n    from p.room import b\n",
+        "room/__init__": "",
+        "room/b": "if TYPE_CHECKING:\n    from p.room.c import C\n",
+        "room/c": "from ..a import f\nimport json\n",
+    }.items():
+        file = tmp_path / "p" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
+    graph = import_graph(tmp_path, {"p"})
+    assert graph["p.a"] == {"p.room", "p.room.b"}
+    assert graph["p.room.c"] == {"p.a"}
+    assert circles(graph) == [["p.a", "p.room.b", "p.room.c"]]

@@ -141,7 +141,7 @@ def test_parameters_are_those_of_the_exported_model(residual, tied) -> None:
 
 def test_paper_shapes_have_the_papers_parameter_counts() -> None:
     """1.2B and 3.5B with tied embeddings (arXiv 2501.06589, section 4.1)."""
-    from pretrain.presets import PRESETS
+    from pretrain.config.presets import PRESETS
 
     for name, billions in (("paper-1b", 1.2), ("paper-3b", 3.5)):
         assert round(PRESETS[name]().model.num_parameters() / 1e9, 1) == billions

@@ -10,8 +10,8 @@ from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import CAPABILITIES, Fp8Config, check_fp8, check_machine, missing
 from megatron_ladder.mcore_compat import transformer_config
-from pretrain.preflight import preflight
-from pretrain.presets import PRESETS
+from pretrain.config.presets import PRESETS
+from pretrain.start.preflight import preflight
 from tests.data_sets import write_data_set
 
 MODEL = ModelConfig(

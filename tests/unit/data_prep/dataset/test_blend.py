@@ -67,7 +67,7 @@ def train_tokens(folder: Path) -> int:
 
 
 def test_the_file_is_what_train_reads(sets: list[Path], tmp_path: Path, capsys) -> None:
-    from pretrain.arguments import parse_train
+    from pretrain.start.arguments import parse_train
 
     file = tmp_path / "blend.json"
     argv = ["blend", *sets[:2], "--epochs", "1", "3", "--output", file]
@@ -99,8 +99,8 @@ def test_what_it_means_is_shown(sets: list[Path], tmp_path: Path, capsys) -> Non
 
 def test_weights_that_change_later(sets: list[Path], tmp_path: Path, capsys) -> None:
     """In one file, as `train` reads them; the tables add up to the whole training."""
-    from pretrain.arguments import parse_train
-    from pretrain.config import Phase
+    from pretrain.config.train import Phase
+    from pretrain.start.arguments import parse_train
 
     file = tmp_path / "blend.json"
     argv = ["blend", *sets[:2], "--weights", 1, 0, "--output", file, "--train-tokens", 5000]
@@ -148,7 +148,7 @@ def test_bad_input(sets: list[Path], tmp_path: Path, refused) -> None:
 
 def test_a_file_of_some_fields_needs_a_preset(tmp_path: Path) -> None:
     from megatron_ladder.errors import UserError
-    from pretrain.arguments import parse_train
+    from pretrain.start.arguments import parse_train
 
     file = tmp_path / "some.json"
     file.write_text(json.dumps({"data": {"weights": None}}))

@@ -1,0 +1,174 @@
+"""A small standard model made a hybrid of ladder layers, and trained on: what each way costs.
+
+    python benchmarks/commands/adaptation.py --work-dir DIR --json FILE --picture FILE
+
+Trains a standard model on the source of Python's standard library, exports it as a Hugging Face folder
+and imports that, as one would a published model. Half its layers are made ladder layers: the last
+ones, or those that stand it best. Each is trained on, as is the unmodified model (the control), on the same
+sequences in the same order; the losses are of one held-out split. Everything is a command that a user
+would give; started again, it goes on where it was.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import sysconfig
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pretrain.pictures import COLOURS, GREY
+
+LAYERS, LADDER = 8, 4
+BASE_STEPS, STEPS, SEEDS = 800, 200, (1, 2)
+BATCH = (
+    *("--micro-batch-size", "8", "--global-batch-size", "8"),
+    *("--data.seq-length", "256", "--data.num-workers", "0"),
+)
+EVERY = (
+    *("--eval-interval", "20", "--eval-sequences", "400"),
+    *("--save-interval", "100", "--log-interval", "5"),
+)
+# Name: what it is called, its preset and options.
+WAYS: dict[str, tuple[str, list[str]]] = {
+    "control": ("not changed (control)", ["--preset", "adapt-control"]),
+    "last": (f"last {LADDER}", ["--preset", "adapt", "--ladder-layers", f"last:{LADDER}"]),
+    "auto": (f"auto:{LADDER}", ["--preset", "adapt", "--ladder-layers", f"auto:{LADDER}"]),
+    "last-gradual": (
+        f"last {LADDER}, gradually",
+        ["--preset", "adapt", "--ladder-layers", f"last:{LADDER}", "--adapt.gradual-steps", "100"],
+    ),
+    "last-distilled": (
+        f"last {LADDER}, distilled",
+        [
+            *("--preset", "adapt", "--ladder-layers", f"last:{LADDER}"),
+            *("--adapt.distillation-weight", "0.5"),
+        ],
+    ),
+}
+
+
+def run(*command: str) -> None:
+    print("$ megatron-ladder", *command, flush=True)
+    subprocess.run([sys.executable, "-m", "pretrain.cli", *command], check=True)  # noqa: S603 (a list)
+
+
+def prepare(work: Path) -> None:
+    """Data, the base model as a Hugging Face folder, and its import."""
+    library = sysconfig.get_paths()["stdlib"]
+    files = ["--include", "*.py", "--exclude", "*/site-packages/*"]
+    tokenizer = work / "tokenizer"
+    if not tokenizer.is_dir():
+        size = ["--vocab-size", "4096", "--max-training-bytes", "4000000"]
+        run("data", "train-tokenizer", library, *files, *size, "--output-dir", str(tokenizer))
+    how = ["--tokenizer", str(tokenizer / "tokenizer.model"), "--validation-fraction", "0.02"]
+    run("data", "tokenize", library, *files, *how, "--output-dir", str(work / "data"))
+    run(
+        *("train", "--preset", "tiny", "--model.residual", "standard"),
+        *("--model.num-layers", str(LAYERS), "--parallel.tensor-model-parallel-size", "1"),
+        *("--schedule.train-steps", str(BASE_STEPS), "--eval-sequences", "400"),
+        *("--data.paths", str(work / "data"), "--output-dir", str(work / "base")),
+    )
+    if not (work / "published").is_dir():
+        run("export", str(work / "base"), str(work / "published"))
+    if not (work / "imported").is_dir():
+        retokenize(work)
+        # `auto` measures the layers; each run chooses its own from what was measured.
+        auto = ["--ladder-layers", f"auto:{LADDER}", "--sample", str(work / "again")]
+        run("import", str(work / "published"), str(work / "imported"), *auto)
+
+
+def retokenize(work: Path) -> None:
+    """The same text by the published model's own tokenizer, as for any model that is not one's own."""
+    library = sysconfig.get_paths()["stdlib"]
+    files = ["--include", "*.py", "--exclude", "*/site-packages/*"]
+    how = ["--tokenizer", str(work / "published/tokenizer.json"), "--validation-fraction", "0.02"]
+    run("data", "tokenize", library, *files, *how, "--output-dir", str(work / "again"))
+
+
+def adapt(work: Path, name: str, seed: int) -> list[dict[str, Any]]:
+    """Trains one way; returns its validations."""
+    out = work / f"{name}-{seed}"
+    run(
+        *("train", *WAYS[name][1], "--init-from", str(work / "imported")),
+        *("--data.paths", str(work / "again"), "--output-dir", str(out)),
+        *("--schedule.train-tokens", "None", "--schedule.train-steps", str(STEPS)),
+        *("--schedule.warmup-steps", "20", "--optimizer.lr", "1e-3", "--precision", "fp32"),
+        *("--seed", str(seed), *BATCH, *EVERY),
+    )
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "validation"]
+
+
+def draw(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
+    """Each seed draws other held-out sequences, so losses are shown less that of the unchanged model."""
+    figure = Figure(figsize=(8.6, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0, color=GREY, linestyle=":", label="the model as it was")
+    before = [lines[0]["loss"] for lines in curves["control"]]
+    for (name, seeds), colour in zip(curves.items(), COLOURS, strict=False):
+        tokens = [line["tokens"] / 1000 for line in seeds[0]]
+        for number, lines in enumerate(seeds):
+            losses = [line["loss"] - before[number] for line in lines]
+            label = WAYS[name][0] if number == 0 else None
+            style = "-" if number == 0 else "--"
+            axes.plot(tokens, losses, style, color=colour, marker="o", markersize=3, label=label)
+    axes.set_xlabel("thousand tokens trained on since the change")
+    axes.set_ylabel("validation loss, less that before; nats a token")
+    axes.grid(True, color="#e6e6e6")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_figure(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--picture", type=Path, required=True)
+    options = parser.parse_args()
+    work, started = options.work_dir, time.time()
+    work.mkdir(parents=True, exist_ok=True)
+    prepare(work)
+    curves = {name: [adapt(work, name, seed) for seed in SEEDS] for name in WAYS}
+    staleness = json.loads((work / "imported/staleness.json").read_text())
+
+    print(
+        f"\n| {LADDER} of {LAYERS} layers made ladder | at the change | after, seeds {SEEDS} | - control |"
+    )
+    print("|---|---|---|---|")
+    rows = []
+    for name, seeds in curves.items():
+        after = [lines[-1]["loss"] for lines in seeds]
+        control = [lines[-1]["loss"] for lines in curves["control"]]
+        more = [a - c for a, c in zip(after, control, strict=True)]
+        rows.append({"way": name, "at_change": seeds[0][0]["loss"], "after": after, "more": more})
+        print(
+            f"| {WAYS[name][0]} | {seeds[0][0]['loss']:.4f} | "
+            + ", ".join(f"{a:.4f}" for a in after)
+            + " | "
+            + ", ".join(f"{m:+.4f}" for m in more)
+            + " |"
+        )
+    draw(curves, options.picture)
+    result = {
+        "command": "python benchmarks/commands/adaptation.py",
+        "device": f"{platform.machine()} CPU",
+        "versions": {p: version(p) for p in ("megatron-core", "torch", "transformers")},
+        "seconds": round(time.time() - started),
+        "rows": rows,
+        "staleness": staleness,
+        "curves": curves,
+    }
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

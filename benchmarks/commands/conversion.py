@@ -1,0 +1,291 @@
+"""Time and memory of import and export, against a plain copy of the files.
+
+    python benchmarks/commands/conversion.py --json benchmarks/results/conversion.json
+
+The model is made here: random bf16 weights of Llama-3.2-1B's shape, 2.5 GB in shards of at most 500 MB
+(the vocabulary's table, larger than that, has a shard of its own). Each command runs in a process of
+its own, in turn with the others, its input in the page cache; every line is a median of the rounds.
+
+start    seconds until everything is imported, torch, transformers and megatron-core; not counted in:
+work     seconds of `pretrain.cli.main` from its arguments to its exit status, files on disk (fsync)
+cpu      of these, seconds of this process on a core, all threads together
+memory   peak resident memory (VmHWM) above the baseline, what is resident after the imports; anonymous
+         and of mapped files are the peaks of each, looked at every 10 ms
+
+The copy is shutil.copyfile and fsync of each file. Bounds: memory of import, and of export without its
+verification, below 1.3 of the largest tensor and one shard; their rate at least 60 % of the copy's.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+SHARD = 500_000_000
+LINES = ("copy", "import", "export, not verified", "export", "export, verified by layers")
+BOUNDED = ("import", "export, not verified")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, help="folder for the model and outputs (a new one)")
+    parser.add_argument("--json", type=Path, help="write every figure")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=6,
+        default=[16, 2048, 8192, 32, 8, 128256],
+        metavar=("LAYERS", "HIDDEN", "FFN", "HEADS", "KV_HEADS", "VOCABULARY"),
+    )
+    parser.add_argument("--child", nargs=3, metavar=("LINE", "IN", "OUT"))
+    return parser.parse_args()
+
+
+# --- the model ---
+
+
+def make_model(folder: Path, shape: list[int]) -> None:
+    """Writes a Llama folder, a shard in memory at a time."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers, hidden, ffn, heads, kv_heads, vocabulary = shape
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        dtype=torch.bfloat16,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    words = {f"t{i}": i for i in range(vocabulary)}
+    Tokenizer(models.WordLevel(words, "t0")).save(str(folder / "tokenizer.json"))
+    with torch.device("meta"):
+        parameters = dict(LlamaForCausalLM(config).to(torch.bfloat16).named_parameters())
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, parameter in parameters.items():
+        if shards[-1] and size + parameter.nbytes > SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += parameter.nbytes
+    torch.manual_seed(0)
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = {
+            n: torch.empty(parameters[n].shape, dtype=torch.bfloat16).normal_(std=0.02)
+            for n in names
+        }
+        for name in names:
+            if "norm" in name:
+                tensors[name].fill_(1)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def largest_tensor(folder: Path) -> int:
+    from safetensors import safe_open
+
+    sizes = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                count = 2
+                for extent in file.get_slice(name).get_shape():
+                    count *= extent
+                sizes.append(count)
+    return max(sizes)
+
+
+# --- one line, in a process of its own ---
+
+
+def resident(what: str, pid: int | str = "self") -> int:
+    """Bytes of a line of /proc/PID/status."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split(f"{what}:")[1].split()[0]) * 1024
+
+
+def child(line: str, source: Path, target: Path) -> None:
+    """Runs one line and prints what this process saw of it."""
+    work = _prepared(line, source, target)
+    baseline = resident("VmRSS")
+    begin, cpu = time.perf_counter(), time.process_time()
+    status = work()
+    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    facts = {"work_s": wall, "cpu_s": cpu, "baseline_bytes": baseline, "status": status}
+    facts["memory_bytes"] = resident("VmHWM") - baseline
+    print("\n" + json.dumps(facts))
+
+
+def _prepared(line: str, source: Path, target: Path) -> Any:
+    if line == "copy":
+        return lambda: copy(source, target)
+    from pretrain.cli import main
+    from pretrain.convert import export, verify_export
+
+    if line == "export, not verified":
+        export.verify_export = lambda *_: "not verified"  # type: ignore[assignment]
+    if line == "export, verified by layers":
+        verify_export.psutil = SimpleNamespace(  # type: ignore[assignment]
+            virtual_memory=lambda: SimpleNamespace(available=0)
+        )
+    if line == "import":
+        return lambda: main(["import", str(source), str(target)])
+    return lambda: main(["export", str(source), str(target), "--max-shard-size", "500MB"])
+
+
+def copy(source: Path, target: Path) -> int:
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        shutil.copyfile(path, target / path.name)
+        with (target / path.name).open("rb") as file:
+            os.fsync(file.fileno())
+    return 0
+
+
+def measured(line: str, source: Path, target: Path) -> dict[str, Any]:
+    for path in source.rglob("*"):
+        if path.is_file():  # into the page cache
+            with path.open("rb") as file:
+                while file.read(1 << 24):
+                    pass
+    peaks = {"RssAnon": 0, "RssFile": 0}
+    begin = time.perf_counter()
+    process = subprocess.Popen(  # noqa: S603
+        [sys.executable, __file__, "--child", line, str(source), str(target)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def watch() -> None:
+        while process.poll() is None:
+            for what in peaks:
+                try:
+                    peaks[what] = max(peaks[what], resident(what, process.pid))
+                except (OSError, IndexError):
+                    return
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output, errors = process.communicate()
+    wall = time.perf_counter() - begin
+    watcher.join()
+    if process.returncode:
+        sys.exit(f"{line}\n{output}\n{errors}")
+    facts = json.loads(output.strip().splitlines()[-1])
+    if facts["status"]:
+        sys.exit(f"{line}\n{output}\n{errors}")
+    return facts | {
+        "line": line,
+        "start_s": wall - facts["work_s"],
+        "anonymous_bytes": peaks["RssAnon"],
+        "mapped_bytes": peaks["RssFile"],
+        "said": next((said for said in errors.splitlines() if "verified" in said), ""),
+    }
+
+
+# --- all of it ---
+
+
+def main() -> None:
+    args = arguments()
+    if args.child:
+        child(args.child[0], Path(args.child[1]), Path(args.child[2]))
+        return
+    work = args.work or Path(tempfile.mkdtemp(prefix="conversion-"))
+    model = work / "model"
+    if not model.is_dir():
+        model.mkdir(parents=True)
+        make_model(model, args.shape)
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    largest = largest_tensor(model)
+    bound = int(1.3 * largest + min(SHARD, size))
+    runs = []
+    for number in range(args.rounds):
+        imported = work / "imported"
+        for line in LINES:
+            target = imported if line == "import" else work / "out"
+            source = imported if line.startswith("export") else model
+            run = measured(line, source, target)
+            runs.append({**run, "round": number})
+            print(f"round {number + 1}, {line}: {run['work_s']:.1f} s", file=sys.stderr, flush=True)
+            if target != imported:
+                shutil.rmtree(target)
+        shutil.rmtree(imported)
+
+    def median(line: str, what: str) -> float:
+        return statistics.median(run[what] for run in runs if run["line"] == line)
+
+    copied = median("copy", "work_s")
+    print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB; medians of {args.rounds}")
+    print(f"bound of memory: {bound / 1e6:.0f} MB; of the rate: 60 % of the copy's\n")
+    print("| | start, s | work, s | MB/s | of the copy's | cpu, s | memory, MB | baseline, MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    lines = {}
+    for line in LINES:
+        facts = {what: median(line, what) for what in runs[0] if what.endswith(("_s", "_bytes"))}
+        facts["of_copy"] = copied / facts["work_s"]
+        facts["cpu_of_copy"] = median("copy", "cpu_s") / facts["cpu_s"]
+        if line in BOUNDED:
+            facts["memory_within_bound"] = facts["memory_bytes"] <= bound
+            facts["rate_within_bound"] = facts["of_copy"] >= 0.6
+        lines[line] = facts
+        print(
+            f"| {line} | {facts['start_s']:.1f} | {facts['work_s']:.1f} "
+            f"| {size / 1e6 / facts['work_s']:.0f} | {facts['of_copy']:.0%} | {facts['cpu_s']:.1f} "
+            f"| {facts['memory_bytes'] / 1e6:.0f} | {facts['baseline_bytes'] / 1e6:.0f} |"
+        )
+    if args.json:
+        report = {
+            "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
+            "load_average": os.getloadavg(),
+            "versions": {
+                name: version(name)
+                for name in ("torch", "megatron-core", "transformers", "safetensors")
+            },
+            "command": " ".join(["python", *sys.argv]),
+            "shape": args.shape,
+            "bytes": size,
+            "largest_tensor_bytes": largest,
+            "memory_bound_bytes": bound,
+            "medians": lines,
+            "runs": runs,
+        }
+        text = json.dumps(report, indent=1).replace(str(work), "WORK")  # no machine's paths
+        args.json.write_text(text + "\n")
+    if args.work is None:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""How fast text becomes tokens, against the reference tokenizers called the way Megatron-LM calls them.
+
+    python benchmarks/commands/tokenizing.py --json benchmarks/results/data-prep.json
+
+Everything is measured: CPU seconds of all processes, start to end (start-up, checks, merge and index
+included), and the most memory any one process held. MB are 10^6 bytes of JSONL.
+
+Megatron's way (tools/preprocess_data.py): the parent reads lines and hands them to a pool, processes
+parse JSON, call the tokenizer for one document, and send lists of ids back through a pipe; the parent
+writes them with megatron-core's IndexedDatasetBuilder. The tokenizers are called directly, without
+Megatron-LM's own imports, which would add seconds.
+
+Text is the Linux kernel's source (Debian's linux-source-6.1, fetched unless --linux names an unpacked
+one), deduplicated, in the order of its hashes, so that both sizes have the same mixture. Tokenizers
+are trained on it unless --sentencepiece and --bpe name some.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+
+ENDINGS = (".c", ".h", ".S", ".rst", ".txt", ".dts", ".dtsi", ".yaml", ".py", ".json")
+MAX_DOCUMENT_BYTES = 16 << 20  # data_prep's own limit
+PACKAGE = "linux-source-6.1"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, help="folder for text and outputs (a new one)")
+    parser.add_argument("--linux", type=Path, help="unpacked sources of a kernel")
+    parser.add_argument("--sentencepiece", type=Path, help="a BPE model with byte fallback")
+    parser.add_argument("--bpe", type=Path, help="a tokenizer.json")
+    parser.add_argument("--sizes-mb", type=float, nargs="+", default=[100, 620])
+    parser.add_argument("--json", type=Path, help="write every figure")
+    parser.add_argument("--megatron-way", nargs=4, metavar=("IN", "TOKENIZER", "OUT", "WORKERS"))
+    return parser.parse_args()
+
+
+# --- Megatron's way ---
+
+_encode: Any = None
+
+
+def _start(tokenizer: str) -> None:
+    global _encode, _eod
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if tokenizer.endswith(".model"):
+        import sentencepiece
+
+        model = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
+        _encode = model.EncodeAsIds
+    else:
+        import tokenizers
+
+        fast = tokenizers.Tokenizer.from_file(tokenizer)
+        _encode = lambda text: fast.encode(text, add_special_tokens=False).ids  # noqa: E731
+
+
+def _one(job: tuple[bytes, int]) -> tuple[list[int], int]:
+    line, eod = job
+    text = json.loads(line)["text"]
+    ids = _encode(text)
+    return ([*ids, eod] if ids else []), len(line)
+
+
+def megatron_way(source: str, tokenizer: str, out: str, workers: int) -> None:
+    """What tools/preprocess_data.py does with --append-eod."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from data_prep.dataset.shards import token_dtype
+    from data_prep.encode.encoders import open_encoder
+
+    encoder = open_encoder(Path(tokenizer))
+    eod, dtype = encoder.eod_id, np.dtype(token_dtype(encoder.vocab_size))
+    import torch
+
+    builder = IndexedDatasetBuilder(f"{out}.bin", dtype=dtype.type)
+    with (
+        multiprocessing.Pool(workers, _start, (tokenizer,)) as pool,
+        Path(source).open("rb") as file,
+    ):
+        for ids, _ in pool.imap(_one, ((line, eod) for line in file), 32):
+            if ids:
+                builder.add_document(torch.IntTensor(ids), [len(ids)])
+    builder.finalize(f"{out}.idx")
+
+
+# --- measuring ---
+
+
+class Watch(threading.Thread):
+    """The most memory any process below this one held."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak: dict[int, tuple[int, bool]] = {}
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        me = psutil.Process()
+        while not self._over.wait(0.05):
+            for child in me.children(recursive=True):
+                try:
+                    status = Path(f"/proc/{child.pid}/status").read_text()
+                    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+                    self.peak[child.pid] = (peak, child.ppid() != me.pid)
+                except (OSError, IndexError, ValueError, psutil.Error):
+                    continue
+
+    def stop(self) -> tuple[int, int]:
+        """Of the process that was started, and the largest of those it started."""
+        self._over.set()
+        self.join()
+        parents = [peak for peak, below in self.peak.values() if not below]
+        workers = [peak for peak, below in self.peak.values() if below]
+        return max(parents, default=0), max(workers, default=0)
+
+
+def measured(command: list[str]) -> dict[str, float]:
+    watch = Watch()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begin = time.perf_counter()
+    watch.start()
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    wall = time.perf_counter() - begin
+    parent, worker = watch.stop()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall_s": wall, "cpu_s": cpu, "parent_bytes": parent, "worker_bytes": worker}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("train.bin", "train.idx")
+    }
+
+
+# --- text and tokenizers ---
+
+
+def kernel(work: Path) -> Path:
+    if not (work / PACKAGE).is_dir():
+        for command in (
+            ["apt-get", "download", PACKAGE],
+            ["sh", "-c", f"dpkg-deb -x {PACKAGE}_*.deb . && tar -xf usr/src/{PACKAGE}.tar.xz"],
+        ):
+            print(" ".join(command), file=sys.stderr)
+            subprocess.run(command, cwd=work, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+    return work / PACKAGE
+
+
+def documents(source: Path) -> list[tuple[bytes, Path]]:
+    """Hashes and files, without copies of one text, in the order of the hashes."""
+    found: dict[bytes, Path] = {}
+    for path in sorted(source.rglob("*")):
+        if path.suffix in ENDINGS and path.is_file() and not path.is_symlink():
+            raw = path.read_bytes()
+            try:
+                raw.decode()
+            except UnicodeDecodeError:
+                continue
+            if raw.strip() and len(raw) < MAX_DOCUMENT_BYTES * 0.9:
+                found.setdefault(hashlib.blake2b(raw, digest_size=16).digest(), path)
+    return sorted(found.items())
+
+
+def write_text(target: Path, chosen: list[tuple[bytes, Path]], size: float) -> dict[str, int]:
+    count = written = 0
+    with target.open("wb") as file:
+        for _, path in chosen:
+            if written >= size:
+                break
+            written += file.write(orjson.dumps({"text": path.read_text()}) + b"\n")
+            count += 1
+    return {"documents": count, "bytes": written}
+
+
+def tokenizers_of(args: argparse.Namespace, work: Path, text: Path) -> dict[str, Path]:
+    sample = work / "sample.jsonl"
+    sample.write_bytes(b"".join(text.open("rb").readlines()[:1500]))
+    sp = args.sentencepiece or work / "sp" / "tokenizer.model"
+    if not sp.is_file():
+        command = [sys.executable, "-m", "data_prep", "train-tokenizer", str(sample)]
+        command += ["--vocab-size", "32000", "--output-dir", str(sp.parent)]
+        subprocess.run(command, check=True)  # noqa: S603
+    bpe = args.bpe or work / "bpe.json"
+    if not bpe.is_file():
+        import tokenizers
+
+        model = tokenizers.ByteLevelBPETokenizer()
+        lines = (orjson.loads(line)["text"] for line in sample.open("rb"))
+        model.train_from_iterator(lines, vocab_size=100_000, special_tokens=["<|endoftext|>"])
+        model.save(str(bpe))
+    return {"SentencePiece": sp, "BPE": bpe}
+
+
+def main() -> None:
+    args = arguments()
+    if args.megatron_way:
+        source, tokenizer, out, workers = args.megatron_way
+        megatron_way(source, tokenizer, out, int(workers))
+        return
+    work = args.work or Path(tempfile.mkdtemp(prefix="data-prep-"))
+    work.mkdir(parents=True, exist_ok=True)
+    chosen = documents(args.linux or kernel(work))
+    report: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": {
+            n: version(n)
+            for n in (
+                "gigatoken",
+                "sentencepiece",
+                "tokenizers",
+                "orjson",
+                "megatron-core",
+                "numpy",
+            )
+        },
+        "command": " ".join(["python", *sys.argv]),
+        "runs": [],
+    }
+    largest = max(args.sizes_mb)
+    for size in sorted(args.sizes_mb):
+        text = work / f"text-{size:.0f}.jsonl"
+        facts = write_text(text, chosen, size * 1e6)
+        print(f"\n{text.name}: {facts['documents']:,} documents, {facts['bytes'] / 1e6:.1f} MB")
+        tokenizers = tokenizers_of(args, work, text)
+        for kind, tokenizer in tokenizers.items():
+            found: dict[str, dict[str, str]] = {}
+            # The reference takes minutes on the larger one, where one count of workers will do.
+            lines = [("ours", 1), ("ours", 2), ("ours, reference engine", 2), ("Megatron's way", 2)]
+            if size < largest or len(args.sizes_mb) == 1:
+                lines.insert(3, ("Megatron's way", 1))
+            for name, workers in lines:
+                out = work / "out"
+                shutil.rmtree(out, ignore_errors=True)
+                if name == "Megatron's way":
+                    out.mkdir()
+                    command = [sys.executable, __file__, "--megatron-way", str(text)]
+                    command += [str(tokenizer), str(out / "train"), str(workers)]
+                else:
+                    command = [sys.executable, "-m", "data_prep", "tokenize", str(text)]
+                    command += ["--tokenizer", str(tokenizer), "--output-dir", str(out)]
+                    command += ["--validation-fraction", "0", "--workers", str(workers)]
+                    if "reference" in name:
+                        command += ["--engine", "reference"]
+                run = measured(command)
+                found[f"{name} {workers}"] = digests(out)
+                rate = facts["bytes"] / 1e6 / run["cpu_s"]
+                report["runs"].append(
+                    {**facts, **run, "tokenizer": kind, "file": tokenizer.name, "name": name}
+                    | {"workers": workers, "mb_per_cpu_s": rate}
+                )
+                print(
+                    f"  {kind:14} {name:24} {workers} processes: {run['wall_s']:7.1f} s, "
+                    f"{rate:6.1f} MB per CPU-second, {facts['bytes'] / 1e6 / run['wall_s']:6.1f} "
+                    f"MB/s, {run['worker_bytes'] / 1e6:4.0f} MB a worker, "
+                    f"{run['parent_bytes'] / 1e6:4.0f} MB the parent",
+                    flush=True,
+                )
+            same = len({json.dumps(d, sort_keys=True) for d in found.values()}) == 1
+            report["runs"][-1]["identical"] = same
+            print(f"  {kind:14} .bin and .idx of all of them identical: {same}")
+            rates = {(r["name"], r["workers"]): r for r in report["runs"][-len(lines) :]}
+            for workers in (1, 2):
+                if ("Megatron's way", workers) in rates:
+                    ours, theirs = rates["ours", workers], rates["Megatron's way", workers]
+                    ratio = ours["mb_per_cpu_s"] / theirs["mb_per_cpu_s"]
+                    print(
+                        f"  {kind:14} per core, {workers} processes: {ratio:.1f} x Megatron's way"
+                    )
+            one, two = rates["ours", 1]["wall_s"], rates["ours", 2]["wall_s"]
+            # T(n) = alone + shared / n, from the two; no measurement.
+            shared = 2 * (one - two)
+            alone = one - shared
+            far = facts["bytes"] / 1e6 / (alone + shared / 64)
+            print(
+                f"  {kind:14} projected from 1 and 2 processes to 64: {far:,.0f} MB/s (not measured)"
+            )
+            report["runs"][-1]["projected_64_mb_per_s"] = far
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the benchmarks share: options, what is written beside figures, measuring side by side."""

@@ -1,0 +1,1 @@
+"""What benchmarks/inference.py measures, models and draws."""

@@ -1,0 +1,1 @@
+"""What benchmarks/learning.py makes of its runs."""

@@ -1,0 +1,89 @@
+"""What a large shape's tokens would take on nodes of 8 GPUs, by the planner: modelled, not measured."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_ladder.errors import UserError
+from pretrain.config.presets import PRESETS
+from pretrain.plan.links import NVLINK
+from pretrain.plan.planner import DEVICES, Hardware, Row
+from pretrain.plan.search import search
+
+TP = 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """A preset's shape on so many GPUs."""
+
+    preset: str
+    gpus: int
+    device: str
+    plan: dict[str, dict[str, Row]]
+    """By kind: the fastest layout at TP 8, `at_tp8`, and the fastest of all, `fastest`."""
+
+    @property
+    def where(self) -> str:
+        return f"{self.gpus} x {self.device}"
+
+    def token_s(self, kind: str) -> float:
+        """Seconds a token at TP 8."""
+        return 1 / (self.plan[kind]["at_tp8"].tokens_per_s_per_gpu * self.gpus)
+
+    def facts(self, kinds: list[str]) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "about": "by the planner (pretrain/plan/search.py), not measured",
+            "target": self.preset,
+            "device": self.where,
+            "kinds": {
+                kind: {name: self._layout(row) for name, row in self.plan[kind].items()}
+                for kind in kinds
+            },
+        }
+
+    def _layout(self, row: Row) -> dict[str, Any]:
+        return {
+            "tp": row.tp,
+            "pp": row.pp,
+            "dp": row.dp,
+            "sequence_parallel": row.sequence_parallel,
+            "micro_batch_size": row.micro_batch_size,
+            "recompute": row.recompute,
+            "step_s": round(row.step_s, 3),
+            "exposed_tp_s": round(row.exposed_tp_s, 3),
+            "tokens_per_s": round(row.tokens_per_s_per_gpu * self.gpus),
+            "memory_gb": round(row.memory_gb, 1),
+        }
+
+
+def modelled(target: str, device: str) -> Target:
+    """Args: target: a preset's name, with :GPUS where it needs more than 8.
+
+    Raises:
+        UserError: there is no such preset, or no layout of it at TP 8 that fits.
+    """
+    preset, _, number = target.partition(":")
+    if preset not in PRESETS or not (number or "8").isdigit():
+        raise UserError(
+            f"--target {target}: give one of {', '.join(PRESETS)}, with :GPUS if need be"
+        )
+    gpus = int(number or 8)
+    config = PRESETS[preset]()
+    model = config.model
+    if model.vocab_size is None:
+        model = replace(model, vocab_size=32_000)
+    config = replace(config, model=model, precision="bf16")
+    try:
+        found = search(config, gpus, Hardware(DEVICES[device], NVLINK))
+    except UserError as error:
+        raise UserError(f"--target {preset} on {gpus} x {device}: {error}") from error
+    plan = {}
+    for kind, rows in found.items():
+        at_tp = [row for row in rows if row.tp == TP]
+        if not at_tp:
+            raise UserError(
+                f"--target {preset} has no layout at TP {TP} that fits in {device}: choose another"
+            )
+        plan[str(kind)] = {"at_tp8": at_tp[0], "fastest": rows[0]}
+    return Target(preset, gpus, device, plan)

@@ -1,0 +1,93 @@
+"""What runs of benchmarks/learning.py have learnt, from their folders."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from pretrain.config.train import load_config
+from pretrain.data.folders import open_folder
+from pretrain.pictures import smooth
+from pretrain.run.metrics import read_metrics
+
+Run = dict[str, Any]
+
+
+def read_run(run_dir: Path, kind: str, seed: int) -> Run:
+    """A finished run's curves, as columns, and what it was."""
+    lines = read_metrics(run_dir)
+    start = next(line for line in lines if line["kind"] == "start")
+    training = [line for line in lines if line["kind"] == "train"]
+    config = load_config(run_dir / "config.json")
+    return {
+        "kind": kind,
+        "seed": seed,
+        "device": start["device"],
+        "ranks": start["world_size"],
+        "versions": start["versions"],
+        "parameters": start["parameters"],
+        "parameters_without_embeddings": config.model.num_parameters(embeddings=False),
+        "tokens_per_step": start["tokens_per_step"],
+        "seconds_training": round(training[-1]["time"]),
+        "tokens_per_second": round(statistics.median(m["tokens_per_second"] for m in training)),
+        "unigram_loss": {m["dataset"]: m["unigram_loss"] for m in lines if m["kind"] == "baseline"},
+        "training": columns(training),
+        "validation": {
+            dataset: columns([m for m in lines if m.get("dataset") == dataset and "step" in m])
+            for dataset in sorted({m["dataset"] for m in lines if m["kind"] == "validation"})
+        },
+    }
+
+
+def columns(lines: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Step, tokens and loss of lines of metrics."""
+    return {
+        "step": [line["step"] for line in lines],
+        "tokens": [line["tokens"] for line in lines],
+        "loss": [round(line["loss"], 5) for line in lines],
+    }
+
+
+def by_tokens(column: dict[str, list[Any]]) -> dict[int, float]:
+    return dict(zip(column["tokens"], column["loss"], strict=True))
+
+
+def smoothed(run: Run) -> dict[int, float]:
+    """Its training loss, by tokens."""
+    training = run["training"]
+    return dict(zip(training["tokens"], smooth(training["loss"]), strict=True))
+
+
+def validation(run: Run) -> dict[int, float]:
+    """Its validation loss, by tokens; of several data sets the mean."""
+    tokens, mean, _, _ = mean_and_spread([by_tokens(c) for c in run["validation"].values()])
+    return dict(zip(tokens, mean, strict=True))
+
+
+def last_loss(run: Run) -> float:
+    losses = validation(run)
+    return losses[max(losses)]
+
+
+def mean_and_spread(
+    curves: list[dict[int, float]],
+) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Where all curves have a point: the place, their mean, their lowest and their highest."""
+    places = sorted(set.intersection(*map(set, curves)))
+    points = [[curve[place] for curve in curves] for place in places]
+    return (
+        places,
+        [statistics.fmean(p) for p in points],
+        [min(p) for p in points],
+        [max(p) for p in points],
+    )
+
+
+def data_facts(path: Path) -> dict[str, Any]:
+    """A data set's name and size."""
+    folder = open_folder(path)
+    return {
+        "name": folder.name,
+        "vocab_size": folder.tokenizer["vocab_size"],
+        "training_tokens": folder.tokens("train"),
+        "validation_tokens": folder.tokens("validation"),
+    }

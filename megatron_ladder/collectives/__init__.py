@@ -1,0 +1,1 @@
+"""Tensor-parallel collectives, each split into a start and a wait."""

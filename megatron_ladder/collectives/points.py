@@ -1,0 +1,369 @@
+"""The tensor-parallel collectives around a sub-module, each split into a start and a wait.
+
+A sub-module's linears communicate nothing (linear.py); the layer does it at four points:
+
+    input_start -> input_wait -> sub-module -> output_start -> output_wait -> add to the residual
+
+                    forward                             backward
+    tensor parallel
+      input         identity                            all-reduce of the input's gradient
+      output        all-reduce                          identity
+    with sequence parallelism
+      input         all-gather                          reduce-scatter of the input's gradient
+      output        reduce-scatter                      all-gather of the output's gradient
+
+In backward the points run in the opposite order. The reduction of the input's gradient is started by the
+sub-module's first linear, as early as can be (linear.py), and `input_start` waits for it. Between a start
+and its wait a tensor is in flight: it may be passed on, never read. docs/design/overlap.md shows when
+each point runs, and why.
+
+A point is a node in autograd's graph only where backward has something to do there: each costs as much
+Python as a small kernel takes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ladder.collectives import quantised_sum
+from megatron_ladder.collectives.backward_order import natural_number, run_no_sooner_than
+from megatron_ladder.collectives.names import ALL_GATHER, REDUCE_SCATTER
+from megatron_ladder.collectives.placeholder import Fp8, fp8_of, placeholder, standing_for
+from megatron_ladder.collectives.quantised_sum import Work
+from megatron_ladder.collectives.ranges import named
+from megatron_ladder.config import AllReduce
+
+Group = dist.ProcessGroup
+
+# megatron-core passes a layer's outputs on untouched, and a sub-module its input to its first
+# linear, so what belongs to a tensor travels as an attribute of it.
+_SUBMODULE = "_submodule_collectives"
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A collective under way: what it makes, what it reads, and its handle."""
+
+    result: Tensor
+    source: Tensor
+    work: Work
+
+    def arrive(self) -> Tensor:
+        self.work.wait()
+        # Whoever waits lets go of what NCCL reads. Its memory would be given out again at once on the
+        # stream that made it, which may be another than this one and has waited for nothing.
+        used_here(self.source)
+        return used_here(self.result)
+
+
+class SubmoduleCollectives:
+    """The collectives of one call of one sub-module: handles and buffers, forward and backward.
+
+    Args:
+        group: the tensor-parallel ranks.
+        sequence_parallel: residual states are cut along the sequence, [s/tp, b, h].
+        all_reduce: of the output, without sequence parallelism.
+    """
+
+    def __init__(
+        self, group: Group, sequence_parallel: bool, all_reduce: AllReduce = "exact"
+    ) -> None:
+        self.group, self.sequence_parallel = group, sequence_parallel
+        self._all_reduce = all_reduce
+        self.number: int | None = None
+        """Where this sub-module's backward ends in autograd's order."""
+        self._input_shard: Tensor | None = None
+        self._gathers_again = self._again_for_forward = False
+        self.fp8_input: Fp8 | None = None
+        """What the sub-module's first linear reads, where that is in FP8; taken by `input_start`."""
+        self.gradient_in_fp8: Callable[[Tensor, Group], Tensor] | None = None
+        """Where the sub-module's last linear is in FP8: what it reads in backward, of a rank's part."""
+        self._input: _Flight | None = None
+        self._output: _Flight | None = None
+        self._input_gradient: _Flight | None = None
+        self._output_gradient: _Flight | None = None
+        self._input_again: _Flight | None = None
+
+    # Forward.
+
+    def start_input(self, x: Tensor) -> Tensor:
+        if not self.sequence_parallel:
+            self.fp8_input = fp8_of(x)
+            return x.view_as(x)
+        self._input_shard = standing_for(x.detach(), fp8_of(x))
+        with named("input: start"):
+            self._input = self._all_gather(x, columns=False)
+        self.fp8_input = fp8_of(self._input.result)
+        return self._input.result
+
+    def wait_input(self) -> None:
+        if self._input is not None:
+            with named("input: wait"):
+                self._input.arrive()
+            self._input = None
+
+    def start_output(self, x: Tensor) -> Tensor:
+        if not self._gathers_again:
+            self._input_shard = None
+        with named("output: start"):
+            if self.sequence_parallel:
+                self._output = self._reduce_scatter(x)
+            elif self._all_reduce == "int8":
+                work = quantised_sum.start(_uncounted(x), self.group)
+                self._output = _Flight(x, x, work)
+            else:
+                # In place: `x` is a GEMM's fresh output, which no backward formula reads.
+                self._output = self._sum(x)
+        return self._output.result
+
+    def wait_output(self) -> None:
+        if self._output is not None:
+            with named("output: wait"):
+                self._output.arrive()
+            self._output = None
+
+    # Backward.
+
+    def start_input_gradient(self, grad: Tensor) -> None:
+        """`grad` holds this rank's part of every element of the sum; it is overwritten."""
+        assert self._input_gradient is None, "a linear that reads the input has started its sum"
+        grad = grad.contiguous()
+        with named("input gradient: start"):
+            start = self._reduce_scatter if self.sequence_parallel else self._sum
+            self._input_gradient = start(grad)
+
+    def wait_input_gradient(self) -> Tensor:
+        assert self._input_gradient is not None, "the sub-module's backward has not run"
+        flying, self._input_gradient = self._input_gradient, None
+        with named("input gradient: wait"):
+            return flying.arrive()
+
+    def start_output_gradient(self, grad: Tensor) -> None:
+        with named("output gradient: start"):
+            if self.gradient_in_fp8 is not None:
+                grad = self.gradient_in_fp8(grad, self.group)
+            self._output_gradient = self._all_gather(grad)
+        self.start_input_again()
+
+    def wait_output_gradient(self) -> Tensor:
+        assert self._output_gradient is not None
+        flying, self._output_gradient = self._output_gradient, None
+        with named("output gradient: wait"):
+            return flying.arrive()
+
+    # With sequence parallelism backward can do without the gathered input, tp times its shard: it
+    # gathers it once more, behind what runs then.
+
+    def gather_input_again(self, *, for_forward: bool = False) -> bool:
+        """In forward: whether backward shall gather the input again, as who asks keeps none. False
+        where nothing was gathered.
+
+        Args:
+            for_forward: the sub-module's forward will run once more, too.
+        """
+        self._gathers_again = self._input_shard is not None
+        self._again_for_forward = for_forward
+        if self._input_shard is not None and (fp8 := fp8_of(self._input_shard)) is not None:
+            fp8.keep(rows=for_forward)
+        return self._gathers_again
+
+    def start_input_again(self) -> None:
+        if self._gathers_again and self._input_again is None:
+            assert self._input_shard is not None
+            rows = self._again_for_forward
+            self._input_again = self._all_gather(self._input_shard, rows=rows)
+
+    def wait_input_again(self) -> Tensor:
+        self.start_input_again()
+        assert self._input_again is not None, "gather_input_again was not called"
+        flying, self._input_again = self._input_again, None
+        # Whole now: a recomputed sub-module keeps it for its own backward.
+        self._input_shard, self._gathers_again = None, False
+        return flying.arrive()
+
+    def _sum(self, x: Tensor) -> _Flight:
+        work = dist.all_reduce(_uncounted(x), group=self.group, async_op=True)
+        return _Flight(x, x, work)
+
+    def _all_gather(self, x: Tensor, *, rows: bool = True, columns: bool = True) -> _Flight:
+        """Of an FP8 tensor only what is going to be read."""
+        shape = (x.size(0) * self.group.size(), *x.shape[1:])
+        if (fp8 := fp8_of(x)) is not None:
+            whole, work = fp8.all_gather(self.group, rows=rows, columns=columns)
+            return _Flight(standing_for(placeholder(x, *shape), whole), x, work)
+        x = x.contiguous()
+        out = x.new_empty(shape)
+        work = getattr(dist, ALL_GATHER)(_uncounted(out), x, group=self.group, async_op=True)
+        return _Flight(out, x, work)
+
+    def _reduce_scatter(self, x: Tensor) -> _Flight:
+        x = x.contiguous()
+        shape = (x.size(0) // self.group.size(), *x.shape[1:])
+        out = x.new_empty(shape)
+        work = getattr(dist, REDUCE_SCATTER)(_uncounted(out), x, group=self.group, async_op=True)
+        return _Flight(out, x, work)
+
+
+def _uncounted(x: Tensor) -> Tensor:
+    """`x`'s memory, for a collective to write unseen by autograd.
+
+    Autograd counts the writes to a tensor. It refuses what it saved before one, and views taken before.
+    Some backends' writes count and others' do not, and when they come differs: gloo's thread copies a sum
+    back to a GPU's tensor at any time before the wait. Nobody reads a result before the wait, so nothing is
+    to be guarded. `.data` has a count of its own; `.detach()` and views share it, under no_grad too.
+    """
+    return x.data
+
+
+def used_here(x: Tensor) -> Tensor:
+    """Tells CUDA's allocator that the current stream reads `x`, which another may have made."""
+    if (fp8 := fp8_of(x)) is not None:
+        fp8.used_here()
+    elif x.is_cuda:
+        x.record_stream(torch.cuda.current_stream())
+    return x
+
+
+def collectives_of(x: Tensor) -> SubmoduleCollectives | None:
+    """Of the sub-module whose input or output `x` is; None when it has none (one rank)."""
+    return getattr(x, _SUBMODULE, None)
+
+
+def take_part(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
+    """Marks `x` as the input or the output of that sub-module."""
+    if collectives is not None:
+        setattr(x, _SUBMODULE, collectives)
+    return x
+
+
+class _InputStart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.collectives = collectives
+        return collectives.start_input(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+        # A linear that started the sum hands on nothing: the gradient in flight goes through `collectives`
+        # and not through autograd, which could copy it. Linears that share an input hand on theirs.
+        if grads[0] is not None:
+            ctx.collectives.start_input_gradient(grads[0])
+        return ctx.collectives.wait_input_gradient(), None
+
+
+class _OutputStart(torch.autograd.Function):
+    """With sequence parallelism only, as `_OutputWait`: else the output's gradient needs no collective."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.collectives = collectives
+        return collectives.start_output(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        # A gradient that comes by autograd has not been started: the output was waited for outside
+        # this graph, as when megatron-core recomputes a whole layer.
+        if grads[0] is not None:
+            ctx.collectives.start_output_gradient(grads[0])
+        return ctx.collectives.wait_output_gradient(), None
+
+
+class _OutputWait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
+        ctx.collectives = collectives
+        collectives.wait_output()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.collectives.start_output_gradient(grads[0])
+        return None, None
+
+
+def input_start(
+    x: Tensor,
+    group: Group | None,
+    sequence_parallel: bool,
+    behind: int | None = None,
+    all_reduce: AllReduce = "exact",
+) -> Tensor:
+    """Brings a sub-module's normalised input to every rank.
+
+    Args:
+        x: [s, b, h], or [s/tp, b, h] with sequence parallelism; or the placeholder of an FP8 tensor,
+            which then is what is gathered.
+        group: the tensor-parallel group; None communicates nothing (no-comm, for timing only).
+        behind: the `number` of the sub-module before: the gradient is waited for after the whole
+            backward of that one. None leaves it to autograd.
+        all_reduce: how this sub-module's outputs are going to be summed.
+
+    Returns:
+        [s, b, h]; with sequence parallelism in flight until `input_wait`.
+    """
+    if group is None or group.size() == 1:
+        return x  # with what it may stand for
+    assert all_reduce == "exact" or not torch.is_grad_enabled(), "int8 sums have no backward"
+    collectives = SubmoduleCollectives(group, sequence_parallel, all_reduce)
+    x = _InputStart.apply(x, collectives)
+    fp8, collectives.fp8_input = collectives.fp8_input, None
+    # With sequence parallelism the layer builds these nodes where they have to run (layer.py).
+    if x.grad_fn is not None and not sequence_parallel:
+        collectives.number = natural_number(x.grad_fn)
+        if behind is not None:
+            run_no_sooner_than(x.grad_fn, behind)
+    return take_part(standing_for(x, fp8), collectives)
+
+
+def input_wait(x: Tensor, *, shared: bool = False) -> Tensor:
+    """The input of the sub-module's first linear, arrived. [s, b, h]
+
+    Args:
+        shared: several linears read it: its gradient is complete only after all of them, so none
+            may start the reduction by itself.
+    """
+    collectives = collectives_of(x)
+    if collectives is None:
+        return x
+    collectives.wait_input()
+    if shared:
+        delattr(x, _SUBMODULE)
+    return used_here(x)
+
+
+def output_start(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
+    """Starts the sum of a sub-module's partial outputs over the ranks; read it after `output_wait`.
+
+    Args:
+        x: [s, b, h] partial sums; overwritten.
+        collectives: of the sub-module's input.
+
+    Returns:
+        [s, b, h], or [s/tp, b, h] with sequence parallelism; in flight.
+    """
+    if collectives is None:
+        return x
+    if collectives.sequence_parallel:
+        x = _OutputStart.apply(x, collectives)
+    else:
+        # Summed in `x`'s own memory, unseen by autograd: `x`'s gradient is the sum's. Not marked dirty:
+        # Transformer Engine's outputs are views, which autograd lets nobody change.
+        collectives.start_output(x)
+    return take_part(x, collectives)
+
+
+def output_wait(x: Tensor) -> Tensor:
+    """A sub-module's output, arrived."""
+    collectives = collectives_of(x)
+    if collectives is None:
+        return x
+    if collectives.sequence_parallel:
+        return used_here(_OutputWait.apply(x, collectives))
+    collectives.wait_output()
+    return x

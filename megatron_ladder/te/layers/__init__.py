@@ -1,0 +1,1 @@
+"""Linears and norms in Transformer Engine, with FP8."""

@@ -1,0 +1,32 @@
+"""`megatron-ladder bench trace` and `bench plan`."""
+
+import sys
+
+import tyro
+
+from pretrain.commands.users import for_users
+
+BENCH_USAGE = """usage: megatron-ladder bench trace|plan [options]     (--help says more)
+
+  trace  one step on local ranks as timelines: which collectives fly while what computes
+  plan   step time, memory and bubble of a model's layouts on a cluster, ranked (modelled)
+"""
+
+
+@for_users
+def bench(argv: list[str]) -> int:
+    """Measures or models the overlap."""
+    name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    prog = f"megatron-ladder bench {name}"
+    if name == "trace":
+        from pretrain.bench.trace import TraceOptions, main_trace
+
+        # As the options of `train`: refused before ranks start.
+        main_trace(tyro.cli(TraceOptions, args=rest, prog=prog), rest)
+        return 0
+    if name == "plan":
+        from pretrain.plan.table import PlanOptions, main_plan
+
+        return main_plan(tyro.cli(PlanOptions, args=rest, prog=prog))
+    print(BENCH_USAGE, end="", file=sys.stdout if name in ("-h", "--help") else sys.stderr)
+    return 0 if name in ("-h", "--help") else 2

@@ -1,0 +1,78 @@
+"""`megatron-ladder export` and `import`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from megatron_ladder.errors import UserError
+from pretrain.commands.users import for_users
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a run's checkpoint as a Hugging Face folder."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder, or one of its checkpoints."""
+    output_dir: tyro.conf.Positional[Path]
+    """The folder to make."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of the weights; None keeps the run's."""
+    max_shard_size: str = "5GB"
+    """Larger models are written as several files of at most this."""
+    license: str | None = None
+    """For the model card: the hub's name of it, such as apache-2.0."""
+    push: str | None = None
+    """Then upload the folder to Hugging Face's hub as USER/NAME."""
+    private: bool = False
+    """With --push: the repository, if it is made, is private."""
+
+
+@for_users
+def export(argv: list[str]) -> int:
+    """Writes a run as a Hugging Face folder."""
+    options = tyro.cli(ExportOptions, args=argv, prog="megatron-ladder export")
+    if options.private and options.push is None:
+        raise UserError("--private says how to --push: give --push USER/NAME too")
+    from pretrain.convert.export import export_run
+    from pretrain.convert.push import check_repository, push_folder
+
+    if options.push is not None:
+        check_repository(options.push)
+    export_run(
+        options.run,
+        options.output_dir,
+        options.dtype,
+        options.max_shard_size,
+        options.license,
+    )
+    if options.push is not None:
+        print(push_folder(options.output_dir, options.push, private=options.private))
+    return 0
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Make a run's folder of a Hugging Face model: to train on, to make some layers ladder, to export."""
+
+    model: tyro.conf.Positional[Path]
+    """A folder with config.json, safetensors and a tokenizer: Llama, Mistral, Qwen2, Qwen3."""
+    output_dir: tyro.conf.Positional[Path]
+    """A new folder."""
+    ladder_layers: str | None = None
+    """Make these ladder layers, with the weights as they are: last:N, all, layers from 0 (4,5,7), or
+    auto:N, the N that stand it best on --sample."""
+    sample: Path | None = None
+    """For auto:N: a data set made with the model's tokenizer."""
+
+
+@for_users
+def import_(argv: list[str]) -> int:
+    """Converts a Hugging Face model into a checkpoint."""
+    options = tyro.cli(ImportOptions, args=argv, prog="megatron-ladder import")
+    from pretrain.convert.import_model import import_model
+
+    print(import_model(options.model, options.output_dir, options.ladder_layers, options.sample))
+    return 0

@@ -1,0 +1,133 @@
+"""`megatron-ladder submit`: the commands of a chain are checked here, then handed to `slurm`.
+
+A mistake is answered now, not by a job that waited for its nodes for a day. What a job of the chain will
+have made when its turn comes cannot be checked: its options alone are.
+"""
+
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from data_prep.cli import Command as DataCommand
+from megatron_ladder.config import check_layout
+from megatron_ladder.errors import UserError
+from pretrain.commands.convert import ExportOptions, ImportOptions
+from pretrain.commands.report import ReportOptions
+from pretrain.data.checks import with_vocab_size
+from pretrain.start.arguments import parse_train
+from slurm.cli import Submit, parse_submit
+from slurm.errors import UserError as SlurmError
+from slurm.submit.chain import Step, take_tasks
+from slurm.submit.profile import load_profile
+from slurm.submit.render import Resources
+from slurm.submit.submit import dry_run, submit
+
+
+def main(argv: list[str]) -> int:
+    """Submits a chain; returns the exit status. 2: a user's mistake, said in a line or two."""
+    try:
+        options, commands = parse_submit(argv)
+        profile = load_profile(options.profile)
+        resources = Resources(
+            options.nodes,
+            options.ranks_per_node or profile.gpus_per_node or 1,
+            options.time,
+            options.spare_nodes,
+            options.signal_lead,
+        )
+        ranks = resources.nodes * resources.ranks_per_node
+        if options.estimate:
+            print("\n\n".join(_estimates(commands, ranks, options, resources.limit_s)))
+            return 0
+        steps = [
+            _step(command, ranks, is_first=i == 0 and options.after is None)
+            for i, command in enumerate(commands)
+        ]
+        if options.dry_run:
+            dry_run(steps, profile, resources, options.after)
+        else:
+            print(submit(steps, profile, resources, options.profile, options.after))
+        return 0
+    except (UserError, SlurmError) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'the operating system'}: {error.strerror or error}"
+    print(f"megatron-ladder submit: {message}", file=sys.stderr)
+    return 2
+
+
+def _estimates(
+    commands: list[list[str]], ranks: int, options: Submit, limit_s: int | None
+) -> list[str]:
+    """What each training of a chain will take."""
+    from pretrain.plan.estimate import estimate, format_estimate, hardware_of
+
+    hardware = hardware_of(options.device)
+    texts = []
+    for arguments in (command[1:] for command in commands if command[0] == "train"):
+        config, _ = parse_train(arguments)
+        found = estimate(
+            with_vocab_size(config),
+            ranks=ranks,
+            hardware=hardware,
+            mfu=options.mfu,
+            time_limit_s=limit_s,
+            lead_s=options.signal_lead,
+        )
+        texts.append(format_estimate(found))
+    if not texts:
+        raise UserError("--estimate is of trainings: there is no `train` among the commands")
+    return texts
+
+
+def _step(command: list[str], ranks: int, *, is_first: bool) -> Step:
+    """A command of the chain, its arguments checked as the command itself would."""
+    command, tasks = take_tasks(command)
+    name, arguments = command[0], command[1:]
+    if {"-h", "--help"} & set(arguments):
+        raise UserError(f"--help is for `megatron-ladder {name} --help`")
+    output: Any
+    if name == "train":
+        output = _check_train(arguments, ranks, is_first=is_first)
+    elif name == "data":
+        parsed: Any = tyro.cli(DataCommand, args=arguments, prog="megatron-ladder data")
+        output = getattr(parsed, "output_dir", None) or getattr(parsed, "output", None)
+        output = output or parsed.data  # of commands that look at data sets
+        output = output[0] if isinstance(output, tuple) else output
+    elif name in ("export", "import"):
+        options: Any = ExportOptions if name == "export" else ImportOptions
+        output = tyro.cli(options, args=arguments, prog=f"megatron-ladder {name}").output_dir
+    elif name == "report" and arguments[:1] != ["depth"]:
+        output = tyro.cli(ReportOptions, args=arguments, prog="megatron-ladder report").runs[0]
+    elif name == "eval":
+        from pretrain.evaluation.options import EvalOptions
+
+        output = tyro.cli(EvalOptions, args=arguments, prog="megatron-ladder eval").model
+    else:
+        raise UserError(f"submit {name}: submit takes train, data, import, export, eval and report")
+    return Step(tuple(command), Path(output).absolute(), tasks)
+
+
+def _check_train(arguments: list[str], ranks: int, *, is_first: bool) -> Path:
+    """The run's folder. Raises UserError on what would be refused when the job starts."""
+    config, asked = parse_train(arguments)
+    if asked is not None:
+        raise UserError("--nproc-per-node is a machine's: give submit --nodes, --ranks-per-node")
+    if config.output_dir is None:
+        raise UserError("no --output-dir: give the folder for the run's checkpoints and metrics")
+    # The machine that submits may have no GPU and no Transformer Engine; those that train have.
+    is_here = config.transformer_impl != "transformer_engine" or find_spec("transformer_engine")
+    if is_first and is_here:
+        from pretrain.start.preflight import preflight
+
+        preflight(config, ranks)
+    else:
+        # Whatever the vocabulary, it is padded to what layouts divide.
+        model = replace(config.model, vocab_size=config.model.vocab_size or 1)
+        check_layout(model, config.parallel)
+        config.num_microbatches(config.parallel.data_parallel_size(ranks))
+    return config.output_dir

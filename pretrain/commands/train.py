@@ -1,0 +1,52 @@
+"""`megatron-ladder train`."""
+
+import logging
+import os
+import sys
+
+from megatron_ladder.errors import UserError
+from pretrain.commands.users import for_users
+from pretrain.model.queues import set_queues
+from pretrain.start.arguments import parse_train
+
+
+@for_users
+def train(argv: list[str]) -> int:
+    """Trains a run, or goes on with it; starts the local ranks it needs when torchrun has not."""
+    if any(option.split("=")[0] == "--plan-only" for option in argv):
+        from pretrain.start.plan_only import plan_only
+
+        return plan_only(argv)
+    config, asked = parse_train(argv)
+    set_queues(config)  # a look for a GPU may start CUDA
+    if asked is not None and asked < 1:
+        raise UserError(f"--nproc-per-node {asked}: start at least one rank")
+    under_torchrun = "RANK" in os.environ
+    from pretrain.start.launch import launch, local_ranks
+
+    ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun else local_ranks(config, asked)
+    from pretrain.start.preflight import preflight
+
+    config, folders, plan = preflight(config, ranks)
+    log = logging.getLogger(__name__)
+    if not plan:
+        log.info(
+            "%s: already trained to step %d, nothing to do", config.output_dir, config.train_steps
+        )
+        return 0
+    if not under_torchrun and ranks > 1:
+        assert config.output_dir is not None
+        return launch(argv, ranks, config.output_dir)
+    log.info(plan)
+    from pretrain.loop.stopping import StopSignals
+    from pretrain.loop.train import train as run_training
+
+    with StopSignals() as signals:
+        try:
+            return run_training(config, folders, signals)
+        except ConnectionError:  # to another rank, which has ended
+            raise
+        except OSError as error:  # the disk's, not the user's: another start may do better
+            what = f"{error.filename or 'the operating system'}: {error.strerror or error}"
+            print(f"megatron-ladder train: {what}", file=sys.stderr)
+            return 1

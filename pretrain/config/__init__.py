@@ -1,0 +1,1 @@
+"""A run's configuration as dataclasses, checked and saved, and the presets."""

@@ -1,0 +1,171 @@
+"""Named configurations. Each is a function that returns a TrainConfig; options override its fields.
+
+Every preset takes `--model.residual standard|ladder|parallel|desync`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from megatron_ladder.config import ModelConfig, ParallelConfig
+from pretrain.config.train import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+
+
+def debug() -> TrainConfig:
+    """Seconds on a laptop: to see that everything works."""
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=4,
+            hidden_size=64,
+            ffn_hidden_size=192,
+            num_attention_heads=4,
+            num_query_groups=2,
+            max_position_embeddings=128,
+        ),
+        data=DataConfig(seq_length=64, num_workers=0),
+        optimizer=OptimizerConfig(lr=3e-3),
+        schedule=ScheduleConfig(train_steps=20, warmup_steps=2),
+        micro_batch_size=4,
+        global_batch_size=8,
+        eval_interval=10,
+        eval_sequences=16,
+        save_interval=10,
+    )
+
+
+def tiny() -> TrainConfig:
+    """The quick start: minutes on two CPU cores, two tensor-parallel ranks."""
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=6,
+            hidden_size=128,
+            ffn_hidden_size=384,
+            num_attention_heads=4,
+            num_query_groups=2,
+            max_position_embeddings=256,
+        ),
+        data=DataConfig(seq_length=256, num_workers=0),
+        optimizer=OptimizerConfig(lr=5e-3),
+        schedule=ScheduleConfig(train_steps=700, warmup_steps=40),
+        parallel=ParallelConfig(tensor_model_parallel_size=2),
+        micro_batch_size=8,
+        global_batch_size=8,
+        eval_interval=100,
+        eval_sequences=256,
+        save_interval=100,
+        log_interval=5,
+    )
+
+
+def paper_1b() -> TrainConfig:
+    """The paper's 1B: 104.9B tokens, 64 GPUs (arXiv 2501.06589, section 4.1)."""
+    return TrainConfig(
+        model=ModelConfig(
+            num_layers=40,
+            hidden_size=1536,
+            ffn_hidden_size=4096,
+            num_attention_heads=24,
+            vocab_size=49152,
+        ),
+        schedule=ScheduleConfig(train_steps=25_000, warmup_steps=2_000),
+        micro_batch_size=8,
+        global_batch_size=2048,
+        precision="bf16",
+        eval_interval=500,
+        eval_sequences=4096,
+        save_interval=500,
+        log_interval=10,
+    )
+
+
+def paper_3b() -> TrainConfig:
+    """The paper's 3B: 104.9B tokens, 128 GPUs."""
+    config = paper_1b()
+    return replace(
+        config,
+        model=replace(config.model, hidden_size=2304, ffn_hidden_size=9216, num_attention_heads=36),
+        micro_batch_size=4,
+    )
+
+
+def llama_3_8b() -> TrainConfig:
+    """Llama 3's 8B shape, tensor parallel over one node."""
+    config = paper_1b()
+    return replace(
+        config,
+        model=ModelConfig(
+            num_layers=32,
+            hidden_size=4096,
+            ffn_hidden_size=14336,
+            num_attention_heads=32,
+            num_query_groups=8,
+            vocab_size=128256,
+            max_position_embeddings=8192,
+            rotary_base=500_000.0,
+            share_embeddings_and_output_weights=False,
+        ),
+        data=DataConfig(seq_length=8192),
+        parallel=ParallelConfig(tensor_model_parallel_size=8),
+        micro_batch_size=1,
+        global_batch_size=512,
+    )
+
+
+def llama_3_70b() -> TrainConfig:
+    """Llama 3's 70B shape: tensor and sequence parallel over a node, two stages of four parts."""
+    config = llama_3_8b()
+    return replace(
+        config,
+        model=replace(
+            config.model,
+            num_layers=80,
+            hidden_size=8192,
+            ffn_hidden_size=28672,
+            num_attention_heads=64,
+        ),
+        # The planner's best for 1024 H100s (docs/design/overlap.md); fewer GPUs need `recompute`.
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=8,
+            sequence_parallel=True,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=4,
+        ),
+        optimizer=replace(config.optimizer, lr=1.5e-4),
+        recompute="none",
+    )
+
+
+def adapt() -> TrainConfig:
+    """A model that exists (--init-from), some of its layers made ladder: the paper's 3B tokens."""
+    config = debug()
+    return replace(
+        config,  # the model is that of --init-from
+        data=DataConfig(seq_length=4096),
+        # Section 4.2: 5e-6 after 200 steps of warm-up.
+        optimizer=OptimizerConfig(lr=5e-6, weight_decay=0.0),
+        schedule=ScheduleConfig(train_tokens=3_000_000_000, warmup_steps=200),
+        model=replace(config.model, max_position_embeddings=4096),
+        micro_batch_size=1,
+        global_batch_size=128,
+        precision="bf16",
+        eval_interval=200,
+        eval_sequences=512,
+        save_interval=200,
+        log_interval=10,
+    )
+
+
+def adapt_control() -> TrainConfig:
+    """The same training of the unmodified model, to compare with."""
+    return adapt()
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "debug": debug,
+    "tiny": tiny,
+    "paper-1b": paper_1b,
+    "paper-3b": paper_3b,
+    "llama-3-8b": llama_3_8b,
+    "llama-3-70b": llama_3_70b,
+    "adapt": adapt,
+    "adapt-control": adapt_control,
+}

@@ -1,0 +1,396 @@
+"""A run's whole configuration: typed, frozen, saved with the run as JSON.
+
+The command line is made from these classes (arguments.py): a field here is an option there.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ladder.config import (
+    Attention,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    TransformerImpl,
+)
+from megatron_ladder.errors import UserError
+from megatron_ladder.fp8 import Fp8Config, check_fp8
+from pretrain.config.faults import FaultConfig
+from pretrain.config.optimizer import OptimizerConfig
+from pretrain.config.profile import ProfileConfig
+from pretrain.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From a point of the run on, another blend."""
+
+    from_tokens: int
+    """Tokens trained on before it; it begins with the next whole step."""
+    weights: tuple[float, ...]
+    """One for each of data.paths, in any unit; 0 leaves a data set out."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on: data set folders written by `megatron-ladder data tokenize`."""
+
+    paths: tuple[Path, ...] = ()
+    weights: tuple[float, ...] | None = None
+    """One for each path, in any unit; None weighs by tokens. 0, where there are phases: not yet."""
+    phases: tuple[Phase, ...] = ()
+    """Other weights from later points on, in a --config FILE; `megatron-ladder data blend --then`
+    writes one. They may be changed while a run is stopped, as far as it has not come yet."""
+    seq_length: int = 2048
+    """Tokens in a training sequence; documents are packed into it."""
+    attend_across_documents: bool = True
+    """False: tokens attend to their own document alone, and its first token is not a label."""
+    fim_rate: float = 0.0
+    """The share of training documents made fill-in-the-middle tasks (arXiv 2207.14255)."""
+    fim_spm_rate: float = 0.5
+    """Of them, the share with the suffix before the prefix."""
+    fim_tokens: tuple[str, str, str] | None = None
+    """The tokenizer's prefix, middle and suffix tokens; None: those of StarCoder, Qwen or Code Llama."""
+    num_workers: int = 2
+    """Loader processes a rank; 0 loads in the training process."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long to train and how the learning rate goes. Each length in steps or in tokens."""
+
+    train_steps: int | None = None
+    train_tokens: int | None = None
+    warmup_steps: int | None = None
+    warmup_tokens: int | None = None
+    decay: Literal["cosine", "wsd"] = "cosine"
+    """cosine: down from the end of warm-up. wsd: warm-up, stable, then down in the last part."""
+    wsd_decay_fraction: float = 0.2
+    """The share of training in which wsd goes down, linearly."""
+    min_lr_fraction: float = 0.1
+    """The last learning rate over the peak."""
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """How the model of `init_from` is led to its ladder layers (docs/guides/adapt.md)."""
+
+    gradual_steps: int = 0
+    """Ladder layers are turned on one after another over so many steps, the last first; 0: at once."""
+    distillation_weight: float = 0.0
+    """The share of the loss that is the divergence from the unmodified model's predictions."""
+    distillation_temperature: float = 1.0
+    """Both models' predictions are softened by it."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    init_from: Path | None = None
+    """A run or an imported model whose weights training starts from. Its model is taken too; some of
+    its layers may be made ladder layers."""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    output_dir: Path | None = None
+    """The run's folder; a run found there with the same configuration is resumed."""
+    micro_batch_size: int = 1
+    """Sequences a rank computes at once."""
+    global_batch_size: int = 8
+    """Sequences a step, over all ranks; the rest is gradient accumulation."""
+    precision: Precision = "fp32"
+    """bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    transformer_impl: TransformerImpl = "auto"
+    """Whose layers: megatron-core's local ones, or Transformer Engine's (auto: where there is one)."""
+    attention: Attention = "auto"
+    """Whose core attention: torch's where that is cuDNN's, else Transformer Engine's where it would be
+    fused, else torch's (auto); te, torch, or unfused: megatron-core's, which keeps all scores."""
+    recompute: Recompute = "none"
+    """Activations to compute again in backward: none, selective (core attention) or full."""
+    compile: bool = False
+    """torch.compile each layer: for small models on one tensor-parallel rank, with local layers."""
+    cuda_graph: bool = False
+    """Forward and backward of a step as one CUDA graph: without Python's time for launching kernels."""
+    deterministic: bool = False
+    """Bitwise repeatable kernels on a GPU; the CPU is repeatable anyway."""
+    seed: int = 1234
+    eval_interval: int = 100
+    """Steps between validations; 0 validates only at the end."""
+    eval_sequences: int | None = None
+    """Sequences of each validation split to use; None uses all."""
+    save_interval: int = 100
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints to keep; at least 2, so that there is one before a damaged one."""
+    async_save: bool = True
+    """Training waits only until a checkpoint is copied; it is written meanwhile."""
+    log_interval: int = 1
+    """Steps between lines of metrics."""
+    tensorboard: bool = True
+    wandb: bool = False
+    faults: FaultConfig = field(default_factory=FaultConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        at_least_1 = {
+            "micro_batch_size": self.micro_batch_size,
+            "global_batch_size": self.global_batch_size,
+            "save_interval": self.save_interval,
+            "keep_last": self.keep_last,
+            "log_interval": self.log_interval,
+            "eval_sequences": self.eval_sequences,
+            "profile.first_step": self.profile.first_step,
+            "profile.steps": self.profile.steps,
+            "data.seq_length": self.data.seq_length,
+            "schedule.train_steps": self.schedule.train_steps,
+            "schedule.train_tokens": self.schedule.train_tokens,
+        }
+        not_negative = {
+            "eval_interval": self.eval_interval,
+            "data.num_workers": self.data.num_workers,
+            "optimizer.lr": self.optimizer.lr,
+            "optimizer.weight_decay": self.optimizer.weight_decay,
+            "optimizer.clip_grad": self.optimizer.clip_grad,
+            "schedule.warmup_steps": self.schedule.warmup_steps,
+            "schedule.warmup_tokens": self.schedule.warmup_tokens,
+            "adapt.gradual_steps": self.adapt.gradual_steps,
+        }
+        for least, values in ((1, at_least_1), (0, not_negative)):
+            for name, value in values.items():
+                if value is not None and value < least:
+                    raise UserError(f"{name} is {value}: it must be at least {least}")
+        for name in ("fim_rate", "fim_spm_rate"):
+            if not 0 <= (share := getattr(self.data, name)) <= 1:
+                raise UserError(f"data.{name} is {share}: it is a share from 0 to 1")
+        if self.data.seq_length > self.model.max_position_embeddings:
+            raise UserError(
+                f"data.seq_length {self.data.seq_length} is longer than "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}: lower the "
+                "first or raise the second"
+            )
+        tp = self.parallel.tensor_model_parallel_size
+        if self.parallel.sequence_parallel and self.data.seq_length % tp:
+            raise UserError(
+                f"data.seq_length {self.data.seq_length} is not divisible by "
+                f"parallel.tensor_model_parallel_size {tp}: sequence parallelism cuts it"
+            )
+        schedule = self.schedule
+        for one, other in (("train_steps", "train_tokens"), ("warmup_steps", "warmup_tokens")):
+            if getattr(schedule, one) is not None and getattr(schedule, other) is not None:
+                raise UserError(f"schedule.{one} and schedule.{other} are both set: give one")
+        if self.warmup_steps >= self.train_steps:
+            raise UserError(
+                f"warm-up takes {self.warmup_steps} of {self.train_steps} steps: shorten it, or "
+                "train longer"
+            )
+        if not 0 < schedule.wsd_decay_fraction <= 1 or not 0 <= schedule.min_lr_fraction <= 1:
+            raise UserError(
+                "schedule.wsd_decay_fraction and min_lr_fraction are shares from 0 to 1"
+            )
+
+        check_fp8(
+            *(self.fp8, self.model, self.parallel, self.precision),
+            tokens=self.data.seq_length * self.micro_batch_size,
+        )
+        self._check_adapt()
+
+    def _check_adapt(self) -> None:
+        adapt = self.adapt
+        if not 0 <= adapt.distillation_weight <= 1 or adapt.distillation_temperature <= 0:
+            raise UserError(
+                f"adapt.distillation_weight {adapt.distillation_weight} is a share from 0 to 1, "
+                f"adapt.distillation_temperature {adapt.distillation_temperature} is above 0"
+            )
+        if self.init_from is None and (adapt.gradual_steps or adapt.distillation_weight):
+            raise UserError(
+                "adapt.gradual_steps and adapt.distillation_weight change a model that exists: give "
+                "--init-from RUN"
+            )
+        if adapt.gradual_steps and "ladder" not in self.model.layer_residuals():
+            raise UserError(
+                f"adapt.gradual_steps is {adapt.gradual_steps}, but no layer is to be a ladder layer: "
+                "give --ladder-layers"
+            )
+        if adapt.gradual_steps > self.train_steps:
+            raise UserError(
+                f"adapt.gradual_steps {adapt.gradual_steps} is more than the run's {self.train_steps} "
+                "steps: it would end before all its ladder layers are on"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.data.seq_length
+
+    @property
+    def train_steps(self) -> int:
+        return self._steps("train_steps", "train_tokens", default=1000)
+
+    @property
+    def warmup_steps(self) -> int:
+        return self._steps("warmup_steps", "warmup_tokens", default=0)
+
+    def steps_for(self, tokens: int) -> int:
+        """Whole steps that train on at least so many tokens."""
+        return -(-tokens // self.tokens_per_step)
+
+    def _steps(self, steps: str, tokens: str, default: int) -> int:
+        if (count := getattr(self.schedule, tokens)) is not None:
+            return self.steps_for(count)
+        count = getattr(self.schedule, steps)
+        return default if count is None else count
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Micro-batches a rank accumulates in one step."""
+        together = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % together:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x data-parallel size {data_parallel_size} = {together}"
+            )
+        count = self.global_batch_size // together
+        stages = self.parallel.pipeline_model_parallel_size
+        if self.parallel.num_chunks > 1 and count % stages:
+            raise UserError(
+                f"{count} micro-batches a step (global_batch_size {self.global_batch_size}) are not a "
+                f"multiple of parallel.pipeline_model_parallel_size {stages}: the interleaved "
+                "schedule runs them in groups of that size"
+            )
+        return count
+
+
+# What may differ when a run is resumed: nothing here changes the numbers trained on or the order of
+# the data (the layout changes them only by rounding). A blend may change from here on:
+# blends.check_past sees to it. Of faults, what was done stays done.
+SAFE_TO_CHANGE = (
+    "data.paths",
+    "data.weights",
+    "data.phases",
+    "faults.",
+    "parallel.",
+    "profile.",
+    "output_dir",
+    "data.num_workers",
+    "micro_batch_size",
+    "transformer_impl",
+    "attention",
+    "recompute",
+    "compile",
+    "cuda_graph",
+    "eval_interval",
+    "eval_sequences",
+    "save_interval",
+    "keep_last",
+    "async_save",
+    "log_interval",
+    "tensorboard",
+    "wandb",
+)
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Fields of two configurations that differ, as dotted names, with the old and the new value."""
+    a, b = _flat(to_dict(old)), _flat(to_dict(new))
+    return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
+
+
+def is_safe_to_change(name: str) -> bool:
+    return name.startswith(SAFE_TO_CHANGE)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            out |= _flat(item, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = item
+    return out
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON values; `from_dict` is the inverse."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, tuple):
+            return [plain(v) for v in value]
+        return to_dict(value) if dataclasses.is_dataclass(value) else value
+
+    return {f.name: plain(v) for f in dataclasses.fields(config) for v in [getattr(config, f.name)]}
+
+
+def from_dict(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
+    """A config dataclass from `to_dict`'s output. Raises UserError on fields it does not have."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is {values!r}: it must be an object of {cls.__name__}'s fields")
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(values) - set(hints)):
+        raise UserError(f"{where}: unknown field {', '.join(unknown)}")
+    try:
+        return cls(**{k: _restore(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+    except TypeError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _restore(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    options = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (types.UnionType, typing.Union)
+        else (hint,)
+    )
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if isinstance(value, list) and typing.get_origin(option) is tuple:
+            return tuple(_restore(typing.get_args(option)[0], v, where) for v in value)
+        if option is Path and isinstance(value, str):
+            return Path(value)
+    return value
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load_config(path: Path, onto: TrainConfig | None = None) -> TrainConfig:
+    """A run's saved configuration, or some fields of one in place of `onto`'s.
+
+    Raises:
+        UserError: the file is neither.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a config.json saved by a run") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a run's config.json: it holds no object")
+    if onto is not None:
+        values = _merged(to_dict(onto), values)
+    elif "model" not in values:
+        raise UserError(f"{path} says nothing of the model: give --preset NAME as well")
+    return from_dict(TrainConfig, values, where=str(path))
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(old[k], v) for k, v in new.items() if _are_dicts(old.get(k), v)}
+    return {**old, **new, **both}
+
+
+def _are_dicts(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)

@@ -1,0 +1,1 @@
+"""Between runs and Hugging Face folders: import, export, verify, push."""

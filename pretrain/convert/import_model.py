@@ -1,0 +1,163 @@
+"""From a Hugging Face folder to a run's folder with a checkpoint that training starts from.
+
+OUT/config.json, OUT/checkpoints/step_00000000    the model, at any layout
+OUT/data/0                                        its tokenizer, as of a data set
+OUT/imported                                      the folder's other files, for export
+OUT/staleness.json                                what --ladder-layers auto:N measured
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_ladder import cpu_platform
+from megatron_ladder.config import ModelConfig
+from megatron_ladder.errors import UserError
+from megatron_ladder.hf.convert import Chunk, hf_to_megatron_chunks
+from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
+from megatron_ladder.hf.model_config import to_hf_config
+from megatron_ladder.hf.output import check_unused, complete_or_absent
+from megatron_ladder.hf.stored import stored_tensors
+from megatron_ladder.mcore_compat import save_without_tensors
+from pretrain.config.train import DataConfig, TrainConfig, save_config
+from pretrain.convert.plain_model import load_plain_model
+from pretrain.convert.weights import write_weights
+from pretrain.data.folders import open_folder
+from pretrain.data.sample import check_tokenizer, sample_sequences
+from pretrain.data.tokenizer_facts import tokenizer_facts
+from pretrain.model.staleness import Staleness, measure_staleness, save_staleness
+from pretrain.start.ladder_layers import auto_count, is_auto, with_ladder_layers
+
+# What a model's folder holds beside weights, and export gives back.
+KEPT = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+NOT_KEPT = ("*.safetensors.index.json", "pytorch_model*")
+# What `auto` measures layers on.
+SAMPLE_SEQUENCES, SAMPLE_LENGTH = 32, 1024
+
+
+def import_model(
+    source: Path, output_dir: Path, ladder_layers: str | None = None, sample: Path | None = None
+) -> str:
+    """Converts a model, one tensor at a time; the folder appears when everything in it is complete.
+
+    Args:
+        source: a Hugging Face folder; from_hf.py says of which models.
+        ladder_layers: these become ladder layers, with the same weights (ladder_layers.py); None
+            leaves the model as it is.
+        sample: with `auto:N`, the data set, made with the model's tokenizer, to measure layers on.
+
+    Returns:
+        What was imported, to print.
+
+    Raises:
+        UserError: the model is not supported, incomplete or damaged, or the output is in use.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source} does not exist: give a Hugging Face model's folder")
+    check_unused(output_dir)
+    hf_config = read_hf_config(source)
+    model = to_model_config(hf_config, source / "config.json")
+    tokenizer = tokenizer_facts(source, hf_config)
+    state = stored_tensors(source)
+    try:
+        chunks = hf_to_megatron_chunks(state, to_hf_config(model), model.padded_vocab_size)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+    staleness = None
+    if ladder_layers is not None and is_auto(ladder_layers):
+        staleness = _measured(source, model, tokenizer, sample)
+        chosen = staleness.choose(auto_count(ladder_layers))
+        ladder_layers = ",".join(map(str, chosen))
+    if ladder_layers is not None:
+        model = with_ladder_layers(model, ladder_layers, None)
+    dtype = chunks[0].dtype
+    config = TrainConfig(
+        model=model,
+        data=DataConfig(seq_length=min(2048, model.max_position_embeddings)),
+        output_dir=output_dir,
+        precision="bf16" if dtype == torch.bfloat16 else "fp32",
+    )
+
+    with complete_or_absent(output_dir) as new:
+        _write_checkpoint(new / "checkpoints" / "step_00000000", chunks, config)
+        save_config(config, new / "config.json")
+        _keep_files(source, new, tokenizer)
+        if staleness:
+            save_staleness(new, staleness)
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    return (
+        f"{source} ({hf_config.architectures[0]}, {model.num_parameters() / 1e9:.2f} G parameters, "
+        f"{size / 1e9:.2f} GB of {str(dtype).removeprefix('torch.')}): {output_dir}, residual "
+        f"{model.residual}" + (f", ladder layers {ladder_layers}" if ladder_layers else "")
+    )
+
+
+def _measured(
+    source: Path, model: ModelConfig, tokenizer: dict[str, Any], sample: Path | None
+) -> Staleness:
+    if sample is None:
+        raise UserError(
+            "--ladder-layers auto:N measures the layers: give --sample DATA, a data set made with the "
+            "model's tokenizer"
+        )
+    data = open_folder(sample)
+    check_tokenizer(data, source / tokenizer["file"], source)
+    length = min(SAMPLE_LENGTH, model.max_position_embeddings)
+    sequences = sample_sequences(data, SAMPLE_SEQUENCES, length)
+    plain = load_plain_model(source)
+    return measure_staleness(plain.model, sequences.to(plain.device), data.name)
+
+
+def _write_checkpoint(folder: Path, chunks: list[Chunk], config: TrainConfig) -> None:
+    """As megatron-core would write the weights alone."""
+    folder.mkdir(parents=True)
+    cpu_platform.enable()
+    alone = not dist.is_initialized()
+    if alone:  # megatron-core asks for a process group
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        progress = {"progress": {"step": 0, "consumed_samples": 0}}
+        save_without_tensors(progress, {"weights_only": True}, str(folder))
+    finally:
+        if alone:
+            dist.destroy_process_group()
+    quiet = not sys.stderr.isatty()
+    with tqdm(
+        total=len(chunks), desc="importing", unit=" tensors", leave=False, disable=quiet
+    ) as bar:
+        write_weights(folder, [_counted(chunk, bar) for chunk in chunks])
+    save_config(config, folder / "config.json")
+
+
+def _counted(chunk: Chunk, bar: Any) -> Chunk:
+    def make() -> torch.Tensor:
+        bar.update()
+        return chunk.make()
+
+    return replace(chunk, make=make)
+
+
+def _keep_files(source: Path, new: Path, tokenizer: dict[str, Any]) -> None:
+    data, imported = new / "data" / "0", new / "imported"
+    data.mkdir(parents=True)
+    imported.mkdir()
+    for pattern in KEPT:
+        for path in source.glob(pattern):
+            if not any(path.match(other) for other in NOT_KEPT):
+                shutil.copyfile(path, imported / path.name)
+    shutil.copyfile(source / tokenizer["file"], data / tokenizer["file"])
+    manifest = {
+        "format": "megatron-ladder-data",
+        "version": 1,
+        "tokenizer": tokenizer,
+        "splits": {},
+        "sources": [],
+    }
+    (data / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")

@@ -1,0 +1,124 @@
+"""A run's or a Hugging Face folder's model as one plain PyTorch module: to look into and to measure.
+
+It is the modelling file that exports carry, for every residual kind and for the models of other
+projects, so that what is measured of a run is what its exported folder does.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ladder.config import ModelConfig
+from megatron_ladder.errors import UserError
+from megatron_ladder.hf.convert import checked_hf_tensors, megatron_to_hf
+from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
+from megatron_ladder.hf.model_config import to_hf_config
+from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.stored import stored_tensors
+from pretrain.config.train import load_config
+from pretrain.convert.weights import checkpoint_weights
+from pretrain.data.folders import kept_facts
+from pretrain.data.tokenizer_facts import tokenizer_facts
+from pretrain.run.folder import find_checkpoint
+
+
+@dataclass(frozen=True)
+class PlainModel:
+    """A model in evaluation mode: on the GPU in its own dtype if there is one, else on the CPU in fp32."""
+
+    name: str
+    path: Path
+    """The run's folder, or the Hugging Face folder."""
+    config: ModelConfig
+    model: LadderForCausalLM
+    tokenizer: dict[str, Any]
+    """As a data set's manifest has it: file, sha256, vocab_size, eod_id."""
+    tokenizer_file: Path
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def load_plain_model(path: Path) -> PlainModel:
+    """Reads a run (its newest checkpoint), one of its checkpoints, or a Hugging Face folder.
+
+    Raises:
+        UserError: it is none of these, or its model is not supported.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: give a run or a Hugging Face model's folder")
+    if is_hf_folder(path):
+        return _from_hf(path)
+    return _from_run(path)
+
+
+def is_hf_folder(path: Path) -> bool:
+    """A run has a config.json too, but its weights lie elsewhere."""
+    has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    return (path / "config.json").is_file() and has_weights
+
+
+def _from_run(path: Path) -> PlainModel:
+    checkpoint = find_checkpoint(path)
+    run = checkpoint.parents[1]
+    config = load_config(checkpoint / "config.json")
+    model = one_rank_model(config.model, config.parallel.tensor_model_parallel_size, path)
+    facts = kept_facts(run)[0]
+    tensors = megatron_to_hf(checkpoint_weights(checkpoint), to_hf_config(model))
+    return PlainModel(
+        name=run.name,
+        path=run,
+        config=model,
+        model=_build(model, tensors),
+        tokenizer=facts.tokenizer,
+        tokenizer_file=facts.path / facts.tokenizer["file"],
+    )
+
+
+def one_rank_model(model: ModelConfig, tensor_model_parallel_size: int, run: Path) -> ModelConfig:
+    """The model as one rank computes it. Raises UserError on desync models of several ranks."""
+    if model.residual != "desync":
+        return model
+    if tensor_model_parallel_size > 1:
+        raise UserError(
+            f"{run} was trained with desync-{model.desync_interval} at tensor-parallel size "
+            f"{tensor_model_parallel_size}: its weights give that model on that many ranks only, and a "
+            "Hugging Face model runs on one. Take a standard, ladder or parallel model"
+        )
+    return replace(model, residual="standard")  # one rank parts from nobody
+
+
+def _from_hf(folder: Path) -> PlainModel:
+    hf_config = read_hf_config(folder)
+    model = to_model_config(hf_config, folder / "config.json")
+    tokenizer = tokenizer_facts(folder, hf_config)
+    try:
+        tensors = checked_hf_tensors(stored_tensors(folder), to_hf_config(model))
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from error
+    return PlainModel(
+        name=folder.name,
+        path=folder,
+        config=model,
+        model=_build(model, ((name, tensor[:]) for name, tensor in tensors.items())),
+        tokenizer=tokenizer,
+        tokenizer_file=folder / tokenizer["file"],
+    )
+
+
+def _build(model: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> LadderForCausalLM:
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", None) if on_gpu else ("cpu", torch.float32)
+    with torch.device("meta"):
+        plain = LadderForCausalLM(to_hf_config(model))
+    # A view of a whole shard or of all layers would keep them all: copied where it is one.
+    state = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors}
+    missing, unknown = plain.load_state_dict(state, strict=False, assign=True)
+    assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)
+    plain.tie_weights()
+    return plain.eval().requires_grad_(False)

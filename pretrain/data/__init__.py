@@ -1,0 +1,1 @@
+"""From data set folders to batches: checks, blends, sequences."""

@@ -1,0 +1,128 @@
+"""What share of each data set a run trains on: one blend, or several one after another (data.phases).
+
+The order up to a step depends on nothing after it. So what comes later may be changed while a run is
+stopped, and what it has trained on may not: `check_past` in start/past.py.
+"""
+
+import heapq
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ladder.errors import UserError
+from pretrain.config.train import TrainConfig
+from pretrain.data.folders import DataFolder
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Weights that hold from a step on."""
+
+    first_step: int
+    """Steps are counted from 1."""
+    weights: tuple[float, ...]
+    """One for each data set, in any unit."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weights, adding up to 1."""
+        total = sum(self.weights)
+        return tuple(weight / total for weight in self.weights)
+
+
+def check_blends(config: TrainConfig) -> None:
+    """Refuses weights and phases that mean nothing."""
+    data, count = config.data, len(config.data.paths)
+    if data.weights is not None and not data.phases:
+        _check_weights("data.weights", data.weights, count, least="above 0")
+    elif data.weights is not None:
+        _check_weights("data.weights", data.weights, count, least="of 0 or more")
+    before = 1
+    for number, phase in enumerate(data.phases):
+        name = f"data.phases[{number}]"
+        _check_weights(f"{name}.weights", phase.weights, count, least="of 0 or more")
+        if type(phase.from_tokens) is not int or phase.from_tokens < 1:
+            raise UserError(
+                f"{name}.from_tokens is {phase.from_tokens!r}: give a whole number of tokens, 1 or "
+                "more; data.weights is the blend from the start on"
+            )
+        first = config.steps_for(phase.from_tokens) + 1
+        if first <= before:
+            raise UserError(
+                f"{name}.from_tokens {phase.from_tokens:,} begins at step {first}, and the blend before "
+                f"it at step {before}: each phase begins at least one step "
+                f"({config.tokens_per_step:,} tokens) after the one before"
+            )
+        if first > config.train_steps:
+            raise UserError(
+                f"{name}.from_tokens {phase.from_tokens:,} would begin at step {first}, after the run's "
+                f"end: it has {config.train_steps} steps, "
+                f"{config.train_steps * config.tokens_per_step:,} tokens. Begin it earlier, leave it "
+                "out, or train longer"
+            )
+        before = first
+
+
+def _check_weights(name: str, weights: tuple[float, ...], count: int, least: str) -> None:
+    numbers = all(isinstance(w, int | float) and math.isfinite(w) for w in weights)
+    if not numbers or len(weights) != count or (least == "above 0" and min(weights) <= 0):
+        raise UserError(
+            f"{name} has {len(weights)} values, {' '.join(map(str, weights))}, for {count} data.paths: "
+            f"give one {least} for each"
+        )
+    if min(weights) < 0 or not sum(weights) > 0:
+        raise UserError(
+            f"{name} is {' '.join(map(str, weights))}: weights are 0 or more, and not all of them 0"
+        )
+
+
+def blends(config: TrainConfig, folders: list[DataFolder]) -> list[Blend]:
+    """The run's blends in their order; the first begins with step 1."""
+    start = config.data.weights or tuple(float(folder.tokens("train")) for folder in folders)
+    later = [Blend(config.steps_for(p.from_tokens) + 1, p.weights) for p in config.data.phases]
+    return [Blend(1, start), *later]
+
+
+def interleave(shares: tuple[float, ...], count: int) -> np.ndarray:
+    """The data set of each of `count` sequences, int16.
+
+    However many are taken from the beginning, each data set has its share within one sequence: its
+    sequence i has a place from floor(i / share) up to ceil((i + 1) / share), and of those that may come
+    the one that has to come first does (proportionate progress, Baruah et al. 1996). megatron-core's
+    build_blending_indices, which takes the largest deficit, strays further.
+    """
+    units = [round(share * 2**40) for share in shares]  # whole numbers: nothing is rounded below
+    total = sum(units)
+    taken = [0] * len(units)
+    waiting = [(0, i) for i, unit in enumerate(units) if unit]  # (first place, data set)
+    ready: list[tuple[int, int]] = []  # (the place before which it comes, data set)
+    order = np.empty(count, np.int16)
+    for place in range(count):
+        while waiting and waiting[0][0] <= place:
+            _, i = heapq.heappop(waiting)
+            heapq.heappush(ready, (-(-(taken[i] + 1) * total // units[i]), i))
+        _, i = heapq.heappop(ready)
+        order[place] = i
+        taken[i] += 1
+        heapq.heappush(waiting, (taken[i] * total // units[i], i))
+    return order
+
+
+def describe(config: TrainConfig, folders: list[DataFolder]) -> str:
+    """The blends of a run with phases, a line for each."""
+    planned = blends(config, folders)
+    lines = []
+    for blend, end in zip(planned, ends(planned, config), strict=True):
+        shares = ", ".join(
+            f"{folder.name} {share:.1%}"
+            for folder, share in zip(folders, blend.shares, strict=True)
+            if share
+        )
+        lines.append(f"Blend of steps {blend.first_step} to {end}: {shares}")
+    return "\n".join(lines)
+
+
+def ends(planned: list[Blend], config: TrainConfig) -> list[int]:
+    """The last step of each blend."""
+    return [*(blend.first_step - 1 for blend in planned[1:]), config.train_steps]

@@ -1,0 +1,51 @@
+"""A run's data sets, refused when they do not fit each other, the model or the lengths."""
+
+from dataclasses import replace
+
+from megatron_ladder.errors import UserError
+from pretrain.config.train import TrainConfig
+from pretrain.data.blends import check_blends
+from pretrain.data.folders import DataFolder, open_folder
+
+
+def with_vocab_size(config: TrainConfig) -> TrainConfig:
+    """Filled in from the first data set, where it is not given."""
+    if config.model.vocab_size is not None or not config.data.paths:
+        return config
+    vocab_size = open_folder(config.data.paths[0]).tokenizer["vocab_size"]
+    return replace(config, model=replace(config.model, vocab_size=vocab_size))
+
+
+def open_data(config: TrainConfig) -> list[DataFolder]:
+    """The run's data sets, refused when they do not fit each other, the model or the lengths."""
+    if not config.data.paths:
+        raise UserError("no data: give --data.paths FOLDER made by `megatron-ladder data tokenize`")
+    check_blends(config)
+    folders = [open_folder(path) for path in config.data.paths]
+    first = folders[0]
+    for other in folders[1:]:
+        if other.tokenizer["sha256"] != first.tokenizer["sha256"]:
+            raise UserError(
+                f"{other.path} and {first.path} were tokenized with different tokenizers: ids mean "
+                "different things; tokenize one of them again"
+            )
+    vocab_size = first.tokenizer["vocab_size"]
+    if config.model.vocab_size is not None and vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{first.path} has a vocabulary of {vocab_size:,} ids, the model only "
+            f"model.vocab_size {config.model.vocab_size:,}: raise it or use the model's tokenizer"
+        )
+    needed = config.data.seq_length + 1
+    for folder in folders:
+        if folder.tokens("train") < needed:
+            raise UserError(
+                f"{folder.path}: the train split has {folder.tokens('train'):,} tokens, one sequence "
+                f"takes data.seq_length + 1 = {needed:,}: add text or lower data.seq_length"
+            )
+        if 0 < folder.tokens("validation") < needed:
+            raise UserError(
+                f"{folder.path}: the validation split has {folder.tokens('validation'):,} tokens, one "
+                f"sequence takes data.seq_length + 1 = {needed:,}: tokenize with a larger "
+                "validation fraction or lower data.seq_length"
+            )
+    return folders

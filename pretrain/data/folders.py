@@ -1,0 +1,126 @@
+"""Data set folders, checked before work starts, and what a run keeps of them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ladder.errors import UserError
+from pretrain.files import write_atomically
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """One data set folder whose manifest and files agree."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        return self.manifest["tokenizer"]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def tokens(self, split: str) -> int:
+        return self.manifest["splits"].get(split, {}).get("tokens", 0)
+
+    def prefix(self, split: str) -> str:
+        return str(self.path / split)
+
+
+def open_folder(path: Path) -> DataFolder:
+    """Reads a folder's manifest and checks that its files are those the manifest describes."""
+    manifest_path = path / "manifest.json"
+    if not path.is_dir():
+        raise UserError(
+            f"data set {path} does not exist: make it with `megatron-ladder data tokenize`"
+        )
+    if not manifest_path.is_file():
+        raise UserError(
+            f"{path} holds no manifest.json: it is not a finished data set of "
+            "`megatron-ladder data tokenize`"
+        )
+    try:
+        manifest = json.loads(manifest_path.read_text())
+        if manifest["format"] != "megatron-ladder-data" or manifest["version"] != 1:
+            raise UserError(
+                f"{manifest_path}: format {manifest['format']} version {manifest['version']} is not "
+                "one this version reads: tokenize again"
+            )
+        folder = DataFolder(path, manifest)
+        manifest["tokenizer"]["sha256"], manifest["tokenizer"]["eod_id"]  # must be there
+        for split, facts in manifest["splits"].items():
+            for ending in ("bin", "idx", "mask"):
+                if ending == "mask" and "mask_bytes" not in facts:
+                    continue
+                file = path / f"{split}.{ending}"
+                size = file.stat().st_size if file.is_file() else -1
+                if size != facts[f"{ending}_bytes"]:
+                    found = "is missing" if size < 0 else f"has {size:,} bytes"
+                    raise UserError(
+                        f"{file} {found}; the manifest says {facts[f'{ending}_bytes']:,}: the data "
+                        "set is damaged, copy or tokenize it again"
+                    )
+            _check_index(path / split, facts, manifest["dtype"])
+        return folder
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest_path} is not a data set's manifest: {error!r}") from error
+
+
+def _check_index(prefix: Path, facts: dict[str, Any], dtype: str) -> None:
+    """Refuses an .idx that does not describe its .bin (docs/reference/formats.md has the layout)."""
+    with prefix.with_suffix(".idx").open("rb") as file:
+        header = file.read(34)
+        sequences = int.from_bytes(header[18:26], "little")
+        file.seek(34)
+        lengths = np.fromfile(file, dtype="<i4", count=sequences)
+    codes = {"int32": 4, "uint16": 8}
+    if header[:9] != b"MMIDIDX\x00\x00" or header[17] != codes.get(dtype):
+        raise UserError(f"{prefix}.idx is not the index of {dtype} tokens: tokenize again")
+    tokens, width = int(lengths.sum(dtype=np.int64)), np.dtype(dtype).itemsize
+    if len(lengths) != sequences or tokens * width != facts["bin_bytes"]:
+        raise UserError(
+            f"{prefix}.idx describes {tokens:,} tokens but {prefix}.bin holds "
+            f"{facts['bin_bytes'] // width:,}: the files are of different data sets, tokenize again"
+        )
+
+
+def keep_facts(run_dir: Path, folders: list[DataFolder]) -> None:
+    """Copies manifests and the tokenizer into the run's folder: exporting needs no data then."""
+    for number, folder in enumerate(folders):
+        target = run_dir / "data" / str(number)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in (folder.tokenizer["file"], "manifest.json"):  # the manifest says it is complete
+            write_atomically(target / name, (folder.path / name).read_bytes())
+
+
+def kept_facts(run_dir: Path) -> list[DataFolder]:
+    """What `keep_facts` kept of each data set: manifest and tokenizer, no tokens.
+
+    Raises:
+        UserError: nothing was kept.
+    """
+    paths = sorted((run_dir / "data").glob("*/manifest.json"), key=lambda p: int(p.parent.name))
+    if not paths:
+        raise UserError(f"{run_dir} holds no data/0/manifest.json: is the run's folder complete?")
+    return [DataFolder(path.parent, json.loads(path.read_text())) for path in paths]
+
+
+def unigram_loss(folder: DataFolder, split: str = "validation") -> float:
+    """Entropy, in nats a token, of the split's own token counts.
+
+    No model that ignores context can have a lower loss on the split.
+    """
+    tokens = np.memmap(folder.prefix(split) + ".bin", dtype=folder.manifest["dtype"], mode="r")
+    counts = np.zeros(folder.tokenizer["vocab_size"], dtype=np.int64)
+    for start in range(0, len(tokens), 1 << 24):  # 16M tokens at a time
+        counts += np.bincount(tokens[start : start + (1 << 24)], minlength=len(counts))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

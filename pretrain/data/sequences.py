@@ -1,0 +1,194 @@
+"""Sequences to train on: documents cut and packed by megatron-core's GPTDataset, and what can be
+asked for beside it: documents apart, fill-in-the-middle, loss masks.
+
+Which documents a sequence holds is megatron-core's doing, by index files in the run's folder; what is made
+of them depends on the sequence's number and the seed alone, so that a resumed run sees the same.
+"""
+
+import logging
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+from torch.utils.data import Dataset
+
+from pretrain.config.train import TrainConfig
+from pretrain.data.blends import blends
+from pretrain.data.fim import FillInTheMiddle, fill_in_the_middle
+from pretrain.data.folders import SPLITS, DataFolder
+from pretrain.data.phased import PhasedSequences
+
+Blend = tuple[list[str], list[float] | None]
+
+
+@dataclass
+class SequencesConfig(GPTDatasetConfig):
+    """megatron-core's, and ours."""
+
+    documents_apart: bool = False
+    fim: FillInTheMiddle | None = None
+
+
+class Sequences(GPTDataset):
+    """GPTDataset whose items are made here: megatron-core's class draws and caches the indices.
+
+    An item, each [seq_length]: `tokens`, `labels` and `position_ids` int64, `loss_mask` float32 (1
+    where the label is trained on); with documents apart also `documents` int32, which differ where
+    documents do.
+    """
+
+    config: SequencesConfig
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        assert idx is not None
+        length = self.config.sequence_length + 1
+        pieces = self._pieces(int(idx))
+        texts = [self.dataset.get(document, offset, count) for document, offset, count in pieces]
+        if self._mask is not None:
+            trained = np.concatenate([self._trained(*piece) for piece in pieces])
+        else:
+            if self.config.fim is not None and self.index_split == Split.train:
+                texts = self._filled_in(int(idx), texts, pieces)
+            trained = np.ones(length, np.float32)
+        tokens = torch.from_numpy(np.concatenate(texts)[:length].astype(np.int64))
+        loss_mask = trained[1:].astype(np.float32)
+        item = {
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "position_ids": torch.arange(length - 1),
+        }
+        if self.config.documents_apart:
+            documents = np.repeat(np.arange(len(texts), dtype=np.int32), list(map(len, texts)))[
+                :length
+            ]
+            # Of a document's first token nothing is known: the one before it belongs to another.
+            loss_mask = loss_mask * (documents[1:] == documents[:-1])
+            item["documents"] = torch.from_numpy(documents[:-1])
+        item["loss_mask"] = torch.from_numpy(loss_mask)
+        return item
+
+    def _pieces(self, idx: int) -> list[tuple[int, int, int]]:
+        """The documents of a sequence, and the one token more that is the last label: (document, first
+        token, tokens)."""
+        place = self.shuffle_index[idx]
+        (first, begin), (last, end) = self.sample_index[place], self.sample_index[place + 1]
+        pieces = []
+        for position in range(first, last + 1):
+            document = int(self.document_index[position])
+            start = int(begin) if position == first else 0
+            size = int(self.dataset.sequence_lengths[document])
+            stop = int(end) + 1 if position == last else size
+            pieces.append((document, start, stop - start))
+        return pieces
+
+    @cached_property
+    def _mask(self) -> np.ndarray | None:
+        """Of each token of the data set whether it is trained on; None: all are."""
+        path = Path(f"{self.dataset.path_prefix}.mask")
+        return np.memmap(path, np.uint8, "r") if path.is_file() else None
+
+    def _trained(self, document: int, offset: int, count: int) -> np.ndarray:
+        assert self._mask is not None
+        width = self.dataset.index.dtype_size
+        first = int(self.dataset.index.sequence_pointers[document]) // width + offset
+        return self._mask[first : first + count]
+
+    def _filled_in(
+        self, idx: int, texts: list[np.ndarray], pieces: list[tuple[int, int, int]]
+    ) -> list[np.ndarray]:
+        """Each document rearranged or not; EOD stays at its end. What no longer fits falls off."""
+        fim = self.config.fim
+        assert fim is not None
+        name = zlib.crc32(Path(self.dataset.path_prefix).parent.name.encode())
+        rng = np.random.default_rng((self.config.random_seed, name, idx))
+        changed = []
+        for text, (document, offset, count) in zip(texts, pieces, strict=True):
+            ends = offset + count == self.dataset.sequence_lengths[document]
+            body = len(text) - int(ends)
+            changed.append(np.concatenate([fim.rearranged(text[:body], rng), text[body:]]))
+        return changed
+
+
+class _ManifestTokenizer:
+    """What megatron-core's GPTDataset asks of a tokenizer; the text itself was encoded long ago."""
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.eod = facts["eod_id"]
+        self.pad = -1  # documents are packed: there is no padding
+        self.vocab_size = facts["vocab_size"]
+        # Part of the name of cached indices.
+        self.unique_identifiers = OrderedDict(sha256=facts["sha256"])
+
+
+def train_sequences(config: TrainConfig, folders: list[DataFolder], cache: Path) -> Dataset:
+    """Sequences for the whole run, blended, in the order in which they are trained on.
+
+    Args:
+        cache: the folder of index files; the first rank makes those that are not there.
+    """
+    planned = blends(config, folders)
+    weighed = [
+        (f.prefix("train"), w) for f, w in zip(folders, planned[0].weights, strict=True) if w
+    ]
+    blend = ([prefix for prefix, _ in weighed], [weight for _, weight in weighed])
+    samples = config.train_steps * config.global_batch_size
+    start = _build(config, folders[0], "train", blend, samples, cache)
+    if not config.data.phases:
+        return start
+
+    def epoch(number: int, seed: int) -> Dataset:
+        once = ([folders[number].prefix("train")], None)
+        return _build(replace(config, seed=seed), folders[number], "train", once, None, cache)
+
+    return PhasedSequences(start, planned, config, cache, epoch)
+
+
+def validation_sequences(
+    config: TrainConfig, folders: list[DataFolder], cache: Path
+) -> dict[str, Dataset]:
+    """Each data set's validation split, once through, by name; those without one are left out."""
+    return {
+        folder.name: _build(
+            config, folder, "validation", ([folder.prefix("validation")], None), None, cache
+        )
+        for folder in folders
+        if folder.tokens("validation")
+    }
+
+
+def _build(
+    config: TrainConfig,
+    folder: DataFolder,
+    split: str,
+    blend: Blend,
+    samples: int | None,
+    cache: Path,
+) -> Dataset:
+    index = SPLITS.index(split)
+    dataset_config = SequencesConfig(
+        random_seed=config.seed,
+        sequence_length=config.data.seq_length,
+        blend_per_split=[blend if i == index else None for i in range(3)],
+        path_to_cache=str(cache),
+        tokenizer=_ManifestTokenizer(folder.tokenizer),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        documents_apart=not config.data.attend_across_documents,
+        fim=fill_in_the_middle(config, folder),
+    )
+    sizes = [samples if i == index else None for i in range(3)]
+    # The builder logs its whole configuration for every split.
+    logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
+    return BlendedMegatronDatasetBuilder(Sequences, sizes, lambda: True, dataset_config).build()[
+        index
+    ]

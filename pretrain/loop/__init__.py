@@ -1,0 +1,1 @@
+"""The training loop: steps, bad steps, saving, stopping, the log."""

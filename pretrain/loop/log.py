@@ -1,0 +1,265 @@
+"""What the training loop reports: rank 0 turns it into metrics, the others do nothing."""
+
+import logging
+import math
+import resource
+import statistics
+import time
+from collections import deque
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from megatron_ladder.mcore_compat import LadderConfig
+from pretrain.config.train import TrainConfig, to_dict
+from pretrain.data.folders import DataFolder, keep_facts, kept_facts, unigram_loss
+from pretrain.loop.rank_speed import SlowRank
+from pretrain.loop.watchdog import Watchdog
+from pretrain.model import cudnn
+from pretrain.model.fusions import Choice, adam_class, choices, table
+from pretrain.model.graphs import WARM_UP_STEPS
+from pretrain.plan.memory import in_words, is_planned, kept_as, memory_plan
+from pretrain.run.bad_step import BadStep
+from pretrain.run.metrics import MetricsLog, flops_per_token, peak_flops
+from pretrain.run.status import State, Status
+from pretrain.run.versions import versions
+from pretrain.start.initial import keep_imported
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Derives rates from steps and times them; validation and checkpoints are left out of rates.
+
+    Args:
+        config: the run's, resolved.
+        resume_step: the last step trained before this process started.
+        device: "cpu" or the GPU's name.
+        status: told what the run is doing.
+        watchdog: started, and told when steps end.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        resume_step: int,
+        device: str,
+        status: Status,
+        watchdog: Watchdog,
+    ) -> None:
+        self._config = config
+        self._status = status
+        self._watchdog = watchdog
+        self._world_size = dist.get_world_size()
+        self._is_resumed = resume_step > 0
+        self._log: MetricsLog | None = None
+        self._planned: float | None = None
+        if dist.get_rank() == 0:
+            assert config.output_dir is not None
+            self._log = MetricsLog(
+                config.output_dir,
+                resume_step=resume_step,
+                train_steps=config.train_steps,
+                tensorboard=config.tensorboard,
+                wandb=config.wandb,
+                config=to_dict(config),
+            )
+            self._log.start(
+                step=resume_step,
+                world_size=self._world_size,
+                name=config.output_dir.name,
+                residual=config.model.residual,
+                versions=versions(),
+                parameters=config.model.num_parameters(),
+                tokens_per_step=config.tokens_per_step,
+                train_steps=config.train_steps,
+                device=device,
+            )
+        self._flops_per_token = flops_per_token(
+            num_layers=config.model.num_layers,
+            hidden_size=config.model.hidden_size,
+            seq_length=config.data.seq_length,
+            matmul_parameters=config.model.num_matmul_parameters(),
+        )
+        self._peak = None if device == "cpu" else peak_flops(device)
+        self._tokens_per_rank_step = config.tokens_per_step / self._world_size
+        self._trained_s = self._log.time_so_far if self._log else 0.0
+        self._step_started = time.perf_counter()
+        self._pending_steps = 0
+        self._pending_s = 0.0
+        self._recent_s: deque[float] = deque(maxlen=100)
+        status.begin(resume_step, last_checkpoint=resume_step or None)
+        watchdog.start()
+
+    def doing(self, state: State) -> None:
+        """Something else than training begins; the next step ends it."""
+        self._status.update(state)
+        self._watchdog.allow_more()
+
+    def built(self, mcore_config: LadderConfig) -> None:
+        """What the model runs on, and what it will hold in a GPU's memory."""
+        if self._log:
+            found = choices(mcore_config, adam_class())
+            if self._config.compile:
+                by = "each one graph, by torch.compile: of their parts below the linears alone are left"
+                found.insert(0, Choice("layers", by, ""))
+            if self._config.cuda_graph:
+                by = f"one CUDA graph, captured after {WARM_UP_STEPS} steps"
+                found.insert(0, Choice("forward and backward", by, ""))
+            records = [asdict(choice) for choice in found]
+            words = f"built of\n{table(found)}"
+            if not torch.cuda.is_available():
+                words = "built for the CPU; `megatron-ladder doctor` says of what"
+                if mcore_config.core_attention.keeps_scores:
+                    words += f"; attention keeps scores: {mcore_config.core_attention.why}"
+            self._log.note("built", words, choices=records)
+            for problem in cudnn.problems() if torch.cuda.is_available() else []:
+                logger.warning(problem)
+        if mcore_config.transformer_impl == "transformer_engine" and is_planned(self._config):
+            dp = self._config.parallel.data_parallel_size(self._world_size)
+            plan = memory_plan(self._config, dp, kept_as(mcore_config.core_attention))
+            self._planned = plan.total
+            if self._log:
+                words = f"memory of the fullest GPU: planned {in_words(plan)}"
+                self._log.note("memory_plan", words, **asdict(plan))
+
+    def data(self, folders: list[DataFolder]) -> None:
+        """What a new run trains on, or what joins a resumed one, and what a model without context could
+        reach on it."""
+        if self._log:
+            assert self._config.output_dir is not None
+            known = len(kept_facts(self._config.output_dir)) if self._is_resumed else 0
+            keep_facts(self._config.output_dir, folders)
+            keep_imported(self._config)
+            for folder in folders[known:]:
+                if folder.tokens("validation"):
+                    self._log.baseline(dataset=folder.name, unigram_loss=unigram_loss(folder))
+
+    def train(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
+        """One step is done."""
+        seconds = time.perf_counter() - self._step_started
+        self._pending_steps += 1
+        self._pending_s += seconds
+        self._trained_s += seconds
+        self._recent_s.append(seconds)
+        step_s = self._step_s()
+        self._status.update(
+            "training",
+            step=step,
+            tokens=step * self._config.tokens_per_step,
+            loss=loss,
+            tokens_per_second=self._config.tokens_per_step / step_s,
+            eta_s=(self._config.train_steps - step) * step_s,
+        )
+        due = step % self._config.log_interval == 0 or step == self._config.train_steps
+        if self._log and due:
+            mean_s = self._pending_s / self._pending_steps
+            achieved = self._tokens_per_rank_step / mean_s * self._flops_per_token
+            self._log.train(
+                step=step,
+                tokens=step * self._config.tokens_per_step,
+                time=self._trained_s,
+                loss=loss,
+                grad_norm=grad_norm,
+                learning_rate=learning_rate,
+                tokens_per_second=self._config.tokens_per_step / mean_s,
+                tflops_per_gpu=achieved / 1e12,
+                mfu=achieved / self._peak if self._peak else None,
+                memory_gib=_peak_memory_gib(),
+            )
+        if due:
+            self._pending_steps, self._pending_s = 0, 0.0
+        self._step_done(step)
+
+    def passed_over(self, step: int, bad: BadStep) -> None:
+        """A step that is not in the weights: the time that it took does not count."""
+        if self._log and step == bad.step:
+            assert bad.passed_over is not None
+            if bad.action == "rollback":
+                self._log.go_back(bad.passed_over[0] - 1)
+            self._log.note("bad_step", f"step {step}: {bad.reason}: {bad.action}", **asdict(bad))
+        if bad.action == "rollback":
+            self._pending_steps, self._pending_s = 0, 0.0
+            self._trained_s = self._log.time_so_far if self._log else 0.0
+        self._status.update("training", step=step, tokens=step * self._config.tokens_per_step)
+        self._step_done(step)
+
+    def slow_ranks(self, step: int, ranks: list[SlowRank]) -> None:
+        """Ranks that hold up the others."""
+        for slow in ranks if self._log else []:
+            assert self._log is not None
+            self._log.note(
+                "slow_rank",
+                f"step {step}: rank {slow.rank} on {slow.host} is slow at {slow.what}: "
+                f"{slow.seconds:.3g} s, the median is {slow.median:.3g} s",
+                step=step,
+                **asdict(slow),
+            )
+
+    def validation(self, step: int, dataset: str, loss: float) -> None:
+        if self._log:
+            self._log.validation(
+                step=step,
+                tokens=step * self._config.tokens_per_step,
+                time=self._trained_s,
+                dataset=dataset,
+                loss=loss,
+                perplexity=math.exp(min(loss, 700.0)),
+            )
+        self._step_started = time.perf_counter()
+
+    def saved(self, step: int) -> None:
+        """A checkpoint is complete."""
+        logger.info("saved checkpoint of step %d", step)
+        self._status.update(last_checkpoint=step)
+
+    def saving_began(self) -> None:
+        """Training goes on; what beginning a checkpoint has taken does not count as a step's."""
+        self._step_started = time.perf_counter()
+
+    def save_failed(self, step: int, reason: str) -> None:
+        """Training goes on without this checkpoint."""
+        if self._log:
+            logger.error("could not save a checkpoint of step %d: %s", step, reason)
+            self._log.save_failed(step=step, reason=reason)
+
+    def end(self, step: int, reason: str) -> None:
+        """Training ends in good order: finished, or stopped for another reason."""
+        self._compare_memory()
+        if self._log:
+            self._log.end(step=step, reason=reason)
+        finished = reason == "finished"
+        self._status.update(
+            "finished" if finished else "stopped", step=step, reason="" if finished else reason
+        )
+
+    def _compare_memory(self) -> None:
+        if self._planned is None:
+            return
+        peak = torch.tensor(_peak_memory_gib() * 2**30, device=torch.cuda.current_device())
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        if self._log:
+            measured, planned = peak.item(), self._planned
+            self._log.note(
+                "memory_peak",
+                f"memory of the fullest GPU: {measured / 2**30:.2f} GiB at the peak, planned "
+                f"{planned / 2**30:.2f} GiB ({measured / planned - 1:+.1%})",
+                measured=measured,
+                planned=planned,
+            )
+
+    def _step_s(self) -> float:
+        """Of a usual step; 0 before the first."""
+        return statistics.median(self._recent_s) if self._recent_s else 0.0
+
+    def _step_done(self, step: int) -> None:
+        self._watchdog.step_ended(step, self._step_s())
+        self._step_started = time.perf_counter()
+
+
+def _peak_memory_gib() -> float:
+    """The most this rank has held: device memory on a GPU, else the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

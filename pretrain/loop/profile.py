@@ -1,0 +1,63 @@
+"""`train --profile.first-step N`: a trace of some steps, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity
+
+from megatron_ladder.collectives import ranges
+from pretrain.config.train import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+class StepProfile:
+    """Traces the steps that `config.profile` names, on every rank."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        assert config.output_dir is not None
+        self._first, self._count = config.profile.first_step, config.profile.steps
+        self._folder = config.output_dir / "profile"
+        self._open: contextlib.ExitStack | None = None
+
+    @contextlib.contextmanager
+    def of(self, step: int) -> Iterator[None]:
+        """Around a step. What was begun is written when the last one ends, or is left out by a crash."""
+        if self._first is None or not self._first <= step < self._first + self._count:
+            yield
+            return
+        if self._open is None:
+            self._begin(step)
+        with ranges.named(f"step {step}"):
+            yield
+        if step == self._first + self._count - 1:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what there is: training may end, or stop on a signal, in the middle."""
+        if self._open is not None:
+            opened, self._open = self._open, None
+            opened.close()
+
+    def _begin(self, step: int) -> None:
+        path = self._folder / f"from-step-{step}-rank-{dist.get_rank()}.json.gz"
+        self._open = contextlib.ExitStack()
+        if dist.get_rank() == 0:
+            self._open.callback(logger.info, "traced: %s (open it at ui.perfetto.dev)", path)
+        self._open.enter_context(traced(path))
+
+
+@contextlib.contextmanager
+def traced(path: Path) -> Iterator[None]:
+    """Writes a trace of its body, with the ranges of ranges.py, as Chrome's and Perfetto's JSON."""
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with ranges.recorded(), torch.profiler.profile(activities=activities) as profiler:
+        yield
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))

@@ -1,0 +1,232 @@
+"""One optimizer step, and one validation pass, by megatron-core's schedules."""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_ladder.distillation import distilled_losses
+from megatron_ladder.layers.attention import as_bias
+from pretrain.config.train import TrainConfig
+from pretrain.data.batches import Batch, to_device
+from pretrain.model.graphs import StepGraph
+from pretrain.model.optimizer import gradient_norm, update
+
+
+def _masked_sum(
+    config: TrainConfig, batch: Batch, output: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is trained on, summed over a micro-batch, times the batch's `scale`, for backward; and for the
+    log what `_counted` returns.
+
+    Args:
+        output: each token's cross-entropy, [b, s]; with a teacher, logits [b, s, vocabulary / tp].
+    """
+    trained = cross_entropy = output
+    if "teacher_logits" in batch:
+        trained, cross_entropy = distilled_losses(
+            output,
+            batch["teacher_logits"],
+            batch["labels"],
+            weight=config.adapt.distillation_weight,
+            temperature=config.adapt.distillation_temperature,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+    total = (trained.float() * batch["loss_mask"]).sum()
+    return total * batch["scale"], {"sum": _counted(batch, cross_entropy)}
+
+
+def _counted(batch: Batch, cross_entropy: Tensor) -> Tensor:
+    """A micro-batch's summed cross-entropy, of each token [b, s], and its number of trained tokens. [2]"""
+    loss_mask = batch["loss_mask"]
+    exact = (cross_entropy.detach().double() * loss_mask).sum()
+    return torch.stack([exact, loss_mask.double().sum()])
+
+
+def _measured(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return output.new_zeros(()), {"sum": _counted(batch, output)}
+
+
+def _logits(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return output.new_zeros(()), {"logits": output}
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """What a token does not attend to: what follows it, and other documents.
+
+    Args:
+        documents: [micro_batch_size, seq_length], numbers that differ where documents do.
+
+    Returns:
+        bool [micro_batch_size, 1, seq_length, seq_length], queries before keys; True is masked out.
+
+    Positions need not begin anew: rotary embeddings turn queries and keys by their positions, and the
+    score of two tokens depends on the difference alone (RoFormer, arXiv 2104.09864, equation 16).
+    """
+    length = documents.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
+    return (causal | (documents[:, :, None] != documents[:, None, :])).unsqueeze(1)
+
+
+def attention_mask(documents: Tensor, config: Any) -> Tensor:
+    """`document_mask`, as the core attention of a model of this `transformer_config` takes it."""
+    mask = document_mask(documents)
+    return as_bias(mask, config.params_dtype) if config.core_attention.whose == "torch" else mask
+
+
+def _forward(
+    reduce: Callable, wants_logits: bool, batches: Iterator[Batch], model: Any
+) -> tuple[Tensor, Callable]:
+    """megatron-core's forward step. On the last stage: per-token losses [b, s], or logits, and the
+    function that sums them; on the others what goes to the next stage, and the function is not called.
+    """
+    batch = to_device(next(batches))
+    mask = attention_mask(batch["documents"], model.config) if "documents" in batch else None
+    labels = None if wants_logits else batch["labels"]
+    output = model(batch["tokens"], batch["position_ids"], mask, labels=labels)
+    return output, partial(reduce, batch)
+
+
+def _run_schedule(
+    model: list[Any],
+    micro_batches: list[Batch],
+    config: TrainConfig,
+    reduce: Callable,
+    *,
+    forward_only: bool,
+    wants_logits: bool = False,
+) -> list[dict[str, Tensor]]:
+    """All micro-batches through all stages. Returns what `reduce` logged: on the last stage one
+    entry a micro-batch, on the others none.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward, reduce, wants_logits),
+        data_iterator=[iter(micro_batches) for _ in model],
+        model=model,
+        num_microbatches=len(micro_batches),
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def forward_logits(
+    model: list[Any], micro_batches: list[Batch], config: TrainConfig
+) -> list[Tensor]:
+    """Logits of every micro-batch, [b, s, vocabulary / tp], on the last stage; on the others none."""
+    outputs = _run_schedule(
+        model, micro_batches, config, _logits, forward_only=True, wants_logits=True
+    )
+    return [output["logits"] for output in outputs]
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    """Over data-parallel ranks, and over stages, of which all but the last hold zeros."""
+    torch.distributed.all_reduce(x, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(x, group=parallel_state.get_pipeline_model_parallel_group())
+    return x
+
+
+def train_step(
+    model: list[Any],
+    optimizer: Any,
+    scheduler: Any,
+    batches: Iterator[Batch],
+    config: TrainConfig,
+    add_teacher_logits: Callable[[list[Batch]], None] | None = None,
+    is_good: Callable[[float, float, list[Tensor], list[Any]], bool] | None = None,
+    graph: StepGraph | None = None,
+) -> tuple[float, float, float]:
+    """Forward and backward of one global batch, then an update.
+
+    Args:
+        add_teacher_logits: gives micro-batches what the model is to learn from (Teacher.add_logits).
+        is_good: asked before the update, which is left out otherwise (BadSteps.is_good); called on
+            every rank, and answers alike.
+        graph: of the run, where forward and backward are to be one CUDA graph (graphs.py).
+
+    Returns:
+        (mean cross-entropy of the trained tokens of the global batch, gradient norm before clipping,
+        learning rate).
+    """
+    data_parallel_size = parallel_state.get_data_parallel_world_size()
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    count = config.num_microbatches(data_parallel_size)
+    micro_batches = list(itertools.islice(batches, count))
+    tokens = _trained_tokens(micro_batches)
+    # Each token counts the same, whichever micro-batch or rank it is in: divided by all of them
+    # here, times what the schedule (micro-batches) and DDP (ranks) divide by. A tensor, and among the
+    # inputs: what changes from step to step must not be a number in a graph. Filled: a copy would wait.
+    scale = torch.full((), count * data_parallel_size / tokens, device=torch.cuda.current_device())
+    micro_batches = [{**batch, "scale": scale} for batch in micro_batches]
+    if add_teacher_logits:
+        add_teacher_logits(micro_batches)
+    forward_backward = partial(
+        _run_schedule,
+        model,
+        config=config,
+        reduce=partial(_masked_sum, config),
+        forward_only=False,
+        wants_logits=add_teacher_logits is not None,
+    )
+    outputs = (
+        graph.run(forward_backward, micro_batches) if graph else forward_backward(micro_batches)
+    )
+    scheduler.step(increment=1)  # before the update: step 1 trains at the rate of step 1, not of 0
+    learning_rate = optimizer.param_groups[0]["lr"]
+    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    for output in outputs:
+        total += output["sum"]
+    _sum_over_ranks(total)
+    # Here alone the host waits for the GPU. It would do so at each number that it reads of the GPU, and
+    # whatever is launched next would find the GPU idle.
+    grad_norm = gradient_norm(optimizer)
+    loss = total[0].item() / tokens
+    sums = [output["sum"] for output in outputs]
+    if is_good is None or is_good(loss, grad_norm, sums, model):
+        update(optimizer, grad_norm)
+    return loss, grad_norm, learning_rate
+
+
+def pass_over(scheduler: Any, batches: Iterator[Batch], config: TrainConfig) -> None:
+    """A step without training: its data is left out, the learning rate goes on."""
+    count = config.num_microbatches(parallel_state.get_data_parallel_world_size())
+    collections.deque(itertools.islice(batches, count), maxlen=0)
+    scheduler.step(increment=1)
+
+
+def _trained_tokens(micro_batches: list[Batch]) -> float:
+    """Of the global batch, the labels that are trained on; 1 when there are none.
+
+    Counted in the hosts' memory, where batches are, and summed by the hosts: their GPUs may still be at
+    the update before.
+    """
+    count = torch.zeros((), dtype=torch.float64)
+    for batch in micro_batches:
+        count += batch["loss_mask"].sum()
+    if parallel_state.get_data_parallel_world_size() > 1:
+        torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group_gloo())
+    return max(count.item(), 1.0)
+
+
+@torch.no_grad()
+def validate(model: list[Any], batches: list[Batch], config: TrainConfig) -> float:
+    """Mean cross-entropy, in nats a token, over all ranks' batches."""
+    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    for chunk in model:
+        chunk.eval()
+    if batches:
+        for output in _run_schedule(model, batches, config, _measured, forward_only=True):
+            total += output["sum"]
+    for chunk in model:
+        chunk.train()
+    _sum_over_ranks(total)
+    return (total[0] / total[1]).item()

@@ -1,0 +1,49 @@
+"""The unmodified model, whose predictions a changed one is to keep: logit distillation."""
+
+import torch
+
+from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
+from pretrain.config.train import TrainConfig
+from pretrain.data.batches import Batch
+from pretrain.loop.step import forward_logits
+from pretrain.run.checkpoint import load_initial_weights
+from pretrain.run.folder import find_checkpoint
+from pretrain.start.initial import original_model
+
+
+class Teacher:
+    """The model of `init_from` as it was, at the run's own layout; not trained.
+
+    Build it before a checkpoint is loaded: building draws from the random states that this restores.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        assert config.init_from is not None
+        model = original_model(config.init_from)
+        mcore_config = transformer_config(
+            model,
+            config.parallel,
+            precision=config.precision,
+            impl=config.transformer_impl,
+            deterministic=config.deterministic,
+            attention=config.attention,
+            masks_given=not config.data.attend_across_documents,
+            micro_batch_size=config.micro_batch_size,
+            seq_length=config.data.seq_length,
+        )
+        self._chunks = build_gpt_model(model, mcore_config, config.transformer_impl)
+        for chunk in self._chunks:
+            chunk.eval().requires_grad_(False)
+        named = {str(number): chunk for number, chunk in enumerate(self._chunks)}
+        load_initial_weights(find_checkpoint(config.init_from), named)
+        self._config = config
+
+    @torch.no_grad()
+    def add_logits(self, micro_batches: list[Batch]) -> None:
+        """Gives each micro-batch its `teacher_logits`, on ranks of the last stage.
+
+        [micro_batch_size, seq_length, padded_vocab_size / tp]; all micro-batches of a step are held.
+        """
+        logits = forward_logits(self._chunks, micro_batches, self._config)
+        for batch, mine in zip(micro_batches, logits, strict=False):  # other stages have none
+            batch["teacher_logits"] = mine

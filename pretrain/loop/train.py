@@ -1,0 +1,192 @@
+"""The training loop."""
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_ladder.errors import UserError
+from megatron_ladder.specs import resolve_impl
+from pretrain.config.train import TrainConfig
+from pretrain.data.batches import train_batches, validation_batches
+from pretrain.data.folders import DataFolder
+from pretrain.data.index_cache import IndexCache
+from pretrain.data.sequences import train_sequences, validation_sequences
+from pretrain.loop.bad_steps import BadSteps
+from pretrain.loop.log import RunLog
+from pretrain.loop.profile import StepProfile
+from pretrain.loop.rank_speed import RankSpeed
+from pretrain.loop.saving import CheckpointSaver
+from pretrain.loop.step import pass_over, train_step, validate
+from pretrain.loop.stopping import StopSignals
+from pretrain.loop.teacher import Teacher
+from pretrain.loop.watchdog import Watchdog
+from pretrain.model.gradual import use_ladder_layers
+from pretrain.model.graphs import StepGraph
+from pretrain.model.optimizer import gathered_parameters
+from pretrain.model.setup import build, layers_config, smallest_card, start_ranks, stop_ranks
+from pretrain.plan.memory import Attention, check_memory, is_planned, kept_as, out_of_memory
+from pretrain.ranks import is_first_rank
+from pretrain.run.bad_step import BadStep
+from pretrain.run.checkpoint import (
+    Progress,
+    load_checkpoint,
+    load_initial_weights,
+    model_chunks,
+    newest_valid,
+)
+from pretrain.run.folder import checkpoint_at, find_checkpoint, lock, write_config
+from pretrain.run.status import Status
+from pretrain.start.launch import STOPPED
+
+
+def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) -> int:
+    """Trains to the end of the schedule, from the newest checkpoint of the run if there is one.
+
+    Called by every rank, under torchrun. `config` and `folders` have been checked by preflight.py.
+
+    Returns:
+        The exit status: 0, or STOPPED after a signal.
+    """
+    run_dir = config.output_dir
+    assert run_dir is not None
+    if is_first_rank():
+        held = lock(run_dir)
+        write_config(config)  # before anything else is there: the folder is this run's
+    attention: list[
+        Attention
+    ] = []  # asked once: with no memory left nothing more is asked of the GPU
+    try:
+        with Status(config) as status, Watchdog(config) as watchdog:
+            exit_status = _train(config, folders, signals, status, watchdog, attention)
+    except torch.OutOfMemoryError as error:
+        # Said by whichever rank it was; starting again would not help: 2, as after a mistake.
+        said = out_of_memory(config, torch.distributed.get_world_size(), error, *attention)
+        rank = torch.distributed.get_rank()
+        print(f"megatron-ladder train: rank {rank}: {said}", file=sys.stderr)
+        return 2
+    if is_first_rank():
+        held.close()
+    return exit_status
+
+
+def _train(
+    config: TrainConfig,
+    folders: list[DataFolder],
+    signals: StopSignals,
+    status: Status,
+    watchdog: Watchdog,
+    attention: list[Attention],
+) -> int:
+    run_dir = config.output_dir
+    assert run_dir is not None
+    cache = IndexCache(config, folders)  # made meanwhile
+    device = start_ranks(config)
+    if is_planned(config) and resolve_impl(config.transformer_impl) == "transformer_engine":
+        attention.append(kept_as(layers_config(config).core_attention))
+        check_memory(config, torch.distributed.get_world_size(), smallest_card(), *attention)
+
+    model, optimizer, scheduler = build(config)
+    teacher = Teacher(config) if config.adapt.distillation_weight else None
+    progress = Progress(step=0, consumed_samples=0)
+    if checkpoint := newest_valid(run_dir):
+        progress = load_checkpoint(checkpoint, model, optimizer, scheduler)
+    elif config.init_from:
+        load_initial_weights(find_checkpoint(config.init_from), model_chunks(model))
+        optimizer.reload_model_params()
+    data_parallel = {
+        "data_parallel_rank": parallel_state.get_data_parallel_rank(),
+        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+    }
+    validations = validation_sequences(config, folders, cache.ready())
+    speed = RankSpeed(config)
+    batches = speed.timed(
+        train_batches(
+            train_sequences(config, folders, cache.path),
+            config,
+            consumed_samples=progress.consumed_samples,
+            **data_parallel,
+        )
+    )
+    log = RunLog(config, progress.step, device, status, watchdog)
+    saver = CheckpointSaver(config, log)
+    profile = StepProfile(config)
+    bad_steps = BadSteps(config, saver, progress.recent_losses)
+    graph = StepGraph(model) if config.cuda_graph else None
+    log.built(model[0].config)
+    log.data(folders)
+
+    def evaluate(step: int) -> None:
+        log.doing("validating")
+        use_ladder_layers(model, config, None)  # the model that is to be, as an export is
+        for name, dataset in validations.items():
+            held_out = validation_batches(dataset, config, **data_parallel)
+            with gathered_parameters(model):
+                log.validation(step, name, validate(model, held_out, config))
+
+    def answer(bad: BadStep) -> None:
+        if bad.action == "stop":
+            raise UserError(
+                f"{bad.reason} at step {bad.step}: lower optimizer.lr, train in fp32, or pass such steps "
+                "over (faults.not_finite, faults.spike); the last checkpoint is untouched"
+            )
+        log.passed_over(bad.step, bad)
+        if bad.action == "rollback":
+            assert bad.passed_over
+            checkpoint = checkpoint_at(run_dir, bad.passed_over[0] - 1)
+            with gathered_parameters(model):
+                back = load_checkpoint(checkpoint, model, optimizer, scheduler)
+            scheduler.step(increment=bad.step - back.step)
+            bad_steps.went_back(back.recent_losses)
+
+    signal = ""
+
+    def is_good(step: int, *figures: Any) -> bool:
+        """Asked between backward and update, when the host has waited for the GPU: ranks agree there on all
+        they have to, as elsewhere each question would wait for all that is queued."""
+        nonlocal signal
+        signal = signals.agreed()
+        return bad_steps.is_good(step, *figures)
+
+    if progress.step == 0 and config.init_from:
+        evaluate(0)  # what changing the model costs before it is trained
+    for step in range(progress.step + 1, config.train_steps + 1):
+        use_ladder_layers(model, config, step)
+        if before := bad_steps.decided(step):
+            pass_over(scheduler, batches, config)
+            signal = signals.agreed()
+            log.passed_over(step, before)
+        else:
+            with profile.of(step):
+                figures = train_step(
+                    *(model, optimizer, scheduler, batches, config),
+                    teacher.add_logits if teacher else None,
+                    partial(is_good, step),
+                    graph,
+                )
+            if bad_steps.found:
+                answer(bad_steps.found)
+            else:
+                log.train(step, *figures)
+        log.slow_ranks(step, speed.slow_ranks(step))
+        progress = Progress(step, step * config.global_batch_size, bad_steps.recent_losses)
+        last = step == config.train_steps
+
+        if last or (config.eval_interval and step % config.eval_interval == 0):
+            evaluate(step)
+            signal = signal or signals.agreed()  # validation has waited for the GPU, and takes long
+        saver.complete()
+        if last or signal or step % config.save_interval == 0:
+            with gathered_parameters(model):
+                saver.save(progress, model, optimizer, scheduler, wait=last or bool(signal))
+        if signal and not last:
+            break
+
+    profile.close()
+    finished = progress.step == config.train_steps
+    log.end(progress.step, "finished" if finished else f"signal {signal}")
+    signals.ignore()
+    stop_ranks()
+    return 0 if finished else STOPPED

@@ -1,0 +1,65 @@
+"""torch.compile of a model's layers, where each rank has them whole."""
+
+import shutil
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from megatron_ladder.errors import UserError
+from megatron_ladder.specs import resolve_impl
+from pretrain.config.train import TrainConfig
+
+
+def check_compile(config: TrainConfig) -> None:
+    """Refuses what is not compiled rightly, or would lose by it.
+
+    Raises:
+        UserError: with the reason.
+    """
+    if not config.compile:
+        return
+    parallel = config.parallel
+    reasons = {
+        "collectives under way cannot be compiled: use one tensor-parallel rank": (
+            parallel.tensor_model_parallel_size > 1
+        ),
+        "pipeline stages are not compiled: use one": parallel.pipeline_model_parallel_size > 1,
+        f"recompute {config.recompute} is not compiled: use none": config.recompute != "none",
+        "dropout would draw other numbers: set model.hidden_dropout and model.attention_dropout to 0": (
+            config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
+        ),
+        "Transformer Engine's layers are not compiled: use --transformer-impl local": (
+            resolve_impl(config.transformer_impl) == "transformer_engine"
+        ),
+        "attention unfused cannot be compiled: use auto": config.attention == "unfused",
+        f"torch.compile needs {_compiler()}, which is not there: install it": not _has_compiler(),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"--compile: {reason}, or leave --compile out")
+
+
+def compile_layers(chunks: list[Any]) -> None:
+    """Each layer becomes one graph at its first call; those that are alike share it.
+
+    Args:
+        chunks: from `build_gpt_model`. Parameters keep their names.
+    """
+    dynamo: Any = torch._dynamo
+    # A layer's function has graphs for each residual kind, for first, middle and last, in training and in
+    # evaluation: more than torch's 8.
+    dynamo.config.recompile_limit = 64
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            layer.compile(fullgraph=True)
+
+
+def _compiler() -> str:
+    return "triton" if torch.cuda.is_available() else "a C++ compiler (g++)"
+
+
+def _has_compiler() -> bool:
+    if torch.cuda.is_available():
+        return find_spec("triton") is not None
+    return any(map(shutil.which, ("g++", "clang++")))

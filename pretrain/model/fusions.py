@@ -1,0 +1,149 @@
+"""Which implementation each part of training gets, why, and what that costs."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from megatron.core import optimizer
+
+from megatron_ladder.layers.attention_choice import CoreAttention
+from megatron_ladder.mcore_compat import LadderConfig
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One part of a training step."""
+
+    part: str
+    implementation: str
+    why: str
+    """It is this one; empty where it is the fastest of those known here."""
+    cost: str = ""
+    """What it does more than the fastest. Counted, not measured."""
+
+
+def choices(config: LadderConfig, adam: type) -> list[Choice]:
+    """What a model built with `config` runs on.
+
+    Args:
+        adam: the optimizer's class, megatron-core's choice of TE's, apex's and torch's.
+    """
+    te = config.transformer_impl == "transformer_engine"
+    on_gpu = config.bias_activation_fusion
+    lacks = "" if te else _why_local(on_gpu)
+
+    def by_te(part: str, own: str, other: str, cost: str) -> Choice:
+        return Choice(part, own, "") if te else Choice(part, other, lacks, cost)
+
+    def compiled(part: str, fused: bool, cost: str) -> Choice:
+        if fused:
+            return Choice(part, "one kernel, by torch.compile", "")
+        why = "deterministic" if on_gpu else "no GPU"
+        return Choice(part, "PyTorch, operator by operator", why, cost)
+
+    norms = "in standard layers fused with the linear after it, apart in the others"
+    if config.fp8:
+        norms += "; ladder layers' write FP8 for it too"
+    return [
+        by_te("linears", "Transformer Engine", "megatron-core", "has no FP8"),
+        _precision(config, lacks),
+        _attention(config.core_attention),
+        by_te(
+            "norms",
+            f"Transformer Engine, {norms}",
+            "torch.nn.functional.rms_norm",
+            "takes a pass more over the state in standard layers",
+        ),
+        by_te(
+            "RoPE",
+            "Transformer Engine, one kernel",
+            "PyTorch, operator by operator",
+            "takes some four passes more over queries and keys",
+        ),
+        compiled(
+            "SwiGLU", config.bias_activation_fusion, "takes two passes more over the MLP's width"
+        ),
+        *(
+            [
+                compiled(
+                    "dropout, add", config.bias_dropout_fusion, "takes a pass more over the state"
+                )
+            ]
+            if config.hidden_dropout
+            else []  # one addition, which is one kernel anyhow
+        ),
+        compiled(
+            "cross entropy",
+            config.cross_entropy_loss_fusion,
+            "takes three passes more over the logits",
+        ),
+        _weight_gradients(config, te, on_gpu),
+        _adam(adam, on_gpu),
+    ]
+
+
+def adam_class() -> type:
+    """megatron-core's choice on this machine; without a GPU cpu_platform.py's."""
+    return optimizer.Adam if torch.cuda.is_available() else torch.optim.AdamW
+
+
+def _why_local(on_gpu: bool) -> str:
+    if not on_gpu:
+        return "no GPU"
+    if find_spec("transformer_engine") is None:
+        return "transformer-engine is not installed"
+    return "transformer_impl is local"
+
+
+def _precision(config: Any, lacks: str) -> Choice:
+    if config.fp8:
+        return Choice("precision of linears", f"FP8 {config.fp8}, recipe {config.fp8_recipe}", "")
+    precision = "bf16" if config.bf16 else "fp32"
+    return Choice("precision of linears", precision, lacks or "no fp8.recipe is given")
+
+
+def _attention(taken: CoreAttention) -> Choice:
+    cost = "keeps 2 b heads s x s scores a layer for backward, unless recomputed"
+    return Choice("attention", str(taken), taken.why, cost if taken.keeps_scores else "")
+
+
+def _weight_gradients(config: Any, te: bool, on_gpu: bool) -> Choice:
+    part = "weight gradients"
+    if config.gradient_accumulation_fusion:
+        by = "Transformer Engine's and apex's" if te else "apex's"
+        return Choice(part, f"added to the fp32 buffer by {by} GEMMs", "")
+    cost = "writes and reads each gradient once more, every micro-batch"
+    if te:
+        return Choice(
+            part,
+            "added to the fp32 buffer by Transformer Engine's GEMMs; the output layer's apart",
+            "NVIDIA's apex is not installed",
+            f"of the output layer: {cost}",
+        )
+    why = "NVIDIA's apex is not installed" if on_gpu else "no GPU"
+    return Choice(part, "added to the fp32 buffer apart", why, cost)
+
+
+def _adam(adam: type, on_gpu: bool) -> Choice:
+    by = adam.__module__.split(".")[0]
+    names = {"transformer_engine": "Transformer Engine's FusedAdam", "apex": "apex's FusedAdam"}
+    if by in names:
+        return Choice("Adam", names[by], "")
+    return Choice(
+        "Adam",
+        "torch's AdamW, its fused kernel",
+        "neither transformer-engine nor NVIDIA's apex is installed" if on_gpu else "no GPU",
+    )
+
+
+def table(found: list[Choice]) -> str:
+    """Lines for people: the part, what it runs on, and why not on something faster."""
+    width = max(len(choice.part) for choice in found)
+    lines = []
+    for choice in found:
+        line = f"  {choice.part:{width}}  {choice.implementation}"
+        if choice.why:
+            line += f" ({choice.why}{': ' + choice.cost if choice.cost else ''})"
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""The model under data parallelism, its optimizer and its learning-rate schedule, by megatron-core."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ladder.mcore_compat import align_checkpoint_ranges
+from pretrain.config.train import TrainConfig
+from pretrain.model.torch_adam import use_fused_kernel
+
+
+def wrap_data_parallel(
+    chunks: list[Any], *, gather_at_once: bool = False
+) -> list[DistributedDataParallel]:
+    """Gradients summed in fp32 over the data-parallel ranks, behind backward; optimizer state
+    sharded, and the updated parameters gathered behind the next forward.
+
+    Args:
+        chunks: from `build_gpt_model`; all with one configuration, which the schedules read.
+        gather_at_once: parameters, after the update: layers that are compiled, and graphs, which the
+            update is no part of, cannot wait for them.
+    """
+    config = chunks[0].config
+    assert all(chunk.config is config for chunk in chunks)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=not gather_at_once
+        and parallel_state.get_data_parallel_world_size() > 1,
+        use_distributed_optimizer=True,
+        fp8_param_gather=config.fp8_param,
+    )
+    model = [
+        # A later chunk's reduction has the other chunks' backward to hide behind: no need to cut it.
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    for chunk in model:
+        align_checkpoint_ranges(chunk)
+        for module in chunk.modules():
+            # Transformer Engine's GEMMs add weight gradients to DDP's fp32 buffer themselves.
+            # megatron-core's flag for it asks for apex as well, for the output layer.
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
+    config.finalize_model_grads_func = finalize_model_grads
+    no_sync = [chunk.no_sync for chunk in model]
+    # Accumulate first, reduce in the last micro-batch.
+    config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+    return model
+
+
+@contextlib.contextmanager
+def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
+    """Inside, every rank holds the last update's parameters whole: to validate and to save."""
+    overlapped = [c for c in model if c.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in overlapped:
+        chunk.enable_forward_pre_hook()
+
+
+def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -> Any:
+    """AdamW with its state divided over the data-parallel ranks; fp32 master weights under bf16."""
+    o = config.optimizer
+    moments = torch.bfloat16 if o.moments == "bf16" else torch.float32
+    optimizer_config = McoreOptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.lr * config.schedule.min_lr_fraction,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.adam_beta1,
+        adam_beta2=o.adam_beta2,
+        adam_eps=o.adam_eps,
+        clip_grad=o.clip_grad,
+        bf16=config.precision == "bf16",
+        params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=model[0].ddp_config.overlap_param_gather,
+        use_precision_aware_optimizer=o.moments != "fp32",
+        store_param_remainders=False,  # master weights stay fp32, whole
+        exp_avg_dtype=moments,
+        exp_avg_sq_dtype=moments,
+    )
+    optimizer = get_megatron_optimizer(
+        optimizer_config, model, config_overrides=get_standard_config_overrides(optimizer_config)
+    )
+    use_fused_kernel(optimizer)
+    return optimizer
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Of all gradients, before clipping; nothing changes."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: Any, grad_norm: float) -> None:
+    """megatron-core's `step`, given the norm: finding it takes a pass over the gradients, and the host
+    waits for it.
+
+    Args:
+        grad_norm: `gradient_norm`, of these gradients.
+    """
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if part.config.clip_grad > 0 and parameters:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
+
+
+def build_scheduler(optimizer: Any, config: TrainConfig) -> OptimizerParamScheduler:
+    """Learning rate by step: linear warm-up, then cosine, or stable and linear decay (WSD)."""
+    peak, total = config.optimizer.lr, config.train_steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=peak,
+        min_lr=peak * config.schedule.min_lr_fraction,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=total,
+        lr_decay_style="WSD" if config.schedule.decay == "wsd" else "cosine",
+        wsd_decay_steps=max(1, round(total * config.schedule.wsd_decay_fraction)),
+        lr_wsd_decay_style="linear",
+        start_wd=config.optimizer.weight_decay,
+        end_wd=config.optimizer.weight_decay,
+        wd_incr_steps=total,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,93 @@
+"""Ranks, process groups, and the model with its optimizer."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ladder import cpu_platform
+from megatron_ladder.mcore_compat import (
+    LadderConfig,
+    build_gpt_model,
+    initialize_model_parallel,
+    transformer_config,
+)
+from pretrain.config.train import TrainConfig
+from pretrain.model.compiled import compile_layers
+from pretrain.model.graphs import use_own_stream
+from pretrain.model.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from pretrain.model.queues import set_queues
+
+
+def start_ranks(config: TrainConfig) -> str:
+    """Joins torchrun's ranks (or makes a world of one) and megatron-core's groups.
+
+    Returns:
+        The device's name: "cpu", or the GPU's.
+    """
+    set_queues(config)
+    if cpu_platform.enable():
+        backend, device = "gloo", "cpu"
+    else:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank)
+        if config.cuda_graph:
+            use_own_stream()
+        backend, device = "nccl", torch.cuda.get_device_name(local_rank)
+    # What NCCL's recorder remembers of the last collectives, for the watchdog to write down.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    if "RANK" in os.environ:
+        # A rank waits no longer for the others, whatever has become of them.
+        timeout = timedelta(seconds=config.faults.allowance_s)
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if config.deterministic:
+        # cuBLAS needs a fixed workspace for repeatable sums.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        torch.use_deterministic_algorithms(True)
+    initialize_model_parallel(config.parallel, config.seed, for_graphs=config.cuda_graph)
+    return device
+
+
+def smallest_card() -> int:
+    """Bytes of memory of the ranks' smallest GPU: all ranks say the same."""
+    here = torch.cuda.current_device()
+    size = torch.tensor(torch.cuda.get_device_properties(here).total_memory, device=here)
+    dist.all_reduce(size, dist.ReduceOp.MIN)
+    return int(size.item())
+
+
+def stop_ranks() -> None:
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def layers_config(config: TrainConfig) -> LadderConfig:
+    """megatron-core's configuration of the model; Transformer Engine is asked for its attention here."""
+    return transformer_config(
+        config.model,
+        config.parallel,
+        precision=config.precision,
+        impl=config.transformer_impl,
+        recompute=config.recompute,
+        deterministic=config.deterministic,
+        fp8=config.fp8,
+        attention=config.attention,
+        masks_given=not config.data.attend_across_documents,
+        micro_batch_size=config.micro_batch_size,
+        seq_length=config.data.seq_length,
+    )
+
+
+def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
+    """This rank's chunks of the model under data parallelism, their optimizer and its schedule."""
+    chunks = build_gpt_model(config.model, layers_config(config), config.transformer_impl)
+    if config.compile:
+        compile_layers(chunks)
+    model = wrap_data_parallel(chunks, gather_at_once=config.compile or config.cuda_graph)
+    optimizer = build_optimizer(model, config)
+    return model, optimizer, build_scheduler(optimizer, config)

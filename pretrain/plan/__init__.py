@@ -1,0 +1,1 @@
+"""Step time and memory of a layout, modelled before anything runs."""

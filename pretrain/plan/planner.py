@@ -1,0 +1,321 @@
+"""A model of one training step's time and memory: what `megatron-ladder bench plan` compares.
+
+Nothing here is measured. Times are counted operations over a device's peak times an assumed
+efficiency, and collectives over a modelled link (links.py). A hidden collective is taken to slow no
+compute, which flatters whatever overlaps. Use it to compare layouts, not to promise a time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ladder.config import ModelConfig, Recompute
+from megatron_ladder.errors import UserError
+from pretrain.plan.links import GPUS_PER_NODE, PRESETS, Link, Network
+from pretrain.run.metrics import peak_flops
+
+BF16, FP32 = 2, 4  # bytes
+
+
+@dataclass(frozen=True)
+class Submodule:
+    """Compute of an attention or an MLP for one micro-batch on one GPU, in seconds."""
+
+    forward_s: float
+    backward_s: float
+    weight_gradient_s: float = 0.0
+    """The part of backward_s after the input's gradient is known: the weight gradient of the first
+    linear. The input gradient's collective can run behind it."""
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What runs between two waits: a sub-module, or several with one collective."""
+
+    forward_s: float
+    backward_s: float
+    weight_gradient_s: float = 0.0
+    lag: int = 1
+    """It reads the outputs of the units up to this many before it: 1 waits for the last."""
+    communicates: bool = True
+    gathers_again: bool = True
+    """With sequence parallelism: backward gathers the input again instead of keeping it."""
+    recompute_s: float = 0.0
+    recompute_collectives: float = 0.0
+    """Exposed in front of the recomputation, in all-reduces."""
+
+
+def pass_seconds(
+    residuals: Sequence[str],
+    attention: Submodule,
+    mlp: Submodule,
+    collective_s: float,
+    *,
+    sequence_parallel: bool = False,
+    recompute: Recompute = "none",
+) -> tuple[float, float]:
+    """Forward and backward time of a stack of layers for one micro-batch. A model, not a measurement.
+
+    Compute and link are two resources that run at the same time. The link runs collectives one after
+    another in the order they are started. All are complete at the end of each pass.
+
+    Forward, a sub-module's output collective is started when it ends:
+        standard  waited for at once
+        ladder    waited for when the sub-module after the next begins, so behind the next one
+        parallel  one a layer, after attention and MLP, waited for at once
+        desync-n  one every n sub-modules (and at the end), waited for at once
+        no-comm   none
+    A ladder layer's attention reads the state after the attention before, whatever that layer's
+    kind: a standard layer's MLP collective hides behind it. A standard layer waits for everything.
+
+    Backward, an input gradient's collective is started before the first linear's weight gradient:
+        standard  waited for after that weight gradient
+        ladder    waited for after the whole backward of the sub-module before
+        parallel, desync-n  started after the whole backward of layer or group, and waited for at once
+
+    With sequence parallelism each collective is a reduce-scatter and an all-gather of half the time.
+    Backward gathers the input once more, which is waited for by the first linear's weight gradient.
+    (megatron-core hides that behind less; the difference favours standard.)
+
+    recompute="full": backward begins with the recomputed forward. Ladder, parallel and desync
+    recompute without the output's collectives, as no gradient needs them: see
+    megatron_ladder/layers/recompute.py. A standard layer repeats attention's. megatron-core in fact
+    repeats the MLP's too, though nothing reads it: leaving that out favours standard. "selective" adds
+    nothing here: put core attention's second forward into attention.backward_s.
+
+    Args:
+        residuals: the kind of each layer.
+        collective_s: one all-reduce of a residual state.
+    """
+    units = _units(residuals, attention, mlp, recompute == "full", sequence_parallel)
+    share = 0.5 if sequence_parallel else 1.0
+    reduce_s = share * collective_s
+    gather_s = collective_s - reduce_s
+    return _forward(units, reduce_s, gather_s), _backward(units, reduce_s, gather_s)
+
+
+def _units(
+    residuals: Sequence[str], attention: Submodule, mlp: Submodule, full: bool, sp: bool
+) -> list[_Unit]:
+    units: list[_Unit] = []
+    group: list[Submodule] = []  # of desync, since the last collective
+
+    def merged(parts: Sequence[Submodule]) -> _Unit:
+        forward_s = sum(p.forward_s for p in parts)
+        again_s = forward_s if full else 0.0
+        backward_s = sum(p.backward_s for p in parts)
+        return _Unit(forward_s, backward_s, gathers_again=False, recompute_s=again_s)
+
+    for residual in residuals:
+        name, _, interval = residual.partition("-")
+        if residual == "parallel":
+            units.append(merged((attention, mlp)))
+        elif name == "desync" and interval.isdigit() and int(interval) > 0:
+            for part in (attention, mlp):
+                group.append(part)
+                if len(group) == int(interval):
+                    units.append(merged(group))
+                    group = []
+        elif residual in ("standard", "ladder", "no-comm"):
+            whole_layer_s = attention.forward_s + mlp.forward_s
+            for part in (attention, mlp):
+                again_s, collectives = part.forward_s, 0.0
+                if residual == "standard":  # the layer as one, in front of its MLP's backward
+                    again_s = whole_layer_s if part is mlp else 0.0
+                    # Two inputs gathered and one output scattered make three halves.
+                    collectives = (1.5 if sp else 1.0) if part is mlp else 0.0
+                units.append(
+                    _Unit(
+                        part.forward_s,
+                        part.backward_s,
+                        part.weight_gradient_s,
+                        lag=2 if residual == "ladder" else 1,
+                        communicates=residual != "no-comm",
+                        recompute_s=again_s if full else 0.0,
+                        recompute_collectives=collectives if full else 0.0,
+                    )
+                )
+        else:
+            raise ValueError(f"no residual kind {residual!r}")
+    return [*units, merged(group)] if group else units
+
+
+def _forward(units: list[_Unit], reduce_s: float, gather_s: float) -> float:
+    """gather_s is zero without sequence parallelism."""
+    compute = link = 0.0
+    ready = [0.0] * len(units)  # when each unit's input is whole
+
+    def gather_inputs_that_read(last: int, link: float) -> float:
+        """The inputs made of the outputs up to `last`: only now can they be gathered."""
+        for k in range(max(last + 1, 0), min(last + 3, len(units))):
+            if k - units[k].lag == last or (last == -1 and k - units[k].lag < 0):
+                link += gather_s * units[k].communicates
+                ready[k] = link
+        return link
+
+    link = gather_inputs_that_read(-1, link)
+    for k, unit in enumerate(units):
+        compute = max(compute, ready[k]) + unit.forward_s
+        link = max(link, compute) + reduce_s * unit.communicates
+        link = gather_inputs_that_read(k, link)
+    return max(compute, link)
+
+
+def _backward(units: list[_Unit], reduce_s: float, gather_s: float) -> float:
+    """gather_s is zero without sequence parallelism."""
+    count = len(units)
+    compute = link = 0.0
+    ready = [0.0] * count  # when each unit's output gradient is whole
+    again = [0.0] * count  # when its input has been gathered again
+
+    def last_reader(k: int) -> int:
+        """The gradient of k's output is complete with the input gradient of this unit; later ones
+        came before it. `count` when the state after the stack gives it."""
+        reader = k + 1 if k + 1 == count or units[k + 1].lag == 1 else k + 2
+        return min(reader, count)
+
+    def gather_gradients_from(reader: int, link: float) -> float:
+        for k in range(min(reader, count) - 1, max(reader - 3, -1), -1):
+            if last_reader(k) == reader:
+                link += gather_s * units[k].communicates
+                ready[k] = link
+                link += gather_s * (units[k].communicates and units[k].gathers_again)
+                again[k] = link
+        return link
+
+    link = gather_gradients_from(count, link)
+    for k in range(count - 1, -1, -1):
+        unit = units[k]
+        compute = max(compute, ready[k])
+        if unit.recompute_s and unit.lag == 2:  # recomputes from its own gathered input
+            compute = max(compute, again[k])
+        if unit.recompute_collectives:
+            link = max(link, compute) + unit.recompute_collectives * (reduce_s + gather_s)
+            compute = link
+        compute += unit.recompute_s + unit.backward_s - unit.weight_gradient_s
+        link = max(link, compute) + reduce_s * unit.communicates
+        link = gather_gradients_from(k, link)
+        compute = max(compute, again[k]) + unit.weight_gradient_s
+    return max(compute, link)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Data-sheet facts of a GPU."""
+
+    name: str
+    """As PEAK_FLOPS of pretrain/run/metrics.py knows it."""
+    hbm_bytes_per_s: float
+    memory_bytes: float
+    fp8: bool = True
+    """Has fp8 tensor cores, of twice the bf16 peak."""
+
+    @property
+    def peak_flops(self) -> float:
+        peak = peak_flops(self.name)
+        assert peak is not None
+        return peak
+
+
+DEVICES = {
+    "h100": Device("H100", 3.35e12, 80e9),
+    "h200": Device("H200", 4.8e12, 141e9),
+    "a100": Device("A100", 2.0e12, 80e9, fp8=False),
+}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Devices, links, and what share of their peaks is assumed to be reached."""
+
+    device: Device
+    network: Network
+    link: str | None = None
+    """A name in links.PRESETS for every tensor-parallel size; None: nvswitch inside a node,
+    two-nodes beyond."""
+    fp8: bool = False
+    """GEMMs of the layers in fp8, at twice the peak; attention and the head stay bf16."""
+    gemm_efficiency: float = 0.65
+    attention_efficiency: float = 0.5
+
+    def gemm_s(self, flops: float, *, fp8: bool = False) -> float:
+        return flops / (self.device.peak_flops * self.gemm_efficiency * (2 if fp8 else 1))
+
+    def attention_s(self, flops: float) -> float:
+        return flops / (self.device.peak_flops * self.attention_efficiency)
+
+    def memory_s(self, nbytes: float) -> float:
+        return nbytes / self.device.hbm_bytes_per_s
+
+    def link_for(self, tp: int) -> Link:
+        name = self.link or ("nvswitch" if tp <= GPUS_PER_NODE else "two-nodes")
+        if name not in PRESETS:
+            raise UserError(f"no link {name!r}: choose one of {', '.join(PRESETS)}")
+        return PRESETS[name].for_ranks(tp)
+
+
+def submodules(
+    model: ModelConfig, hardware: Hardware, *, tokens: int, seq_length: int, tp: int, sp: bool
+) -> tuple[Submodule, Submodule]:
+    """Compute of one layer's attention and MLP for `tokens` of a micro-batch.
+
+    GEMMs: 2 operations for a weight and a token, twice that in backward. Flash attention: 4 t s h
+    with half masked out, 2.5 times that in backward (five products instead of two). Norm, RoPE,
+    SwiGLU and residual add: bytes through memory, twice that in backward; norm and add work on whole
+    states unless sequence parallelism cuts them. GEMMs that get thin at large tp do not slow down here.
+    """
+    h, kv, ffn = model.hidden_size, model.kv_heads * model.head_dim, model.ffn_hidden_size
+
+    def gemm(inputs: int, outputs: int) -> float:
+        return hardware.gemm_s(2.0 * tokens * inputs * outputs / tp, fp8=hardware.fp8)
+
+    def submodule(first: float, second: float, core: float, elements: float) -> Submodule:
+        memory = hardware.memory_s(BF16 * tokens * elements)
+        backward = 2 * (first + second) + 2.5 * core + 2 * memory
+        return Submodule(first + second + core + memory, backward, weight_gradient_s=first)
+
+    cut = tp if sp else 1
+    norm, add = 2 * h / cut, 3 * h / cut  # elements read and written for each token
+    core = hardware.attention_s(2.0 * tokens * seq_length * h / tp)
+    attention = submodule(gemm(h, h + 2 * kv), gemm(h, h), core, norm + 2 * (h + kv) / tp + add)
+    mlp_norm = 0.0 if model.residual == "parallel" else norm
+    mlp = submodule(gemm(h, 2 * ffn), gemm(ffn, h), 0.0, mlp_norm + 3 * ffn / tp + add)
+    return attention, mlp
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout of one residual kind. Shares are of step_s; times in seconds, modelled."""
+
+    residual: str
+    tp: int
+    pp: int
+    vpp: int
+    dp: int
+    sequence_parallel: bool
+    micro_batch_size: int
+    recompute: Recompute
+    step_s: float
+    compute_s: float
+    exposed_tp_s: float
+    exposed_dp_s: float
+    transfers_s: float
+    """Pipeline stages' sends that nothing hides."""
+    bubble_s: float
+    tokens_per_s_per_gpu: float
+    mfu: float
+    """Of the bf16 peak, with fp8 too; recomputation does not count."""
+    memory_gb: float
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """All but the residual kind."""
+        layout = (self.tp, self.pp, self.vpp, self.dp, self.sequence_parallel)
+        return (*layout, self.micro_batch_size, self.recompute)
+
+    @property
+    def bubble(self) -> float:
+        return self.bubble_s / self.step_s
+
+    @property
+    def exposed_tp(self) -> float:
+        return self.exposed_tp_s / self.step_s

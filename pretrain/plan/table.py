@@ -1,0 +1,160 @@
+"""`megatron-ladder bench plan`: the options, and what is printed, drawn and written."""
+
+import dataclasses
+import difflib
+import io
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from megatron_ladder.config import ParallelConfig, Residual
+from megatron_ladder.errors import UserError
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import TrainConfig
+from pretrain.files import write_atomically
+from pretrain.plan.estimate import estimate, format_estimate
+from pretrain.plan.links import network_of
+from pretrain.plan.planner import DEVICES, Hardware, Row
+from pretrain.plan.search import search
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Rank the layouts of a preset on a cluster, for each residual kind. Modelled, not measured."""
+
+    preset: str
+    """A preset of `train`; its model, sequence length and global batch."""
+    gpus: int
+    seq_length: int | None = None
+    """None: the preset's."""
+    global_batch_size: int | None = None
+    """Sequences a step. None: the preset's."""
+    device: Literal["h100", "h200", "a100"] = "h100"
+    link: Literal["nvswitch", "p2p-off", "two-nodes", "zero"] | None = None
+    """Between tensor-parallel ranks; None: nvswitch up to 8 of them, two-nodes beyond."""
+    network_gbit_per_s: float = 400.0
+    """Of each GPU's NIC, for pipeline stages and data parallelism."""
+    fp8: bool = False
+    """The layers' GEMMs in fp8."""
+    top: int = 3
+    """Layouts to print of each residual kind."""
+    json: Path | None = None
+    """Write every layout that fits."""
+    png: Path | None = None
+    """Draw the best layout of each residual kind."""
+
+
+def main_plan(options: PlanOptions) -> int:
+    """Prints the plan. Raises UserError when there is none."""
+    if options.preset not in PRESETS:
+        near = difflib.get_close_matches(options.preset, PRESETS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"no preset {options.preset!r}{hint}: choose one of {', '.join(PRESETS)}")
+    if options.gpus < 1 or options.top < 1 or options.network_gbit_per_s <= 0:
+        raise UserError("--gpus, --top and --network-gbit-per-s must be more than 0")
+    config = PRESETS[options.preset]()
+    model, data = config.model, config.data
+    if options.seq_length is not None:
+        data = replace(data, seq_length=options.seq_length)
+        longest = max(model.max_position_embeddings, options.seq_length)
+        model = replace(model, max_position_embeddings=longest)
+    if model.vocab_size is None:
+        model = replace(model, vocab_size=32_000)  # of a tokenizer not trained yet
+    batch = options.global_batch_size or config.global_batch_size
+    config = replace(config, model=model, data=data, global_batch_size=batch, precision="bf16")
+    device = DEVICES[options.device]
+    if options.fp8 and not device.fp8:
+        raise UserError(f"--fp8: {options.device} has no fp8 units")
+    hardware = Hardware(
+        device, network_of(options.network_gbit_per_s), link=options.link, fp8=options.fp8
+    )
+    found = search(config, options.gpus, hardware)
+    link = options.link or "nvswitch up to TP 8, two-nodes beyond"
+    print(
+        f"{options.preset} on {options.gpus} x {options.device}: modelled, not measured.\n"
+        f"Assumed: {hardware.gemm_efficiency:.0%} of the GEMM peak, "
+        f"{hardware.attention_efficiency:.0%} in attention; link {link}; "
+        f"{options.network_gbit_per_s:g} Gb/s a GPU between nodes; sequence {data.seq_length}, "
+        f"global batch {batch}. docs/design/overlap.md says what the model leaves out.\n"
+    )
+    print(table(found, options.top))
+    kind: Residual = model.residual if model.residual in found else "standard"
+    chosen = laid_out(replace(config, model=replace(model, residual=kind)), found[kind][0])
+    print(f"\nThe preset's run with the first {kind} layout:")
+    print(format_estimate(estimate(chosen, ranks=options.gpus, hardware=hardware)))
+    if options.json:
+        rows = {kind: [dataclasses.asdict(r) for r in rows] for kind, rows in found.items()}
+        write_atomically(options.json, json.dumps(rows, indent=1) + "\n")
+    if options.png:
+        write_atomically(options.png, draw({kind: rows[0] for kind, rows in found.items()}))
+    return 0
+
+
+def laid_out(config: TrainConfig, layout: Row) -> TrainConfig:
+    """The configuration that has a row's layout."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+    )
+    return replace(
+        config,
+        parallel=parallel,
+        micro_batch_size=layout.micro_batch_size,
+        recompute=layout.recompute,
+    )
+
+
+def table(found: dict[Residual, list[Row]], top: int) -> str:
+    """The best of each kind, against the best standard layout and the standard kind at the same."""
+    standard = {r.layout: r for r in found["standard"]}
+    best = found["standard"][0]
+    lines = [
+        f"{'':10}{'TP':>4}{'PP':>4}{'VPP':>4}{'DP':>5}{'mbs':>4} {'recompute':10}"
+        f"{'step s':>8}{'MFU':>7}{'GB':>6}{'bubble':>8}{'TP exposed':>11}"
+        f"{'x best std':>11}{'x same std':>11}"
+    ]
+    for kind, rows in found.items():
+        for row in rows[:top]:
+            same = standard.get(row.layout)
+            against_same = f"{same.step_s / row.step_s:11.3f}" if same else f"{'does not fit':>11}"
+            lines.append(
+                f"{kind:10}{row.tp:4}{row.pp:4}{row.vpp:4}{row.dp:5}{row.micro_batch_size:4} "
+                f"{row.recompute:10}{row.step_s:8.2f}{row.mfu:7.1%}{row.memory_gb:6.0f}"
+                f"{row.bubble:8.1%}{row.exposed_tp:11.1%}"
+                f"{best.step_s / row.step_s:11.3f}{against_same}"
+            )
+    return "\n".join(lines)
+
+
+def draw(best: dict[Residual, Row]) -> bytes:
+    """Where the step's time goes, one bar a kind, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from pretrain.pictures import COLOURS
+
+    figure = Figure(figsize=(9, 1.2 + 0.7 * len(best)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = [f"{kind}\nTP{r.tp} PP{r.pp} VPP{r.vpp} DP{r.dp}" for kind, r in best.items()]
+    left = [0.0] * len(best)
+    parts = {
+        "compute": "compute_s",
+        "tensor parallelism, exposed": "exposed_tp_s",
+        "bubble": "bubble_s",
+        "stages' transfers": "transfers_s",
+        "data parallelism, exposed": "exposed_dp_s",
+    }
+    for (label, field), colour in zip(parts.items(), COLOURS, strict=False):
+        widths = [getattr(r, field) for r in best.values()]
+        axes.barh(names, widths, left=left, color=colour, label=label)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds a step (modelled)")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130)
+    return out.getvalue()

@@ -1,0 +1,1 @@
+"""Runs side by side: a page and its pictures."""

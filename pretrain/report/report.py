@@ -1,0 +1,178 @@
+"""Draws runs side by side: an HTML page that needs nothing else, and the same pictures as PNGs."""
+
+import statistics
+from pathlib import Path
+
+from megatron_ladder.errors import UserError
+from pretrain.config.train import differences, load_config
+from pretrain.evaluation.results import cells, latest_results
+from pretrain.files import write_atomically
+from pretrain.report.pages import labels, render
+from pretrain.report.plots import draw_losses, draw_series
+from pretrain.report.runs import Lines, Run, read_run
+
+
+def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
+    """Writes index.html and PNGs for one or several runs, finished or not.
+
+    Args:
+        run_dirs: the first is the one that others are compared with.
+        output_dir: `report` in the first run's folder when None.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: a folder is no run, or its metrics cannot be read.
+    """
+    if not run_dirs:
+        raise UserError("no run: give one or several run folders")
+    runs = [read_run(path, label) for path, label in zip(run_dirs, labels(run_dirs), strict=True)]
+    output_dir = output_dir or run_dirs[0] / "report"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        "loss_by_tokens": (draw_losses(runs, "tokens"), "Loss against tokens"),
+        "loss_by_time": (draw_losses(runs, "time"), "Loss against training time"),
+        "learning_rate": (draw_series(runs, "learning_rate"), "Learning rate"),
+        "grad_norm": (draw_series(runs, "grad_norm"), "Gradient norm, before clipping"),
+        "throughput": (draw_series(runs, "tokens_per_second"), "Tokens a second"),
+    }
+    for name, (png, _) in pictures.items():
+        write_atomically(output_dir / f"{name}.png", png)
+    page = output_dir / "index.html"
+    write_atomically(page, _page(runs, pictures))
+    return page
+
+
+def _summary(run: Run) -> list[tuple[str, str]]:
+    """The table's rows for one run."""
+    start = run.start
+    rows = [
+        ("residual", start["residual"]),
+        ("parameters", f"{start['parameters']:,}"),
+        ("device", f"{start['world_size']} x {start['device']}"),
+    ]
+    if run.train:
+        last = run.train[-1]
+        rows += [
+            ("step", f"{last['step']:,} of {start['train_steps']:,}"),
+            ("tokens", f"{last['tokens']:,}"),
+            ("training time", _duration(last["time"])),
+            (
+                "tokens a second, median",
+                f"{statistics.median(m['tokens_per_second'] for m in run.train):,.0f}",
+            ),
+            ("training loss, last", f"{last['loss']:.4f}"),
+        ]
+    for dataset in run.datasets():
+        lines = run.validation_of(dataset)
+        last, best = lines[-1], min(lines, key=lambda m: m["loss"])
+        rows.append((f"validation loss, {dataset}", f"{last['loss']:.4f}"))
+        rows.append((f"perplexity, {dataset}", f"{last['perplexity']:.2f}"))
+        if best is not last:
+            rows.append((f"best, {dataset}", f"{best['loss']:.4f} at step {best['step']:,}"))
+        if dataset in run.unigram:
+            unigram = run.unigram[dataset]
+            rows.append((f"entropy of single tokens, {dataset}", f"{unigram:.4f}"))
+            rows.append((f"nats below it, {dataset}", f"{unigram - last['loss']:.4f}"))
+    if measured := latest_results(run.path):
+        step, results = measured
+        rows.append(("evaluated at step", f"{step:,}"))
+        rows += [
+            (f"{task} {metric}, {data}", value) for task, data, metric, value, _ in cells(results)
+        ]
+    state = "finished" if run.finished else "in progress or stopped"
+    rows.append(("state", state + (f", {run.restarts} restarts" if run.restarts else "")))
+    return rows + _trouble(run)
+
+
+def _trouble(run: Run) -> list[tuple[str, str]]:
+    """Rows of what a run lost, and what was wrong with its data and machines."""
+    rows = []
+    if good := run.goodput:
+        rows += [
+            ("wall-clock since the first start", _duration(good.wall)),
+            ("of it in steps that counted (goodput)", f"{100 * good.share:.1f}%"),
+            ("starting, over all starts", _duration(good.starting)),
+        ]
+        if run.restarts:
+            rows += [
+                ("restarted after", ", ".join(f"{n} x {end}" for end, n in good.ends.items())),
+                ("between starts", _duration(good.between)),
+                ("steps lost and done again", f"{good.steps_again:,}"),
+            ]
+    if run.bad_steps:
+        over = sum(last - first + 1 for first, last in (b["passed_over"] for b in run.bad_steps))
+        last = run.bad_steps[-1]
+        rows.append(
+            (
+                "bad steps",
+                f"{len(run.bad_steps)}, {over} steps not in the weights; "
+                f"the last at step {last['step']:,}: {last['reason']}",
+            )
+        )
+    by_rank: dict[tuple[int, str, str], Lines] = {}
+    for line in run.slow_ranks:
+        by_rank.setdefault((line["rank"], line["host"], line["what"]), []).append(line)
+    for (rank, host, what), lines in by_rank.items():
+        last = lines[-1]
+        rows.append(
+            (
+                f"slow at {what}: rank {rank} on {host}",
+                f"{len(lines)} times; {last['seconds']:.3g} s, median {last['median']:.3g} s, "
+                f"at step {last['step']:,}",
+            )
+        )
+    return rows
+
+
+def _comparison(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Rows of later runs' validation loss minus the first's: at the end, and at equal time."""
+    rows = []
+    first = runs[0]
+    for dataset in first.datasets():
+        at_end, at_time = ["-"], ["-"]
+        for other in runs[1:]:
+            mine, theirs = first.validation_of(dataset), other.validation_of(dataset)
+            if not theirs:
+                at_end.append("-")
+                at_time.append("-")
+                continue
+            at_end.append(f"{theirs[-1]['loss'] - mine[-1]['loss']:+.4f}")
+            seconds = min(mine[-1]["time"], theirs[-1]["time"])
+            pair = (other.loss_at(dataset, seconds), first.loss_at(dataset, seconds))
+            at_time.append(
+                "-" if None in pair else f"{pair[0] - pair[1]:+.4f} at {_duration(seconds)}"  # type: ignore[operator]
+            )
+        rows.append((f"loss minus {first.label}'s, last, {dataset}", at_end))
+        rows.append((f"the same at equal training time, {dataset}", at_time))
+    return rows
+
+
+def _page(runs: list[Run], pictures: dict[str, tuple[bytes, str]]) -> str:
+    summaries = [dict(_summary(run)) for run in runs]
+    names = list(dict.fromkeys(name for summary in summaries for name in summary))
+    rows = [(name, [summary.get(name, "-") for summary in summaries]) for name in names]
+    if len(runs) > 1:
+        rows += _comparison(runs)
+    changed = []
+    if all(run.config_text for run in runs):
+        configs = [load_config(run.path / "config.json") for run in runs]
+        for other, config in zip(runs[1:], configs[1:], strict=True):
+            changed += [
+                (other.label, name, str(a), str(b))
+                for name, (a, b) in differences(configs[0], config).items()
+            ]
+    return render(
+        "report/report.html.jinja",
+        runs=runs,
+        rows=rows,
+        changed=changed,
+        pictures=list(pictures.values()),
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

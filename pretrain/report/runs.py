@@ -1,0 +1,75 @@
+"""A run's metrics, read for the report."""
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ladder.errors import UserError
+from pretrain.run.goodput import Goodput, read_goodput
+from pretrain.run.metrics import read_metrics
+
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run's metrics say."""
+
+    path: Path
+    label: str
+    start: dict[str, Any]
+    train: Lines
+    validation: Lines
+    unigram: dict[str, float]
+    """By data set, in nats a token."""
+    restarts: int
+    goodput: Goodput | None
+    """None for a run of a version that did not note its starts."""
+    bad_steps: Lines
+    slow_ranks: Lines
+    finished: bool
+    config_text: str = field(repr=False)
+
+    def datasets(self) -> list[str]:
+        return sorted({line["dataset"] for line in self.validation})
+
+    def validation_of(self, dataset: str) -> Lines:
+        return [line for line in self.validation if line["dataset"] == dataset]
+
+    def loss_at(self, dataset: str, seconds: float) -> float | None:
+        """Validation loss after that much training time, between two validations linearly."""
+        lines = self.validation_of(dataset)
+        for before, after in itertools.pairwise(lines):
+            if before["time"] <= seconds <= after["time"]:
+                share = (seconds - before["time"]) / max(after["time"] - before["time"], 1e-9)
+                return before["loss"] + share * (after["loss"] - before["loss"])
+        return lines[-1]["loss"] if lines and lines[-1]["time"] <= seconds else None
+
+
+def read_run(path: Path, label: str) -> Run:
+    """What the metrics of a run say. Raises UserError when it has none."""
+    metrics = read_metrics(path)
+    by_kind: dict[str, Lines] = {}
+    for line in metrics:
+        by_kind.setdefault(line["kind"], []).append(line)
+    if "start" not in by_kind:
+        raise UserError(f"{path}/metrics.jsonl is empty: the run has not started yet")
+    config = path / "config.json"
+    train = by_kind.get("train", [])
+    goodput = read_goodput(path, train[-1]["time"] if train else 0.0)
+    restarts = goodput.ends.total() if goodput else len(by_kind["start"]) - 1
+    return Run(
+        path=path,
+        label=label,
+        start=by_kind["start"][-1],
+        train=train,
+        validation=by_kind.get("validation", []),
+        unigram={b["dataset"]: b["unigram_loss"] for b in by_kind.get("baseline", [])},
+        restarts=restarts,
+        goodput=goodput,
+        bad_steps=by_kind.get("bad_step", []),
+        slow_ranks=by_kind.get("slow_rank", []),
+        finished=any(line["reason"] == "finished" for line in by_kind.get("end", [])),
+        config_text=config.read_text() if config.is_file() else "",
+    )

@@ -1,0 +1,168 @@
+"""A run's folder: whether it may be written to, and whether a run is to be resumed from it."""
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import IO
+
+from megatron_ladder.errors import UserError
+from pretrain.config.train import (
+    TrainConfig,
+    differences,
+    is_safe_to_change,
+    load_config,
+    save_config,
+)
+from pretrain.ranks import is_first_rank
+from pretrain.run.checkpoint_files import damage, refuse_damaged
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """A run's complete checkpoints, oldest first."""
+    return sorted(p for p in (run_dir / "checkpoints").glob("step_*") if p.name[5:].isdigit())
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    found = checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def checkpoint_at(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def find_checkpoint(run: Path) -> Path:
+    """A run's newest checkpoint, or the one that is given; its files have the right sizes.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if not run.is_dir():
+        raise UserError(f"run {run} does not exist")
+    is_checkpoint = run.parent.name == "checkpoints" and run in checkpoints(run.parents[1])
+    found = run if is_checkpoint else latest_checkpoint(run)
+    if found is None:
+        raise UserError(f"{run} has no checkpoint: is it a run of `megatron-ladder train`?")
+    refuse_damaged(found, read=False)  # reading comes when its weights are read
+    return found
+
+
+def check_output_dir(config: TrainConfig) -> str:
+    """Refuses a folder that this run may not write to.
+
+    Returns:
+        What will happen, for the log: a new run, a resumed one (and what changed), or "" when the
+        run found there is finished.
+    """
+    run_dir = config.output_dir
+    if run_dir is None:
+        raise UserError("no --output-dir: give the folder for the run's checkpoints and metrics")
+    saved = run_dir / "config.json"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--output-dir {run_dir} is a file: give a folder")
+    # A run begins with its lock, then its config.json.
+    if _is_used(run_dir) and not saved.is_file():
+        raise UserError(
+            f"--output-dir {run_dir} is not empty and holds no run: choose another folder"
+        )
+    _check_writable(run_dir)
+    if not saved.is_file():
+        return f"New run in {run_dir}"
+
+    changed = differences(load_config(saved), config)
+    unsafe = [name for name in changed if not is_safe_to_change(name)]
+    if unsafe:
+        detail = "; ".join(f"{n}: {changed[n][0]} -> {changed[n][1]}" for n in unsafe)
+        raise UserError(
+            f"{run_dir} holds another run: {detail}.\nChoose another --output-dir, or keep these as "
+            "they were. The layout, batch split, intervals and logging may change."
+        )
+    tp = changed.get("parallel.tensor_model_parallel_size")
+    if tp and config.model.residual == "desync":
+        raise UserError(
+            f"{run_dir} was trained with desync-{config.model.desync_interval} at "
+            f"parallel.tensor_model_parallel_size {tp[0]}: its ranks' residual states differ between "
+            f"two sums, so at {tp[1]} the same weights are another model. Keep {tp[0]}"
+        )
+    if is_first_rank():  # the one that will hold it
+        lock(run_dir).close()  # refused while another process trains here
+    latest = latest_checkpoint(run_dir)
+    if latest and checkpoint_step(latest) >= config.train_steps and not damage(latest, read=True):
+        return ""
+    where = f"step {checkpoint_step(latest)}" if latest else "the start: it has no checkpoint yet"
+    what = ", ".join(f"{n}: {a} -> {b}" for n, (a, b) in changed.items() if n != "output_dir")
+    return f"Resuming {run_dir} from {where}" + (f" (changed: {what})" if what else "")
+
+
+def _is_used(run_dir: Path) -> bool:
+    """Whether there is more than submitting it and its first moment leave, which other ranks may see."""
+    beginning = ("lock", "config.json", "slurm")
+    return run_dir.is_dir() and any(not p.name.startswith(beginning) for p in run_dir.iterdir())
+
+
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Of one checkpoint: weights, and AdamW's fp32 master weights and two moments."""
+    return config.model.num_parameters() * (16 if config.precision == "fp32" else 14)
+
+
+def stored_bytes(config: TrainConfig) -> int:
+    """What a run's folder takes at most: the checkpoints to be kept, and the one being written."""
+    return checkpoint_bytes(config) * (config.keep_last + 1)
+
+
+def check_free_space(config: TrainConfig) -> None:
+    """Refuses a disk that cannot hold the checkpoints to be kept, and the one being written."""
+    assert config.output_dir is not None
+    needed = stored_bytes(config)
+    free = shutil.disk_usage(_existing_parent(config.output_dir)).free
+    if free < needed:
+        raise UserError(
+            f"{config.output_dir}: {free / 1e9:.1f} GB free, keep_last {config.keep_last} checkpoints "
+            f"and the one being written take about {needed / 1e9:.1f} GB: free space, lower keep_last, "
+            "or choose another disk"
+        )
+
+
+def lock(run_dir: Path) -> IO[bytes]:
+    """Makes this process the only one that trains in a folder, for as long as it lives.
+
+    Returns:
+        The open lock file: keep it. The system drops the lock when the process ends, however.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / "lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{run_dir}: another process is training in this folder: wait for it or end it"
+        ) from None
+    return file
+
+
+def write_config(config: TrainConfig) -> None:
+    """Saves the resolved configuration in the run's folder."""
+    assert config.output_dir is not None
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, config.output_dir / "config.json")
+
+
+def _check_writable(run_dir: Path) -> None:
+    parent = _existing_parent(run_dir)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--output-dir {run_dir}: no permission to write in {parent}")
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

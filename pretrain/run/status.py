@@ -1,0 +1,172 @@
+"""What a run is doing, for people and monitors: RUN/status.json, RUN/metrics.prom, RUN/starts.jsonl.
+
+Written by the first rank; another rank only to say that it failed. docs/reference/formats.md describes
+the files. Nothing decides by them: the clock and the host's name in them may be wrong.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from megatron_ladder.errors import UserError
+from pretrain.config.train import TrainConfig
+from pretrain.files import write_atomically
+from pretrain.ranks import is_first_rank
+from pretrain.run.prometheus import device_figures, prometheus_text
+
+logger = logging.getLogger(__name__)
+
+State = Literal["starting", "training", "validating", "saving", "stopped", "finished", "failed"]
+ENDED = ("stopped", "finished", "failed")
+
+INTERVAL_S = 1.0
+"""Between two writes in the same state."""
+
+
+class Status:
+    """The state of this start of a run: a context that says so when what is inside it fails.
+
+    Made by every rank when the first one holds the run's lock.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        assert config.output_dir is not None
+        self._run_dir = config.output_dir
+        self._tokens_per_step = config.tokens_per_step
+        self._written = -math.inf
+        self._facts: dict[str, Any] = {
+            "state": "starting",
+            "step": 0,
+            "train_steps": config.train_steps,
+            "tokens": 0,
+            "loss": None,
+            "tokens_per_second": None,
+            "eta_s": None,
+            "last_checkpoint": None,
+            "starts": 1,
+            "reason": "",
+            "unix_time": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+        }
+        if is_first_rank():
+            self._note_start()
+            self._write()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self.update("stopped", reason="interrupted")
+        elif isinstance(error, Exception):
+            what = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            record_failure(self._run_dir, what + str(error))
+
+    def begin(self, step: int, last_checkpoint: int | None) -> None:
+        """Training begins, or goes on, after `step`."""
+        if is_first_rank():
+            _append(self._run_dir, {"kind": "train", "unix_time": time.time(), "step": step})
+        tokens = step * self._tokens_per_step
+        self.update("training", step=step, tokens=tokens, last_checkpoint=last_checkpoint)
+
+    def update(self, state: State | None = None, **facts: Any) -> None:
+        """Writes at once when the state changes or a checkpoint is there, otherwise when the last time is
+        a second ago.
+
+        Args:
+            state: None: as it was.
+            facts: what else has changed of status.json's fields.
+        """
+        if not is_first_rank():
+            return
+        changed = state not in (None, self._facts["state"]) or "last_checkpoint" in facts
+        self._facts |= facts
+        if state is not None:
+            self._facts["state"] = state
+        if changed or time.monotonic() - self._written >= INTERVAL_S:
+            self._write()
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        self._facts["unix_time"] = time.time()
+        text = prometheus_text(self._run_dir.name, self._facts, device_figures())
+        try:
+            write_atomically(self._run_dir / "status.json", json.dumps(self._facts) + "\n")
+            write_atomically(self._run_dir / "metrics.prom", text)
+        except OSError as error:  # no reason to end a run
+            logger.warning("%s: the run's status could not be written: %s", self._run_dir, error)
+
+    def _note_start(self) -> None:
+        """Adds this start, and how the one before it ended, to what is known of all."""
+        starts = [line for line in read_starts(self._run_dir) if line["kind"] == "start"]
+        self._facts["starts"] = len(starts) + 1
+        line = {
+            name: self._facts[name] for name in ("unix_time", "host", "pid", "world_size", "job_id")
+        }
+        before = read_status(self._run_dir) if starts else None
+        if before:
+            before = {name: before[name] for name in ("state", "step", "unix_time", "reason")}
+            if before["state"] not in ENDED:
+                before["reason"] = f"killed while {before['state']}"
+            end = before["reason"] or before["state"]
+            logger.info("The start before ended at step %d: %s", before["step"], end)
+        _append(self._run_dir, {"kind": "start", **line, "before": before})
+
+
+def record_failure(run_dir: Path, reason: str) -> None:
+    """Makes the run's state "failed", unless it is already; any rank may call it, at any time."""
+    status = read_status(run_dir)
+    if status is None or status["state"] == "failed":
+        return
+    rank = os.environ.get("RANK", "0")
+    status |= {"state": "failed", "reason": reason, "unix_time": time.time()}
+    # Several ranks may fail at once: each writes a file of its own, the last one's stays. What made the
+    # run fail may be the disk.
+    with contextlib.suppress(OSError):
+        mine = run_dir / f"status.rank_{rank}.json"
+        write_atomically(mine, json.dumps(status) + "\n")
+        mine.replace(run_dir / "status.json")
+
+
+def read_status(run_dir: Path) -> dict[str, Any] | None:
+    """RUN/status.json; None where there is none, or none that can be read."""
+    try:
+        return json.loads((run_dir / "status.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/starts.jsonl, without those cut short by a kill; [] where there are none."""
+    path = run_dir / "starts.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def _append(run_dir: Path, line: dict[str, Any]) -> None:
+    """One line more. It begins on a line of its own, also after one that was cut short."""
+    path = run_dir / "starts.jsonl"
+    whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
+    with path.open("a") as file:
+        file.write(("" if whole else "\n") + json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""From options to ranks that are ready: arguments, checks, initial weights, launch, doctor."""

@@ -1,0 +1,87 @@
+"""The command line of `train`: a preset, a saved configuration or one on top of the other, then options
+that change it."""
+
+import argparse
+import difflib
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+
+from megatron_ladder.errors import UserError
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import TrainConfig, load_config
+from pretrain.ranks import is_first_rank
+from pretrain.start.ladder_layers import with_ladder_layers
+
+
+def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
+    """The configuration that `argv` asks for, and the local ranks if it says how many.
+
+    Raises:
+        UserError: the preset or the saved configuration does not exist, or values do not fit.
+        SystemExit: `--help`, or an option that does not exist (tyro prints it and what is near).
+    """
+    # Which defaults the options start from is read first; tyro then parses the rest.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--config", type=Path)
+    first.add_argument("--nproc-per-node", type=int)
+    first.add_argument("--init-from", type=Path)
+    first.add_argument("--ladder-layers")
+    chosen, options = first.parse_known_args(argv)
+    if chosen.config and not chosen.preset:
+        default = load_config(chosen.config)
+    else:
+        name = chosen.preset or ("debug" if {"-h", "--help"} & set(options) else "")
+        if not name:
+            raise UserError(
+                f"give --preset NAME ({', '.join(PRESETS)}) or --config FILE to start from"
+            )
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name, PRESETS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"no preset {name!r}{hint}: choose one of {', '.join(PRESETS)}")
+        default = PRESETS[name]()
+        if chosen.config:  # some of the fields, such as those that `data blend` writes
+            default = load_config(chosen.config, onto=default)
+    if chosen.init_from:
+        from pretrain.start.initial import starting_from  # brings torch, which --help does without
+
+        # Layers are chosen of the model as it was, not as `import` has changed it.
+        unmodified = chosen.preset == "adapt-control" or chosen.ladder_layers is not None
+        default = starting_from(default, chosen.init_from, unmodified=unmodified)
+    elif (chosen.preset or "").startswith("adapt") and not {"-h", "--help"} & set(options):
+        raise UserError(
+            f"--preset {chosen.preset} trains a model that exists: give --init-from RUN, a run or what "
+            "`import` made"
+        )
+    if chosen.ladder_layers:
+        model = default.model
+        if not chosen.init_from:  # a preset's model is none yet: it may become what is asked for
+            model = replace(model, residual="standard", ladder_layers=None)
+        model = with_ladder_layers(model, chosen.ladder_layers, chosen.init_from)
+        default = replace(default, model=model)
+    config = tyro.cli(
+        TrainConfig,
+        default=default,
+        args=options,
+        prog="megatron-ladder train [--preset NAME] [--config FILE] [--nproc-per-node N] "
+        "[--ladder-layers LAYERS] [--plan-only [GPU]]",
+        description=_description(),
+        console_outputs=is_first_rank(),
+    )
+    return config, chosen.nproc_per_node
+
+
+def _description() -> str:
+    presets = "\n".join(
+        f"  {name:12} {(f.__doc__ or '').splitlines()[0]}" for name, f in PRESETS.items()
+    )
+    return (
+        f"Train a model. Defaults below are those of the chosen preset:\n\n{presets}\n\n"
+        "LAYERS make a standard model's layers ladder layers: last:N, all, layers from 0 (4,5,7), or "
+        "auto:N, the N that stand it best (`report depth` measures them).\n\n"
+        "--plan-only trains nothing: it says whether the run fits in the memory of the GPU here, or of one "
+        "by name, on N ranks in all (--nproc-per-node)."
+    )

@@ -1,0 +1,62 @@
+"""What a run that is resumed has been trained on: that may not change."""
+
+from pathlib import Path
+
+from megatron_ladder.errors import UserError
+from pretrain.config.train import TrainConfig, load_config
+from pretrain.data.blends import Blend, blends
+from pretrain.data.folders import DataFolder, kept_facts
+from pretrain.run.folder import checkpoint_step, latest_checkpoint
+
+
+def check_past(config: TrainConfig, folders: list[DataFolder]) -> None:
+    """Refuses to resume a run with data sets or blends other than those it has been trained on."""
+    assert config.output_dir is not None
+    saved = config.output_dir / "config.json"
+    if not saved.is_file():
+        return
+    old = load_config(saved)
+    paths = old.data.paths
+    if config.data.paths[: len(paths)] != paths:
+        raise UserError(
+            f"{config.output_dir} trains on data.paths {' '.join(map(str, paths))}: keep them first and "
+            "in their order. Others may follow them; a weight of 0 in a phase leaves one out"
+        )
+    latest = latest_checkpoint(config.output_dir)
+    step = checkpoint_step(latest) if latest else 0
+    past = [b for b in blends(old, folders[: len(paths)]) if b.first_step <= step]
+    now = [b for b in blends(config, folders) if b.first_step <= step]
+    joined = (0.0,) * (len(folders) - len(paths))
+    if [(b.first_step, (*b.shares, *joined)) for b in past] != [
+        (b.first_step, b.shares) for b in now
+    ]:
+        was = "; ".join(_words(Blend(b.first_step, (*b.weights, *joined))) for b in past)
+        raise UserError(
+            f"{config.output_dir} has been trained to step {step} ({step * config.tokens_per_step:,} "
+            f"tokens) with the weights {was}. data.weights and data.phases now say "
+            f"{'; '.join(map(_words, now))}: a blend may change only after that step; put a change into "
+            "data.phases, and leave what was before it"
+        )
+
+
+def _words(blend: Blend) -> str:
+    return f"{' '.join(f'{w:.17g}' for w in blend.weights)} from step {blend.first_step} on"
+
+
+def check_same_data(run_dir: Path, folders: list[DataFolder]) -> None:
+    """Refuses to go on with data sets that were made again since the run began."""
+    if not (run_dir / "data" / "0" / "manifest.json").is_file():
+        return  # a run that has not started
+    kept = kept_facts(run_dir)
+    if kept[0].tokenizer["sha256"] != folders[0].tokenizer["sha256"]:
+        raise UserError(
+            f"{folders[0].path} was tokenized with another tokenizer than the run in {run_dir} was "
+            "started with: its ids mean different things; use the data set it was started with"
+        )
+    for before, now in zip(kept, folders, strict=False):
+        if before.manifest["splits"].get("train") != now.manifest["splits"].get("train"):
+            raise UserError(
+                f"{now.path} holds other training text than when the run in {run_dir} began "
+                f"({before.tokens('train'):,} tokens then, {now.tokens('train'):,} now): a resumed run "
+                "would read some of it twice; use the data set it was started with"
+            )

@@ -1,0 +1,76 @@
+"""Everything that can be refused before work starts."""
+
+import logging
+
+from megatron_ladder.config import check_layout
+from megatron_ladder.errors import UserError
+from megatron_ladder.fp8 import check_machine
+from megatron_ladder.layers.attention_choice import check_attention
+from megatron_ladder.specs import resolve_impl
+from pretrain.config.optimizer import check_optimizer
+from pretrain.config.train import TrainConfig
+from pretrain.data.blends import describe
+from pretrain.data.checks import open_data, with_vocab_size
+from pretrain.data.fim import fill_in_the_middle
+from pretrain.data.folders import DataFolder
+from pretrain.model.compiled import check_compile
+from pretrain.model.graphs import check_cuda_graph
+from pretrain.run.folder import check_free_space, check_output_dir
+from pretrain.start.initial import check_initial
+from pretrain.start.past import check_past, check_same_data
+
+logger = logging.getLogger(__name__)
+
+
+def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[DataFolder], str]:
+    """Checks a run's configuration against its data, its folder and the ranks it will have.
+
+    Returns:
+        The configuration with the vocabulary filled in from the data, the data, and what will
+        happen to the output folder (empty: its run is finished).
+
+    Raises:
+        UserError: the first thing found wrong.
+    """
+    if config.model.residual == "no-comm":
+        raise UserError(
+            "model.residual no-comm leaves out every tensor-parallel sum: its numbers are wrong, and "
+            "only its speed means something (benchmarks/overlap.py). Train another kind"
+        )
+    folders = open_data(config)
+    given, config = config.model.vocab_size, with_vocab_size(config)
+    if given is not None and given > folders[0].tokenizer["vocab_size"]:
+        logger.warning(
+            "model.vocab_size is %d, the data's tokenizer has %d ids: the others are never trained on",
+            given,
+            folders[0].tokenizer["vocab_size"],
+        )
+    check_initial(config, folders)
+    check_layout(config.model, config.parallel)
+    check_machine(config.fp8, resolve_impl(config.transformer_impl))
+    check_attention(config.attention, resolve_impl(config.transformer_impl))
+    check_optimizer(config.optimizer, config.precision)
+    check_compile(config)
+    check_cuda_graph(config)
+    config.num_microbatches(config.parallel.data_parallel_size(world_size))
+    fill_in_the_middle(config, folders[0])
+    if config.keep_last < 2:
+        raise UserError(
+            f"keep_last is {config.keep_last}: keep at least 2 checkpoints, so that there is one before "
+            "a damaged one"
+        )
+    plan = check_output_dir(config)
+    check_past(config, folders)
+    if plan and config.data.phases:
+        plan = f"{plan}\n{describe(config, folders)}"
+    check_free_space(config)
+    assert config.output_dir is not None
+    check_same_data(config.output_dir, folders)
+    if config.wandb:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "--wandb: the wandb package is not installed: pip install wandb"
+            ) from None
+    return config, folders, plan

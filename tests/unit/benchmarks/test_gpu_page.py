@@ -1,0 +1,132 @@
+"""benchmarks/gpu_page.py: what is there is shown, what is not is said."""
+
+import contextlib
+import json
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron.core import parallel_state
+
+import gpu_page
+
+ROOT = Path(__file__).parents[3]
+HEAD = {"device": "A card", "versions": {"torch": "2.11.0", "cudnn": 92100}}
+
+
+def write(folder: Path, name: str, report: Any) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report))
+
+
+def step_of(case: str) -> dict[str, Any]:
+    return {
+        **{"case": case, "parameters": 1.2e9, "step_ms": 512.25, "tokens_per_second": 32_000.4},
+        **{"tflops": 451.0, "mfu": 0.4562, "peak_gib": 61.25, "planned_gib": 60.5},
+        **{"attention": "Transformer Engine: cuDNN", "sm_clock_mhz": 1755.0, "power_w": 641.0},
+    }
+
+
+def test_without_results_it_says_so_and_has_no_figures(tmp_path: Path) -> None:
+    page = gpu_page.page(tmp_path)
+    assert "There are no results yet" in page
+    assert "No results: training-1b, training-1b-te, training-8b, cuda-graph." in page
+    assert not any(line.startswith("|") for line in page.splitlines())
+    committed = ROOT / "docs/results/h100.md"
+    assert committed.exists() and committed.read_text().startswith(gpu_page.INTRODUCTION)
+
+
+def test_figures_are_those_of_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "results"
+    failed = {"case": "paper-1b:bf16:standard", "error": "out of memory: Tried to allocate 8 GiB"}
+    write(folder, "training-1b", {**HEAD, "rows": [step_of("paper-1b:bf16:ladder"), failed]})
+    parts = [{"name": "training-1b", "command": "python x.py", "status": "done", "seconds": 41.6}]
+    write(folder, "summary", parts)
+    log = (
+        "FAILED tests/gpu/test_gpu.py::test_it - assert 1\n===== 1 failed, 38 passed in 9.00s ====="
+    )
+    (folder / "tests.log").write_text(log)
+    rates = [
+        {"rate": "1e-3", "kind": kind, "loss": loss}
+        for kind, loss in (("ladder", 2.5), ("standard", 2.25))
+    ]
+    write(folder, "rates-of-learning", {**HEAD, "tokens": 20_000_000, "rates": rates})
+    kinds = [
+        {
+            **{"kind": kind, "parameters": 25_690_624, "mean": mean, "less_the_firsts": [mean - 2]},
+            **{"tokens_per_second": 1_500_000, "modelled_time": {"llama-3-8b": time}},
+        }
+        for kind, mean, time in (("standard", 2.0, 1.0), ("ladder", 2.0625, 0.8077))
+    ]
+    data = [{"training_tokens": 100_000_000}]
+    write(folder, "learning", {**HEAD, "tokens": 210_000_000, "data": data, "rows": kinds})
+    with tarfile.open(tmp_path / "results.tgz", "w:gz") as tar:
+        for file in folder.iterdir():
+            tar.add(file, file.name)
+    out = tmp_path / "page.md"
+    monkeypatch.setattr(sys, "argv", ["gpu_page.py", str(tmp_path / "results.tgz"), str(out)])
+    gpu_page.main()
+    page = out.read_text()
+    assert "- A card: torch 2.11.0, cudnn 92100" in page
+    assert "| training-1b | done | 42 | `python x.py` |" in page
+    cells = "| 1,200 M | 512.2 | 32,000 | 451.0 | 45.6% | 61.25 | 60.50 |"
+    assert f"| paper-1b:bf16:ladder {cells}" in page
+    assert "| paper-1b:bf16:standard | out of memory: Tried to allocate 8 GiB |" in page
+    assert (
+        "- paper-1b:bf16:ladder: attention: Transformer Engine: cuDNN, peak 61.25 GiB, 1755 MHz, 641 W"
+        in page
+    )
+    assert (
+        "1 failed, 38 passed in 9.00s" in page
+        and "- `FAILED tests/gpu/test_gpu.py::test_it`" in page
+    )
+    assert "210,000,000 tokens of each kind, 2.10 epochs of 100,000,000" in page
+    assert "| ladder | 25,690,624 | 2.0625 | +0.0625 | 1,500,000 | 0.808 |" in page
+    assert "| 1e-3 | 2.5000 | 2.2500 |" in page
+    assert (
+        "No results: training-1b-te, training-8b, cuda-graph." in page
+        and "No results: layers." in page
+    )
+
+
+def test_results_of_the_real_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tiny, on the CPU: their times mean nothing."""
+    tiny = ["--hidden-size", "64", "--ffn-hidden-size", "128", "--heads", "8", "--seq-length", "32"]
+    fake = ["--fake-tp", "8", "--link", "nvswitch", "--layers", "2", "--steps", "2", "--also"]
+    overlap = [*tiny, *fake, "parallel", "--sequence-parallel"]
+    attention = [
+        "--tokens",
+        "16",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+        "--head-dim",
+        "8",
+        "--steps",
+        "1",
+    ]
+    for script, name, options in (
+        ("overlap", "overlap-70b-nvswitch-bf16-sp", overlap),
+        ("attention", "attention", attention),
+    ):
+        file = tmp_path / f"{name}.json"
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *options, "--json", str(file)])
+        with contextlib.suppress(SystemExit):
+            gpu_page.script(script).main()
+    parallel_state.destroy_model_parallel()
+    (tmp_path / "connections-8.json").write_bytes(
+        (tmp_path / "overlap-70b-nvswitch-bf16-sp.json").read_bytes()
+    )
+    capsys.readouterr()
+    page = gpu_page.page(tmp_path)
+    assert "| overlap-70b-nvswitch-bf16-sp | 2 | ladder | " in page
+    assert "| overlap-70b-nvswitch-bf16-sp | 2 | parallel | " in page
+    assert " of 75.0%, " in page  # 3 of 4 in forward
+    assert "- overlap-70b-nvswitch-bf16-sp: attention: " in page
+    assert "| 8 | " in page and "No results: connections-1, connections-2, connections-32." in page
+    assert "| torch, its choice | " in page

@@ -1,0 +1,188 @@
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ladder.config import ParallelConfig
+from megatron_ladder.errors import UserError
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import DataConfig
+from pretrain.data.batches import train_batches, validation_batches
+from pretrain.data.checks import open_data
+from pretrain.data.folders import keep_facts, kept_facts, open_folder, unigram_loss
+from pretrain.start.past import check_same_data
+from tests.data_sets import write_data_set
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data_set(tmp_path / "data")
+
+
+def config_for(*paths: Path, **data):
+    return replace(PRESETS["debug"](), data=DataConfig(paths=paths, seq_length=64, **data))
+
+
+def test_a_whole_folder_opens(data: Path) -> None:
+    folder = open_folder(data)
+    assert folder.tokens("train") == 60 * 64
+    assert folder.tokens("test") == 0
+
+
+def test_unigram_loss_is_the_entropy_of_the_counts(data: Path) -> None:
+    tokens = np.fromfile(data / "validation.bin", dtype=np.uint16)
+    shares = np.bincount(tokens) / len(tokens)
+    entropy = -sum(p * math.log(p) for p in shares if p)
+    assert unigram_loss(open_folder(data)) == pytest.approx(entropy)
+
+
+@pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
+def test_a_step_reads_the_same_sequences_at_every_layout(data_parallel_size: int) -> None:
+    config = replace(PRESETS["debug"](), micro_batch_size=2, global_batch_size=8)
+    dataset = torch.utils.data.TensorDataset(torch.arange(1000))
+    steps, micro_batches = 3, config.num_microbatches(data_parallel_size)
+    seen: list[list[int]] = [[] for _ in range(steps)]
+    for rank in range(data_parallel_size):
+        batches = train_batches(
+            dataset,
+            config,
+            data_parallel_rank=rank,
+            data_parallel_size=data_parallel_size,
+            consumed_samples=16,
+        )
+        for step in range(steps):
+            for _ in range(micro_batches):
+                seen[step] += next(batches)[0].tolist()
+    assert [sorted(s) for s in seen] == [list(range(16 + 8 * i, 24 + 8 * i)) for i in range(steps)]
+
+
+@pytest.mark.parametrize("data_parallel_size", [1, 2, 3])
+@pytest.mark.parametrize("wanted", [None, 7])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_validation_reads_each_sequence_once(data_parallel_size, wanted, stages) -> None:
+    """Full micro-batches, as many as the stages need; what fills them does not count."""
+    config = replace(
+        PRESETS["debug"](),
+        micro_batch_size=4,
+        eval_sequences=wanted,
+        parallel=ParallelConfig(pipeline_model_parallel_size=stages),
+    )
+    dataset = [{"tokens": torch.tensor([i]), "loss_mask": torch.ones(1)} for i in range(10)]
+    seen = []
+    for rank in range(data_parallel_size):
+        batches = validation_batches(
+            dataset, config, data_parallel_rank=rank, data_parallel_size=data_parallel_size
+        )
+        assert len(batches) % stages == 0
+        for batch in batches:
+            assert len(batch["tokens"]) == 4
+            seen += batch["tokens"][batch["loss_mask"] == 1].tolist()
+    assert sorted(seen) == list(range(wanted or 10))
+
+
+def _edit_manifest(data: Path, change) -> None:
+    manifest = json.loads((data / "manifest.json").read_text())
+    change(manifest)
+    (data / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_missing_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no data: give --data\.paths"):
+        open_data(config_for())
+    with pytest.raises(UserError, match="does not exist: make it with"):
+        open_folder(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no manifest.json"):
+        open_folder(tmp_path / "empty")
+
+
+def test_manifests_that_are_none_are_refused(data: Path) -> None:
+    (data / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="is not a data set's manifest"):
+        open_folder(data)
+    (data / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match="is not a data set's manifest"):
+        open_folder(data)
+
+
+def test_files_that_disagree_are_refused(data: Path) -> None:
+    with (data / "train.bin").open("ab") as file:
+        file.write(b"\x00\x00")
+    with pytest.raises(UserError, match=r"train.bin has 7,682 bytes; the manifest says 7,680"):
+        open_folder(data)
+    # The manifest made to agree with the wrong .bin: the index still tells.
+    _edit_manifest(data, lambda m: m["splits"]["train"].update(bin_bytes=7682))
+    with pytest.raises(UserError, match=r"train.idx describes 3,840 tokens but .* holds 3,841"):
+        open_folder(data)
+    (data / "train.idx").unlink()
+    with pytest.raises(UserError, match=r"train.idx is missing"):
+        open_folder(data)
+
+
+def test_an_index_of_another_type_is_refused(data: Path) -> None:
+    raw = bytearray((data / "train.idx").read_bytes())
+    raw[17] = 4
+    (data / "train.idx").write_bytes(raw)
+    with pytest.raises(UserError, match="is not the index of uint16 tokens"):
+        open_folder(data)
+
+
+def test_data_of_two_tokenizers_is_refused(data: Path, tmp_path: Path) -> None:
+    other = write_data_set(tmp_path / "other", tokenizer=b"another")
+    with pytest.raises(UserError, match="tokenized with different tokenizers"):
+        open_data(config_for(data, other))
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(data: Path) -> None:
+    config = config_for(data)
+    config = replace(config, model=replace(config.model, vocab_size=100))
+    with pytest.raises(UserError, match="vocabulary of 200 ids, the model only"):
+        open_data(config)
+
+
+def test_too_little_data_for_the_sequence_length_is_refused(tmp_path: Path) -> None:
+    short = write_data_set(tmp_path / "short", train_documents=1, document_length=30)
+    with pytest.raises(UserError, match="the train split has 30 tokens, one sequence takes"):
+        open_data(config_for(short))
+    uneven = write_data_set(tmp_path / "uneven", validation_documents=1, document_length=30)
+    with pytest.raises(UserError, match="the validation split has 30 tokens"):
+        open_data(config_for(uneven))
+
+
+def test_weights_must_fit_the_paths(data: Path) -> None:
+    for weights in ((1.0, 2.0), (0.0,)):
+        with pytest.raises(UserError, match="give one above 0 for each"):
+            open_data(config_for(data, weights=weights))
+
+
+def test_a_run_keeps_what_export_needs_and_refuses_another_tokenizer(data, tmp_path) -> None:
+    run = tmp_path / "run"
+    folders = open_data(config_for(data))
+    check_same_data(run, folders)  # nothing kept yet
+    with pytest.raises(UserError, match=r"holds no data/0/manifest\.json"):
+        kept_facts(run)
+    keep_facts(run, folders)
+    (kept,) = kept_facts(run)
+    assert kept.manifest == folders[0].manifest
+    assert (kept.path / "tokenizer.model").read_bytes() == b"a tokenizer"
+    check_same_data(run, folders)
+    other = open_data(config_for(write_data_set(tmp_path / "other", tokenizer=b"another")))
+    with pytest.raises(UserError, match="was tokenized with another tokenizer than the run"):
+        check_same_data(run, other)
+
+
+def test_a_data_set_made_again_is_not_resumed_with(data: Path, tmp_path: Path) -> None:
+    keep_facts(tmp_path / "run", open_data(config_for(data)))
+    shutil.rmtree(data)
+    write_data_set(data, train_documents=61)
+    with pytest.raises(UserError, match=r"\(3,840 tokens then, 3,904 now\): a resumed run would"):
+        check_same_data(tmp_path / "run", open_data(config_for(data)))
+    joined = write_data_set(tmp_path / "joined")
+    shutil.rmtree(data)
+    write_data_set(data)
+    check_same_data(tmp_path / "run", open_data(config_for(data, joined)))

@@ -1,0 +1,45 @@
+"""Hardware queues by what runs on a second stream."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_ladder.config import ParallelConfig
+from pretrain.config.presets import PRESETS
+from pretrain.model.queues import set_queues
+
+NAMES = ("CUDA_DEVICE_MAX_CONNECTIONS", "TORCH_NCCL_HIGH_PRIORITY")
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+
+
+def chosen(residual: Any, tp: int, sp: bool) -> list[str | None]:
+    config = PRESETS["debug"]()
+    parallel = ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sp)
+    set_queues(replace(config, model=replace(config.model, residual=residual), parallel=parallel))
+    return [os.environ.get(name) for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    ("residual", "tp", "sp"),
+    [("ladder", 2, False), ("ladder", 1, True), ("standard", 2, True), ("parallel", 2, True)],
+)
+def test_one_queue_keeps_the_order_of_issue(residual: str, tp: int, sp: bool) -> None:
+    assert chosen(residual, tp, sp) == ["1", None]
+
+
+def test_a_second_stream_has_queues_and_its_collectives_priority() -> None:
+    assert chosen("ladder", 2, True) == ["8", "1"]
+
+
+def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(NAMES, ("32", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert chosen("ladder", 2, True) == ["32", "0"]

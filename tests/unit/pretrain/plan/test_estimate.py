@@ -1,0 +1,118 @@
+"""The estimate of a run, against numbers worked out by hand for the paper's 1B."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_ladder.config import ParallelConfig
+from megatron_ladder.errors import UserError
+from pretrain.commands.bench import bench
+from pretrain.config.presets import PRESETS
+from pretrain.plan.estimate import Estimate, estimate, format_estimate, hardware_of
+from pretrain.plan.search import row
+
+CONFIG = PRESETS["paper-1b"]()
+H100 = hardware_of("h100")
+
+# 40 layers of 4 x 1536 x 1536 + 3 x 1536 x 4096 weights and two norms, a norm, a tied table of 49,152.
+PARAMETERS = 40 * (9_437_184 + 18_874_368 + 3_072) + 1_536 + 75_497_472
+# 6 a weight that multiplies, and 12 x 40 layers x 1536 x 2048 for attention.
+FLOPS_PER_TOKEN = 6 * 1_207_959_552 + 1_509_949_440
+STEP_S = 4_194_304 * FLOPS_PER_TOKEN / (64 * 989e12 * 0.4)
+
+
+def paper_1b(**options) -> Estimate:
+    return estimate(CONFIG, ranks=64, hardware=H100, mfu=0.4, **options)
+
+
+def test_time_by_hand() -> None:
+    found = paper_1b(storage_bytes_per_s=1e9, start_up_s=100.0)
+    assert found.step_s == pytest.approx(STEP_S) == pytest.approx(1.4508, abs=1e-4)
+    assert found.tokens == 104_857_600_000
+    assert found.training_s == pytest.approx(25_000 * 1.4508, rel=1e-4)
+    # 50 times 4096 sequences, forward alone: twice a step's sequences at a third of the work.
+    assert found.validation_s == pytest.approx(50 * 2 * STEP_S / 3)
+    assert found.saving_s == pytest.approx(50 * 16.913175552)
+    assert (found.jobs, found.starting_s) == (1, 100.0)
+    seconds = 25_000 * STEP_S + 100 * STEP_S / 3 + 845.6587776 + 100
+    assert found.hours == pytest.approx(seconds / 3600)
+    assert found.gpu_hours == pytest.approx(64 * seconds / 3600)
+
+
+def test_sizes_by_hand() -> None:
+    found = paper_1b()
+    assert found.parameters == PARAMETERS == 1_208_083_968
+    assert found.checkpoint_bytes == 16_913_175_552  # 2 + 4 + 4 + 4 B
+    assert found.stored_bytes == 3 * 16_913_175_552  # keep_last, and the one being written
+    assert found.exported_bytes == 2 * PARAMETERS
+    padded = replace(CONFIG, model=replace(CONFIG.model, vocab_size=49_152 - 100))
+    exported = estimate(padded, ranks=64, hardware=H100, mfu=0.4).exported_bytes
+    assert exported == 2 * (PARAMETERS - 100 * 1536)
+
+
+def test_jobs_by_hand() -> None:
+    """Of 2 hours, 100 s are the start, 17 s reading a checkpoint, and 300 s before the end it stops."""
+    found = paper_1b(time_limit_s=7200, start_up_s=100, lead_s=300, storage_bytes_per_s=1e9)
+    work_s = 25_000 * STEP_S + 100 * STEP_S / 3 + 50 * 16.913175552
+    assert work_s / (7200 - 100 - 300 - 16.913175552) == pytest.approx(5.4790, abs=1e-4)
+    assert found.jobs == 6
+    assert found.starting_s == pytest.approx(6 * 100 + 5 * 16.913175552)
+    assert found.saving_s == pytest.approx(55 * 16.913175552)
+
+
+def test_the_planner_gives_step_and_memory() -> None:
+    found = estimate(CONFIG, ranks=64, hardware=H100)
+    planned = row(CONFIG, 64, H100)
+    assert (found.step_s, found.mfu) == (planned.step_s, planned.mfu)
+    assert found.memory_bytes == pytest.approx(planned.memory_gb * 1e9)
+    assert found.memory_limit_bytes == pytest.approx(0.95 * 80e9)
+    # The MFU that it finds gives its time again.
+    again = estimate(CONFIG, ranks=64, hardware=H100, mfu=found.mfu)
+    assert again.step_s == pytest.approx(found.step_s)
+
+
+def test_units_are_named_and_what_does_not_fit_is_said() -> None:
+    text = format_estimate(paper_1b(time_limit_s=7200))
+    for words in (
+        "104,857,600,000 tokens",
+        "1.45 s",
+        "64 x H100",
+        "an MFU of 40%",
+        "GPU-hours, in 6 jobs",
+    ):
+        assert words in text
+    assert "50.7 GB for checkpoints of 16.9 GB; exported 2.4 GB" in text
+    assert "FIT" not in text
+    large = replace(PRESETS["llama-3-70b"](), parallel=ParallelConfig(tensor_model_parallel_size=8))
+    assert "IT DOES NOT FIT" in format_estimate(estimate(large, ranks=8, hardware=H100, mfu=0.4))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"mfu": 40.0}, "MFU of 40.0: it is a share"),
+        ({}, {"time_limit_s": 400.0}, r"a job of 0\.1 h trains nothing: start-up takes 180 s"),
+        ({}, {"ranks": 63}, "not a multiple of micro_batch_size 8 x data-parallel size 63"),
+        ({"precision": "fp32"}, {}, "not ladder in fp32: state an MFU"),
+        ({"model": replace(CONFIG.model, residual="desync")}, {}, "not desync in bf16"),
+        ({"model": replace(CONFIG.model, vocab_size=None)}, {}, "needs model.vocab_size"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused(change, options, message) -> None:
+    options = {"ranks": 64, "hardware": H100, **options}
+    with pytest.raises(UserError, match=message):
+        estimate(replace(CONFIG, **change), **options)
+
+
+def test_a_device_that_is_not_known_is_refused() -> None:
+    with pytest.raises(UserError, match="no device 'tpu': choose one of h100, h200, a100"):
+        hardware_of("tpu")
+
+
+def test_the_planner_says_what_its_best_takes(capsys) -> None:
+    assert bench(["plan", "--preset", "llama-3-8b", "--gpus", "64"]) == 0
+    output = capsys.readouterr().out
+    assert "run with the first ladder layout:" in output
+    step_s = next(line for line in output.splitlines() if line.startswith("ladder")).split()
+    assert f"25,000 steps of {float(step_s[7]):.2f} s" in output
+    assert "GPU-hours" in output

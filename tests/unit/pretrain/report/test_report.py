@@ -1,0 +1,180 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ladder.errors import UserError
+from pretrain.config.presets import PRESETS
+from pretrain.config.train import save_config
+from pretrain.report.report import write_report
+from pretrain.run.metrics import MetricsLog, flops_per_token, peak_flops, read_metrics
+
+PNG = b"\x89PNG"
+
+
+def write_run(path: Path, *, steps: int = 20, slower: float = 1.0, loss: float = 5.0) -> Path:
+    """A run's metrics as the training loop writes them."""
+    path.mkdir(parents=True)
+    log = open_log(path)
+    log.start(
+        step=0,
+        world_size=2,
+        name=path.name,
+        residual="ladder",
+        versions={},
+        parameters=1000,
+        tokens_per_step=100,
+        train_steps=steps,
+        device="cpu",
+    )
+    log.baseline(dataset="data", unigram_loss=6.0)
+    for step in range(1, steps + 1):
+        write_step(log, step, loss - step / 10, slower)
+        if step % 10 == 0:
+            log.validation(
+                step=step,
+                tokens=100 * step,
+                time=step * slower,
+                dataset="data",
+                loss=loss + 0.5 - step / 10,
+                perplexity=math.exp(loss),
+            )
+    log.end(step=steps, reason="finished")
+    save_config(PRESETS["debug"](), path / "config.json")
+    return path
+
+
+def open_log(path: Path, resume_step: int = 0) -> MetricsLog:
+    return MetricsLog(
+        path, resume_step=resume_step, train_steps=20, tensorboard=False, wandb=False, config={}
+    )
+
+
+def write_step(log: MetricsLog, step: int, loss: float, slower: float = 1.0) -> None:
+    log.train(
+        step=step,
+        tokens=100 * step,
+        time=step * slower,
+        loss=loss,
+        grad_norm=1.0,
+        learning_rate=1e-3,
+        tokens_per_second=100 / slower,
+        tflops_per_gpu=0.1,
+        mfu=None,
+        memory_gib=1.0,
+    )
+
+
+def test_one_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    page = write_report([run])
+    assert page == run / "report" / "index.html"
+    html = page.read_text()
+    for text in ("3.5000", "nats below it, data", "2.5000", "finished", "Loss against tokens"):
+        assert text in html
+    assert "http" not in html.replace("https://arxiv", "")  # nothing is fetched
+    pictures = sorted(run.glob("report/*.png"))
+    assert len(pictures) == 5
+    assert all(p.read_bytes().startswith(PNG) for p in pictures)
+
+
+def test_runs_side_by_side_are_compared_at_the_end_and_at_equal_time(tmp_path: Path) -> None:
+    standard = write_run(tmp_path / "standard")
+    ladder = write_run(tmp_path / "ladder", slower=0.5, loss=5.1)
+    html = write_report([standard, ladder], tmp_path / "out").read_text()
+    assert "+0.1000" in html  # at the end
+    # After 10 s the ladder has done 20 steps (3.6), the standard one 10 (4.5).
+    assert "-0.9000 at 0 min 10 s" in html
+
+
+def test_runs_in_progress_and_with_gaps(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_run(run, steps=3)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    broken = json.loads(lines[3]) | {"loss": math.nan}
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:3], json.dumps(broken)]) + '\n{"kin')
+    assert "in progress" in write_report([run]).read_text()
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / parent / "run") for parent in ("a", "b")]
+    html = write_report(runs, tmp_path / "out").read_text()
+    assert "a/run" in html
+    assert "b/run" in html
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "<b>run")
+    html = write_report([run], tmp_path / "out").read_text()
+    assert "<b>run" not in html
+    assert "&lt;b&gt;run" in html
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no metrics\.jsonl"):
+        write_report([tmp_path])
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="has not started yet"):
+        write_report([tmp_path])
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "start"}\nnonsense\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not a line of metrics"):
+        write_report([tmp_path])
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_report_starts_without_torch() -> None:
+    code = "import sys, pretrain.report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_resumed_run_drops_what_its_checkpoint_has_not(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=7)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # cut short by a kill
+    log = open_log(run, resume_step=5)
+    assert log.time_so_far == 5.0
+    write_step(log, 6, 1.0)
+    steps = [m["step"] for m in read_metrics(run) if m["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [m for m in read_metrics(run) if m["kind"] == "end"] == []
+
+
+def test_a_run_without_a_checkpoint_starts_its_metrics_afresh(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=2)
+    open_log(run, resume_step=0)
+    assert read_metrics(run) == []
+
+
+def test_the_console_line_says_what_matters(tmp_path: Path, capsys) -> None:
+    write_step(open_log(tmp_path), 5, 4.5)
+    line = capsys.readouterr().out
+    for text in ("step  5/20", "loss 4.5000", "lr 1.00e-03", "100 tok/s", "ETA 15s"):
+        assert text in line
+    assert "MFU" not in line
+
+
+def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(
+        tmp_path, resume_step=0, train_steps=2, tensorboard=True, wandb=False, config={}
+    )
+    write_step(log, 1, 4.5)
+    log.end(step=1, reason="finished")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("train/loss")[0].value == pytest.approx(4.5)
+
+
+def test_operations_and_peaks() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("cpu") is None
+    # One layer of width 2 over 3 positions: 6 N + 12 L h s.
+    assert flops_per_token(
+        num_layers=1, hidden_size=2, seq_length=3, matmul_parameters=10
+    ) == pytest.approx(60 + 72)

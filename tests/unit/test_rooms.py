@@ -1,0 +1,44 @@
+"""The tree can be read: rooms are small, say what is in them, and stand in the README."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("megatron_ladder", "pretrain", "data_prep", "slurm")
+ROOMS = sorted(
+    str(file.parent.relative_to(ROOT)) for p in PACKAGES for file in (ROOT / p).rglob("__init__.py")
+)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_is_in_it(room: str) -> None:
+    said = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text()))
+    assert said, f"{room}/__init__.py has no docstring"
+    assert len(said.splitlines()[0]) > 20
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "benchmarks"])
+def test_a_room_is_small(room: str) -> None:
+    files = sorted((ROOT / room).glob("*.py"))
+    assert len(files) <= 14, f"{room} has {len(files)} Python files"
+    for file in files:
+        assert len(file.read_text().splitlines()) <= 400, file
+
+
+def test_every_python_file_is_in_a_package() -> None:
+    """setuptools installs folders with an __init__.py alone."""
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            assert str(file.parent.relative_to(ROOT)) in ROOMS, file
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "tests", "benchmarks", "docs", "scripts"])
+def test_a_room_has_its_line_in_the_readme(room: str) -> None:
+    """In the tree: indented by two spaces for each folder that it is in."""
+    tree = (ROOT / "README.md").read_text().partition("## Where things are")[2]
+    depth = room.count("/")
+    name = re.escape(Path(room).name)
+    assert re.search(rf"^ {{4}}{'  ' * depth}{name}/ +\S", tree, re.M), room
