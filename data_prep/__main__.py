@@ -2,7 +2,7 @@
 
 import sys
 
-if __name__ == "__main__":  # processes that tokenize import this file too, and need no command line
+if __name__ == "__main__":  # not in the processes of the pool, which import this file too
     from data_prep.cli import main
 
     sys.exit(main())
