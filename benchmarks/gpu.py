@@ -1,14 +1,15 @@
-"""Everything that is to be measured on one GPU, in one call, most wanted first, within a time.
+"""Measures all that is to be measured on one GPU, in one call, the most important parts first.
 
     python benchmarks/gpu.py OUTPUT --seconds 540 [--only PART...]
 
-Each part runs in a process of its own, and what it has written stays when a later one fails or the time
-is up; OUTPUT/summary.json says of each what became of it, OUTPUT/NAME.log what it printed. After each part
-OUTPUT/results.tgz has all of it but the traces, which are in OUTPUT/traces.tgz. `--list` names the parts;
-`--only overlap` is all whose names begin so.
+Each part runs in a process of its own. Its results stay when a later part fails or when the time is up.
+OUTPUT/summary.json has the status of each part, OUTPUT/NAME.log what it has printed. After each part
+OUTPUT/results.tgz holds all results but the traces, which are in OUTPUT/traces.tgz. `--list` prints the
+names of the parts; `--only overlap` chooses all parts whose names begin with that word.
 
-While a part runs, the next one's process has been started and imports what it needs
-(benchmarks/measuring/standby.py), with one thread and without the GPU. A part's limit counts from its go.
+While a part runs, the process of the next part has started and imports what it needs
+(measuring/standby.py), with one thread and without the GPU. A part's limit counts from when it begins
+to measure.
 """
 
 import argparse
@@ -29,18 +30,20 @@ sys.path.insert(0, str(ROOT))  # this checkout need not be installed
 
 from measuring.standby import Standby  # noqa: E402
 
-# Layers as a rank of TP=8 has them: hidden sizes, heads, and sequences in a micro-batch, as many as make
-# kernels long beside the time that Python takes to launch them, which would hide any link.
+# Layers as a rank of TP=8 has them: hidden size, FFN size, heads, and sequences in a micro-batch. There are
+# so many sequences that kernels take much longer than Python takes to launch them. Else the launches would
+# take longer than kernels and link together, and every link would seem hidden.
 OVERLAP = {"8b": ("4096", "14336", "32", "8"), "70b": ("8192", "28672", "64", "2")}
-# Of the parts' processes. A few small kernels are compiled: sooner in the process than by workers that
-# import torch first, one for each core, beside what is measured. The next is as in training (queues.py).
+# Of the parts' processes. With one compile thread the few small kernels are compiled in the process itself;
+# else workers, one for each core, would import torch while something is measured. The next variable is set
+# as in training (pretrain/model/queues.py).
 ENVIRONMENT = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "PYTHONUNBUFFERED": "1",  # what was printed before a part is killed is in its log
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
 }
-GRACE_S = 10.0  # for a part to say what it has, at its limit
+GRACE_S = 10.0  # for a part to print what it has, at its limit
 KEPT = (".json", ".log", ".xml", ".png", ".md")
 TRACE = ".trace.json.gz"
 LARGEST = 4 << 20  # bytes of a file in the archive
@@ -50,8 +53,8 @@ LARGEST = 4 << 20  # bytes of a file in the archive
 class Part:
     name: str
     command: list[str]
-    """After `python`: a script, or -m and a module. OUTPUT stands for the folder, WORK for one that does
-    not come back, SECONDS for how long it has."""
+    """After `python`: a script, or -m and a module. OUTPUT stands for the folder of results, WORK for a
+    folder that is not kept, SECONDS for the time that the part has."""
     limit_s: float
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -64,38 +67,34 @@ class Result:
     seconds: float
 
 
-def overlap(
-    shape: str, link: str, *options: str, precision: str = "bf16", layers: int = 16
-) -> Part:
-    """The layers, with those weights, gradients and activations, take some 40 of 80 GB."""
-    name = f"overlap-{shape}-{link}-{precision}"
-    if "--sequence-parallel" in options:
-        name += "-sp"
+def tp8(shape: str, link: str, *options: str) -> list[str]:
+    """overlap.py's command for a rank of TP=8."""
     hidden, ffn, heads, batch = OVERLAP[shape]
-    command = ["benchmarks/overlap.py", "--hidden-size", hidden, "--ffn-hidden-size", ffn]
-    command += ["--heads", heads, "--kv-heads", "8", "--micro-batch-size", batch]
-    command += ["--seq-length", "8192", "--fake-tp", "8", "--layers", str(layers), "--steps", "6"]
-    command += ["--precision", precision, "--link", link, "--also", "parallel", *options]
+    sizes = ["--hidden-size", hidden, "--ffn-hidden-size", ffn, "--heads", heads, "--kv-heads", "8"]
+    sizes += ["--micro-batch-size", batch, "--seq-length", "8192", "--fake-tp", "8"]
+    return ["benchmarks/overlap.py", *sizes, "--link", link, *options]
+
+
+def overlap(shape: str, link: str, *options: str, precision: str = "bf16") -> Part:
+    """16 layers: with their weights, gradients and activations they take some 40 of 80 GB."""
+    sp = "--sequence-parallel" in options
+    name = f"overlap-{shape}-{link}-{precision}" + ("-sp" if sp else "")
+    command = tp8(shape, link, "--layers", "16", "--steps", "6", "--precision", precision)
+    command += ["--also", "parallel", *options]
     if (shape, link, precision) == ("70b", "nvswitch", "bf16"):
         command += ["--trace", f"OUTPUT/{name}{TRACE}"]
     # As pretrain/model/queues.py sets it.
-    queues = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"} if "--sequence-parallel" in options else {}
+    queues = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"} if sp else {}
     return Part(name, [*command, "--json", f"OUTPUT/{name}.json"], 90, queues)
 
 
 def connections(count: int) -> Part:
-    """How many hardware queues the second stream of sequence parallelism wants: CUDA reads it once."""
-    hidden, ffn, heads, batch = OVERLAP["70b"]
-    command = ["benchmarks/overlap.py", "--hidden-size", hidden, "--ffn-hidden-size", ffn]
-    command += ["--heads", heads, "--kv-heads", "8", "--micro-batch-size", batch]
-    command += ["--seq-length", "8192", "--fake-tp", "8", "--layers", "8", "--steps", "8"]
-    command += ["--precision", "bf16", "--link", "nvswitch", "--also", "--sequence-parallel"]
-    return Part(
-        f"connections-{count}",
-        [*command, "--json", f"OUTPUT/connections-{count}.json"],
-        60,
-        {"CUDA_DEVICE_MAX_CONNECTIONS": str(count)},
-    )
+    """How many hardware queues does the second stream of sequence parallelism need? CUDA reads the number
+    once, so each number is a part."""
+    name = f"connections-{count}"
+    command = tp8("70b", "nvswitch", "--layers", "8", "--steps", "8", "--precision", "bf16")
+    command += ["--also", "--sequence-parallel", "--json", f"OUTPUT/{name}.json"]
+    return Part(name, command, 60, {"CUDA_DEVICE_MAX_CONNECTIONS": str(count)})
 
 
 def training(shape: str, cases: list[str]) -> Part:
@@ -127,7 +126,7 @@ def parts() -> list[Part]:
     precision = ["--precisions", "bf16", *fp8, "--steps", "250"]
     shapes = ["--shapes", "256:6:256:2", "512:8:512:4", "--precision", "bf16"]
     tests = ["-m", "pytest", "-v", "--durations", "10", "-m", "gpu", "tests/gpu"]
-    # TE says why it takes which.
+    # TE prints why it chooses a backend.
     debug = {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "2"}
     return [
         Part(
@@ -137,7 +136,7 @@ def parts() -> list[Part]:
         Part("tests", [*tests, "--junitxml", "OUTPUT/tests.xml"], 240),
         Part("layers", ["benchmarks/layers.py", *layers, "--json", "OUTPUT/layers.json"], 120),
         training("1b", paper),
-        Part(  # beside the first rows of cuda-graph: the same with Transformer Engine's attention
+        Part(  # to be compared with the first rows of cuda-graph: here Transformer Engine's attention
             "training-1b-te",
             [
                 *("benchmarks/training_step.py", "--cases", paper[0], "--attention", "te"),
@@ -146,7 +145,7 @@ def parts() -> list[Part]:
             ],
             60,
         ),
-        Part(  # small micro-batches, which Python cannot launch as fast as they run
+        Part(  # with small micro-batches, whose kernels run faster than Python launches them
             "cuda-graph",
             [
                 *("benchmarks/training_step.py", "--cases", *paper[:2]),
@@ -194,7 +193,7 @@ def parts() -> list[Part]:
 
 
 def standby_of(part: Part, output: Path) -> Standby:
-    """Its process, which begins to import."""
+    """A part's process, which begins to import."""
     return Standby(
         ROOT,
         session=True,
@@ -214,7 +213,7 @@ def words_of(part: Part, output: Path, limit_s: float) -> list[str]:
 
 
 def run(part: Part, standby: Standby, output: Path, limit_s: float) -> Result:
-    """Ends it at its limit, counted from now."""
+    """Runs a part, and ends it at its limit, which counts from now."""
     begin = time.monotonic()
     standby.go(words_of(part, output, limit_s))
     try:
@@ -225,7 +224,7 @@ def run(part: Part, standby: Standby, output: Path, limit_s: float) -> Result:
         standby.process.send_signal(signal.SIGINT)  # pytest reports then
         with contextlib.suppress(subprocess.TimeoutExpired):
             standby.process.wait(GRACE_S)
-    standby.end()  # its children would keep the GPU
+    standby.end()  # else its children could go on using the GPU
     shown = [f"{name}={value}" for name, value in part.environment.items()]
     shown += ["python", *part.command]
     return Result(part.name, " ".join(shown), status, round(time.monotonic() - begin, 1))
@@ -249,7 +248,7 @@ def archive(output: Path) -> list[str]:
 
 
 def chosen(only: list[str] | None) -> list[Part]:
-    """Those whose names begin as asked, in the order asked for."""
+    """The parts whose names begin with one of the words, in the order of the words."""
     known = parts()
     if only is None:
         return known
@@ -266,7 +265,7 @@ def main() -> None:
     )
     parser.add_argument("output", type=Path, nargs="?", default=Path("gpu-results"))
     parser.add_argument("--seconds", type=float, default=3600, help="for all parts together")
-    parser.add_argument("--only", nargs="+", help="parts, or how their names begin")
+    parser.add_argument("--only", nargs="+", help="names of parts, or how the names begin")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     wanted = chosen(args.only)
