@@ -1,0 +1,1 @@
+"""From text to data sets: reading, cleaning, tokenizing, checking and blending."""

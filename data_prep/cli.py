@@ -5,15 +5,15 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.blend import Blend, blend
-from data_prep.clean.command import Clean, clean
+from data_prep.clean.clean import Clean, clean
+from data_prep.dataset.blend import Blend, blend
+from data_prep.dataset.inspect import Inspect, inspect
+from data_prep.dataset.merge import Merge, merge
+from data_prep.dataset.stats import Stats, stats
+from data_prep.dataset.tokenize import Tokenize, tokenize
+from data_prep.dataset.verify import Verify, verify
+from data_prep.encode.train_tokenizer import TrainTokenizer, train_tokenizer
 from data_prep.errors import UserError
-from data_prep.merge import Merge, merge
-from data_prep.show import Inspect, inspect
-from data_prep.stats import Stats, stats
-from data_prep.tokenize_text import Tokenize, tokenize
-from data_prep.train_tokenizer import TrainTokenizer, train_tokenizer
-from data_prep.verify import Verify, verify
 
 Command = (
     Annotated[TrainTokenizer, tyro.conf.subcommand("train-tokenizer")]

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from slurm.cancel import cancel
-from slurm.chain import split_chain
 from slurm.errors import UserError
-from slurm.logs import show_logs
-from slurm.status import status
+from slurm.submit.chain import split_chain
+from slurm.watch.cancel import cancel
+from slurm.watch.logs import show_logs
+from slurm.watch.status import status
 
 
 @dataclass(frozen=True)

@@ -142,14 +142,11 @@ def child(line: str, source: Path, target: Path) -> None:
 def _prepared(line: str, source: Path, target: Path) -> Any:
     if line == "copy":
         return lambda: copy(source, target)
-    import pretrain.export
-    import pretrain.import_model
-
     from pretrain.cli import main
-    from pretrain.convert import verify_export
+    from pretrain.convert import export, verify_export
 
     if line == "export, not verified":
-        pretrain.export.verify_export = lambda *_: "not verified"  # type: ignore[assignment]
+        export.verify_export = lambda *_: "not verified"  # type: ignore[assignment]
     if line == "export, verified by layers":
         verify_export.psutil = SimpleNamespace(  # type: ignore[assignment]
             virtual_memory=lambda: SimpleNamespace(available=0)

@@ -87,8 +87,8 @@ def megatron_way(source: str, tokenizer: str, out: str, workers: int) -> None:
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from data_prep.encoders import open_encoder
-    from data_prep.shards import token_dtype
+    from data_prep.dataset.shards import token_dtype
+    from data_prep.encode.encoders import open_encoder
 
     encoder = open_encoder(Path(tokenizer))
     eod, dtype = encoder.eod_id, np.dtype(token_dtype(encoder.vocab_size))

@@ -1,0 +1,1 @@
+"""`data clean`: duplicates and text of low quality are left out."""

@@ -30,9 +30,15 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_ladder.collectives import points as collectives
 from megatron_ladder.collectives import streams
-from megatron_ladder.collectives.points import collectives_of, input_wait, output_start, output_wait
+from megatron_ladder.collectives.points import (
+    SubmoduleCollectives,
+    collectives_of,
+    input_start,
+    input_wait,
+    output_start,
+    output_wait,
+)
 from megatron_ladder.collectives.ranges import named
 from megatron_ladder.config import AllReduce, Residual
 from megatron_ladder.layers.desync import meet, part_ways, sum_weight_gradients
@@ -211,16 +217,12 @@ class LadderTransformerLayer(TransformerLayer):
                 x = self._add(x, output)
         return x
 
-    def _start_attention(
-        self, x: Tensor, behind: collectives.SubmoduleCollectives | None = None
-    ) -> Tensor:
+    def _start_attention(self, x: Tensor, behind: SubmoduleCollectives | None = None) -> Tensor:
         return self._start(
             self._normalised(x, self.input_layernorm, self.self_attention.linear_qkv), behind
         )
 
-    def _start_mlp(
-        self, x: Tensor, behind: collectives.SubmoduleCollectives | None = None
-    ) -> Tensor:
+    def _start_mlp(self, x: Tensor, behind: SubmoduleCollectives | None = None) -> Tensor:
         return self._start(self._normalised(x, self.pre_mlp_layernorm, self.mlp.linear_fc1), behind)
 
     def _normalised(self, x: Tensor, norm: Any, linear: Any) -> Tensor:
@@ -230,11 +232,11 @@ class LadderTransformerLayer(TransformerLayer):
         group = self.comm_group if self.config.sequence_parallel else None
         return linear.normalised(x, norm, group)
 
-    def _start(self, x: Tensor, behind: collectives.SubmoduleCollectives | None = None) -> Tensor:
+    def _start(self, x: Tensor, behind: SubmoduleCollectives | None = None) -> Tensor:
         """Sends a normalised state on its way into a sub-module."""
         number = None if behind is None else behind.number
         sequence_parallel, all_reduce = self.config.sequence_parallel, self.all_reduce
-        return collectives.input_start(x, self.comm_group, sequence_parallel, number, all_reduce)
+        return input_start(x, self.comm_group, sequence_parallel, number, all_reduce)
 
     def _submodule(
         self,

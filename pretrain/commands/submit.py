@@ -19,12 +19,12 @@ from pretrain.commands.convert import ExportOptions, ImportOptions
 from pretrain.commands.report import ReportOptions
 from pretrain.data.checks import with_vocab_size
 from pretrain.start.arguments import parse_train
-from slurm.chain import Step, take_tasks
 from slurm.cli import Submit, parse_submit
 from slurm.errors import UserError as SlurmError
-from slurm.profile import load_profile
-from slurm.render import Resources
-from slurm.submit import dry_run, submit
+from slurm.submit.chain import Step, take_tasks
+from slurm.submit.profile import load_profile
+from slurm.submit.render import Resources
+from slurm.submit.submit import dry_run, submit
 
 
 def main(argv: list[str]) -> int:

@@ -77,10 +77,10 @@ def pass_seconds(
     (megatron-core hides that behind less; the difference favours standard.)
 
     recompute="full": backward begins with the recomputed forward. Ladder, parallel and desync
-    recompute without the output's collectives, as no gradient needs them (megatron_ladder.recompute).
-    A standard layer repeats attention's. megatron-core in fact repeats the MLP's too, though nothing
-    reads it: leaving that out favours standard. "selective" adds nothing here: put core attention's
-    second forward into attention.backward_s.
+    recompute without the output's collectives, as no gradient needs them: see
+    megatron_ladder/layers/recompute.py. A standard layer repeats attention's. megatron-core in fact
+    repeats the MLP's too, though nothing reads it: leaving that out favours standard. "selective" adds
+    nothing here: put core attention's second forward into attention.backward_s.
 
     Args:
         residuals: the kind of each layer.
@@ -203,7 +203,7 @@ class Device:
     """Data-sheet facts of a GPU."""
 
     name: str
-    """As pretrain.metrics.PEAK_FLOPS knows it."""
+    """As PEAK_FLOPS of pretrain/run/metrics.py knows it."""
     hbm_bytes_per_s: float
     memory_bytes: float
     fp8: bool = True

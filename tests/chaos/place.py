@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 
 from pretrain import cli
-from slurm.folders import job_folders, read_job
-from slurm.local import stop
-from slurm.status import facts_of
+from slurm.jobs.folders import job_folders, read_job
+from slurm.jobs.local import stop
+from slurm.watch.status import facts_of
 from tests.data_sets import write_data_set
 from tests.slurm.cluster import Cluster
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import cli
-from slurm.folders import job_folders, read_job
+from slurm.jobs.folders import job_folders, read_job
 from tests.slurm.cluster import Cluster, missing
 
 ROOT = Path(__file__).parents[2]

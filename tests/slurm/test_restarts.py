@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from pretrain import cli
-from slurm.folders import job_folders
+from slurm.jobs.folders import job_folders
 from tests.slurm.conftest import job_ids, log, wait_until
 
 STEPS = 20

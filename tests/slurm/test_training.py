@@ -10,7 +10,7 @@ import pytest
 
 from data_prep import cli as data_cli
 from pretrain import cli
-from slurm.folders import job_folders, read_job
+from slurm.jobs.folders import job_folders, read_job
 from tests.slurm.conftest import job_ids, log, wait_until
 
 STEPS = 150

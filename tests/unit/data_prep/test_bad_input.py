@@ -8,8 +8,10 @@ import pytest
 import sentencepiece
 import zstandard
 
-from data_prep import cli, tokenize_text, work
-from data_prep.workplace import Workplace
+from data_prep import cli
+from data_prep.dataset import output
+from data_prep.encode import tokenize_part
+from data_prep.parts.workplace import Workplace
 
 
 @pytest.fixture
@@ -152,7 +154,7 @@ def test_tokenizers_that_cannot_end_documents(refused, jsonl, tmp_path) -> None:
     new = tmp_path / "new"
     message = refused("tokenize", jsonl, "--tokenizer", model, "--output-dir", new)
     assert "has no end-of-sentence piece" in message
-    from tests.unit.data_prep.test_tokenize import hugging_face
+    from tests.unit.data_prep.dataset.test_tokenize import hugging_face
 
     file = hugging_face(tmp_path / "b.json", eod="<|stop|>")
     message = refused("tokenize", jsonl, "--tokenizer", file, "--output-dir", new)
@@ -178,11 +180,11 @@ def test_fractions_that_leave_nothing(tokenize, jsonl, tmp_path) -> None:
 
 def test_no_space_or_no_permission(tokenize, jsonl, monkeypatch) -> None:
     usage = type("usage", (), {"free": 10})
-    monkeypatch.setattr(tokenize_text.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
     assert "GB free, about" in tokenize(jsonl)
     monkeypatch.undo()
     # Root may write anywhere, so the system's answer is stood in for.
-    monkeypatch.setattr(tokenize_text.os, "access", lambda *_: False)
+    monkeypatch.setattr(output.os, "access", lambda *_: False)
     assert "no permission to write in" in tokenize(jsonl)
 
 
@@ -190,7 +192,7 @@ def test_a_disk_that_fills_up_on_the_way(tokenize, jsonl, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "train.bin")
 
-    monkeypatch.setattr(work.PartFiles, "add", full)
+    monkeypatch.setattr(tokenize_part.PartFiles, "add", full)
     assert "train.bin: No space left on device" in tokenize(jsonl)
 
 

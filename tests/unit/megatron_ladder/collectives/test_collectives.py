@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ladder.collectives import names as collective_names
-from megatron_ladder.collectives import points as collectives
+from megatron_ladder.collectives import names, points
 from megatron_ladder.collectives.points import SubmoduleCollectives
 
 
@@ -38,9 +37,9 @@ def test_what_a_collective_reads_is_kept_by_the_stream_that_waits(
         kept.append(x)
         return x
 
-    monkeypatch.setattr(dist, collective_names.ALL_GATHER, collective)
-    monkeypatch.setattr(dist, collective_names.REDUCE_SCATTER, collective)
-    monkeypatch.setattr(collectives, "used_here", used_here)
+    monkeypatch.setattr(dist, names.ALL_GATHER, collective)
+    monkeypatch.setattr(dist, names.REDUCE_SCATTER, collective)
+    monkeypatch.setattr(points, "used_here", used_here)
     group: Any = TwoRanks()
     shard, whole = torch.ones(2, 1, 4), torch.ones(4, 1, 4)
     submodule = SubmoduleCollectives(group, sequence_parallel=True)
@@ -61,7 +60,7 @@ def test_what_a_collective_reads_is_kept_by_the_stream_that_waits(
 
 def test_a_second_reader_of_an_input_whose_sum_has_started_is_found() -> None:
     """Its gradient would take the place of the linear's, silently."""
-    own = collectives.SubmoduleCollectives(Mock(size=lambda: 2), sequence_parallel=False)
+    own = SubmoduleCollectives(Mock(size=lambda: 2), sequence_parallel=False)
     own._input_gradient = Mock()
     with pytest.raises(AssertionError, match="has started its sum"):
         own.start_input_gradient(torch.ones(1))

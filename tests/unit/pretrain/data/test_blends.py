@@ -18,12 +18,13 @@ from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import DataConfig, Phase, TrainConfig, load_config, save_config
 from pretrain.data.batches import train_batches
-from pretrain.data.blends import check_blends, check_past, describe, interleave
+from pretrain.data.blends import check_blends, describe, interleave
 from pretrain.data.checks import open_data
 from pretrain.data.index_cache import _facts
 from pretrain.data.phased import PhasedSequences
 from pretrain.data.sequences import Sequences, train_sequences
 from pretrain.run.folder import write_config
+from pretrain.start.past import check_past
 from tests.data_sets import write_data_set
 
 BATCH, LENGTH, STEPS = 8, 64, 20

@@ -13,8 +13,9 @@ from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import DataConfig
 from pretrain.data.batches import train_batches, validation_batches
-from pretrain.data.checks import check_same_data, open_data
+from pretrain.data.checks import open_data
 from pretrain.data.folders import keep_facts, kept_facts, open_folder, unigram_loss
+from pretrain.start.past import check_same_data
 from tests.data_sets import write_data_set
 
 

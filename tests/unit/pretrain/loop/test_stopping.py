@@ -15,7 +15,7 @@ from pretrain.start.launch import STOPPED, _crash_status, _final_status
 
 SECOND = """
 import os, signal, time
-from pretrain.stopping import StopSignals
+from pretrain.loop.stopping import StopSignals
 with StopSignals():
     os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(0.2)
@@ -40,7 +40,8 @@ def test_a_second_signal_ends_a_process_whatever_it_waits_for() -> None:
 INTERRUPTED = """
 import multiprocessing, os, sys, time
 from multiprocessing.managers import SyncManager
-from pretrain.stopping import StopSignals, no_stop_signals
+from pretrain.loop.stopping import StopSignals
+from pretrain.processes import no_stop_signals
 
 def write(queue):
     time.sleep(60)
@@ -129,7 +130,7 @@ def test_the_first_process_that_an_interpreter_starts_does_not_mind_them_either(
 import multiprocessing
 from multiprocessing.managers import SyncManager
 from pathlib import Path
-from pretrain.stopping import no_stop_signals
+from pretrain.processes import no_stop_signals
 
 if __name__ == "__main__":
     with no_stop_signals():

@@ -5,7 +5,7 @@ import pytest
 
 from pretrain.report.report import write_report
 from pretrain.run.goodput import read_goodput
-from tests.unit.pretrain.test_report import write_run
+from tests.unit.pretrain.report.test_report import write_run
 
 
 def write_starts(run: Path, state: str = "finished") -> None:

@@ -1,0 +1,94 @@
+"""A data set's folder, as docs/reference/formats.md describes it, opened to be looked at."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.dataset.shards import HEADER_BYTES
+from data_prep.encode.encoders import Encoder, open_encoder, sha256
+from data_prep.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A folder with a manifest; its files may be damaged."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / self.manifest["tokenizer"]["file"]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.manifest["dtype"]).newbyteorder("<")
+
+    def file(self, split: str, ending: str) -> Path:
+        return self.path / f"{split}.{ending}"
+
+    def wrong_sizes(self) -> list[str]:
+        """Files that are missing or have other sizes than the manifest says."""
+        problems = []
+        for split, facts in self.manifest["splits"].items():
+            for ending in ("bin", "idx", "mask"):
+                if (wanted := facts.get(f"{ending}_bytes")) is None:
+                    continue
+                file = self.file(split, ending)
+                if not file.is_file():
+                    problems.append(f"{file} is missing")
+                elif (size := file.stat().st_size) != wanted:
+                    problems.append(f"{file} has {size:,} bytes, the manifest says {wanted:,}")
+        return problems
+
+    def lengths(self, split: str) -> np.ndarray:
+        """Tokens of each document, int32 [documents]; mapped, not read."""
+        count = self.manifest["splits"][split]["documents"]
+        return np.memmap(self.file(split, "idx"), "<i4", "r", HEADER_BYTES, (count,))
+
+    def open_encoder(self) -> Encoder:
+        """The tokenizer it was made with.
+
+        Raises:
+            UserError: another one lies in its place.
+        """
+        if (
+            not self.tokenizer.is_file()
+            or sha256(self.tokenizer) != self.manifest["tokenizer"]["sha256"]
+        ):
+            raise UserError(f"{self.tokenizer} is not the tokenizer the data set was made with")
+        # Any token may end documents in a tokenizer.json; decoding does not need to know which.
+        eod = None
+        if self.tokenizer.suffix == ".json":
+            import tokenizers
+
+            file = tokenizers.Tokenizer.from_file(str(self.tokenizer))
+            eod = file.id_to_token(self.manifest["tokenizer"]["eod_id"])
+        return open_encoder(self.tokenizer, eod)
+
+
+def open_data_set(path: Path) -> DataSet:
+    """Reads the manifest, and nothing else.
+
+    Raises:
+        UserError: not a data set.
+    """
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"{path} is not a data set: it holds no manifest.json")
+    try:
+        manifest = json.loads(file.read_text())
+        for key in ("file", "kind", "vocab_size", "eod_id", "sha256"):
+            manifest["tokenizer"][key]
+        manifest["created_by"], manifest["sources"]
+        if manifest["dtype"] not in ("uint16", "int32"):
+            raise KeyError("dtype")
+        for split in manifest["splits"].values():
+            for key in ("documents", "tokens", "text_bytes", "bin_bytes", "idx_bytes"):
+                split[key] + 0
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not a data set's manifest: {error!r}") from error
+    return DataSet(path, manifest)

@@ -1,0 +1,217 @@
+"""Joins the parts of a data set, when all of them are there, and puts it in its place."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from data_prep.dataset.shards import append_files, write_index
+from data_prep.encode.split import SPLITS
+from data_prep.errors import UserError
+from data_prep.files import sync_file, sync_folder, write_durably
+from data_prep.parts.plan import Part, check_tiling, from_json
+from data_prep.parts.workplace import Workplace
+from data_prep.read.sources import Source
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Join the parts that the tasks of a job array have tokenized into the data set."""
+
+    output_dir: tyro.conf.Positional[Path]
+    """The --output-dir that the tasks were given."""
+
+
+def merge(options: Merge) -> str:
+    """Makes the data set of parts that are done, and returns a summary.
+
+    Raises:
+        UserError: there are no parts, some are missing, left out or there twice, or are being made.
+    """
+    place = Workplace(options.output_dir)
+    if (options.output_dir / "manifest.json").is_file():
+        place.remove_what_is_left()
+        return f"{options.output_dir}: merged before, nothing to do"
+    plan = place.read_plan()
+    with place.held(alone=True):
+        return join(place, plan)
+
+
+def join(place: Workplace, plan: dict[str, Any]) -> str:
+    """The same, when the plan is known and the folder is held."""
+    parts = from_json(plan["parts"], [Source(**facts) for facts in plan["sources"]])
+    check_tiling(parts)
+    results = _results(place, plan, parts)
+    try:
+        _check_splits(results, plan)
+    except UserError:
+        place.remove()  # other options are needed, which make other parts
+        raise
+    target, new = place.target, place.folder / "data"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    splits = {}
+    for split in sorted(SPLITS):
+        stems = [
+            (place.parts / key, result["splits"][split])
+            for key, result in results
+            if split in result["splits"]
+        ]
+        if stems:
+            splits[split] = _join_split(new / split, plan["manifest"]["dtype"], stems, split)
+    tokenizer = plan["manifest"]["tokenizer"]["file"]
+    shutil.copyfile(place.folder / tokenizer, new / tokenizer)
+    sync_file(new / tokenizer)
+    manifest = {**plan["manifest"], "sources": _sources(plan, results), "splits": splits}
+    write_durably(new / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    if target.is_dir():
+        target.rmdir()  # empty, as checked
+    new.rename(target)
+    sync_folder(target.parent)
+    place.remove()
+    return _summary(manifest, results)
+
+
+def _results(
+    place: Workplace, plan: dict[str, Any], parts: list[Part]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Each part's key and what its marker says, when everything it says is there."""
+    results: list[tuple[str, dict[str, Any]]] = []
+    missing = []
+    for part in parts:
+        key = part.key(plan["fingerprint"])
+        try:
+            result = json.loads((place.parts / f"{key}.json").read_text())
+            whole = all(
+                (place.parts / f"{key}.{split}.{ending}").stat().st_size == size
+                for split, facts in result["splits"].items()
+                for ending, size in _sizes(facts)
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if whole:
+            results.append((key, result))
+        else:
+            missing.append(part.number)
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(parts)} parts are not done: {_ranges(missing)}; run the tasks "
+            "that were not finished again (a task does the parts whose number leaves its --rank when "
+            "divided by --world-size), then merge"
+        )
+    return results
+
+
+PART_KEYS = ("documents", "tokens", "bin_bytes", "sha256", "mask_sha256")
+
+
+def _sizes(facts: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """A part's files of one split, by ending, and their bytes."""
+    yield "bin", facts["bin_bytes"]
+    yield "len", 4 * facts["documents"]
+    if "mask_bytes" in facts:
+        yield "mask", facts["mask_bytes"]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """3, 7-9, ..."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    shown = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans[:20])
+    return shown + (", ..." if len(spans) > 20 else "")
+
+
+def _join_split(
+    prefix: Path, dtype: str, stems: list[tuple[Path, dict[str, Any]]], split: str
+) -> dict[str, Any]:
+    def files(ending: str) -> list[Path]:
+        return [Path(f"{stem}.{split}.{ending}") for stem, _ in stems]
+
+    append_files(prefix.with_suffix(".bin"), files("bin"))
+    digest = write_index(prefix.with_suffix(".idx"), dtype, files("len"))
+    keys = ["documents", "tokens", "text_bytes"]
+    if any("mask_bytes" in facts for _, facts in stems):
+        append_files(prefix.with_suffix(".mask"), files("mask"))
+        keys += ["mask_bytes", "trained_tokens"]
+    return {
+        **{key: sum(facts[key] for _, facts in stems) for key in keys},
+        "bin_bytes": prefix.with_suffix(".bin").stat().st_size,
+        "idx_bytes": prefix.with_suffix(".idx").stat().st_size,
+        "idx_sha256": digest,
+        "parts": [{key: facts[key] for key in PART_KEYS if key in facts} for _, facts in stems],
+    }
+
+
+def _sources(
+    plan: dict[str, Any], results: list[tuple[str, dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Every input file, in order, with what became of it."""
+    sources = {
+        facts["path"]: {
+            **{key: facts[key] for key in ("path", "bytes", "version")},
+            "documents": 0,
+            "skipped_lines": 0,
+        }
+        for facts in plan["sources"]
+    }
+    for _, result in results:
+        for facts in result["sources"]:
+            entry = sources[facts["path"]]
+            entry["documents"] += facts["documents"]
+            entry["skipped_lines"] += facts["skipped_lines"]
+            if "error" in facts:
+                entry["error"] = facts["error"]
+    return list(sources.values())
+
+
+def _check_splits(results: list[tuple[str, dict[str, Any]]], plan: dict[str, Any]) -> None:
+    documents = dict.fromkeys(SPLITS, 0)
+    for _, result in results:
+        for split, facts in result["splits"].items():
+            documents[split] += facts["documents"]
+    if not sum(documents.values()):
+        raise UserError(f"no document with text in {plan['sources'][0]['path']} and the others")
+    fractions = plan["manifest"]["options"]
+    wanted = {
+        "train": 1.0,
+        "validation": fractions["validation_fraction"],
+        "test": fractions["test_fraction"],
+    }
+    for split, fraction in wanted.items():
+        if fraction and not documents[split]:
+            raise UserError(
+                f"the {split} split got none of the {sum(documents.values()):,} documents: change the "
+                "fractions, or give more documents (--text-documents paragraph makes more of plain "
+                "text)"
+            )
+
+
+def _summary(manifest: dict[str, Any], results: list[tuple[str, dict[str, Any]]]) -> str:
+    def lines() -> Iterator[str]:
+        for name, facts in manifest["splits"].items():
+            yield (
+                f"{name}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, "
+                f"{facts['text_bytes'] / max(facts['tokens'], 1):.2f} bytes a token"
+                + (f", {facts['trained_tokens']:,} trained on" if "mask_bytes" in facts else "")
+            )
+        if empty := sum(result["empty"] for _, result in results):
+            yield f"{empty:,} empty documents left out"
+        if replaced := sum(result["bad"]["replaced"] for _, result in results):
+            yield f"{replaced:,} documents with invalid UTF-8, replaced by U+FFFD"
+        if count := sum(result["bad"]["count"] for _, result in results):
+            examples = [e for _, result in results for e in result["bad"]["examples"]][:5]
+            shown = "\n".join(f"  {example}" for example in examples)
+            yield f"{count:,} lines or files skipped; the first ones:\n{shown}"
+        if errors := [s["error"] for s in manifest["sources"] if "error" in s]:
+            shown = "\n".join(f"  {error}" for error in errors[:10])
+            yield f"{len(errors):,} files could not be read to their end:\n{shown}"
+
+    return "\n".join(lines())

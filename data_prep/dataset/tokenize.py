@@ -1,0 +1,262 @@
+"""Text to a data set: the input is cut into parts, processes tokenize them, and the parts are joined."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from data_prep.dataset.merge import join
+from data_prep.dataset.output import check_space, is_done
+from data_prep.dataset.shards import token_dtype
+from data_prep.encode.encoders import Encoder, open_encoder, sha256
+from data_prep.encode.guard import Verdict, judge
+from data_prep.encode.split import Fractions
+from data_prep.encode.tokenize_part import BadFiles, Job, start
+from data_prep.errors import UserError
+from data_prep.parts.plan import Part, plan_parts, to_json
+from data_prep.parts.pool import about, usable_cores, work_through
+from data_prep.parts.workplace import Workplace, check_outside
+from data_prep.progress import Progress
+from data_prep.read.chat import Chat, load_template
+from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
+from data_prep.read.sources import find_sources
+from data_prep.version import VERSION
+
+# Raised when the same input and options give other bytes than before.
+OUTPUT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Turn text into a data set: Megatron .bin/.idx files with a manifest."""
+
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Files (.jsonl, .json, .txt, .text, with .gz or .zst; .parquet; .arrow), folders of them,
+    patterns, folders that `datasets` saved; or URLs of such (s3://, gs://, https://)."""
+    output_dir: Path
+    """The data set's folder, made whole or not at all."""
+    tokenizer: Path
+    """A SentencePiece .model, or a Hugging Face tokenizer.json."""
+    eod_token: str | None = None
+    """The token that ends documents, for a tokenizer.json; None: the first usual one it has."""
+    validation_fraction: float = 0.01
+    """The share of documents to hold out, chosen by their content's hash."""
+    test_fraction: float = 0.0
+    """The same, for a test split."""
+    text_field: tuple[str, ...] = ("text",)
+    """Of a JSON line or a row, the key of its text, or a path to it (meta.text). Several texts are
+    joined by an empty line."""
+    text_documents: TextDocuments = "file"
+    """What a document is in a plain text file."""
+    chat_field: str | None = None
+    """Instruction data: the key of a list of messages ({"role": ..., "content": ...}). They are
+    rendered by the tokenizer's chat template, and the assistant's turns alone are trained on."""
+    chat_template: Path | None = None
+    """A file with the template; None: the one beside the tokenizer."""
+    answer_field: str | None = None
+    """Instruction data without a template: the answer, which alone is trained on; --text-field names
+    the prompt before it."""
+    include: tuple[str, ...] = ()
+    """File name patterns to take from folders, such as "*.py"; read as plain text."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of paths to leave out of folders."""
+    max_bad_lines: int = 100
+    """More lines that cannot be used than this stop the work."""
+    max_document_bytes: int = 16 << 20
+    """A longer line, or text file, cannot be used. Memory grows with it."""
+    invalid_utf8: InvalidUtf8 = "skip"
+    """What is not UTF-8 is skipped as a bad line, replaced by U+FFFD, or stops the work."""
+    bad_files: BadFiles = "stop"
+    """A damaged file stops the work, when all else is done; or what can be read of it is taken."""
+    engine: Literal["fast", "reference"] = "fast"
+    """fast is used when it gives the reference tokenizer's ids, which is checked first."""
+    workers: int | None = None
+    """Processes; None: one for each core. The output does not depend on it."""
+    rank: int | None = None
+    """Of a job array's task, from 0: do its share of the parts, and leave joining them to
+    `data merge`."""
+    world_size: int = 1
+    """Tasks of the job array."""
+
+
+def tokenize(options: Tokenize) -> str:
+    """Makes the data set, or a rank's parts of it, and returns a summary.
+
+    Raises:
+        UserError: bad input, an output folder in use, or too little space.
+    """
+    _check_numbers(options)
+    encoder = open_encoder(options.tokenizer, options.eod_token)
+    check_outside(options.output_dir, options.inputs)
+    sources = find_sources(options.inputs, options.include, options.exclude)
+    manifest = _manifest(options, encoder)
+    place = Workplace(options.output_dir)
+    if is_done(options.output_dir, manifest, sources):
+        place.remove_what_is_left()
+        return f"{options.output_dir}: already done from the same text, nothing to do"
+    check_space(options.output_dir, sources, manifest["dtype"])
+    parts = plan_parts(sources, options.text_documents)
+    fingerprint = _fingerprint(manifest, options)
+    plan = {
+        "fingerprint": fingerprint,
+        "manifest": manifest,
+        "sources": [asdict(source) for source in sources],
+        "parts": to_json(parts, sources),
+    }
+    mine = [p for p in parts if p.number % options.world_size == (options.rank or 0)]
+    if options.rank is not None:
+        with place.held(alone=False):
+            place.agree_on(plan, options.tokenizer)
+            summary = _work(options, place, encoder, fingerprint, mine)
+        return f"{summary}\nAll ranks done? megatron-ladder data merge {options.output_dir}"
+    with place.held(alone=True):
+        place.write_plan(plan, options.tokenizer)
+        place.remove_parts_except({part.key(fingerprint) for part in parts})
+        try:
+            summary = _work(options, place, encoder, fingerprint, mine)
+            return f"{summary}\n{join(place, plan)}\nData set: {options.output_dir}"
+        except BaseException:
+            if not any(place.parts.glob("*.json")):  # nothing to go on from
+                place.remove()
+            raise
+
+
+def _work(
+    options: Tokenize, place: Workplace, encoder: Encoder, fingerprint: str, mine: list[Part]
+) -> str:
+    """Does the parts that are not done yet."""
+    reading = _reading(options, encoder)
+    job = Job(
+        folder=str(place.parts),
+        fingerprint=fingerprint,
+        tokenizer=str(options.tokenizer),
+        eod_token=options.eod_token,
+        eod_id=encoder.eod_id,
+        dtype=token_dtype(encoder.vocab_size),
+        engine=Verdict(False, (), f"engine: {encoder.kind}'s own, as asked"),
+        reading=reading,
+        fractions=Fractions(options.validation_fraction, options.test_fraction),
+        max_bad_lines=options.max_bad_lines,
+        bad_files=options.bad_files,
+    )
+    left = [part for part in mine if not job.is_done(part)]
+    if not left:
+        return f"all {len(mine)} parts were done before"
+    if options.engine == "fast":
+        verdict = judge(options.tokenizer, encoder, options.eod_token, left, reading)
+        job = dataclasses.replace(job, engine=verdict)
+    workers = options.workers or usable_cores()
+    progress = Progress(sum(part.bytes for part in left), "tokenizing")
+    try:
+        results, failed = work_through(
+            functools.partial(start, job), left, workers, options.max_bad_lines, progress
+        )
+    finally:
+        seconds = progress.close()
+    if failed:
+        raise UserError(
+            f"{about(failed, done=len(results))}\nMend or leave out those files and run the same "
+            "command again, or give --bad-files skip to take what can be read of them"
+        )
+    tokens = sum(facts["tokens"] for r in results for facts in r["splits"].values())
+    text = sum(facts["text_bytes"] for r in results for facts in r["splits"].values())
+    again = f" ({len(mine) - len(left)} of {len(mine)} parts were done before)"
+    return (
+        f"{job.engine.report}\n{text / 1e6:.1f} MB of text in {seconds:.1f} s: "
+        f"{text / 1e6 / seconds:.1f} MB/s, {tokens / 1e6 / seconds:.2f}M tokens/s, at most "
+        f"{max(result['peak_memory'] for result in results) / 1e6:.0f} MB of memory a process"
+        f"{again if len(left) < len(mine) else ''}"
+    )
+
+
+def _reading(options: Tokenize, encoder: Encoder) -> Reading:
+    return Reading(
+        options.text_field,
+        options.text_documents,
+        options.invalid_utf8,
+        options.max_document_bytes,
+        _chat(options, encoder),
+    )
+
+
+def _chat(options: Tokenize, encoder: Encoder) -> Chat | None:
+    eod_text = encoder.piece(encoder.eod_id)
+    if options.chat_field is None:
+        if options.chat_template is not None:
+            raise UserError("--chat-template needs --chat-field: the key of the messages")
+        if options.answer_field is None:
+            return None
+        if len(options.text_field) != 1:
+            raise UserError("--answer-field takes one --text-field, the prompt")
+        return Chat((*options.text_field, options.answer_field), None, eod_text)
+    if options.answer_field is not None:
+        raise UserError("give --chat-field or --answer-field, not both")
+    if encoder.kind == "sentencepiece":
+        raise UserError(
+            "--chat-field needs a tokenizer.json: the control tokens of chat templates are ordinary "
+            "text to SentencePiece; give --text-field PROMPT --answer-field ANSWER"
+        )
+    template = load_template(options.tokenizer, options.chat_template)
+    return Chat((options.chat_field,), template, eod_text)
+
+
+def _manifest(options: Tokenize, encoder: Encoder) -> dict[str, Any]:
+    """The manifest as far as it is known before reading: what the data set is made of."""
+    reading = asdict(_reading(options, encoder))
+    del reading["id_field"]  # `data clean`'s
+    return {
+        "format": "megatron-ladder-data",
+        "version": 1,
+        "created_by": f"megatron-ladder {VERSION}",
+        "tokenizer": {
+            "kind": encoder.kind,
+            "file": "tokenizer.model" if encoder.kind == "sentencepiece" else "tokenizer.json",
+            "sha256": sha256(options.tokenizer),
+            "vocab_size": encoder.vocab_size,
+            "eod_id": encoder.eod_id,
+        },
+        "dtype": token_dtype(encoder.vocab_size),
+        # As JSON gives it back: lists, no tuples.
+        "options": {
+            **json.loads(json.dumps(reading)),
+            "validation_fraction": options.validation_fraction,
+            "test_fraction": options.test_fraction,
+            "bad_files": options.bad_files,
+        },
+    }
+
+
+def _fingerprint(manifest: dict[str, Any], options: Tokenize) -> str:
+    """Of all that decides what becomes of a file."""
+    facts = {key: manifest[key] for key in ("tokenizer", "dtype", "options")}
+    text = json.dumps([OUTPUT_VERSION, facts, options.max_bad_lines], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _check_numbers(options: Tokenize) -> None:
+    fractions = (options.validation_fraction, options.test_fraction)
+    if not (min(fractions) >= 0 and sum(fractions) < 1):  # NaN is neither
+        raise UserError(
+            f"--validation-fraction {fractions[0]} and --test-fraction {fractions[1]} must be 0 or "
+            "more, and leave something to train on"
+        )
+    if not options.text_field:
+        raise UserError("--text-field needs a name")
+    if options.max_document_bytes < 1:
+        raise UserError(f"--max-document-bytes {options.max_document_bytes} must be 1 or more")
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers {options.workers} must be 1 or more")
+    if options.rank is None and options.world_size != 1:
+        raise UserError(
+            f"--world-size {options.world_size} needs --rank: a job array's task number, from 0"
+        )
+    if options.rank is not None and not 0 <= options.rank < options.world_size:
+        raise UserError(
+            f"--rank {options.rank} is not one of --world-size {options.world_size}: ranks count "
+            "from 0"
+        )

@@ -1,0 +1,1 @@
+"""Tokenizers, and how the documents of one part become token ids in files."""

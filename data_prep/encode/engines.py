@@ -1,0 +1,137 @@
+"""What turns texts into ids: the reference tokenizers, and a fast one that must give the same."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_prep.encode.encoders import Encoder, HuggingFaceEncoder, SentencePieceEncoder
+from data_prep.errors import UserError
+
+Ids = tuple[np.ndarray, np.ndarray]
+"""All documents' ids one after another, [tokens] uint32; each one's count, [documents] int64."""
+
+
+class Engine(Protocol):
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> Ids: ...
+
+
+class ReferenceEngine:
+    """The format's own implementation: SentencePiece, or Hugging Face's tokenizers."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        package = "sentencepiece" if encoder.kind == "sentencepiece" else "tokenizers"
+        self.name = f"{package} {version(package)}"
+
+    def encode(self, texts: Sequence[str]) -> Ids:
+        lists = self._encoder.encode(list(texts))
+        lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+        ids = np.fromiter(itertools.chain.from_iterable(lists), np.uint32, int(lengths.sum()))
+        return ids, lengths
+
+
+def load_fast(tokenizer: Path) -> bytes:
+    """A tokenizer as FastEngine takes it: worked out once, and quick to load by every process.
+
+    Raises:
+        UserError: gigatoken does not know this kind of tokenizer, with its reason.
+    """
+    if tokenizer.suffix == ".json":
+        return tokenizer.read_bytes()
+    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+    try:
+        return sentencepiece_to_tokenizer_json(tokenizer.read_bytes()).encode()
+    except ValueError as error:
+        raise UserError(f"gigatoken: {error}") from error
+
+
+class FastEngine:
+    """gigatoken; texts that hold one of `routed` go to the reference engine.
+
+    Chosen by measurement (docs/guides/data.md): of the engines that gave the reference's ids it is the
+    fastest, on both kinds of tokenizer. guard.py checks that it does, before any work.
+
+    Raises:
+        UserError: gigatoken does not know this kind of tokenizer, with its reason.
+    """
+
+    # Documents go one by one: as fast as batches, whose results come as awkward arrays (an import of
+    # 40 MB). But a SentencePiece tokenizer remembers all it has seen, half a byte for each: it is
+    # loaded anew now and then. Byte-level BPE keeps its memory bounded itself.
+    REMEMBERED_CHARACTERS = 25_000_000
+
+    def __init__(self, source: bytes, routed: Sequence[str], reference: "LazyReference") -> None:
+        self._source = source
+        self._load()
+        self._reference = reference
+        self._routed = re.compile("|".join(map(re.escape, routed))) if routed else None
+        self.name = f"gigatoken {version('gigatoken')}"
+
+    def _load(self) -> None:
+        from gigatoken.gigatoken_rs import SentencePieceTokenizer, load_hf_json
+
+        self._backend: Any = None  # what it remembers goes before the new one comes
+        try:
+            self._backend = load_hf_json(self._source)
+        except Exception as error:  # it raises nothing narrower
+            raise UserError(f"gigatoken: {error}") from error
+        self._remembers = isinstance(self._backend, SentencePieceTokenizer)
+        self._seen = 0
+
+    def encode(self, texts: Sequence[str]) -> Ids:
+        if self._routed is None:
+            return self._fast(texts)
+        search = self._routed.search
+        marked = [i for i, text in enumerate(texts) if search(text)]
+        if not marked:
+            return self._fast(texts)
+        chosen = set(marked)
+        plain = [i for i in range(len(texts)) if i not in chosen]
+        pieces: dict[int, np.ndarray] = {}
+        for where, (ids, lengths) in (
+            (plain, self._fast([texts[i] for i in plain])),
+            (marked, self._reference.engine().encode([texts[i] for i in marked])),
+        ):
+            ends = np.cumsum(lengths)
+            for i, end, length in zip(where, ends, lengths, strict=True):
+                pieces[i] = ids[end - length : end]
+        in_order = [pieces[i] for i in range(len(texts))]
+        return np.concatenate(in_order), np.array([len(p) for p in in_order], np.int64)
+
+    def _fast(self, texts: Sequence[str]) -> Ids:
+        if not texts:
+            return np.empty(0, np.uint32), np.empty(0, np.int64)
+        encode = self._backend.encode
+        ids = [encode(text) for text in texts]
+        if self._remembers:
+            self._seen += sum(map(len, texts))
+            if self._seen > self.REMEMBERED_CHARACTERS:
+                self._load()
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return ids[0] if len(ids) == 1 else np.concatenate(ids), lengths
+
+
+class LazyReference:
+    """The reference engine, loaded when the first document needs it."""
+
+    def __init__(self, tokenizer: Path, eod_token: str | None) -> None:
+        self._tokenizer, self._eod_token = tokenizer, eod_token
+        self._engine: ReferenceEngine | None = None
+
+    def engine(self) -> ReferenceEngine:
+        if self._engine is None:
+            encoder: Encoder = (
+                SentencePieceEncoder(self._tokenizer)
+                if self._tokenizer.suffix == ".model"
+                else HuggingFaceEncoder(self._tokenizer, self._eod_token)
+            )
+            self._engine = ReferenceEngine(encoder)
+        return self._engine

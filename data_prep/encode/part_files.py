@@ -1,0 +1,154 @@
+"""The files of one part: its tokens, the lengths of its documents, and which tokens are trained on."""
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_prep.encode.split import SPLITS, Fractions, sizes_and_splits
+from data_prep.files import sync_folder
+
+
+@dataclass
+class _SplitFiles:
+    """One split's files, by ending, and what is in them."""
+
+    files: dict[str, BinaryIO]
+    digest: Any = field(default_factory=hashlib.sha256)
+    mask_digest: Any = field(default_factory=hashlib.sha256)
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    trained: int = 0
+
+
+class PartFiles:
+    """A part's tokens and document lengths, by split: STEM.train.bin, STEM.train.len; and, of
+    conversations, STEM.train.mask: of each token, whether it is trained on."""
+
+    def __init__(self, stem: str, dtype: str, eod_id: int, fractions: Fractions) -> None:
+        self._stem, self._eod_id, self._fractions = stem, eod_id, fractions
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._open: dict[str, _SplitFiles] = {}
+
+    def __enter__(self) -> "PartFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for files in self._open.values():  # those of an error; `close` has emptied it otherwise
+            for file in files.files.values():
+                file.close()
+                Path(file.name).unlink(missing_ok=True)
+
+    def add(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
+        """Appends documents, each with EOD; the empty ones are left out.
+
+        Returns:
+            Documents and tokens written.
+        """
+        return self._add(texts, ids, lengths, None, None)
+
+    def add_conversations(
+        self,
+        texts: list[str],
+        ids: np.ndarray,
+        trained: np.ndarray,
+        lengths: np.ndarray,
+        end_trained: np.ndarray,
+    ) -> tuple[int, int]:
+        """The same, with a mask of the tokens that are trained on."""
+        return self._add(texts, ids, lengths, trained, end_trained)
+
+    def _add(
+        self,
+        texts: list[str],
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        trained: np.ndarray | None,
+        end_trained: np.ndarray | None,
+    ) -> tuple[int, int]:
+        kept = lengths > 0
+        ends = lengths[kept].cumsum()
+        # Every document's tokens move on by one place for each document before it.
+        tokens = np.full(len(ids) + len(ends), self._eod_id, self._dtype)
+        eods = ends + np.arange(len(ends))
+        text = np.ones(len(tokens), bool)
+        text[eods] = False
+        tokens[text] = ids
+        mask = None
+        if trained is not None and end_trained is not None:
+            mask = np.empty(len(tokens), np.uint8)
+            mask[text], mask[eods] = trained, end_trained[kept]
+        counts = (lengths[kept] + 1).astype("<i4")
+        sizes, numbers = sizes_and_splits(
+            (t for t, keep in zip(texts, kept, strict=True) if keep), self._fractions
+        )
+        for number in np.unique(numbers):
+            chosen = numbers == number
+            size = int(sizes[chosen].sum())
+            if chosen.all():
+                self._write(SPLITS[number], tokens, mask, counts, size)
+            else:
+                these = np.repeat(chosen, counts)
+                some = mask[these] if mask is not None else None
+                self._write(SPLITS[number], tokens[these], some, counts[chosen], size)
+        return len(counts), len(tokens)
+
+    def _write(
+        self,
+        split: str,
+        tokens: np.ndarray,
+        mask: np.ndarray | None,
+        counts: np.ndarray,
+        size: int,
+    ) -> None:
+        if split not in self._open:
+            endings = ("bin", "len") if mask is None else ("bin", "len", "mask")
+            self._open[split] = _SplitFiles(
+                {e: self._temporary(split, e).open("wb") for e in endings}
+            )
+        files = self._open[split]
+        raw = tokens.view(np.uint8).data
+        files.files["bin"].write(raw)
+        files.digest.update(raw)
+        files.files["len"].write(counts.tobytes())
+        if mask is not None:
+            files.files["mask"].write(mask.data)
+            files.mask_digest.update(mask.data)
+            files.trained += int(mask.sum())
+        files.documents += len(counts)
+        files.tokens += len(tokens)
+        files.text_bytes += size
+
+    def _temporary(self, split: str, ending: str) -> Path:
+        return Path(f"{self._stem}.{split}.{ending}.tmp-{os.getpid()}")
+
+    def close(self) -> dict[str, dict[str, Any]]:
+        """Makes the files durable, under their names; returns figures by split."""
+        splits: dict[str, dict[str, Any]] = {}
+        for split in sorted(self._open):
+            files = self._open[split]
+            for ending, file in files.files.items():
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+                self._temporary(split, ending).replace(f"{self._stem}.{split}.{ending}")
+            splits[split] = {
+                "documents": files.documents,
+                "tokens": files.tokens,
+                "text_bytes": files.text_bytes,
+                "bin_bytes": files.tokens * self._dtype.itemsize,
+                "sha256": files.digest.hexdigest(),
+            }
+            if "mask" in files.files:
+                splits[split] |= {
+                    "mask_bytes": files.tokens,
+                    "mask_sha256": files.mask_digest.hexdigest(),
+                    "trained_tokens": files.trained,
+                }
+        self._open = {}
+        sync_folder(Path(self._stem).parent)
+        return splits

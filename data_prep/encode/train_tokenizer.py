@@ -1,0 +1,175 @@
+"""Trains a SentencePiece tokenizer that keeps every byte of the text, source code's white space too."""
+
+import contextlib
+import io
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+import tyro
+
+from data_prep.encode.split import hash_fraction
+from data_prep.errors import UserError
+from data_prep.progress import Progress
+from data_prep.read.documents import read_documents
+from data_prep.read.reading import BadLines, Reading, TextDocuments
+from data_prep.read.sources import Source, find_sources
+
+# SentencePiece takes "sentences" of at most this many bytes; longer lines are cut.
+SENTENCE_BYTES = 4096
+RESERVED = ("<unk>", "<s>", "</s>")
+
+
+@dataclass(frozen=True)
+class TrainTokenizer:
+    """Train a SentencePiece tokenizer (byte fallback, no normalisation)."""
+
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """What `data tokenize` reads."""
+    output_dir: Path
+    """Where tokenizer.model goes."""
+    vocab_size: int
+    """Pieces, special ones and 256 bytes included."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    special_tokens: tuple[str, ...] = ()
+    """Tokens that no text becomes, such as <fim_prefix> <fim_middle> <fim_suffix>; ids from 3."""
+    max_training_bytes: int = 100_000_000
+    """Documents are sampled evenly down to about this much text."""
+    text_field: tuple[str, ...] = ("text",)
+    """Of a JSON line or a row, the key of its text, or a path to it (meta.text)."""
+    text_documents: TextDocuments = "file"
+    """What a document is in a plain text file."""
+    include: tuple[str, ...] = ()
+    """File name patterns to take from folders, such as "*.py"; read as plain text."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of paths to leave out of folders."""
+    max_bad_lines: int = 100
+    """More lines that cannot be used than this stop the work."""
+
+
+def train_tokenizer(options: TrainTokenizer) -> Path:
+    """Trains and writes OUTPUT_DIR/tokenizer.model, whole or not at all.
+
+    The same input gives the same file. Ids: 0 unknown, 1 begin, 2 end of document.
+
+    Raises:
+        UserError: bad input, or a vocabulary that the text cannot fill.
+    """
+    if options.vocab_size < 300:
+        raise UserError(
+            f"--vocab-size {options.vocab_size}: 256 bytes and the special pieces take some 260; "
+            "give 300 or more"
+        )
+    tokens = options.special_tokens
+    if len(set(tokens)) < len(tokens) or any(
+        not t or t in RESERVED or t.split() != [t] for t in tokens
+    ):
+        raise UserError(
+            f"--special-tokens {' '.join(tokens)}: give each once, without white space, and none of "
+            f"{' '.join(RESERVED)}"
+        )
+    target = options.output_dir / "tokenizer.model"
+    if target.exists():
+        raise UserError(f"{target} exists: remove it or choose another --output-dir")
+    sources = find_sources(options.inputs, options.include, options.exclude)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    bad = BadLines(options.max_bad_lines)
+    model = io.BytesIO()
+    problems: list[UserError] = []
+    try:
+        with _ended_by_ctrl_c():
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=_sentences(sources, options, bad, problems),
+                model_writer=model,
+                vocab_size=options.vocab_size,
+                model_type=options.model_type,
+                byte_fallback=True,
+                character_coverage=0.9995,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                split_digits=True,
+                # SentencePiece reads lines, so it never sees a line's end: pieces of their own.
+                user_defined_symbols=["\n", "\t"],
+                control_symbols=list(options.special_tokens),
+                max_sentence_length=SENTENCE_BYTES + 64,
+                num_threads=8,  # fixed: the model records it
+                minloglevel=2,
+            )
+    except RuntimeError as error:
+        if problems:
+            raise problems[0] from error
+        raise UserError(f"SentencePiece: {_reason(str(error))}") from error
+    if problems:
+        raise problems[0]
+    temporary = target.with_suffix(".model.tmp")
+    with temporary.open("wb") as file:
+        file.write(model.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+    return target
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """While C++ trains, Python does not see Ctrl-C: let the system end the process. Nothing has been
+    written yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _sentences(
+    sources: list[Source], options: TrainTokenizer, bad: BadLines, problems: list[UserError]
+) -> Iterator[str]:
+    """Lines of the sampled documents. A UserError goes to `problems`: C++ would swallow it."""
+    total = sum(source.bytes * (4 if source.compression else 1) for source in sources)
+    share = min(1.0, options.max_training_bytes / max(total, 1))
+    progress = Progress(sum(source.bytes for source in sources), "reading")
+    reading = Reading(options.text_field, options.text_documents)
+    try:
+        for source in sources:
+            for text in read_documents(source, reading, bad, progress.add):
+                if hash_fraction(text) < share:
+                    for line in text.split("\n"):
+                        yield from _pieces(line)
+    except UserError as error:
+        problems.append(error)
+    finally:
+        progress.close()
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """A line in parts of at most SENTENCE_BYTES."""
+    step = SENTENCE_BYTES // 4  # a character has at most four bytes
+    for start in range(0, len(line), step):
+        yield line[start : start + step]
+
+
+def _reason(message: str) -> str:
+    """What a user can act on in SentencePiece's message."""
+    if "sentences_.empty()" in message:
+        return (
+            "no document was sampled: raise --max-training-bytes, or make more documents of plain "
+            "text with --text-documents paragraph"
+        )
+    if "required_chars" in message:
+        return "the text has more characters than this --vocab-size: raise it"
+    if "Vocabulary size too high" in message or "vocab_size" in message:
+        return (
+            f"the text is too small for this --vocab-size: {message.rsplit(']')[-1].strip()} "
+            "Lower it or give more text."
+        )
+    return message.rsplit("]", 1)[-1].strip() or message

@@ -1,0 +1,1 @@
+"""The input cut into parts, and the processes that work through them."""

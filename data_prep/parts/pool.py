@@ -1,0 +1,206 @@
+"""A process for each core, which take one part after another; what they read and write stays with them."""
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.parts.plan import Part
+from data_prep.progress import Progress
+from data_prep.read.reading import BadLines, NoTextField, TooManyBadLines
+
+REMOTE_ATTEMPTS = 4
+# Errors of the output's disk, which end the work: not of one input file.
+NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class Tally:
+    """Shared by the processes: how far they are."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.bytes: Synchronized[int] = context.Value("q", 0)
+        self.tokens: Synchronized[int] = context.Value("q", 0)
+
+    def add(self, count: int, tokens: int) -> None:
+        for value, more in ((self.bytes, count), (self.tokens, tokens)):
+            with value.get_lock():
+                value.value += more
+
+
+Work = Callable[[Part], dict[str, Any]]
+"""Does a part, and returns facts that are the same whenever it is done; "bad" among them: what of
+BadLines there was (`count`, `examples`)."""
+Start = Callable[[Tally], Work]
+"""Called once in each process, to which it is sent: it must be picklable."""
+
+_in_process: Work
+
+
+def _start_process(start: Start, tally: Tally) -> None:
+    global _in_process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C reaches all; the parent ends the others
+
+        # A parent that was killed does not say so: its processes would wait for ever.
+        def leave() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=leave, daemon=True).start()
+    _in_process = start(tally)
+
+
+def _one_part(part: Part) -> dict[str, Any]:
+    attempt = 1
+    while True:
+        try:
+            return _in_process(part)
+        except UserError:
+            raise
+        except Exception as error:  # remote file systems raise errors of their own
+            remote = [s.source.path for s in part.segments if s.source.remote]
+            if not remote or getattr(error, "errno", None) in NO_WRITING:
+                raise
+            if attempt == REMOTE_ATTEMPTS:
+                raise UserError(
+                    f"{', '.join(remote[:3])} cannot be read, tried {attempt} times: "
+                    f"{error or type(error).__name__}"
+                ) from error
+            time.sleep(2**attempt / 4)
+            attempt += 1
+
+
+@dataclass
+class Failed:
+    """A part that could not be done."""
+
+    part: Part
+    why: str
+
+
+def about(failed: list[Failed], done: int) -> str:
+    """What to say of them."""
+    shown = "\n".join(f"  {one.why}" for one in failed[:10])
+    more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
+    return f"{len(failed)} parts of the input could not be used, {done} could and are kept:\n{shown}{more}"
+
+
+def usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
+def work_through(
+    start: Start, parts: list[Part], workers: int, max_bad_lines: int, progress: Progress
+) -> tuple[list[dict[str, Any]], list[Failed]]:
+    """Does the parts, with a process for each worker.
+
+    Returns:
+        The facts of each, in the order of the parts that were done; and the parts that failed.
+
+    Raises:
+        UserError: nothing can go on: too many bad lines, a wrong text field, a process that was killed.
+        OSError: no space.
+    """
+    done: dict[int, dict[str, Any]] = {}
+    failed: list[Failed] = []
+    bad = BadLines(max_bad_lines)
+    tally = Tally()
+    outcomes = _outcomes(start, parts, workers, tally, progress)
+    with contextlib.closing(outcomes):  # ends the processes at an error
+        _gather(outcomes, done, failed, bad)
+    return [done[number] for number in sorted(done)], failed
+
+
+def _gather(
+    outcomes: Iterator[tuple[Part, Any]],
+    done: dict[int, dict[str, Any]],
+    failed: list[Failed],
+    bad: BadLines,
+) -> None:
+    for part, outcome in outcomes:
+        if isinstance(outcome, TooManyBadLines | NoTextField | KeyboardInterrupt) or (
+            isinstance(outcome, OSError) and outcome.errno in NO_WRITING
+        ):
+            raise outcome
+        if isinstance(outcome, OSError):
+            failed.append(Failed(part, f"{outcome.filename}: {outcome.strerror or outcome}"))
+        elif isinstance(outcome, UserError):
+            failed.append(Failed(part, str(outcome)))
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            done[part.number] = outcome
+            bad.count += outcome["bad"]["count"]
+            bad.examples = (bad.examples + outcome["bad"]["examples"])[:5]
+            bad.check()
+
+
+def _outcomes(
+    start: Start, parts: list[Part], workers: int, tally: Tally, progress: Progress
+) -> Generator[tuple[Part, Any], None, None]:
+    if len(parts) == 1:  # starting a process takes longer
+        _start_process(start, tally)
+        try:
+            outcome: Any = _one_part(parts[0])
+        except (UserError, OSError) as error:
+            outcome = error
+        yield parts[0], outcome
+        return
+    # glibc keeps what long documents took, unless it is told to give it back; no other system reads it.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 20))
+    # numpy's threads for linear algebra, of which there is none here, take 0.1 s to start.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        min(workers, len(parts)), context, initializer=_start_process, initargs=(start, tally)
+    )
+    try:
+        # The largest first would balance better; in order, an error early in the input is seen early.
+        waiting: dict[Future, Part] = {pool.submit(_one_part, part): part for part in parts}
+        while waiting:
+            finished, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            progress.reached(tally.bytes.value, tally.tokens.value)
+            for future in finished:
+                part, problem = waiting.pop(future), future.exception()
+                if isinstance(problem, BrokenProcessPool):
+                    raise UserError(
+                        "a process was killed from outside (out of memory?): what is done is kept; "
+                        "run the same command again, perhaps with fewer --workers"
+                    )
+                yield part, problem or future.result()
+    except BaseException:
+        for process in multiprocessing.active_children():  # what they were at is done again
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def peak_memory() -> int:
+    """The most bytes of memory this process has held."""
+    try:  # getrusage counts what the process that started this one had held, too
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):  # not on Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

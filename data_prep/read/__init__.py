@@ -1,0 +1,1 @@
+"""Documents out of input files: local or remote, compressed or not, of any format."""

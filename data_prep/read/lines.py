@@ -1,0 +1,110 @@
+"""Lines out of chunks of bytes, of a whole file or of a range of it."""
+
+import codecs
+from collections.abc import Callable, Iterator
+
+from data_prep.errors import UserError
+from data_prep.read.reading import BadLines, Reading
+from data_prep.read.sources import Segment
+from data_prep.read.streams import Chunk
+
+# Lines are handed on in blocks of about this many bytes.
+BLOCK_BYTES = 2 << 20
+
+
+def line_blocks(
+    chunks: Iterator[Chunk], *, inside: bool, longest: int, block_bytes: int = BLOCK_BYTES
+) -> Iterator[tuple[int, list[bytes | None]]]:
+    """Lines without their ends, in blocks, with the number of a block's first line, from 1.
+
+    A line belongs to the range that holds the byte before its first one, so that every line of a
+    file cut anywhere is in one range; the file's first line belongs to its first range.
+
+    Args:
+        chunks: bytes, and whether they lie in the range; those behind it follow the range's.
+        inside: the range does not begin where the file does: bytes up to a line's end are not its.
+        longest: a line of more bytes is None; it is not held in memory.
+    """
+    lines: list[bytes | None] = []
+    rest: list[bytes] = []
+    rest_bytes = held = 0
+    first = 1
+    damage: list[UserError] = []
+    for chunk, owned in _until_damage(chunks, damage):
+        if not owned:
+            if inside:  # no line begins in the range
+                return
+            end = chunk.find(b"\n") + 1
+            done, chunk = bool(end), chunk[: end or None]
+        else:
+            done = False
+        if inside:
+            end = chunk.find(b"\n") + 1
+            if not end:
+                continue
+            inside, chunk = False, chunk[end:]
+        head, *others = chunk.split(b"\n")
+        rest_bytes += len(head)
+        if rest_bytes <= longest:
+            rest.append(head)
+        else:
+            rest.clear()
+        if others:
+            lines.append(b"".join(rest) if rest_bytes <= longest else None)
+            held += rest_bytes
+            *whole, tail = others
+            lines += [line if len(line) <= longest else None for line in whole]
+            held += len(chunk) - len(head)
+            rest, rest_bytes = [tail], len(tail)
+        if done:
+            break
+        if held >= block_bytes:
+            yield first, lines
+            first += len(lines)
+            lines, held = [], 0
+    else:
+        if rest_bytes and not inside and not damage:
+            lines.append(b"".join(rest) if rest_bytes <= longest else None)
+    if lines:
+        yield first, lines
+    if damage:
+        raise damage[0]
+
+
+def _until_damage(chunks: Iterator[Chunk], damage: list[UserError]) -> Iterator[Chunk]:
+    """The chunks before an error, which goes to `damage`: the lines in them are handed on first."""
+    try:
+        yield from chunks
+    except UserError as error:
+        damage.append(error)
+
+
+def naming(segment: Segment) -> Callable[[int], str]:
+    """Names a line by its number."""
+    after = f", counted from byte {segment.begin:,}" if segment.begin else ""
+    return lambda number: f"{segment.source.path}:{number}{after}"
+
+
+def numbered_lines(
+    segment: Segment, chunks: Iterator[Chunk], reading: Reading, bad: BadLines
+) -> Iterator[Iterator[tuple[int, bytes]]]:
+    """Lines with their numbers, in blocks; without those that are too long."""
+    where, limit = naming(segment), reading.max_document_bytes
+    for first, lines in line_blocks(chunks, inside=segment.begin > 0, longest=limit):
+        if first == 1 and not segment.begin and lines and lines[0] is not None:
+            if segment.source.kind == "jsonl" and b"\0" in lines[0]:
+                raise UserError(f"{segment.source.path} is not JSON lines: it holds binary data")
+            lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+        for number, line in enumerate(lines, start=first):
+            if line is None:
+                bad.add(where(number), f"a line of more than --max-document-bytes {limit:,}")
+        yield _taken_out(first, lines)
+
+
+def _taken_out(first: int, lines: list[bytes | None]) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers; each can be freed as soon as it has been used."""
+    lines.reverse()
+    while lines:
+        if (line := lines.pop()) is not None:
+            yield first, line
+        first += 1

@@ -1,0 +1,79 @@
+"""How documents are read; and the lines that cannot be used."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data_prep.errors import UserError
+from data_prep.read.chat import Chat
+
+TextDocuments = Literal["file", "paragraph", "line"]
+InvalidUtf8 = Literal["skip", "replace", "stop"]
+EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read out of files."""
+
+    text_field: tuple[str, ...] = ("text",)
+    """Of a JSON line or a row, the key of its text, or a path to it (`meta.text`). Several texts are
+    joined by an empty line."""
+    text_documents: TextDocuments = "file"
+    """What a document is in a plain text file."""
+    invalid_utf8: InvalidUtf8 = "skip"
+    max_document_bytes: int = 16 << 20
+    """A longer line, or text file that is one document, cannot be used: it would take too much
+    memory."""
+    chat: Chat | None = None
+    """Documents are conversations, in place of `text_field`."""
+    id_field: str | None = None
+    """Documents come with what this key holds (`Named`); files of plain text have none."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.chat.fields if self.chat else self.text_field
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*self.fields, self.id_field) if self.id_field else self.fields
+
+
+@dataclass
+class BadLines:
+    """Lines (or whole text files) that are skipped: counted, the first few kept to be shown."""
+
+    limit: int
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+    replaced: int = 0
+    """Documents in which invalid UTF-8 was replaced."""
+
+    def add(self, where: str, why: str) -> None:
+        """Raises UserError when there are more than `limit`."""
+        self.count += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(f"{where}: {why}")
+        self.check()
+
+    def check(self) -> None:
+        if self.count > self.limit:
+            shown = "\n".join(f"  {example}" for example in self.examples)
+            raise TooManyBadLines(
+                f"more than --max-bad-lines {self.limit} lines cannot be used; the first ones:\n"
+                f"{shown}"
+            )
+
+
+class TooManyBadLines(UserError):
+    """Not one file's fault alone: going on with the others would not help."""
+
+
+class NoTextField(UserError):
+    """The same of --text-field."""
+
+
+def not_utf8(where: str, error: UnicodeDecodeError) -> str:
+    return (
+        f"{where}: not UTF-8: {error.reason} at byte {error.start}: give --invalid-utf8 replace or "
+        "skip to go on"
+    )

@@ -1,0 +1,201 @@
+"""Bytes of a file or of a range of it, decompressed; and where a file can be cut."""
+
+import mmap
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import zstandard
+
+from data_prep.errors import UserError
+from data_prep.read.sources import Source, open_source
+
+MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
+CHUNK_BYTES = 1 << 20
+# A few bytes can decompress to a thousand times as many: little is given at once.
+COMPRESSED_BYTES = 16 << 10
+ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
+
+Chunk = tuple[bytes, bool]
+"""Bytes, and whether they lie in the range (or behind it, where its last line may end)."""
+
+
+def read_chunks(
+    source: Source, begin: int, end: int | None, progress: Callable[[int], None]
+) -> Iterator[Chunk]:
+    """The bytes of a range of the file and then, while they are asked for, those behind it.
+
+    Args:
+        begin, end: offsets in the stored file; a zstd file's must be those of frames. A gzip file
+            is read whole. None is the file's end.
+        progress: called with the number of bytes of the range read since the last call.
+
+    Raises:
+        UserError: the file is not what its name says, is damaged or is cut short.
+    """
+    with open_source(source) as file:
+        if source.compression == "gzip":
+            yield from _gzip(source, file, progress)
+        elif source.compression == "zstd":
+            yield from _zstd(source, file, begin, end, progress)
+        else:
+            yield from _plain(source, file, begin, end, progress)
+
+
+def _check_magic(source: Source, first: bytes) -> None:
+    """Refuses a file whose first bytes are not what its name says. Some files cannot be read twice."""
+    for name, magic in MAGIC.items():
+        if first.startswith(magic) == (source.compression == name):
+            continue
+        if name == "zstd" and source.compression == name and _skippable(first):
+            continue
+        what = f"is {name} data" if first.startswith(magic) else f"is not {name} data"
+        raise UserError(f"{source.path} {what}, which its name does not say: rename it")
+
+
+def _plain(
+    source: Source, file: BinaryIO, begin: int, end: int | None, progress: Callable[[int], None]
+) -> Iterator[Chunk]:
+    if begin:
+        file.seek(begin)
+    position = begin
+    while end is None or position < end:
+        chunk = file.read(CHUNK_BYTES if end is None else min(CHUNK_BYTES, end - position))
+        if not chunk:
+            return
+        if position == 0:
+            _check_magic(source, chunk)
+        position += len(chunk)
+        progress(len(chunk))
+        yield chunk, True
+    while chunk := file.read(COMPRESSED_BYTES):
+        yield chunk, False
+
+
+def _gzip(source: Source, file: BinaryIO, progress: Callable[[int], None]) -> Iterator[Chunk]:
+    decompressor = zlib.decompressobj(wbits=31)  # 31: gzip with its header and checksum
+    at_end = True  # an empty file has no data, and is whole
+    first = True
+    while chunk := file.read(CHUNK_BYTES):
+        if first:
+            _check_magic(source, chunk)
+            first = False
+        progress(len(chunk))
+        while chunk:
+            at_end = False
+            try:
+                data = decompressor.decompress(chunk, CHUNK_BYTES)
+            except zlib.error as error:
+                raise UserError(f"{source.path} is damaged: {error}") from error
+            if data:
+                yield data, True
+            chunk = decompressor.unconsumed_tail
+            if decompressor.eof:  # another member may follow
+                chunk, decompressor = decompressor.unused_data, zlib.decompressobj(wbits=31)
+                at_end = not chunk
+    if not at_end:
+        raise UserError(f"{source.path} is cut short: its gzip data has no end")
+
+
+def _zstd(
+    source: Source, file: BinaryIO, begin: int, end: int | None, progress: Callable[[int], None]
+) -> Iterator[Chunk]:
+    # --long frames need windows of up to 2 GB; memory is taken only as a frame asks for it.
+    context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    if begin:
+        file.seek(begin)
+    position, frame_begin = begin, begin
+    decompressor: Any = None
+    buffer = b""
+    while True:
+        if not buffer:
+            buffer = file.read(COMPRESSED_BYTES)
+            if not buffer:
+                break
+            if position == 0:
+                _check_magic(source, buffer)
+            position += len(buffer)
+            if end is None or position <= end:
+                progress(len(buffer))
+        if decompressor is None:
+            buffer = _after_skippable(source, file, buffer)
+            position = file.tell()
+            if not buffer:
+                continue
+            frame_begin = position - len(buffer)
+            decompressor = context.decompressobj()
+        try:
+            data = decompressor.decompress(buffer)
+        except zstandard.ZstdError as error:
+            raise UserError(f"{source.path} is damaged: {error}") from error
+        if data:
+            yield data, end is None or frame_begin < end
+        buffer = b""
+        if decompressor.eof:
+            buffer, decompressor = decompressor.unused_data, None
+    if decompressor is not None:
+        raise UserError(f"{source.path} is cut short: its zstd data has no end")
+
+
+def _after_skippable(source: Source, file: BinaryIO, buffer: bytes) -> bytes:
+    """What follows a skippable frame (zstd's own place for other data), if there is one here."""
+    while len(buffer) < 8 and (more := file.read(8 - len(buffer))):
+        buffer += more
+    if not _skippable(buffer):
+        return buffer
+    length = 8 + int.from_bytes(buffer[4:8], "little")
+    if length > len(buffer):
+        rest = length - len(buffer)
+        while rest and (skipped := file.read(min(rest, CHUNK_BYTES))):
+            rest -= len(skipped)
+        if rest:
+            raise UserError(f"{source.path} is cut short: its zstd data has no end")
+    return buffer[length:]
+
+
+def _skippable(data: bytes) -> bool:
+    return int.from_bytes(data[:4], "little") in ZSTD_SKIPPABLE
+
+
+def zstd_frames(path: str) -> list[int]:
+    """Where the frames of a local file begin: their headers are read, and none of their data.
+
+    Raises:
+        UserError: the file is damaged or cut short.
+    """
+    offsets = []
+    with Path(path).open("rb") as file:
+        if not file.seek(0, 2):
+            return []
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            at = 0
+            while at < len(data):
+                magic = int.from_bytes(data[at : at + 4], "little")
+                if magic in ZSTD_SKIPPABLE:
+                    at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+                else:
+                    if data[at : at + 4] != MAGIC["zstd"]:
+                        raise UserError(f"{path} is damaged: no zstd frame begins at byte {at}")
+                    offsets.append(at)
+                    at = _frame_end(data, at + 4)
+                if at > len(data):
+                    raise UserError(f"{path} is cut short: its zstd data has no end")
+    return offsets
+
+
+def _frame_end(data: mmap.mmap, at: int) -> int:
+    """The end of the frame whose descriptor is at `at` (RFC 8878, 3.1.1)."""
+    if at >= len(data):
+        return len(data) + 1
+    descriptor = data[at]
+    single, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
+    at += 1 + (1 - single) + (0, 1, 2, 4)[descriptor & 3] + (single, 2, 4, 8)[descriptor >> 6]
+    last = False
+    while not last:
+        if at + 3 > len(data):
+            return len(data) + 1
+        header = int.from_bytes(data[at : at + 3], "little")
+        last = bool(header & 1)
+        at += 3 + (1 if header >> 1 & 3 == 1 else header >> 3)
+    return at + 4 * checksum

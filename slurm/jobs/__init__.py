@@ -1,0 +1,1 @@
+"""What is known of a job: its folder, what SLURM says of it, and jobs that run without SLURM."""

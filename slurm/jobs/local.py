@@ -1,0 +1,100 @@
+"""launcher = "local": the scripts of a chain, one after another, on this machine and in the background.
+
+`python -m slurm.jobs.local FOLDER...` is that background process.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from slurm.files import write_atomically
+from slurm.jobs.client import Facts
+from slurm.jobs.folders import Job
+
+
+def start_chain(folders: list[Path]) -> list[float]:
+    """Starts the scripts of `folders`; returns the process that sees to them."""
+    process = subprocess.Popen(  # noqa: S603 (a list, no shell)
+        [sys.executable, "-m", "slurm.jobs.local", *map(str, folders)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # it outlives the terminal
+    )
+    return [process.pid, psutil.Process(process.pid).create_time()]
+
+
+def run_chain(folders: list[Path]) -> None:
+    """Runs the scripts until one fails."""
+    for folder in folders:
+        if (folder / "exit").exists():  # cancelled before it began
+            return
+        with (folder / "log").open("ab") as log:
+            process = subprocess.Popen(  # noqa: S603 (a list, no shell)
+                ["/bin/bash", str(folder / "job.sh")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        created = psutil.Process(process.pid).create_time()
+        write_atomically(folder / "pid", f"{process.pid} {created}\n")
+        status = process.wait()
+        write_atomically(folder / "exit", f"{status if status >= 0 else 128 - status}\n")
+        if status:
+            return
+
+
+def local_facts(folder: Path, job: Job) -> Facts:
+    """What is known of a job, in SLURM's words."""
+    try:
+        status = (folder / "exit").read_text().strip()
+        return Facts("COMPLETED" if status == "0" else "FAILED", f"exit status {status}")
+    except FileNotFoundError:
+        pass
+    if _running_pid(folder) is not None:
+        return Facts("RUNNING")
+    if job.runner and _is_alive(int(job.runner[0]), job.runner[1]):
+        return Facts("PENDING", "Dependency")
+    if (folder / "pid").exists():
+        return Facts("FAILED", "its process was killed, or the machine went down")
+    return Facts("CANCELLED", "DependencyNeverSatisfied")
+
+
+def stop(folder: Path, *, in_good_order: bool) -> bool:
+    """Ends a job. Returns whether there was one to end."""
+    pid = _running_pid(folder)
+    if pid is None:
+        if not (folder / "exit").exists():
+            write_atomically(folder / "exit", "cancelled\n")
+        return False
+    if in_good_order:
+        os.kill(pid, signal.SIGUSR2)
+    else:
+        os.killpg(pid, signal.SIGKILL)
+    return True
+
+
+def _running_pid(folder: Path) -> int | None:
+    try:
+        pid, created = (folder / "pid").read_text().split()
+    except (FileNotFoundError, ValueError):
+        return None
+    return int(pid) if _is_alive(int(pid), float(created)) else None
+
+
+def _is_alive(pid: int, created: float) -> bool:
+    """Whether it is that process, and not another that got its number later."""
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+if __name__ == "__main__":
+    run_chain([Path(folder) for folder in sys.argv[1:]])

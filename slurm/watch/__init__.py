@@ -1,0 +1,1 @@
+"""`megatron-ladder status`, `logs` and `cancel`."""

@@ -1,0 +1,141 @@
+"""`megatron-ladder status`: what a run says of itself, and what SLURM says of its jobs.
+
+A run's own word is RUN/status.json, which needs no SLURM; without SLURM the jobs' part is short.
+"""
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from slurm.jobs import client
+from slurm.jobs.client import Facts
+from slurm.jobs.folders import Job, job_folders, read_job
+from slurm.jobs.local import local_facts
+from slurm.watch.history import read_history
+
+AT_WORK = ("starting", "training", "validating", "saving")
+# SLURM's words for why a job is where it is, and what they ask for.
+REASONS = {
+    "Resources": "waits for free nodes",
+    "Priority": "others come first",
+    "BeginTime": "queued again, starts in a moment",
+    "Dependency": "waits for the job before it",
+    "DependencyNeverSatisfied": "never ran: a job it waited for failed: mend that, submit again from there",
+    "PartitionNodeLimit": "asks for more nodes than the partition has: cancel it, submit fewer --nodes",
+    "PartitionTimeLimit": "asks for more time than the partition gives: cancel it, submit less --time",
+    "JobHeldUser": "held: `scontrol release`",
+    "JobHeldAdmin": "held by the cluster's people",
+    "TimeLimit": "its time was over before it could stop in good order: a longer --signal-lead",
+    "NonZeroExitCode": "its command failed: see `megatron-ladder logs`",
+    "NodeDown": "a node went down",
+}
+
+
+def status(outputs: list[Path]) -> str:
+    """What stands with runs, data sets, exports: a paragraph each."""
+    return "\n".join(_paragraph(output) for output in outputs)
+
+
+def facts_of(folders: list[Path]) -> dict[Path, list[Facts] | None]:
+    """What is known of jobs, by their folders. None: SLURM cannot be asked. Empty: it has forgotten."""
+    jobs = {folder: read_job(folder) for folder in folders}
+    known = client.job_facts([job.job_id for job in jobs.values() if job.job_id])
+    found: dict[Path, list[Facts] | None] = {}
+    for folder, job in jobs.items():
+        if job.launcher == "local":
+            found[folder] = [local_facts(folder, job)]
+        elif known is None:
+            found[folder] = None
+        else:
+            found[folder] = known.get(str(job.job_id), [])
+    return found
+
+
+def _paragraph(output: Path) -> str:
+    folders = job_folders(output)
+    facts = facts_of(folders)
+    lines = []
+    if said := _read_status(output):
+        lines += _run_lines(said, list(facts.values()))
+    elif not folders:
+        why = "was not submitted, and has no status.json" if output.exists() else "does not exist"
+        return f"{output}: {why}"
+    lines += [_job_line(folder, read_job(folder), known) for folder, known in facts.items()]
+    return "\n  ".join([f"{output}: {lines[0]}", *lines[1:]])
+
+
+def _read_status(run: Path) -> dict[str, Any] | None:
+    try:
+        said = json.loads((run / "status.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def _run_lines(said: dict[str, Any], facts: list[list[Facts] | None]) -> list[str]:
+    state, step, of = said.get("state"), said.get("step") or 0, said.get("train_steps")
+    head = f"{state}, step {step:,}" + (f" of {of:,} ({step / of:.1%})" if of else "")
+    if (loss := said.get("loss")) is not None:
+        head += f", loss {loss:.4f}"
+    # A process that was killed could not say so. SLURM knows, or the local process is gone.
+    known = [fact for several in facts if several is not None for fact in several]
+    is_over = bool(facts) and None not in facts and not any(f.state == "RUNNING" for f in known)
+    if state in AT_WORK and is_over:
+        head = f"not running; when last heard of: {head}"
+    elif state in AT_WORK:
+        if (rate := said.get("tokens_per_second")) is not None:
+            head += f", {rate:,.0f} tokens/s"
+        if (eta := said.get("eta_s")) is not None:
+            head += f", {duration(eta)} to go"
+    checkpoint = said.get("last_checkpoint")
+    line = f"last checkpoint: {'none yet' if checkpoint is None else f'step {checkpoint:,}'}"
+    if (starts := said.get("starts")) is not None:
+        line += f"; restarts: {max(starts - 1, 0)}"
+    if said.get("reason"):
+        line += f"; why it stopped: {said['reason']}"
+    if when := said.get("unix_time"):
+        line += f"; heard of {duration(max(time.time() - when, 0))} ago"
+    return [head, line]
+
+
+def _job_line(folder: Path, job: Job, facts: list[Facts] | None) -> str:
+    what = " ".join(job.command[:2] if job.command[0] == "data" else job.command[:1])
+    line = f"{what}, {f'job {job.job_id}' if job.job_id else 'here'} ({folder}): "
+    if facts is None:
+        line += "SLURM cannot be asked here"
+    elif not facts:
+        line += "forgotten by SLURM: it is over"
+    elif len(facts) > 1:
+        counts = Counter(fact.state for fact in facts)
+        line += ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    else:
+        line += _in_words(facts[0])
+    history = read_history(folder)
+    if history.starts > 1:
+        line += f"; started {history.starts} times"
+    if history.last:
+        line += f"; last: {history.last}"
+    return line
+
+
+def _in_words(fact: Facts) -> str:
+    words = fact.state
+    if fact.nodes and fact.is_active:
+        words += f" on {fact.nodes}, {fact.elapsed} of {fact.limit}"
+    if fact.reason not in ("", "None"):
+        words += f", {REASONS.get(fact.reason, fact.reason)}"
+    return words
+
+
+def duration(seconds: float) -> str:
+    """For people: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if hours < 1:
+        return f"{minutes} min"
+    if hours < 24:
+        return f"{hours} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"

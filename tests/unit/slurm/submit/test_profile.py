@@ -1,0 +1,106 @@
+"""Profiles: what is read, and what is refused, with a word on what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from slurm.errors import UserError
+from slurm.submit.profile import Container, Profile, load_profile
+from slurm.submit.render import Resources
+
+EXAMPLE = Path(__file__).parents[4] / "slurm" / "profiles" / "example.toml"
+
+
+def read(tmp_path: Path, text: str) -> Profile:
+    path = tmp_path / "profile.toml"
+    path.write_text(text)
+    return load_profile(path)
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    with pytest.raises(UserError) as error:
+        read(tmp_path, text)
+    return str(error.value)
+
+
+def test_the_example_is_read() -> None:
+    profile = load_profile(EXAMPLE)
+    assert (profile.partition, profile.gpus_per_node, profile.cpus_per_task) == ("gpu", 8, 12)
+    assert profile.environment == {"HF_HOME": "/shared/hf"}
+    assert profile.modules == ("cuda/13.0",)
+
+
+def test_all_of_the_example_is_read(tmp_path: Path) -> None:
+    """What it shows as a comment as well."""
+    mounts, container = [], []
+    for line in EXAMPLE.read_text().splitlines():
+        text = line.removeprefix("# ").strip()
+        if text.startswith("mounts ="):
+            mounts = [text]
+        elif text.startswith(("[container]", "image =", "runtime =")):
+            container.append(text)
+    profile = read(tmp_path, "\n".join([*mounts, EXAMPLE.read_text(), *container]))
+    assert profile.container == Container("nvcr.io#nvidia/pytorch:25.09-py3", "pyxis")
+    assert profile.mounts == ("/shared:/shared", "/scratch:/scratch")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('partion = "gpu"', "no field partion: did you mean partition?"),
+        (
+            "[container]\nimage='a'\nruntime='pyxis'\nimge='b'",
+            "container.imge: did you mean image?",
+        ),
+        ("[container]\nimage='a'", "container.runtime is missing"),
+        ("[container]\nimage='a'\nruntime='docker'", "it is pyxis or apptainer"),
+        ('setup = "rm -rf x"', "no field setup: there are launcher, partition"),
+        ('gpus_per_node = "8"', "gpus_per_node is '8': it takes a whole number"),
+        ("gpus_per_node = true", "it takes a whole number"),
+        ("gpus_per_node = -1", "is at least 0"),
+        ("cpus_per_task = 0", "at least 1"),
+        ("environment = 3", "it takes another kind of value"),
+        ("[environment]\nA = 1", "environment.A is 1: it takes a string"),
+        ('[environment]\n"A-B" = "1"', "environment 'A-B' is not one"),
+        ('[environment]\n"A=1; id" = "1"', "is not one"),
+        ('[environment]\nRANK = "1"', "environment.RANK: the script sets it"),
+        ('[environment]\nA = "a\\u0000b"', "environment.A holds a NUL character"),
+        ('mounts = ["/a:/b"]', "mounts are a container's"),
+        ('launcher = "kubernetes"', "it is slurm or local"),
+        ("launcher='local'\n[container]\nimage='a'\nruntime='pyxis'", "pyxis is SLURM's"),
+        ("partition = ", "is not TOML"),
+    ],
+)
+def test_mistakes_are_said(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refused(tmp_path, text)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not exist: copy .*example\.toml"):
+        load_profile(tmp_path / "no.toml")
+    with pytest.raises(UserError, match="is a folder"):
+        load_profile(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"nodes": 0}, "--nodes 0: it is at least 1"),
+        ({"ranks_per_node": 0}, "--ranks-per-node 0"),
+        ({"spare_nodes": -1}, "--spare-nodes -1"),
+        ({"time": "90"}, "write HH:MM:SS"),
+        ({"time": "1:00:00\n#SBATCH --nodes=9"}, "write HH:MM:SS"),
+        ({"time": "00:02:00"}, "is over before the signal"),
+        ({"time": "1-00:00:00", "signal_lead": 65536}, "--signal-lead 65536"),
+    ],
+)
+def test_resources_are_checked(asked: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        Resources(**{"nodes": 1, "ranks_per_node": 1, **asked})
+    assert message in str(error.value)
+
+
+def test_an_environment_is_an_interpreter(tmp_path: Path) -> None:
+    assert Profile(python=str(tmp_path)).interpreter() == str(tmp_path / "bin" / "python")
+    assert Profile(python="/opt/python3").interpreter() == "/opt/python3"
+    assert Profile(container=Container("a", "pyxis")).interpreter() == "python"
