@@ -67,127 +67,90 @@ class Result:
     seconds: float
 
 
-def tp8(shape: str, link: str, *options: str) -> list[str]:
-    """overlap.py's command for a rank of TP=8."""
+def benchmark(
+    script: str, options: str, limit_s: float, *, name: str = "", **environment: str
+) -> Part:
+    """A benchmark that writes OUTPUT/NAME.json. Its name is the script's if none is given."""
+    name = name or script
+    words = [f"benchmarks/{script}.py", *options.split(), "--json", f"OUTPUT/{name}.json"]
+    return Part(name, words, limit_s, environment)
+
+
+def tp8(shape: str) -> str:
+    """overlap.py's options for the layers of a rank of TP=8."""
     hidden, ffn, heads, batch = OVERLAP[shape]
-    sizes = ["--hidden-size", hidden, "--ffn-hidden-size", ffn, "--heads", heads, "--kv-heads", "8"]
-    sizes += ["--micro-batch-size", batch, "--seq-length", "8192", "--fake-tp", "8"]
-    return ["benchmarks/overlap.py", *sizes, "--link", link, *options]
+    sizes = f"--hidden-size {hidden} --ffn-hidden-size {ffn} --heads {heads} --kv-heads 8"
+    return f"{sizes} --micro-batch-size {batch} --seq-length 8192 --fake-tp 8"
 
 
-def overlap(shape: str, link: str, *options: str, precision: str = "bf16") -> Part:
+def overlap(shape: str, link: str, *, sp: bool = False, precision: str = "bf16") -> Part:
     """16 layers: with their weights, gradients and activations they take some 40 of 80 GB."""
-    sp = "--sequence-parallel" in options
     name = f"overlap-{shape}-{link}-{precision}" + ("-sp" if sp else "")
-    command = tp8(shape, link, "--layers", "16", "--steps", "6", "--precision", precision)
-    command += ["--also", "parallel", *options]
+    options = f"{tp8(shape)} --layers 16 --steps 6 --precision {precision} --link {link}"
+    options += " --also parallel" + (" --sequence-parallel" if sp else "")
     if (shape, link, precision) == ("70b", "nvswitch", "bf16"):
-        command += ["--trace", f"OUTPUT/{name}{TRACE}"]
+        options += f" --trace OUTPUT/{name}{TRACE}"
     # As pretrain/model/queues.py sets it.
     queues = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"} if sp else {}
-    return Part(name, [*command, "--json", f"OUTPUT/{name}.json"], 90, queues)
+    return benchmark("overlap", options, 90, name=name, **queues)
 
 
 def connections(count: int) -> Part:
     """How many hardware queues does the second stream of sequence parallelism need? CUDA reads the number
     once, so each number is a part."""
-    name = f"connections-{count}"
-    command = tp8("70b", "nvswitch", "--layers", "8", "--steps", "8", "--precision", "bf16")
-    command += ["--also", "--sequence-parallel", "--json", f"OUTPUT/{name}.json"]
-    return Part(name, command, 60, {"CUDA_DEVICE_MAX_CONNECTIONS": str(count)})
+    options = f"{tp8('70b')} --layers 8 --steps 8 --precision bf16 --link nvswitch"
+    options += " --also --sequence-parallel"
+    queues = {"CUDA_DEVICE_MAX_CONNECTIONS": str(count)}
+    return benchmark("overlap", options, 60, name=f"connections-{count}", **queues)
 
 
-def training(shape: str, cases: list[str]) -> Part:
-    name = f"training-{shape}"
-    options = ["--accumulate", "4", "--steps", "6", "--json", f"OUTPUT/{name}.json"]
-    return Part(name, ["benchmarks/training_step.py", "--cases", *cases, *options], 120)
+# 25.7 million parameters without the embedding. The micro-batches keep the GPU longer than Python takes to
+# launch their kernels.
+LEARNING = """--text --work-dir WORK --seeds 1 --target llama-3-8b llama-3-70b:64 --preset paper-1b
+    --model.num-layers 8 --model.hidden-size 512 --model.ffn-hidden-size 1408
+    --model.num-attention-heads 8 --model.vocab-size None --data.seq-length 1024 --data.num-workers 8
+    --micro-batch-size 128 --global-batch-size 128 --schedule.warmup-steps 60 --eval-interval 200
+    --eval-sequences 512 --save-interval 1000000 --log-interval 5 --no-tensorboard --seconds SECONDS"""
+PAPER = "paper-1b:bf16:ladder paper-1b:bf16:standard"
+LLAMA = "llama-3-8b:bf16:ladder:4 llama-3-8b:tensorwise:ladder:4 llama-3-8b:bf16:ladder:8:full"
+FP8 = "tensorwise delayed blockwise"  # of Hopper
 
 
 def parts() -> list[Part]:
-    fp8 = ["tensorwise", "delayed", "blockwise"]  # of Hopper
-    paper = [f"paper-1b:{case}" for case in ("bf16:ladder", "bf16:standard", "tensorwise:ladder")]
-    llama = [f"llama-3-8b:{case}" for case in ("bf16:ladder:4", "tensorwise:ladder:4")]
-    llama.append("llama-3-8b:bf16:ladder:8:full")
-    sp = "--sequence-parallel"
-    layers = ["--precisions", "bf16", *fp8, "--tokens", "16384", "--steps", "15"]
-    learning = [
-        *("benchmarks/learning.py", "--text", "--work-dir", "WORK", "--seeds", "1"),
-        *("--target", "llama-3-8b", "llama-3-70b:64", "--preset", "paper-1b"),
-        # 25.7 million parameters without the embedding. Micro-batches that keep the GPU longer than
-        # Python takes to launch them.
-        *("--model.num-layers", "8", "--model.hidden-size", "512"),
-        *("--model.ffn-hidden-size", "1408", "--model.num-attention-heads", "8"),
-        *("--model.vocab-size", "None", "--data.seq-length", "1024", "--data.num-workers", "8"),
-        *("--micro-batch-size", "128", "--global-batch-size", "128"),
-        *("--schedule.warmup-steps", "60", "--eval-interval", "200", "--eval-sequences", "512"),
-        *("--save-interval", "1000000", "--log-interval", "5", "--no-tensorboard"),
-    ]
-    rates = [*learning, "--rates", "1e-3", "2e-3", "4e-3", "--train-tokens", "20_000_000"]
-    precision = ["--precisions", "bf16", *fp8, "--steps", "250"]
-    shapes = ["--shapes", "256:6:256:2", "512:8:512:4", "--precision", "bf16"]
-    tests = ["-m", "pytest", "-v", "--durations", "10", "-m", "gpu", "tests/gpu"]
-    # TE prints why it chooses a backend.
-    debug = {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "2"}
+    tests = "-m pytest -v --durations 10 -m gpu tests/gpu --junitxml OUTPUT/tests.xml"
+    paper_1b = f"--cases {PAPER} paper-1b:tensorwise:ladder --accumulate 4 --steps 6"
+    llama_8b = f"--cases {LLAMA} --accumulate 4 --steps 6"
+    # Small micro-batches, whose kernels run faster than Python launches them.
+    small = "--micro-batch-size 4 --accumulate 2 --steps 10"
+    graphs = " ".join(f"{case}:graph" for case in f"{PAPER} paper-1b:tensorwise:ladder".split())
+    te = f"--cases paper-1b:bf16:ladder --attention te {small}"
+    learning = f"{LEARNING} --train-tokens 210_000_000 --optimizer.lr 2e-3"
+    rates = f"{LEARNING} --train-tokens 20_000_000 --rates 1e-3 2e-3 4e-3"
+    precision = f"--precisions bf16 {FP8} --steps 250 --picture OUTPUT/precision.png"
     return [
-        Part(
-            "attention", ["benchmarks/attention.py", "--json", "OUTPUT/attention.json"], 60, debug
-        ),
+        # Transformer Engine prints why it chooses a backend.
+        benchmark("attention", "", 60, NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="2"),
         Part("doctor", ["-m", "pretrain.cli", "doctor"], 60),
-        Part("tests", [*tests, "--junitxml", "OUTPUT/tests.xml"], 240),
-        Part("layers", ["benchmarks/layers.py", *layers, "--json", "OUTPUT/layers.json"], 120),
-        training("1b", paper),
-        Part(  # to be compared with the first rows of cuda-graph: here Transformer Engine's attention
-            "training-1b-te",
-            [
-                *("benchmarks/training_step.py", "--cases", paper[0], "--attention", "te"),
-                *("--micro-batch-size", "4", "--accumulate", "2", "--steps", "10"),
-                *("--json", "OUTPUT/training-1b-te.json"),
-            ],
-            60,
-        ),
-        Part(  # with small micro-batches, whose kernels run faster than Python launches them
-            "cuda-graph",
-            [
-                *("benchmarks/training_step.py", "--cases", *paper[:2]),
-                *(f"{case}:graph" for case in paper),
-                *("--micro-batch-size", "4", "--accumulate", "2", "--steps", "10"),
-                *("--json", "OUTPUT/cuda-graph.json"),
-            ],
-            120,
-        ),
-        training("8b", llama),
+        Part("tests", tests.split(), 240),
+        benchmark("layers", f"--precisions bf16 {FP8} --tokens 16384 --steps 15", 120),
+        benchmark("training_step", paper_1b, 120, name="training-1b"),
+        # To be compared with the first rows of cuda-graph, which have torch's attention.
+        benchmark("training_step", te, 60, name="training-1b-te"),
+        benchmark("training_step", f"--cases {PAPER} {graphs} {small}", 120, name="cuda-graph"),
+        benchmark("training_step", llama_8b, 120, name="training-8b"),
         overlap("70b", "nvswitch"),
-        overlap("70b", "nvswitch", sp),
+        overlap("70b", "nvswitch", sp=True),
         overlap("8b", "nvswitch"),
-        overlap("8b", "nvswitch", sp),
+        overlap("8b", "nvswitch", sp=True),
         overlap("70b", "p2p-off"),
         overlap("8b", "p2p-off"),
-        overlap("70b", "p2p-off", sp),
-        overlap("8b", "p2p-off", sp),
+        overlap("70b", "p2p-off", sp=True),
+        overlap("8b", "p2p-off", sp=True),
         *(connections(count) for count in (1, 2, 8, 32)),
-        Part(
-            "learning",
-            [
-                *(*learning, "--seconds", "SECONDS", "--train-tokens", "210_000_000"),
-                *("--optimizer.lr", "2e-3", "--json", "OUTPUT/learning.json"),
-                *("--picture", "OUTPUT/learning.png"),
-            ],
-            500,
-        ),
-        Part(
-            "rates-of-learning",
-            [*rates, "--seconds", "SECONDS", "--json", "OUTPUT/rates-of-learning.json"],
-            270,
-        ),
-        Part(
-            "precision",
-            [
-                *("benchmarks/precision.py", *precision, "--json", "OUTPUT/precision.json"),
-                *("--picture", "OUTPUT/precision.png"),
-            ],
-            120,
-        ),
-        Part("compile", ["benchmarks/compile.py", *shapes, "--json", "OUTPUT/compile.json"], 120),
+        benchmark("learning", f"{learning} --picture OUTPUT/learning.png", 500),
+        benchmark("learning", rates, 270, name="rates-of-learning"),
+        benchmark("precision", precision, 120),
+        benchmark("compile", "--shapes 256:6:256:2 512:8:512:4 --precision bf16", 120),
         overlap("70b", "nvswitch", precision="tensorwise"),
     ]
 

@@ -89,16 +89,20 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 def main() -> int:
     options, of_train = arguments()
     try:
-        return compare(options, of_train)
+        compare(options, of_train)
+    except Failed as error:
+        message, status = str(error), error.status
     except UserError as error:
-        message = str(error)
+        message, status = str(error), 2
     except OSError as error:
         message = f"{error.filename or 'the operating system'}: {error.strerror or error}"
+        status = 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        message, status = "interrupted; the same command goes on from here", 130
+    else:
+        return 0
     print(f"learning.py: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 class Failed(Exception):
@@ -109,8 +113,8 @@ class Failed(Exception):
         self.status = status
 
 
-def compare(options: argparse.Namespace, of_train: list[str]) -> int:
-    """Trains what is not trained yet, and writes the results. Returns the exit status."""
+def compare(options: argparse.Namespace, of_train: list[str]) -> None:
+    """Trains what is not trained yet, and writes the results."""
     began = time.monotonic()
     refuse_ours(of_train, options.rates is not None)
     for path in options.data or ():
@@ -130,12 +134,8 @@ def compare(options: argparse.Namespace, of_train: list[str]) -> int:
             compare_rates(options, trainings)
         else:
             compare_kinds(options, trainings, targets)
-    except Failed as error:
-        print(f"learning.py: {error}", file=sys.stderr)
-        return error.status
     finally:
         trainings.end()
-    return 0
 
 
 def refuse_ours(of_train: list[str], rates: bool) -> None:
@@ -273,23 +273,18 @@ def write_results(
     """The table on the screen, the JSON and the picture of the seeds that are done."""
     rows = table(runs, targets)
     a_run = next(iter(runs.values()))[0]
-    seeds = ", ".join(map(str, rows[0]["seeds"]))
-    titles = ["", "parameters", f"validation loss, seeds {seeds}", "mean"]
-    titles += [f"less {rows[0]['kind']}'s, by seed", "tokens/s"]
-    lines = [
-        [
-            row["kind"],
-            f"{row['parameters']:,}",
-            ", ".join(f"{loss:.4f}" for loss in row["losses"]),
-            f"{row['mean']:.4f}",
-            ", ".join(f"{more:+.4f}" for more in row["less_the_firsts"]),
-            f"{row['tokens_per_second']:,}",
-            *(f"{time:.3f}" for time in row["modelled_time"].values()),
-        ]
-        for row in rows
-    ]
-    titles += [f"time of {target.preset}, modelled" for target in targets]
-    print("\n" + facts.markdown(titles, lines) + "\n", flush=True)
+    seeds = range(len(rows[0]["seeds"]))
+    columns = {
+        "": "{kind}",
+        "parameters": "{parameters:,}",
+        "validation loss by seed": ", ".join(f"{{losses[{i}]:.4f}}" for i in seeds),
+        "mean": "{mean:.4f}",
+        f"less {a_run['kind']}'s": ", ".join(f"{{less_the_firsts[{i}]:+.4f}}" for i in seeds),
+        "tokens/s": "{tokens_per_second:,}",
+    }
+    for target in targets:
+        columns[f"time of {target.preset}, modelled"] = f"{{modelled_time[{target.preset}]:.3f}}"
+    print("\n" + facts.table(rows, columns) + "\n", flush=True)
     write(
         options,
         {

@@ -95,7 +95,10 @@ class Line:
             )  # in FP8 half of it is gathered
 
         backward_order.enabled = self.mended
-        te = [sys.modules.get(f"megatron_ladder.te.{name}") for name in ("backend", "fp8_linear")]
+        te = [
+            sys.modules.get(f"megatron_ladder.te.layers.{name}")
+            for name in ("backend", "fp8_linear")
+        ]
         for module in (linear, *te):
             if module is not None:
                 module.collectives_of = collectives_of if self.early else lambda _: None  # type: ignore[attr-defined]

@@ -28,30 +28,18 @@ from pretrain.pictures import COLOURS, GREY
 TEXT = [sysconfig.get_paths()["stdlib"], "--include", "*.py", "--exclude", "*/site-packages/*"]
 LAYERS, LADDER = 8, 4
 BASE_STEPS, STEPS, SEEDS = 800, 200, (1, 2)
-BATCH = (
-    *("--micro-batch-size", "8", "--global-batch-size", "8"),
-    *("--data.seq-length", "256", "--data.num-workers", "0"),
-)
-EVERY = (
-    *("--eval-interval", "20", "--eval-sequences", "400"),
-    *("--save-interval", "100", "--log-interval", "5"),
-)
-# Name: what it is called, its preset and options.
-WAYS: dict[str, tuple[str, list[str]]] = {
-    "control": ("not changed (control)", ["--preset", "adapt-control"]),
-    "last": (f"last {LADDER}", ["--preset", "adapt", "--ladder-layers", f"last:{LADDER}"]),
-    "auto": (f"auto:{LADDER}", ["--preset", "adapt", "--ladder-layers", f"auto:{LADDER}"]),
-    "last-gradual": (
-        f"last {LADDER}, gradually",
-        ["--preset", "adapt", "--ladder-layers", f"last:{LADDER}", "--adapt.gradual-steps", "100"],
-    ),
-    "last-distilled": (
-        f"last {LADDER}, distilled",
-        [
-            *("--preset", "adapt", "--ladder-layers", f"last:{LADDER}"),
-            *("--adapt.distillation-weight", "0.5"),
-        ],
-    ),
+TRAINING = f"""--schedule.train-tokens None --schedule.train-steps {STEPS} --schedule.warmup-steps 20
+    --optimizer.lr 1e-3 --precision fp32 --micro-batch-size 8 --global-batch-size 8
+    --data.seq-length 256 --data.num-workers 0 --eval-interval 20 --eval-sequences 400
+    --save-interval 100 --log-interval 5"""
+LAST = f"--preset adapt --ladder-layers last:{LADDER}"
+# By name: what it is called, and its options.
+WAYS = {
+    "control": ("not changed (control)", "--preset adapt-control"),
+    "last": (f"last {LADDER}", LAST),
+    "auto": (f"auto:{LADDER}", f"--preset adapt --ladder-layers auto:{LADDER}"),
+    "last-gradual": (f"last {LADDER}, gradually", f"{LAST} --adapt.gradual-steps 100"),
+    "last-distilled": (f"last {LADDER}, distilled", f"{LAST} --adapt.distillation-weight 0.5"),
 }
 
 
@@ -92,11 +80,9 @@ def adapt(work: Path, name: str, seed: int) -> list[dict[str, Any]]:
     """Trains one way; returns its validations."""
     out = work / f"{name}-{seed}"
     run(
-        *("train", *WAYS[name][1], "--init-from", str(work / "imported")),
+        *("train", *WAYS[name][1].split(), "--init-from", str(work / "imported")),
         *("--data.paths", str(work / "again"), "--output-dir", str(out)),
-        *("--schedule.train-tokens", "None", "--schedule.train-steps", str(STEPS)),
-        *("--schedule.warmup-steps", "20", "--optimizer.lr", "1e-3", "--precision", "fp32"),
-        *("--seed", str(seed), *BATCH, *EVERY),
+        *("--seed", str(seed), *TRAINING.split()),
     )
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == "validation"]

@@ -18,6 +18,7 @@ less memory than 1.3 times the largest tensor and one shard, and reach 60 % of t
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -59,11 +60,10 @@ def arguments() -> argparse.Namespace:
 
 
 def make_model(folder: Path, shape: list[int]) -> None:
-    """Writes a Llama folder, a shard in memory at a time."""
+    """Writes a Llama folder with random weights."""
     import torch
-    from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     layers, hidden, ffn, heads, kv_heads, vocabulary = shape
     config = LlamaConfig(
@@ -77,50 +77,23 @@ def make_model(folder: Path, shape: list[int]) -> None:
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
-        dtype=torch.bfloat16,
-        architectures=["LlamaForCausalLM"],
     )
-    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size=SHARD)
     words = {f"t{i}": i for i in range(vocabulary)}
     Tokenizer(models.WordLevel(words, "t0")).save(str(folder / "tokenizer.json"))
-    with torch.device("meta"):
-        parameters = dict(LlamaForCausalLM(config).to(torch.bfloat16).named_parameters())
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, parameter in parameters.items():
-        if shards[-1] and size + parameter.nbytes > SHARD:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += parameter.nbytes
-    torch.manual_seed(0)
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {
-            n: torch.empty(parameters[n].shape, dtype=torch.bfloat16).normal_(std=0.02)
-            for n in names
-        }
-        for name in names:
-            if "norm" in name:
-                tensors[name].fill_(1)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def largest_tensor(folder: Path) -> int:
+    """Bytes, in bf16."""
     from safetensors import safe_open
 
     sizes = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-                count = 2
-                for extent in file.get_slice(name).get_shape():
-                    count *= extent
-                sizes.append(count)
+            names = file.keys()
+            sizes += [2 * math.prod(file.get_slice(name).get_shape()) for name in names]
     return max(sizes)
 
 

@@ -148,11 +148,9 @@ def measured(command: list[str]) -> dict[str, float]:
     return {"wall_s": wall, "cpu_s": cpu, "parent_bytes": parent, "worker_bytes": worker}
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in ("train.bin", "train.idx")
-    }
+def digests(folder: Path) -> tuple[str, ...]:
+    names = ("train.bin", "train.idx")
+    return tuple(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names)
 
 
 # --- text and tokenizers ---
@@ -214,6 +212,52 @@ def tokenizers_of(args: argparse.Namespace, work: Path, text: Path) -> dict[str,
     return {"SentencePiece": sp, "BPE": bpe}
 
 
+def command_of(name: str, text: Path, tokenizer: Path, out: Path, workers: int) -> list[str]:
+    if name == "Megatron's way":
+        out.mkdir()
+        words = [__file__, "--megatron-way", str(text), str(tokenizer), str(out / "train")]
+        return [sys.executable, *words, str(workers)]
+    words = ["-m", "data_prep", "tokenize", str(text), "--tokenizer", str(tokenizer)]
+    words += ["--output-dir", str(out), "--validation-fraction", "0", "--workers", str(workers)]
+    return [sys.executable, *words, *(["--engine", "reference"] if "reference" in name else [])]
+
+
+def compare(
+    lines: list[tuple[str, int]], text: Path, tokenizer: Path, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Every line with one text and one tokenizer."""
+    megabytes, kind, out = about["bytes"] / 1e6, about["tokenizer"], text.parent / "out"
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
+    found = set()
+    for name, workers in lines:
+        shutil.rmtree(out, ignore_errors=True)
+        run = measured(command_of(name, text, tokenizer, out, workers))
+        found.add(digests(out))
+        rate = megabytes / run["cpu_s"]
+        about_run = {"file": tokenizer.name, "name": name, "workers": workers}
+        runs[name, workers] = {**about, **run, **about_run, "mb_per_cpu_s": rate}
+        print(
+            f"  {kind:14} {name:24} {workers} processes: {run['wall_s']:7.1f} s, "
+            f"{rate:6.1f} MB per CPU-second, {megabytes / run['wall_s']:6.1f} MB/s, "
+            f"{run['worker_bytes'] / 1e6:4.0f} MB a worker, "
+            f"{run['parent_bytes'] / 1e6:4.0f} MB the parent",
+            flush=True,
+        )
+    print(f"  {kind:14} .bin and .idx of all of them identical: {len(found) == 1}")
+    for (name, workers), run in runs.items():
+        if name == "Megatron's way":
+            ratio = runs["ours", workers]["mb_per_cpu_s"] / run["mb_per_cpu_s"]
+            print(f"  {kind:14} per core, {workers} processes: {ratio:.1f} x Megatron's way")
+    # T(n) = alone + shared / n, with both from two measurements.
+    one, two = (runs["ours", workers]["wall_s"] for workers in (1, 2))
+    shared = 2 * (one - two)
+    far = megabytes / (one - shared + shared / 64)
+    print(f"  {kind:14} projected from 1 and 2 processes to 64: {far:,.0f} MB/s (not measured)")
+    result = list(runs.values())
+    result[-1] |= {"identical": len(found) == 1, "projected_64_mb_per_s": far}
+    return result
+
+
 def main() -> None:
     args = arguments()
     if args.megatron_way:
@@ -226,67 +270,18 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     chosen = documents(args.linux or kernel(work))
     packages = ("gigatoken", "sentencepiece", "tokenizers", "orjson", "numpy")
-    report: dict[str, Any] = {**facts.header("cpu", args, *packages), "runs": []}
-    largest = max(args.sizes_mb)
+    runs = []
     for size in sorted(args.sizes_mb):
         text = work / f"text-{size:.0f}.jsonl"
         wrote = write_text(text, chosen, size * 1e6)
         print(f"\n{text.name}: {wrote['documents']:,} documents, {wrote['bytes'] / 1e6:.1f} MB")
-        tokenizers = tokenizers_of(args, work, text)
-        for kind, tokenizer in tokenizers.items():
-            found: dict[str, dict[str, str]] = {}
-            # The reference takes minutes on the larger one, where one count of workers will do.
-            lines = [("ours", 1), ("ours", 2), ("ours, reference engine", 2), ("Megatron's way", 2)]
-            if size < largest or len(args.sizes_mb) == 1:
-                lines.insert(3, ("Megatron's way", 1))
-            for name, workers in lines:
-                out = work / "out"
-                shutil.rmtree(out, ignore_errors=True)
-                if name == "Megatron's way":
-                    out.mkdir()
-                    command = [sys.executable, __file__, "--megatron-way", str(text)]
-                    command += [str(tokenizer), str(out / "train"), str(workers)]
-                else:
-                    command = [sys.executable, "-m", "data_prep", "tokenize", str(text)]
-                    command += ["--tokenizer", str(tokenizer), "--output-dir", str(out)]
-                    command += ["--validation-fraction", "0", "--workers", str(workers)]
-                    if "reference" in name:
-                        command += ["--engine", "reference"]
-                run = measured(command)
-                found[f"{name} {workers}"] = digests(out)
-                rate = wrote["bytes"] / 1e6 / run["cpu_s"]
-                report["runs"].append(
-                    {**wrote, **run, "tokenizer": kind, "file": tokenizer.name, "name": name}
-                    | {"workers": workers, "mb_per_cpu_s": rate}
-                )
-                print(
-                    f"  {kind:14} {name:24} {workers} processes: {run['wall_s']:7.1f} s, "
-                    f"{rate:6.1f} MB per CPU-second, {wrote['bytes'] / 1e6 / run['wall_s']:6.1f} "
-                    f"MB/s, {run['worker_bytes'] / 1e6:4.0f} MB a worker, "
-                    f"{run['parent_bytes'] / 1e6:4.0f} MB the parent",
-                    flush=True,
-                )
-            same = len({json.dumps(d, sort_keys=True) for d in found.values()}) == 1
-            report["runs"][-1]["identical"] = same
-            print(f"  {kind:14} .bin and .idx of all of them identical: {same}")
-            rates = {(r["name"], r["workers"]): r for r in report["runs"][-len(lines) :]}
-            for workers in (1, 2):
-                if ("Megatron's way", workers) in rates:
-                    ours, theirs = rates["ours", workers], rates["Megatron's way", workers]
-                    ratio = ours["mb_per_cpu_s"] / theirs["mb_per_cpu_s"]
-                    print(
-                        f"  {kind:14} per core, {workers} processes: {ratio:.1f} x Megatron's way"
-                    )
-            one, two = rates["ours", 1]["wall_s"], rates["ours", 2]["wall_s"]
-            # T(n) = alone + shared / n, from the two; no measurement.
-            shared = 2 * (one - two)
-            alone = one - shared
-            far = wrote["bytes"] / 1e6 / (alone + shared / 64)
-            print(
-                f"  {kind:14} projected from 1 and 2 processes to 64: {far:,.0f} MB/s (not measured)"
-            )
-            report["runs"][-1]["projected_64_mb_per_s"] = far
-    facts.write(args.json, report)
+        # The reference takes minutes on the larger text, where one count of workers will do.
+        lines = [("ours", 1), ("ours", 2), ("ours, reference engine", 2), ("Megatron's way", 2)]
+        if size < max(args.sizes_mb) or len(args.sizes_mb) == 1:
+            lines.insert(3, ("Megatron's way", 1))
+        for kind, tokenizer in tokenizers_of(args, work, text).items():
+            runs += compare(lines, text, tokenizer, {**wrote, "tokenizer": kind})
+    facts.write(args.json, {**facts.header("cpu", args, *packages), "runs": runs})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark's command line has."""
+"""Options of the benchmarks' command lines."""
 
 import argparse
 from pathlib import Path
