@@ -97,7 +97,7 @@ def _cell(form: str, row: dict[str, Any]) -> str:
 
 
 def attention_of(model: nn.Module) -> str:
-    """Which core attention the model's layers took in their last forward."""
+    """Which core attention the model's layers have used in their last forward."""
     own: Any = next((m for n, m in model.named_modules() if n.endswith("core_attention")), None)
     if own is None:
         return "none"
@@ -115,13 +115,14 @@ def attention_of(model: nn.Module) -> str:
 
 
 def forget_peak() -> None:
-    """What was held at most is counted from here on. Nothing without a GPU."""
+    """The peak of memory is counted from here on. Does nothing without a GPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> dict[str, float]:
-    """GiB, since `forget_peak`: of tensors, and of what torch has taken from CUDA. Empty without a GPU."""
+    """Peaks since `forget_peak` in GiB: of tensors, and of memory that torch has reserved. Empty without a
+    GPU."""
     if not torch.cuda.is_available():
         return {}
     return {
@@ -131,7 +132,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def device_allocations() -> int:
-    """How often torch has asked CUDA for memory or given it back so far, which holds kernels up."""
+    """How often torch has asked CUDA for memory or given it back so far. Kernels wait for each time."""
     if not torch.cuda.is_available():
         return 0
     counts = torch.cuda.memory_stats()
@@ -139,10 +140,10 @@ def device_allocations() -> int:
 
 
 def under_load(run: Callable[[], object]) -> dict[str, float]:
-    """Clock of the SMs, MHz, and power, W, while `run` is repeated, as long as nvidia-smi takes to answer.
+    """Clock of the SMs in MHz and power in W, under load: `run` is repeated until nvidia-smi has answered.
 
-    These runs are not measured. Empty without a GPU or nvidia-smi. One process only: several would not
-    repeat it equally often.
+    These runs are not measured. Empty without a GPU or nvidia-smi. For one process only: several ones would
+    not repeat `run` equally often.
     """
     if not torch.cuda.is_available():
         return {}
@@ -169,7 +170,7 @@ def under_load(run: Callable[[], object]) -> dict[str, float]:
 
 
 def read_load(answer: str) -> dict[str, float]:
-    """nvidia-smi's line of clock and power; empty when it says something else."""
+    """Clock and power from nvidia-smi's line; empty if it is no such line."""
     try:
         clock, power = map(float, answer.split(","))
     except ValueError:  # "[N/A]", or an error
@@ -178,7 +179,7 @@ def read_load(answer: str) -> dict[str, float]:
 
 
 def reason(error: Exception) -> str:
-    """Why a row could not be measured, in short; the whole of it is printed, but for missing memory."""
+    """Why a row could not be measured, in short. The traceback is printed, unless memory was missing."""
     if isinstance(error, torch.OutOfMemoryError):
         return f"{NO_MEMORY}: {str(error).split('. ')[0]}"
     traceback.print_exception(error)
@@ -186,7 +187,7 @@ def reason(error: Exception) -> str:
 
 
 def in_words(found: dict[str, Any]) -> str:
-    """Attention, memory, clock and power of a row, as far as it has them."""
+    """Attention, memory, clock and power of a row, those that it has."""
     forms = (
         ("attention", "attention: {}"),
         ("peak_gib", "peak {:.2f} GiB"),
