@@ -1,8 +1,9 @@
-"""Makes the page of GPU results from what gpu.py left: every table, with device, versions and commands.
+"""Makes the page of GPU results from what gpu.py left: of each part the question, command and tables.
 
     python benchmarks/gpu_page.py FOLDER-OR-results.tgz docs/results/h100.md
 
-A part that has not run, or has ended early, is named as such; no figure comes from anywhere else.
+A part that has not run, or has ended early, is named as such; no figure comes from anywhere else. The
+folder's `notes.md`, where somebody wrote one, is copied in. gpu_questions.py has the words around figures.
 """
 
 import argparse
@@ -20,19 +21,21 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout need not be installed
 
+from gpu_questions import QUESTIONS, Words  # noqa: E402
 from measuring import facts  # noqa: E402
 from measuring.hidden import BLOCKING, PASSES  # noqa: E402
 
 Report = dict[str, Any]
-INTRODUCTION = """# Results on a GPU
+INTRODUCTION = """# Results on one GPU
 
-Written by `python benchmarks/gpu_page.py` from the results of `python benchmarks/gpu.py`; not to be edited.
-What each part is, and what is wanted of it: [gpu.md](gpu.md).
+Everything that `python benchmarks/gpu.py` has measured. `python benchmarks/gpu_page.py` writes this page
+from the results: do not edit it. [All results](index.md) says what is measured and what is modelled;
+[the guide](../guides/gpu.md#measure-your-gpu) how to measure a GPU of yours.
 """
 
 
 def script(name: str) -> ModuleType:
-    """A benchmark, whose own table of its rows is shown."""
+    """A benchmark, whose own table of its rows or parts is read."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -45,58 +48,155 @@ def percent(value: float) -> str:
     return f"{value:.1%}"
 
 
-def first_precision(report: Report) -> str:
-    """The one that others are compared with."""
-    return next((row["precision"] for row in report["rows"]), "bf16")
+def by_shape(
+    rows: list[dict[str, Any]], titles: list[str], cells: Callable[[dict[str, Any]], list[str]]
+) -> str:
+    """A table for each shape, named above it."""
+    tables = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        lines = [cells(row) for row in rows if row["shape"] == shape]
+        tables.append(f"Shape `{shape}`:\n\n{facts.markdown(titles, lines)}")
+    return "\n\n".join(tables)
 
 
-def rows_of(report: Report, name: str) -> str:
-    """By the benchmark's own table."""
-    found = report["rows"]
-    if name == "layers":
-        return script(name).table(found, first_precision(report))
-    if name == "precision":
-        return script(name).table(report["losses"], found, first_precision(report))
-    return script({"training": "training_step"}.get(name, name)).table(found)
+def between(low: float, middle: float, high: float, digits: int = 2) -> str:
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def besides(reports: dict[str, Report]) -> str:
-    """What rows say of attention, memory, clock and power, and how many layers did not fit."""
-    said: dict[str, None] = {}
-    for name, report in reports.items():
-        for row in report.get("rows", [report]):
-            labels = [row[label] for label in ("case", "shape", "precision", "by") if label in row]
-            text = "; ".join(filter(None, [facts.in_words(row), *row.get("did_not_fit", [])]))
-            if text:
-                labels = [name] * (len(reports) > 1) + labels
-                said[f"- {', '.join(labels) or name}: {text}"] = None
-    return "\n".join(said)
+def layers_table(report: Report) -> str:
+    rows = report["rows"]
+    first = next((row["precision"] for row in rows), "bf16")
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        if "error" in row:
+            return [row["precision"], row.get("kind", "all"), row["error"]]
+        low, high = row["quartiles"]
+        speed = row.get(f"times_{first}s_speed")
+        return [
+            row["precision"],
+            row["kind"],
+            f"{row['ms']:.2f}",
+            between(low, row["over_standard"], high, 3),
+            f"{row['tflops']:.1f}",
+            f"{speed:.2f}" if speed else "",
+        ]
+
+    titles = ["precision", "kind", "ms", "over standard (quartiles)", "TFLOP/s"]
+    return by_shape(rows, [*titles, f"speed over {first}"], cells)
+
+
+def training_table(report: Report) -> str:
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    lines = [
+        [row["case"], row["error"]]
+        if "error" in row
+        else [
+            row["case"],
+            f"{row['step_ms']:.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+            cell(row["mfu"], ".1%"),
+            cell(row["peak_gib"], ".2f"),
+            cell(row["planned_gib"], ".2f"),
+        ]
+        for row in report["rows"]
+    ]
+    sizes = {
+        f"{row['case'].split(':')[0]} {row['parameters'] / 1e6:,.0f} M"
+        for row in report["rows"]
+        if "error" not in row
+    }
+    titles = ["case", "step, ms", "tokens/s", "MFU", "peak, GiB", "planned, GiB"]
+    words = f"Parameters: {', '.join(sorted(sizes))}.\n\n" if sizes else ""
+    return words + facts.markdown(titles, lines)
+
+
+def compile_table(report: Report) -> str:
+    def cells(row: dict[str, Any]) -> list[str]:
+        if "error" in row:
+            return ["all", row["error"]]
+        return [
+            f"{row['kind']}, {row['variant']}",
+            f"{row['ms']:.1f}",
+            between(*row["over_plain"]),
+            between(*row["processor_over_plain"]),
+            f"{row['first_step_s']:.1f}",
+            f"{row['kept_mib']:.0f}",
+        ]
+
+    titles = ["layers", "step, ms", "over plain (quartiles)", "processor time over plain"]
+    return by_shape(report["rows"], [*titles, "first step, s", "kept, MiB"], cells)
+
+
+def load_table(reports: dict[str, Report]) -> str:
+    """Attention, memory, clock and power of each row, and how many layers did not fit."""
+    columns = {
+        "attention": ("attention", "{}"),
+        "peak_gib": ("peak, GiB", "{:.2f}"),
+        "peak_reserved_gib": ("reserved, GiB", "{:.2f}"),
+        "sm_clock_mhz": ("SMs, MHz", "{:.0f}"),
+        "power_w": ("power, W", "{:.0f}"),
+    }
+    found = [
+        (name, row) for name, report in reports.items() for row in report.get("rows", [report])
+    ]
+    if any("planned_gib" in row for _, row in found):  # their table has the peak
+        columns["peak_gib"] = ("TFLOP/s", "{:.1f}")
+        found = [(name, {**row, "peak_gib": row.get("tflops")}) for name, row in found]
+    lines: dict[str, list[str]] = {}
+    notes: dict[str, None] = {}
+    for name, row in found:
+        labels = [row[label] for label in ("case", "shape", "precision", "by") if label in row]
+        label = ", ".join([name] * (len(reports) > 1) + labels) or name
+        notes.update({f"- {label}: {words}": None for words in row.get("did_not_fit", [])})
+        cells = [
+            "" if row.get(fact) is None else form.format(row[fact])
+            for fact, (_, form) in columns.items()
+        ]
+        if any(cells):
+            lines[label] = [label, *cells]
+    titles = ["under load", *(title for title, _ in columns.values())]
+    table = facts.markdown(titles, list(lines.values())) if lines else ""
+    return "\n\n".join(filter(None, [table, "\n".join(notes)]))
+
+
+def milliseconds(report: Report, kind: str, link: str) -> str:
+    """The median of forward and backward together."""
+    times = [t for t in report["times_s"] if (t["kind"], t["link"]) == (kind, link)]
+    return f"{1e3 * statistics.median(map(sum, times[0]['forward_backward'])):.1f}" if times else ""
 
 
 def hidden_table(reports: dict[str, Report]) -> str:
-    """Ladder's shares of the link's time, each over what can be hidden."""
-    lines = []
+    """Shares of the link's time that each kind hides, and the most that ladder can."""
+    texts = []
     for name, report in reports.items():
         found = report["hidden_share"][BLOCKING]
-        for line in ("parallel", "ladder"):
-            if line not in found:
-                continue
-            cells = []
-            for part in PASSES:
-                cell = percent(found[line][part])
-                if line == "ladder" and report["most_hidden"]:
-                    most = [report["most_hidden"][by][part] for by in ("layers", "planner")]
-                    cell += f" of {percent(most[0])}, {percent(most[1])}"
-                cells.append(cell)
-            allocations = sum(sum(steps[1:]) for steps in report["device_allocations"].values())
-            over = report["ladder_over_standard_zero_delay"] if line == "ladder" else ""
-            lines.append([name, str(report["layers"]), line, *cells, over, str(allocations)])
-    titles = ["part", "layers", "kind", *PASSES, "ladder over standard, no link"]
-    return (
-        "Measured; of ladder also what its number of layers allows, and what the planner's model of a pass "
-        "does with the times measured.\n\n"
-        + facts.markdown([*titles, "allocations by CUDA"], lines)
-    )
+        lines = [
+            [
+                "megatron-core's standard" if kind == "standard" else kind,
+                *(percent(found[kind][part]) for part in PASSES),
+                *(milliseconds(report, kind, link) for link in ("link", "zero")),
+            ]
+            for kind in ("standard", "parallel", "ladder")
+            if kind in found
+        ]
+        most = report["most_hidden"] or {}
+        for by, words in (
+            ("layers", "number of layers"),
+            ("planner", "times and the planner's model"),
+        ):
+            if by in most:
+                bounds = [percent(most[by][part]) for part in PASSES]
+                lines.append([f"ladder at most, by its {words}", *bounds])
+        allocations = sum(sum(steps[1:]) for steps in report["device_allocations"].values())
+        texts.append(
+            f"Part `{name}`, {report['layers']} layers. Without the link ladder takes "
+            f"{report['ladder_over_standard_zero_delay']} of\nstandard's time. CUDA was asked for "
+            f"memory {allocations} times while it was measured.\n\n"
+            + facts.markdown(["hidden", *PASSES, "ms, link", "ms, no link"], lines)
+        )
+    return "\n\n".join(texts)
 
 
 def connections_table(reports: dict[str, Report]) -> str:
@@ -104,16 +204,12 @@ def connections_table(reports: dict[str, Report]) -> str:
     lines = []
     for name, report in reports.items():
         shares = report["hidden_share"][BLOCKING]["ladder"]
-        medians = {
-            (t["kind"], t["link"]): statistics.median(map(sum, t["forward_backward"]))
-            for t in report["times_s"]
-        }
-        times = [f"{1e3 * medians['ladder', way]:.1f}" for way in ("link", "zero")]
+        times = [milliseconds(report, "ladder", link) for link in ("link", "zero")]
         cells = [
             f"{percent(shares[p])} of {percent(report['most_hidden']['layers'][p])}" for p in PASSES
         ]
         lines.append([name.removeprefix("connections-"), *cells, *times])
-    titles = ["CUDA_DEVICE_MAX_CONNECTIONS", *(f"hidden, {p}" for p in PASSES)]
+    titles = ["queues", *(f"hidden, {p}" for p in PASSES)]
     return facts.markdown([*titles, "ladder, ms, link", "no link"], lines)
 
 
@@ -125,23 +221,21 @@ def learning_table(report: Report) -> str:
             f"{row['mean']:.4f}",
             ", ".join(f"{more:+.4f}" for more in row["less_the_firsts"]),
             f"{row['tokens_per_second']:,}",
-            *(f"{time:.3f}" for time in row["modelled_time"].values()),
         ]
         for row in report["rows"]
     ]
-    names = list(report["rows"][0]["modelled_time"])
-    titles = [
-        "kind",
-        "parameters",
-        "validation loss",
-        f"less {report['rows'][0]['kind']}'s",
-        "tokens/s",
+    first = report["rows"][0]
+    times = [
+        [row["kind"], *(f"{time:.3f}" for time in row["modelled_time"].values())]
+        for row in report["rows"]
     ]
+    titles = ["kind", "parameters", "validation loss", f"less {first['kind']}'s", "tokens/s"]
     data = sum(d["training_tokens"] for d in report["data"])
     return (
-        f"{report['tokens']:,} tokens of each kind, {report['tokens'] / data:.2f} epochs of {data:,}. "
-        "The times are modelled, over the first kind's.\n\n"
-        + facts.markdown([*titles, *(f"time of {name}" for name in names)], lines)
+        f"{report['tokens']:,} tokens of each kind, {report['tokens'] / data:.2f} epochs of {data:,}.\n\n"
+        + facts.markdown(titles, lines)
+        + f"\n\nTimes of large shapes over {first['kind']}'s. **Modelled**, not measured:\n\n"
+        + facts.markdown(["kind", *(f"time of {name}" for name in first["modelled_time"])], times)
     )
 
 
@@ -167,23 +261,54 @@ def tests_table(log: str) -> str:
     return "\n".join([last, *(["", *failed] if failed else [])])
 
 
+def in_lines(command: str) -> str:
+    """As a block of code of a page's width."""
+    lines = [""]
+    for word in command.split(" "):
+        if len(lines[-1]) + len(word) > 100:
+            lines.append("    ")
+        lines[-1] += " " * bool(lines[-1].strip()) + word
+    return " \\\n".join(f"    {line}" for line in lines)
+
+
+def asked(words: Words) -> str:
+    return f"**Question:**\n{words.question}\n\n**Wanted:**\n{words.wanted}\n"
+
+
+def run_by(names: list[str], folder: Path, devices: list[str]) -> str:
+    """Devices, and the commands of these parts."""
+    summary = folder / "summary.json"
+    parts = json.loads(summary.read_text()) if summary.exists() else []
+    commands = [in_lines(p["command"]) for p in parts if p["name"] in names and p["command"]]
+    device = f"**Device:** {', '.join(devices)}." if devices else ""
+    command = "**Command:**" if commands else ""
+    head = " ".join(filter(None, [device, command]))
+    return "\n\n".join([head, *commands]) + "\n" if head else ""
+
+
 def section(
     title: str, names: list[str], folder: Path, render: Callable[[dict[str, Report]], str]
 ) -> str:
-    """A heading, and what is there of these parts."""
-    reports = {}
+    """A heading, the question, what was run, what is there of these parts, and what it does not show."""
+    reports: dict[str, Report] = {}
     for name in names:
         if (file := folder / f"{name}.json").exists():
             reports[name] = json.loads(file.read_text())
-    missing = [name for name in names if name not in reports]
-    text = [f"## {title}\n"]
+        elif (log := folder / f"{name}.log").exists() and name == "tests":
+            reports[name] = {"log": log.read_text()}
+    missing = [f"`{name}`" for name in names if name not in reports]
+    words = QUESTIONS[title]
+    text = [f"## {title}\n", asked(words)]
     if reports:
-        text.append(render(reports) + "\n")
-        if said := besides(reports):
-            text.append(said + "\n")
+        devices = list(dict.fromkeys(r["device"] for r in reports.values() if "device" in r))
+        text += [run_by(list(reports), folder, devices), render(reports) + "\n"]
+        if load := load_table(reports):
+            text.append(load + "\n")
     if missing:
-        text.append(f"No results: {', '.join(missing)}.\n")
-    return "\n".join(text)
+        text.append("**No results:**\n" + ",\n".join(missing) + ".\n")
+    if reports:
+        text.append(f"**What it does not show:**\n{words.not_shown}\n")
+    return "\n".join(filter(None, text))
 
 
 def where(folder: Path) -> str:
@@ -198,17 +323,15 @@ def where(folder: Path) -> str:
             found[f"{report['device']}: {versions}"] = None
     summary = folder / "summary.json"
     parts = json.loads(summary.read_text()) if summary.exists() else []
-    lines = [[p["name"], p["status"], f"{p['seconds']:.0f}", f"`{p['command']}`"] for p in parts]
+    lines = [[p["name"], p["status"], f"{p['seconds']:.0f}"] for p in parts]
     text = "\n".join(f"- {line}" for line in found) or "**There are no results yet.**"
-    return (
-        text
-        + "\n\n"
-        + (facts.markdown(["part", "", "s", "command"], lines) + "\n" if lines else "")
-    )
+    table = facts.markdown(["part of `gpu.py`", "what became of it", "s"], lines) + "\n"
+    return text + "\n\n" + (table if lines else "")
 
 
 def page(folder: Path) -> str:
     known = [part.name for part in script("gpu").parts()]
+    notes = folder / "notes.md"
 
     def named(start: str) -> list[str]:
         return [name for name in known if name.startswith(start)]
@@ -217,50 +340,31 @@ def page(folder: Path) -> str:
         def each(reports: dict[str, Report]) -> str:
             named = len(reports) > 1
             return "\n\n".join(
-                (f"{name}:\n\n" if named else "") + render(report)
+                (f"Part `{name}`:\n\n" if named else "") + render(report)
                 for name, report in reports.items()
             )
 
         return each
 
-    tests = folder / "tests.log"
-    return (
-        "\n".join(
-            [
-                INTRODUCTION,
-                where(folder),
-                section(
-                    "Attention", ["attention"], folder, of_one(lambda r: rows_of(r, "attention"))
-                ),
-                "## Tests\n\n"
-                + (tests_table(tests.read_text()) if tests.exists() else "No results.")
-                + "\n",
-                section("Layers, TP=1", ["layers"], folder, of_one(lambda r: rows_of(r, "layers"))),
-                section(
-                    "Training steps",
-                    [*named("training"), "cuda-graph"],
-                    folder,
-                    of_one(lambda r: rows_of(r, "training")),
-                ),
-                section(
-                    "Hidden share of a modelled link, TP=8",
-                    named("overlap"),
-                    folder,
-                    hidden_table,
-                ),
-                section("Hardware queues", named("connections"), folder, connections_table),
-                section("Learning", ["learning"], folder, of_one(learning_table)),
-                section("Learning rates", ["rates-of-learning"], folder, of_one(rates_table)),
-                section(
-                    "Precisions", ["precision"], folder, of_one(lambda r: rows_of(r, "precision"))
-                ),
-                section(
-                    "torch.compile", ["compile"], folder, of_one(lambda r: rows_of(r, "compile"))
-                ),
-            ]
-        ).rstrip()
-        + "\n"
+    def precision_table(report: Report) -> str:
+        first = next((row["precision"] for row in report["rows"]), "bf16")
+        return script("precision").table(report["losses"], report["rows"], first)
+
+    sections = (
+        ("Attention", ["attention"], of_one(lambda r: script("attention").table(r["rows"]))),
+        ("Tests", ["tests"], of_one(lambda r: tests_table(r["log"]))),
+        ("Layers, TP=1", ["layers"], of_one(layers_table)),
+        ("Training steps", [*named("training"), "cuda-graph"], of_one(training_table)),
+        ("Hidden share of a modelled link, TP=8", named("overlap"), hidden_table),
+        ("Hardware queues", named("connections"), connections_table),
+        ("Learning", ["learning"], of_one(learning_table)),
+        ("Learning rates", ["rates-of-learning"], of_one(rates_table)),
+        ("Precisions", ["precision"], of_one(precision_table)),
+        ("torch.compile", ["compile"], of_one(compile_table)),
     )
+    texts = [section(title, names, folder, render) for title, names, render in sections]
+    kept = [notes.read_text().strip() + "\n"] if notes.exists() else []
+    return "\n".join([INTRODUCTION, where(folder), *kept, *texts]).rstrip() + "\n"
 
 
 def main() -> None:

@@ -106,19 +106,26 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
+        """Key/value heads of a layer."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def padded_vocab_size(self) -> int:
+        """Rows of the embedding: `vocab_size` up to the next multiple of 128."""
         assert self.vocab_size is not None, "vocab_size is set from the data before building"
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def layer_residuals(self) -> tuple[Residual, ...]:
-        """The residual kind of each layer, first to last."""
+        """The residual kind of each layer, first to last.
+
+        Raises:
+            UserError: `ladder_layers` names a layer that does not exist, or `residual` is not ladder.
+        """
         if self.ladder_layers is None:
             return (self.residual,) * self.num_layers
         if self.residual != "ladder":
@@ -233,7 +240,11 @@ class ParallelConfig:
         return self.virtual_pipeline_model_parallel_size or 1
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model in `world_size` ranks."""
+        """Copies of the model in `world_size` ranks.
+
+        Raises:
+            UserError: `world_size` is not a multiple of `model_parallel_size`.
+        """
         if world_size % self.model_parallel_size:
             raise UserError(
                 f"{world_size} ranks do not divide into TP {self.tensor_model_parallel_size} x "
@@ -244,7 +255,15 @@ class ParallelConfig:
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuses a model that the layout cannot cut evenly, or that has no such layout."""
+    """Refuses a model that the layout cannot cut evenly, or that has no such layout.
+
+    Args:
+        model: with `vocab_size` set.
+        parallel: the layout.
+
+    Raises:
+        UserError: the first thing that does not fit.
+    """
     tp = parallel.tensor_model_parallel_size
     for name, size in (
         ("num_attention_heads", model.num_attention_heads),

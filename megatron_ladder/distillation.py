@@ -17,16 +17,20 @@ def distilled_losses(
     temperature: float,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
-    """What is trained on with a teacher, and the part of it that does without.
+    """The losses of distillation: the one to train on, and the cross-entropy in it.
 
     Args:
-        student: logits of this rank's part of the vocabulary; not to be used after. [b, s, vocabulary / tp]
+        student: the model's logits, of this rank's part of the vocabulary; do not use them afterwards.
+            [b, s, vocabulary / tp], fp32 or bf16
         teacher: the same of the other model.
-        labels: [b, s]
-        weight: the share of the divergence, from 0 to 1.
+        labels: ids of the tokens to predict. [b, s]
+        weight: the share of the divergence in the loss, from 0 to 1.
+        temperature: of `divergence`, above 0.
+        group: the tensor-parallel ranks.
 
     Returns:
-        ((1 - weight) cross-entropy + weight `divergence`, cross-entropy), fp32 [b, s], nats a token.
+        (1 - weight) cross-entropy + weight `divergence`, and the cross-entropy. Both are fp32 [b, s],
+        in nats a token.
     """
     from_teacher = divergence(student, teacher, temperature, group)
     cross_entropy = vocab_parallel_cross_entropy(student, labels)  # changes fp32 logits in place
@@ -36,13 +40,13 @@ def distilled_losses(
 def divergence(
     student: Tensor, teacher: Tensor, temperature: float, group: dist.ProcessGroup
 ) -> Tensor:
-    """T^2 KL(teacher || student) of each position, both softened by the temperature T.
+    """T^2 KL(teacher || student) of each position, with both softened by the temperature T.
 
-    With the factor T^2 its gradient is of the same size at every temperature (Hinton et al., arXiv
-    1503.02531, section 2). The gradient goes to the student alone.
+    The factor T^2 keeps the gradient's size the same at every temperature (Hinton et al., arXiv
+    1503.02531, section 2). Only the student gets a gradient.
 
     Args:
-        student: logits of this rank's part of the vocabulary. [..., vocabulary / tp]
+        student: logits of this rank's part of the vocabulary. [..., vocabulary / tp], fp32 or bf16
         teacher: the same of the other model.
         temperature: above 0.
         group: the tensor-parallel ranks.

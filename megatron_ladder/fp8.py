@@ -42,10 +42,14 @@ def check_fp8(
     precision: Precision,
     tokens: int,
 ) -> None:
-    """Refuses what FP8 GEMMs cannot do; says nothing of the machine.
+    """Refuses what FP8 GEMMs cannot do, on any machine; `check_machine` checks this one.
 
     Args:
-        tokens: that a rank's linears see at once: sequence length times micro-batch.
+        fp8: the options.
+        model: the model, whose sizes must fit the recipe.
+        parallel: the layout.
+        precision: must be bf16.
+        tokens: of a micro-batch: sequence length times micro-batch size.
 
     Raises:
         UserError: the first thing found wrong.
@@ -120,10 +124,11 @@ def check_machine(fp8: Fp8Config, impl: Literal["local", "transformer_engine"]) 
     """Refuses a recipe that this machine cannot run.
 
     Args:
+        fp8: the options.
         impl: whose layers will be built.
 
     Raises:
-        UserError: with what is missing.
+        UserError: names what is missing.
     """
     if fp8.recipe is None:
         return
@@ -136,7 +141,7 @@ def check_machine(fp8: Fp8Config, impl: Literal["local", "transformer_engine"]) 
 
 
 def missing(recipe: Fp8Recipe) -> str:
-    """What this machine lacks for a recipe; empty when it has all."""
+    """What this machine lacks for a recipe: a package, a GPU or a torch; empty if nothing."""
     least, generation = CAPABILITIES[recipe]
     import torch  # here: a command line starts without it
 

@@ -54,6 +54,7 @@ def initialize_model_parallel(
     torch.distributed must be initialised. Call `destroy_model_parallel` before a second layout.
 
     Args:
+        seed: of weights and dropout. Each pipeline stage adds 100 times its number.
         for_graphs: random states are generators, which a CUDA graph can hold, and not numbers.
     """
     parallel.data_parallel_size(torch.distributed.get_world_size())
@@ -75,8 +76,8 @@ def initialize_model_parallel(
 def destroy_model_parallel() -> None:
     """Undoes `initialize_model_parallel`; torch.distributed stays.
 
-    megatron-core's own keeps some names of groups, and RoPE's cache keeps models, which have them. With a
-    group live its threads: a process forked later would wait for them.
+    megatron-core's own function keeps references to some groups, and RoPE's cache keeps models, which
+    hold groups too. A group that stays keeps its threads, and a process forked later would wait for them.
     """
     parallel_state.destroy_model_parallel()
     for name, value in list(vars(parallel_state).items()):
@@ -87,7 +88,7 @@ def destroy_model_parallel() -> None:
 
 @dataclass
 class LadderConfig(TransformerConfig):
-    """megatron-core's configuration, and what it has no name for."""
+    """megatron-core's TransformerConfig, and the fields that it has no name for."""
 
     recompute_submodules: bool = False
     """Full recomputation by this project's layers (recompute.py)."""
@@ -113,10 +114,14 @@ def transformer_config(
 ) -> LadderConfig:
     """Our configuration in megatron-core's terms. The only place that does this translation.
 
+    Raises UserError when the layout cannot cut the model, or the layers have no such attention.
+
     Args:
-        attention: whose core attention, which is chosen here for all layers.
-        masks_given: attention is by the mask that forward gets, not merely causal.
-        micro_batch_size, seq_length: that attention is chosen for; None: the model's longest.
+        recompute: selective is core attention alone; full is each sub-module.
+        attention: whose core attention; it is chosen here for all layers.
+        masks_given: attention uses the mask that forward gets, [b, 1, s, s], not the causal one.
+        micro_batch_size: attention is chosen for this size.
+        seq_length: attention is chosen for this length; None: the model's longest.
     """
     check_layout(model, parallel)
     on_gpu = torch.cuda.is_available()
@@ -208,7 +213,7 @@ def build_gpt_model(
 
     Returns:
         The chunks of this pipeline stage, first to last; one unless it is interleaved. Their
-        `config` is the one megatron-core's schedules shall see (stages.py).
+        `config` is for megatron-core's schedules, which read the size of what stages send in it.
     """
     # 0.19 logs that GPTModel is to be replaced by HybridModel; nothing for a user to do.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)

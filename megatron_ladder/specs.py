@@ -67,7 +67,11 @@ class LocalCommFreeBackend(LocalBackend):
 
 
 def resolve_impl(impl: TransformerImpl) -> Literal["local", "transformer_engine"]:
-    """auto: Transformer Engine where it and a GPU are present, else megatron-core's local modules."""
+    """auto: Transformer Engine where it and a GPU are present, else megatron-core's local modules.
+
+    Raises:
+        UserError: transformer_engine was asked for, and the package or a GPU is missing.
+    """
     have_te = find_spec("transformer_engine") is not None
     have_gpu = torch.cuda.is_available()
     if impl == "auto":
@@ -93,17 +97,23 @@ def layer_spec(
 ) -> ModuleSpec:
     """The spec of a model's layers.
 
+    Standard models use megatron-core's own TransformerLayer: it is the baseline to beat.
+
     Args:
         residuals: each layer's residual kind, first to last; None: every layer is a ladder layer.
         impl: whose modules; see `resolve_impl`.
-        desync_interval: of desync layers.
-        recompute: full recomputation, by sub-module; standard models have megatron-core's.
-        masks_given: attention is by the mask given to forward, which says all; else it is causal.
+        desync_interval: with desync layers, the sub-modules from one all-reduce to the next.
+        recompute: full recomputation, by sub-module; standard models use megatron-core's.
+        masks_given: attention uses the mask given to forward; else it is causal.
         qk_layernorm: a norm for each head's query and key.
         core_attention: Transformer Engine's, torch's or megatron-core's own; None: torch's in local
-            layers, TE's in TE's.
+            layers, Transformer Engine's in its layers.
 
-    Standard models use megatron-core's own TransformerLayer: it is the baseline to beat.
+    Returns:
+        One spec for all layers. Each layer finds its own kind by its number.
+
+    Raises:
+        UserError: as `resolve_impl`.
     """
     chosen = resolve_impl(impl)
     kinds = set(residuals or ("ladder",))
@@ -140,7 +150,14 @@ def layer_spec(
 def block_spec(
     config: TransformerConfig, spec: ModuleSpec, impl: TransformerImpl, chunk: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, or of its `chunk`, and the final norm."""
+    """The layers of this pipeline stage, or of one of its chunks, and the final norm.
+
+    Args:
+        config: megatron-core's, of the whole model.
+        spec: of one layer, from `layer_spec`.
+        impl: whose modules; the same as for `layer_spec`.
+        chunk: with the interleaved schedule, which part of the stage, from 0; else None.
+    """
     if resolve_impl(impl) == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
     else:

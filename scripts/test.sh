@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything CI runs: formatting, lint, types, tests. Sets itself up.
+# Everything CI runs: formatting, lint, types, the documentation site, tests. Sets itself up.
 #
 #   bash scripts/test.sh                      all of it
 #   bash scripts/test.sh -k parity            options go to pytest
@@ -21,6 +21,7 @@ install_slurm
 "$bin/ruff" format --check --quiet .
 "$bin/ruff" check --quiet .
 "$bin/mypy"
+NO_MKDOCS_2_WARNING=1 "$bin/mkdocs" build # strict: links and anchors too. With --quiet no warning counts
 if [ $# -gt 0 ]; then
   exec "$bin/python" -m pytest "$@"
 fi

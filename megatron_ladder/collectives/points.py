@@ -298,8 +298,9 @@ def input_start(
 
     Args:
         x: [s, b, h], or [s/tp, b, h] with sequence parallelism; or the placeholder of an FP8 tensor,
-            which then is what is gathered.
+            which is then gathered instead.
         group: the tensor-parallel group; None communicates nothing (no-comm, for timing only).
+        sequence_parallel: `x` is this rank's part of the sequence.
         behind: the `number` of the sub-module before: the gradient is waited for after the whole
             backward of that one. None leaves it to autograd.
         all_reduce: how this sub-module's outputs are going to be summed.
@@ -322,11 +323,15 @@ def input_start(
 
 
 def input_wait(x: Tensor, *, shared: bool = False) -> Tensor:
-    """The input of the sub-module's first linear, arrived. [s, b, h]
+    """Waits for the input of the sub-module's first linear.
 
     Args:
+        x: from `input_start`.
         shared: several linears read it: its gradient is complete only after all of them, so none
             may start the reduction by itself.
+
+    Returns:
+        [s, b, h], complete.
     """
     collectives = collectives_of(x)
     if collectives is None:
@@ -338,11 +343,11 @@ def input_wait(x: Tensor, *, shared: bool = False) -> Tensor:
 
 
 def output_start(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
-    """Starts the sum of a sub-module's partial outputs over the ranks; read it after `output_wait`.
+    """Starts the sum of a sub-module's partial outputs over the ranks. Read it only after `output_wait`.
 
     Args:
         x: [s, b, h] partial sums; overwritten.
-        collectives: of the sub-module's input.
+        collectives: `collectives_of` the sub-module's input; None (one rank) does nothing.
 
     Returns:
         [s, b, h], or [s/tp, b, h] with sequence parallelism; in flight.
@@ -359,7 +364,14 @@ def output_start(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
 
 
 def output_wait(x: Tensor) -> Tensor:
-    """A sub-module's output, arrived."""
+    """Waits for a sub-module's output.
+
+    Args:
+        x: from `output_start`.
+
+    Returns:
+        [s, b, h], or [s/tp, b, h] with sequence parallelism; complete.
+    """
     collectives = collectives_of(x)
     if collectives is None:
         return x

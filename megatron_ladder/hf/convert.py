@@ -106,6 +106,10 @@ def megatron_to_hf(
 
     Those that need no reordering are views of `tensors`. Padded vocabulary rows are cut off.
 
+    Args:
+        tensors: megatron-core's, by name, whole: with layers stacked and without tensor-parallel cuts.
+        config: of the model.
+
     Raises:
         ValueError: before the first tensor, when one is missing, unknown or of another shape.
     """
@@ -177,6 +181,8 @@ def hf_to_megatron_chunks(
 
     Args:
         state: Hugging Face's tensors. A tied model's `lm_head.weight` may be among them.
+        config: of the model.
+        padded_vocab_size: rows of the embedding in training (`ModelConfig.padded_vocab_size`).
 
     Raises:
         ValueError: a tensor is missing, unknown or of another shape, or `padded_vocab_size` is less
@@ -219,7 +225,7 @@ def hf_to_megatron_chunks(
 def hf_to_megatron(
     state: Mapping[str, Tensor], config: LadderConfig, padded_vocab_size: int
 ) -> dict[str, Tensor]:
-    """The same as whole tensors."""
+    """`hf_to_megatron_chunks` as whole tensors, by name."""
     parts: dict[str, list[Chunk]] = {}
     for chunk in hf_to_megatron_chunks(state, config, padded_vocab_size):
         parts.setdefault(chunk.name, []).append(chunk)

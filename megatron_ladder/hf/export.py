@@ -86,8 +86,8 @@ def export_folder(
     """Writes config, weights, tokenizer, model card and modelling files; all of them or nothing.
 
     Args:
-        tensors: full megatron-core tensors (`convert` lists them); read one Hugging Face tensor at a
-            time, at most one shard of copies in memory.
+        tensors: megatron-core's, by name, whole (`megatron_ladder.hf.convert` lists them). They are
+            read one Hugging Face tensor at a time; at most one shard of copies is in memory.
         config: of the model; `eos_token_id` is the token that ends a document.
         tokenizer: a SentencePiece `.model` or a Hugging Face `tokenizer.json`; or the folder of the model
             this one came from, whose tokenizer and settings of generation are taken as they are.

@@ -28,6 +28,9 @@ LLAMA3 = {
 def read_hf_config(folder: Path) -> Any:
     """transformers' configuration of a model in a local folder. No code of the folder is run.
 
+    Args:
+        folder: holds config.json.
+
     Raises:
         UserError: there is none, it cannot be read, or its architecture is not supported.
     """
@@ -52,14 +55,14 @@ def read_hf_config(folder: Path) -> Any:
 
 
 def to_model_config(config: Any, where: Path) -> ModelConfig:
-    """The same model in this project's terms.
+    """A Hugging Face model's configuration as a training configuration.
 
     Args:
-        config: transformers', of one of ARCHITECTURES.
+        config: from `read_hf_config`.
         where: what to name in errors.
 
     Raises:
-        UserError: the model has something that training has not; everything of the kind is named.
+        UserError: training does not support something in the model; the message names all of it.
     """
     kind = config.model_type
     wrong = _unsupported(config)

@@ -5,7 +5,7 @@ from megatron_ladder.hf.configuration_ladder import LadderConfig
 
 
 def to_hf_config(model: ModelConfig, eod_id: int | None = None) -> LadderConfig:
-    """The same model in Hugging Face's terms.
+    """A training configuration in Hugging Face's terms.
 
     Args:
         model: with `vocab_size` set.

@@ -47,11 +47,11 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a folder, by name; their headers are read and checked, their data is not.
+    """All tensors of a folder's safetensors files, by name. Only the files' headers are read here.
 
     Raises:
-        UserError: no safetensors files, one that is missing or damaged, weights of another kind, or an
-            index that disagrees with the files.
+        UserError: there are no safetensors files, a file is missing or damaged, weights are not F32,
+            F16 or BF16, or the index disagrees with the files.
     """
     files, weight_map = _files(folder)
     found: dict[str, StoredTensor] = {}

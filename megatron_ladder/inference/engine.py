@@ -59,12 +59,13 @@ class Request:
 
     @property
     def most_tokens(self) -> int:
+        """The prompt's tokens and the most that may follow."""
         return len(self.prompt_ids) + self.sampling.max_new_tokens
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a step has given a request."""
+    """The tokens that a step has added to a request."""
 
     id: int
     new_ids: tuple[int, ...]
@@ -76,14 +77,16 @@ class Output:
 class DynamicEngine:
     """Continuous batching: requests come and go between steps; their keys and values lie in blocks.
 
-    A request begins when the cache has room for all that it may become, so that none is ever set back.
+    A request starts when the cache has room for its longest possible output, so none is ever evicted.
+    Every rank of the model makes an engine and calls its methods in the same order.
+    Raises UserError when the cache is smaller than one block (16 tokens).
 
     Args:
         chunk: this rank's part of the model, from build_gpt_model.
         model: with vocab_size set.
         eod_id: the token that ends a text.
-        max_requests: at a time.
-        cache_tokens: keys and values of so many tokens are kept; None: of max_requests whole contexts.
+        max_requests: requests that run at once; others wait.
+        cache_tokens: size of the key-value cache, in tokens; None: max_requests whole contexts.
         seed: of the sampling.
     """
 
@@ -123,14 +126,17 @@ class DynamicEngine:
 
     @property
     def free_blocks(self) -> int:
+        """Blocks of the cache that no running request may need."""
         return self._blocks - sum(_blocks_of(request) for request, _ in self._running.values())
 
     @property
     def num_waiting(self) -> int:
+        """Requests that have not started."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
+        """Requests that have started and not ended."""
         return len(self._running)
 
     def check(self, request: Request) -> None:
@@ -150,7 +156,7 @@ class DynamicEngine:
         self._waiting.append(request)
 
     def cancel(self, request_id: int) -> None:
-        """Ends a request, if it is there; no Output of it comes any more."""
+        """Ends a request, if there is one with this id. `step` returns no more of its outputs."""
         self._waiting = deque(r for r in self._waiting if r.id != request_id)
         if request_id in self._running:
             # As for a stop word: the next step gives its blocks back.
@@ -158,10 +164,11 @@ class DynamicEngine:
             self._cancelled.add(request_id)
 
     def has_work(self) -> bool:
+        """Whether a request runs or waits."""
         return bool(self._waiting or self._running)
 
     def step(self) -> list[Output]:
-        """One forward pass of all requests that run: a whole prompt of a new one, a token of the others."""
+        """One forward pass: the whole prompt of each new request, one token of each other."""
         self._begin_waiting()
         if not self._running:
             return []
@@ -202,7 +209,17 @@ class DynamicEngine:
 def generate_static(
     chunk: Any, model: ModelConfig, requests: Sequence[Request], *, eod_id: int, seed: int = 0
 ) -> list[tuple[int, ...]]:
-    """Continues prompts as one batch, which runs until all are done; `sampling` is the first one's.
+    """Continues prompts as one batch, which runs until all are done. All have the same `sampling`.
+
+    Args:
+        chunk: this rank's part of the model, from build_gpt_model.
+        model: with vocab_size set.
+        requests: the prompts.
+        eod_id: the token that ends a text.
+        seed: of the sampling.
+
+    Raises:
+        UserError: a prompt is empty, or it does not fit the context with its new tokens.
 
     Returns:
         The new tokens of each, without the one that ends the text.

@@ -56,7 +56,11 @@ class LadderTransformerLayer(TransformerLayer):
         residuals: the residual kind of each layer of the whole model; None: all are ladder layers.
         desync_interval: of desync layers, the n in desync-n.
         recompute: compute each sub-module's activations again in backward (recompute.py).
-        The others are TransformerLayer's.
+        *args: those of TransformerLayer.
+        **kwargs: those of TransformerLayer.
+
+    Raises:
+        ValueError: an option of megatron-core's that this layer does not support.
     """
 
     def __init__(
@@ -125,11 +129,17 @@ class LadderTransformerLayer(TransformerLayer):
             hidden_states: y; or, when `context` is None, the embedding, or what the stage before
                 sent. [s, b, h], packed [s, b, 2h]
             context: a. [s, b, h]
-            attention_kwargs: rotary_pos_emb and others, for self-attention.
+            attention_mask: for self-attention.
+            context_mask: must be None.
+            padding_mask: must be None.
+            **attention_kwargs: rotary_pos_emb and others, for self-attention.
 
         Returns:
-            (y', a') for the next layer; or, after a stage's last, one tensor and None: m' after
-            the model's last layer, else what the next stage gets.
+            (y', a') for the next layer. After the last layer of a pipeline stage, one tensor and None.
+            The tensor is m' after the model's last layer, else what the next stage gets.
+
+        Raises:
+            ValueError: with pipeline stages, when `build_gpt_model` did not build the layer.
         """
         assert context_mask is None and padding_mask is None
         if self.is_last_of_stage is None and self.config.pipeline_model_parallel_size > 1:

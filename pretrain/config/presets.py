@@ -122,7 +122,7 @@ def llama_3_70b() -> TrainConfig:
             ffn_hidden_size=28672,
             num_attention_heads=64,
         ),
-        # The planner's best for 1024 H100s (docs/design/overlap.md); fewer GPUs need `recompute`.
+        # The planner's best for 1024 H100s (docs/design/planner.md); fewer GPUs need `recompute`.
         parallel=ParallelConfig(
             tensor_model_parallel_size=8,
             sequence_parallel=True,

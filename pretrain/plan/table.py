@@ -76,7 +76,7 @@ def main_plan(options: PlanOptions) -> int:
         f"Assumed: {hardware.gemm_efficiency:.0%} of the GEMM peak, "
         f"{hardware.attention_efficiency:.0%} in attention; link {link}; "
         f"{options.network_gbit_per_s:g} Gb/s a GPU between nodes; sequence {data.seq_length}, "
-        f"global batch {batch}. docs/design/overlap.md says what the model leaves out.\n"
+        f"global batch {batch}. docs/design/planner.md says what the model leaves out.\n"
     )
     print(table(found, options.top))
     kind: Residual = model.residual if model.residual in found else "standard"

@@ -1,7 +1,7 @@
 """A training under random faults: python -m tests.chaos.run --faults 30 --steps 300 --json F --markdown F
 
 It is submitted by `megatron-ladder submit`, once undisturbed and once with faults from a seeded generator,
-and compared: every loss and every weight, bit by bit. docs/guides/faults.md has a table of it.
+and compared: every loss and every weight, bit by bit. docs/results/faults.md has a table of it.
 """
 
 import contextlib

@@ -21,6 +21,10 @@ def write(folder: Path, name: str, report: Any) -> None:
     (folder / f"{name}.json").write_text(json.dumps(report))
 
 
+def missing(*parts: str) -> str:
+    return "**No results:**\n" + ",\n".join(f"`{part}`" for part in parts) + ".\n"
+
+
 def step_of(case: str) -> dict[str, Any]:
     return {
         **{"case": case, "parameters": 1.2e9, "step_ms": 512.25, "tokens_per_second": 32_000.4},
@@ -32,10 +36,19 @@ def step_of(case: str) -> dict[str, Any]:
 def test_without_results_it_says_so_and_has_no_figures(tmp_path: Path) -> None:
     page = gpu_page.page(tmp_path)
     assert "There are no results yet" in page
-    assert "No results: training-1b, training-1b-te, training-8b, cuda-graph." in page
+    assert missing("training-1b", "training-1b-te", "training-8b", "cuda-graph") in page
     assert not any(line.startswith("|") for line in page.splitlines())
-    committed = ROOT / "docs/results/h100.md"
-    assert committed.exists() and committed.read_text().startswith(gpu_page.INTRODUCTION)
+    assert all(words.question in page for words in gpu_page.QUESTIONS.values())
+    assert not any(words.not_shown in page for words in gpu_page.QUESTIONS.values())
+
+
+def test_the_committed_page_is_that_of_the_committed_results() -> None:
+    page = gpu_page.page(ROOT / "benchmarks/results/h100")
+    assert (ROOT / "docs/results/h100.md").read_text() == page
+    notes = (ROOT / "benchmarks/results/h100/notes.md").read_text()
+    assert notes.startswith("## In short") and notes.strip() in page
+    tables = [line for line in page.splitlines() if line.startswith("|")]
+    assert max(line.count(" |") for line in tables) == 6, "columns of a table"
 
 
 def test_figures_are_those_of_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,25 +83,23 @@ def test_figures_are_those_of_the_archive(tmp_path: Path, monkeypatch: pytest.Mo
     gpu_page.main()
     page = out.read_text()
     assert "- A card: torch 2.11.0, cudnn 92100" in page
-    assert "| training-1b | done | 42 | `python x.py` |" in page
-    cells = "| 1,200 M | 512.2 | 32,000 | 451.0 | 45.6% | 61.25 | 60.50 |"
+    assert "| training-1b | done | 42 |" in page
+    assert "**Device:** A card. **Command:**\n\n    python x.py\n" in page
+    assert "Parameters: paper-1b 1,200 M." in page
+    cells = "| 512.2 | 32,000 | 45.6% | 61.25 | 60.50 |"
     assert f"| paper-1b:bf16:ladder {cells}" in page
     assert "| paper-1b:bf16:standard | out of memory: Tried to allocate 8 GiB |" in page
-    assert (
-        "- paper-1b:bf16:ladder: attention: Transformer Engine: cuDNN, peak 61.25 GiB, 1755 MHz, 641 W"
-        in page
-    )
+    assert "| paper-1b:bf16:ladder | Transformer Engine: cuDNN | 451.0 |  | 1755 | 641 |" in page
     assert (
         "1 failed, 38 passed in 9.00s" in page
         and "- `FAILED tests/gpu/test_gpu.py::test_it`" in page
     )
     assert "210,000,000 tokens of each kind, 2.10 epochs of 100,000,000" in page
-    assert "| ladder | 25,690,624 | 2.0625 | +0.0625 | 1,500,000 | 0.808 |" in page
+    assert "| ladder | 25,690,624 | 2.0625 | +0.0625 | 1,500,000 |" in page
+    assert "| ladder | 0.808 |" in page
     assert "| 1e-3 | 2.5000 | 2.2500 |" in page
-    assert (
-        "No results: training-1b-te, training-8b, cuda-graph." in page
-        and "No results: layers." in page
-    )
+    assert missing("training-1b-te", "training-8b", "cuda-graph") in page
+    assert missing("layers") in page and missing("tests") not in page
 
 
 def test_results_of_the_real_scripts(
@@ -124,9 +135,10 @@ def test_results_of_the_real_scripts(
     )
     capsys.readouterr()
     page = gpu_page.page(tmp_path)
-    assert "| overlap-70b-nvswitch-bf16-sp | 2 | ladder | " in page
-    assert "| overlap-70b-nvswitch-bf16-sp | 2 | parallel | " in page
-    assert " of 75.0%, " in page  # 3 of 4 in forward
-    assert "- overlap-70b-nvswitch-bf16-sp: attention: " in page
-    assert "| 8 | " in page and "No results: connections-1, connections-2, connections-32." in page
-    assert "| torch, its choice | " in page
+    assert "Part `overlap-70b-nvswitch-bf16-sp`, 2 layers." in page
+    assert all(f"\n| {kind} | " in page for kind in ("parallel", "ladder"))
+    assert "| ladder at most, by its number of layers | 75.0% |" in page  # 3 of 4 in forward
+    assert "| overlap-70b-nvswitch-bf16-sp | torch: " in page
+    assert "| 8 | " in page
+    assert missing("connections-1", "connections-2", "connections-32") in page
+    assert "\n| torch, its choice | " in page
