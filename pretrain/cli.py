@@ -86,9 +86,9 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
             return bench
         case "submit":
-            from pretrain.commands import submit
+            from pretrain.commands.submit import submit
 
-            return submit.main
+            return submit
         case "doctor":
             from pretrain.commands.doctor import doctor
 
