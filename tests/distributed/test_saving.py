@@ -23,7 +23,7 @@ FAILING_DISK = """
 import errno, functools, sys
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import FileSystemWriter
-from pretrain import saving
+from pretrain.loop import saving
 from pretrain.cli import main
 
 def fail_at(step, function, where):
