@@ -119,7 +119,7 @@ def _check_phases(options: Blend) -> None:
         start, *weights = then[begin : begin + each]
         if start != int(start) or start <= before:
             raise UserError(
-                f"--then {start:g}: give a whole number of tokens, above the {before:g} before it"
+                f"--then {start:g}: give a whole number of tokens above {before:g}: changes are in order"
             )
         if not any(weights):
             raise UserError(f"--then {start:g}: its weights are all 0")
