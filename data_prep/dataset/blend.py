@@ -54,7 +54,8 @@ def blend(options: Blend) -> str:
     write_durably(options.output, json.dumps({"data": data}, indent=2) + "\n")
     command = f"megatron-ladder train --preset NAME --config {options.output}"
     if total:
-        command += f" --schedule.train-tokens {total}"
+        # A preset that sets steps is refused tokens beside them.
+        command += f" --schedule.train-steps None --schedule.train-tokens {total}"
     starts = [phase["from_tokens"] for phase in phases]
     stretches = zip(
         [weights, *(p["weights"] for p in phases)], [0, *starts], [*starts, total], strict=True
