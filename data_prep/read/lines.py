@@ -59,7 +59,7 @@ def line_blocks(
         if done:
             break
         if held >= block_bytes:
-            after = first + len(lines)  # counted before, as the reader takes the lines out of the list
+            after = first + len(lines)  # counted now: the reader empties the list
             yield first, lines
             first, lines, held = after, [], 0
     else:
