@@ -18,13 +18,15 @@ def run(command: Callable[[], int]) -> int:
         try:
             status = command()
         except SystemExit:  # tyro's, after --help
-            sys.stdout.flush()
+            _flush()
             raise
         # Not left to the interpreter's end, which would complain.
-        sys.stdout.flush()
+        _flush()
         return status
     except BrokenPipeError:
-        unread = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+        # A stream is None when it was closed before Python started (`>&-`).
+        open_ones = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+        unread = [stream for stream in open_ones if _has_no_reader(stream)]
         if not unread:  # another pipe's, or a socket's
             raise
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -32,6 +34,11 @@ def run(command: Callable[[], int]) -> int:
             os.dup2(nowhere, stream.fileno())
         # A rank is at its end when it prints; of another status torchrun would print a page.
         return 0 if "RANK" in os.environ else BROKEN_PIPE
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _has_no_reader(stream: TextIO) -> bool:

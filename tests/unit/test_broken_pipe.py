@@ -100,6 +100,12 @@ def test_a_training_saves_and_stops(tmp_path: Path, both: str) -> None:
     assert 1 < int(saved.name.removeprefix("step_")) < 100
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_were_closed_before_are_none_of_its_pipes(closed: str) -> None:
+    ended = head(f"{closed} </dev/null | cat")
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_another_broken_pipe_stays_an_error() -> None:
     code = (
         "import os\n"
