@@ -1,6 +1,6 @@
-"""What a model and its layout are, in Megatron's and Hugging Face's words.
+"""Configuration of a model and of its layout over ranks, with the names of Megatron and Hugging Face.
 
-`mcore_compat.transformer_config` translates these into megatron-core's configuration, once.
+`mcore_compat.transformer_config` is the one place that translates these to megatron-core's configuration.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ TransformerImpl = Literal["auto", "local", "transformer_engine"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 Attention = Literal["auto", "te", "torch", "unfused"]
-"""Whose core attention; attention_choice.py says what auto takes. unfused: megatron-core's own."""
+"""The implementation of core attention. auto: attention_choice.py chooses. unfused: megatron-core's own."""
 AllReduce = Literal["exact", "int8"]
-"""How partial outputs are summed over tensor-parallel ranks; int8 in inference only (quantised_sum.py)."""
+"""How partial outputs are summed over tensor-parallel ranks. int8: inference only (quantised_sum.py)."""
 
-# Vocabulary rows are padded to this, whatever the layout: a checkpoint's shapes must not depend on
-# the tensor-parallel size it was trained at.
+# The rows of the vocabulary are padded to a multiple of this in every layout, so that a checkpoint's shapes
+# do not depend on the tensor-parallel size of the training.
 VOCAB_MULTIPLE = 128
 
 
@@ -153,11 +153,15 @@ class ModelConfig:
 
     @property
     def is_standard(self) -> bool:
-        """Every layer is megatron-core's own."""
+        """Whether every layer has the standard residual, and so is megatron-core's own TransformerLayer."""
         return set(self.layer_residuals()) == {"standard"}
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Trained parameters, vocabulary padding included when embeddings are."""
+        """Number of trained parameters.
+
+        Args:
+            embeddings: count the embedding and the output layer, with the padding of the vocabulary.
+        """
         attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads)
         attention += self.hidden_size * self.head_dim * (2 * self.kv_heads)
         layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + self._vectors_of_a_layer()
@@ -168,13 +172,13 @@ class ModelConfig:
         return total
 
     def num_matmul_parameters(self) -> int:
-        """Weights that each token is multiplied with: all but norms, biases and the embedding look-up."""
+        """Number of weights in matrix products: all but norms, biases and the embedding look-up."""
         vectors = self.num_layers * self._vectors_of_a_layer() + self.hidden_size
         look_up = 0 if self.share_embeddings_and_output_weights else 1
         return self.num_parameters() - vectors - look_up * self.padded_vocab_size * self.hidden_size
 
     def _vectors_of_a_layer(self) -> int:
-        """Parameters of its norms and biases."""
+        """Number of parameters in the norms and biases of one layer."""
         count = self.hidden_size * (1 if self.residual == "parallel" else 2)
         if self.add_qkv_bias:
             count += self.head_dim * (self.num_attention_heads + 2 * self.kv_heads)
@@ -255,7 +259,7 @@ class ParallelConfig:
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuses a model that the layout cannot cut evenly, or that has no such layout.
+    """Checks that a layout fits a model: that it can cut the model evenly, and supports its residual.
 
     Args:
         model: with `vocab_size` set.
@@ -290,7 +294,7 @@ def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
     last = parallel.num_layers_in_last_pipeline_stage
     given = [n for n in (first, last) if n is not None]
     others, left = pp - len(given), num_layers - sum(given)
-    # Every stage between gets as many; without one, nothing may be left over.
+    # All other stages get the same number of layers. Without other stages, no layer may be left over.
     fits = left == 0 if others == 0 else left >= others and left % others == 0
     if not fits:
         raise UserError(
