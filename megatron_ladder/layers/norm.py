@@ -6,7 +6,7 @@ import torch
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the constructor's arguments that megatron-core's layer specs pass.
+    """torch's RMSNorm with the arguments that megatron-core's layer specs pass.
 
     megatron-core's WrappedTorchNorm does the same but refuses sequence parallelism.
     """
