@@ -92,7 +92,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise UserError(
                 f"a head has {self.head_dim} channels (model.kv_channels, or model.hidden_size / "
-                "model.num_attention_heads): RoPE needs them even"
+                "model.num_attention_heads): RoPE needs an even number"
             )
         if self.num_attention_heads % self.kv_heads:
             raise UserError(
@@ -106,17 +106,17 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads of a layer."""
+        """The number of key/value heads of a layer."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head."""
+        """The number of channels of a head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: `vocab_size` up to the next multiple of 128."""
+        """The number of rows of the embedding: `vocab_size`, rounded up to a multiple of 128."""
         assert self.vocab_size is not None, "vocab_size is set from the data before building"
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
@@ -231,7 +231,7 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """The number of ranks that hold one copy of the model together."""
         return (
             self.tensor_model_parallel_size
             * self.pipeline_model_parallel_size
@@ -240,11 +240,11 @@ class ParallelConfig:
 
     @property
     def num_chunks(self) -> int:
-        """Parts of the model on each rank."""
+        """The number of parts (chunks) of the model on each rank."""
         return self.virtual_pipeline_model_parallel_size or 1
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model in `world_size` ranks.
+        """The number of copies of the model in `world_size` ranks.
 
         Raises:
             UserError: `world_size` is not a multiple of `model_parallel_size`.
@@ -300,9 +300,9 @@ def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
         raise UserError(
             f"model.num_layers {num_layers} do not divide over "
             f"parallel.pipeline_model_parallel_size {pp}"
-            + (f" with {first or 'even'} layers first and {last or 'even'} last" if given else "")
+            + (f" (first stage: {first or 'even'}, last stage: {last or 'even'})" if given else "")
             + ": choose another size, or set parallel.num_layers_in_first_pipeline_stage or "
-            "num_layers_in_last_pipeline_stage so that the other stages get equally many"
+            "num_layers_in_last_pipeline_stage so that all other stages get the same number of layers"
         )
     for layers in {*given, left // others if others else 0}:
         if layers % parallel.num_chunks:

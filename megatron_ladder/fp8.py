@@ -14,7 +14,7 @@ CAPABILITIES: dict[Fp8Recipe, tuple[tuple[int, int], str]] = {
     "delayed": ((8, 9), "Ada, Hopper and later"),
     "tensorwise": ((8, 9), "Ada, Hopper and later"),
     "blockwise": ((9, 0), "Hopper and later"),
-    "mxfp8": ((10, 0), "Blackwell of data centres"),
+    "mxfp8": ((10, 0), "data-centre Blackwell"),
 }
 # Two more requirements of Transformer Engine. Its blockwise GEMM needs the cuBLAS of CUDA 12.9. Its mxfp8
 # needs a compute capability below MXFP8_BELOW: from there on it does not have all layouts of that GEMM.

@@ -51,7 +51,8 @@ def initialize_model_parallel(
 ) -> None:
     """Makes megatron-core's process groups and seeds its random states.
 
-    torch.distributed must be initialised. Call `destroy_model_parallel` before you set another layout.
+    torch.distributed must be initialised. Raises UserError when the world size does not fit the layout.
+    Call `destroy_model_parallel` before you set another layout.
 
     Args:
         seed: for weights and dropout. A pipeline stage adds 100 times its number.

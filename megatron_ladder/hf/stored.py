@@ -89,7 +89,9 @@ def _check_index(index: Path, weight_map: dict[str, str], path: Path, names: set
     ):
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise UserError(f"{path.name} has {wrong[0]}{more} by {where}, but not by {not_where}")
+            raise UserError(
+                f"{path.name} has {wrong[0]}{more} according to {where}, but not according to {not_where}"
+            )
 
 
 def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:

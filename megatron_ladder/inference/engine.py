@@ -113,7 +113,7 @@ class DynamicEngine:
             self._blocks = cache_tokens // BLOCK_TOKENS
         if self._blocks < 1:
             raise UserError(
-                f"a cache of {cache_tokens} tokens is less than a block, {BLOCK_TOKENS}"
+                f"a cache of {cache_tokens} tokens is smaller than one block of {BLOCK_TOKENS}"
             )
         self._max_requests = max_requests
         self._eod_id = eod_id
