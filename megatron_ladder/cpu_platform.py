@@ -39,7 +39,7 @@ def _on_cpu(function: Callable) -> Callable:
 def enable() -> bool:
     """Patches torch and megatron-core so that they run on the CPU, when there is no GPU.
 
-    Call it before the model is built. A second call changes nothing.
+    Call it first, before megatron-core's groups and models are made. A second call changes nothing.
 
     Returns:
         Whether the CPU is used. False when there is a GPU.

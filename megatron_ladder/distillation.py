@@ -17,7 +17,7 @@ def distilled_losses(
     temperature: float,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
-    """The loss to train on, and its cross-entropy.
+    """The loss of distillation, and the cross-entropy that is a part of it.
 
     Args:
         student: the logits of the model that is trained, for this rank's part of the vocabulary.
