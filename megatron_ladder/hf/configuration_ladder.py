@@ -67,8 +67,8 @@ class LadderConfig(PreTrainedConfig):
             older `rope_theta` and `rope_scaling` are read too.
 
     Raises:
-        ValueError: the heads are not a multiple of the key/value heads, or `ladder_layer_indices` raises
-        it.
+        ValueError: the heads are not a multiple of the key/value heads, or `ladder_layers` or `residual` is
+            wrong.
     """
 
     model_type = "ladder"

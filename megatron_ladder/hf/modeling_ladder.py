@@ -353,10 +353,10 @@ class LadderForCausalLM(LadderPreTrainedModel, GenerationMixin):
         The other arguments are those of `LadderModel.forward`.
 
         Args:
-            labels: [batch, length]: the input ids (they are shifted here), -100 where a token is not
-            counted. logits_to_keep: an int N: only the logits of the last N positions, 0 for all. A
-            tensor: only the
-                logits of these positions.
+            labels: [batch, length], the input ids (they are shifted here), or -100 where a token does not
+                count.
+            logits_to_keep: with an int N, only the logits of the last N positions (0: all of them). With a
+                tensor, only the logits of the positions in it.
             num_items_in_batch: the summed loss is divided by this. None: by the number of counted labels.
         """
         outputs = self.model(

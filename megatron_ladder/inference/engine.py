@@ -87,8 +87,8 @@ class DynamicEngine:
         model: with vocab_size set.
         eod_id: the token that ends a text.
         max_requests: the most requests that run at once. Others wait.
-        cache_tokens: the size of the key-value cache, in tokens. None: enough for max_requests full
-        contexts. seed: for sampling.
+        cache_tokens: the size of the key-value cache, in tokens. None: max_requests full contexts.
+        seed: for sampling.
     """
 
     def __init__(
