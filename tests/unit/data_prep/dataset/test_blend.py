@@ -135,7 +135,7 @@ def test_bad_input(sets: list[Path], tmp_path: Path, refused) -> None:
     assert "3 values for each change" in said(*then, 100, 1)
     assert "more than 100 before them" in said(*then, 100, 1, 1, 100, 1, 1)
     assert "all 0" in said(*then, 100, 0, 0)
-    assert "tokens are whole" in said(*then, 1.5, 1, 1)
+    assert "give a whole number of tokens" in said(*then, 1.5, 1, 1)
     assert "0 or more" in said(*then, 100, 1, "nan")
     assert "not before the end" in said(*then, 100, 1, 1, "--train-tokens", 100)
     assert "above 0" in said(*sets[:2], "--weights", 0, 0, "--then", 100, 1, 1)
