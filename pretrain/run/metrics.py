@@ -213,15 +213,15 @@ class MetricsLog:
 
 
 def _say(text: str) -> None:
-    """Prints a line at once. When nobody reads it any more (`| head`), the run stops in good order."""
+    """Prints a line at once. When the program that reads it has ended (`| head`), asks the run to stop."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
         unread, nowhere = os.fstat(sys.stdout.fileno()), os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             if os.path.samestat(os.fstat(stream.fileno()), unread):
-                os.dup2(nowhere, stream.fileno())  # for the lines to come
-        os.kill(os.getpid(), signal.SIGTERM)  # stopping.py: all ranks stop at the same step
+                os.dup2(nowhere, stream.fileno())  # so that later lines raise no error
+        os.kill(os.getpid(), signal.SIGTERM)  # loop/stopping.py: all ranks stop after the same step
 
 
 def _appended(path: Path) -> BinaryIO:
