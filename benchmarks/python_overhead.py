@@ -15,6 +15,8 @@ import gc
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +92,7 @@ def compare(layout: str, precision: str, args: argparse.Namespace) -> list[dict[
     if quantization := sys.modules.get("transformer_engine.pytorch.quantization"):
         # It goes on finding scales of layers that are gone.
         quantization.FP8GlobalStateManager.reset()
-    runs = {}
+    runs: dict[str, Callable[[], tuple[float, ...]]] = {}
     for kind in args.kinds:
         model, tokens = model_of(kind, args.layers, layout, fp8.recipe is not None)
         decoder = Decoder(
@@ -101,7 +103,7 @@ def compare(layout: str, precision: str, args: argparse.Namespace) -> list[dict[
             precision=number_format,
             fp8=fp8,
         )
-        runs[kind] = lambda decoder=decoder: timed(decoder)
+        runs[kind] = partial(timed, decoder)
     times = measure(runs, args.steps)
     first = args.kinds[0]
     rows = []

@@ -54,7 +54,8 @@ def blend(options: Blend) -> str:
     write_durably(options.output, json.dumps({"data": data}, indent=2) + "\n")
     command = f"megatron-ladder train --preset NAME --config {options.output}"
     if total:
-        command += f" --schedule.train-tokens {total}"
+        # A preset that sets steps is refused tokens beside them.
+        command += f" --schedule.train-steps None --schedule.train-tokens {total}"
     starts = [phase["from_tokens"] for phase in phases]
     stretches = zip(
         [weights, *(p["weights"] for p in phases)], [0, *starts], [*starts, total], strict=True
@@ -119,7 +120,7 @@ def _check_phases(options: Blend) -> None:
         start, *weights = then[begin : begin + each]
         if start != int(start) or start <= before:
             raise UserError(
-                f"--then {start:g}: give a whole number of tokens, above the {before:g} before it"
+                f"--then {start:g}: give a whole number of tokens above {before:g}: changes are in order"
             )
         if not any(weights):
             raise UserError(f"--then {start:g}: its weights are all 0")

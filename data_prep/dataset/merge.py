@@ -100,8 +100,8 @@ def _results(
     if missing:
         raise UserError(
             f"{len(missing)} of {len(parts)} parts are not done: {_ranges(missing)}; run the tasks "
-            "that were not finished again (a task does the parts whose number leaves its --rank when "
-            "divided by --world-size), then merge"
+            "that were not finished again (a task does the parts whose number modulo --world-size is its "
+            "--rank), then merge"
         )
     return results
 

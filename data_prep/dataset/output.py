@@ -53,6 +53,6 @@ def check_space(output_dir: Path, sources: list[Source], dtype: str) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
-            f"--output-dir {output_dir}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed: "
+            f"--output-dir {output_dir}: {free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB needed: "
             "free space or choose another disk"
         )

@@ -59,9 +59,9 @@ def line_blocks(
         if done:
             break
         if held >= block_bytes:
+            after = first + len(lines)  # counted now: the reader empties the list
             yield first, lines
-            first += len(lines)
-            lines, held = [], 0
+            first, lines, held = after, [], 0
     else:
         if rest_bytes and not inside and not damage:
             lines.append(b"".join(rest) if rest_bytes <= longest else None)

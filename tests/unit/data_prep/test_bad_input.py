@@ -180,7 +180,7 @@ def test_fractions_that_leave_nothing(tokenize, jsonl, tmp_path) -> None:
 def test_no_space_or_no_permission(tokenize, jsonl, monkeypatch) -> None:
     usage = type("usage", (), {"free": 10})
     monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
-    assert "GB free, about" in tokenize(jsonl)
+    assert "MB free, about" in tokenize(jsonl)
     monkeypatch.undo()
     # Root may write anywhere, so the system's answer is stood in for.
     monkeypatch.setattr(output.os, "access", lambda *_: False)

@@ -133,7 +133,7 @@ def test_bad_input(sets: list[Path], tmp_path: Path, refused) -> None:
     assert "leave out --train-tokens" in said(*sets[:2], "--epochs", 1, 2, "--train-tokens", 9)
     then = (*sets[:2], "--weights", 1, 1, "--then")
     assert "3 values for each change" in said(*then, 100, 1)
-    assert "more than 100 before them" in said(*then, 100, 1, 1, 100, 1, 1)
+    assert "a whole number of tokens above 100" in said(*then, 100, 1, 1, 100, 1, 1)
     assert "all 0" in said(*then, 100, 0, 0)
     assert "give a whole number of tokens" in said(*then, 1.5, 1, 1)
     assert "0 or more" in said(*then, 100, 1, "nan")
