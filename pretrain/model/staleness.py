@@ -45,7 +45,9 @@ class Staleness:
             UserError: `count` is below 1, or the model has fewer layers.
         """
         if not 1 <= count <= len(self.alone):
-            raise UserError(f"ladder layers auto:{count}: the model has {len(self.alone)} layers")
+            raise UserError(
+                f"ladder layers auto:{count}: give a number from 1 to {len(self.alone)}, the model's layers"
+            )
         return tuple(sorted(self.order()[:count]))
 
 

@@ -132,8 +132,8 @@ def activation_bytes(
     FP8, and fused attention keeps it in bf16 as well.
 
     With full recomputation a layer of megatron-core keeps its input. This project's layers recompute one
-    sub-module at a time. They keep each sub-module's input and the input of its norm; the former in FP8,
-    and with scales of blocks once for each direction of the GEMMs.
+    sub-module at a time. They keep each sub-module's input and the input of its norm. In FP8, ladder layers
+    keep the former in FP8; with scales of blocks they keep it twice, for both directions of the GEMMs.
     """
     h, ffn = model.hidden_size, model.ffn_hidden_size
     cut = tp if sp else 1
