@@ -28,5 +28,5 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal. For small files: it reads the file at once."""
+    """The SHA-256 of a file, in hexadecimal. For small files: it reads the whole file at once."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -46,7 +46,8 @@ class Staleness:
         """
         if not 1 <= count <= len(self.alone):
             raise UserError(
-                f"ladder layers auto:{count}: give a number from 1 to {len(self.alone)}, the model's layers"
+                f"ladder layers auto:{count}: the model has {len(self.alone)} layers. Give a number from 1 "
+                "up to that"
             )
         return tuple(sorted(self.order()[:count]))
 

@@ -148,7 +148,7 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     read.
 
     Returns:
-        Tensors on the CPU; those of layers are stacked along axis 0.
+        Tensors by name; those of layers are stacked along axis 0.
 
     Raises:
         UserError: the checkpoint is damaged.
