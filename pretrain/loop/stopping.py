@@ -5,6 +5,7 @@ A scheduler sends SIGUSR1 or SIGTERM some time before it kills; to one process, 
 has: loader processes and those that write checkpoints among them, which must not mind.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain.processes import STOP_SIGNALS, shield_forked_children
+
+logger = logging.getLogger(__name__)
 
 # A scheduler, its step daemon and a batch script may each pass the same signal on.
 _SECOND_AFTER_S = 1.0
@@ -74,6 +77,12 @@ class StopSignals:
         number = torch.tensor([self._received], dtype=torch.int, device=torch.cuda.current_device())
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return signal.Signals(int(number)).name if number else ""
+
+    def stop(self, why: str) -> None:
+        """Acts as if SIGTERM had come. Does nothing when a signal has come before: it is no second one."""
+        if not self._received:
+            self._received, self._since = signal.SIGTERM, time.monotonic()
+            logger.warning("%s: stopping after this step, with a checkpoint", why)
 
     def ignore(self) -> None:
         """All is saved: torchrun ends all ranks when one has ended, and shall not change their status."""
