@@ -141,7 +141,7 @@ class CheckpointSaver:
 
     def _failed(self, error: str) -> None:
         if dist.get_rank() == 0:
-            # The free space is added since torch does not always pass on why it could not write.
+            # Said too, since torch does not always pass on why it could not write.
             error += f" ({shutil.disk_usage(self._disk).free / 1e9:.3f} GB free)"
             shutil.rmtree(self._temporary, ignore_errors=True)
         self._failures += 1
