@@ -108,9 +108,9 @@ class RunLog:
                 by = f"one CUDA graph, captured after {WARM_UP_STEPS} steps"
                 found.insert(0, Choice("forward and backward", by, ""))
             records = [asdict(choice) for choice in found]
-            words = f"built of\n{table(found)}"
+            words = f"what each part of the model runs on:\n{table(found)}"
             if not torch.cuda.is_available():
-                words = "built for the CPU; `megatron-ladder doctor` lists what each part runs on"
+                words = "the model runs on the CPU; `megatron-ladder doctor` lists what each part runs on"
                 if mcore_config.core_attention.keeps_scores:
                     words += (
                         f"; attention keeps its scores in memory: {mcore_config.core_attention.why}"

@@ -137,8 +137,9 @@ def _train(
         """Stops the run at a bad step, or passes over the step, or goes back to a checkpoint."""
         if bad.action == "stop":
             raise UserError(
-                f"{bad.reason} at step {bad.step}: lower optimizer.lr, train in fp32, or let the run pass "
-                "over such steps (faults.not_finite, faults.spike). The last checkpoint is untouched"
+                f"{bad.reason} at step {bad.step}. The last checkpoint is untouched: start again with a "
+                "lower optimizer.lr or in fp32, or let the run pass over such steps (faults.not_finite, "
+                "faults.spike)"
             )
         log.passed_over(bad.step, bad)
         if bad.action == "rollback":

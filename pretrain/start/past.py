@@ -26,7 +26,8 @@ def check_past(config: TrainConfig, folders: list[DataFolder]) -> None:
     if config.data.paths[: len(paths)] != paths:
         raise UserError(
             f"{config.output_dir} has been trained on data.paths {' '.join(map(str, paths))}: give these "
-            "first and in this order. Others may follow them; a weight of 0 in a phase leaves one out"
+            "first and in this order. You may add others after them. To stop using one, give it a weight "
+            "of 0 in a phase"
         )
     latest = latest_checkpoint(config.output_dir)
     step = checkpoint_step(latest) if latest else 0
@@ -39,9 +40,9 @@ def check_past(config: TrainConfig, folders: list[DataFolder]) -> None:
         was = "; ".join(_words(Blend(b.first_step, (*b.weights, *joined))) for b in past)
         raise UserError(
             f"{config.output_dir} has been trained to step {step} ({step * config.tokens_per_step:,} "
-            f"tokens) with the weights {was}. data.weights and data.phases now say "
-            f"{'; '.join(map(_words, now))}. A blend may change only after that step: give the old "
-            "weights as they were, and add the change to data.phases"
+            f"tokens) with the weights {was}, but data.weights and data.phases now say "
+            f"{'; '.join(map(_words, now))}. A blend may change only after that step: undo the change, "
+            "and add the new blend to data.phases"
         )
 
 

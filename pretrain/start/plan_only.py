@@ -48,8 +48,8 @@ def plan_only(argv: list[str]) -> int:
         )
     if config.transformer_impl == "local":
         raise UserError(
-            "--plan-only: memory can be planned for Transformer Engine's layers only, and "
-            "transformer_impl is local: leave --transformer-impl out"
+            "--plan-only: memory can be planned for Transformer Engine's layers only: leave out "
+            "--transformer-impl local"
         )
     check_layout(config.model, config.parallel)
     name, card_bytes = _card(chosen.plan_only)

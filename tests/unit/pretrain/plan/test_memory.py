@@ -199,7 +199,7 @@ def test_scores_of_one_layer_where_torch_has_no_other_kernel(config: TrainConfig
             1,
             ["hold 117.81 GiB", "does not fit", "--attention torch"],
         ),
-        ("--plan-only h100 --transformer-impl local", 2, ["transformer_impl is local"]),
+        ("--plan-only h100 --transformer-impl local", 2, ["leave out --transformer-impl local"]),
         ("--plan-only b200", 2, ["choose one of h100"]),
         ("--plan-only h100 --precision fp32", 2, ["is ladder in fp32"]),
         ("--plan-only h100 --parallel.tensor-model-parallel-size 5", 2, ["5"]),
