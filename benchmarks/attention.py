@@ -1,20 +1,18 @@
-"""Which core attention this machine gives layers, how long it takes, and the memory it takes.
+"""Which core attention do layers get on this machine, and how much time and memory does it take?
 
     python benchmarks/attention.py --json FILE
 
-One causal attention with grouped queries, bf16 on a GPU: Transformer Engine's module, where it is
-installed, and torch's scaled_dot_product_attention. NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 in the environment let
-Transformer Engine say why it takes which.
+Measured is one causal attention with grouped queries, in bf16 on a GPU: Transformer Engine's module, where
+it is installed, and torch's scaled_dot_product_attention. With NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 in the
+environment, Transformer Engine prints why it chooses a backend.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,30 +21,29 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from measuring import facts
+from measuring.options import parser_of
+from measuring.rows import Rows
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
 class ByTe(nn.Module):
-    """Transformer Engine's, as layers call it."""
+    """Transformer Engine's attention, as layers call it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
         import transformer_engine.pytorch as te
 
         class TEDotProductAttention(te.DotProductAttention):
-            """By the name that megatron-core's has."""
+            """It has the name of megatron-core's class, which `attention_of` looks for."""
 
         self.core_attention = TEDotProductAttention(
             args.heads,
@@ -62,7 +59,7 @@ class ByTe(nn.Module):
 
 
 class ByTorch(nn.Module):
-    """torch's, with one of its kernels or of its own choice."""
+    """torch's attention, with a given kernel or with the kernel that torch chooses."""
 
     def __init__(self, kernel: SDPBackend | None) -> None:
         super().__init__()
@@ -82,7 +79,6 @@ def measured(name: str, attend: nn.Module, args: argparse.Namespace, device: str
         torch.randn(args.tokens, 1, heads, args.head_dim, **place, requires_grad=True)
         for heads in (args.heads, args.kv_heads, args.kv_heads)
     )
-    facts.forget_peak()
     times = []
 
     def wait() -> float:
@@ -107,19 +103,9 @@ def measured(name: str, attend: nn.Module, args: argparse.Namespace, device: str
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        [row["by"], row["error"]]
-        if "error" in row
-        else [
-            row["by"],
-            row["attention"],
-            f"{row['forward_ms']:.2f}",
-            f"{row['backward_ms']:.2f}",
-            f"{row['peak_gib']:.2f}" if "peak_gib" in row else "",
-        ]
-        for row in rows
-    ]
-    return facts.markdown(["by", "taken", "forward, ms", "backward, ms", "peak, GiB"], lines)
+    columns = {"by": "{by}", "taken": "{attention}", "forward, ms": "{forward_ms:.2f}"}
+    columns |= {"backward, ms": "{backward_ms:.2f}", "peak, GiB": "{peak_gib:.2f}"}
+    return facts.table(rows, columns)
 
 
 def main() -> None:
@@ -131,15 +117,11 @@ def main() -> None:
             tried[f"torch, {kernel.name}"] = lambda kernel=kernel: ByTorch(kernel)  # type: ignore[misc]
         if importlib.util.find_spec("transformer_engine"):
             tried["Transformer Engine"] = lambda: ByTe(args)
-    rows: list[dict[str, Any]] = []
+    rows = Rows(device, args)
     for name, made in tried.items():
-        try:
+        with rows.case(by=name):
             rows.append(measured(name, made(), args, device))
-        except (RuntimeError, ImportError) as error:
-            rows.append({"by": name, "error": facts.reason(error)})
-        facts.write(args.json, {**facts.header(device, args), "rows": rows})
-    print(table(rows))
-    sys.exit(facts.failed(rows))
+    rows.end(table(rows))
 
 
 if __name__ == "__main__":

@@ -1,30 +1,28 @@
-"""What a checkpoint costs training: written in the background, against waiting for it.
+"""How much time does training lose to a checkpoint, written in the background or waited for?
 
     python benchmarks/checkpoint_stall.py --json benchmarks/results/checkpoint-stall.json
 
-One rank trains a model whose checkpoint has some 300 MB, on random tokens. In turn, a checkpoint is
-saved in the background (`--async-save`, the default) and one is waited for; every figure is a median of
-the rounds. On a CPU the copy is a fork: pages are copied when training changes them, while the other
-process writes.
+One rank trains a model on random tokens; its checkpoint has some 300 MB. In each round one checkpoint is
+saved in the background (`--async-save`, the default), and training waits for another one. Every figure is a
+median of the rounds. On a CPU the weights are not copied first: the process that writes is forked, and
+pages are copied when training changes them.
 
 step      seconds of an undisturbed training step (median of the steps before each save)
-stopped   seconds in which training does not go on, from asking for the checkpoint on
+stopped   seconds that the call which saves the checkpoint takes; training stands still
 slowed    seconds that the steps during the writing take longer than undisturbed ones, all together
-visible   seconds from asking for the checkpoint until it is complete and has its name
+visible   seconds from that call until the checkpoint is complete and has its name
 """
 
-import argparse
-import json
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from measuring import facts
+from measuring.batches import random_batch
+from measuring.options import parser_of
 from megatron_ladder.config import ModelConfig
 from pretrain.config.train import DataConfig, ScheduleConfig, TrainConfig
 from pretrain.loop.log import RunLog
@@ -36,7 +34,6 @@ from pretrain.model.setup import build, start_ranks, stop_ranks
 from pretrain.run.checkpoint import Progress
 from pretrain.run.folder import latest_checkpoint
 from pretrain.run.status import Status
-from pretrain.run.versions import versions
 
 BATCH, LENGTH, VOCABULARY = 4, 256, 8192
 BEFORE = 5  # undisturbed steps before each save
@@ -61,16 +58,6 @@ def configuration(folder: Path) -> TrainConfig:
     )
 
 
-def batch() -> dict[str, torch.Tensor]:
-    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1))
-    return {
-        "tokens": tokens[:, :-1],
-        "labels": tokens[:, 1:],
-        "loss_mask": torch.ones(BATCH, LENGTH),
-        "position_ids": torch.arange(LENGTH).expand(BATCH, -1),
-    }
-
-
 class Training:
     """A model in training, a step at a time."""
 
@@ -82,10 +69,10 @@ class Training:
         self.step_number = 0
 
     def step(self) -> float:
-        """Seconds of one step, with the question whether a checkpoint is complete."""
+        """Seconds of one step and of checking whether a checkpoint is complete."""
         begin = time.perf_counter()
         self.step_number += 1
-        train_step(*self.parts, iter([batch()]), self.config)
+        train_step(*self.parts, iter([random_batch(self.config)]), self.config)
         self.complete = self.saver.complete()
         return time.perf_counter() - begin
 
@@ -105,10 +92,7 @@ class Training:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write every figure")
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)  # the writing process has a core of its own
@@ -116,7 +100,7 @@ def main() -> None:
         config = configuration(Path(folder))
         start_ranks(config)
         training = Training(config)
-        training.save(wait=True)  # the first of everything
+        training.save(wait=True)  # warms up
         rounds: dict[str, list[dict[str, float]]] = {"in the background": [], "waited for": []}
         for _ in range(options.rounds):
             for line, results in rounds.items():
@@ -130,25 +114,17 @@ def main() -> None:
         for line, results in rounds.items()
     }
     print(f"a checkpoint of {size / 1e6:.0f} MB, medians of {options.rounds}, in seconds\n")
-    print("| | step | stopped | slowed | added | visible after |")
-    print("|---|---|---|---|---|---|")
-    for line, m in medians.items():
-        added = m["stopped"] + m["slowed"]
-        figures = (m["step"], m["stopped"], m["slowed"], added, m["visible"])
-        print(f"| {line} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |")
-    if options.json:
-        facts: dict[str, Any] = {
-            "command": "python benchmarks/checkpoint_stall.py "
-            "--json benchmarks/results/checkpoint-stall.json",
-            "device": f"cpu, {platform.machine()}, 1 thread",
-            "versions": versions(),
-            "parameters": config.model.num_parameters(),
-            "checkpoint_bytes": size,
-            "medians_s": medians,
-            "rounds_s": rounds,
-        }
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+    rows = [{**m, "line": k, "added": m["stopped"] + m["slowed"]} for k, m in medians.items()]
+    columns = {n: f"{{{n}:.2f}}" for n in ("step", "stopped", "slowed", "added", "visible")}
+    print(facts.table(rows, {"": "{line}", **columns}))
+    report = {
+        "parameters": config.model.num_parameters(),
+        "checkpoint_bytes": size,
+        "medians_s": medians,
+        "rounds_s": rounds,
+    }
+    facts.write(options.json, {**facts.header("cpu", options), **report})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,14 +1,14 @@
-"""Whole training steps of small models: attention that keeps scores, torch's, and layers torch.compile'd.
+"""How much do torch's attention and torch.compile save in whole training steps of small models?
 
     python benchmarks/compile.py --shapes 128:4:128:1 256:6:256:2 --json FILE
     torchrun --nproc-per-node 2 benchmarks/compile.py --shapes 128:6:256:8:4096 --kinds ladder \\
         --variants unfused plain                        # the quick start's training
 
-A shape is HIDDEN:LAYERS:SEQUENCE:MICRO_BATCH, and :VOCABULARY. Every run of a shape takes a step in turn,
-repetition by repetition; the quotients are of pairs in one repetition. `plain` is the default of `train`,
-`unfused` has `--attention unfused`; `compiled` has `--compile`, on one rank alone.
-Processor time, of the first rank's process alone, is what a machine that is shared leaves comparable. The
-bytes are those that a forward pass keeps for backward.
+A shape is HIDDEN:LAYERS:SEQUENCE:MICRO_BATCH, with :VOCABULARY at its end if it is not 512. `plain` is the
+default of `train`, `unfused` has `--attention unfused` and `compiled` has `--compile`, which works on one
+rank only. In each repetition every run of a shape takes one step, and quotients are of two runs' times in
+one repetition. Processor time counts the first rank's process alone; it is comparable on a shared machine
+too. "Kept" counts the bytes that a forward pass keeps for backward.
 """
 
 import argparse
@@ -16,20 +16,20 @@ import gc
 import itertools
 import os
 import statistics
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from measuring import facts
-from measuring.interleaved import measure
+from measuring.batches import random_batch
+from measuring.interleaved import measure, quotients
+from measuring.options import parser_of
+from measuring.rows import Rows
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.config.train import DataConfig, TrainConfig
-from pretrain.data.batches import Batch, to_device
+from pretrain.data.batches import to_device
 from pretrain.loop.step import train_step
 from pretrain.model.setup import build, start_ranks
 
@@ -41,15 +41,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["128:4:128:1", "256:6:256:2"])
     parser.add_argument("--kinds", nargs="+", default=["ladder", "standard"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--steps", type=int, default=30, help="interleaved repetitions")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
@@ -74,19 +71,6 @@ def config_of(shape: str, kind: Any, precision: Any) -> TrainConfig:
         precision=precision,
         transformer_impl="local",
     )
-
-
-def random_batch(config: TrainConfig) -> Batch:
-    assert config.model.vocab_size is not None
-    shape = (config.micro_batch_size, config.data.seq_length)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
-    return {
-        "tokens": tokens,
-        "labels": tokens.roll(-1, 1),
-        "loss_mask": torch.ones(shape),
-        "position_ids": torch.arange(shape[1]).expand(shape),
-    }
 
 
 class Run:
@@ -133,7 +117,6 @@ class Run:
 
 
 def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    facts.forget_peak()
     runs = {
         (kind, variant): Run(config_of(shape, kind, args.precision), variant)
         for kind in args.kinds
@@ -145,10 +128,7 @@ def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for (kind, variant), found in times.items():
         plain = times[kind, "plain"]
-        over = [
-            statistics.quantiles([a[i] / b[i] for a, b in zip(found, plain, strict=True)], n=4)
-            for i in (0, 1)
-        ]
+        over = [quotients([t[i] for t in found], [t[i] for t in plain]) for i in (0, 1)]
         run, other = runs[kind, variant], runs[kind, "plain"]
         rows.append(
             {
@@ -172,37 +152,29 @@ def compare(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    titles = ["hidden:layers:sequence:batch", "kind", "", "step, ms", "over plain", "quartiles"]
-    titles += ["processor time over plain", "quartiles", "first step, s", "kept, MiB"]
-    lines = []
-    for row in rows:
-        if "error" in row:
-            lines.append([row["shape"], "all", "", row["error"]])
-            continue
-        low, middle, high = row["over_plain"]
-        own_low, own, own_high = row["processor_over_plain"]
-        cells = [row["shape"], row["kind"], row["variant"], f"{row['ms']:.1f}", f"{middle:.2f}"]
-        cells += [f"{low:.2f} to {high:.2f}", f"{own:.2f}", f"{own_low:.2f} to {own_high:.2f}"]
-        lines.append([*cells, f"{row['first_step_s']:.1f}", f"{row['kept_mib']:.0f}"])
-    return facts.markdown(titles, lines)
+    columns = {
+        "hidden:layers:sequence:batch": "{shape}",
+        "kind": "{kind}",
+        "": "{variant}",
+        "step, ms": "{ms:.1f}",
+        "over plain": "{over_plain[1]:.2f}",
+        "quartiles": "{over_plain[0]:.2f} to {over_plain[2]:.2f}",
+        "processor time over plain": "{processor_over_plain[1]:.2f}",
+        "its quartiles": "{processor_over_plain[0]:.2f} to {processor_over_plain[2]:.2f}",
+        "first step, s": "{first_step_s:.1f}",
+        "kept, MiB": "{kept_mib:.0f}",
+    }
+    return facts.table(rows, columns)
 
 
 def main() -> None:
     args = arguments()
     device = start_ranks(config_of(args.shapes[0], "ladder", args.precision))
-    rows: list[dict[str, Any]] = []
+    rows = Rows(device, args)
     for shape in args.shapes:
-        try:
+        with rows.case(shape=shape):
             rows += compare(shape, args)
-        except RuntimeError as error:  # the other shapes can still be measured
-            rows.append({"shape": shape, "error": facts.reason(error)})
-        if dist.get_rank() == 0:
-            print(f"{shape}: {facts.in_words(rows[-1])}", flush=True)
-            facts.write(args.json, {**facts.header(device, args), "rows": rows})
-    if dist.get_rank() == 0:
-        print(table(rows))
-    dist.destroy_process_group()
-    sys.exit(facts.failed(rows))
+    rows.end(table(rows))
 
 
 if __name__ == "__main__":

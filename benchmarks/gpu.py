@@ -1,14 +1,15 @@
-"""Everything that is to be measured on one GPU, in one call, most wanted first, within a time.
+"""Measures all that is to be measured on one GPU, in one call, the most important parts first.
 
     python benchmarks/gpu.py OUTPUT --seconds 540 [--only PART...]
 
-Each part runs in a process of its own, and what it has written stays when a later one fails or the time
-is up; OUTPUT/summary.json says of each what became of it, OUTPUT/NAME.log what it printed. After each part
-OUTPUT/results.tgz has all of it but the traces, which are in OUTPUT/traces.tgz. `--list` names the parts;
-`--only overlap` is all whose names begin so.
+Each part runs in a process of its own. Its results stay when a later part fails or when the time is up.
+OUTPUT/summary.json has the status of each part, OUTPUT/NAME.log what it has printed. After each part
+OUTPUT/results.tgz holds all results but the traces, which are in OUTPUT/traces.tgz. `--list` prints the
+names of the parts; `--only overlap` chooses all parts whose names begin with that word.
 
-While a part runs, the next one's process has been started and imports what it needs
-(benchmarks/measuring/standby.py), with one thread and without the GPU. A part's limit counts from its go.
+While a part runs, the process of the next part has started and imports what it needs
+(measuring/standby.py), with one thread and without the GPU. A part's limit counts from when it begins
+to measure.
 """
 
 import argparse
@@ -29,18 +30,20 @@ sys.path.insert(0, str(ROOT))  # this checkout need not be installed
 
 from measuring.standby import Standby  # noqa: E402
 
-# Layers as a rank of TP=8 has them: hidden sizes, heads, and sequences in a micro-batch, as many as make
-# kernels long beside the time that Python takes to launch them, which would hide any link.
+# Layers as a rank of TP=8 has them: hidden size, FFN size, heads, and sequences in a micro-batch. There are
+# so many sequences that kernels take much longer than Python takes to launch them. Else the launches would
+# take longer than kernels and link together, and every link would seem hidden.
 OVERLAP = {"8b": ("4096", "14336", "32", "8"), "70b": ("8192", "28672", "64", "2")}
-# Of the parts' processes. A few small kernels are compiled: sooner in the process than by workers that
-# import torch first, one for each core, beside what is measured. The next is as in training (queues.py).
+# Of the parts' processes. With one compile thread the few small kernels are compiled in the process itself;
+# else workers, one for each core, would import torch while something is measured. The next variable is set
+# as in training (pretrain/model/queues.py).
 ENVIRONMENT = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "PYTHONUNBUFFERED": "1",  # what was printed before a part is killed is in its log
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
 }
-GRACE_S = 10.0  # for a part to say what it has, at its limit
+GRACE_S = 10.0  # for a part to print what it has, at its limit
 KEPT = (".json", ".log", ".xml", ".png", ".md")
 TRACE = ".trace.json.gz"
 LARGEST = 4 << 20  # bytes of a file in the archive
@@ -50,8 +53,8 @@ LARGEST = 4 << 20  # bytes of a file in the archive
 class Part:
     name: str
     command: list[str]
-    """After `python`: a script, or -m and a module. OUTPUT stands for the folder, WORK for one that does
-    not come back, SECONDS for how long it has."""
+    """After `python`: a script, or -m and a module. OUTPUT stands for the folder of results, WORK for a
+    folder that is not kept, SECONDS for the time that the part has."""
     limit_s: float
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -64,137 +67,96 @@ class Result:
     seconds: float
 
 
-def overlap(
-    shape: str, link: str, *options: str, precision: str = "bf16", layers: int = 16
+def benchmark(
+    script: str, options: str, limit_s: float, *, name: str = "", **environment: str
 ) -> Part:
-    """The layers, with those weights, gradients and activations, take some 40 of 80 GB."""
-    name = f"overlap-{shape}-{link}-{precision}"
-    if "--sequence-parallel" in options:
-        name += "-sp"
+    """A benchmark that writes OUTPUT/NAME.json. Its name is the script's if none is given."""
+    name = name or script
+    words = [f"benchmarks/{script}.py", *options.split(), "--json", f"OUTPUT/{name}.json"]
+    return Part(name, words, limit_s, environment)
+
+
+def tp8(shape: str) -> str:
+    """overlap.py's options for the layers of a rank of TP=8."""
     hidden, ffn, heads, batch = OVERLAP[shape]
-    command = ["benchmarks/overlap.py", "--hidden-size", hidden, "--ffn-hidden-size", ffn]
-    command += ["--heads", heads, "--kv-heads", "8", "--micro-batch-size", batch]
-    command += ["--seq-length", "8192", "--fake-tp", "8", "--layers", str(layers), "--steps", "6"]
-    command += ["--precision", precision, "--link", link, "--also", "parallel", *options]
+    sizes = f"--hidden-size {hidden} --ffn-hidden-size {ffn} --heads {heads} --kv-heads 8"
+    return f"{sizes} --micro-batch-size {batch} --seq-length 8192 --fake-tp 8"
+
+
+def overlap(shape: str, link: str, *, sp: bool = False, precision: str = "bf16") -> Part:
+    """16 layers: with their weights, gradients and activations they take some 40 of 80 GB."""
+    name = f"overlap-{shape}-{link}-{precision}" + ("-sp" if sp else "")
+    options = f"{tp8(shape)} --layers 16 --steps 6 --precision {precision} --link {link}"
+    options += " --also parallel" + (" --sequence-parallel" if sp else "")
     if (shape, link, precision) == ("70b", "nvswitch", "bf16"):
-        command += ["--trace", f"OUTPUT/{name}{TRACE}"]
+        options += f" --trace OUTPUT/{name}{TRACE}"
     # As pretrain/model/queues.py sets it.
-    queues = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"} if "--sequence-parallel" in options else {}
-    return Part(name, [*command, "--json", f"OUTPUT/{name}.json"], 90, queues)
+    queues = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"} if sp else {}
+    return benchmark("overlap", options, 90, name=name, **queues)
 
 
 def connections(count: int) -> Part:
-    """How many hardware queues the second stream of sequence parallelism wants: CUDA reads it once."""
-    hidden, ffn, heads, batch = OVERLAP["70b"]
-    command = ["benchmarks/overlap.py", "--hidden-size", hidden, "--ffn-hidden-size", ffn]
-    command += ["--heads", heads, "--kv-heads", "8", "--micro-batch-size", batch]
-    command += ["--seq-length", "8192", "--fake-tp", "8", "--layers", "8", "--steps", "8"]
-    command += ["--precision", "bf16", "--link", "nvswitch", "--also", "--sequence-parallel"]
-    return Part(
-        f"connections-{count}",
-        [*command, "--json", f"OUTPUT/connections-{count}.json"],
-        60,
-        {"CUDA_DEVICE_MAX_CONNECTIONS": str(count)},
-    )
+    """How many hardware queues does the second stream of sequence parallelism need? CUDA reads the number
+    once, so each number is a part."""
+    options = f"{tp8('70b')} --layers 8 --steps 8 --precision bf16 --link nvswitch"
+    options += " --also --sequence-parallel"
+    queues = {"CUDA_DEVICE_MAX_CONNECTIONS": str(count)}
+    return benchmark("overlap", options, 60, name=f"connections-{count}", **queues)
 
 
-def training(shape: str, cases: list[str]) -> Part:
-    name = f"training-{shape}"
-    options = ["--accumulate", "4", "--steps", "6", "--json", f"OUTPUT/{name}.json"]
-    return Part(name, ["benchmarks/training_step.py", "--cases", *cases, *options], 120)
+# 25.7 million parameters without the embedding. The micro-batches keep the GPU longer than Python takes to
+# launch their kernels.
+LEARNING = """--text --work-dir WORK --seeds 1 --target llama-3-8b llama-3-70b:64 --preset paper-1b
+    --model.num-layers 8 --model.hidden-size 512 --model.ffn-hidden-size 1408
+    --model.num-attention-heads 8 --model.vocab-size None --data.seq-length 1024 --data.num-workers 8
+    --micro-batch-size 128 --global-batch-size 128 --schedule.warmup-steps 60 --eval-interval 200
+    --eval-sequences 512 --save-interval 1000000 --log-interval 5 --no-tensorboard --seconds SECONDS"""
+PAPER = "paper-1b:bf16:ladder paper-1b:bf16:standard"
+LLAMA = "llama-3-8b:bf16:ladder:4 llama-3-8b:tensorwise:ladder:4 llama-3-8b:bf16:ladder:8:full"
+FP8 = "tensorwise delayed blockwise"  # of Hopper
 
 
 def parts() -> list[Part]:
-    fp8 = ["tensorwise", "delayed", "blockwise"]  # of Hopper
-    paper = [f"paper-1b:{case}" for case in ("bf16:ladder", "bf16:standard", "tensorwise:ladder")]
-    llama = [f"llama-3-8b:{case}" for case in ("bf16:ladder:4", "tensorwise:ladder:4")]
-    llama.append("llama-3-8b:bf16:ladder:8:full")
-    sp = "--sequence-parallel"
-    layers = ["--precisions", "bf16", *fp8, "--tokens", "16384", "--steps", "15"]
-    learning = [
-        *("benchmarks/learning.py", "--text", "--work-dir", "WORK", "--seeds", "1"),
-        *("--target", "llama-3-8b", "llama-3-70b:64", "--preset", "paper-1b"),
-        # 25.7 million parameters without the embedding. Micro-batches that keep the GPU longer than
-        # Python takes to launch them.
-        *("--model.num-layers", "8", "--model.hidden-size", "512"),
-        *("--model.ffn-hidden-size", "1408", "--model.num-attention-heads", "8"),
-        *("--model.vocab-size", "None", "--data.seq-length", "1024", "--data.num-workers", "8"),
-        *("--micro-batch-size", "128", "--global-batch-size", "128"),
-        *("--schedule.warmup-steps", "60", "--eval-interval", "200", "--eval-sequences", "512"),
-        *("--save-interval", "1000000", "--log-interval", "5", "--no-tensorboard"),
-    ]
-    rates = [*learning, "--rates", "1e-3", "2e-3", "4e-3", "--train-tokens", "20_000_000"]
-    precision = ["--precisions", "bf16", *fp8, "--steps", "250"]
-    shapes = ["--shapes", "256:6:256:2", "512:8:512:4", "--precision", "bf16"]
-    tests = ["-m", "pytest", "-v", "--durations", "10", "-m", "gpu", "tests/gpu"]
-    # TE says why it takes which.
-    debug = {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "2"}
+    tests = "-m pytest -v --durations 10 -m gpu tests/gpu --junitxml OUTPUT/tests.xml"
+    paper_1b = f"--cases {PAPER} paper-1b:tensorwise:ladder --accumulate 4 --steps 6"
+    llama_8b = f"--cases {LLAMA} --accumulate 4 --steps 6"
+    # Small micro-batches, whose kernels run faster than Python launches them.
+    small = "--micro-batch-size 4 --accumulate 2 --steps 10"
+    graphs = " ".join(f"{case}:graph" for case in f"{PAPER} paper-1b:tensorwise:ladder".split())
+    te = f"--cases paper-1b:bf16:ladder --attention te {small}"
+    learning = f"{LEARNING} --train-tokens 210_000_000 --optimizer.lr 2e-3"
+    rates = f"{LEARNING} --train-tokens 20_000_000 --rates 1e-3 2e-3 4e-3"
+    precision = f"--precisions bf16 {FP8} --steps 250 --picture OUTPUT/precision.png"
     return [
-        Part(
-            "attention", ["benchmarks/attention.py", "--json", "OUTPUT/attention.json"], 60, debug
-        ),
+        # Transformer Engine prints why it chooses a backend.
+        benchmark("attention", "", 60, NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="2"),
         Part("doctor", ["-m", "pretrain.cli", "doctor"], 60),
-        Part("tests", [*tests, "--junitxml", "OUTPUT/tests.xml"], 240),
-        Part("layers", ["benchmarks/layers.py", *layers, "--json", "OUTPUT/layers.json"], 120),
-        training("1b", paper),
-        Part(  # beside the first rows of cuda-graph: the same with Transformer Engine's attention
-            "training-1b-te",
-            [
-                *("benchmarks/training_step.py", "--cases", paper[0], "--attention", "te"),
-                *("--micro-batch-size", "4", "--accumulate", "2", "--steps", "10"),
-                *("--json", "OUTPUT/training-1b-te.json"),
-            ],
-            60,
-        ),
-        Part(  # small micro-batches, which Python cannot launch as fast as they run
-            "cuda-graph",
-            [
-                *("benchmarks/training_step.py", "--cases", *paper[:2]),
-                *(f"{case}:graph" for case in paper),
-                *("--micro-batch-size", "4", "--accumulate", "2", "--steps", "10"),
-                *("--json", "OUTPUT/cuda-graph.json"),
-            ],
-            120,
-        ),
-        training("8b", llama),
+        Part("tests", tests.split(), 240),
+        benchmark("layers", f"--precisions bf16 {FP8} --tokens 16384 --steps 15", 120),
+        benchmark("training_step", paper_1b, 120, name="training-1b"),
+        # To be compared with the first rows of cuda-graph, which have torch's attention.
+        benchmark("training_step", te, 60, name="training-1b-te"),
+        benchmark("training_step", f"--cases {PAPER} {graphs} {small}", 120, name="cuda-graph"),
+        benchmark("training_step", llama_8b, 120, name="training-8b"),
         overlap("70b", "nvswitch"),
-        overlap("70b", "nvswitch", sp),
+        overlap("70b", "nvswitch", sp=True),
         overlap("8b", "nvswitch"),
-        overlap("8b", "nvswitch", sp),
+        overlap("8b", "nvswitch", sp=True),
         overlap("70b", "p2p-off"),
         overlap("8b", "p2p-off"),
-        overlap("70b", "p2p-off", sp),
-        overlap("8b", "p2p-off", sp),
+        overlap("70b", "p2p-off", sp=True),
+        overlap("8b", "p2p-off", sp=True),
         *(connections(count) for count in (1, 2, 8, 32)),
-        Part(
-            "learning",
-            [
-                *(*learning, "--seconds", "SECONDS", "--train-tokens", "210_000_000"),
-                *("--optimizer.lr", "2e-3", "--json", "OUTPUT/learning.json"),
-                *("--picture", "OUTPUT/learning.png"),
-            ],
-            500,
-        ),
-        Part(
-            "rates-of-learning",
-            [*rates, "--seconds", "SECONDS", "--json", "OUTPUT/rates-of-learning.json"],
-            270,
-        ),
-        Part(
-            "precision",
-            [
-                *("benchmarks/precision.py", *precision, "--json", "OUTPUT/precision.json"),
-                *("--picture", "OUTPUT/precision.png"),
-            ],
-            120,
-        ),
-        Part("compile", ["benchmarks/compile.py", *shapes, "--json", "OUTPUT/compile.json"], 120),
+        benchmark("learning", f"{learning} --picture OUTPUT/learning.png", 500),
+        benchmark("learning", rates, 270, name="rates-of-learning"),
+        benchmark("precision", precision, 120),
+        benchmark("compile", "--shapes 256:6:256:2 512:8:512:4 --precision bf16", 120),
         overlap("70b", "nvswitch", precision="tensorwise"),
     ]
 
 
 def standby_of(part: Part, output: Path) -> Standby:
-    """Its process, which begins to import."""
+    """A part's process, which begins to import."""
     return Standby(
         ROOT,
         session=True,
@@ -214,7 +176,7 @@ def words_of(part: Part, output: Path, limit_s: float) -> list[str]:
 
 
 def run(part: Part, standby: Standby, output: Path, limit_s: float) -> Result:
-    """Ends it at its limit, counted from now."""
+    """Runs a part, and ends it at its limit, which counts from now."""
     begin = time.monotonic()
     standby.go(words_of(part, output, limit_s))
     try:
@@ -225,7 +187,7 @@ def run(part: Part, standby: Standby, output: Path, limit_s: float) -> Result:
         standby.process.send_signal(signal.SIGINT)  # pytest reports then
         with contextlib.suppress(subprocess.TimeoutExpired):
             standby.process.wait(GRACE_S)
-    standby.end()  # its children would keep the GPU
+    standby.end()  # else its children could go on using the GPU
     shown = [f"{name}={value}" for name, value in part.environment.items()]
     shown += ["python", *part.command]
     return Result(part.name, " ".join(shown), status, round(time.monotonic() - begin, 1))
@@ -249,7 +211,7 @@ def archive(output: Path) -> list[str]:
 
 
 def chosen(only: list[str] | None) -> list[Part]:
-    """Those whose names begin as asked, in the order asked for."""
+    """The parts whose names begin with one of the words, in the order of the words."""
     known = parts()
     if only is None:
         return known
@@ -266,7 +228,7 @@ def main() -> None:
     )
     parser.add_argument("output", type=Path, nargs="?", default=Path("gpu-results"))
     parser.add_argument("--seconds", type=float, default=3600, help="for all parts together")
-    parser.add_argument("--only", nargs="+", help="parts, or how their names begin")
+    parser.add_argument("--only", nargs="+", help="names of parts, or how the names begin")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     wanted = chosen(args.only)

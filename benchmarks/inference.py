@@ -1,32 +1,30 @@
-r"""Generation with each residual kind over a modelled link: prefill and decode, beside the paper's table.
+r"""How much faster does each residual kind generate over a modelled link, in prefill and in decode?
 
     python benchmarks/inference.py --json benchmarks/results/inference.json \
         --picture docs/pictures/inference.png --timeline docs/pictures/inference_timeline.png
 
-A case is a shape of the paper, a link and a batch: prompt 1,024, 512 new tokens. How long attention, MLP
-and an all-reduce take there is modelled (measuring/inference/plan.py). What is measured is how much
-of the all-reduces' time the code hides:
+A case is a shape of the paper, a link and a batch, with a prompt of 1,024 and 512 new tokens. How long
+attention, MLP and an all-reduce take there is modelled (measuring/inference/plan.py). The share of the
+all-reduces' time that is hidden is measured:
 
-On a CPU, real ranks (gloo) or, with --fake-tp N, one that plays rank 0 of N, run a reduced decoder with
-its real cache and collectives. Its MLP is made so wide that MLP over attention is as in the case, and
-an all-reduce is under way (pretrain/bench/wire.py) for as large a part of a layer's compute as there.
-Batch and prompt of the case are in these two ratios only.
+On a CPU a reduced decoder runs, with its real cache and collectives: on real ranks (gloo), or on one that
+plays rank 0 of N (--fake-tp N). Its MLP is as wide as it must be for MLP over attention to be as in the
+case. An all-reduce is under way (pretrain/bench/wire.py) for as large a part of a layer's compute as there.
+Batch and prompt of the case come in through these two ratios alone.
 
-On one GPU, with --fake-tp 8, the layers have the case's shape, batch and prompt, as many as --layers
-says, decode is a CUDA graph, and an all-reduce takes what is modelled.
+On one GPU, with --fake-tp 8, the layers have the case's shape, batch and prompt, and --layers says how
+many there are. Decode is a CUDA graph, and an all-reduce takes as long as modelled.
 
-With --alternatives, other ways to wait less are run beside them: ladder with all-reduces in int8 or
-in two messages each, and parallel in two half-batches.
+With --alternatives, other ways to wait less are measured too: ladder with all-reduces in int8 or in two
+messages each, and parallel in two half-batches.
 
-A kind's hidden share of the link's time is one less T_kind(link) - T_kind(zero) over the same of
-standard, which waits at once; its speed-up counts what the link adds to it, on top of the no-comm
-compute: gloo's own work is left out, as a GPU's cores do not do it.
+A kind's hidden share is 1 - (T_kind(link) - T_kind(zero)) / (T_standard(link) - T_standard(zero)), as
+standard waits for each all-reduce at once. Its speed-up counts the time that the link adds to it, on top of
+the compute of no-comm. gloo's own work is left out, as on a GPU the cores do not do it.
 """
 
 import argparse
 import gc
-import json
-import os
 import platform
 import statistics
 import sys
@@ -39,6 +37,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from measuring import facts, ranks
 from measuring.inference.decoder import InferenceDecoder, captured, seconds
 from measuring.inference.plan import (
     BUILT,
@@ -52,16 +51,14 @@ from measuring.inference.plan import (
 )
 from measuring.inference.report import draw, figures, modelled_figures, tables, whole
 from measuring.interleaved import measure, slowest
+from measuring.options import parser_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.inference.sums import set_all_reduce
-from pretrain.bench.ranks import become_torchrun, join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.timeline import draw as draw_timeline
 from pretrain.bench.wire import LinkSeconds, over, own_seconds
 from pretrain.plan.links import PRESETS as LINKS
-from pretrain.run.versions import versions
 
-TP = 2
 CASES = ("70b:nvswitch", "70b:p2p-off", "8b:nvswitch", "8b:p2p-off", "405b:two-nodes-ndr")
 WIDTHS = 2, 8  # of the MLPs whose time is taken to know how it grows, in hidden sizes
 
@@ -81,15 +78,13 @@ class Case:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     every = [f"{shape}:{link}" for shape in SHAPES for link in LINKS]
     parser.add_argument("--cases", nargs="+", choices=every, default=CASES, metavar="SHAPE:LINK")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--alternatives", action="store_true", help="on a CPU: other ways as well")
-    parser.add_argument("--fake-tp", type=int, help="one process as rank 0 of this many")
+    ranks.add_fake_tp(parser)
     parser.add_argument("--steps", type=int, default=16, help="interleaved repetitions of decode")
     parser.add_argument("--prefill-steps", type=int, default=6, help="of prefill")
     parser.add_argument("--layers", type=int, default=24, help="on a GPU: as many as fit")
@@ -98,7 +93,6 @@ def arguments() -> argparse.Namespace:
     reduced.add_argument("--heads", type=int, default=8)
     reduced.add_argument("--sequences", type=int, default=2)
     reduced.add_argument("--prompt-length", type=int, default=32)
-    parser.add_argument("--json", type=Path, help="write every time measured")
     parser.add_argument("--picture", type=Path, help="draw speed-ups by batch")
     parser.add_argument(
         "--timeline", type=Path, help="draw two layers of the first case, as traced"
@@ -211,7 +205,7 @@ def measured(
     decoders: dict[str, InferenceDecoder],
     passes: dict[str, Callable[[], object]],
 ) -> dict[str, Any]:
-    """One case: its times and what they say. All ranks call alike."""
+    """One case: its times, and the shares and speed-ups they give. All ranks call it."""
     modelled, on_gpu = case.modelled, torch.cuda.is_available()
     group = parallel_state.get_tensor_model_parallel_group()
     link_s, own_s = modelled.all_reduce_s, 0.0
@@ -268,7 +262,7 @@ def trace(
     passes: dict[str, Callable[[], object]],
     under_way_s: float,
 ) -> None:
-    """Draws two neighbouring layers of each kind that waits for something. Leaves hooks behind."""
+    """Draws two neighbouring layers of each kind that has collectives. Leaves hooks behind."""
     group = parallel_state.get_tensor_model_parallel_group()
     rows = []
     for kind in KINDS[:-1]:
@@ -283,7 +277,7 @@ def trace(
 
 
 def together(args: argparse.Namespace, cases: list[Case], width: int) -> list[dict[str, Any]]:
-    """Cases that differ in the link alone, with the same decoders."""
+    """Measures cases that differ in the link alone, with the same decoders."""
     on_gpu, phase = torch.cuda.is_available(), cases[0].phase
     decoders = {
         kind: true_decoder(args, kind, cases[0]) if on_gpu else reduced_decoder(args, kind, width)
@@ -291,7 +285,7 @@ def together(args: argparse.Namespace, cases: list[Case], width: int) -> list[di
     }
     passes = {kind: run_of(decoders[kind], phase) for kind in KINDS}
     gc.collect()
-    gc.freeze()  # or collecting before each pass would take longer than the pass
+    gc.freeze()  # else collecting garbage before a pass takes longer than the pass
     results = [measured(args, case, decoders, passes) for case in cases]
     if not on_gpu:
         if args.timeline:
@@ -306,16 +300,11 @@ def together(args: argparse.Namespace, cases: list[Case], width: int) -> list[di
 
 def main() -> None:
     args = arguments()
-    if args.fake_tp is None and "RANK" not in os.environ:
-        become_torchrun(TP, *sys.argv)
-    tp = args.fake_tp or TP
-    device = join(tp, fake=args.fake_tp is not None)
+    tp, device = ranks.start(args)
     report: dict[str, Any] = {
         "measured": f"{tp} ranks{' (one played)' if args.fake_tp else ''}, {device}, "
         f"{platform.processor() or platform.machine()}",
-        "versions": versions(),
-        "command": " ".join(["python", *sys.argv]),
-        "options": {k: str(v) for k, v in vars(args).items()},
+        **facts.header(device, args),
     }
     results = []
     pairs = [name.split(":") for name in args.cases]
@@ -330,9 +319,8 @@ def main() -> None:
                 ratio = modelled.mlp_s / modelled.attention_s
                 results += together(args, cases, width(ratio) if width else 0)
                 report |= {"cases": results, "whole": whole(results)}
-                if dist.get_rank() == 0 and args.json:  # what there is, should it be ended
-                    args.json.parent.mkdir(parents=True, exist_ok=True)
-                    args.json.write_text(json.dumps(report, indent=1) + "\n")
+                if dist.get_rank() == 0:
+                    facts.write(args.json, report)  # so far: the run may be ended early
     if dist.get_rank() == 0:
         print(tables(report))
         if args.picture:

@@ -1,46 +1,39 @@
-"""Ladder layers beside megatron-core's on one device, without tensor parallelism: what the ladder costs.
+"""How much longer do ladder layers take than megatron-core's, on one device without tensor parallelism?
 
     python benchmarks/layers.py --shapes paper-1b llama-3-8b --precisions bf16 tensorwise --json FILE
 
-Measured: forward and backward of a few layers, every kind in turn, repetition by repetition. "Over
-standard" is of pairs in one repetition; a precision's speed over the first's is of medians, as one
-precision is built at a time.
+Measured are forward and backward of a few layers. In each repetition every kind has its turn, and "over
+standard" is the quotient of two kinds' times in one repetition. Precisions are measured one after another,
+so the speed over the first precision is a quotient of medians.
 """
 
 import argparse
-import gc
 import statistics
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, get_args
 
-import torch
-import torch.distributed as dist
-
 from measuring import facts
-from measuring.interleaved import measure
+from measuring.interleaved import measure, quotients
+from measuring.options import parser_of
 from measuring.precisions import PRECISIONS, precision_of
-from megatron_ladder.config import Attention, ModelConfig, ParallelConfig
+from measuring.rows import Rows
+from megatron_ladder.config import Attention, ModelConfig, ParallelConfig, Residual
 from pretrain.bench.decoder import Decoder
 from pretrain.bench.ranks import join
 from pretrain.config.presets import PRESETS
 from pretrain.run.metrics import flops_per_token, peak_flops
 
-KINDS = ("standard", "parallel", "ladder")
+KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=PRESETS, default=["paper-1b", "llama-3-8b"])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=8192, help="in micro-batches of a shape")
     parser.add_argument("--steps", type=int, default=30, help="interleaved repetitions")
     parser.add_argument("--attention", choices=get_args(Attention), default="auto")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
@@ -68,7 +61,6 @@ def compare(
     """Every kind of one shape in one precision."""
     model, batch, seq_length = shape_of(shape, args)
     number_format, fp8 = precision_of(precision)
-    facts.forget_peak()
     decoders = {
         kind: Decoder(
             replace(model, residual=kind),
@@ -87,9 +79,7 @@ def compare(
     rows = []
     for kind, found in times.items():
         own = [sum(t) for t in found]
-        standard = [sum(t) for t in times["standard"]]
-        over_standard = [a / b for a, b in zip(own, standard, strict=True)]
-        low, middle, high = statistics.quantiles(over_standard, n=4)
+        low, middle, high = quotients(own, map(sum, times["standard"]))
         seconds = statistics.median(own)
         done = flops(model, batch * seq_length, seq_length)
         rows.append(
@@ -125,40 +115,30 @@ def add_speeds(rows: list[dict[str, Any]], first: str) -> None:
 
 
 def table(rows: list[dict[str, Any]], first: str) -> str:
-    titles = ["shape", "precision", "kind", "ms", "over standard", "quartiles", "TFLOP/s"]
-    lines = []
-    for row in rows:
-        cells = [row["shape"], row["precision"], row.get("kind", "all")]
-        if "error" in row:
-            lines.append([*cells, row["error"]])
-            continue
-        low, high = row["quartiles"]
-        speed = row.get(f"times_{first}s_speed")
-        cells += [f"{row['ms']:.2f}", f"{row['over_standard']:.3f}", f"{low:.3f} to {high:.3f}"]
-        lines.append([*cells, f"{row['tflops']:.1f}", f"{speed:.2f}" if speed else ""])
-    return facts.markdown([*titles, f"speed over {first}"], lines)
+    columns = {
+        "shape": "{shape}",
+        "precision": "{precision}",
+        "kind": "{kind}",
+        "ms": "{ms:.2f}",
+        "over standard": "{over_standard:.3f}",
+        "quartiles": "{quartiles[0]:.3f} to {quartiles[1]:.3f}",
+        "TFLOP/s": "{tflops:.1f}",
+        f"speed over {first}": f"{{times_{first}s_speed:.2f}}",
+    }
+    return facts.table(rows, columns)
 
 
 def main() -> None:
     args = arguments()
     device = join(1, fake=True)
     peak = None if device == "cpu" else peak_flops(device)
-    rows: list[dict[str, Any]] = []
+    rows = Rows(device, args)
     for shape in args.shapes:
         for precision in args.precisions:
-            try:
+            with rows.case(shape=shape, precision=precision):
                 rows += compare(shape, precision, args, peak)
-            except RuntimeError as error:  # the others can still be measured
-                row = {"shape": shape, "precision": precision, "error": facts.reason(error)}
-                rows.append(row)
-            print(f"{shape}, {precision}: {facts.in_words(rows[-1])}", flush=True)
-            add_speeds(rows, args.precisions[0])
-            facts.write(args.json, {**facts.header(device, args), "rows": rows})
-            gc.collect()  # the next ones want the memory
-            torch.cuda.empty_cache()
-    print(table(rows, args.precisions[0]))
-    dist.destroy_process_group()
-    sys.exit(facts.failed(rows))
+                add_speeds(rows, args.precisions[0])
+    rows.end(table(rows, args.precisions[0]))
 
 
 if __name__ == "__main__":

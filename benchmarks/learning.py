@@ -1,20 +1,20 @@
-"""Does a ladder model learn as well as a standard and a parallel one? Trains them side by side.
+"""Does a ladder model learn as well as a standard and a parallel one?
 
     python benchmarks/learning.py --data DATA --work-dir DIR --json FILE --picture FILE [options of `train`]
 
-For each seed, one run of each kind: the same tokens in the same order, the same schedule, the same first
-weights. Each is an ordinary `megatron-ladder train` into a run folder of --work-dir, so the same command
-goes on where it was stopped, and only draws again when all is trained. All other options are given to each
-`train`: sizes, batch, learning rate, layout, precision. Results are written after each run of the first
-seed, then after each seed.
+For each seed one run of each kind is trained: on the same tokens in the same order, with the same schedule
+and the same first weights. Each run is an ordinary `megatron-ladder train` into a run folder of --work-dir.
+So the same command goes on where it was stopped; when all runs are trained, it only writes the results
+again. All other options are given to each `train`: sizes, batch, learning rate, layout, precision. Results
+are written after each run of the first seed, then after each seed.
 
---text in place of --data makes a data set of the machine's own Python and C++ headers. --seconds trains on
-as many of --train-tokens as fit, by the speed of a trial, so that every schedule is complete. --rates
-compares learning rates in place of seeds' curves.
+--text in place of --data makes a data set of the machine's own Python and C++ headers. With --seconds a
+trial tells the speed, and each run gets as many of --train-tokens as there is time for, so that every
+schedule is complete. --rates compares learning rates, in place of seeds.
 
-The picture's other parts put the losses against the time that large shapes (--target) would take for as
-many tokens on nodes of 8 GPUs at TP 8. That time is modelled by the planner (pretrain/bench), not
-measured, and says nothing of what the large shape would learn.
+The picture's other panels put the losses against the time that large shapes (--target) would take for as
+many tokens on nodes of 8 GPUs at TP 8. The planner (pretrain/plan) models that time; it is not measured,
+and it does not tell what the large shape would learn.
 """
 
 import argparse
@@ -43,11 +43,11 @@ OURS = (
     *("--model.residual", "--model.ladder-layers", "--ladder-layers", "--init-from", "--seed"),
     *("--data.paths", "--output-dir", "--schedule.train-steps", "--schedule.train-tokens"),
 )
-SPARE = 0.95  # of the time left is planned
+SPARE = 0.95  # the share of the time left that is planned
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
-    """This benchmark's, and those of `train`."""
+    """The options of this benchmark, and those that are given to `train`."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
         epilog="Other options are those of `megatron-ladder train`, given to each run.",
@@ -89,28 +89,32 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 def main() -> int:
     options, of_train = arguments()
     try:
-        return compare(options, of_train)
+        compare(options, of_train)
+    except Failed as error:
+        message, status = str(error), error.status
     except UserError as error:
-        message = str(error)
+        message, status = str(error), 2
     except OSError as error:
         message = f"{error.filename or 'the operating system'}: {error.strerror or error}"
+        status = 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        message, status = "interrupted; the same command goes on from here", 130
+    else:
+        return 0
     print(f"learning.py: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 class Failed(Exception):
-    """A training ended with this exit status, having said what was wrong."""
+    """A training ended with this exit status. It has printed the reason."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"training ended with exit status {status}")
         self.status = status
 
 
-def compare(options: argparse.Namespace, of_train: list[str]) -> int:
-    """Trains what is not trained yet, and writes the results. Returns the exit status."""
+def compare(options: argparse.Namespace, of_train: list[str]) -> None:
+    """Trains what is not trained yet, and writes the results."""
     began = time.monotonic()
     refuse_ours(of_train, options.rates is not None)
     for path in options.data or ():
@@ -130,12 +134,8 @@ def compare(options: argparse.Namespace, of_train: list[str]) -> int:
             compare_rates(options, trainings)
         else:
             compare_kinds(options, trainings, targets)
-    except Failed as error:
-        print(f"learning.py: {error}", file=sys.stderr)
-        return error.status
     finally:
         trainings.end()
-    return 0
 
 
 def refuse_ours(of_train: list[str], rates: bool) -> None:
@@ -153,7 +153,7 @@ def check_data(path: Path) -> None:
 
 
 class Trainings:
-    """Runs `train`s one after another. The next one's process imports while one trains."""
+    """Runs one `train` after another. While one trains, the process of the next one imports."""
 
     def __init__(self, options: argparse.Namespace, of_train: list[str]) -> None:
         self._options, self._of_train = options, of_train
@@ -252,7 +252,7 @@ def compare_rates(options: argparse.Namespace, trainings: Trainings) -> None:
 def about(options: argparse.Namespace, run: Run) -> dict[str, Any]:
     """The first fields of the results."""
     return {
-        "command": command(),
+        "command": facts.command(),
         "device": f"{run['ranks']} x {run['device']} ({platform.machine()})",
         "versions": run["versions"],
         "data": [data_facts(path) for path in options.data],
@@ -273,23 +273,18 @@ def write_results(
     """The table on the screen, the JSON and the picture of the seeds that are done."""
     rows = table(runs, targets)
     a_run = next(iter(runs.values()))[0]
-    seeds = ", ".join(map(str, rows[0]["seeds"]))
-    titles = ["", "parameters", f"validation loss, seeds {seeds}", "mean"]
-    titles += [f"less {rows[0]['kind']}'s, by seed", "tokens/s"]
-    lines = [
-        [
-            row["kind"],
-            f"{row['parameters']:,}",
-            ", ".join(f"{loss:.4f}" for loss in row["losses"]),
-            f"{row['mean']:.4f}",
-            ", ".join(f"{more:+.4f}" for more in row["less_the_firsts"]),
-            f"{row['tokens_per_second']:,}",
-            *(f"{time:.3f}" for time in row["modelled_time"].values()),
-        ]
-        for row in rows
-    ]
-    titles += [f"time of {target.preset}, modelled" for target in targets]
-    print("\n" + facts.markdown(titles, lines) + "\n", flush=True)
+    seeds = range(len(rows[0]["seeds"]))
+    columns = {
+        "": "{kind}",
+        "parameters": "{parameters:,}",
+        "validation loss by seed": ", ".join(f"{{losses[{i}]:.4f}}" for i in seeds),
+        "mean": "{mean:.4f}",
+        f"less {a_run['kind']}'s": ", ".join(f"{{less_the_firsts[{i}]:+.4f}}" for i in seeds),
+        "tokens/s": "{tokens_per_second:,}",
+    }
+    for target in targets:
+        columns[f"time of {target.preset}, modelled"] = f"{{modelled_time[{target.preset}]:.3f}}"
+    print("\n" + facts.table(rows, columns) + "\n", flush=True)
     write(
         options,
         {
@@ -329,12 +324,6 @@ def table(runs: dict[str, list[Run]], targets: list[Target]) -> list[dict[str, A
             }
         )
     return rows
-
-
-def command() -> str:
-    """What was asked for, without this machine's paths."""
-    shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    return " ".join(["python benchmarks/learning.py", *shown])
 
 
 if __name__ == "__main__":

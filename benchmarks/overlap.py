@@ -1,28 +1,27 @@
-"""How much of the tensor-parallel link's time each residual kind hides, forward and backward.
+"""How much of the tensor-parallel link's time does each residual kind hide, forward and backward?
 
     python benchmarks/overlap.py --json benchmarks/results/overlap.json
 
-Measured: everything that is computed, and the collectives' own work, on real ranks (gloo on a CPU).
-Modelled: how long a collective is on the link (pretrain/bench/wire.py), the same for every kind. Its
-time is `--link-ratio` times the forward compute of a sub-module; or, with --link, that link's for the
-message, for a GPU and real shapes; or, with --link and --target, the ratio is what it would be for
-that model's layers on H100s.
+Measured: all computation, and the collectives' own work, on real ranks (gloo on a CPU).
+Modelled: how long a collective is on the link (pretrain/bench/wire.py), the same for every kind.
+--link-ratio gives that time as a multiple of a sub-module's forward compute. With --link it is the time
+that this link takes for the message, for a GPU and real shapes. With --link and --target it is the
+multiple that it would be for that model's layers on H100s.
 
 A kind's hidden share of the link's time is
     1 - (T_kind(link) - T_kind(zero)) / (T_standard(link) - T_standard(zero))
-as collectives' own work on a CPU takes compute time and cannot hide. It is given against two
-standards: one that waits for every collective at once, which is all the link's time; and
-megatron-core's own layer, which in backward hides a reduction behind its own weight gradient.
-Also given is the usual (T_standard - T_kind) / (T_standard - T_no-comm), and how much ladder can hide: by
-its number of layers alone, and by the planner's model of a pass with the times measured here.
+because on a CPU the collectives' own work takes compute time and cannot be hidden. There are two standards:
+one waits for every collective at once, so it hides nothing; the other is megatron-core's own layer, which
+in backward hides a reduction behind its own weight gradient. Also given are
+(T_standard - T_kind) / (T_standard - T_no-comm), and the largest share that ladder can hide: by its number
+of layers alone, and by the planner's model of a pass with the times measured here.
 
-With --fake-tp N one process plays rank 0 of N, and collectives move nothing: for one GPU. Where the layers
-do not fit in its memory half as many are measured, and the results say so.
+With --fake-tp N one process plays rank 0 of N, and collectives move nothing: for one GPU. If the layers do
+not fit in its memory, half as many are measured, and the results say so.
 """
 
 import argparse
 import gc
-import os
 import platform
 import statistics
 import sys
@@ -35,7 +34,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from measuring import facts
+from measuring import facts, ranks
 from measuring.hidden import (
     BLOCKING,
     NO_COMM,
@@ -49,13 +48,14 @@ from measuring.hidden import (
     table,
 )
 from measuring.interleaved import measure, slowest
+from measuring.options import parser_of
 from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.collectives import backward_order, ranges
 from megatron_ladder.collectives.points import collectives_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.layers import linear
 from pretrain.bench.decoder import Decoder
-from pretrain.bench.ranks import become_torchrun, join
+from pretrain.bench.ranks import join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds
 from pretrain.config.presets import PRESETS as TRAIN_PRESETS
@@ -65,7 +65,6 @@ from pretrain.plan.links import PRESETS as LINKS
 from pretrain.plan.planner import DEVICES, Hardware, Submodule
 from pretrain.plan.planner import submodules as planned_submodules
 
-TP = 2
 ALSO = {"parallel": "parallel", "hybrid": "hybrid (last half)", NO_COMM: NO_COMM}
 AUTOGRAD = "autograd-order"
 
@@ -79,11 +78,11 @@ class Line:
     blocking: bool = False
     """Every collective is waited for where it starts."""
     mended: bool = True
-    """Backward's order is changed (backward_order.py)."""
+    """Backward runs in the order of megatron_ladder/collectives/backward_order.py, not in autograd's."""
     early: bool = True
     """The input gradient's reduction starts before the weight gradient is computed."""
     device_allocations: list[int] = field(default_factory=list)
-    """Of each step, the warm-up too: how often CUDA was asked for memory, which no step should need."""
+    """How often each step, the warm-up too, asked CUDA for memory. No step should need to."""
 
     def step(self, under_way_s: float) -> tuple[float, float]:
         """Seconds of forward and of backward; an all-reduce is at least that long under way."""
@@ -96,7 +95,10 @@ class Line:
             )  # in FP8 half of it is gathered
 
         backward_order.enabled = self.mended
-        te = [sys.modules.get(f"megatron_ladder.te.{name}") for name in ("backend", "fp8_linear")]
+        te = [
+            sys.modules.get(f"megatron_ladder.te.layers.{name}")
+            for name in ("backend", "fp8_linear")
+        ]
         for module in (linear, *te):
             if module is not None:
                 module.collectives_of = collectives_of if self.early else lambda _: None  # type: ignore[attr-defined]
@@ -109,9 +111,7 @@ class Line:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--ffn-hidden-size", type=int, default=1536)
@@ -130,7 +130,7 @@ def arguments() -> argparse.Namespace:
         choices=TRAIN_PRESETS,
         help="with --link: the ratio of its layers at TP=8 on H100s",
     )
-    parser.add_argument("--fake-tp", type=int, help="one process as rank 0 of this many")
+    ranks.add_fake_tp(parser)
     parser.add_argument(
         "--also",
         nargs="*",
@@ -138,7 +138,6 @@ def arguments() -> argparse.Namespace:
         default=[*ALSO, AUTOGRAD],
         help="beside standard and ladder; default all",
     )
-    parser.add_argument("--json", type=Path, help="write every time measured")
     parser.add_argument(
         "--trace", type=Path, help="of a pass of standard and of ladder, for Perfetto"
     )
@@ -203,7 +202,7 @@ def lines(args: argparse.Namespace, tp: int) -> list[Line]:
 
 
 def submodules(decoder: Decoder, args: argparse.Namespace) -> tuple[Submodule, Submodule]:
-    """Medians of attention's and MLP's own compute, for the planner's model of a pass."""
+    """Medians of attention's and MLP's compute, for the planner's model of a pass."""
     recorder = Recorder(decoder, dist.get_rank())
     spans = [span for _ in range(3) for span in recorder.step()]
     recorder.close()
@@ -279,7 +278,6 @@ def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
         "modelled": f"an all-reduce is {link_s:.6f} s on the link, {ratio} x a sub-module's forward, "
         f"on top of its own {own_s:.6f} s",
         **facts.header(device, args),
-        "command": " ".join(["python", *sys.argv]),
         "attention": facts.attention_of(ladder.decoder.block),
         **facts.peak_memory(),
         **load,
@@ -335,7 +333,7 @@ def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
 
 
 def as_many_as_fit(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
-    """One process can try again with fewer layers; several would have to agree."""
+    """With half as many layers after each failure. One process can do that; several would have to agree."""
     refused: list[str] = []
     while True:
         try:
@@ -354,10 +352,7 @@ def as_many_as_fit(args: argparse.Namespace, tp: int, device: str) -> dict[str, 
 
 def main() -> None:
     args = arguments()
-    if args.fake_tp is None and "RANK" not in os.environ:
-        become_torchrun(TP, *sys.argv)
-    tp = args.fake_tp or TP
-    device = join(tp, fake=args.fake_tp is not None)
+    tp, device = ranks.start(args)
     report = as_many_as_fit(args, tp, device)
     if args.fake_tp is None:
         join(1)

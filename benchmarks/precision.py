@@ -1,27 +1,30 @@
-"""Does FP8 learn as bf16 does? One small model, from one start on the same tokens, in each precision.
+"""Does a model learn in FP8 as it does in bf16?
 
     python benchmarks/precision.py --precisions bf16 delayed tensorwise --steps 300 --picture FILE
 
-The tokens are the bytes of text files (--text; this checkout's own by default). Losses are smoothed over
-20 steps; the figure is the largest relative difference from the first precision's, after the first 50.
+A small model is trained in each precision, from the same first weights and on the same tokens. The tokens
+are the bytes of text files (--text; this checkout's own by default). Losses are smoothed over 20 steps.
+Given is the largest relative difference from the first precision's loss, after the first 50 steps.
 """
 
 import argparse
-import gc
 import itertools
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from matplotlib.figure import Figure
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from measuring import facts
+from measuring.batches import batch_of
+from measuring.options import parser_of
+from measuring.pictures import save
 from measuring.precisions import PRECISIONS, precision_of
+from measuring.rows import Rows
 from megatron_ladder.config import ParallelConfig
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import ScheduleConfig, TrainConfig
@@ -34,16 +37,13 @@ OURS = ("megatron_ladder", "pretrain", "data_prep", "slurm", "tests", "benchmark
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16"])
     parser.add_argument("--residual", choices=("standard", "parallel", "ladder"), default="ladder")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--text", type=Path, nargs="+", help="files")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     return parser.parse_args()
 
@@ -83,13 +83,7 @@ def batches(config: TrainConfig, text: torch.Tensor) -> Iterator[Batch]:
     size, length = config.micro_batch_size, config.data.seq_length
     while True:
         starts = torch.randint(0, len(text) - length - 1, (size,), generator=generator)
-        pieces = torch.stack([text[s : s + length + 1] for s in starts.tolist()]).long()
-        yield {
-            "tokens": pieces[:, :-1],
-            "labels": pieces[:, 1:],
-            "loss_mask": torch.ones(size, length),
-            "position_ids": torch.arange(length).expand(size, length),
-        }
+        yield batch_of(torch.stack([text[s : s + length + 1] for s in starts.tolist()]).long())
 
 
 def train(precision: str, text: torch.Tensor, args: argparse.Namespace) -> tuple[list[float], str]:
@@ -121,45 +115,32 @@ def largest_difference(losses: list[float], reference: list[float]) -> float:
 
 
 def draw(curves: dict[str, list[float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    styles = itertools.cycle(["-", "--", ":", "-."])  # they lie on one another
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    styles = itertools.cycle(["-", "--", ":", "-."])  # the curves lie on one another
     for (name, losses), style in zip(curves.items(), styles, strict=False):
         axes.plot(range(1, len(losses) + 1), smoothed(losses), style, label=name)
     axes.set(xlabel="step", ylabel=f"loss, mean of {SMOOTHED} steps", yscale="log")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save(path, figure)
 
 
 def main() -> None:
     args = arguments()
     device = start_ranks(config_of(args.precisions[0], args))
     text = text_of(args)
+    first = args.precisions[0]
     curves: dict[str, list[float]] = {}
-    rows: list[dict[str, Any]] = []
+    rows = Rows(device, args)
+    rows.besides = {"tokens": len(text), "losses": curves}
     for precision in args.precisions:
-        facts.forget_peak()
-        try:
+        with rows.case(precision=precision):
             curves[precision], attention = train(precision, text, args)
-        except RuntimeError as error:  # the others can still be measured
-            rows.append({"precision": precision, "error": facts.reason(error)})
-            continue
-        finally:
-            gc.collect()
-        row = {"precision": precision, "attention": attention, **facts.peak_memory()}
-        rows.append(row)
-        print(f"{precision}: {facts.in_words(row)}", flush=True)
-        write(args, facts.header(device, args), len(text), curves, rows)
-    print(table(curves, rows, args.precisions[0]))
-    write(args, facts.header(device, args), len(text), curves, rows)
+            rows.append({"precision": precision, "attention": attention, **facts.peak_memory()})
+            rows.besides["largest_difference"] = differences(curves, first)
     if args.picture and curves:
         draw(curves, args.picture)
-    dist.destroy_process_group()
-    sys.exit(facts.failed(rows))
+    rows.end(table(curves, rows, first))
 
 
 def differences(curves: dict[str, list[float]], first: str) -> dict[str, float]:
@@ -179,17 +160,6 @@ def table(curves: dict[str, list[float]], rows: list[dict[str, Any]], first: str
             [precision, *cells, *([f"{found[precision]:.2%}"] if precision in found else [])]
         )
     return facts.markdown(["precision", "last loss", f"largest difference from {first}"], lines)
-
-
-def write(
-    args: argparse.Namespace,
-    header: dict[str, Any],
-    tokens: int,
-    curves: dict[str, list[float]],
-    rows: list[dict[str, Any]],
-) -> None:
-    found = {"largest_difference": differences(curves, args.precisions[0]), "losses": curves}
-    facts.write(args.json, {**header, "tokens": tokens, "rows": rows, **found})
 
 
 if __name__ == "__main__":

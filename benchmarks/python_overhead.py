@@ -1,32 +1,34 @@
-"""What a layer costs in Python: ladder layers beside megatron-core's, so small that little else counts.
+"""How much processor time does the Python code of a layer take, ladder's beside megatron-core's?
 
     python benchmarks/python_overhead.py --json FILE
     python -m tests.te_stand_in.script benchmarks/python_overhead.py --precisions bf16 tensorwise
 
-Where kernels are shorter than the Python that launches them, a GPU waits for it. Measured on a CPU as
-processor time, forward and backward. At TP=8 this process is one rank of eight: collectives return at once
-and move nothing. The second command has Transformer Engine's layers on stand-in kernels, whose time, much
-longer than a launch, is left out. Kinds take turns; the quotients are of pairs in one repetition.
+A GPU waits for Python where a kernel is shorter than the code that launches it. So the layers are very
+small here, and the processor time of forward and backward is measured on a CPU. At TP=8 this process is one
+rank of eight: collectives return at once and move nothing. The second command measures Transformer Engine's
+layers on stand-in kernels, without the time in these kernels. In each repetition every kind has its turn,
+and quotients are of two kinds' times in one repetition.
 """
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from measuring.interleaved import measure
+from measuring import facts
+from measuring.interleaved import measure, quotients
+from measuring.options import parser_of
 from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
 from pretrain.bench.ranks import join
-from pretrain.run.versions import versions
 
 KINDS = ("standard", "parallel", "ladder")
 LAYOUTS = {
@@ -38,15 +40,12 @@ PASSES = ("forward", "backward")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["standard", "ladder"])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32"])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--steps", type=int, default=100, help="interleaved repetitions")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
@@ -93,7 +92,7 @@ def compare(layout: str, precision: str, args: argparse.Namespace) -> list[dict[
     if quantization := sys.modules.get("transformer_engine.pytorch.quantization"):
         # It goes on finding scales of layers that are gone.
         quantization.FP8GlobalStateManager.reset()
-    runs = {}
+    runs: dict[str, Callable[[], tuple[float, ...]]] = {}
     for kind in args.kinds:
         model, tokens = model_of(kind, args.layers, layout, fp8.recipe is not None)
         decoder = Decoder(
@@ -104,7 +103,7 @@ def compare(layout: str, precision: str, args: argparse.Namespace) -> list[dict[
             precision=number_format,
             fp8=fp8,
         )
-        runs[kind] = lambda decoder=decoder: timed(decoder)
+        runs[kind] = partial(timed, decoder)
     times = measure(runs, args.steps)
     first = args.kinds[0]
     rows = []
@@ -114,25 +113,22 @@ def compare(layout: str, precision: str, args: argparse.Namespace) -> list[dict[
         firsts = [*zip(*times[first], strict=True), [sum(t) for t in times[first]]]
         for name, own, other in zip((*PASSES, "both"), columns, firsts, strict=True):
             row[name] = [1e6 * q / args.layers for q in statistics.quantiles(own, n=4)]
-            quotients = [a / b for a, b in zip(own, other, strict=True)]
-            row[f"{name}_over_{first}"] = statistics.quantiles(quotients, n=4)
+            row[f"{name}_over_{first}"] = quotients(own, other)
         rows.append(row)
     return rows
 
 
 def table(rows: list[dict[str, Any]], first: str) -> str:
-    lines = [
-        f"| us a layer: precision | layout | kind | forward | backward | both | over {first} | quartiles |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for row in rows:
-        forward, backward, both = (row[name][1] for name in (*PASSES, "both"))
-        low, middle, high = row[f"both_over_{first}"]
-        lines.append(
-            f"| {row['precision']} | {row['layout']} | {row['kind']} | {forward:.0f} | {backward:.0f} | "
-            f"{both:.0f} | {middle:.3f} | {low:.3f} to {high:.3f} |"
-        )
-    return "\n".join(lines)
+    over = f"both_over_{first}"
+    columns = {
+        "us a layer: precision": "{precision}",
+        "layout": "{layout}",
+        "kind": "{kind}",
+        **{name: f"{{{name}[1]:.0f}}" for name in (*PASSES, "both")},
+        f"over {first}": f"{{{over}[1]:.3f}}",
+        "quartiles": f"{{{over}[0]:.3f}} to {{{over}[2]:.3f}}",
+    }
+    return facts.table(rows, columns)
 
 
 def main() -> None:
@@ -144,14 +140,7 @@ def main() -> None:
         for precision in args.precisions:
             rows += compare(layout, precision, args)
         dist.destroy_process_group()
-        if args.json:
-            facts = {
-                "device": device,
-                "versions": versions(),
-                "options": {k: str(v) for k, v in vars(args).items() if k != "json"},
-                "rows": rows,
-            }
-            args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        facts.write(args.json, {**facts.header(device, args), "rows": rows})
     print(table(rows, args.kinds[0]))
 
 

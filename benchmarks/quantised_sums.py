@@ -1,11 +1,11 @@
-"""What all-reduces in int8 cost a model: its loss, and how often its likeliest token is another one.
+"""How much do all-reduces in int8 change a model's loss, and how often its likeliest token?
 
     python benchmarks/quantised_sums.py MODEL DATA --json benchmarks/results/quantised-sums.json
 
 MODEL is a trained ladder or parallel run, or its exported folder; DATA a data set made with its tokenizer.
-At each tensor-parallel size the model reads the same windows of the validation split twice: what
-sub-modules give is summed as it is, and in int8 (megatron_ladder/collectives/quantised_sum.py). All else
-is fp32 on a CPU.
+At each tensor-parallel size the model reads the same windows of the validation split twice: with exact
+all-reduces of the sub-modules' outputs, and with all-reduces in int8
+(megatron_ladder/collectives/quantised_sum.py). All else is fp32 on a CPU.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import math
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from measuring import facts
+from measuring.options import parser_of
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.inference.sums import set_all_reduce
 from pretrain.data.folders import open_folder
@@ -70,13 +71,12 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--tensor-model-parallel-sizes", nargs="+", type=int, default=[2])
     parser.add_argument("--seq-length", type=int, default=256, help="that it was trained with")
     parser.add_argument("--windows", type=int, default=64, help="of the validation split")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--rank-of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -94,18 +94,15 @@ def main() -> None:
             command = [*torchrun, f"--nproc-per-node={tp}", *sys.argv, f"--rank-of={tp}"]
             subprocess.run([*command, f"--row={path}"], check=True)  # noqa: S603 (a list, no shell)
             rows.append(json.loads(path.read_text()))
-    print("| TP | loss | more with int8 | relative error of logits | another likeliest token |")
-    print("|---:|---:|---:|---:|---:|")
-    for row in rows:
-        cells = [f"{row['tensor_model_parallel_size']}", f"{row['loss']:.4f}"]
-        cells += [f"{row['loss_more']:+.5f} +- {row['loss_more_stderr']:.5f}"]
-        cells += [f"{row['logits_error']:.2%}", f"{row['other_likeliest']:.2%}"]
-        print(f"| {' | '.join(cells)} |")
-    if args.json:
-        versions = {name: version(name) for name in ("torch", "megatron-core")}
-        command = " ".join(["python", *sys.argv])
-        report = {"command": command, "versions": versions, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    columns = {
+        "TP": "{tensor_model_parallel_size}",
+        "loss": "{loss:.4f}",
+        "more with int8": "{loss_more:+.5f} +- {loss_more_stderr:.5f}",
+        "relative error of logits": "{logits_error:.2%}",
+        "another likeliest token": "{other_likeliest:.2%}",
+    }
+    print(facts.table(rows, columns))
+    facts.write(args.json, {**facts.header("cpu", args), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,33 +1,30 @@
-"""Whole training steps on one device: tokens/s, MFU, and the peak of memory beside the plan's.
+"""How fast is a whole training step on one device, and how close is its peak of memory to the plan's?
 
     python benchmarks/training_step.py --cases paper-1b:bf16:ladder llama-3-8b:tensorwise:ladder:8
 
-A case is SHAPE:PRECISION:KIND, with :LAYERS and :RECOMPUTE where wanted, and :graph at its end for a CUDA
-graph (pretrain/model/graphs.py). Model, loss, backward, gradient
-buffers and optimizer are those of `megatron-ladder train`; tokens are random and nothing is written.
-MFU counts 6 N + 12 L h s operations a token (pretrain/run/metrics.py) over the card's dense bf16 peak, for
-FP8 too.
+A case is SHAPE:PRECISION:KIND. It may go on with :LAYERS and :RECOMPUTE, and it may end in :graph, for a
+CUDA graph (pretrain/model/graphs.py). Model, loss, backward, gradient buffers and optimizer are those of
+`megatron-ladder train`; tokens are random, and no checkpoint is written. MFU counts 6 N + 12 L h s
+operations a token (pretrain/run/metrics.py) over the card's dense bf16 peak, in FP8 too.
 """
 
 import argparse
-import gc
 import itertools
 import statistics
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 
 from measuring import facts
+from measuring.batches import random_batch
+from measuring.options import parser_of
 from measuring.precisions import precision_of
+from measuring.rows import Rows
 from megatron_ladder.config import Attention, ParallelConfig
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig
-from pretrain.data.batches import Batch
 from pretrain.loop.step import train_step
 from pretrain.model.graphs import WARM_UP_STEPS, StepGraph
 from pretrain.model.setup import build, layers_config, start_ranks
@@ -36,15 +33,12 @@ from pretrain.run.metrics import flops_per_token, peak_flops
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--cases", nargs="+", required=True)
     parser.add_argument("--micro-batch-size", type=int, help="None: the preset's")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches a step")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--attention", choices=get_args(Attention), default="auto")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
@@ -76,23 +70,8 @@ def config_of(case: str, args: argparse.Namespace) -> TrainConfig:
     )
 
 
-def random_batch(config: TrainConfig) -> Batch:
-    shape = (config.micro_batch_size, config.data.seq_length)
-    assert config.model.vocab_size is not None
-    tokens = torch.randint(0, config.model.vocab_size, shape)
-    return {
-        "tokens": tokens,
-        "labels": tokens.roll(-1, 1),
-        "loss_mask": torch.ones(shape),
-        "position_ids": torch.arange(shape[1]).expand(shape),
-    }
-
-
 def measure(case: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     config = config_of(case, args)
-    gc.collect()  # also when the case before ended without memory
-    torch.cuda.empty_cache()
-    facts.forget_peak()
     model, optimizer, scheduler = build(config)
     batches = itertools.repeat(random_batch(config))
     graph = StepGraph(model) if config.cuda_graph else None
@@ -141,43 +120,32 @@ def measure(case: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    def cell(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    titles = ["case", "parameters", "step, ms", "tokens/s", "TFLOP/s", "MFU"]
-    lines = [
-        [row["case"], row["error"]]
-        if "error" in row
-        else [
-            row["case"],
-            f"{row['parameters'] / 1e6:,.0f} M",
-            f"{row['step_ms']:.1f}",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['tflops']:.1f}",
-            cell(row["mfu"], ".1%"),
-            cell(row["peak_gib"], ".2f"),
-            cell(row["planned_gib"], ".2f"),
-        ]
-        for row in rows
+    millions = [
+        {**row, "millions": row["parameters"] / 1e6} if "parameters" in row else row for row in rows
     ]
-    return facts.markdown([*titles, "peak, GiB", "planned"], lines)
+    columns = {
+        "case": "{case}",
+        "parameters": "{millions:,.0f} M",
+        "step, ms": "{step_ms:.1f}",
+        "tokens/s": "{tokens_per_second:,.0f}",
+        "TFLOP/s": "{tflops:.1f}",
+        "MFU": "{mfu:.1%}",
+        "peak, GiB": "{peak_gib:.2f}",
+        "planned": "{planned_gib:.2f}",
+    }
+    return facts.table(millions, columns)
 
 
 def main() -> None:
     args = arguments()
     configs = [config_of(case, args) for case in args.cases]
     device = start_ranks(max(configs, key=lambda config: config.cuda_graph))
-    rows: list[dict[str, Any]] = []
+    rows = Rows(device, args)
     for case in args.cases:
-        try:
+        with rows.case(case=case):
             rows.append(measure(case, args, device))
-        except RuntimeError as error:  # the other cases can still be measured
-            rows.append({"case": case, "error": facts.reason(error)})
-        print(f"{table(rows[-1:]).splitlines()[-1]} {facts.in_words(rows[-1])}", flush=True)
-        facts.write(args.json, {**facts.header(device, args), "rows": rows})
-    print(table(rows))
-    dist.destroy_process_group()
-    sys.exit(facts.failed(rows))
+            print(table(rows).splitlines()[-1], flush=True)
+    rows.end(table(rows))
 
 
 if __name__ == "__main__":

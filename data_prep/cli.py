@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:  # broken_pipe.py
+        raise
     except OSError as error:  # no space, no permission, a file that went away
         message = f"{error.filename or 'the operating system'}: {error.strerror or error}"
     except KeyboardInterrupt:

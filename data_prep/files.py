@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens."""
+"""Writes files that are whole or not there, and makes sure that they are on disk."""
 
 import os
 from pathlib import Path

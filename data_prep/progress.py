@@ -1,4 +1,4 @@
-"""How far a long reading is: a bar in a terminal, a line now and then in a log."""
+"""Progress of a long reading: a bar in a terminal, a line every ten seconds in a log."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ LOG_EVERY_S = 10.0
 
 
 class Progress:
-    """Counts bytes read of a known total, and the tokens that came of them, on stderr."""
+    """Shows on stderr how many bytes of a known total are read, and how many tokens they gave."""
 
     def __init__(self, total_bytes: int, what: str) -> None:
         self._total, self._what = max(total_bytes, 1), what
@@ -22,11 +22,11 @@ class Progress:
         )
 
     def add(self, count: int) -> None:
-        """So many more bytes."""
+        """`count` more bytes are read."""
         self.reached(self._done + count)
 
     def reached(self, count: int, tokens: int = 0) -> None:
-        """So many bytes, and tokens, in all."""
+        """`count` bytes are read in all, and gave `tokens` tokens."""
         more, self._done, self._tokens = count - self._done, count, tokens
         now = time.monotonic()
         seconds = max(now - self._started, 1e-9)
@@ -48,7 +48,7 @@ class Progress:
             )
 
     def close(self) -> float:
-        """Seconds since the start."""
+        """Ends the bar; returns the seconds since the start."""
         if self._bar:
             self._bar.close()
         return time.monotonic() - self._started

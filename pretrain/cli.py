@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+from data_prep.broken_pipe import run
+
 USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says more)
 
   data      clean, train-tokenizer, tokenize, merge, inspect, verify, stats, blend: text to data sets
@@ -27,7 +29,11 @@ COMMANDS = [line.split()[0] for line in USAGE.splitlines() if line.startswith(" 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns its exit status. 2: a user's mistake, said in a line or two."""
-    argv = sys.argv[1:] if argv is None else argv
+    arguments = sys.argv[1:] if argv is None else argv
+    return run(lambda: _run(arguments))
+
+
+def _run(argv: list[str]) -> int:
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         print(USAGE, end="")
@@ -80,9 +86,9 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
             return bench
         case "submit":
-            from pretrain.commands import submit
+            from pretrain.commands.submit import submit
 
-            return submit.main
+            return submit
         case "doctor":
             from pretrain.commands.doctor import doctor
 

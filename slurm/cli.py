@@ -3,7 +3,6 @@
 What `submit` submits is checked by pretrain/commands/submit.py, which knows the other commands.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,9 +113,8 @@ def main(name: str, argv: list[str]) -> int:
         return 0
     except UserError as error:
         message = str(error)
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # data_prep/broken_pipe.py
+        raise
     except OSError as error:
         message = f"{error.filename or 'the operating system'}: {error.strerror or error}"
     except KeyboardInterrupt:

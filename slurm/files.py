@@ -7,7 +7,7 @@ from pathlib import Path
 def write_atomically(path: Path, text: str) -> None:
     """Writes a temporary sibling, makes sure it is on disk, and renames it.
 
-    Arguments that were no UTF-8 on the command line become the bytes they were.
+    Arguments of the command line that were not UTF-8 are written as the bytes that they were.
     """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:

@@ -1,56 +1,45 @@
-"""A small standard model made a hybrid of ladder layers, and trained on: what each way costs.
+"""What does it cost to make half the layers of a trained model ladder layers, in different ways?
 
     python benchmarks/commands/adaptation.py --work-dir DIR --json FILE --picture FILE
 
-Trains a standard model on the source of Python's standard library, exports it as a Hugging Face folder
-and imports that, as one would a published model. Half its layers are made ladder layers: the last
-ones, or those that stand it best. Each is trained on, as is the unmodified model (the control), on the same
-sequences in the same order; the losses are of one held-out split. Everything is a command that a user
-would give; started again, it goes on where it was.
+A small standard model is trained on the source of Python's standard library. It is exported as a Hugging
+Face folder and imported again, as a published model would be. Then half of its layers become ladder layers:
+the last ones, or those whose change raises the loss least. Every variant and the unchanged model (the
+control) train on, on the same sequences in the same order. Losses are of one held-out split. All steps are
+`megatron-ladder` commands, and the same command goes on where it was stopped.
 """
 
-import argparse
 import json
-import platform
 import subprocess
 import sys
 import sysconfig
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
+
+from measuring import facts, pictures
+from measuring.options import parser_of
 from pretrain.pictures import COLOURS, GREY
 
+TEXT = [sysconfig.get_paths()["stdlib"], "--include", "*.py", "--exclude", "*/site-packages/*"]
 LAYERS, LADDER = 8, 4
 BASE_STEPS, STEPS, SEEDS = 800, 200, (1, 2)
-BATCH = (
-    *("--micro-batch-size", "8", "--global-batch-size", "8"),
-    *("--data.seq-length", "256", "--data.num-workers", "0"),
-)
-EVERY = (
-    *("--eval-interval", "20", "--eval-sequences", "400"),
-    *("--save-interval", "100", "--log-interval", "5"),
-)
-# Name: what it is called, its preset and options.
-WAYS: dict[str, tuple[str, list[str]]] = {
-    "control": ("not changed (control)", ["--preset", "adapt-control"]),
-    "last": (f"last {LADDER}", ["--preset", "adapt", "--ladder-layers", f"last:{LADDER}"]),
-    "auto": (f"auto:{LADDER}", ["--preset", "adapt", "--ladder-layers", f"auto:{LADDER}"]),
-    "last-gradual": (
-        f"last {LADDER}, gradually",
-        ["--preset", "adapt", "--ladder-layers", f"last:{LADDER}", "--adapt.gradual-steps", "100"],
-    ),
-    "last-distilled": (
-        f"last {LADDER}, distilled",
-        [
-            *("--preset", "adapt", "--ladder-layers", f"last:{LADDER}"),
-            *("--adapt.distillation-weight", "0.5"),
-        ],
-    ),
+TRAINING = f"""--schedule.train-tokens None --schedule.train-steps {STEPS} --schedule.warmup-steps 20
+    --optimizer.lr 1e-3 --precision fp32 --micro-batch-size 8 --global-batch-size 8
+    --data.seq-length 256 --data.num-workers 0 --eval-interval 20 --eval-sequences 400
+    --save-interval 100 --log-interval 5"""
+LAST = f"--preset adapt --ladder-layers last:{LADDER}"
+# By name: what it is called, and its options.
+WAYS = {
+    "control": ("not changed (control)", "--preset adapt-control"),
+    "last": (f"last {LADDER}", LAST),
+    "auto": (f"auto:{LADDER}", f"--preset adapt --ladder-layers auto:{LADDER}"),
+    "last-gradual": (f"last {LADDER}, gradually", f"{LAST} --adapt.gradual-steps 100"),
+    "last-distilled": (f"last {LADDER}, distilled", f"{LAST} --adapt.distillation-weight 0.5"),
 }
 
 
@@ -61,14 +50,11 @@ def run(*command: str) -> None:
 
 def prepare(work: Path) -> None:
     """Data, the base model as a Hugging Face folder, and its import."""
-    library = sysconfig.get_paths()["stdlib"]
-    files = ["--include", "*.py", "--exclude", "*/site-packages/*"]
     tokenizer = work / "tokenizer"
     if not tokenizer.is_dir():
         size = ["--vocab-size", "4096", "--max-training-bytes", "4000000"]
-        run("data", "train-tokenizer", library, *files, *size, "--output-dir", str(tokenizer))
-    how = ["--tokenizer", str(tokenizer / "tokenizer.model"), "--validation-fraction", "0.02"]
-    run("data", "tokenize", library, *files, *how, "--output-dir", str(work / "data"))
+        run("data", "train-tokenizer", *TEXT, *size, "--output-dir", str(tokenizer))
+    tokenize(tokenizer / "tokenizer.model", work / "data")
     run(
         *("train", "--preset", "tiny", "--model.residual", "standard"),
         *("--model.num-layers", str(LAYERS), "--parallel.tensor-model-parallel-size", "1"),
@@ -78,29 +64,25 @@ def prepare(work: Path) -> None:
     if not (work / "published").is_dir():
         run("export", str(work / "base"), str(work / "published"))
     if not (work / "imported").is_dir():
-        retokenize(work)
+        # By its own tokenizer, as for a model of somebody else's.
+        tokenize(work / "published/tokenizer.json", work / "again")
         # `auto` measures the layers; each run chooses its own from what was measured.
         auto = ["--ladder-layers", f"auto:{LADDER}", "--sample", str(work / "again")]
         run("import", str(work / "published"), str(work / "imported"), *auto)
 
 
-def retokenize(work: Path) -> None:
-    """The same text by the published model's own tokenizer, as for any model that is not one's own."""
-    library = sysconfig.get_paths()["stdlib"]
-    files = ["--include", "*.py", "--exclude", "*/site-packages/*"]
-    how = ["--tokenizer", str(work / "published/tokenizer.json"), "--validation-fraction", "0.02"]
-    run("data", "tokenize", library, *files, *how, "--output-dir", str(work / "again"))
+def tokenize(tokenizer: Path, data: Path) -> None:
+    how = ["--tokenizer", str(tokenizer), "--validation-fraction", "0.02"]
+    run("data", "tokenize", *TEXT, *how, "--output-dir", str(data))
 
 
 def adapt(work: Path, name: str, seed: int) -> list[dict[str, Any]]:
     """Trains one way; returns its validations."""
     out = work / f"{name}-{seed}"
     run(
-        *("train", *WAYS[name][1], "--init-from", str(work / "imported")),
+        *("train", *WAYS[name][1].split(), "--init-from", str(work / "imported")),
         *("--data.paths", str(work / "again"), "--output-dir", str(out)),
-        *("--schedule.train-tokens", "None", "--schedule.train-steps", str(STEPS)),
-        *("--schedule.warmup-steps", "20", "--optimizer.lr", "1e-3", "--precision", "fp32"),
-        *("--seed", str(seed), *BATCH, *EVERY),
+        *("--seed", str(seed), *TRAINING.split()),
     )
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == "validation"]
@@ -121,17 +103,14 @@ def draw(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
             axes.plot(tokens, losses, style, color=colour, marker="o", markersize=3, label=label)
     axes.set_xlabel("thousand tokens trained on since the change")
     axes.set_ylabel("validation loss, less that before; nats a token")
-    axes.grid(True, color="#e6e6e6")
-    axes.spines[["top", "right"]].set_visible(False)
+    pictures.plain(axes)
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(path, dpi=110)
+    pictures.save(path, figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--work-dir", type=Path, required=True)
-    parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--picture", type=Path, required=True)
     options = parser.parse_args()
     work, started = options.work_dir, time.time()
@@ -139,35 +118,24 @@ def main() -> None:
     prepare(work)
     curves = {name: [adapt(work, name, seed) for seed in SEEDS] for name in WAYS}
     staleness = json.loads((work / "imported/staleness.json").read_text())
-
-    print(
-        f"\n| {LADDER} of {LAYERS} layers made ladder | at the change | after, seeds {SEEDS} | - control |"
-    )
-    print("|---|---|---|---|")
-    rows = []
+    rows, lines = [], []
     for name, seeds in curves.items():
-        after = [lines[-1]["loss"] for lines in seeds]
-        control = [lines[-1]["loss"] for lines in curves["control"]]
+        after = [found[-1]["loss"] for found in seeds]
+        control = [found[-1]["loss"] for found in curves["control"]]
         more = [a - c for a, c in zip(after, control, strict=True)]
         rows.append({"way": name, "at_change": seeds[0][0]["loss"], "after": after, "more": more})
-        print(
-            f"| {WAYS[name][0]} | {seeds[0][0]['loss']:.4f} | "
-            + ", ".join(f"{a:.4f}" for a in after)
-            + " | "
-            + ", ".join(f"{m:+.4f}" for m in more)
-            + " |"
-        )
+        losses = ", ".join(f"{a:.4f}" for a in after), ", ".join(f"{m:+.4f}" for m in more)
+        lines.append([WAYS[name][0], f"{seeds[0][0]['loss']:.4f}", *losses])
+    titles = [f"{LADDER} of {LAYERS} layers made ladder", "at the change"]
+    print("\n" + facts.markdown([*titles, f"after, seeds {SEEDS}", "- control"], lines))
     draw(curves, options.picture)
-    result = {
-        "command": "python benchmarks/commands/adaptation.py",
-        "device": f"{platform.machine()} CPU",
-        "versions": {p: version(p) for p in ("megatron-core", "torch", "transformers")},
+    report = {
         "seconds": round(time.time() - started),
         "rows": rows,
         "staleness": staleness,
         "curves": curves,
     }
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    facts.write(options.json, {**facts.header("cpu", options, "transformers"), **report})
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
-"""Time and memory of import and export, against a plain copy of the files.
+"""How long do import and export take, and how much memory, against a plain copy of the files?
 
     python benchmarks/commands/conversion.py --json benchmarks/results/conversion.json
 
-The model is made here: random bf16 weights of Llama-3.2-1B's shape, 2.5 GB in shards of at most 500 MB
-(the vocabulary's table, larger than that, has a shard of its own). Each command runs in a process of
-its own, in turn with the others, its input in the page cache; every line is a median of the rounds.
+The model is made here: random bf16 weights of Llama-3.2-1B's shape, 2.5 GB in shards of at most 500 MB.
+(The vocabulary's table is larger and has a shard of its own.) In each round every command has its turn, in
+a process of its own, with its input in the page cache. Every line is a median of the rounds.
 
-start    seconds until everything is imported, torch, transformers and megatron-core; not counted in:
-work     seconds of `pretrain.cli.main` from its arguments to its exit status, files on disk (fsync)
-cpu      of these, seconds of this process on a core, all threads together
-memory   peak resident memory (VmHWM) above the baseline, what is resident after the imports; anonymous
-         and of mapped files are the peaks of each, looked at every 10 ms
+start    seconds until torch, transformers and megatron-core are imported; they are not part of `work`
+work     seconds of `pretrain.cli.main`, from its arguments to its exit status, files on disk (fsync)
+cpu      processor time of `work`, all threads together
+memory   peak of resident memory (VmHWM) above the baseline, which is what is resident after the imports;
+         the peaks of anonymous memory and of mapped files are looked at every 10 ms
 
-The copy is shutil.copyfile and fsync of each file. Bounds: memory of import, and of export without its
-verification, below 1.3 of the largest tensor and one shard; their rate at least 60 % of the copy's.
+The copy is shutil.copyfile and fsync of each file. Import, and export without its verification, should need
+less memory than 1.3 times the largest tensor and one shard, and reach 60 % of the copy's rate.
 """
 
 import argparse
 import json
+import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -27,10 +27,14 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
+
+from measuring.options import parser_of
+from measuring.processes import resident
 
 SHARD = 500_000_000
 LINES = ("copy", "import", "export, not verified", "export", "export, verified by layers")
@@ -38,11 +42,8 @@ BOUNDED = ("import", "export, not verified")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, help="folder for the model and outputs (a new one)")
-    parser.add_argument("--json", type=Path, help="write every figure")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--shape",
@@ -59,11 +60,10 @@ def arguments() -> argparse.Namespace:
 
 
 def make_model(folder: Path, shape: list[int]) -> None:
-    """Writes a Llama folder, a shard in memory at a time."""
+    """Writes a Llama folder with random weights."""
     import torch
-    from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     layers, hidden, ffn, heads, kv_heads, vocabulary = shape
     config = LlamaConfig(
@@ -77,72 +77,39 @@ def make_model(folder: Path, shape: list[int]) -> None:
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
-        dtype=torch.bfloat16,
-        architectures=["LlamaForCausalLM"],
     )
-    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size=SHARD)
     words = {f"t{i}": i for i in range(vocabulary)}
     Tokenizer(models.WordLevel(words, "t0")).save(str(folder / "tokenizer.json"))
-    with torch.device("meta"):
-        parameters = dict(LlamaForCausalLM(config).to(torch.bfloat16).named_parameters())
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, parameter in parameters.items():
-        if shards[-1] and size + parameter.nbytes > SHARD:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += parameter.nbytes
-    torch.manual_seed(0)
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {
-            n: torch.empty(parameters[n].shape, dtype=torch.bfloat16).normal_(std=0.02)
-            for n in names
-        }
-        for name in names:
-            if "norm" in name:
-                tensors[name].fill_(1)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def largest_tensor(folder: Path) -> int:
+    """Bytes, in bf16."""
     from safetensors import safe_open
 
     sizes = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-                count = 2
-                for extent in file.get_slice(name).get_shape():
-                    count *= extent
-                sizes.append(count)
+            names = file.keys()
+            sizes += [2 * math.prod(file.get_slice(name).get_shape()) for name in names]
     return max(sizes)
 
 
 # --- one line, in a process of its own ---
 
 
-def resident(what: str, pid: int | str = "self") -> int:
-    """Bytes of a line of /proc/PID/status."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split(f"{what}:")[1].split()[0]) * 1024
-
-
 def child(line: str, source: Path, target: Path) -> None:
-    """Runs one line and prints what this process saw of it."""
+    """Runs one line of the table and prints its times and its memory."""
     work = _prepared(line, source, target)
     baseline = resident("VmRSS")
     begin, cpu = time.perf_counter(), time.process_time()
     status = work()
     wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    facts = {"work_s": wall, "cpu_s": cpu, "baseline_bytes": baseline, "status": status}
-    facts["memory_bytes"] = resident("VmHWM") - baseline
-    print("\n" + json.dumps(facts))
+    seen = {"work_s": wall, "cpu_s": cpu, "baseline_bytes": baseline, "status": status}
+    seen["memory_bytes"] = resident("VmHWM") - baseline
+    print("\n" + json.dumps(seen))
 
 
 def _prepared(line: str, source: Path, target: Path) -> Any:
@@ -152,7 +119,7 @@ def _prepared(line: str, source: Path, target: Path) -> Any:
     from pretrain.convert import export, verify_export
 
     if line == "export, not verified":
-        export.verify_export = lambda *_: "not verified"  # type: ignore[assignment]
+        export.verify_export = lambda *_: "not verified"
     if line == "export, verified by layers":
         verify_export.psutil = SimpleNamespace(  # type: ignore[assignment]
             virtual_memory=lambda: SimpleNamespace(available=0)
@@ -200,14 +167,12 @@ def measured(line: str, source: Path, target: Path) -> dict[str, Any]:
     output, errors = process.communicate()
     wall = time.perf_counter() - begin
     watcher.join()
-    if process.returncode:
+    seen = {"status": 1} if process.returncode else json.loads(output.strip().splitlines()[-1])
+    if seen["status"]:
         sys.exit(f"{line}\n{output}\n{errors}")
-    facts = json.loads(output.strip().splitlines()[-1])
-    if facts["status"]:
-        sys.exit(f"{line}\n{output}\n{errors}")
-    return facts | {
+    return seen | {
         "line": line,
-        "start_s": wall - facts["work_s"],
+        "start_s": wall - seen["work_s"],
         "anonymous_bytes": peaks["RssAnon"],
         "mapped_bytes": peaks["RssFile"],
         "said": next((said for said in errors.splitlines() if "verified" in said), ""),
@@ -249,40 +214,37 @@ def main() -> None:
     copied = median("copy", "work_s")
     print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB; medians of {args.rounds}")
     print(f"bound of memory: {bound / 1e6:.0f} MB; of the rate: 60 % of the copy's\n")
-    print("| | start, s | work, s | MB/s | of the copy's | cpu, s | memory, MB | baseline, MB |")
-    print("|---|---|---|---|---|---|---|---|")
-    lines = {}
+    medians = {}
     for line in LINES:
-        facts = {what: median(line, what) for what in runs[0] if what.endswith(("_s", "_bytes"))}
-        facts["of_copy"] = copied / facts["work_s"]
-        facts["cpu_of_copy"] = median("copy", "cpu_s") / facts["cpu_s"]
+        found = {what: median(line, what) for what in runs[0] if what.endswith(("_s", "_bytes"))}
+        found["of_copy"] = copied / found["work_s"]
+        found["cpu_of_copy"] = median("copy", "cpu_s") / found["cpu_s"]
         if line in BOUNDED:
-            facts["memory_within_bound"] = facts["memory_bytes"] <= bound
-            facts["rate_within_bound"] = facts["of_copy"] >= 0.6
-        lines[line] = facts
-        print(
-            f"| {line} | {facts['start_s']:.1f} | {facts['work_s']:.1f} "
-            f"| {size / 1e6 / facts['work_s']:.0f} | {facts['of_copy']:.0%} | {facts['cpu_s']:.1f} "
-            f"| {facts['memory_bytes'] / 1e6:.0f} | {facts['baseline_bytes'] / 1e6:.0f} |"
-        )
-    if args.json:
-        report = {
-            "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
-            "load_average": os.getloadavg(),
-            "versions": {
-                name: version(name)
-                for name in ("torch", "megatron-core", "transformers", "safetensors")
-            },
-            "command": " ".join(["python", *sys.argv]),
-            "shape": args.shape,
-            "bytes": size,
-            "largest_tensor_bytes": largest,
-            "memory_bound_bytes": bound,
-            "medians": lines,
-            "runs": runs,
-        }
-        text = json.dumps(report, indent=1).replace(str(work), "WORK")  # no machine's paths
-        args.json.write_text(text + "\n")
+            found["memory_within_bound"] = found["memory_bytes"] <= bound
+            found["rate_within_bound"] = found["of_copy"] >= 0.6
+        medians[line] = found
+    from measuring import facts  # imports torch, which no line but import and export needs
+
+    rows = [
+        {"line": line, "rate": size / 1e6 / found["work_s"], **found}
+        | {"memory": found["memory_bytes"] / 1e6, "baseline": found["baseline_bytes"] / 1e6}
+        for line, found in medians.items()
+    ]
+    columns = {"": "{line}", "start, s": "{start_s:.1f}", "work, s": "{work_s:.1f}"}
+    columns |= {"MB/s": "{rate:.0f}", "of the copy's": "{of_copy:.0%}", "cpu, s": "{cpu_s:.1f}"}
+    columns |= {"memory, MB": "{memory:.0f}", "baseline, MB": "{baseline:.0f}"}
+    print(facts.table(rows, columns))
+    report = {
+        **facts.header("cpu", args, "transformers", "safetensors"),
+        "load_average": os.getloadavg(),
+        "shape": args.shape,
+        "bytes": size,
+        "largest_tensor_bytes": largest,
+        "memory_bound_bytes": bound,
+        "medians": medians,
+        "runs": [{**run, "said": run["said"].replace(str(work), "WORK")} for run in runs],
+    }
+    facts.write(args.json, report)
     if args.work is None:
         shutil.rmtree(work)
 

@@ -1,10 +1,10 @@
-"""`megatron-ladder serve` under many clients: latencies, and that nothing leaks.
+"""What are the latencies of `megatron-ladder serve` under many clients, and does it leak memory?
 
     python benchmarks/commands/serving.py MODEL --json FILE --picture FILE
 
-Clients of OpenAI's official package stream completions, one after another each. Some go away in the
-middle of an answer, some send what is no request. Whatever is answered otherwise than it should be is an
-error; the server's memory and the room in its cache are looked at all along.
+Each client uses OpenAI's package and streams one completion after another. Some clients leave in the middle
+of an answer, some send requests that are wrong. Every answer that is not the expected one counts as an
+error. The server's memory and the free tokens of its cache are read every few seconds.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import random
 import socket
 import statistics
@@ -21,22 +20,24 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import psutil
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
+
+from measuring import facts, pictures
+from measuring.options import parser_of
+
 MAX_REQUESTS = 16
-BLUE, GREY = "#0072B2", "#e6e6e6"
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "with"]
 LOOK_S = 5.0
 GROWTH = 1.02  # of memory from the first half to the second: more is a leak
-# What is no request, and the status that says so.
+# Wrong requests, and the status that each is answered with.
 BAD: list[tuple[dict[str, Any] | bytes, int]] = [
     (b"{", 400),
     (b"[1, 2]", 400),
@@ -50,12 +51,12 @@ BAD: list[tuple[dict[str, Any] | bytes, int]] = [
 
 
 class Clients:
-    """All of them, and what they saw.
+    """All clients, and the times and errors that they have seen.
 
     Args:
-        address: of the server.
-        model: its name there.
-        seed: of what they do.
+        address: the server's.
+        model: its name on the server.
+        seed: decides what each client sends.
     """
 
     def __init__(self, address: str, model: str, seed: int) -> None:
@@ -90,7 +91,7 @@ class Clients:
                     await self._send_bad(http, draw)
                 else:
                     await self._stream(client, draw, goes_away=kind < 0.2)
-            except Exception as error:  # whatever it is, it was not intended
+            except Exception as error:  # of whatever kind
                 self.errors.append(f"{type(error).__name__}: {error}"[:300])
 
     async def _stream(
@@ -172,14 +173,14 @@ async def figures(address: str) -> dict[str, float]:
 
 
 async def watch(address: str, process: psutil.Process, began: float) -> list[dict[str, float]]:
-    """Looks until it is cancelled."""
+    """Reads the server's figures until it is cancelled."""
     seen: list[dict[str, float]] = []
     with contextlib.suppress(asyncio.CancelledError):
         while True:
             now = await figures(address)
-            facts = {"s": time.monotonic() - began, "rss_mb": process.memory_info().rss / 1e6}
+            look = {"s": time.monotonic() - began, "rss_mb": process.memory_info().rss / 1e6}
             names = ("cache_free_tokens", "requests_running", "requests_waiting")
-            seen.append({**facts, **{name: now[name] for name in names}})
+            seen.append({**look, **{name: now[name] for name in names}})
             await asyncio.sleep(LOOK_S)
     return seen
 
@@ -202,7 +203,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         seen = await watching
         await asyncio.sleep(2)
         after = await figures(address)
-    # The first fifth fills caches of the allocator's and of Python's.
+    # In the first fifth the caches of Python and of the allocator fill.
     settled = [look["rss_mb"] for look in seen if look["s"] > seconds / 5]
     half = len(settled) // 2
     return {
@@ -220,10 +221,6 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "cache_free_tokens": {"before": room, "after": after["cache_free_tokens"]},
         "left": {"running": after["requests_running"], "waiting": after["requests_waiting"]},
         "looks": seen,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {
-            name: version(name) for name in ("torch", "megatron-core", "openai", "uvicorn")
-        },
     }
 
 
@@ -234,29 +231,26 @@ def draw(path: Path, looks: list[dict[str, float]]) -> None:
     for panel, name, label in zip(
         panels, ("rss_mb", "cache_free_tokens"), ("memory, MB", "free cache, tokens"), strict=True
     ):
-        panel.plot([look["s"] for look in looks], [look[name] for look in looks], color=BLUE)
+        panel.plot([look["s"] for look in looks], [look[name] for look in looks])
         panel.set_ylim(bottom=0)
         panel.set_ylabel(label)
-        panel.grid(True, color=GREY)
-        panel.spines[["top", "right"]].set_visible(False)
+        pictures.plain(panel)
     panels[-1].set_xlabel("seconds")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(path, dpi=110)
+    pictures.save(path, figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = parser_of(__doc__)
     parser.add_argument("model", type=Path, help="a run or an exported folder")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     results = asyncio.run(measure(arguments))
     print(json.dumps({name: v for name, v in results.items() if name != "looks"}, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    header = facts.header("cpu", arguments, "openai", "uvicorn")
+    facts.write(arguments.json, {**header, **results})
     if arguments.picture:
         draw(arguments.picture, results["looks"])
     room, memory = results["cache_free_tokens"], results["rss_mb"]

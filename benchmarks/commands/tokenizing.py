@@ -1,26 +1,26 @@
-"""How fast text becomes tokens, against the reference tokenizers called the way Megatron-LM calls them.
+"""How fast does text become tokens, against the reference tokenizers called as Megatron-LM calls them?
 
     python benchmarks/commands/tokenizing.py --json benchmarks/results/data-prep.json
 
-Everything is measured: CPU seconds of all processes, start to end (start-up, checks, merge and index
-included), and the most memory any one process held. MB are 10^6 bytes of JSONL.
+Measured are the CPU seconds of all processes from start to end (with start-up, checks, merge and index),
+and the most memory that any one process had. MB are 10^6 bytes of JSONL.
 
 Megatron's way (tools/preprocess_data.py): the parent reads lines and hands them to a pool, processes
 parse JSON, call the tokenizer for one document, and send lists of ids back through a pipe; the parent
 writes them with megatron-core's IndexedDatasetBuilder. The tokenizers are called directly, without
 Megatron-LM's own imports, which would add seconds.
 
-Text is the Linux kernel's source (Debian's linux-source-6.1, fetched unless --linux names an unpacked
-one), deduplicated, in the order of its hashes, so that both sizes have the same mixture. Tokenizers
-are trained on it unless --sentencepiece and --bpe name some.
+The text is the Linux kernel's source: Debian's linux-source-6.1, which is fetched unless --linux names an
+unpacked one. It is deduplicated and in the order of its hashes, so that both sizes have the same mixture.
+Tokenizers are trained on it, unless --sentencepiece and --bpe name some.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -28,12 +28,16 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import orjson
 import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
+
+from measuring.options import parser_of
+from measuring.processes import resident
 
 ENDINGS = (".c", ".h", ".S", ".rst", ".txt", ".dts", ".dtsi", ".yaml", ".py", ".json")
 MAX_DOCUMENT_BYTES = 16 << 20  # data_prep's own limit
@@ -41,15 +45,12 @@ PACKAGE = "linux-source-6.1"
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--work", type=Path, help="folder for text and outputs (a new one)")
     parser.add_argument("--linux", type=Path, help="unpacked sources of a kernel")
     parser.add_argument("--sentencepiece", type=Path, help="a BPE model with byte fallback")
     parser.add_argument("--bpe", type=Path, help="a tokenizer.json")
     parser.add_argument("--sizes-mb", type=float, nargs="+", default=[100, 620])
-    parser.add_argument("--json", type=Path, help="write every figure")
     parser.add_argument("--megatron-way", nargs=4, metavar=("IN", "TOKENIZER", "OUT", "WORKERS"))
     return parser.parse_args()
 
@@ -108,7 +109,7 @@ def megatron_way(source: str, tokenizer: str, out: str, workers: int) -> None:
 
 
 class Watch(threading.Thread):
-    """The most memory any process below this one held."""
+    """The most memory that any process below this one has had."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -119,12 +120,9 @@ class Watch(threading.Thread):
         me = psutil.Process()
         while not self._over.wait(0.05):
             for child in me.children(recursive=True):
-                try:
-                    status = Path(f"/proc/{child.pid}/status").read_text()
-                    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-                    self.peak[child.pid] = (peak, child.ppid() != me.pid)
-                except (OSError, IndexError, ValueError, psutil.Error):
-                    continue
+                with contextlib.suppress(OSError, IndexError, ValueError, psutil.Error):
+                    below = child.ppid() != me.pid
+                    self.peak[child.pid] = (resident("VmHWM", child.pid), below)
 
     def stop(self) -> tuple[int, int]:
         """Of the process that was started, and the largest of those it started."""
@@ -150,11 +148,9 @@ def measured(command: list[str]) -> dict[str, float]:
     return {"wall_s": wall, "cpu_s": cpu, "parent_bytes": parent, "worker_bytes": worker}
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in ("train.bin", "train.idx")
-    }
+def digests(folder: Path) -> tuple[str, ...]:
+    names = ("train.bin", "train.idx")
+    return tuple(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names)
 
 
 # --- text and tokenizers ---
@@ -216,92 +212,76 @@ def tokenizers_of(args: argparse.Namespace, work: Path, text: Path) -> dict[str,
     return {"SentencePiece": sp, "BPE": bpe}
 
 
+def command_of(name: str, text: Path, tokenizer: Path, out: Path, workers: int) -> list[str]:
+    if name == "Megatron's way":
+        out.mkdir()
+        words = [__file__, "--megatron-way", str(text), str(tokenizer), str(out / "train")]
+        return [sys.executable, *words, str(workers)]
+    words = ["-m", "data_prep", "tokenize", str(text), "--tokenizer", str(tokenizer)]
+    words += ["--output-dir", str(out), "--validation-fraction", "0", "--workers", str(workers)]
+    return [sys.executable, *words, *(["--engine", "reference"] if "reference" in name else [])]
+
+
+def compare(
+    lines: list[tuple[str, int]], text: Path, tokenizer: Path, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Every line with one text and one tokenizer."""
+    megabytes, kind, out = about["bytes"] / 1e6, about["tokenizer"], text.parent / "out"
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
+    found = set()
+    for name, workers in lines:
+        shutil.rmtree(out, ignore_errors=True)
+        run = measured(command_of(name, text, tokenizer, out, workers))
+        found.add(digests(out))
+        rate = megabytes / run["cpu_s"]
+        about_run = {"file": tokenizer.name, "name": name, "workers": workers}
+        runs[name, workers] = {**about, **run, **about_run, "mb_per_cpu_s": rate}
+        print(
+            f"  {kind:14} {name:24} {workers} processes: {run['wall_s']:7.1f} s, "
+            f"{rate:6.1f} MB per CPU-second, {megabytes / run['wall_s']:6.1f} MB/s, "
+            f"{run['worker_bytes'] / 1e6:4.0f} MB a worker, "
+            f"{run['parent_bytes'] / 1e6:4.0f} MB the parent",
+            flush=True,
+        )
+    print(f"  {kind:14} .bin and .idx of all of them identical: {len(found) == 1}")
+    for (name, workers), run in runs.items():
+        if name == "Megatron's way":
+            ratio = runs["ours", workers]["mb_per_cpu_s"] / run["mb_per_cpu_s"]
+            print(f"  {kind:14} per core, {workers} processes: {ratio:.1f} x Megatron's way")
+    # T(n) = alone + shared / n, with both from two measurements.
+    one, two = (runs["ours", workers]["wall_s"] for workers in (1, 2))
+    shared = 2 * (one - two)
+    far = megabytes / (one - shared + shared / 64)
+    print(f"  {kind:14} projected from 1 and 2 processes to 64: {far:,.0f} MB/s (not measured)")
+    result = list(runs.values())
+    result[-1] |= {"identical": len(found) == 1, "projected_64_mb_per_s": far}
+    return result
+
+
 def main() -> None:
     args = arguments()
     if args.megatron_way:
         source, tokenizer, out, workers = args.megatron_way
         megatron_way(source, tokenizer, out, int(workers))
         return
+    from measuring import facts  # imports torch
+
     work = args.work or Path(tempfile.mkdtemp(prefix="data-prep-"))
     work.mkdir(parents=True, exist_ok=True)
     chosen = documents(args.linux or kernel(work))
-    report: dict[str, Any] = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {
-            n: version(n)
-            for n in (
-                "gigatoken",
-                "sentencepiece",
-                "tokenizers",
-                "orjson",
-                "megatron-core",
-                "numpy",
-            )
-        },
-        "command": " ".join(["python", *sys.argv]),
-        "runs": [],
-    }
-    largest = max(args.sizes_mb)
+    packages = ("gigatoken", "sentencepiece", "tokenizers", "orjson", "numpy")
+    runs = []
     for size in sorted(args.sizes_mb):
         text = work / f"text-{size:.0f}.jsonl"
-        facts = write_text(text, chosen, size * 1e6)
-        print(f"\n{text.name}: {facts['documents']:,} documents, {facts['bytes'] / 1e6:.1f} MB")
-        tokenizers = tokenizers_of(args, work, text)
-        for kind, tokenizer in tokenizers.items():
-            found: dict[str, dict[str, str]] = {}
-            # The reference takes minutes on the larger one, where one count of workers will do.
-            lines = [("ours", 1), ("ours", 2), ("ours, reference engine", 2), ("Megatron's way", 2)]
-            if size < largest or len(args.sizes_mb) == 1:
-                lines.insert(3, ("Megatron's way", 1))
-            for name, workers in lines:
-                out = work / "out"
-                shutil.rmtree(out, ignore_errors=True)
-                if name == "Megatron's way":
-                    out.mkdir()
-                    command = [sys.executable, __file__, "--megatron-way", str(text)]
-                    command += [str(tokenizer), str(out / "train"), str(workers)]
-                else:
-                    command = [sys.executable, "-m", "data_prep", "tokenize", str(text)]
-                    command += ["--tokenizer", str(tokenizer), "--output-dir", str(out)]
-                    command += ["--validation-fraction", "0", "--workers", str(workers)]
-                    if "reference" in name:
-                        command += ["--engine", "reference"]
-                run = measured(command)
-                found[f"{name} {workers}"] = digests(out)
-                rate = facts["bytes"] / 1e6 / run["cpu_s"]
-                report["runs"].append(
-                    {**facts, **run, "tokenizer": kind, "file": tokenizer.name, "name": name}
-                    | {"workers": workers, "mb_per_cpu_s": rate}
-                )
-                print(
-                    f"  {kind:14} {name:24} {workers} processes: {run['wall_s']:7.1f} s, "
-                    f"{rate:6.1f} MB per CPU-second, {facts['bytes'] / 1e6 / run['wall_s']:6.1f} "
-                    f"MB/s, {run['worker_bytes'] / 1e6:4.0f} MB a worker, "
-                    f"{run['parent_bytes'] / 1e6:4.0f} MB the parent",
-                    flush=True,
-                )
-            same = len({json.dumps(d, sort_keys=True) for d in found.values()}) == 1
-            report["runs"][-1]["identical"] = same
-            print(f"  {kind:14} .bin and .idx of all of them identical: {same}")
-            rates = {(r["name"], r["workers"]): r for r in report["runs"][-len(lines) :]}
-            for workers in (1, 2):
-                if ("Megatron's way", workers) in rates:
-                    ours, theirs = rates["ours", workers], rates["Megatron's way", workers]
-                    ratio = ours["mb_per_cpu_s"] / theirs["mb_per_cpu_s"]
-                    print(
-                        f"  {kind:14} per core, {workers} processes: {ratio:.1f} x Megatron's way"
-                    )
-            one, two = rates["ours", 1]["wall_s"], rates["ours", 2]["wall_s"]
-            # T(n) = alone + shared / n, from the two; no measurement.
-            shared = 2 * (one - two)
-            alone = one - shared
-            far = facts["bytes"] / 1e6 / (alone + shared / 64)
-            print(
-                f"  {kind:14} projected from 1 and 2 processes to 64: {far:,.0f} MB/s (not measured)"
-            )
-            report["runs"][-1]["projected_64_mb_per_s"] = far
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        wrote = write_text(text, chosen, size * 1e6)
+        print(f"\n{text.name}: {wrote['documents']:,} documents, {wrote['bytes'] / 1e6:.1f} MB")
+        # The reference takes minutes on the larger text, where one count of workers will do.
+        lines = [("ours", 1), ("ours", 2), ("ours, reference engine", 2), ("Megatron's way", 2)]
+        if size < max(args.sizes_mb) or len(args.sizes_mb) == 1:
+            lines.insert(3, ("Megatron's way", 1))
+        for kind, tokenizer in tokenizers_of(args, work, text).items():
+            runs += compare(lines, text, tokenizer, {**wrote, "tokenizer": kind})
+    facts.write(args.json, {**facts.header("cpu", args, *packages), "runs": runs})
 
 
 if __name__ == "__main__":

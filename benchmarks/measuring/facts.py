@@ -1,12 +1,16 @@
-"""What benchmarks say beside their figures: device, versions, options; attention, memory, clock, power."""
+"""What benchmarks write beside their figures: command, device, versions, options, and of a GPU attention,
+memory, clock and power."""
 
 import argparse
 import json
+import os
+import platform
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +22,41 @@ from pretrain.run.versions import versions
 
 NO_MEMORY = "out of memory"
 PATIENCE_S = 5.0
-FILES = ("json", "picture", "trace")  # options that name what is written
+FILES = ("json", "picture", "timeline", "trace")  # options that name what is written
+ROOT = Path(__file__).parents[2]
 
 
-def header(device: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The first fields of a benchmark's JSON."""
+def header(device: str, args: argparse.Namespace, *packages: str) -> dict[str, Any]:
+    """The first fields of a benchmark's JSON.
+
+    Args:
+        packages: whose versions count, beside those of torch and megatron-core.
+    """
+    libraries: dict[str, Any] = {name: version(name) for name in packages}
     if device != "cpu":
-        libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    else:
-        libraries = {}
+        libraries |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return {
+        "command": command(),
         "device": device,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "versions": {**versions(), **libraries},
-        "options": {k: str(v) for k, v in vars(args).items() if k not in FILES},
+        "options": {k: _without_folders(v) for k, v in vars(args).items() if k not in FILES},
         "threads": torch.get_num_threads(),
     }
+
+
+def command() -> str:
+    """What was typed, without this machine's folders."""
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return " ".join(["python", str(shown), *words])
+
+
+def _without_folders(option: Any) -> str:
+    if isinstance(option, list | tuple):
+        return str([x.name if isinstance(x, Path) else x for x in option])
+    return option.name if isinstance(option, Path) else str(option)
 
 
 def write(path: Path | None, facts: dict[str, Any]) -> None:
@@ -49,8 +73,31 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in full)
 
 
+def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
+    """A table of rows; one that failed has its error behind its labels.
+
+    Args:
+        columns: title to format string, with the names of a row's fields. The cell is empty where the row
+            has no such field, or None.
+    """
+    lines = []
+    for row in rows:
+        cells = [_cell(form, row) for form in columns.values()]
+        if "error" in row:
+            cells[cells.index("")] = row["error"]
+        lines.append(cells)
+    return markdown(list(columns), lines)
+
+
+def _cell(form: str, row: dict[str, Any]) -> str:
+    try:
+        return form.format_map(row)
+    except (KeyError, TypeError):
+        return ""
+
+
 def attention_of(model: nn.Module) -> str:
-    """Which core attention the model's layers took in their last forward."""
+    """Which core attention the model's layers have used in their last forward."""
     own: Any = next((m for n, m in model.named_modules() if n.endswith("core_attention")), None)
     if own is None:
         return "none"
@@ -68,13 +115,14 @@ def attention_of(model: nn.Module) -> str:
 
 
 def forget_peak() -> None:
-    """What was held at most is counted from here on. Nothing without a GPU."""
+    """The peak of memory is counted from here on. Does nothing without a GPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> dict[str, float]:
-    """GiB, since `forget_peak`: of tensors, and of what torch has taken from CUDA. Empty without a GPU."""
+    """Peaks since `forget_peak` in GiB: of tensors, and of memory that torch has reserved. Empty without a
+    GPU."""
     if not torch.cuda.is_available():
         return {}
     return {
@@ -84,7 +132,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def device_allocations() -> int:
-    """How often torch has asked CUDA for memory or given it back so far, which holds kernels up."""
+    """How often torch has asked CUDA for memory or given it back so far. Kernels wait for each time."""
     if not torch.cuda.is_available():
         return 0
     counts = torch.cuda.memory_stats()
@@ -92,10 +140,10 @@ def device_allocations() -> int:
 
 
 def under_load(run: Callable[[], object]) -> dict[str, float]:
-    """Clock of the SMs, MHz, and power, W, while `run` is repeated, as long as nvidia-smi takes to answer.
+    """Clock of the SMs in MHz and power in W, under load: `run` is repeated until nvidia-smi has answered.
 
-    These runs are not measured. Empty without a GPU or nvidia-smi. One process only: several would not
-    repeat it equally often.
+    These runs are not measured. Empty without a GPU or nvidia-smi. For one process only: several ones would
+    not repeat `run` equally often.
     """
     if not torch.cuda.is_available():
         return {}
@@ -122,7 +170,7 @@ def under_load(run: Callable[[], object]) -> dict[str, float]:
 
 
 def read_load(answer: str) -> dict[str, float]:
-    """nvidia-smi's line of clock and power; empty when it says something else."""
+    """Clock and power from nvidia-smi's line; empty if it is no such line."""
     try:
         clock, power = map(float, answer.split(","))
     except ValueError:  # "[N/A]", or an error
@@ -131,20 +179,15 @@ def read_load(answer: str) -> dict[str, float]:
 
 
 def reason(error: Exception) -> str:
-    """Why a row could not be measured, in short; the whole of it is printed, but for missing memory."""
+    """Why a row could not be measured, in short. The traceback is printed, unless memory was missing."""
     if isinstance(error, torch.OutOfMemoryError):
         return f"{NO_MEMORY}: {str(error).split('. ')[0]}"
     traceback.print_exception(error)
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
 
 
-def failed(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether one of them ended in an error other than missing memory."""
-    return any("error" in row and not row["error"].startswith(NO_MEMORY) for row in rows)
-
-
 def in_words(found: dict[str, Any]) -> str:
-    """Attention, memory, clock and power of a row, as far as it has them."""
+    """Attention, memory, clock and power of a row, those that it has."""
     forms = (
         ("attention", "attention: {}"),
         ("peak_gib", "peak {:.2f} GiB"),

@@ -1,9 +1,10 @@
-"""What share of a link's time is hidden, from measured times, and how much can be."""
+"""The share of a link's time that is hidden, from measured times, and the largest share that can be."""
 
 import statistics
 from collections.abc import Callable
 from typing import Any
 
+from measuring.interleaved import quotients
 from pretrain.plan.planner import Submodule, pass_seconds
 
 BLOCKING = "standard, waiting at once"
@@ -36,8 +37,7 @@ def hidden_share(times: Times, name: str, part: str, standard: str = BLOCKING) -
 
 def paired(a: list[tuple[float, ...]], b: list[tuple[float, ...]]) -> str:
     """The quotient of two lines' totals, repetition by repetition."""
-    quotients = [sum(x) / sum(y) for x, y in zip(a, b, strict=True)]
-    low, middle, high = statistics.quantiles(quotients, n=4)
+    low, middle, high = quotients(map(sum, a), map(sum, b))
     return f"{middle:.3f} (quartiles {low:.3f} to {high:.3f})"
 
 
@@ -60,9 +60,10 @@ def most_hidden(
     """The shares of the link's time that ladder layers can hide, by the planner's model of a pass.
 
     Args:
-        parts: attention and MLP. None: they take far longer than the link, so that only what has nothing
-            to hide behind is left: forward's last output (with sequence parallelism half of it, and half
-            of the first input), and in backward, with sequence parallelism, the first all-gather.
+        parts: attention and MLP. None: both take far longer than the link, so that only the collectives
+            with no computation beside them are not hidden: forward's last output (with sequence
+            parallelism half of it, and half of the first input), and in backward, with sequence
+            parallelism, the first all-gather.
     """
     long = Submodule(100 * link_s, 200 * link_s, 50 * link_s)
     attention, mlp = parts or (long, long)
@@ -84,8 +85,8 @@ def most_hidden(
 def scaled(
     parts: tuple[Submodule, Submodule], layers: int, forward_s: float, backward_s: float
 ) -> tuple[Submodule, Submodule]:
-    """To the passes of so many layers: on a GPU, where each is waited for while it is recorded, kernels are
-    not queued ahead and sub-modules seem longer than they are."""
+    """`parts` scaled so that all layers together take as long as the passes measured. While the recorder
+    waits for each sub-module on a GPU, kernels are not queued ahead, and sub-modules take longer."""
     forward = forward_s / (layers * sum(p.forward_s for p in parts))
     backward = backward_s / (layers * sum(p.backward_s for p in parts))
     attention, mlp = (
@@ -103,11 +104,11 @@ def planned(
     link_s: float,
     options: dict[str, Any],
 ) -> tuple[float, float]:
-    """What the link adds to forward and backward by the planner's model.
+    """Seconds that the link adds to forward and backward, by the planner's model.
 
     Args:
-        own_s: of a collective by itself, which the link's time comes on top of.
-        options: of `pass_seconds`.
+        own_s: seconds of a collective by itself; the link's time comes on top.
+        options: those of `pass_seconds`.
     """
     kinds = [name] * layers
     if name == "hybrid (last half)":
@@ -119,10 +120,10 @@ def planned(
 
 
 def table(times: Times, bounds: dict[str, Shares]) -> str:
-    """Medians, and what is hidden against two standards, beside what can be.
+    """Medians, and the hidden shares against two standards.
 
     Args:
-        bounds: of ladder, by what they are made of.
+        bounds: the largest shares that ladder can hide, by how they were found.
     """
     names = list(dict.fromkeys(name for name, _ in times))
     ways = [(p, w) for p in PASSES for w in ("link", "zero")]

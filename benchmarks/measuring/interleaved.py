@@ -1,8 +1,9 @@
 """Measures several runs side by side, all ranks together."""
 
 import gc
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -12,7 +13,7 @@ Key = TypeVar("Key")
 
 
 def slowest(times: tuple[float, ...]) -> tuple[float, ...]:
-    """A pass ends when its last rank does."""
+    """Of all ranks: a pass ends when its last rank ends."""
     all_times = torch.tensor(times, dtype=torch.float64, device=torch.cuda.current_device())
     dist.all_reduce(all_times, op=dist.ReduceOp.MAX)
     return tuple(all_times.tolist())
@@ -21,10 +22,14 @@ def slowest(times: tuple[float, ...]) -> tuple[float, ...]:
 def measure(
     runs: dict[Key, Callable[[], tuple[float, ...]]], steps: int
 ) -> dict[Key, list[tuple[float, ...]]]:
-    """Interleaved: every run once, then again, so that a slow moment hits all alike."""
+    """Runs every run once, then every run again: a slow moment of the machine then hits all of them.
+
+    Returns:
+        Seconds of each run, by repetition. A first repetition, which warms up, is left out.
+    """
     times: dict[Key, list[tuple[float, ...]]] = {key: [] for key in runs}
     gc.collect()
-    gc.freeze()  # each run collects garbage first: a second, were it to look at all that is imported
+    gc.freeze()  # runs collect garbage: a second each, if all that is imported were searched too
     try:
         for step in range(steps + 1):  # the first warms up
             order = list(runs)
@@ -38,5 +43,10 @@ def measure(
         if dist.get_rank() == 0:
             print(file=sys.stderr)
     finally:
-        gc.unfreeze()  # also what a run without memory leaves behind
+        gc.unfreeze()  # after a run that failed too
     return times
+
+
+def quotients(a: Iterable[float], b: Iterable[float]) -> list[float]:
+    """Quartiles of one run's seconds over another's, each pair from one repetition."""
+    return statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4)

@@ -1,4 +1,4 @@
-"""The benchmarks' names for precisions: fp32, bf16, and FP8's recipes, which are of bf16."""
+"""The benchmarks' names of precisions: fp32, bf16, and FP8's recipes, which go with bf16."""
 
 from typing import get_args
 
@@ -9,7 +9,7 @@ PRECISIONS: tuple[str, ...] = ("fp32", "bf16", *get_args(Fp8Recipe))
 
 
 def precision_of(name: str) -> tuple[Precision, Fp8Config]:
-    """What a name of PRECISIONS stands for."""
+    """The options of `train` that a name of PRECISIONS stands for."""
     assert name in PRECISIONS
     if name in ("fp32", "bf16"):
         return name, Fp8Config()  # type: ignore[return-value]

@@ -1,8 +1,9 @@
-"""A process that imports what training and benchmarks import, and waits for what it is to run.
+"""A process that imports what training and benchmarks import, and then waits for the command to run.
 
-The next part's, or run's, is started while one goes on, as on a GPU machine importing takes longer than
-many a measurement. It uses one thread, and leaves CUDA alone: a second context would take the GPU's memory
-and time. What cannot be imported is said, and what is asked for runs all the same.
+On a GPU machine the imports take longer than many a measurement. So the process of the next part, or run,
+is started while the current one still runs. It uses one thread and does not start CUDA: a second context
+would take the GPU's memory and time. If an import fails, the process prints that and runs the command all
+the same.
 """
 
 import contextlib
@@ -30,9 +31,9 @@ class Standby:
     """A python process.
 
     Args:
-        session: it has one of its own, and all that it starts ends with it.
-        log: what it, and what it runs, prints; None: where this process does.
-        environment: beside this process's.
+        session: the process gets a session of its own, and `end` ends all that it has started too.
+        log: the file for what is printed; None: it is printed where this process prints.
+        environment: variables besides this process's.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class Standby:
         self.process = self._start([__file__], subprocess.PIPE)
 
     def go(self, words: list[str]) -> None:
-        """Runs `python WORDS`, a script or -m and a module; without the imports when they have ended it."""
+        """Runs `python WORDS`: a script, or -m and a module. If an import has ended the process, a new one
+        runs the command."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(words).encode() + b"\n")
@@ -59,7 +61,7 @@ class Standby:
         self.process = self._start(words, subprocess.DEVNULL)
 
     def end(self) -> int:
-        """Kills it, if it has not ended, and its session. Returns its exit status."""
+        """Kills the process, if it has not ended, and its session. Returns the exit status."""
         if self._session:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -84,10 +86,10 @@ class Standby:
 
 
 def prepare() -> None:
-    """Imports."""
+    """Imports the modules of IMPORTED that are installed."""
     for name in IMPORTED:
         if importlib.util.find_spec(name.split(".")[0]) is None:
-            continue  # not installed: Transformer Engine, say
+            continue  # Transformer Engine need not be installed
         try:
             importlib.import_module(name)
         except Exception as error:  # of whatever kind: without it the script may still run
@@ -98,7 +100,7 @@ def prepare() -> None:
 
 
 def become(words: list[str]) -> None:
-    """Runs them as python would, in this process."""
+    """Runs `python WORDS` in this process."""
     if words[0] == "-m":
         sys.argv = words[1:]
         sys.path[0] = ""
@@ -110,8 +112,8 @@ def become(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # not this file's folder, whose names would hide others
+    sys.path[0] = ""  # not this file's folder: its modules could hide others
     prepare()
     line = sys.stdin.readline()
-    if line:  # else nothing is to be run any more
+    if line:  # else the process that started this one wants nothing run
         become(json.loads(line))

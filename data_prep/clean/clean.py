@@ -1,4 +1,4 @@
-"""`data clean`: text without duplicates and without what quality rules refuse, and a report of it."""
+"""`data clean`: leaves out duplicates and documents that quality rules refuse, and reports what it did."""
 
 import contextlib
 import functools
@@ -35,7 +35,7 @@ from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import DROPPED, REPORT, Source, find_sources
 from data_prep.version import VERSION
 
-# Raised when the same input and options give other documents than before.
+# To be raised by a change after which the same input and options give other documents.
 OUTPUT_VERSION = 1
 
 
@@ -81,7 +81,7 @@ def clean(options: Clean) -> str:
     """Writes OUTPUT_DIR and returns a summary. Killed, it goes on from the parts that were done.
 
     Raises:
-        UserError: bad input, nothing to do, or an output folder in use.
+        UserError: bad input, no rule to apply, or an output folder in use.
     """
     _check(options)
     sources = find_sources(options.inputs, options.include, options.exclude)
@@ -110,7 +110,7 @@ def clean(options: Clean) -> str:
         try:
             judged = _judge(options, job, parts)
         except BaseException:
-            if not any(place.parts.glob("*.json")):  # nothing to go on from
+            if not any(place.parts.glob("*.json")):  # no part is done, so there is nothing to keep
                 place.remove()
             raise
         dropped = _find_duplicates(job, parts, [p["kept"] for p in judged])
@@ -118,7 +118,7 @@ def clean(options: Clean) -> str:
 
 
 def _judge(options: Clean, job: Job, parts: list[Part]) -> list[dict[str, Any]]:
-    """The first pass, for the parts that are not done; what their markers say, of all."""
+    """The first pass, for the parts that are not done yet. Returns the facts of all parts."""
     left = [part for part in parts if not job.file(part, "json").is_file()]
     if left:
         _work(options, functools.partial(start_judging, job), left, "judging")
@@ -140,8 +140,8 @@ def _work(options: Clean, start: Start, parts: list[Part], what: str) -> list[di
 
 
 def _find_duplicates(job: Job, parts: list[Part], counts: list[int]) -> np.ndarray:
-    """Decides about every document that passed by itself: DECISION [documents]. Each rule looks at
-    those that the rules before it left."""
+    """Decides about every document that the first pass kept: DECISION [documents]. Each rule looks only
+    at documents that the rules before it kept."""
     decisions = np.zeros(sum(counts), DECISION)
 
     def drop(reason: str, places: np.ndarray, first: np.ndarray) -> None:
@@ -170,7 +170,7 @@ def _find_duplicates(job: Job, parts: list[Part], counts: list[int]) -> np.ndarr
 
 @contextlib.contextmanager
 def _signatures(job: Job, held: list[tuple[Part, int]]) -> Iterator[np.ndarray]:
-    """Those of all parts in one file, which is mapped: they may be more than memory holds."""
+    """The signatures of all parts, in one file that is mapped: memory may be too small for them."""
     path = Path(job.folder) / "signatures.tmp-all"
     with path.open("wb") as out:
         for part, _ in held:
@@ -243,7 +243,7 @@ def _rules(options: Clean) -> Rules:
 
 
 def _facts(options: Clean) -> dict[str, Any]:
-    """All that decides what becomes of the files, as JSON gives it back."""
+    """The options that decide the output, as JSON gives them back."""
     facts = {key: v for key, v in asdict(options).items() if key not in ("inputs", "workers")}
     return json.loads(json.dumps({**facts, "output_dir": "", "version": OUTPUT_VERSION}))
 
@@ -287,6 +287,6 @@ def _check(options: Clean) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be 1 or more")
     check_outside(options.output_dir, options.inputs)
-    make_judge(options.quality, None, None)  # whether its library is there
+    make_judge(options.quality, None, None)  # refuses when its library is missing
     if options.near_dedup:
         duplicates.check_rensa()

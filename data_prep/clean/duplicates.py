@@ -1,4 +1,4 @@
-"""Exact and near duplicates among all documents, from figures of each; the first of several stays."""
+"""Finds exact duplicates by digests and near duplicates by MinHash; the first of several stays."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,17 +10,17 @@ from data_prep.errors import UserError
 PERMUTATIONS = 128
 SHINGLE_WORDS = 5
 SEED = 1
-# Shingles are hashed in C; at most so many of one document are held as text at once.
+# At most this many shingles of one document are held as text at once; rensa hashes them.
 SHINGLES_AT_ONCE = 200_000
 
 
 def digest(text: str) -> bytes:
-    """16 bytes: two texts among 10^10 have the same with a chance of 10^-19."""
+    """16 bytes. The chance that any two of 10^10 texts have the same digest is 10^-19."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def first_of_same(digests: np.ndarray) -> np.ndarray:
-    """Of each document the place of the first with the same digest; its own when that is it.
+    """For each document, the index of the first one with the same digest; it may be its own.
 
     Args:
         digests: uint64 [documents, 2].
@@ -40,8 +40,8 @@ def first_of_same(digests: np.ndarray) -> np.ndarray:
 
 
 def shingles(text: str) -> Iterator[list[str]]:
-    """Runs of five words (all of them, when there are fewer), a great many at a time; of five
-    characters in text that hardly has spaces."""
+    """Runs of five words, in lists of at most SHINGLES_AT_ONCE; of a shorter text, all its words. In text
+    with hardly any spaces, runs of five characters."""
     words: Sequence[str] = text.split()
     if len(text) > 40 * len(words):
         words = text
@@ -52,8 +52,8 @@ def shingles(text: str) -> Iterator[list[str]]:
 
 
 def signature(text: str) -> list[int]:
-    """MinHash (Broder 1997) of the text's shingles: 128 numbers of 32 bits. The share of places in
-    which two texts' agree estimates how many shingles they have in common (Jaccard), to 0.04.
+    """MinHash (Broder 1997) of the text's shingles: 128 numbers of 32 bits. The share of positions at which
+    two signatures agree estimates the texts' Jaccard similarity, with a standard error of at most 0.044.
 
     By rensa, in Rust: 850 MB of text a second, where datasketch does 10 (measured).
     """
@@ -75,7 +75,8 @@ def check_rensa() -> None:
 
 
 def rows_per_band(threshold: float) -> int:
-    """The most rows with which 98 % of pairs just at the threshold agree on all rows of some band."""
+    """The largest number of rows in a band with which 98 % of the pairs just at the threshold agree on all
+    rows of at least one band."""
     return max(
         rows
         for rows in range(1, 33)
@@ -84,7 +85,7 @@ def rows_per_band(threshold: float) -> int:
 
 
 def band_keys(signatures: np.ndarray, rows: int) -> np.ndarray:
-    """A key of each band of each document: documents that share one may be near duplicates.
+    """A key for each band of each document: documents with an equal key may be near duplicates.
 
     Args:
         signatures: uint32 [documents, 128].
@@ -103,7 +104,7 @@ def band_keys(signatures: np.ndarray, rows: int) -> np.ndarray:
 
 
 class Clusters:
-    """Documents joined to earlier ones; the first of a cluster stands for it."""
+    """Clusters of documents (union-find); the first document of a cluster stands for it."""
 
     def __init__(self, count: int) -> None:
         self._parent = np.arange(count)
@@ -120,11 +121,11 @@ class Clusters:
         self._parent[high] = low
 
     def apart(self, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Which pairs are not joined, as far as a look at their own entries tells."""
+        """Which pairs are perhaps not joined yet: their own entries differ. It is quick, not exact."""
         return self._parent[ones] != self._parent[others]
 
     def firsts(self) -> np.ndarray:
-        """Of each document the first of its cluster, int64 [documents]."""
+        """The first of each document's cluster, int64 [documents]."""
         parent = self._parent
         while not (parent[parent] == parent).all():
             parent[:] = parent[parent]
@@ -134,14 +135,15 @@ class Clusters:
 def near_duplicates(
     bands: Iterable[np.ndarray], signatures: np.ndarray, places: np.ndarray, threshold: float
 ) -> np.ndarray:
-    """Clusters of documents of which each is like another of it, by the estimate of their signatures.
+    """Clusters of documents. Each document is similar to another one of its cluster, as their signatures
+    estimate it.
 
     In each band, documents with the same key are compared with the first of them.
 
     Args:
         bands: uint64 [documents] each; read one after another.
-        signatures: uint32 [rows, 128]; a file's memory map serves.
-        places: int64 [documents]: the row of each.
+        signatures: uint32 [rows, 128]; it may be a memory-mapped file.
+        places: int64 [documents]: the row of each document in `signatures`.
 
     Returns:
         int64 [documents]: the first of each one's cluster.

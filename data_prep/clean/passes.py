@@ -1,4 +1,4 @@
-"""The two passes over the text: judge each document by itself, then leave out what others repeat."""
+"""The two passes over the text: judge each document by itself, then write those that repeat no other."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -23,26 +23,33 @@ SAMPLES = 20
 SAMPLE_CHARACTERS = 500
 REASONS = ("", "repeated id", "exact duplicate", "near duplicate")
 DECISION = np.dtype([("reason", "u1"), ("of", "<i8")])
-"""Of a document: its place in REASONS (0: it stays), and the place among all of the one it repeats."""
+"""About a document: an index in REASONS (0: it stays), and the index of the document that it repeats."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a document must be to stay."""
+    """What decides whether a document stays."""
 
     quality: tuple[Quality, ...]
     min_characters: int | None
     max_characters: int | None
     exact: bool
     near: float | None
-    """The threshold."""
+    """The threshold for near duplicates; None: they stay."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to know. In `folder`, of a part with the key K: K.jsonl.zst, the documents
-    that passed by themselves; K.ordinals, K.ids, K.exact, K.signatures, K.bands, figures of each of them;
-    K.json, what became of the others, written last; K.decisions.npy, which ones are to go."""
+    """What a process needs to know.
+
+    Files in `folder` of a part with the key K:
+
+    K.jsonl.zst         the documents that the first pass kept
+    K.ordinals, K.ids, K.exact, K.signatures, K.bands
+                        of each of them: its number in the file, its id's and its text's digest, MinHash
+    K.json              the facts of the part, and samples of dropped documents; written last
+    K.decisions.npy     which of the kept documents the second pass drops, and why
+    """
 
     folder: str
     fingerprint: str
@@ -126,7 +133,7 @@ def _judge_part(job: Job, judge: Any, part: Part, tally: Tally) -> dict[str, Any
 
 
 def where(segment: Segment, ordinal: int) -> str:
-    """Names a document by its number in the file, or in the range of it that a part holds."""
+    """Names a document by its number in the file, or in the range of the file that a part holds."""
     return place_name(segment.source.path, segment.begin, ordinal)
 
 
@@ -135,7 +142,7 @@ def place_name(path: str, begin: int, ordinal: int) -> str:
 
 
 def sample(why: str, text: str, source: str) -> dict[str, Any]:
-    """A dropped document to look at."""
+    """The entry of a dropped document in the file of samples."""
     return {"reason": why, "source": source, "text": text[:SAMPLE_CHARACTERS]}
 
 
@@ -157,7 +164,7 @@ def open_signatures(job: Job, part: Part, kept: int) -> np.ndarray:
 
 
 def start_writing(job: Job, output: str, tally: Tally) -> Work:
-    """The second pass: output/NUMBER.jsonl.zst, without the documents that are to go."""
+    """The second pass: writes output/NUMBER.jsonl.zst, without the documents that are dropped."""
 
     def work(part: Part) -> dict[str, Any]:
         decisions = np.load(job.file(part, "decisions.npy"))

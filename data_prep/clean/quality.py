@@ -1,9 +1,9 @@
-"""Quality rules that look at no language: Gopher's and FineWeb's, as `datatrove` has them.
+"""Quality rules that need no knowledge of the language: Gopher's and FineWeb's, by `datatrove`.
 
-datatrove is the library with which FineWeb was made. Its filters are used one text at a time; its
-pipelines, which bring an own way of running jobs, are not. They count words by spaCy, which is large and
-slow (3 MB/s); here a word is a run of letters and digits, so the rules mean what they say in
-languages that write spaces between words.
+datatrove is the library that FineWeb was made with. Its filters are used here, on one text at a time; its
+pipelines are not, as they run jobs in a way of their own. The filters count words with spaCy, which is
+large and slow (3 MB/s). Here a word is a run of letters and digits, so the rules are right for languages
+that write spaces between words.
 """
 
 import functools
@@ -15,7 +15,7 @@ from data_prep.errors import UserError
 
 Quality = Literal["gopher-quality", "gopher-repetition", "fineweb"]
 Judge = Callable[[str], str | None]
-"""Of a text, the reason why it is dropped, or None."""
+"""Returns the reason why a text is dropped, or None."""
 
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]+")
 _EXTRA = "pip install 'megatron-ladder[clean]'"
@@ -24,7 +24,7 @@ _EXTRA = "pip install 'megatron-ladder[clean]'"
 def make_judge(
     quality: Sequence[Quality], min_characters: int | None, max_characters: int | None
 ) -> Judge:
-    """The first reason of several rules.
+    """A function that returns the reason of the first rule that drops a text.
 
     Args:
         quality: Gopher's document rules (arXiv 2112.11446, A.1.1: words, mean word length, symbols,
@@ -59,9 +59,8 @@ def make_filter(name: Quality) -> Judge:
         from datatrove.pipeline import filters
     except ImportError as error:
         raise UserError(f"--quality needs datatrove ({error}): {_EXTRA}") from error
-    words: Any = (
-        _words()
-    )  # in place of a language's name: datatrove's way to give it a word splitter
+    # In place of a language's name, datatrove takes a word splitter.
+    words: Any = _words()
     made = {
         "gopher-quality": lambda: filters.GopherQualityFilter(min_stop_words=None, language=words),
         "gopher-repetition": lambda: filters.GopherRepetitionFilter(language=words),
@@ -70,7 +69,7 @@ def make_filter(name: Quality) -> Judge:
 
     def judge(text: str) -> str | None:
         if not _WORD.search(text):
-            return "no words"  # it would divide by their number
+            return "no words"  # datatrove would divide by zero
         verdict = made.filter(Document(text=text, id=""))
         return verdict[1] if isinstance(verdict, tuple) else None
 

@@ -35,7 +35,7 @@ def make_report(judged: list[dict[str, Any]], written: list[dict[str, Any]]) -> 
 def choose_samples(
     job: Job, parts: list[Part], judged: list[dict[str, Any]], written: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The first of each reason; duplicates with the name of what they repeat."""
+    """The first documents dropped for each reason; duplicates with the name of the document they repeat."""
     seen = Counter[str]()
     chosen = []
     ends = np.cumsum([part["kept"] for part in judged])

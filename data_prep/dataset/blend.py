@@ -54,7 +54,8 @@ def blend(options: Blend) -> str:
     write_durably(options.output, json.dumps({"data": data}, indent=2) + "\n")
     command = f"megatron-ladder train --preset NAME --config {options.output}"
     if total:
-        command += f" --schedule.train-tokens {total}"
+        # A preset that sets steps is refused tokens beside them.
+        command += f" --schedule.train-steps None --schedule.train-tokens {total}"
     starts = [phase["from_tokens"] for phase in phases]
     stretches = zip(
         [weights, *(p["weights"] for p in phases)], [0, *starts], [*starts, total], strict=True
@@ -67,7 +68,8 @@ def blend(options: Blend) -> str:
 
 
 def table(sets: list[DataSet], tokens: list[int], weights: list[float], total: int | None) -> str:
-    """A line for each data set: its tokens and weight, and what of it `total` tokens take."""
+    """A line for each data set: its tokens and weight; with `total`, how many tokens and epochs of it a
+    training of `total` tokens takes."""
     width = max(len(str(data.path)) for data in sets)
     heading = f"{'data set':<{width}} {'tokens':>16} {'weight':>8}"
     lines = [heading + (f" {'tokens taken':>16} {'epochs':>8}" if total else "")]
@@ -80,20 +82,20 @@ def table(sets: list[DataSet], tokens: list[int], weights: list[float], total: i
 
 
 def _weights(options: Blend, tokens: list[int]) -> list[float]:
-    """They add up to 1."""
+    """The weights of the data sets; they add up to 1."""
     if options.weights:
         raw = list(options.weights)
     elif options.epochs:
         raw = [e * t for e, t in zip(options.epochs, tokens, strict=True)]
     else:
-        largest = max(tokens)  # powers of shares: those of large numbers are not exact
+        largest = max(tokens)  # powers of shares, as those of large numbers are not exact
         raw = [(t / largest) ** (1 / (options.temperature or 1.0)) for t in tokens]
     total = math.fsum(raw)
     return [value / total for value in raw]
 
 
 def _phases(options: Blend) -> list[dict[str, Any]]:
-    """As `train` reads them; weights add up to 1."""
+    """The phases as `train` reads them; the weights of each add up to 1."""
     then, each = options.then or (), 1 + len(options.data)
     phases = []
     for begin in range(0, len(then), each):
@@ -118,7 +120,7 @@ def _check_phases(options: Blend) -> None:
         start, *weights = then[begin : begin + each]
         if start != int(start) or start <= before:
             raise UserError(
-                f"--then {start:g}: tokens are whole, and more than {before:g} before them"
+                f"--then {start:g}: give a whole number of tokens above {before:g}: changes are in order"
             )
         if not any(weights):
             raise UserError(f"--then {start:g}: its weights are all 0")
@@ -142,7 +144,7 @@ def _check(options: Blend) -> None:
         raise UserError(f"{' and '.join(given)} are both given: weights come from one of them")
     if options.then is not None:
         if options.epochs:
-            raise UserError("--epochs is of the whole training: with --then give --weights")
+            raise UserError("--epochs counts over the whole training: with --then give --weights")
         _check_phases(options)
     if options.epochs and options.train_tokens:
         raise UserError("--epochs says how long to train: leave out --train-tokens")

@@ -1,4 +1,4 @@
-"""A data set's folder, as docs/reference/formats.md describes it, opened to be looked at."""
+"""Opens a data set's folder. docs/reference/formats.md describes its files."""
 
 import json
 from dataclasses import dataclass
@@ -50,17 +50,17 @@ class DataSet:
         return np.memmap(self.file(split, "idx"), "<i4", "r", HEADER_BYTES, (count,))
 
     def open_encoder(self) -> Encoder:
-        """The tokenizer it was made with.
+        """The tokenizer that the data set was made with.
 
         Raises:
-            UserError: another one lies in its place.
+            UserError: it is missing, or another one.
         """
         if (
             not self.tokenizer.is_file()
             or sha256(self.tokenizer) != self.manifest["tokenizer"]["sha256"]
         ):
             raise UserError(f"{self.tokenizer} is not the tokenizer the data set was made with")
-        # Any token may end documents in a tokenizer.json; decoding does not need to know which.
+        # A tokenizer.json does not say which token ends documents: the manifest has its id.
         eod = None
         if self.tokenizer.suffix == ".json":
             import tokenizers
@@ -71,7 +71,7 @@ class DataSet:
 
 
 def open_data_set(path: Path) -> DataSet:
-    """Reads the manifest, and nothing else.
+    """Reads the manifest only.
 
     Raises:
         UserError: not a data set.

@@ -1,4 +1,4 @@
-"""Joins the parts of a data set, when all of them are there, and puts it in its place."""
+"""Joins the parts of a data set when all of them are done, and puts the data set in its place."""
 
 import json
 import shutil
@@ -42,14 +42,14 @@ def merge(options: Merge) -> str:
 
 
 def join(place: Workplace, plan: dict[str, Any]) -> str:
-    """The same, when the plan is known and the folder is held."""
+    """Joins the parts of a plan. The caller has locked the work folder."""
     parts = from_json(plan["parts"], [Source(**facts) for facts in plan["sources"]])
     check_tiling(parts)
     results = _results(place, plan, parts)
     try:
         _check_splits(results, plan)
     except UserError:
-        place.remove()  # other options are needed, which make other parts
+        place.remove()  # other options are needed, and these parts are of no use to them
         raise
     target, new = place.target, place.folder / "data"
     shutil.rmtree(new, ignore_errors=True)
@@ -79,7 +79,7 @@ def join(place: Workplace, plan: dict[str, Any]) -> str:
 def _results(
     place: Workplace, plan: dict[str, Any], parts: list[Part]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Each part's key and what its marker says, when everything it says is there."""
+    """The key and the marker's facts of each part, if all its files are there in their sizes."""
     results: list[tuple[str, dict[str, Any]]] = []
     missing = []
     for part in parts:
@@ -100,8 +100,8 @@ def _results(
     if missing:
         raise UserError(
             f"{len(missing)} of {len(parts)} parts are not done: {_ranges(missing)}; run the tasks "
-            "that were not finished again (a task does the parts whose number leaves its --rank when "
-            "divided by --world-size), then merge"
+            "that were not finished again (a task does the parts whose number modulo --world-size is its "
+            "--rank), then merge"
         )
     return results
 
@@ -153,7 +153,7 @@ def _join_split(
 def _sources(
     plan: dict[str, Any], results: list[tuple[str, dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Every input file, in order, with what became of it."""
+    """Every input file, in order, with its documents, its skipped lines and its error."""
     sources = {
         facts["path"]: {
             **{key: facts[key] for key in ("path", "bytes", "version")},
@@ -189,8 +189,8 @@ def _check_splits(results: list[tuple[str, dict[str, Any]]], plan: dict[str, Any
         if fraction and not documents[split]:
             raise UserError(
                 f"the {split} split got none of the {sum(documents.values()):,} documents: change the "
-                "fractions, or give more documents (--text-documents paragraph makes more of plain "
-                "text)"
+                "fractions, or give more documents (--text-documents paragraph cuts plain "
+                "text into more)"
             )
 
 

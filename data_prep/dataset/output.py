@@ -11,7 +11,7 @@ from data_prep.read.sources import Source
 
 
 def is_done(output_dir: Path, wanted: dict[str, Any], sources: list[Source]) -> bool:
-    """Whether the folder holds this very data set. Raises UserError when it holds another thing."""
+    """Whether the folder holds this very data set. Raises UserError when it holds something else."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output-dir {output_dir} is a file: give a folder")
     if not output_dir.is_dir() or not any(output_dir.iterdir()):
@@ -41,9 +41,9 @@ def is_done(output_dir: Path, wanted: dict[str, Any], sources: list[Source]) -> 
 
 
 def check_space(output_dir: Path, sources: list[Source], dtype: str) -> None:
-    """Refuses a disk that will not hold the tokens: about 3.5 bytes of text make one."""
+    """Refuses a disk that is too full for the tokens: about 3.5 bytes of text make a token."""
     text = sum(source.bytes * (4 if source.compression else 1) for source in sources)
-    # Twice: the parts are there until they are joined.
+    # Twice, as the parts stay until they are joined.
     needed = 2 * text / 3.5 * (2 if dtype == "uint16" else 4)
     parent = output_dir.absolute().parent
     while not parent.exists():
@@ -53,6 +53,6 @@ def check_space(output_dir: Path, sources: list[Source], dtype: str) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
-            f"--output-dir {output_dir}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed: "
+            f"--output-dir {output_dir}: {free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB needed: "
             "free space or choose another disk"
         )

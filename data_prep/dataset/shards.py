@@ -1,7 +1,7 @@
 """Megatron's indexed data set: token files that megatron-core memory-maps.
 
-`.bin` holds the tokens of all documents one after another, `.idx` where each begins;
-docs/reference/formats.md and shared tools' readers agree on:
+`.bin` holds the tokens of all documents one after another, `.idx` where each begins. The layout of
+`.idx`, as in docs/reference/formats.md and as other tools read it:
 
     MMIDIDX\\0\\0 | u64 version 1 | u8 dtype code | u64 sequences S | u64 documents + 1
     i32[S] lengths | i64[S] byte offsets into .bin | i64[documents + 1] first sequence of each document
@@ -70,7 +70,7 @@ def _lengths(files: list[Path]) -> Iterator[np.ndarray]:
 
 
 def append_files(target: Path, files: list[Path]) -> None:
-    """Joins files, durably; the system copies them, where it can without moving a byte."""
+    """Joins files, durably. The system copies them; some file systems can share the bytes instead."""
     with target.open("wb") as out:
         for path in files:
             with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Figures and a picture of a data set: how long documents are, which tokens they are made of."""
+"""Figures and a picture of a data set: how long its documents are, and which tokens are common."""
 
 import json
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one split. Entropy is in nats a token: no model that ignores context has a lower loss."""
+    """Figures of one split."""
 
     documents: int
     tokens: int
@@ -44,14 +44,16 @@ class Figures:
     percentiles: dict[int, int]
     """Tokens of a document, by percentile of the documents."""
     edges: list[int]
-    """Borders of the histogram of lengths, in tokens; each bin holds its lower one."""
+    """Borders of the histogram of lengths, in tokens; a length equal to a border is in the bin above it."""
     documents_by_length: list[int]
     tokens_by_length: list[int]
     entropy: float
+    """In nats a token: no model that ignores context has a lower loss."""
     used: int
+    """Token ids that occur."""
     vocab_size: int
     counts: np.ndarray
-    """Of each token id, int64 [vocab_size]."""
+    """How often each token id occurs, int64 [vocab_size]."""
 
 
 def stats(options: Stats) -> str:
@@ -220,7 +222,7 @@ def draw(figures: Figures, encoder: Encoder, title: str, path: Path) -> None:
 
 
 def _drawn(piece: str) -> str:
-    """What the picture's font can show; no formula."""
+    """The piece in characters that the picture's font has, and not read as a formula."""
     shown = repr(piece.replace("\u2581", "_"))[1:-1].replace("$", r"\$")
     shown = ascii(shown)[1:-1] if any(ord(c) > 0x24F for c in shown) else shown
     return shown if len(shown) <= 14 else f"{shown[:12]}... ({len(piece)})"

@@ -27,7 +27,7 @@ from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import find_sources
 from data_prep.version import VERSION
 
-# Raised when the same input and options give other bytes than before.
+# To be raised by a change after which the same input and options give other bytes.
 OUTPUT_VERSION = 1
 
 
@@ -121,7 +121,7 @@ def tokenize(options: Tokenize) -> str:
             summary = _work(options, place, encoder, fingerprint, mine)
             return f"{summary}\n{join(place, plan)}\nData set: {options.output_dir}"
         except BaseException:
-            if not any(place.parts.glob("*.json")):  # nothing to go on from
+            if not any(place.parts.glob("*.json")):  # no part is done, so there is nothing to keep
                 place.remove()
             raise
 
@@ -129,7 +129,7 @@ def tokenize(options: Tokenize) -> str:
 def _work(
     options: Tokenize, place: Workplace, encoder: Encoder, fingerprint: str, mine: list[Part]
 ) -> str:
-    """Does the parts that are not done yet."""
+    """Tokenizes those parts of `mine` that are not done yet; returns a summary."""
     reading = _reading(options, encoder)
     job = Job(
         folder=str(place.parts),
@@ -206,7 +206,7 @@ def _chat(options: Tokenize, encoder: Encoder) -> Chat | None:
 
 
 def _manifest(options: Tokenize, encoder: Encoder) -> dict[str, Any]:
-    """The manifest as far as it is known before reading: what the data set is made of."""
+    """What is known of the manifest before the text is read."""
     reading = asdict(_reading(options, encoder))
     del reading["id_field"]  # `data clean`'s
     return {
@@ -221,7 +221,7 @@ def _manifest(options: Tokenize, encoder: Encoder) -> dict[str, Any]:
             "eod_id": encoder.eod_id,
         },
         "dtype": token_dtype(encoder.vocab_size),
-        # As JSON gives it back: lists, no tuples.
+        # As it is after a way through JSON: lists, no tuples.
         "options": {
             **json.loads(json.dumps(reading)),
             "validation_fraction": options.validation_fraction,
@@ -232,7 +232,7 @@ def _manifest(options: Tokenize, encoder: Encoder) -> dict[str, Any]:
 
 
 def _fingerprint(manifest: dict[str, Any], options: Tokenize) -> str:
-    """Of all that decides what becomes of a file."""
+    """A hash of everything that decides the output, except the input files."""
     facts = {key: manifest[key] for key in ("tokenizer", "dtype", "options")}
     text = json.dumps([OUTPUT_VERSION, facts, options.max_bad_lines], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

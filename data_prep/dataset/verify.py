@@ -1,4 +1,4 @@
-"""Checks every byte of a data set against its manifest, and what it means against the format."""
+"""Checks every byte of a data set by the manifest's checksums, and its contents by the format's rules."""
 
 import hashlib
 from collections.abc import Iterator
@@ -33,16 +33,16 @@ class Verify:
 
 @dataclass
 class Found:
-    """What is wrong, or merely odd."""
+    """What is wrong, and what is only unusual."""
 
     problems: list[str] = field(default_factory=list)
     eod_inside: int = 0
-    """EOD ids within documents: a tokenizer.json makes them of text that spells the token."""
+    """EOD ids inside documents: a tokenizer.json turns text that spells the token into its id."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Documents that lie together in .bin: a part of the manifest, or, without parts, all of a split."""
+    """Documents that follow one another in .bin: those of a part in the manifest, or all of a split."""
 
     split: str
     first_document: int
@@ -71,7 +71,7 @@ def verify(options: Verify) -> str:
         found.problems.append(f"{data.path}/manifest.json: EOD {facts['eod_id']} is no token id")
     seconds = 0.0
     splits = data.manifest["splits"]
-    if not found.problems:  # of files that are not whole little more could be said
+    if not found.problems:  # little more can be said of files that are missing or cut short
         progress = Progress(sum(split["bin_bytes"] for split in splits.values()), "verifying")
         for split in splits:
             _check_index(data, split, found)
@@ -98,12 +98,12 @@ def _summary(data: DataSet, found: Found, seconds: float) -> str:
     ]
     if not all("parts" in split and "idx_sha256" in split for split in splits):
         lines.append(
-            "The manifest has no checksums: what was read fits the format, no more is known"
+            "The manifest has no checksums: the contents fit the format, a changed token may go unnoticed"
         )
     if found.eod_inside:
         lines.append(
-            f"{found.eod_inside:,} EOD ids are inside documents: text that spells the token, which a "
-            "tokenizer.json makes one of"
+            f"{found.eod_inside:,} EOD ids are inside documents: their text spells the token, and a "
+            "tokenizer.json turns that into its id"
         )
     return "\n".join(lines)
 
@@ -175,7 +175,7 @@ def _ranges(data: DataSet) -> Iterator[Range]:
 
 
 def _check_tokens(data: DataSet, workers: int, found: Found, progress: Progress) -> None:
-    """Each range of .bin; threads, as hashing and numpy leave the interpreter to others."""
+    """Checks each range of .bin. Threads are enough: hashing and numpy release the interpreter's lock."""
     with ThreadPoolExecutor(workers) as pool:
         for one in pool.map(lambda part: _check_range(data, part, progress), _ranges(data)):
             found.problems += one.problems
@@ -190,7 +190,8 @@ def _check_range(data: DataSet, part: Range, progress: Progress) -> Found:
     lengths = data.lengths(part.split)
     digest = hashlib.sha256()
     width = data.dtype.itemsize
-    document, document_end = part.first_document, part.first_token  # up to where ends were checked
+    # The first document that is not checked yet, and where the one before it ends.
+    document, document_end = part.first_document, part.first_token
     with path.open("rb") as file:
         file.seek(part.first_token * width)
         token, last = part.first_token, part.first_token + part.tokens
@@ -230,7 +231,7 @@ def _check_range(data: DataSet, part: Range, progress: Progress) -> Found:
 def _ends(
     lengths: np.ndarray, document: int, part: Range, document_end: int, limit: int
 ) -> np.ndarray:
-    """Where the documents from `document` on end, up to the token `limit`."""
+    """The ends of the documents from `document` on, as far as they are not above token `limit`."""
     last = part.first_document + part.documents
     found = []
     while document < last:

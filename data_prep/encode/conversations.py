@@ -15,7 +15,7 @@ def encode_conversations(
 
     Returns:
         All ids, [tokens]; whether each is trained on, [tokens] bool; tokens of each document,
-        [documents]; whether its end is trained on, [documents] bool: after the assistant's last word.
+        [documents]; whether its EOD is trained on, [documents] bool: when the assistant has the last word.
     """
     pieces = [text.pieces for text in texts if isinstance(text, Conversation)]
     assert len(pieces) == len(texts)

@@ -1,4 +1,4 @@
-"""Tokenizers that exist: SentencePiece models and Hugging Face's tokenizer.json."""
+"""Tokenizers read from their files: SentencePiece models and Hugging Face's tokenizer.json."""
 
 import hashlib
 from pathlib import Path
@@ -27,12 +27,12 @@ class Encoder(Protocol):
     def piece(self, token_id: int) -> str: ...
 
     def marks(self) -> list[tuple[str, ...]]:
-        """Strings that become one token whatever is around them, in groups that are alike."""
+        """Strings that become one token whatever text is around them, in groups of the same kind."""
         ...
 
 
 class SentencePieceEncoder:
-    """A SentencePiece model. Text that spells a control piece is ordinary text to it."""
+    """A SentencePiece model. It reads text that spells a control piece as ordinary text."""
 
     kind = "sentencepiece"
 
@@ -51,7 +51,8 @@ class SentencePieceEncoder:
             )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return self._model.EncodeAsIds(texts, num_threads=1)  # there is a process for every core
+        # One thread, as there is a process for every core.
+        return self._model.EncodeAsIds(texts, num_threads=1)
 
     def decode(self, ids: list[int]) -> str:
         return self._model.DecodeIds(ids)
@@ -68,7 +69,7 @@ class SentencePieceEncoder:
 
 
 class HuggingFaceEncoder:
-    """A tokenizer.json. No special token is added; text that spells one becomes it."""
+    """A tokenizer.json. No special token is added, but text that spells one becomes that token."""
 
     kind = "huggingface"
 
@@ -109,7 +110,7 @@ def open_encoder(path: Path, eod_token: str | None = None) -> Encoder:
     """The tokenizer in a file, by its ending: .model or .json.
 
     Raises:
-        UserError: no such file, not a tokenizer, or none to end documents with.
+        UserError: no such file, not a tokenizer, or no token to end documents with.
     """
     if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist")

@@ -1,4 +1,4 @@
-"""What turns texts into ids: the reference tokenizers, and a fast one that must give the same."""
+"""Engines turn texts into ids: the reference tokenizers, and a fast one that must give the same ids."""
 
 import itertools
 import re
@@ -38,7 +38,7 @@ class ReferenceEngine:
 
 
 def load_fast(tokenizer: Path) -> bytes:
-    """A tokenizer as FastEngine takes it: worked out once, and quick to load by every process.
+    """A tokenizer in the form that FastEngine takes. It is made once, and each process loads it quickly.
 
     Raises:
         UserError: gigatoken does not know this kind of tokenizer, with its reason.
@@ -56,16 +56,16 @@ def load_fast(tokenizer: Path) -> bytes:
 class FastEngine:
     """gigatoken; texts that hold one of `routed` go to the reference engine.
 
-    Chosen by measurement (docs/guides/data.md): of the engines that gave the reference's ids it is the
-    fastest, on both kinds of tokenizer. guard.py checks that it does, before any work.
+    It was chosen by measurement (docs/guides/data.md): of the engines that gave the reference's ids it was
+    the fastest, for both kinds of tokenizer. guard.py checks before any work that it gives those ids.
 
     Raises:
         UserError: gigatoken does not know this kind of tokenizer, with its reason.
     """
 
-    # Documents go one by one: as fast as batches, whose results come as awkward arrays (an import of
-    # 40 MB). But a SentencePiece tokenizer remembers all it has seen, half a byte for each: it is
-    # loaded anew now and then. Byte-level BPE keeps its memory bounded itself.
+    # Documents are encoded one by one. Batches are not faster, and their results are awkward arrays, whose
+    # import takes 40 MB. gigatoken's SentencePiece tokenizer keeps half a byte for each character that it
+    # has seen, so it is loaded anew after this many. Its byte-level BPE bounds its memory itself.
     REMEMBERED_CHARACTERS = 25_000_000
 
     def __init__(self, source: bytes, routed: Sequence[str], reference: "LazyReference") -> None:
@@ -78,7 +78,7 @@ class FastEngine:
     def _load(self) -> None:
         from gigatoken.gigatoken_rs import SentencePieceTokenizer, load_hf_json
 
-        self._backend: Any = None  # what it remembers goes before the new one comes
+        self._backend: Any = None  # frees the memory of the old one before the new one is loaded
         try:
             self._backend = load_hf_json(self._source)
         except Exception as error:  # it raises nothing narrower

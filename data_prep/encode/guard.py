@@ -1,7 +1,7 @@
-"""Whether the fast engine gives the reference's ids: checked before it is trusted with anything.
+"""Checks that the fast engine gives the reference's ids, before it is used.
 
-Some hundred of the documents that are about to be tokenized, and two thousand made-up strings, of
-the tokenizer's own pieces, white space, control characters and all of Unicode, go through both.
+Both engines encode some hundred of the documents that are about to be tokenized, and two thousand
+made-up strings of the tokenizer's own pieces, white space, control characters and all of Unicode.
 """
 
 import random
@@ -29,9 +29,9 @@ class Verdict:
 
     fast: bool
     routed: tuple[str, ...]
-    """Texts that hold one of these go to the reference engine: it reads them in its own way."""
+    """The reference engine takes the texts that hold one of these strings: the fast one differs there."""
     report: str
-    """For people: what was found."""
+    """A line to print: what was found."""
     source: bytes = b""
     """The tokenizer as FastEngine takes it."""
 
@@ -95,7 +95,7 @@ def differences(reference: ReferenceEngine, fast: FastEngine, texts: list[str]) 
 
 
 def sample(parts: list[Part], reading: Reading) -> Iterator[str]:
-    """Documents from parts that are spread over the input; errors are left to the work itself."""
+    """Documents of parts from all over the input. Errors are ignored: the work itself meets them again."""
     step = max(1, len(parts) // SAMPLED_PARTS)
     chosen = parts[::step][:SAMPLED_PARTS]
     for part in chosen:
@@ -111,12 +111,12 @@ def sample(parts: list[Part], reading: Reading) -> Iterator[str]:
                     break
                 if taken * 2 >= SAMPLED_BYTES // len(chosen):
                     break
-        except Exception:  # noqa: S112 (whatever it is, the work itself will meet and name it)
+        except Exception:  # noqa: S112 (the work itself meets the same error, and names it)
             continue
 
 
 def made_up(encoder: Encoder, marks: tuple[str, ...]) -> list[str]:
-    """Strings that tokenizers stumble over; with `marks`, each holds at least one of them."""
+    """Strings that are hard to tokenize alike; with `marks`, each holds at least one of them."""
     chance = random.Random(0)  # noqa: S311 (nothing secret)
     every_mark = {mark for group in encoder.marks() for mark in group}
     some = (chance.randrange(encoder.vocab_size) for _ in range(2 * MADE_UP))

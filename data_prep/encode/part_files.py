@@ -14,7 +14,7 @@ from data_prep.files import sync_folder
 
 @dataclass
 class _SplitFiles:
-    """One split's files, by ending, and what is in them."""
+    """The files of one split, by ending, and what is written to them."""
 
     files: dict[str, BinaryIO]
     digest: Any = field(default_factory=hashlib.sha256)
@@ -26,8 +26,8 @@ class _SplitFiles:
 
 
 class PartFiles:
-    """A part's tokens and document lengths, by split: STEM.train.bin, STEM.train.len; and, of
-    conversations, STEM.train.mask: of each token, whether it is trained on."""
+    """A part's tokens and document lengths, by split: STEM.train.bin, STEM.train.len. Conversations have
+    STEM.train.mask too: for each token, whether it is trained on."""
 
     def __init__(self, stem: str, dtype: str, eod_id: int, fractions: Fractions) -> None:
         self._stem, self._eod_id, self._fractions = stem, eod_id, fractions
@@ -38,7 +38,7 @@ class PartFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for files in self._open.values():  # those of an error; `close` has emptied it otherwise
+        for files in self._open.values():  # empty after `close`; else there was an error
             for file in files.files.values():
                 file.close()
                 Path(file.name).unlink(missing_ok=True)
@@ -72,7 +72,7 @@ class PartFiles:
     ) -> tuple[int, int]:
         kept = lengths > 0
         ends = lengths[kept].cumsum()
-        # Every document's tokens move on by one place for each document before it.
+        # A document's tokens move on by one place for each document before it: by its EOD.
         tokens = np.full(len(ids) + len(ends), self._eod_id, self._dtype)
         eods = ends + np.arange(len(ends))
         text = np.ones(len(tokens), bool)

@@ -1,4 +1,4 @@
-"""Which split a document is in: by its content, so that it stays there when others come or go."""
+"""Which split a document is in: its content decides, so it stays there when other documents change."""
 
 import hashlib
 from array import array
@@ -29,7 +29,7 @@ def _fraction(raw: bytes) -> float:
 
 
 def sizes_and_splits(texts: Iterable[str], fractions: Fractions) -> tuple[np.ndarray, np.ndarray]:
-    """Of each document, its bytes in UTF-8 and the place of its split in SPLITS."""
+    """For each document, its bytes in UTF-8 and the index of its split in SPLITS."""
     sizes, values = array("q"), array("d")
     split = bool(fractions.validation or fractions.test)
     for text in texts:

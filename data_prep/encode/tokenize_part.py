@@ -1,7 +1,7 @@
 """Tokenizes parts, each into files of its own: tokens never travel between processes.
 
-A part is done when its marker is there, which is written last, under the part's key. So a run that is
-killed at any instant loses the parts it was at, and nothing else.
+A part is done when its marker, KEY.json, is there: it is written last. So a run that is killed at any
+instant loses only the parts that it was working on.
 """
 
 import functools
@@ -35,7 +35,7 @@ class Job:
     folder: str
     """Where parts go."""
     fingerprint: str
-    """Of everything but the files that decides what comes out."""
+    """A hash of everything that decides the output, except the input files."""
     tokenizer: str
     eod_token: str | None
     eod_id: int
@@ -106,7 +106,7 @@ def tokenize_part(job: Job, engine: Engine, part: Part, tally: Tally) -> dict[st
 
 
 def long_ones_alone(batches: Iterator[list[str]]) -> Iterator[list[str]]:
-    """Batches in which a long document is by itself: its ids need not be copied beside others'."""
+    """Batches in which a long document is alone, so that its ids are not copied to join those of others."""
     for texts in batches:
         some: list[str] = []
         for text in texts:
@@ -129,5 +129,5 @@ def make_engine(job: Job) -> Engine:
 
 
 def start(job: Job, tally: Tally) -> Work:
-    """What a process of the pool does with each part."""
+    """Called once in each process of the pool; returns what it does with each part."""
     return functools.partial(tokenize_part, job, make_engine(job), tally=tally)

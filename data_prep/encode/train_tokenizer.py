@@ -1,4 +1,4 @@
-"""Trains a SentencePiece tokenizer that keeps every byte of the text, source code's white space too."""
+"""Trains a SentencePiece tokenizer that keeps every byte of the text, also white space of source code."""
 
 import contextlib
 import io
@@ -95,7 +95,7 @@ def train_tokenizer(options: TrainTokenizer) -> Path:
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
                 split_digits=True,
-                # SentencePiece reads lines, so it never sees a line's end: pieces of their own.
+                # SentencePiece reads line by line and never sees a line's end: it gets a piece here.
                 user_defined_symbols=["\n", "\t"],
                 control_symbols=list(options.special_tokens),
                 max_sentence_length=SENTENCE_BYTES + 64,
@@ -119,8 +119,8 @@ def train_tokenizer(options: TrainTokenizer) -> Path:
 
 @contextlib.contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
-    """While C++ trains, Python does not see Ctrl-C: let the system end the process. Nothing has been
-    written yet."""
+    """While C++ trains, Python does not see Ctrl-C, so the system ends the process. Nothing has been
+    written then."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -134,7 +134,7 @@ def _ended_by_ctrl_c() -> Iterator[None]:
 def _sentences(
     sources: list[Source], options: TrainTokenizer, bad: BadLines, problems: list[UserError]
 ) -> Iterator[str]:
-    """Lines of the sampled documents. A UserError goes to `problems`: C++ would swallow it."""
+    """Lines of the sampled documents. A UserError goes to `problems`, as C++ would lose it."""
     total = sum(source.bytes * (4 if source.compression else 1) for source in sources)
     share = min(1.0, options.max_training_bytes / max(total, 1))
     progress = Progress(sum(source.bytes for source in sources), "reading")
@@ -159,7 +159,7 @@ def _pieces(line: str) -> Iterator[str]:
 
 
 def _reason(message: str) -> str:
-    """What a user can act on in SentencePiece's message."""
+    """SentencePiece's message, with what the user can do."""
     if "sentences_.empty()" in message:
         return (
             "no document was sampled: raise --max-training-bytes, or make more documents of plain "

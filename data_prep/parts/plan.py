@@ -1,6 +1,7 @@
-"""Cuts the input into parts: each is tokenized by itself, by any process of any machine.
+"""Cuts the input into parts. Any process on any machine can work through any part.
 
-The cuts depend on the files alone, never on who does the work, so that the output is always the same.
+The cuts depend only on the files, not on the number of processes or machines: so the output is always
+the same.
 """
 
 import hashlib
@@ -15,8 +16,8 @@ from data_prep.read.reading import TextDocuments
 from data_prep.read.sources import Segment, Source
 from data_prep.read.streams import zstd_frames
 
-# At most some thousands of parts, so that a folder of them stays small; and at least some for a
-# laptop's cores to share. Memory does not depend on it.
+# At most a few thousand parts, so that their folder stays small. Parts of a small input are small, so
+# that a laptop's cores can share it. Memory does not depend on a part's size.
 MOST_PARTS = 4096
 SMALLEST_BYTES, LARGEST_BYTES = 16 << 20, 4 << 30
 
@@ -29,7 +30,7 @@ class Part:
     segments: tuple[Segment, ...]
 
     def key(self, fingerprint: str) -> str:
-        """A name that says what the part is made of: the same name, the same output."""
+        """A name made of all that decides the part's output: the same name, the same output."""
         facts = json.dumps([fingerprint, [asdict(s) for s in self.segments]], sort_keys=True)
         return hashlib.blake2b(facts.encode(), digest_size=12).hexdigest()
 
@@ -46,7 +47,7 @@ def part_bytes(sources: list[Source]) -> int:
 def plan_parts(
     sources: list[Source], text_documents: TextDocuments, size: int | None = None
 ) -> list[Part]:
-    """Every file in consecutive parts of about `size` bytes (None: by the input's size)."""
+    """Cuts all files into consecutive parts of about `size` bytes (None: by the input's size)."""
     size = size or part_bytes(sources)
     parts: list[Part] = []
     gathered: list[Segment] = []
@@ -76,7 +77,7 @@ def _cut(source: Source, text_documents: TextDocuments, size: int) -> Iterator[S
             elif by_line and source.compression == "zstd" and not source.remote:
                 cuts = _spaced(zstd_frames(source.path), size)
         except (UserError, OSError):
-            pass  # a damaged file is named when it is read; the others come first
+            pass  # a damaged file is left in one piece; the error is reported when it is read
     begin = 0
     for cut in cuts:
         yield Segment(source, cut - begin, begin, cut)
@@ -94,7 +95,7 @@ def _spaced(offsets: list[int], size: int) -> Iterator[int]:
 
 def _row_groups(source: Source, size: int) -> Iterator[Segment]:
     begin, filled = 0, 0
-    groups = row_groups(source)  # of all, before any is handed on
+    groups = row_groups(source)  # before the first segment is yielded: the file may be damaged
     for number, weight in enumerate(groups):
         if filled and filled + weight > size:
             yield Segment(source, filled, begin, number)
@@ -104,7 +105,7 @@ def _row_groups(source: Source, size: int) -> Iterator[Segment]:
 
 
 def check_tiling(parts: list[Part]) -> None:
-    """Refuses parts that leave something of a file out, or take it twice.
+    """Refuses parts that leave out a range of a file, or take one twice.
 
     Raises:
         UserError: naming the file and the place.

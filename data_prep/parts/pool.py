@@ -1,4 +1,4 @@
-"""A process for each core, which take one part after another; what they read and write stays with them."""
+"""A pool of processes, one for each core. Each works through one part after another by itself."""
 
 import contextlib
 import errno
@@ -23,12 +23,12 @@ from data_prep.progress import Progress
 from data_prep.read.reading import BadLines, NoTextField, TooManyBadLines
 
 REMOTE_ATTEMPTS = 4
-# Errors of the output's disk, which end the work: not of one input file.
+# Errors of the disk that is written to. They end the work, as no input file is their cause.
 NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Tally:
-    """Shared by the processes: how far they are."""
+    """Bytes read and tokens made so far; all processes add to it."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -42,24 +42,24 @@ class Tally:
 
 
 Work = Callable[[Part], dict[str, Any]]
-"""Does a part, and returns facts that are the same whenever it is done; "bad" among them: what of
-BadLines there was (`count`, `examples`)."""
+"""Works through a part, and returns facts about it. Among them is "bad": `count` and `examples` of
+BadLines."""
 Start = Callable[[Tally], Work]
-"""Called once in each process, to which it is sent: it must be picklable."""
+"""Called once in each process. It is sent there, so it must be picklable."""
 
 _in_process: Work
 
 
 def _start_process(start: Start, tally: Tally) -> None:
     global _in_process
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core
+    # One thread in each process, as there is a process for every core.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     if parent is not None:
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # Ctrl-C reaches all; the parent ends the others
+        # Ctrl-C reaches all processes. The parent ends the others.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-        # A parent that was killed does not say so: its processes would wait for ever.
+        # A killed parent cannot end its processes: they would wait for work for ever.
         def leave() -> None:
             parent.join()
             os._exit(1)
@@ -97,7 +97,7 @@ class Failed:
 
 
 def about(failed: list[Failed], done: int) -> str:
-    """What to say of them."""
+    """The message about parts that failed."""
     shown = "\n".join(f"  {one.why}" for one in failed[:10])
     more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
     return f"{len(failed)} parts of the input could not be used, {done} could and are kept:\n{shown}{more}"
@@ -112,13 +112,13 @@ def usable_cores() -> int:
 def work_through(
     start: Start, parts: list[Part], workers: int, max_bad_lines: int, progress: Progress
 ) -> tuple[list[dict[str, Any]], list[Failed]]:
-    """Does the parts, with a process for each worker.
+    """Works through the parts with `workers` processes.
 
     Returns:
-        The facts of each, in the order of the parts that were done; and the parts that failed.
+        The facts of the parts that were done, in the order of the parts; and the parts that failed.
 
     Raises:
-        UserError: nothing can go on: too many bad lines, a wrong text field, a process that was killed.
+        UserError: the work cannot go on: too many bad lines, a wrong text field, a killed process.
         OSError: no space.
     """
     done: dict[int, dict[str, Any]] = {}
@@ -166,16 +166,17 @@ def _outcomes(
             outcome = error
         yield parts[0], outcome
         return
-    # glibc keeps what long documents took, unless it is told to give it back; no other system reads it.
+    # Makes glibc give back the memory of long documents. Other systems do not read this variable.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 20))
-    # numpy's threads for linear algebra, of which there is none here, take 0.1 s to start.
+    # numpy's threads for linear algebra take 0.1 s to start, and there is no linear algebra here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         min(workers, len(parts)), context, initializer=_start_process, initargs=(start, tally)
     )
     try:
-        # The largest first would balance better; in order, an error early in the input is seen early.
+        # In the order of the input: an error at its beginning is seen early. Largest first would balance
+        # better.
         waiting: dict[Future, Part] = {pool.submit(_one_part, part): part for part in parts}
         while waiting:
             finished, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -189,8 +190,8 @@ def _outcomes(
                     )
                 yield part, problem or future.result()
     except BaseException:
-        for process in multiprocessing.active_children():  # what they were at is done again
-            process.terminate()
+        for process in multiprocessing.active_children():
+            process.terminate()  # the next run does its part again
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -198,7 +199,7 @@ def _outcomes(
 
 def peak_memory() -> int:
     """The most bytes of memory this process has held."""
-    try:  # getrusage counts what the process that started this one had held, too
+    try:  # getrusage counts memory of the parent process too
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):  # not on Linux

@@ -1,9 +1,9 @@
-"""The folder where a data set is made: .NAME.tmp beside its place.
+"""The folder where an output folder NAME is made: .NAME.tmp beside it.
 
-plan.json           what is to be done: the files, the parts, the manifest as far as it is known
-tokenizer.model     a copy
+plan.json           what is to be done: the files, the parts, what is known of the manifest
+tokenizer.model     a copy of the tokenizer
 parts/KEY.json      a part that is done, with its KEY.train.bin, KEY.train.len, ...
-data/               the data set, until it is moved into its place
+data/               the output, until it is moved to its place
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Workplace:
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
-        self.target = output_dir.resolve()  # a link's own target is what is replaced
+        self.target = output_dir.resolve()  # a link stays: the folder it points to is made
         if self.target.is_mount():
             raise UserError(f"--output-dir {output_dir} is a mount point: give a folder below it")
         self.folder = self.target.parent / f".{self.target.name}.tmp"
@@ -33,7 +33,7 @@ class Workplace:
 
     @contextlib.contextmanager
     def held(self, *, alone: bool) -> Iterator[None]:
-        """Holds the folder, against other runs when `alone`, or together with other ranks.
+        """Locks the folder: for this run only when `alone`, else together with other ranks.
 
         Raises:
             UserError: another process is at work there. The system drops the lock of one that died.
@@ -59,14 +59,15 @@ class Workplace:
                 path.unlink(missing_ok=True)  # a killed run's last process may be ending itself
 
     def remove(self) -> None:
-        """Markers first: killed in the middle, it leaves none that speaks of files that are gone."""
+        """Removes the folder, and its markers first: if this is killed half-way, no marker stays whose part
+        is gone."""
         for marker in self.parts.glob("*.json"):
             marker.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def remove_what_is_left(self) -> None:
-        """When the data set is in its place, and the process that put it there was killed before it was
-        through with `remove`; unless another is at that."""
+        """Removes the folder of a run that put its output in place and was killed before it had removed
+        the folder; unless another process is at work there."""
         if self.folder.is_dir():
             with contextlib.suppress(UserError), self.held(alone=True):
                 self.remove()
@@ -83,7 +84,7 @@ class Workplace:
             raise UserError(f"{self.folder / 'plan.json'} cannot be read: {error}") from error
 
     def agree_on(self, plan: dict[str, Any], tokenizer: Path) -> None:
-        """Writes the plan, or finds the same one; several ranks do this at once.
+        """Writes the plan, or finds that the same one is there; several ranks may do this at once.
 
         Raises:
             UserError: there is another plan: other options, or other files.

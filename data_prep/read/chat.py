@@ -1,4 +1,4 @@
-"""Instruction data: conversations, of which the assistant's turns alone are trained on."""
+"""Instruction data: conversations, in which only the assistant's turns are trained on."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.errors import UserError
 
 Pieces = list[tuple[str, bool]]
-"""Texts that follow one another, each encoded by itself, and whether it is trained on."""
+"""Texts that follow one another; of each, whether it is trained on. Each is encoded by itself."""
 
 
 class Conversation(str):
@@ -27,21 +27,21 @@ class Conversation(str):
 
 @dataclass(frozen=True)
 class Chat:
-    """What of a JSON line or a row is a conversation."""
+    """Which fields of a JSON line or a row are a conversation, and how they become text."""
 
     fields: tuple[str, ...]
     """A list of messages; or the prompt and the answer."""
     template: str | None
     """Renders messages (Hugging Face's chat template); None for prompt and answer."""
     eod_text: str
-    """The token that ends documents: what a template writes at the very end is left to us."""
+    """The token that ends documents. It is cut where a template ends with it: every document gets one."""
 
 
 def pieces_of(values: Sequence[Any], chat: Chat) -> tuple[Pieces, str | None]:
-    """The pieces of a conversation; and why it has none.
+    """The pieces of a conversation, and None; or none, and why.
 
     Args:
-        values: those of `chat.fields`.
+        values: what the fields `chat.fields` hold.
     """
     if chat.template is None:
         for name, value in zip(chat.fields, values, strict=True):
@@ -61,7 +61,7 @@ def pieces_of(values: Sequence[Any], chat: Chat) -> tuple[Pieces, str | None]:
 
 
 def _rendered(messages: list[dict[str, Any]], chat: Chat) -> tuple[Pieces, str | None]:
-    """Cuts what the template writes at the assistant's turns."""
+    """Renders the conversation, and cuts the text where a turn of the assistant begins or ends."""
     import jinja2
 
     assert chat.template is not None
@@ -76,7 +76,7 @@ def _rendered(messages: list[dict[str, Any]], chat: Chat) -> tuple[Pieces, str |
             before = template.render(messages=messages[:number], add_generation_prompt=True)
             after = template.render(messages=messages[: number + 1], add_generation_prompt=False)
             if not (whole.startswith(after) and after.startswith(before) and len(before) >= at):
-                return [], "the chat template writes a turn in another way when others follow"
+                return [], "the chat template changes the text of a turn when other turns follow"
             pieces += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
             at = len(after)
         pieces.append((whole[at:], False))
@@ -90,7 +90,7 @@ def _rendered(messages: list[dict[str, Any]], chat: Chat) -> tuple[Pieces, str |
 
 @functools.lru_cache(maxsize=1)
 def _compiled(template: str) -> Any:
-    """As transformers does it: no access to anything but what it is given."""
+    """The template as transformers compiles it: it can use its own arguments only."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -108,14 +108,14 @@ def _compiled(template: str) -> Any:
 
 
 def load_template(tokenizer: Path, given: Path | None) -> str:
-    """A chat template and the tokens that it names, as text.
+    """A chat template and the special tokens that it may use, as JSON.
 
     Args:
-        given: a file of its own; None: the one that lies beside the tokenizer, in
+        given: a file with the template; None: the one that lies beside the tokenizer, in
             chat_template.jinja or tokenizer_config.json.
 
     Raises:
-        UserError: there is none, or it is no template.
+        UserError: there is no template, or it is not valid.
     """
     import jinja2
 
@@ -143,5 +143,7 @@ def load_template(tokenizer: Path, given: Path | None) -> str:
     try:
         _compiled(template)
     except jinja2.TemplateError as error:
-        raise UserError(f"the chat template of {given or tokenizer} is none: {error}") from error
+        raise UserError(
+            f"the chat template of {given or tokenizer} is not valid: {error}"
+        ) from error
     return template

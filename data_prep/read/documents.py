@@ -17,7 +17,7 @@ def read_segment(
     """The texts of a file or of a range of it, in order, the empty ones too, in batches.
 
     Args:
-        bad: takes what is not UTF-8, not JSON, not an object, too long, or without text.
+        bad: counts what cannot be used: not UTF-8, not JSON, not an object, too long, or without text.
         progress: called with bytes read from disk.
     """
     source = segment.source

@@ -12,7 +12,7 @@ from data_prep.read.records import text_of
 from data_prep.read.sources import Segment
 from data_prep.read.streams import Chunk
 
-# A text field that none of this many first lines has is taken for a wrong name.
+# When none of this many first lines has the text field, its name is taken to be wrong.
 LINES_BEFORE_GIVING_UP = 10
 
 
@@ -33,7 +33,7 @@ def read_json_lines(
                 if not line.strip():
                     continue
                 value = _json_with_bad_utf8(line, where(number), reading, bad, error)
-            try:  # nearly always
+            try:  # the usual case, and the fastest way
                 text = value[simple]
                 if type(text) is str:
                     texts.append(text)
@@ -53,7 +53,7 @@ def read_json_lines(
                 raise _no_field(path, reading, without, problem)
             bad.add(where(number), problem)
         good += len(texts)
-        line, value, text = b"", None, ""  # the last may be long
+        line, value, text = b"", None, ""  # frees the last line, which may be long
         yield texts
     if not good and without:
         raise _no_field(path, reading, without, problem or "")
@@ -74,7 +74,8 @@ def _no_field(path: str, reading: Reading, without: set[str], problem: str) -> N
 def _json_with_bad_utf8(
     line: bytes, where: str, reading: Reading, bad: BadLines, error: Exception
 ) -> Any:
-    """The value of a line that is no JSON; None when it stays that."""
+    """The value of a line that is not valid JSON: its bad UTF-8 replaced, if that is asked for and is
+    enough. None: the line cannot be used."""
     try:
         line.decode()
     except UnicodeDecodeError as bad_bytes:

@@ -1,4 +1,4 @@
-"""Lines out of chunks of bytes, of a whole file or of a range of it."""
+"""Cuts the bytes of a file, or of a range of it, into lines."""
 
 import codecs
 from collections.abc import Callable, Iterator
@@ -17,13 +17,13 @@ def line_blocks(
 ) -> Iterator[tuple[int, list[bytes | None]]]:
     """Lines without their ends, in blocks, with the number of a block's first line, from 1.
 
-    A line belongs to the range that holds the byte before its first one, so that every line of a
-    file cut anywhere is in one range; the file's first line belongs to its first range.
+    A line belongs to the range that holds the byte before the line; the file's first line belongs
+    to the first range. So each line is in exactly one range, wherever the file is cut.
 
     Args:
-        chunks: bytes, and whether they lie in the range; those behind it follow the range's.
-        inside: the range does not begin where the file does: bytes up to a line's end are not its.
-        longest: a line of more bytes is None; it is not held in memory.
+        chunks: bytes, and whether they lie in the range; first those in it, then those behind it.
+        inside: the range begins inside the file: the range before has its bytes up to a line's end.
+        longest: a line of more bytes becomes None, and is not held in memory.
     """
     lines: list[bytes | None] = []
     rest: list[bytes] = []
@@ -59,9 +59,9 @@ def line_blocks(
         if done:
             break
         if held >= block_bytes:
+            after = first + len(lines)  # counted now: the reader empties the list
             yield first, lines
-            first += len(lines)
-            lines, held = [], 0
+            first, lines, held = after, [], 0
     else:
         if rest_bytes and not inside and not damage:
             lines.append(b"".join(rest) if rest_bytes <= longest else None)
@@ -72,7 +72,7 @@ def line_blocks(
 
 
 def _until_damage(chunks: Iterator[Chunk], damage: list[UserError]) -> Iterator[Chunk]:
-    """The chunks before an error, which goes to `damage`: the lines in them are handed on first."""
+    """The chunks up to an error. It goes to `damage`, so that the lines before it are handed on."""
     try:
         yield from chunks
     except UserError as error:
@@ -80,7 +80,7 @@ def _until_damage(chunks: Iterator[Chunk], damage: list[UserError]) -> Iterator[
 
 
 def naming(segment: Segment) -> Callable[[int], str]:
-    """Names a line by its number."""
+    """How messages name a line of the segment, by its number."""
     after = f", counted from byte {segment.begin:,}" if segment.begin else ""
     return lambda number: f"{segment.source.path}:{number}{after}"
 
@@ -102,7 +102,7 @@ def numbered_lines(
 
 
 def _taken_out(first: int, lines: list[bytes | None]) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers; each can be freed as soon as it has been used."""
+    """Takes lines out of the list, with their numbers, so that each is freed after its use."""
     lines.reverse()
     while lines:
         if (line := lines.pop()) is not None:

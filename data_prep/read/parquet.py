@@ -1,4 +1,4 @@
-"""Parquet and Arrow files, and Hugging Face `datasets` folders, which are made of the latter."""
+"""Rows of parquet and of Arrow files; Hugging Face's `datasets` saves its folders as Arrow files."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.read.sources import Source, open_source
 
-ROWS = 64  # read at once: they may be long
+ROWS = 64  # at once: a row may be long
 
 
 def row_groups(source: Source) -> list[int]:
     """Bytes of each row group of a parquet file, as stored.
 
     Raises:
-        UserError: it is none, or it is damaged.
+        UserError: it is no parquet file, or it is damaged.
     """
     with _parquet(source) as file:
         data = file.metadata
@@ -31,7 +31,7 @@ def read_rows(
     end: int | None,
     progress: Callable[[int], None],
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows in batches, with the wanted columns alone.
+    """Rows in batches, with the wanted columns only.
 
     Args:
         fields: columns, or paths into nested ones (`meta.text`).

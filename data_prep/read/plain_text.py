@@ -33,7 +33,7 @@ def _whole_file(path: str, chunks: Iterator[Chunk], reading: Reading, bad: BadLi
         else:
             parts.clear()
     if size > limit:
-        hint = "--text-documents paragraph or line makes more of it"
+        hint = "--text-documents paragraph or line cuts it into smaller documents"
         bad.add(path, f"{size:,} bytes, more than --max-document-bytes {limit:,}: {hint}")
         return []
     return list(_decoded(b"".join(parts), lambda: path, reading, bad, marked=True))
@@ -47,7 +47,7 @@ def _paragraphs(
     size = 0
 
     def ended(after: int) -> list[str]:
-        # `after` is the number of the line behind the paragraph.
+        # `after` is the number of the line after the paragraph.
         first = after - len(paragraph)
         if size > limit:
             bad.add(

@@ -16,7 +16,7 @@ class Reading:
     """How documents are read out of files."""
 
     text_field: tuple[str, ...] = ("text",)
-    """Of a JSON line or a row, the key of its text, or a path to it (`meta.text`). Several texts are
+    """The key of the text in a JSON line or a row, or a path to it (`meta.text`). Several texts are
     joined by an empty line."""
     text_documents: TextDocuments = "file"
     """What a document is in a plain text file."""
@@ -25,9 +25,9 @@ class Reading:
     """A longer line, or text file that is one document, cannot be used: it would take too much
     memory."""
     chat: Chat | None = None
-    """Documents are conversations, in place of `text_field`."""
+    """Documents are conversations, made of these fields; `text_field` is not used."""
     id_field: str | None = None
-    """Documents come with what this key holds (`Named`); files of plain text have none."""
+    """The key of a document's id: documents are then `Named`. Plain text has no ids."""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ class Reading:
 
 @dataclass
 class BadLines:
-    """Lines (or whole text files) that are skipped: counted, the first few kept to be shown."""
+    """Lines, or whole text files, that are skipped: how many, and the first few to show."""
 
     limit: int
     count: int = 0
@@ -65,11 +65,11 @@ class BadLines:
 
 
 class TooManyBadLines(UserError):
-    """Not one file's fault alone: going on with the others would not help."""
+    """This ends the whole work: it would not help to go on with other files."""
 
 
 class NoTextField(UserError):
-    """The same of --text-field."""
+    """No line has the text field: it has a wrong name, and this ends the whole work too."""
 
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> str:

@@ -19,7 +19,7 @@ class Named(str):
 
 
 def text_of(value: Any, reading: Reading) -> tuple[str, str | None]:
-    """The text of a JSON object or a row; and why it has none."""
+    """The text of a JSON object or a row, and None; or "", and why it has no text."""
     if not isinstance(value, dict):
         hint = " (a JSON array? one object a line is needed)" if isinstance(value, list) else ""
         return "", f"not a JSON object{hint}"

@@ -1,4 +1,4 @@
-"""Which files to read: local, or anywhere that fsspec reaches."""
+"""Which files to read: local ones, or any that fsspec can open."""
 
 import fnmatch
 import glob
@@ -21,9 +21,9 @@ KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-# What `data clean` writes beside the text that is left; in a folder they are no text.
+# `data clean` writes these two beside the text that it keeps; they are not read as text.
 REPORT, DROPPED = "clean-report.json", "clean-dropped.jsonl"
-# What to install for a protocol that fsspec itself does not bring.
+# Which extra of this package to install for a protocol that fsspec alone cannot read.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 
 
@@ -40,8 +40,7 @@ class Source:
     version: str
     """Changes when the file does: its time of modification, or a remote object's tag."""
     seekable: bool = True
-    """False: it is read from its beginning to its end, as from web servers, of which not all give
-    ranges."""
+    """False: it is read from its beginning to its end. Not every web server gives ranges of a file."""
 
     @property
     def remote(self) -> bool:
@@ -54,11 +53,11 @@ class Segment:
 
     source: Source
     bytes: int
-    """Roughly, as stored: for the progress of the work."""
+    """Stored bytes, roughly: for the progress bar and for parts of equal size."""
     begin: int = 0
     end: int | None = None
-    """Bytes of the stored file (where lines are cut, or zstd frames), or row groups of a parquet
-    file; None is the file's end."""
+    """Offsets in the stored file (anywhere in lines, or where zstd frames begin), or numbers of a
+    parquet file's row groups. None is the file's end."""
 
 
 def is_remote(path: str) -> bool:
@@ -82,7 +81,7 @@ def find_sources(
     """
     if not inputs:
         raise UserError(
-            "no input: give files or folders (before --include, which takes what follows)"
+            "no input: give files or folders (before --include, which takes all words after it)"
         )
     found = [
         source
@@ -104,7 +103,7 @@ def open_source(source: Source) -> BinaryIO:
     if not source.remote:
         return Path(source.path).open("rb")
     filesystem, name = _filesystem(source.path)
-    # fsspec takes 0 for a stream of the whole file.
+    # A block size of 0 makes fsspec read the file as one stream.
     return filesystem.open(name, "rb", block_size=4 << 20 if source.seekable else 0)
 
 
@@ -165,12 +164,12 @@ def _saved_dataset(state: Path) -> list[str]:
     try:
         return [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{state} is not that of a saved dataset: {error!r}") from error
+        raise UserError(f"{state} is not the state.json of a saved dataset: {error!r}") from error
 
 
 def _remote(given: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> Iterator[Source]:
     filesystem, name = _filesystem(given)
-    web = given.startswith(("http://", "https://"))  # has no folders
+    web = given.startswith(("http://", "https://"))  # a web server lists no folders
     try:
         if not web and glob.has_magic(name):
             found = filesystem.glob(name, detail=True)
@@ -199,7 +198,7 @@ def _remote(given: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> I
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec  # only for remote paths: its import takes a while
+    import fsspec  # here, as it takes a while, and only remote paths need it
 
     protocol = url.split("://")[0]
     try:

@@ -13,22 +13,22 @@ from data_prep.read.sources import Source, open_source
 
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 CHUNK_BYTES = 1 << 20
-# A few bytes can decompress to a thousand times as many: little is given at once.
+# Bytes may decompress to a thousand times as many, so the decompressor gets few at once.
 COMPRESSED_BYTES = 16 << 10
 ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
 
 Chunk = tuple[bytes, bool]
-"""Bytes, and whether they lie in the range (or behind it, where its last line may end)."""
+"""Bytes, and whether they lie in the range. Those behind it may hold the end of its last line."""
 
 
 def read_chunks(
     source: Source, begin: int, end: int | None, progress: Callable[[int], None]
 ) -> Iterator[Chunk]:
-    """The bytes of a range of the file and then, while they are asked for, those behind it.
+    """The bytes of a range of the file; then, if the caller goes on, the bytes behind it.
 
     Args:
-        begin, end: offsets in the stored file; a zstd file's must be those of frames. A gzip file
-            is read whole. None is the file's end.
+        begin, end: offsets in the stored file, in a zstd file those of frames. A gzip file is read
+            whole. None is the file's end.
         progress: called with the number of bytes of the range read since the last call.
 
     Raises:
@@ -44,7 +44,10 @@ def read_chunks(
 
 
 def _check_magic(source: Source, first: bytes) -> None:
-    """Refuses a file whose first bytes are not what its name says. Some files cannot be read twice."""
+    """Refuses a file whose first bytes are not what its name says.
+
+    The caller gives them, as some files cannot be read twice.
+    """
     for name, magic in MAGIC.items():
         if first.startswith(magic) == (source.compression == name):
             continue
@@ -75,7 +78,7 @@ def _plain(
 
 def _gzip(source: Source, file: BinaryIO, progress: Callable[[int], None]) -> Iterator[Chunk]:
     decompressor = zlib.decompressobj(wbits=31)  # 31: gzip with its header and checksum
-    at_end = True  # an empty file has no data, and is whole
+    at_end = True  # an empty file is whole
     first = True
     while chunk := file.read(CHUNK_BYTES):
         if first:
@@ -139,7 +142,7 @@ def _zstd(
 
 
 def _after_skippable(source: Source, file: BinaryIO, buffer: bytes) -> bytes:
-    """What follows a skippable frame (zstd's own place for other data), if there is one here."""
+    """Skips a frame without text, if `buffer` begins with one (a "skippable frame" in zstd's words)."""
     while len(buffer) < 8 and (more := file.read(8 - len(buffer))):
         buffer += more
     if not _skippable(buffer):
@@ -159,7 +162,7 @@ def _skippable(data: bytes) -> bool:
 
 
 def zstd_frames(path: str) -> list[int]:
-    """Where the frames of a local file begin: their headers are read, and none of their data.
+    """Offsets of the frames of a local file. Headers are read, and none of the data.
 
     Raises:
         UserError: the file is damaged or cut short.

@@ -39,8 +39,9 @@ def command_line() -> str:
     parts = [
         f"# Command line\n\n{NOTE}",
         "Every command takes `-h` and `--help`. `...` after a type: several values, separated by spaces.\n"
-        "A command ends with 0 when it has succeeded, with 2 when it refuses what was asked.\n"
-        "A training has more: [a job's exit statuses](../guides/faults.md).",
+        "A command ends with 0 when it has succeeded, with 2 when it refuses what was asked, and\n"
+        "with 141 when nobody reads its output any more (`| head`). A training has more:\n"
+        "[a job's exit statuses](../guides/faults.md).",
         f"```text\n{USAGE}```",
     ]
     for name in COMMANDS:

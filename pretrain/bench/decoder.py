@@ -1,4 +1,4 @@
-"""A decoder to measure: the layers of a model alone, without embedding, head and loss."""
+"""A decoder to measure: the layers of a model, without embedding, head and loss."""
 
 import contextlib
 import gc
@@ -18,8 +18,8 @@ from megatron_ladder.mcore_compat import NO_FP8, build_gpt_model, transformer_co
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """What is timed inside is begun together by all ranks."""
-    gc.collect()  # not in the middle of one rank's pass, where it would hold up all
+    """All ranks enter together, so that times taken inside begin together."""
+    gc.collect()  # before the pass: in the middle of one rank's pass the other ranks would wait for it
     gc.disable()
     torch.distributed.barrier(group=parallel_state.get_tensor_model_parallel_group())
     torch.cuda.synchronize()
@@ -33,7 +33,7 @@ class Decoder:
     """The layers of `model` on this rank. megatron-core's groups must have been made.
 
     Args:
-        micro_batch_size, seq_length: of the states that go through it.
+        micro_batch_size, seq_length: the shape of the states that go through the layers.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Decoder:
             seq_length=seq_length,
         )
         self.core_attention = config.core_attention
-        """What was taken."""
+        """The attention that the layers have chosen."""
         (gpt,) = build_gpt_model(model, config)
         self._gpt = gpt
         self.model = model
@@ -68,8 +68,8 @@ class Decoder:
         cut = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
         shape = (seq_length // cut, micro_batch_size, model.hidden_size)
         self.state_bytes = seq_length * math.prod(shape[1:]) * config.params_dtype.itemsize
-        """Of the states of all ranks."""
-        # The same states on all ranks of a layout without sequence parallelism, as in training.
+        """Bytes of the states of all ranks together."""
+        # Without sequence parallelism all ranks have the same states, as in training.
         generator = torch.Generator().manual_seed(1)
         states = torch.randn(shape, generator=generator).to(config.params_dtype)
         self._x = states.to(torch.cuda.current_device()).requires_grad_()
@@ -87,7 +87,7 @@ class Decoder:
         self._gpt.set_is_first_microbatch()  # FP8 copies of weights are made once a step
 
     def step(self) -> tuple[float, float]:
-        """Seconds of a forward and of a backward pass, begun together by all ranks."""
+        """Seconds of a forward and of a backward pass, which all ranks begin together."""
         with undisturbed():
             begin = time.perf_counter()
             output = self.forward()
@@ -96,5 +96,5 @@ class Decoder:
             self.backward(output)
             torch.cuda.synchronize()
             end = time.perf_counter()
-        self.clear()  # other decoders want the memory of these gradients
+        self.clear()  # other decoders need the memory of these gradients
         return middle - begin, end - middle

@@ -1,4 +1,4 @@
-"""Ranks for the benchmarks: torchrun's, or one of many through torch's fake process group."""
+"""Ranks for benchmarks: torchrun's, or one rank of many through torch's fake process group."""
 
 import os
 import sys
@@ -12,11 +12,11 @@ from megatron_ladder import cpu_platform
 
 
 def join(tensor_model_parallel_size: int, *, fake: bool = False) -> str:
-    """Makes the process group and megatron-core's groups, of tensor parallelism and copies of it.
+    """Makes the process group and megatron-core's groups: tensor parallelism, the other ranks as replicas.
 
     Args:
-        fake: this process alone is rank 0; collectives return at once and move nothing, so only a
-            modelled link (wire.py) gives them a duration.
+        fake: this process is rank 0, and there are no other processes. Collectives return at once and move
+            nothing, so they take time only on a modelled link (wire.py).
 
     Returns:
         The device's name.
@@ -46,15 +46,15 @@ def join(tensor_model_parallel_size: int, *, fake: bool = False) -> str:
 
 
 def _stay_on_own_core() -> None:
-    """Keeps a rank, gloo's threads too, on one core where there are enough: two ranks that are moved
-    to the same one now and then would make every time noise."""
+    """Keeps a rank and gloo's threads on one core, if there are enough cores. Else the system may move two
+    ranks to the same core now and then, and times would be noise."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if 1 < int(os.environ.get("WORLD_SIZE", "1")) <= len(cores):
         os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"])]})
 
 
 def become_torchrun(ranks: int, *target: str) -> None:
-    """Replaces this process by torchrun with `ranks` local ones of `target`."""
+    """Replaces this process by torchrun, with `ranks` local ranks that run `target`."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

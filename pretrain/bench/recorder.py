@@ -1,7 +1,8 @@
-"""Records one step of a decoder: sub-modules' computations, collectives' starts, flights and waits.
+"""Records one step of a decoder: computations of sub-modules, and starts, flights and waits of collectives.
 
-Host times, for a CPU, where the host computes. On a GPU each computation is waited for, so that its own
-time is right, and nothing overlaps: there a profiler is the tool for a timeline, and `trace` says so.
+Times are taken on the host. On a CPU, where the host computes, they make a timeline. On a GPU the recorder
+waits for each computation, so that its duration is right, but nothing overlaps. For a timeline of a GPU a
+profiler is the right tool, as `bench trace` tells its user.
 """
 
 import time
@@ -23,10 +24,10 @@ class _Start:
 
 
 class Recorder:
-    """An Observer of wire.py; `spans` holds the last step.
+    """An Observer of wire.py. `spans` holds the last step.
 
-    It waits for the device at each sub-module, until `close`: a decoder that is still watched is slow on a
-    GPU, whose kernels would be queued ahead.
+    Until `close` it waits for the device at each sub-module. That makes the decoder slow on a GPU, where
+    kernels are otherwise queued ahead.
     """
 
     def __init__(self, decoder: Decoder, rank: int) -> None:
@@ -49,7 +50,7 @@ class Recorder:
             )
 
     def close(self) -> None:
-        """Leaves the decoder as it was."""
+        """Removes the hooks, so that the decoder is as it was."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -64,7 +65,7 @@ class Recorder:
         return self._computations_apart()
 
     def forward(self, run: Callable[[], object]) -> list[Span]:
-        """The same of a pass without backward."""
+        """Runs a pass without backward; returns its spans in the order of their ends."""
         self._begin()
         run()
         return self._computations_apart()
@@ -117,15 +118,15 @@ class Recorder:
         until = _now() if until is None else until
         self.spans.append(Span(self._rank, cast(Any, kind), name, direction, since, until))
 
-    # Of wire.Observer.
+    # The methods of wire.Observer.
 
     def started(self, operation: str, at_s: float) -> _Start:
         direction = self._direction
-        if direction == "recompute":  # of a waited-for collective in a layer of megatron-core's
+        if direction == "recompute":  # a blocking collective in one of megatron-core's layers
             assert self._running is not None
             return _Start(self._running, direction, at_s)
-        # Sub-modules run in order, and so do the collectives of each sort; in backward the other
-        # way round, where with sequence parallelism each has two all-gathers.
+        # Collectives of one sort run in the order of the sub-modules, in backward in the reverse order.
+        # With sequence parallelism each sub-module has two all-gathers in backward.
         count = self._counts.get((operation, direction), 0)
         self._counts[operation, direction] = count + 1
         if direction == "forward":
@@ -142,7 +143,7 @@ class Recorder:
         self._add("wait", key.name, key.direction, since_s, until_s)
 
     def _without_waits(self, span: Span) -> list[Span]:
-        """A computation's parts between the waits that lie within it; other spans as they are."""
+        """A computation is cut into the parts between the waits inside it. Other spans stay as they are."""
         if span.kind != "compute":
             return [span]
         inside = [

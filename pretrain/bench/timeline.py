@@ -1,4 +1,4 @@
-"""What a trace recorded, rendered: Chrome's JSON, a picture of two layers, and a table of overlap."""
+"""Shows what a trace has recorded: as Chrome's JSON, as a picture of two layers, and as a table."""
 
 import io
 import json
@@ -34,12 +34,12 @@ COLUMNS: dict[str, tuple[Direction, ...]] = {
 
 @dataclass(frozen=True)
 class Span:
-    """What a rank, or its collective, did for some time. Times are seconds of one clock."""
+    """Some time that a rank, or its collective, has spent. Times are seconds of one clock."""
 
     rank: int
     kind: Literal["compute", "flight", "wait"]
-    """compute: a sub-module's own work; flight: its collective, from start to completion;
-    wait: the rank stood still until that collective was complete."""
+    """compute: a sub-module's own work; flight: its collective, from its start until it is complete;
+    wait: the rank does nothing until that collective is complete."""
     name: str
     """The sub-module: "attention 3", "mlp 3", or "layer 3" where both share one collective."""
     direction: Direction
@@ -49,24 +49,24 @@ class Span:
 
 @dataclass(frozen=True)
 class Overlap:
-    """One direction's collectives, a rank's on average."""
+    """The collectives of one direction, as the mean over ranks."""
 
     collectives: int
     link_s: float
-    """Seconds that collectives were in flight, summed over them."""
+    """Seconds that collectives were in flight, their sum."""
     exposed_s: float
     """Seconds that the rank waited for them."""
     hidden_share: float
-    """1 - exposed_s / link_s. Below zero if ranks stood still longer than collectives took."""
+    """1 - exposed_s / link_s. It is below zero if ranks waited longer than collectives took."""
 
 
 def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
     """Spans as a trace for ui.perfetto.dev or chrome://tracing.
 
-    Ranks are processes. Threads hold computation with the waits, and the collectives; what overlaps
-    on one goes to another ("collectives 2"), because viewers would draw it nested. An arrow leads
-    from each collective's start to the end of the wait for it. The k-th flight and the k-th wait of
-    one rank, name and direction, in the order given, belong together.
+    Each rank is a process of the trace. One thread holds computations and waits, another one the
+    collectives. Spans that overlap on a thread go to further threads ("collectives 2"), because viewers
+    would draw them nested. An arrow leads from each collective's start to the end of the wait for it.
+    The k-th flight and the k-th wait of one rank, name and direction, in the order given, belong together.
 
     Returns:
         Object for JSON; times in microseconds from the earliest span, to the nanosecond.
@@ -75,7 +75,7 @@ def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
     origin_s = min((span.start_s for span in spans), default=0.0)
     metadata: list[dict[str, Any]] = []
     slices: list[dict[str, Any]] = []
-    threads: dict[int, int] = {}  # of each span, by its identity: equal spans are two spans
+    threads: dict[int, int] = {}  # by a span's id(): two spans may be equal
     for rank in sorted({span.rank for span in spans}):
         metadata.append(_name(rank, "process", f"rank {rank}"))
         # Perfetto takes thread 0 of process 0 for the idle one, so numbers start at 1.
@@ -92,28 +92,28 @@ def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
                     slices.append(_slice(span, thread, origin_s))
     flows: list[dict[str, Any]] = []
     for number, (flight, wait) in enumerate(_pairs(spans), 1):
-        # One nanosecond before the wait's end: a viewer may take an arrow that comes at the very
-        # end for the next slice's.
+        # One nanosecond before the wait's end: at the very end a viewer may give the arrow to the next
+        # slice.
         start_ns, end_ns = _ns(wait.start_s, origin_s), _ns(wait.end_s, origin_s)
         at_us = max(start_ns, end_ns - 1) / 1000
         common = {"name": "collective", "cat": "collective", "id": number, "pid": flight.rank}
         begin = {"ph": "s", "tid": threads[id(flight)], "ts": _ns(flight.start_s, origin_s) / 1000}
         end = {"ph": "f", "bp": "e", "tid": threads[id(wait)], "ts": at_us}
         flows += [common | begin, common | end]
-    # Arrows last: at equal times they bind to the slice read before them.
+    # Arrows come last, because at equal times a viewer gives an arrow to the slice that it has read before.
     return {"traceEvents": metadata + slices + flows, "displayTimeUnit": "ms"}
 
 
 def write_chrome_trace(path: Path, spans: Iterable[Span]) -> None:
-    """Writes chrome_trace's object as JSON; the file appears whole or not at all."""
+    """Writes chrome_trace's object as JSON, atomically."""
     write_atomically(path, json.dumps(chrome_trace(spans)))
 
 
 def overlap(spans: Iterable[Span]) -> dict[Direction, Overlap]:
-    """How much of the collectives' time was hidden, by direction, as the mean over ranks.
+    """The share of the collectives' time that was hidden, by direction, as the mean over ranks.
 
     Returns:
-        Times in seconds. Directions without a flight are left out.
+        Times in seconds, without directions that have no flight.
     """
     spans = list(spans)
     ranks = len({span.rank for span in spans})
@@ -130,7 +130,7 @@ def overlap(spans: Iterable[Span]) -> dict[Direction, Overlap]:
 
 
 def table(rows: list[tuple[str, list[Span]]]) -> str:
-    """Text table of each kind's overlap by direction; times in ms, a rank's on average."""
+    """Text table of each kind's overlap by direction; times in ms, as the mean over ranks."""
     lines = [("kind", "direction", "collectives", "link ms", "exposed ms", "hidden share")]
     for kind, spans in rows:
         for direction, o in overlap(spans).items():
@@ -149,10 +149,10 @@ def table(rows: list[tuple[str, list[Span]]]) -> str:
 def draw(path: Path, rows: list[tuple[str, list[Span]]], *, layers: tuple[int, int]) -> None:
     """Writes a PNG timeline of two neighbouring layers on rank 0, a row of panels for each kind.
 
-    Forward is left, backward with recomputation, if there is any, right; time in ms from the first
-    span shown, on one scale in a column. A panel shows the time from the first to the last span of
-    the two layers, and paler what other layers did then. The exposed time in its title is that of the
-    two layers' own collectives, so that kinds are compared over the same ones.
+    Forward is on the left; backward, with recomputation if there is any, is on the right. Times are in ms
+    from the first span shown, with one scale for each column. A panel shows the time from the first to the
+    last span of the two layers; spans of other layers in that time are paler. The exposed time in the title
+    is that of the two layers' own collectives, so that kinds are compared over the same collectives.
 
     Raises:
         UserError: there is nothing to draw, or a kind has no span of one of the layers.
@@ -199,7 +199,7 @@ def _draw_panel(
     layers: tuple[int, int],
     labels: list[tuple[Any, Any]],
 ) -> float:
-    """Draws a panel, appends its labels with their bars to `labels`; returns the ms it shows."""
+    """Draws a panel and appends its labels with their bars to `labels`; returns the ms that it shows."""
     axes.set_yticks([COMPUTE_LANE, LINK_LANE], ["compute", "link"])
     axes.set_ylim(-0.5, 1.5)
     axes.tick_params(labelsize=9, labelbottom=True)
@@ -233,7 +233,7 @@ def _draw_panel(
             y, width_ms, thickness, left=left_ms, linewidth=0.6, alpha=opacity, **_style(span)
         )
         if span.kind != "wait":
-            # White is lost on a pale bar.
+            # White would not be readable on a pale bar.
             colour = TEXT_ON[_colour(span)] if opacity == 1.0 else "black"
             text = span.name.replace("attention", "attn")
             centre = (left_ms + width_ms / 2, y)
@@ -282,7 +282,7 @@ def _colour(span: Span) -> str:
 
 
 def _fit(label: Any, bar: Any) -> None:
-    """Turns a label that is wider than its bar upright; hides it where that is too tall."""
+    """Turns a label upright if it is wider than its bar, and hides it if it does not fit then either."""
     room = bar.get_window_extent()
     for rotation in (0, 90):
         label.set_rotation(rotation)
@@ -293,13 +293,13 @@ def _fit(label: Any, bar: Any) -> None:
 
 
 def _layer(span: Span) -> int | None:
-    """The number at a name's end, None where there is none (an embedding, say)."""
+    """The number at a name's end; None if there is none, as for an embedding."""
     last = span.name.split()[-1]
     return int(last) if last.isdigit() else None
 
 
 def _lanes(spans: Iterable[Span]) -> list[list[Span]]:
-    """Spans by start, each in the first lane where none that is there overlaps it."""
+    """Spans by their start, each in the first lane in which it overlaps no other span."""
     lanes: list[list[Span]] = []
     for span in sorted(spans, key=lambda s: (s.start_s, s.end_s)):
         free = next((lane for lane in lanes if lane[-1].end_s <= span.start_s), None)
@@ -311,7 +311,7 @@ def _lanes(spans: Iterable[Span]) -> list[list[Span]]:
 
 
 def _pairs(spans: list[Span]) -> list[tuple[Span, Span]]:
-    """Each flight with its wait; one that nobody waited for is left out."""
+    """Each flight with its wait, without flights that no rank has waited for."""
     waits: dict[tuple[int, str, str], list[Span]] = defaultdict(list)
     flights: dict[tuple[int, str, str], list[Span]] = defaultdict(list)
     for span in spans:
@@ -322,11 +322,11 @@ def _pairs(spans: list[Span]) -> list[tuple[Span, Span]]:
 
 
 def _slice(span: Span, thread: int, origin_s: float) -> dict[str, Any]:
-    # Both ends are rounded, not the duration: touching spans must not come to overlap.
+    # Both ends are rounded, not the duration: else spans that touch could overlap.
     start_ns, end_ns = _ns(span.start_s, origin_s), _ns(span.end_s, origin_s)
     return {
         "ph": "X",
-        # On the thread of computations the name alone would read as the sub-module's work.
+        # A wait is on the thread of computations, where the name alone would mean the sub-module's work.
         "name": f"wait for {span.name}" if span.kind == "wait" else span.name,
         "cat": span.kind,
         "pid": span.rank,

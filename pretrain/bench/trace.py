@@ -69,16 +69,18 @@ def main_trace(options: TraceOptions, argv: list[str]) -> None:
     die_with_parent()
     join(options.tensor_model_parallel_size)
     rows = [(kind, _record(kind, options)) for kind in ("standard", "ladder")]
-    if dist.get_rank() == 0:
+    is_first = dist.get_rank() == 0
+    if is_first:
         options.output_dir.mkdir(parents=True, exist_ok=True)
         for kind, spans in rows:
             write_chrome_trace(options.output_dir / f"trace_{kind}.json", spans)
         middle = options.num_layers // 2
         draw(options.output_dir / "timeline.png", rows, layers=(middle, middle + 1))
-        print(table(rows))
-        print(f"\nTimelines: {options.output_dir} (link time modelled, compute measured)")
     dist.barrier()
     dist.destroy_process_group()
+    if is_first:  # the last thing it does: nobody may be there to read it
+        print(table(rows))
+        print(f"\nTimelines: {options.output_dir} (link time modelled, compute measured)")
 
 
 def _record(kind: Literal["standard", "ladder"], options: TraceOptions) -> list[Span]:

@@ -1,10 +1,10 @@
 """Tensor-parallel collectives over a modelled link.
 
-Inside `over`, each collective of the tensor-parallel group runs as always, and is complete no sooner
-than a link of the given speed would have it: one that takes up a message when the last rank has
-started it, as a sum needs every rank's part, and carries one after another. Every residual kind,
-megatron-core's own layers too, is treated alike. What is modelled is how long a message is under
-way; the sums, and the copies they take, are real.
+Inside `over` each collective of the tensor-parallel group runs as always, but it is not complete before a
+link of the given speed has carried its message. That link begins with a message when the last rank has
+started it, because a sum needs the part of every rank, and it carries one message after another. It is the
+same for every residual kind and for megatron-core's own layers. Modelled is how long a message is under
+way; the sums, and the copies that they need, are real.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from megatron.core.tensor_parallel import layers, mappings
 
 from megatron_ladder.collectives.names import ALL_GATHER, REDUCE_SCATTER
 
-# megatron-core binds two of torch's collectives to names of its own when it is imported. torch has two
-# names for each; this project takes the newer ones.
+# When megatron-core is imported, it binds two of torch's collectives to names of its own. torch has two
+# names for each of them; this project uses the newer ones.
 _ENTRIES: tuple[tuple[Any, str, str], ...] = (
     (dist, "all_reduce", "all-reduce"),
     *((dist, name, "all-gather") for name in {"all_gather_into_tensor", ALL_GATHER}),
@@ -39,11 +39,11 @@ _ENTRIES: tuple[tuple[Any, str, str], ...] = (
 )
 
 LinkSeconds = Callable[[str, int], float]
-"""(collective, bytes of the whole message) -> seconds it is under way."""
+"""(collective, bytes of the whole message) -> seconds that the message is under way."""
 
 
 class Observer(Protocol):
-    """Is told of every collective; recorder.py."""
+    """Its methods are called for every collective (recorder.py)."""
 
     def started(self, operation: str, at_s: float) -> Any: ...
 
@@ -51,13 +51,13 @@ class Observer(Protocol):
 
 
 class _Link:
-    """Carries one message after another, each from the moment when its last rank has started it.
+    """Carries one message after another, each from the moment when the last rank has started it.
 
-    The ranks, processes of one machine with one monotonic clock, tell each other their starts
-    through shared memory.
+    The ranks are processes of one machine with one monotonic clock. They tell each other through shared
+    memory when they have started a message.
     """
 
-    SLOTS = 1 << 12  # messages; more than any step has
+    SLOTS = 1 << 12  # messages, more than any step has
 
     def __init__(self, starts: np.ndarray, rank: int) -> None:
         self._starts, self._rank = starts, rank
@@ -66,7 +66,7 @@ class _Link:
         self._arrivals: list[float] = []
 
     def start(self, seconds: float) -> int:
-        """This rank's part of the next message; returns the message's number."""
+        """Starts this rank's part of the next message; returns the message's number."""
         number = len(self._seconds)
         assert number < self.SLOTS
         self._seconds.append(seconds)
@@ -121,7 +121,8 @@ class _Flight:
         sleep_until(lands_s)
         self._landed = True
         if self._observer is not None:
-            # gloo does not say when it was done: in time for the link, unless it was waited for.
+            # gloo does not tell when it was done. It was in time for the link, unless this rank has waited
+            # for it.
             arrived = worked if worked - since > 1e-4 else lands_s
             until = time.perf_counter()
             self._observer.waited(self._key, since, until, max(arrived, lands_s))
@@ -132,7 +133,7 @@ class _Flight:
 
 
 class _CudaFlight:
-    """On a GPU the link is a stream that a kernel keeps busy; nobody waits on the host."""
+    """On a GPU the link is a stream that a kernel keeps busy. The host does not wait."""
 
     _stream: torch.cuda.Stream | None = None
 
@@ -154,7 +155,7 @@ class _CudaFlight:
 
 @functools.cache
 def _cycles_per_second() -> float:
-    """Of the clock that torch.cuda._sleep counts."""
+    """The rate of the clock whose cycles torch.cuda._sleep counts."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     cycles = 50_000_000
     for _ in range(2):  # the first warms up
@@ -166,9 +167,9 @@ def _cycles_per_second() -> float:
 
 
 def own_seconds(group: dist.ProcessGroup, x: torch.Tensor) -> float:
-    """How long an all-reduce of a message like `x` takes by itself, on ranks that do nothing else.
+    """Seconds of an all-reduce of a message like `x`, on ranks that do nothing else.
 
-    A modelled link's time comes on top of it: the two together are what a collective is under way.
+    A collective is under way for this time and the modelled link's time together.
     """
     times = []
     for _ in range(20):
@@ -183,8 +184,8 @@ def own_seconds(group: dist.ProcessGroup, x: torch.Tensor) -> float:
 
 
 def sleep_until(moment_s: float) -> None:
-    """Gives the processor away until shortly before, then spins: sleeping overshoots. Other threads may
-    run meanwhile."""
+    """Sleeps until shortly before the moment, then spins, as a sleep ends late. Other threads can run
+    meanwhile."""
     while (left := moment_s - time.perf_counter()) > 0:
         time.sleep(left - 2e-4 if left > 3e-4 else 0)
 
@@ -197,10 +198,10 @@ def over(
     *,
     blocking: bool = False,
 ) -> Iterator[None]:
-    """Sends `group`'s collectives over a link of that speed, inside.
+    """Inside, the collectives of `group` go over a link of that speed.
 
     Args:
-        blocking: wait for each at its start, so that nothing is hidden.
+        blocking: each collective is waited for where it starts, so that nothing is hidden.
     """
     starts = _shared_starts(group)
     link = _Link(starts, group.rank())

@@ -4,7 +4,6 @@ A mistake is answered now, not by a job that waited for its nodes for a day. Wha
 have made when its turn comes cannot be checked: its options alone are.
 """
 
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
 from pretrain.commands.convert import ExportOptions, ImportOptions
 from pretrain.commands.report import ReportOptions
+from pretrain.commands.users import for_users
 from pretrain.data.checks import with_vocab_size
 from pretrain.start.arguments import parse_train
 from slurm.cli import Submit, parse_submit
@@ -24,11 +24,13 @@ from slurm.errors import UserError as SlurmError
 from slurm.submit.chain import Step, take_tasks
 from slurm.submit.profile import load_profile
 from slurm.submit.render import Resources
-from slurm.submit.submit import dry_run, submit
+from slurm.submit.submit import dry_run
+from slurm.submit.submit import submit as submit_chain
 
 
-def main(argv: list[str]) -> int:
-    """Submits a chain; returns the exit status. 2: a user's mistake, said in a line or two."""
+@for_users
+def submit(argv: list[str]) -> int:
+    """Submits a chain of commands."""
     try:
         options, commands = parse_submit(argv)
         profile = load_profile(options.profile)
@@ -50,14 +52,10 @@ def main(argv: list[str]) -> int:
         if options.dry_run:
             dry_run(steps, profile, resources, options.after)
         else:
-            print(submit(steps, profile, resources, options.profile, options.after))
+            print(submit_chain(steps, profile, resources, options.profile, options.after))
         return 0
-    except (UserError, SlurmError) as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'the operating system'}: {error.strerror or error}"
-    print(f"megatron-ladder submit: {message}", file=sys.stderr)
-    return 2
+    except SlurmError as error:
+        raise UserError(str(error)) from error
 
 
 def _estimates(

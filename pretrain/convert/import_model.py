@@ -33,6 +33,7 @@ from pretrain.data.folders import open_folder
 from pretrain.data.sample import check_tokenizer, sample_sequences
 from pretrain.data.tokenizer_facts import tokenizer_facts
 from pretrain.model.staleness import Staleness, measure_staleness, save_staleness
+from pretrain.sizes import in_units
 from pretrain.start.ladder_layers import auto_count, is_auto, with_ladder_layers
 
 # The files beside the weights that are kept, so that export can write them again.
@@ -95,8 +96,8 @@ def import_model(
             save_staleness(new, staleness)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     return (
-        f"{source} ({hf_config.architectures[0]}, {model.num_parameters() / 1e9:.2f} G parameters, "
-        f"{size / 1e9:.2f} GB of {str(dtype).removeprefix('torch.')}): {output_dir}, residual "
+        f"{source} ({hf_config.architectures[0]}, {in_units(model.num_parameters())} parameters, "
+        f"{in_units(size, 'B')} of {str(dtype).removeprefix('torch.')}): {output_dir}, residual "
         f"{model.residual}" + (f", ladder layers {ladder_layers}" if ladder_layers else "")
     )
 

@@ -19,6 +19,7 @@ from pretrain.processes import die_with_parent, no_stop_signals
 from pretrain.run.checkpoint import Progress, checkpoint_state, newest_valid
 from pretrain.run.checkpoint_files import Facts, sums, write_manifest
 from pretrain.run.folder import checkpoint_at, checkpoints
+from pretrain.sizes import in_units
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class CheckpointSaver:
     def _failed(self, error: str) -> None:
         if dist.get_rank() == 0:
             # Said too, since torch does not always pass on why it could not write.
-            error += f" ({shutil.disk_usage(self._disk).free / 1e9:.3f} GB free)"
+            error += f" ({in_units(shutil.disk_usage(self._disk).free, 'B')} free)"
             shutil.rmtree(self._temporary, ignore_errors=True)
         self._failures += 1
         self._log.save_failed(self._step, error)

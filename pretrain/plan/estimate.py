@@ -14,6 +14,7 @@ from pretrain.plan.planner import DEVICES, Hardware
 from pretrain.plan.search import KINDS, row
 from pretrain.run.folder import checkpoint_bytes, stored_bytes
 from pretrain.run.metrics import flops_per_token
+from pretrain.sizes import in_units
 
 BYTES_OF_A_WEIGHT = {"bf16": 2, "fp32": 4}
 
@@ -189,13 +190,13 @@ def format_estimate(found: Estimate) -> str:
         f"Time      {found.hours:,.1f} hours, {found.gpu_hours:,.0f} GPU-hours, in {found.jobs} "
         f"{'job' if found.jobs == 1 else 'jobs'}; {_hours(lost)} of it starting and writing "
         f"checkpoints, {_hours(found.validation_s)} validating",
-        f"Storage   {found.stored_bytes / 1e9:,.1f} GB for checkpoints of "
-        f"{found.checkpoint_bytes / 1e9:,.1f} GB; exported {found.exported_bytes / 1e9:,.1f} GB",
+        f"Storage   {in_units(found.stored_bytes, 'B')} for checkpoints of "
+        f"{in_units(found.checkpoint_bytes, 'B')}; exported {in_units(found.exported_bytes, 'B')}",
     ]
     if found.memory_bytes is not None:
         fits = found.memory_bytes <= found.memory_limit_bytes
         lines.append(
-            f"Memory    {found.memory_bytes / 1e9:,.1f} GB of {found.memory_limit_bytes / 1e9:,.1f} GB a "
+            f"Memory    {in_units(found.memory_bytes, 'B')} of {in_units(found.memory_limit_bytes, 'B')} a "
             "GPU, modelled" + ("" if fits else ": IT DOES NOT FIT, give more GPUs or recompute")
         )
     return "\n".join(lines)

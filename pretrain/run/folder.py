@@ -16,6 +16,7 @@ from pretrain.config.train import (
 )
 from pretrain.ranks import is_first_rank
 from pretrain.run.checkpoint_files import damage, refuse_damaged
+from pretrain.sizes import in_units
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -122,8 +123,8 @@ def check_free_space(config: TrainConfig) -> None:
     free = shutil.disk_usage(_existing_parent(config.output_dir)).free
     if free < needed:
         raise UserError(
-            f"{config.output_dir}: {free / 1e9:.1f} GB free, keep_last {config.keep_last} checkpoints "
-            f"and the one being written take about {needed / 1e9:.1f} GB: free space, lower keep_last, "
+            f"{config.output_dir}: {in_units(free, 'B')} free, keep_last {config.keep_last} checkpoints "
+            f"and the one being written take about {in_units(needed, 'B')}: free space, lower keep_last, "
             "or choose another disk"
         )
 

@@ -4,6 +4,8 @@ docs/reference/formats.md describes the lines.
 """
 
 import json
+import os
+import signal
 import sys
 import time as clock
 from pathlib import Path
@@ -130,9 +132,7 @@ class MetricsLog:
     def baseline(self, *, dataset: str, unigram_loss: float) -> None:
         """What a model without context could reach on a data set, in nats a token."""
         self._write({"kind": "baseline", "dataset": dataset, "unigram_loss": unigram_loss})
-        print(
-            f"{dataset}: entropy of single tokens {unigram_loss:.4f} nats (validation)", flush=True
-        )
+        _say(f"{dataset}: entropy of single tokens {unigram_loss:.4f} nats (validation)")
 
     def train(self, **values: Any) -> None:
         """One logged step; docs/reference/formats.md lists the values."""
@@ -142,7 +142,7 @@ class MetricsLog:
             {f"train/{name}": values[name] for name in scalars if values[name] is not None},
             values["step"],
         )
-        print(self._line(values), flush=True)
+        _say(self._line(values))
 
     def validation(
         self, *, step: int, tokens: int, time: float, dataset: str, loss: float, perplexity: float
@@ -151,10 +151,7 @@ class MetricsLog:
         values = {"step": step, "tokens": tokens, "time": time, "dataset": dataset}
         self._write({"kind": "validation", **values, "loss": loss, "perplexity": perplexity})
         self._scalars({f"validation/{dataset}": loss}, step)
-        print(
-            f"step {step}: validation loss on {dataset} {loss:.4f} (perplexity {perplexity:.2f})",
-            flush=True,
-        )
+        _say(f"step {step}: validation loss on {dataset} {loss:.4f} (perplexity {perplexity:.2f})")
 
     def save_failed(self, *, step: int, reason: str) -> None:
         """A checkpoint could not be written."""
@@ -165,7 +162,7 @@ class MetricsLog:
     def note(self, kind: str, text: str, **values: Any) -> None:
         """Something that happened, for the record and, as `text`, for whoever looks on."""
         self._write({"kind": kind, **values})
-        print(text, flush=True)
+        _say(text)
 
     def end(self, *, step: int, reason: str) -> None:
         """Training stops."""
@@ -213,6 +210,18 @@ class MetricsLog:
         parts.append(f"mem {values['memory_gib']:.1f} GiB")
         parts.append(f"ETA {_duration((self._train_steps - step) * self._step_s)}")
         return " | ".join(parts)
+
+
+def _say(text: str) -> None:
+    """Prints a line at once. When nobody reads it any more (`| head`), the run stops in good order."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        unread, nowhere = os.fstat(sys.stdout.fileno()), os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            if os.path.samestat(os.fstat(stream.fileno()), unread):
+                os.dup2(nowhere, stream.fileno())  # for the lines to come
+        os.kill(os.getpid(), signal.SIGTERM)  # stopping.py: all ranks stop at the same step
 
 
 def _appended(path: Path) -> BinaryIO:

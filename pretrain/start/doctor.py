@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from pretrain.sizes import in_units
+
 # Package, what it is for, what to do without it.
 PACKAGES = (
     ("torch", "everything", "pip install torch"),
@@ -33,7 +35,7 @@ def run_doctor() -> int:
     print("Machine")
     _row("python", platform.python_version())
     _row("cores, memory", f"{os.cpu_count()}, {psutil.virtual_memory().total / 2**30:.0f} GiB")
-    _row("free disk here", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB")
+    _row("free disk here", in_units(shutil.disk_usage(Path.cwd()).free, "B"))
     shm = Path("/dev/shm")  # noqa: S108 (its size is asked for, nothing is written)
     if shm.is_dir():
         size = shutil.disk_usage(shm).total

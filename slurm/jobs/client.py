@@ -10,7 +10,7 @@ TIMEOUT_S = 60
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 ACTIVE = (*WAITING, "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING")
 
-# What SLURM says on refusing a job, and what to do about it.
+# What SLURM says when it refuses a job, and what the user can do.
 ADVICE = {
     "invalid partition": "`sinfo -s` lists the partitions",
     "invalid account": "`sacctmgr show assoc user=$USER` lists your accounts and partitions",
@@ -48,8 +48,8 @@ class Facts:
 
 
 def environment() -> dict[str, str]:
-    """For SLURM's commands: the profile decides, not a job that `submit` happens to run in, nor variables
-    that stand for options (SBATCH_PARTITION, SLURM_CPUS_PER_TASK)."""
+    """The environment of SLURM's commands. It has no variables of a job that `submit` may run in, and none
+    that stand for options (SBATCH_PARTITION, SLURM_CPUS_PER_TASK): the profile decides."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -90,7 +90,7 @@ def call(*argv: str) -> str:
 
 
 def max_array_size() -> int:
-    """The cluster's bound: an array's numbers are below it."""
+    """The cluster's limit: the numbers of an array's tasks are below it."""
     for line in call("scontrol", "show", "config").splitlines():
         name, _, value = line.partition("=")
         if name.strip() == "MaxArraySize":
@@ -99,12 +99,12 @@ def max_array_size() -> int:
 
 
 def job_facts(job_ids: list[str]) -> dict[str, list[Facts]] | None:
-    """What SLURM knows of jobs, by id; an array has several. None: SLURM cannot be asked."""
+    """What SLURM knows of jobs, by id; an array has several Facts. None: SLURM cannot be asked."""
     if not job_ids:
         return {}
     found: dict[str, list[Facts]] = {}
     try:
-        # Without --jobs: it fails when one of them is forgotten.
+        # Without --jobs, with which squeue fails when SLURM has forgotten one of them.
         listed = call("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%F|%T|%r|%M|%l|%N")
     except UserError:
         return None

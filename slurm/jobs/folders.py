@@ -1,11 +1,11 @@
-"""A job's folder: RUN/slurm/1 of a training, OUTPUT-slurm/1 of anything else, which must find its output's
-place empty.
+"""A job's folder: RUN/slurm/1 for a training, OUTPUT-slurm/1 for any other command, as that one's output
+folder must not exist before it runs.
 
     job.sh          the script, as submitted
     profile.toml    the profile, as it was
     job.json        the command and what was asked for, resolved; the job's id
     log, log.7      what the job, or task 7 of an array, wrote
-    history         a training's starts and ends
+    history         the starts and ends of a training
     pid, exit       with launcher "local": the running script, its exit status
 """
 
@@ -39,7 +39,7 @@ class Job:
 
 
 def place_of(command: list[str] | tuple[str, ...], output: Path) -> Path:
-    """The folder of job folders."""
+    """The folder that holds the job folders of an output."""
     if command[0] == "train":
         return output / "slurm"
     return output.with_name(output.name + "-slurm")
@@ -50,7 +50,7 @@ def next_folder(place: Path) -> Path:
 
 
 def make_folder(place: Path) -> Path:
-    """A new job's folder: nobody else's, even when two submit at once."""
+    """Makes a new job's folder. Two that submit at the same time get two folders."""
     while True:
         folder = next_folder(place)
         try:
@@ -72,7 +72,7 @@ def read_job(folder: Path) -> Job:
 
 
 def job_folders(output: Path) -> list[Path]:
-    """Of all jobs of an output, oldest first; those that were cut off before submission left out."""
+    """The folders of an output's jobs, oldest first, without those whose submission was cut off."""
     places = (output.with_name(output.name + "-slurm"), output / "slurm")
     found = [folder for place in places for folder in _numbered(place)]
     found = [folder for folder in found if (folder / "job.json").is_file()]
@@ -84,7 +84,7 @@ def need_jobs(output: Path) -> list[Path]:
     folders = job_folders(output)
     if not folders:
         raise UserError(
-            f"{output}: nothing was submitted for it: give the folder that a submitted command was to make"
+            f"{output}: nothing was submitted for it: give the output folder of a submitted command"
         )
     return folders
 

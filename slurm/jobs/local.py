@@ -17,7 +17,7 @@ from slurm.jobs.folders import Job
 
 
 def start_chain(folders: list[Path]) -> list[float]:
-    """Starts the scripts of `folders`; returns the process that sees to them."""
+    """Starts the scripts of `folders`. Returns the process that runs them: its id, and when it began."""
     process = subprocess.Popen(  # noqa: S603 (a list, no shell)
         [sys.executable, "-m", "slurm.jobs.local", *map(str, folders)],
         stdin=subprocess.DEVNULL,
@@ -66,7 +66,7 @@ def local_facts(folder: Path, job: Job) -> Facts:
 
 
 def stop(folder: Path, *, in_good_order: bool) -> bool:
-    """Ends a job. Returns whether there was one to end."""
+    """Ends a job. Returns whether it was running."""
     pid = _running_pid(folder)
     if pid is None:
         if not (folder / "exit").exists():
@@ -88,7 +88,7 @@ def _running_pid(folder: Path) -> int | None:
 
 
 def _is_alive(pid: int, created: float) -> bool:
-    """Whether it is that process, and not another that got its number later."""
+    """Whether the process made at `created` still runs; a later one may have got its number."""
     try:
         process = psutil.Process(pid)
         return process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE

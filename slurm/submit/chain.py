@@ -15,9 +15,9 @@ class Step:
     command: tuple[str, ...]
     """What one types after `megatron-ladder`."""
     output: Path
-    """The folder that it makes, or is about: `status`, `logs` and `cancel` are told it."""
+    """The folder that it makes or works on; users give it to `status`, `logs` and `cancel`."""
     tasks: int | None = None
-    """Of `data tokenize`: tasks of a job array."""
+    """Only for `data tokenize`: the tasks of its job array."""
 
 
 def split_chain(words: list[str]) -> list[list[str]]:
@@ -38,10 +38,10 @@ def split_chain(words: list[str]) -> list[list[str]]:
 
 
 def take_tasks(command: list[str]) -> tuple[list[str], int | None]:
-    """`data tokenize` without its `--tasks N`, which is submit's, and N.
+    """Takes `--tasks N`, an option of `submit`, out of `data tokenize`; returns the command and N.
 
     Raises:
-        UserError: N is no number, another command has it, or ranks are given besides.
+        UserError: N is no number, another command has --tasks, or --rank or --world-size are given too.
     """
     rest, tasks = [], None
     words = iter(command)
@@ -56,7 +56,9 @@ def take_tasks(command: list[str]) -> tuple[list[str], int | None]:
         tasks = int(value)
     if tasks is not None:
         if command[:2] != ["data", "tokenize"]:
-            raise UserError(f"--tasks: only `data tokenize` is cut in tasks, not {command[:2]}")
+            raise UserError(
+                f"--tasks: only `data tokenize` is cut into tasks, not `{' '.join(command[:2])}`"
+            )
         options = {word.partition("=")[0].replace("_", "-") for word in rest}
         if given := options & {"--rank", "--world-size"}:
             raise UserError(f"{', '.join(sorted(given))}: --tasks gives each task its own")
@@ -68,7 +70,7 @@ class Array:
     """Tasks of one job array; several arrays may share the work."""
 
     offset: int
-    """The number among all tasks of this array's first."""
+    """The number of this array's first task, among all tasks."""
     count: int
     world_size: int
     """Tasks of all arrays."""
@@ -76,7 +78,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Part:
-    """What becomes one job, or one array of them."""
+    """One job of the chain, or one job array."""
 
     command: tuple[str, ...]
     output: Path
@@ -84,10 +86,10 @@ class Part:
 
 
 def stages(steps: list[Step], max_array_size: int) -> list[list[Part]]:
-    """The chain's jobs: those of one stage run side by side, each stage after the one before.
+    """The chain's jobs. The jobs of a stage run at the same time, after those of the stage before.
 
-    `data tokenize` in tasks is two stages, the arrays and the joining of what they made. An array's
-    numbers, which count from 0, are below `max_array_size`: more tasks are several arrays.
+    `data tokenize` with --tasks makes two stages: its arrays, and the command that joins their parts. An
+    array's tasks have numbers from 0 to below `max_array_size`: more tasks need several arrays.
     """
     result = []
     for step in steps:

@@ -1,7 +1,7 @@
 """A cluster's profile: a TOML file, read into a frozen dataclass.
 
-Nothing in it becomes shell: what goes on an #SBATCH line is held to the characters that such values
-have, and everything else is quoted when a script is rendered (render.py).
+No shell runs what stands in it. A value for an #SBATCH line may have only the characters of such
+values; all others are quoted when a script is rendered (render.py).
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Container:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where jobs run, and in what surroundings."""
+    """Where jobs run, and with what modules, variables, container and Python."""
 
     launcher: Literal["slurm", "local"] = "slurm"
     """local: the same script on this machine, in the background, without SLURM."""
@@ -45,7 +45,7 @@ class Profile:
     gpus_per_node: int = 0
     """0: ranks train on the CPU."""
     cpus_per_task: int = 1
-    """Of a rank, or of a task of data preparation."""
+    """For each rank, or for a task of data preparation."""
     memory: str | None = None
     """A node's, as sbatch takes it: "200G"; "0": all of it. None: the partition's default."""
     container: Container | None = None
@@ -54,7 +54,7 @@ class Profile:
     modules: tuple[str, ...] = ()
     """Loaded by `module load` before anything else."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables of the commands that run."""
+    """Environment variables of the commands."""
     python: str = ""
     """An interpreter, or a virtual environment's folder, that has this package. "": the one that
     `submit` runs on, or a container's `python`."""
@@ -68,26 +68,28 @@ class Profile:
         for name in self.environment:
             _check("environment", name, r"[A-Za-z_][A-Za-z0-9_]*")
             if name in OURS:
-                raise UserError(f"environment.{name}: the script sets it, for each rank its own")
+                raise UserError(
+                    f"environment.{name}: the script sets it, for each rank to its own value"
+                )
         if self.gpus_per_node < 0 or self.cpus_per_task < 1:
             raise UserError(
-                f"gpus_per_node {self.gpus_per_node} is at least 0, cpus_per_task "
+                f"gpus_per_node {self.gpus_per_node} must be at least 0, and cpus_per_task "
                 f"{self.cpus_per_task} at least 1"
             )
         _check("python", self.python or None, r"[^-\x00][^\x00]*")
         if self.mounts and self.container is None:
             raise UserError("mounts are a container's: give [container], or leave them out")
-        for mount in self.mounts:  # pyxis separates them by commas, and both read colons
+        for mount in self.mounts:  # pyxis separates mounts by commas, and both runtimes read colons
             _check("mounts", mount, r"/[^:,\x00\n]*:/[^:,\x00\n]*(:[a-z+]+)?")
         if self.container:
             _check("container.image", self.container.image, r"[^-\x00\s][^\x00\n]*")
             if self.launcher == "local" and self.container.runtime == "pyxis":
                 raise UserError(
-                    "container.runtime pyxis is SLURM's: with launcher local, apptainer"
+                    "container.runtime pyxis needs SLURM: with launcher local, give apptainer"
                 )
 
     def interpreter(self) -> str:
-        """The command that is Python."""
+        """The command that starts Python."""
         if not self.python:
             return "python" if self.container else sys.executable
         path = Path(self.python).expanduser()
@@ -132,7 +134,7 @@ def _from_table(cls: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """`value`, if it is what the field takes."""
+    """`value`, checked and converted to the field's type."""
     if typing.get_origin(hint) is types.UnionType:  # X | None; TOML has no null
         hint = typing.get_args(hint)[0]
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
@@ -140,7 +142,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value
-        raise UserError(f"{where} is {value!r}: it is {' or '.join(typing.get_args(hint))}")
+        raise UserError(f"{where} is {value!r}: it must be {' or '.join(typing.get_args(hint))}")
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_value(str, item, where) for item in value)
     if typing.get_origin(hint) is dict and isinstance(value, dict):
@@ -150,9 +152,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where} holds a NUL character, which no argument can")
         return value
     wanted = {str: "a string", int: "a whole number"}.get(hint, "another kind of value")
-    raise UserError(f"{where} is {value!r}: it takes {wanted} (see profiles/example.toml)")
+    raise UserError(f"{where} is {value!r}: it must be {wanted} (see slurm/profiles/example.toml)")
 
 
 def _check(name: str, value: str | None, pattern: str) -> None:
     if value is not None and not re.fullmatch(pattern, value):
-        raise UserError(f"{name} {value!r} is not one: it may be {pattern} (a regular expression)")
+        raise UserError(
+            f"{name} {value!r} is not allowed: it must match the regular expression {pattern}"
+        )

@@ -1,5 +1,5 @@
-"""Batch scripts, from templates. Whatever a template puts in is quoted for the shell, without exception:
-jinja's `finalize` does it, so that no template can forget to.
+"""Renders batch scripts from templates. jinja's `finalize` quotes every value that a template inserts for
+the shell, so no template can forget it.
 """
 
 import re
@@ -17,10 +17,10 @@ from slurm.submit.profile import Profile
 
 @dataclass(frozen=True)
 class Resources:
-    """What `submit` asks for besides the profile."""
+    """What a job asks for besides the profile."""
 
     nodes: int
-    """Where ranks are, without the spare ones."""
+    """Nodes that ranks run on, without the spare ones."""
     ranks_per_node: int
     time: str | None = None
     """sbatch's: HH:MM:SS or D-HH:MM:SS."""
@@ -32,13 +32,13 @@ class Resources:
         for name, least in (("nodes", 1), ("ranks_per_node", 1), ("spare_nodes", 0)):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
-                raise UserError(f"--{option} {getattr(self, name)}: it is at least {least}")
+                raise UserError(f"--{option} {getattr(self, name)}: it must be at least {least}")
         if not 1 <= self.signal_lead <= 65535:  # sbatch's bounds
             raise UserError(f"--signal-lead {self.signal_lead}: seconds, 1 to 65535")
         if self.limit_s is not None and self.limit_s <= self.signal_lead:
             raise UserError(
-                f"--time {self.time} is over before the signal, --signal-lead {self.signal_lead} seconds "
-                "ahead of it, could come: give more time, or a shorter lead"
+                f"--time {self.time} is not longer than --signal-lead {self.signal_lead} (seconds): the "
+                "signal could not come before the end: give more time, or a shorter lead"
             )
 
     @property
@@ -59,7 +59,7 @@ def train_script(
     """A training job's script.
 
     Args:
-        arguments: of `megatron-ladder train`.
+        arguments: those of `megatron-ladder train`.
         run: the run's folder.
         folder: the job's, where its log and history are.
     """
@@ -96,7 +96,7 @@ def task_script(
 
     Args:
         command: what one types after `megatron-ladder`.
-        array: whose tasks it is for.
+        array: the job array whose tasks run the script.
     """
     return _render(
         "task.sh.jinja",
@@ -112,7 +112,7 @@ def task_script(
 
 
 def job_name(path: Path) -> str:
-    """For squeue: of the characters that every tool shows."""
+    """The name that squeue shows, of characters that every tool can show."""
     return "ladder-" + (re.sub(r"[^A-Za-z0-9_.-]", "_", path.name)[:40] or "job")
 
 

@@ -1,4 +1,4 @@
-"""From a chain of commands to jobs: scripts rendered, kept, submitted, each after the one before."""
+"""Makes jobs of a chain of commands: renders, keeps and submits a script for each."""
 
 import shlex
 import shutil
@@ -15,16 +15,16 @@ from slurm.submit.chain import Part, Step, stages
 from slurm.submit.profile import Profile
 from slurm.submit.render import Resources, task_script, train_script
 
-ON_A_GPU = ("eval", "generate")  # where there is one; the others compute on the CPU, or hardly
+ON_A_GPU = ("eval", "generate")  # if there is one; the other commands compute little, or on the CPU
 
 
 def submit(
     steps: list[Step], profile: Profile, resources: Resources, profile_file: Path, after: str | None
 ) -> str:
-    """Submits a chain; returns what was done, in lines.
+    """Submits a chain; returns a line for each job.
 
     Raises:
-        UserError: SLURM refuses a job (then none of the chain is left), or cannot be asked.
+        UserError: SLURM refuses a job (the chain's other jobs are then cancelled), or cannot be asked.
     """
     _check_outputs(steps, profile)
     waiting_for = [after] if after else []
@@ -89,7 +89,7 @@ def _stages(
         return stages(steps, client.max_array_size() if in_tasks else 1)
     if resources.nodes > 1 or resources.spare_nodes or after or resources.time:
         raise UserError(
-            '--nodes, --spare-nodes, --time and --after are SLURM\'s: launcher is "local"'
+            '--nodes, --spare-nodes, --time and --after need SLURM: the profile has launcher = "local"'
         )
     # One process of `data tokenize` uses all cores and joins the parts.
     return stages([replace(step, tasks=None) for step in steps], 1)
@@ -107,7 +107,7 @@ def _job(
     part: Part, profile: Profile, resources: Resources, folder: Path, waiting_for: list[str]
 ) -> Job:
     log = "log.%a" if part.array else "log"
-    # --output reads %j as the job's number, and drops backslashes.
+    # sbatch reads %j in --output as the job's number, and drops backslashes.
     argv = ["sbatch", "--parsable", f"--output={str(folder).replace('%', '%%')}/{log}"]
     if part.array:
         argv.append(f"--array=0-{part.array.count - 1}")
@@ -126,7 +126,8 @@ def _job(
 
 def _sbatch(argv: list[str]) -> str:
     """The new job's id."""
-    return client.call(*argv).strip().partition(";")[0]  # ;CLUSTER follows where there are several
+    # Where there are several clusters, `;CLUSTER` follows the id.
+    return client.call(*argv).strip().partition(";")[0]
 
 
 def _said(job: Job) -> str:

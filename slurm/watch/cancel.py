@@ -1,4 +1,4 @@
-"""`megatron-ladder cancel`: ends a run's jobs, in good order or at once."""
+"""`megatron-ladder cancel`: ends a run's jobs, after a checkpoint or at once."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from slurm.watch.status import facts_of
 
 
 def cancel(output: Path, *, now: bool) -> list[str]:
-    """Ends what is queued or runs; a training that runs saves a checkpoint first, unless `now`.
+    """Ends jobs that are queued or run; a training that runs saves a checkpoint first, unless `now`.
 
     Returns:
         What was done, a line a job.
@@ -19,9 +19,9 @@ def cancel(output: Path, *, now: bool) -> list[str]:
     """
     folders = need_jobs(output)
     if any(read_job(folder).job_id for folder in folders):
-        client.call("squeue", "--version")  # says it when there is no SLURM
+        client.call("squeue", "--version")  # raises UserError when there is no SLURM
     lines = []
-    # The last first: those that wait for a job that ends now have gone before it.
+    # The last first: a job that waits for another is gone before the other ends.
     for folder, facts in reversed(facts_of(folders).items()):
         job = read_job(folder)
         name = f"job {job.job_id}" if job.job_id else f"{folder}"
@@ -37,7 +37,7 @@ def _end(folder: Path, job: Job, facts: list[Facts] | None, now: bool) -> str:
         return _said(was_running and in_good_order)
     is_running = facts is None or any(fact.state == "RUNNING" for fact in facts)
     if in_good_order and is_running:
-        # To the script, which passes it on and then does not queue itself again.
+        # The script gets the signal, passes it on to the ranks, and does not queue the job again.
         client.call("scancel", "--batch", "--signal=USR2", str(job.job_id))
     else:
         client.call("scancel", str(job.job_id))

@@ -1,4 +1,4 @@
-"""A training's history: the lines that its script wrote of every start and end."""
+"""A training's history: its script writes a line for every start and every end."""
 
 import signal
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class History:
-    """What a history says."""
+    """What the lines of a history say."""
 
     starts: int
     last: str
-    """Why it last ended, in words; empty while it has not."""
+    """Why the last start ended, in words; empty while it goes on."""
 
 
 def read_history(folder: Path) -> History:
@@ -37,7 +37,7 @@ def _in_words(end: list[str]) -> str:
     if status == 0:
         return "finished"
     if status == 2:
-        return "stopped at a mistake: the log says which"
+        return "stopped at a user's mistake, which the log names"
     if status == 75:
         why = {"limit": "before the time limit", "stop": "as it was asked to"}.get(asked, "")
         return f"stopped in good order {why}".rstrip()

@@ -44,7 +44,7 @@ def _print_all(folder: Path) -> None:
 
 
 def _follow(folder: Path) -> None:
-    """Prints what is new in the logs, an array's too, until nothing is and the job is over."""
+    """Prints what is new in a job's logs, until the job is over and all is printed."""
     ends: dict[Path, int] = {}
     asked = time.monotonic()
     is_over = False
@@ -69,7 +69,7 @@ def _follow(folder: Path) -> None:
 
 
 def _tail_start(file: Path) -> int:
-    """Where the last lines begin."""
+    """The offset of the last LINES_BEFORE lines."""
     size = file.stat().st_size
     with file.open("rb") as log:
         begin = max(size - (1 << 16), 0)

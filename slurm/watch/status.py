@@ -1,6 +1,6 @@
-"""`megatron-ladder status`: what a run says of itself, and what SLURM says of its jobs.
+"""`megatron-ladder status`: what a run wrote about itself, and what SLURM knows of its jobs.
 
-A run's own word is RUN/status.json, which needs no SLURM; without SLURM the jobs' part is short.
+A run writes RUN/status.json, which is read without SLURM; of jobs, only their folders are then known.
 """
 
 import json
@@ -16,30 +16,30 @@ from slurm.jobs.local import local_facts
 from slurm.watch.history import read_history
 
 AT_WORK = ("starting", "training", "validating", "saving")
-# SLURM's words for why a job is where it is, and what they ask for.
+# SLURM's reasons for a job's state, in plain words, and what to do.
 REASONS = {
     "Resources": "waits for free nodes",
-    "Priority": "others come first",
+    "Priority": "waits for jobs with a higher priority",
     "BeginTime": "queued again, starts in a moment",
     "Dependency": "waits for the job before it",
-    "DependencyNeverSatisfied": "never ran: a job it waited for failed: mend that, submit again from there",
+    "DependencyNeverSatisfied": "never ran: a job it waited for failed: mend that, submit from that job on",
     "PartitionNodeLimit": "asks for more nodes than the partition has: cancel it, submit fewer --nodes",
     "PartitionTimeLimit": "asks for more time than the partition gives: cancel it, submit less --time",
     "JobHeldUser": "held: `scontrol release`",
-    "JobHeldAdmin": "held by the cluster's people",
-    "TimeLimit": "its time was over before it could stop in good order: a longer --signal-lead",
+    "JobHeldAdmin": "held by the cluster's administrators",
+    "TimeLimit": "its time was over before it could stop in good order: give a longer --signal-lead",
     "NonZeroExitCode": "its command failed: see `megatron-ladder logs`",
     "NodeDown": "a node went down",
 }
 
 
 def status(outputs: list[Path]) -> str:
-    """What stands with runs, data sets, exports: a paragraph each."""
+    """How runs, data sets and exports stand: a paragraph for each."""
     return "\n".join(_paragraph(output) for output in outputs)
 
 
 def facts_of(folders: list[Path]) -> dict[Path, list[Facts] | None]:
-    """What is known of jobs, by their folders. None: SLURM cannot be asked. Empty: it has forgotten."""
+    """What is known of jobs, by folder. None: SLURM cannot be asked. Empty: SLURM has forgotten the job."""
     jobs = {folder: read_job(folder) for folder in folders}
     known = client.job_facts([job.job_id for job in jobs.values() if job.job_id])
     found: dict[Path, list[Facts] | None] = {}
@@ -79,7 +79,7 @@ def _run_lines(said: dict[str, Any], facts: list[list[Facts] | None]) -> list[st
     head = f"{state}, step {step:,}" + (f" of {of:,} ({step / of:.1%})" if of else "")
     if (loss := said.get("loss")) is not None:
         head += f", loss {loss:.4f}"
-    # A process that was killed could not say so. SLURM knows, or the local process is gone.
+    # A killed process could not write that it ended: SLURM knows it, or the local process is missing.
     known = [fact for several in facts if several is not None for fact in several]
     is_over = bool(facts) and None not in facts and not any(f.state == "RUNNING" for f in known)
     if state in AT_WORK and is_over:

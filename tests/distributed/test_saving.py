@@ -23,7 +23,7 @@ FAILING_DISK = """
 import errno, functools, sys
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import FileSystemWriter
-from pretrain import saving
+from pretrain.loop import saving
 from pretrain.cli import main
 
 def fail_at(step, function, where):
@@ -87,7 +87,7 @@ def test_a_run_goes_on_where_a_disk_fails(data: Path, undisturbed: Path, tmp_pat
     status, output = run_for_status(patched(FAILING_DISK, data, run, "--save-interval", "4"))
     assert status == 0, output
     assert [m["step"] for m in metrics(run, "save_failed")] == [4, 12, 16]
-    assert all("GB free)" in m["reason"] for m in metrics(run, "save_failed"))
+    assert all("B free)" in m["reason"] for m in metrics(run, "save_failed"))
     assert output.count("No space left on device") >= 3
     assert output.count("could not save a checkpoint of step") == 3
     assert "step 12: [Errno 28] No space left on device" in output

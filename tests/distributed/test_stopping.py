@@ -76,7 +76,8 @@ def test_a_signal_stops_a_run_with_nothing_lost(
 
 VALIDATION_IS_TOLD = """
 import os, signal, sys
-from pretrain import cli, train
+from pretrain import cli
+from pretrain.loop import train
 validate = train.validate
 def told(*given):
     os.kill(os.getpid(), signal.SIGTERM)

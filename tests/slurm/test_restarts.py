@@ -211,7 +211,7 @@ def test_a_mistake_is_not_started_again(cluster, submit, profile, tmp_path, said
     job = Job(cluster, submit, profile, tmp_path / "run", mistake=True)
     job.wait_for("FAILED")
     assert [h[:2] for h in history(job.run)] == [["start", "1"], ["end", "2"]]
-    assert "stopped at a mistake" in said(job.run)
+    assert "stopped at a user's mistake" in said(job.run)
 
 
 @pytest.mark.slow

@@ -40,8 +40,10 @@ MAY_IMPORT_OF_OURS = {
 ROOMS = {
     "megatron_ladder": "errors one_cudnn config fp8 cpu_platform distillation collectives te layers "
     "te.layers inference specs mcore_compat megatron_lm hf vllm",
-    "pretrain": "files processes ranks pictures config data model run plan start loop convert evaluation "
-    "report inference depth bench commands cli __main__",
+    "pretrain": "files processes ranks pictures sizes config data model run plan start loop convert "
+    "evaluation report inference depth bench commands cli __main__",
+    "data_prep": "errors version files progress broken_pipe read parts encode dataset clean cli __main__",
+    "slurm": "errors files jobs submit watch cli",
 }
 # The one command's dispatcher, and what checks commands of all packages before they are submitted.
 EXCEPTIONS = {

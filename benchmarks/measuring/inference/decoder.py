@@ -16,8 +16,8 @@ class InferenceDecoder(Decoder):
     """The layers of `model` on this rank, without embedding and head.
 
     Args:
-        sequences: how many are generated at once.
-        prompt_length, new_tokens: of each.
+        sequences: their number; they are generated at once.
+        prompt_length, new_tokens: tokens of each sequence.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class InferenceDecoder(Decoder):
             self._halves = [StaticInferenceContext(sequences // 2, longest) for _ in range(2)]
 
     def prefill(self) -> Tensor:
-        """All prompts into the empty cache. [prompt, sequences, h]"""
+        """Reads all prompts into the empty cache. Returns [prompt, sequences, h]."""
         self._context.reset()
         return self._states_of(0, self._prompt_length)
 
     def generate_half(self) -> None:
-        """Fills the cache to the middle of the generation, where it has its mean length."""
+        """Fills the cache to the middle of the generation, where the cache has its mean length."""
         self._context.reset()
         self._states_of(0, self._middle)
         if self._halves:
@@ -56,18 +56,18 @@ class InferenceDecoder(Decoder):
             self._states_in_halves(0, self._middle)
 
     def decode(self) -> Tensor:
-        """One token of each sequence, always that in the middle. [1, sequences, h]"""
+        """One token of each sequence, always the one in the middle. Returns [1, sequences, h]."""
         self._context.enable_decode_mode()
         return self._states_of(self._middle, self._middle + 1)
 
     def prefill_in_halves(self) -> Tensor:
-        """`prefill` with half the sequences a layer behind the other half: one half's sums run behind the
-        other's compute. Of an even number of sequences and layers of this project's."""
+        """`prefill` in which one half of the sequences is a layer behind the other half: while one half
+        computes, the sums of the other half run. For an even number of sequences and our own layers."""
         self._reset_halves()
         return self._states_in_halves(0, self._prompt_length)
 
     def decode_in_halves(self) -> Tensor:
-        """`decode` in the same way."""
+        """`decode` in two halves, as `prefill_in_halves`."""
         for context in self._halves:
             context.enable_decode_mode()
         return self._states_in_halves(self._middle, self._middle + 1)
@@ -108,11 +108,11 @@ class InferenceDecoder(Decoder):
 
 
 def captured(run: Callable[[], object]) -> Callable[[], None]:
-    """The kernels of `run` as a CUDA graph: what it returns launches them again. The modelled link's
-    too (wire.py), so a pass captured inside `wire.over` is replayed outside."""
+    """The kernels of `run` as a CUDA graph. The function that is returned launches them again. The modelled
+    link's kernels are among them, so a pass that is captured inside `wire.over` is replayed outside."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # warm-up, as capture asks for
+    with torch.cuda.stream(side):  # a capture needs a warm-up
         for _ in range(2):
             run()
     torch.cuda.current_stream().wait_stream(side)
@@ -123,7 +123,7 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
 
 
 def seconds(run: Callable[[], object]) -> tuple[float]:
-    """Of a pass, begun together by all ranks."""
+    """Seconds of a pass, which all ranks begin together."""
     with undisturbed():
         begin = time.perf_counter()
         run()

@@ -1,9 +1,9 @@
 """A model of generation's time: sub-modules in prefill and decode, and the passes made of them.
 
-Nothing here is measured. A GEMM takes as long as its operations or its bytes through memory, whichever
-is longer; every kernel takes a fixed time besides. In decode that is reading the weights and the
-cache, and kernels' fixed time; in prefill it is operations. A hidden collective is taken to slow no
-compute.
+Nothing here is measured. A GEMM takes as long as its operations, or as its bytes need to go through memory,
+whichever is longer; every kernel takes a fixed time besides. So decode takes as long as reading the weights
+and the cache, and the kernels' fixed times; prefill takes as long as its operations. A hidden collective is
+assumed not to slow computation.
 """
 
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from pretrain.plan.links import NVLINK, PRESETS
 from pretrain.plan.planner import BF16, DEVICES, Hardware, Submodule, pass_seconds
 
 # Two constants from the paper's own no-comm rates (arXiv 2501.06589, 70B, batch 1: 38.24, 69.04 and 110.59
-# tokens/s at TP 2, 4 and 8): what grows with a GPU's share of the weights is read at 0.91 of H100's 3.35
-# TB/s; what does not is 41.7 us a layer, divided here among the 13 kernels counted below.
+# tokens/s at TP 2, 4 and 8). The part that grows with a GPU's share of the weights is read at 0.91 of the
+# H100's 3.35 TB/s. The other part is 41.7 us a layer, divided here among the 13 kernels counted below.
 MEMORY_EFFICIENCY = 0.91
 KERNEL_S = 3.2e-6
-# Norm, q-k-v, RoPE, cache, attention, its parts joined, projection, add; and of the MLP norm, gate and up,
-# SwiGLU, down, add.
+# Attention: norm, q-k-v, RoPE, cache, attention, joining its parts, projection, add. MLP: norm, gate and
+# up, SwiGLU, down, add.
 ATTENTION_KERNELS, MLP_KERNELS = 8, 5
 
 PROMPT, NEW_TOKENS = 1024, 512  # the paper's
@@ -51,7 +51,7 @@ SHAPES = {
 PHASES = ("prefill", "decode")
 KINDS = ("standard", "parallel", "ladder", "no-comm")
 BUILT = ("ladder, 8-bit sums", "ladder, in two parts", "parallel, half-batches")
-"""Of `alternatives`: those that the benchmark can run."""
+"""Those of `alternatives` that the benchmark can run."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Pass:
     mlp_s: float
     all_reduce_s: float
     half_all_reduce_s: float
-    """Of half as many bytes."""
+    """The time of an all-reduce of half as many bytes."""
     num_layers: int
 
     def seconds(self, kind: str) -> float:
@@ -71,7 +71,7 @@ class Pass:
         return pass_seconds([kind] * self.num_layers, *parts, self.all_reduce_s)[0]
 
     def hidden_share(self, kind: str) -> float:
-        """Of the time that standard exposes, all of it."""
+        """The share of standard's exposed time that this kind hides. Standard exposes all of it."""
         computed = self.seconds("no-comm")
         return 1 - (self.seconds(kind) - computed) / (self.seconds("standard") - computed)
 
@@ -79,11 +79,11 @@ class Pass:
 def modelled_pass(
     shape: Shape, phase: str, *, batch: int, link: str, cache_reads: float = 1.0
 ) -> Pass:
-    """Of the paper's prompt, or of one token of each sequence in the middle of its generation.
+    """The pass over the paper's prompt, or over one token of each sequence in the middle of the generation.
 
     Args:
         link: a name in links.PRESETS.
-        cache_reads: how often the KV cache goes through memory; once in flash decoding.
+        cache_reads: how often the KV cache goes through memory; flash decoding reads it once.
     """
     new = PROMPT if phase == "prefill" else 1
     context = PROMPT if phase == "prefill" else PROMPT + NEW_TOKENS // 2
@@ -97,13 +97,13 @@ def modelled_pass(
 
 
 def alternatives(shape: Shape, phase: str, *, batch: int, link: str) -> dict[str, float]:
-    """Seconds of a pass by other ways to wait less, as bounds: each one's overlap is taken as whole.
+    """Seconds of a pass by other ways to wait less. They are bounds: each overlap is assumed to be perfect.
 
     ladder, 8-bit sums    half the bytes on the link, and two more kernels a sub-module
-    ladder, in two parts  every message in two, each with its latency
-    standard, half-batches  one half's sums behind the other half's compute; weights are read twice
-    parallel, half-batches  the same, with half as many sums
-    parallel, one layer stale  one sum a layer, behind the next layer: another model, trained by nobody
+    ladder, in two parts  every message in two parts, each with its latency
+    standard, half-batches  one half's sums while the other half computes; weights are read twice
+    parallel, half-batches  as before, with half as many sums
+    parallel, one layer stale  one sum a layer, while the next layer computes; no such model is trained
     """
     whole = modelled_pass(shape, phase, batch=batch, link=link)
     half_s = whole.half_all_reduce_s

@@ -1,13 +1,15 @@
-"""What the inference benchmark makes of its times: shares, speed-ups, whole generations, tables."""
+"""Shares, speed-ups, whole generations, tables and a picture from the inference benchmark's times."""
 
 import random
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from measuring import pictures
+from measuring.facts import table
 from measuring.inference.plan import (
     BUILT,
     KINDS,
@@ -43,12 +45,12 @@ Line = tuple[str, str]
 
 
 def figures(times: dict[Line, list[float]]) -> dict[str, Any]:
-    """What the link adds to each kind, over no-comm's compute; and the shares and speed-ups of it.
+    """The time that the link adds to each kind, over no-comm's compute; shares and speed-ups from it.
 
     Args:
-        times: seconds of a pass, of the same repetitions for every line: what the link adds is the
-            median of its differences from the pass without in the same repetition. What an alternative
-            computes besides counts as what the link adds to it.
+        times: seconds of a pass, of the same repetitions for every line. The added time is the median of
+            the differences, in each repetition, between the pass with the link and the pass without it.
+            An alternative's extra compute counts as added by the link.
     """
     computed = statistics.median(times["no-comm", "zero"])
     adds = {"no-comm": 0.0}
@@ -71,7 +73,7 @@ def figures(times: dict[Line, list[float]]) -> dict[str, Any]:
 
 
 def _share_error(differences: dict[str, list[float]], kind: str) -> float:
-    """Standard error of the hidden share: its spread when the repetitions are drawn again (bootstrap)."""
+    """Standard error of the hidden share: its spread over repetitions that are drawn again (bootstrap)."""
     draw = random.Random(0)  # noqa: S311
     count = len(differences[kind])
     shares = []
@@ -94,8 +96,8 @@ def modelled_figures(modelled: Pass) -> dict[str, dict[str, float]]:
 
 
 def whole(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Prefill and decode together: tokens/s of each kind, by the model, and from the model's compute and
-    the measured relative times."""
+    """Tokens/s of each kind, prefill and decode together: by the model alone, and by modelled compute with
+    measured relative times."""
     cells = {(r["shape"], r["link"], r["batch"], r["phase"]): r for r in results}
     lines = []
     for shape, link, batch in dict.fromkeys(key[:3] for key in cells):
@@ -122,70 +124,80 @@ def whole(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _rates(shape: str, batch: int, phases: list[dict[str, float]]) -> dict[str, float]:
-    """Tokens/s of each kind. Args: phases: its seconds in a pass of prefill and in one of decode."""
+    """Tokens/s of each kind. Args: phases: seconds of a pass, of prefill and of decode."""
     seconds = {k: generation_seconds(SHAPES[shape], batch, *(p[k] for p in phases)) for k in KINDS}
     return {kind: batch * NEW_TOKENS / s for kind, s in seconds.items()}
 
 
+CASE = {"": "{phase}, {shape}, {link}", "batch": "{batch}"}
+
+
 def tables(report: dict[str, Any]) -> str:
-    """Those of docs/guides/serve.md."""
-    rows = [
-        "| | batch | attention, MLP, all-reduce, us | speed-up: parallel | ladder | no-comm (the bound) | "
-        "hidden: parallel | ladder | by the model: parallel | ladder | everything counted: parallel | "
-        "ladder |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for r in report["cases"]:
-        modelled, share = r["modelled"], r["hidden_share"]
-        parts = [f"{1e6 * modelled[k]:.0f}" for k in ("attention_s", "mlp_s", "all_reduce_s")]
-        cells = [", ".join(parts), *(f"{r['speed_up'][k]:.2f}" for k in KINDS[1:])]
-        error = r["hidden_share_error"]
-        cells += [f"{share[k]:.2f} +- {error[k]:.2f}" for k in share]
-        cells += [f"{modelled['hidden_share'][k]:.2f}" for k in share]
-        cells += [f"{r['raw_speed_up'][k]:.2f}" for k in share]
-        name = f"{r['phase']}, {r['shape']}, {r['link']}"
-        rows.append(f"| {name} | {r['batch']} | {' | '.join(cells)} |")
-    rows += [
-        "",
-        "| tokens/s | batch | standard | parallel | ladder | no-comm | speed-up: parallel | ladder | "
-        "no-comm | the paper's: parallel | ladder | no-comm | hidden | the paper's |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for line in report["whole"]:
-        rates, paper = line["tokens_per_s"], line["paper"]
-        cells = [f"{rates[k]:.0f}" for k in KINDS]
-        cells += [f"{rates[k] / rates['standard']:.2f}" for k in KINDS[1:]]
-        cells += [f"{paper[k] / paper['standard']:.2f}" if k in paper else "" for k in KINDS[1:]]
-        cells += [
-            f"{hidden_of_rates(r):.2f}" if "no-comm" in r else ""  # published for one link
-            for r in (rates, paper)
-        ]
-        rows.append(f"| {line['shape']}, {line['link']} | {line['batch']} | {' | '.join(cells)} |")
-    rows += _measured_alternatives(report["cases"])
-    rows += ["", f"| modelled speed-up | batch | parallel | ladder | {' | '.join(OTHERS)} |"]
-    rows.append("|---|---:|---:|---:|" + "---:|" * len(OTHERS))
-    for r in report["cases"]:
-        standard = r["modelled"]["pass_s"]["standard"]
-        others = alternatives(SHAPES[r["shape"]], r["phase"], batch=r["batch"], link=r["link"])
-        cells = [f"{r['modelled']['speed_up'][k]:.2f}" for k in ("parallel", "ladder")]
-        cells += [f"{standard / others[k]:.2f}" if k in others else "" for k in OTHERS]
-        name = f"{r['phase']}, {r['shape']}, {r['link']}"
-        rows.append(f"| {name} | {r['batch']} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    """Measured shares and speed-ups, whole generations, measured alternatives, modelled speed-ups."""
+    found = [_measured(report["cases"]), _generations(report["whole"])]
+    if built := [k for k in BUILT if any(k in case["speed_up"] for case in report["cases"])]:
+        title = {"measured speed-up": CASE[""], "batch": CASE["batch"]}
+        kinds = ["parallel", "ladder", *built]
+        found.append(table(report["cases"], title | _each(kinds, "speed_up")))
+    return "\n\n".join([*found, _modelled(report["cases"])])
 
 
-def _measured_alternatives(cases: list[dict[str, Any]]) -> list[str]:
-    names = [name for name in BUILT if any(name in r["speed_up"] for r in cases)]
-    if not names:
-        return []
-    rows = ["", f"| measured speed-up | batch | parallel | ladder | {' | '.join(names)} |"]
-    rows.append("|---|---:|---:|---:|" + "---:|" * len(names))
-    for r in cases:
-        found = [r["speed_up"].get(name) for name in ("parallel", "ladder", *names)]
-        cells = ["" if speed_up is None else f"{speed_up:.2f}" for speed_up in found]
-        name = f"{r['phase']}, {r['shape']}, {r['link']}"
-        rows.append(f"| {name} | {r['batch']} | {' | '.join(cells)} |")
-    return rows
+def _each(kinds: Sequence[str], field: str, title: str = "") -> dict[str, str]:
+    """A column for each kind of a field."""
+    return {f"{title}{kind}": f"{{{field}[{kind}]:.2f}}" for kind in kinds}
+
+
+def _measured(cases: list[dict[str, Any]]) -> str:
+    parts = ("attention_s", "mlp_s", "all_reduce_s")
+    rows = [{**case, "us": [1e6 * case["modelled"][part] for part in parts]} for case in cases]
+    hiding = ("parallel", "ladder")
+    error = "{{hidden_share[{0}]:.2f}} +- {{hidden_share_error[{0}]:.2f}}"
+    columns = {
+        **CASE,
+        "attention, MLP, all-reduce, us": "{us[0]:.0f}, {us[1]:.0f}, {us[2]:.0f}",
+        **_each(KINDS[1:], "speed_up", "speed-up: "),
+        **{f"hidden: {kind}": error.format(kind) for kind in hiding},
+        **_each(hiding, "modelled[hidden_share]", "hidden, modelled: "),
+        **_each(hiding, "raw_speed_up", "speed-up, everything counted: "),
+    }
+    return table(rows, columns)
+
+
+def _generations(whole: list[dict[str, Any]]) -> str:
+    rows = []
+    for line in whole:
+        # The paper has no-comm's rates for one link only.
+        both = {"measured": line["tokens_per_s"], "paper": line["paper"]}
+        speed_up = {
+            name: {kind: rates[kind] / rates["standard"] for kind in rates}
+            for name, rates in both.items()
+        }
+        hidden = {
+            name: hidden_of_rates(rates) for name, rates in both.items() if "no-comm" in rates
+        }
+        rows.append({**line, "speed_up": speed_up, "hidden": hidden})
+    columns = {
+        "tokens/s": "{shape}, {link}",
+        "batch": "{batch}",
+        **{kind: f"{{tokens_per_s[{kind}]:.0f}}" for kind in KINDS},
+        **_each(KINDS[1:], "speed_up[measured]", "speed-up: "),
+        **_each(KINDS[1:], "speed_up[paper]", "the paper's: "),
+        "hidden": "{hidden[measured]:.2f}",
+        "hidden, the paper's": "{hidden[paper]:.2f}",
+    }
+    return table(rows, columns)
+
+
+def _modelled(cases: list[dict[str, Any]]) -> str:
+    rows = []
+    for case in cases:
+        shape, phase = SHAPES[case["shape"]], case["phase"]
+        others = alternatives(shape, phase, batch=case["batch"], link=case["link"])
+        standard = case["modelled"]["pass_s"]["standard"]
+        other_ways = {name: standard / seconds for name, seconds in others.items()}
+        rows.append({**case, "speed_up": case["modelled"]["speed_up"] | other_ways})
+    title = {"modelled speed-up": CASE[""], "batch": CASE["batch"]}
+    return table(rows, title | _each(["parallel", "ladder", *OTHERS], "speed_up"))
 
 
 def hidden_of_rates(rates: dict[str, float]) -> float:
@@ -211,12 +223,10 @@ def draw(path: Path, results: list[dict[str, Any]]) -> None:
                 style = ":" if kind == "no-comm" else "-"
                 panel.plot(batches, speed_ups, style, marker="o", color=colour, label=kind)
             panel.set_title(f"{', '.join(name)}: {phase}", fontsize=10)
-            panel.grid(True, color="#e6e6e6")
-            panel.spines[["top", "right"]].set_visible(False)
+            pictures.plain(panel)
         axes[-1, column].set_xlabel("batch")
     for row in range(len(phases)):
         axes[row, 0].set_ylabel("speed-up over standard")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(path, dpi=110)
+    pictures.save(path, figure)

@@ -1,4 +1,4 @@
-"""What a large shape's tokens would take on nodes of 8 GPUs, by the planner: modelled, not measured."""
+"""The time that a large shape takes on nodes of 8 GPUs: modelled by the planner, not measured."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,13 +14,13 @@ TP = 8
 
 @dataclass(frozen=True)
 class Target:
-    """A preset's shape on so many GPUs."""
+    """A preset's shape on a number of GPUs."""
 
     preset: str
     gpus: int
     device: str
     plan: dict[str, dict[str, Row]]
-    """By kind: the fastest layout at TP 8, `at_tp8`, and the fastest of all, `fastest`."""
+    """By kind: `at_tp8` is the fastest layout at TP 8, `fastest` the fastest of all."""
 
     @property
     def where(self) -> str:
@@ -31,7 +31,7 @@ class Target:
         return 1 / (self.plan[kind]["at_tp8"].tokens_per_s_per_gpu * self.gpus)
 
     def facts(self, kinds: list[str]) -> dict[str, Any]:
-        """For the record."""
+        """The fields of the results' JSON."""
         return {
             "about": "by the planner (pretrain/plan/search.py), not measured",
             "target": self.preset,

@@ -6,6 +6,7 @@ from matplotlib.ticker import FuncFormatter
 
 from measuring.learning.modelled_time import TP, Target
 from measuring.learning.runs import Run, mean_and_spread, smoothed, validation
+from measuring.pictures import plain
 from pretrain.pictures import COLOURS, png_bytes, si
 from pretrain.plan.search import KINDS
 
@@ -13,7 +14,7 @@ UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 
 
 def draw(runs: dict[str, list[Run]], targets: list[Target]) -> bytes:
-    """Left: loss against tokens. Beside it: the same losses against each target's time."""
+    """The left panel has loss against tokens, the others the same losses against a target's time."""
     figure = Figure(figsize=(6.5 * (1 + len(targets)), 5.2), layout="constrained")
     left, *others = figure.subplots(1, 1 + len(targets), sharey=True)
     tokens = next(iter(runs.values()))[0]["training"]["tokens"][-1]
@@ -34,13 +35,12 @@ def draw(runs: dict[str, list[Run]], targets: list[Target]) -> bytes:
             "The same losses against a large shape's wall-clock: MODELLED, not measured",
             fontsize=10,
         )
-    # The first steps would squeeze the rest.
+    # The limits are those of the validation losses: the first steps' losses are far above.
     margin = 0.08 * (max(shown) - min(shown)) + 0.01
     for axes in (left, *others):
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
         axes.set_xlim(left=0)
-        axes.grid(True, color="#e6e6e6")
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     seeds = len(next(iter(runs.values())))
     title = "validation loss at the end" + (f", mean of {seeds} seeds" if seeds > 1 else "")
     left.legend(frameon=False, fontsize=9, title=title)

@@ -1,4 +1,4 @@
-"""What runs of benchmarks/learning.py have learnt, from their folders."""
+"""The curves of the runs of benchmarks/learning.py, from the runs' folders."""
 
 import statistics
 from pathlib import Path
@@ -13,7 +13,7 @@ Run = dict[str, Any]
 
 
 def read_run(run_dir: Path, kind: str, seed: int) -> Run:
-    """A finished run's curves, as columns, and what it was."""
+    """A finished run: its kind, sizes and versions, and its curves as columns."""
     lines = read_metrics(run_dir)
     start = next(line for line in lines if line["kind"] == "start")
     training = [line for line in lines if line["kind"] == "train"]
@@ -39,7 +39,7 @@ def read_run(run_dir: Path, kind: str, seed: int) -> Run:
 
 
 def columns(lines: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Step, tokens and loss of lines of metrics."""
+    """Steps, tokens and losses of lines of metrics."""
     return {
         "step": [line["step"] for line in lines],
         "tokens": [line["tokens"] for line in lines],
@@ -52,13 +52,13 @@ def by_tokens(column: dict[str, list[Any]]) -> dict[int, float]:
 
 
 def smoothed(run: Run) -> dict[int, float]:
-    """Its training loss, by tokens."""
+    """The smoothed training loss of a run, by tokens."""
     training = run["training"]
     return dict(zip(training["tokens"], smooth(training["loss"]), strict=True))
 
 
 def validation(run: Run) -> dict[int, float]:
-    """Its validation loss, by tokens; of several data sets the mean."""
+    """The validation loss of a run, by tokens; with several data sets, their mean."""
     tokens, mean, _, _ = mean_and_spread([by_tokens(c) for c in run["validation"].values()])
     return dict(zip(tokens, mean, strict=True))
 
@@ -71,7 +71,7 @@ def last_loss(run: Run) -> float:
 def mean_and_spread(
     curves: list[dict[int, float]],
 ) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Where all curves have a point: the place, their mean, their lowest and their highest."""
+    """The places where all curves have a point; at each the mean, the lowest and the highest value."""
     places = sorted(set.intersection(*map(set, curves)))
     points = [[curve[place] for curve in curves] for place in places]
     return (

@@ -1,4 +1,4 @@
-"""A data set of the source text that a machine has, made by data_prep: Python and C++ headers."""
+"""Makes a data set from the Python files and C++ headers of this machine, by data_prep."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ TOKENIZER_BYTES = 8_000_000
 
 
 def places() -> list[Path]:
-    """Folders of this machine that hold such files, none inside another."""
+    """Folders of this machine with such files. No folder is inside another one."""
     folders = [sys.prefix, sys.base_prefix, "/usr/include", "/usr/local/cuda", *sys.path[1:]]
     here = Path(__file__).parents[3]
     found = {p.resolve() for p in map(Path, folders) if p.is_dir()}
@@ -20,13 +20,14 @@ def places() -> list[Path]:
 
 
 def make(folders: list[Path], work: Path, vocab_size: int) -> Path:
-    """Without exact duplicates, one document a file; 2 % of the documents, by their hash, are held out.
+    """Each file is a document, without exact duplicates. 2 % of the documents, by their hash, are held out.
 
     Args:
-        work: for the cleaned text, the tokenizer and the data set. What is there is used again.
+        work: the folder for the cleaned text, the tokenizer and the data set. A data set that is there is
+            used again.
 
     Raises:
-        UserError: data_prep has said what is wrong.
+        UserError: data_prep has failed, and has printed the reason.
     """
     data, clean, tokenizer = work / "data", work / "clean", work / "tokenizer"
     if (data / "manifest.json").exists():

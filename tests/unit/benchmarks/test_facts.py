@@ -1,5 +1,7 @@
 """benchmarks/measuring/facts.py, and that what records a decoder leaves it alone."""
 
+import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from measuring import facts
+from measuring.rows import Rows
 from megatron_ladder.layers.attention_choice import CoreAttention
 from pretrain.bench.recorder import Recorder
 
@@ -79,3 +82,52 @@ def test_clock_and_power_are_asked_while_it_runs(
     program.unlink()
     assert facts.under_load(run) == {}
     assert facts.read_load("1755, [N/A]") == {}
+
+
+def test_the_command_holds_no_folders_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--data", "/home/me/text", "--config", "/home/me/more.json", "--precision", "bf16"]
+    script = facts.ROOT / "benchmarks/learning.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *words])
+    command = "python benchmarks/learning.py --data text --config more.json --precision bf16"
+    options = argparse.Namespace(data=[Path("/home/me/text")], json=Path("x"), steps=3)
+    header = facts.header("cpu", options, "tokenizers")
+    assert header["command"] == command
+    assert header["options"] == {"data": "['text']", "steps": "3"}
+    assert {"torch", "tokenizers"} <= set(header["versions"])
+
+
+def test_a_row_that_failed_has_its_error_behind_its_labels() -> None:
+    rows = [{"case": "a", "ms": 1.25, "mfu": None}, {"case": "b", "error": "out of memory"}]
+    columns = {"case": "{case}", "ms": "{ms:.1f}", "MFU": "{mfu:.1%}"}
+    lines = facts.table(rows, columns).splitlines()
+    assert lines[2:] == ["| a | 1.2 |  |", "| b | out of memory |  |"]
+
+
+def test_a_case_that_fails_is_a_row_and_the_next_one_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "rows.json"
+    rows = Rows("cpu", argparse.Namespace(json=file))
+    with rows.case(case="a"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+    with rows.case(case="b"):
+        rows.append({"case": "b", "attention": "torch"})
+    written = json.loads(file.read_text())
+    assert (
+        written["rows"]
+        == rows
+        == [
+            {"case": "a", "error": "out of memory: CUDA out of memory"},
+            {"case": "b", "attention": "torch"},
+        ]
+    )
+    with pytest.raises(SystemExit) as ended:
+        rows.end("a table")
+    assert not ended.value.code
+    with rows.case(case="c"):
+        raise RuntimeError("a kernel")
+    with pytest.raises(SystemExit) as ended:
+        rows.end("a table")
+    assert ended.value.code
+    said = capsys.readouterr().out
+    assert "b: attention: torch" in said and "c: RuntimeError: a kernel" in said

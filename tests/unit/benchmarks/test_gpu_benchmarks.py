@@ -246,7 +246,7 @@ def test_a_shape_without_memory_is_a_row_and_the_rest_goes_on(
     assert first["error"] == "out of memory: CUDA out of memory"
     assert [row["kind"] for row in rest] == ["standard", "parallel", "ladder"]
     assert all(row["ms"] > 0 and row["attention"] for row in rest)
-    assert "| debug | bf16 | all | out of memory: CUDA out of memory |" in capsys.readouterr().out
+    assert "| debug | bf16 | out of memory: CUDA out of memory |" in capsys.readouterr().out
 
 
 def test_an_overlap_whose_layers_do_not_fit_has_fewer(monkeypatch: pytest.MonkeyPatch) -> None:

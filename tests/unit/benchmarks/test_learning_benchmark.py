@@ -83,14 +83,6 @@ def test_smoothing_keeps_a_constant_and_takes_out_noise() -> None:
     assert all(abs(learning_runs.smoothed(noisy)[i] - 3.0) < 0.25 for i in tokens[20:])
 
 
-def test_the_command_holds_no_paths_of_the_machine(monkeypatch) -> None:
-    words = ["--data", "/home/me/text", "--config", "/home/me/more.json", "--precision", "bf16"]
-    monkeypatch.setattr(sys, "argv", ["/home/me/learning.py", *words])
-    assert learning.command() == (
-        "python benchmarks/learning.py --data text --config more.json --precision bf16"
-    )
-
-
 class NoStandby:
     def __init__(self, *_: object, **__: object) -> None:
         pass

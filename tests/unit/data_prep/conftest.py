@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from data_prep import cli
 
@@ -30,6 +31,19 @@ def tokenizer(jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv = ["train-tokenizer", str(jsonl), "--vocab-size", "340", "--output-dir", str(folder)]
     assert cli.main(argv) == 0
     return folder / "tokenizer.model"
+
+
+def hugging_face(path: Path, eod: str = "<|endoftext|>") -> Path:
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=[eod], show_progress=False
+    )
+    model.train_from_iterator(["def f(x): return x\n"], trainer)
+    model.save(str(path))
+    return path
 
 
 @pytest.fixture

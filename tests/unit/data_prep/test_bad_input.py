@@ -12,6 +12,7 @@ from data_prep import cli
 from data_prep.dataset import output
 from data_prep.encode import tokenize_part
 from data_prep.parts.workplace import Workplace
+from tests.unit.data_prep.conftest import hugging_face
 
 
 @pytest.fixture
@@ -154,8 +155,6 @@ def test_tokenizers_that_cannot_end_documents(refused, jsonl, tmp_path) -> None:
     new = tmp_path / "new"
     message = refused("tokenize", jsonl, "--tokenizer", model, "--output-dir", new)
     assert "has no end-of-sentence piece" in message
-    from tests.unit.data_prep.dataset.test_tokenize import hugging_face
-
     file = hugging_face(tmp_path / "b.json", eod="<|stop|>")
     message = refused("tokenize", jsonl, "--tokenizer", file, "--output-dir", new)
     assert "has no token <|endoftext|> or" in message
@@ -181,7 +180,7 @@ def test_fractions_that_leave_nothing(tokenize, jsonl, tmp_path) -> None:
 def test_no_space_or_no_permission(tokenize, jsonl, monkeypatch) -> None:
     usage = type("usage", (), {"free": 10})
     monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
-    assert "GB free, about" in tokenize(jsonl)
+    assert "MB free, about" in tokenize(jsonl)
     monkeypatch.undo()
     # Root may write anywhere, so the system's answer is stood in for.
     monkeypatch.setattr(output.os, "access", lambda *_: False)

@@ -24,7 +24,6 @@ from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.parts import plan
 from data_prep.parts.plan import check_tiling, from_json, plan_parts, to_json
-from data_prep.read import streams
 from data_prep.read.sources import Segment, Source, find_sources
 from data_prep.read.streams import zstd_frames
 
@@ -358,18 +357,3 @@ def test_a_run_that_is_begun_anew_with_other_options_takes_nothing_over(
     assert found == run(
         jsonl, tokenizer, tmp_path / "fresh", "--test-fraction", 0.1, "--engine", "reference"
     )
-
-
-def test_zstd_frames_of_damaged_files(tmp_path) -> None:
-    path = tmp_path / "a.zst"
-    frames = [zstandard.compress(os.urandom(300_000)) for _ in range(3)]
-    path.write_bytes(b"".join(frames))
-    sizes = [len(f) for f in frames]
-    assert zstd_frames(str(path)) == [0, sizes[0], sizes[0] + sizes[1]]
-    path.write_bytes(b"".join(frames)[:-5])
-    with pytest.raises(UserError, match="is cut short"):
-        zstd_frames(str(path))
-    path.write_bytes(frames[0] + b"junk" + frames[1])
-    with pytest.raises(UserError, match=f"no zstd frame begins at byte {sizes[0]}"):
-        zstd_frames(str(path))
-    assert streams.ZSTD_SKIPPABLE

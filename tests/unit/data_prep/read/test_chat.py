@@ -99,7 +99,7 @@ def test_pieces_of_a_conversation() -> None:
         assert why in str(pieces_of([bad], chat)[1])
     forgetful = "{{ messages[-1]['content'] }}"
     changed = pieces_of([TALK], Chat(("messages",), json.dumps([forgetful, {}]), ""))
-    assert "in another way when others follow" in str(changed[1])
+    assert "changes the text of a turn when other turns follow" in str(changed[1])
     refusing = "{{ raise_exception('roles must alternate') }}"
     refused = pieces_of([TALK], Chat(("messages",), json.dumps([refusing, {}]), ""))
     assert "roles must alternate" in str(refused[1])
@@ -134,6 +134,6 @@ def test_what_cannot_be_meant(chat_tokenizer, tokenizer, jsonl, tmp_path, refuse
     broken = tmp_path / "broken.jinja"
     broken.write_text("{% for %}")
     message = refused(*base, chat_tokenizer, "--chat-field", "messages", "--chat-template", broken)
-    assert "is none" in message
+    assert "is not valid" in message
     message = refused(*base, chat_tokenizer, "--chat-field", "messages")
     assert "no line has the text field 'messages'; they have id, text" in message

@@ -107,10 +107,12 @@ def test_weights_that_are_no_numbers(model: Path, refused, value: float) -> None
     assert "model.layers.2.mlp.up_proj.weight holds NaN or infinite values" in refused()
 
 
-def test_large_weights_are_numbers(model: Path, tmp_path: Path) -> None:
+def test_large_weights_are_numbers(model: Path, tmp_path: Path, capsys) -> None:
     """A sum that overflows is no reason to refuse."""
     edit_tensors(model, lambda t: t["model.norm.weight"].fill_(3e38))
     assert main(["import", str(model), str(tmp_path / "out")]) == 0
+    assert "k parameters, " in (said := capsys.readouterr().out)  # of so small a model
+    assert "kB of float32): " in said
 
 
 def test_weights_of_several_dtypes(model: Path, refused) -> None:

@@ -81,7 +81,7 @@ def test_units_are_named_and_what_does_not_fit_is_said() -> None:
         "GPU-hours, in 6 jobs",
     ):
         assert words in text
-    assert "50.7 GB for checkpoints of 16.9 GB; exported 2.4 GB" in text
+    assert "50.7 GB for checkpoints of 16.9 GB; exported 2.42 GB" in text
     assert "FIT" not in text
     large = replace(PRESETS["llama-3-70b"](), parallel=ParallelConfig(tensor_model_parallel_size=8))
     assert "IT DOES NOT FIT" in format_estimate(estimate(large, ranks=8, hardware=H100, mfu=0.4))

@@ -89,7 +89,7 @@ def test_a_disk_too_small_is_refused(config, monkeypatch) -> None:
     check_free_space(config)
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"0\.0 GB free, keep_last 2 checkpoints"):
+    with pytest.raises(UserError, match=r"1\.00 kB free, keep_last 2 checkpoints"):
         check_free_space(config)
 
 

@@ -108,5 +108,5 @@ def test_what_is_slurms_is_refused_here(chain, tmp_path: Path, capsys) -> None:
     ):
         argv = ["submit", "--profile", "p.toml", *option, "export", "run", "model"]
         assert cli.main(argv) == 2
-        assert "are SLURM's" in capsys.readouterr().err
+        assert "need SLURM" in capsys.readouterr().err
         assert not job_folders(tmp_path / "model")

@@ -226,7 +226,7 @@ def test_hostile_strings_in_containers(text: str, place: Path) -> None:
     "field", ["partition", "account", "qos", "constraint", "memory", "modules"]
 )
 def test_fields_of_sbatch_take_only_what_such_names_have(field: str, text: str) -> None:
-    with pytest.raises(UserError, match=f"{field} .* is not one"):
+    with pytest.raises(UserError, match=f"{field} .* is not allowed"):
         Profile(**{field: (text,) if field == "modules" else text})
 
 

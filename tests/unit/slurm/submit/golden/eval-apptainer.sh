@@ -1,12 +1,12 @@
 #!/bin/bash
 # Written by `megatron-ladder submit`; docs/guides/slurm.md says what each part is for.
-# shellcheck disable=SC2016 # what stands in single quotes is data
+# shellcheck disable=SC2016 # text in single quotes is data, not code
 #SBATCH --job-name=ladder-ladder
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=1
 #SBATCH --gres=gpu:1
-# A job that waits for one that failed ends, rather than waiting for ever.
+# A job that waits for a failed one ends: without this it would wait for ever.
 #SBATCH --kill-on-invalid-dep=yes
 # After a node's failure SLURM starts the job again; one log holds all its starts.
 #SBATCH --requeue
@@ -14,8 +14,8 @@
 
 cd -- /home/me || exit 2
 set -u
-export PYTHONUNBUFFERED=1 # the log shows a line when it is written
-export OMP_NUM_THREADS=1 # as many threads as the rank has cores, not all of the node's
+export PYTHONUNBUFFERED=1 # lines reach the log at once
+export OMP_NUM_THREADS=1 # a thread for each core of the rank, not of the node
 
 command=(
   apptainer exec --nv --pwd "$PWD"
@@ -26,7 +26,7 @@ command=(
   python -m pretrain.cli eval runs/ladder --data /data
 )
 srun=(
-  srun --mpi=none --input=none # ranks find each other by torch's store
+  srun --mpi=none --input=none # ranks meet through torch's store, not through MPI
   --cpus-per-task=1 # srun does not take it from #SBATCH
 )
 

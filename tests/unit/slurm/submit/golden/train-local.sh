@@ -1,22 +1,22 @@
 #!/bin/bash
 # Written by `megatron-ladder submit`; docs/guides/slurm.md says what each part is for.
-# shellcheck disable=SC2016 # what stands in single quotes is data
+# shellcheck disable=SC2016 # text in single quotes is data, not code
 #SBATCH --job-name=ladder-ladder
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=2
 #SBATCH --cpus-per-task=1
-# A job that waits for one that failed ends, rather than waiting for ever.
+# A job that waits for a failed one ends: without this it would wait for ever.
 #SBATCH --kill-on-invalid-dep=yes
 # After a node's failure SLURM starts the job again; one log holds all its starts.
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# SIGUSR1 to this script (B:), so long before the time limit: time for a checkpoint.
+# SLURM sends SIGUSR1 to this script (B:) 120 s before the time limit: time for a checkpoint.
 #SBATCH --signal=B:USR1@120
 
 cd -- /home/me || exit 2
 set -u
-export PYTHONUNBUFFERED=1 # the log shows a line when it is written
-export OMP_NUM_THREADS=1 # as many threads as the rank has cores, not all of the node's
+export PYTHONUNBUFFERED=1 # lines reach the log at once
+export OMP_NUM_THREADS=1 # a thread for each core of the rank, not of the node
 
 command=(
   python3 -m pretrain.cli train --nproc-per-node 2 --preset paper-1b --data.paths /data --output-dir runs/ladder
@@ -24,9 +24,9 @@ command=(
 
 run=/shared/runs/ladder
 folder=/shared/runs/ladder/slurm/1
-restarts_without_progress=3 # then it gives up
+restarts_without_progress=3 # after so many, it gives up
 
-note() { # a line of the history, which `megatron-ladder status` reads, and of the log
+note() { # writes a line to the log and to the history, which `megatron-ladder status` reads
   printf '%(%FT%T)T %s\n' -1 "$*" | tee -a "$folder/history"
 }
 newest_checkpoint() {
@@ -36,7 +36,7 @@ newest_checkpoint() {
   done
   echo "$newest"
 }
-ends_at() { # how many of the last starts ended with this checkpoint as the newest
+ends_at() { # prints how many of the last starts ended with this checkpoint as the newest
   local count=0 what status checkpoint
   while read -r _ what status checkpoint _; do
     [ "$what" = end ] || continue
@@ -44,7 +44,7 @@ ends_at() { # how many of the last starts ended with this checkpoint as the newe
   done <"$folder/history"
   echo "$count"
 }
-give_up_at() { # a checkpoint that restarts do not get past
+give_up_at() { # ends the job when too many starts ended with this checkpoint as the newest
   [ "$(ends_at "$1")" -gt "$restarts_without_progress" ] || return 0
   note "stop gave up: $restarts_without_progress restarts ended before another checkpoint"
   exit 1
@@ -55,7 +55,7 @@ start() {
   ranks=$!
 }
 
-# A signal is passed to the ranks: they finish the step, save, and end with 75.
+# A signal is passed on to the ranks: they finish the step, save, and end with status 75.
 asked="" ranks="" starts=0
 pass_on() { asked=$1 signalled=1; [ -z "$ranks" ] || kill -s TERM "$ranks"; }
 trap 'pass_on stop USR2' USR2 # megatron-ladder cancel
@@ -64,8 +64,8 @@ trap 'pass_on stop USR2' TERM # scancel, preemption
 while true; do
   starts=$((starts + 1))
   start
-  [ -z "$asked" ] || kill -s TERM "$ranks" # it came when there was nobody to pass it to
-  # `wait` returns early when a signal came: then it says nothing of the ranks.
+  [ -z "$asked" ] || kill -s TERM "$ranks" # the signal came before the ranks were there
+  # `wait` returns early at a signal. The ranks still run then, and it must wait again.
   signalled=1
   while [ -n "$signalled" ]; do
     signalled=""
@@ -76,9 +76,9 @@ while true; do
   newest=$(newest_checkpoint)
   note "end $status $newest $asked"
   case $status in
-  0 | 2) exit "$status" ;; # finished; a user's mistake
+  0 | 2) exit "$status" ;; # 0: finished; 2: a user's mistake
   esac
   [ "$asked" != stop ] || exit "$status"
   give_up_at "$newest"
-  sleep 2 # then the next start, here, from the newest checkpoint
+  sleep 2 # the next start is in this job, from the newest checkpoint
 done

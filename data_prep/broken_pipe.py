@@ -1,0 +1,40 @@
+"""What a command does when nobody reads its output any more, as after `| head`: it ends, silently."""
+
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+BROKEN_PIPE = 128 + signal.SIGPIPE
+"""The exit status that a shell sees of cat, grep or git, which SIGPIPE ends. Not 0: the work may be cut
+off. Python ignores the signal, and must: a server lives on when a client has gone."""
+
+
+def run(command: Callable[[], int]) -> int:
+    """The exit status of a command; BROKEN_PIPE where stdout or stderr has lost its reader."""
+    try:
+        try:
+            status = command()
+        except SystemExit:  # tyro's, after --help
+            sys.stdout.flush()
+            raise
+        # Not left to the interpreter's end, which would complain.
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+        if not unread:  # another pipe's, or a socket's
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in unread:  # what they still hold goes there
+            os.dup2(nowhere, stream.fileno())
+        # A rank is at its end when it prints; of another status torchrun would print a page.
+        return 0 if "RANK" in os.environ else BROKEN_PIPE
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

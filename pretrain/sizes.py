@@ -1,0 +1,11 @@
+"""Sizes as people read them."""
+
+
+def in_units(value: float, unit: str = "") -> str:
+    """1234567 as "1.23 M", of bytes ("B") as "1.23 MB": three digits, units of 1000."""
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            scaled = value / limit
+            decimals = 2 if scaled < 10 else 1 if scaled < 100 else 0
+            return f"{scaled:.{decimals}f} {prefix}{unit}"
+    return f"{value:.0f} {unit}".rstrip()

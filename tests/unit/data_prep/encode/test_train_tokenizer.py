@@ -1,0 +1,49 @@
+"""Training of a tokenizer: the same file each time, and nothing half done."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import sentencepiece
+
+from data_prep import cli
+
+
+def test_the_tokenizer_is_the_same_each_time(jsonl, tokenizer, tmp_path) -> None:
+    argv = ["train-tokenizer", str(jsonl), "--vocab-size", "340", "--output-dir", str(tmp_path)]
+    assert cli.main(argv) == 0
+    assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+
+
+def test_special_tokens_are_no_text(jsonl: Path, tmp_path: Path, refused) -> None:
+    argv = ["train-tokenizer", str(jsonl), "--vocab-size", "340", "--output-dir", str(tmp_path)]
+    names = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
+    assert cli.main([*argv, "--special-tokens", *names]) == 0
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert [model.PieceToId(name) for name in names] == [3, 4, 5]
+    assert not {3, 4, 5} & set(model.EncodeAsIds("a <fim_prefix> b"))
+    again = [*argv[:-1], str(tmp_path / "again"), "--special-tokens"]
+    for wrong in (["<s>"], ["<a>", "<a>"], ["a b"]):
+        assert "--special-tokens" in refused(*again, *wrong)
+
+
+def test_ctrl_c_ends_training_of_a_tokenizer(jsonl: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    letters = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=4_000_000))
+    words = (letters[i : i + 12] for i in range(0, len(letters), 12))
+    text.write_text("".join(json.dumps({"text": w}) + "\n" for w in words))
+    argv = [sys.executable, "-m", "data_prep", "train-tokenizer", text, "--vocab-size", "60000"]
+    process = subprocess.Popen(
+        [*map(str, argv), "--output-dir", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    time.sleep(2.5)
+    assert process.poll() is None, "it ended before it was interrupted"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) != 0
+    assert not list((tmp_path / "out").glob("*"))

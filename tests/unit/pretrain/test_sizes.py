@@ -1,0 +1,25 @@
+import pytest
+
+from pretrain.sizes import in_units
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (54_321, "54.3 kB"),
+        (1_234_567, "1.23 MB"),
+        (16_870_000_000, "16.9 GB"),
+        (80e9, "80.0 GB"),
+        (141e9, "141 GB"),
+        (9.996e12, "10.00 TB"),
+    ],
+)
+def test_bytes_have_the_unit_that_fits(value: float, words: str) -> None:
+    assert in_units(value, "B") == words
+
+
+def test_numbers_have_no_unit() -> None:
+    assert [in_units(n) for n in (12, 12_345_678)] == ["12", "12.3 M"]
