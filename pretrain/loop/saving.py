@@ -142,7 +142,7 @@ class CheckpointSaver:
 
     def _failed(self, error: str) -> None:
         if dist.get_rank() == 0:
-            # Said too, since torch does not always pass on why it could not write.
+            # The free space is added since torch does not always pass on why it could not write.
             error += f" ({in_units(shutil.disk_usage(self._disk).free, 'B')} free)"
             shutil.rmtree(self._temporary, ignore_errors=True)
         self._failures += 1

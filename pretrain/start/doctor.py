@@ -11,7 +11,7 @@ import psutil
 
 from pretrain.sizes import in_units
 
-# Package, what it is for, what to do without it.
+# Package, what it is needed for, how to install it.
 PACKAGES = (
     ("torch", "everything", "pip install torch"),
     ("megatron-core", "everything", "pip install megatron-core"),
@@ -36,7 +36,7 @@ def run_doctor() -> int:
     _row("python", platform.python_version())
     _row("cores, memory", f"{os.cpu_count()}, {psutil.virtual_memory().total / 2**30:.0f} GiB")
     _row("free disk here", in_units(shutil.disk_usage(Path.cwd()).free, "B"))
-    shm = Path("/dev/shm")  # noqa: S108 (its size is asked for, nothing is written)
+    shm = Path("/dev/shm")  # noqa: S108 (only its size is read, nothing is written)
     if shm.is_dir():
         size = shutil.disk_usage(shm).total
         _row(str(shm), f"{size / 2**30:.1f} GiB (memory that loader processes share)")
