@@ -114,9 +114,8 @@ def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
         "Tensor-parallel size": config.parallel.tensor_model_parallel_size,
     }
     for line in read_metrics(run_dir):
-        if (
-            line["kind"] == "validation" and line["step"] <= step
-        ):  # later lines replace earlier ones
+        # Later lines replace earlier ones, so the last validation up to the step stays.
+        if line["kind"] == "validation" and line["step"] <= step:
             training[f"Validation loss ({line['dataset']})"] = (
                 f"{line['loss']:.4f} nats a token at step {line['step']}, "
                 f"perplexity {line['perplexity']:.2f}"

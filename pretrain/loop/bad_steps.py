@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 Verdict = tuple[str, BadStepPolicy]
 """What is wrong with a step, and the policy for it."""
 RECENT = 100
-"""A loss is a spike when it is far above the median of the last good losses, at most so many."""
+"""A spike is measured against the median of so many good losses before it, or fewer at a run's start."""
 AT_LEAST = 10
 """No loss is a spike before so many losses are known."""
 NAMES = 20

@@ -100,10 +100,8 @@ def _compute_s() -> float:
     on_gpu = torch.cuda.is_available()
     size, dtype = (2048, torch.bfloat16) if on_gpu else (256, torch.float32)
     x = torch.full((size, size), 1 / size, dtype=dtype, device=torch.cuda.current_device())
-    for repeats in (
-        1,
-        REPEATS,
-    ):  # the first product is not timed: libraries set themselves up in it
+    # The first product is not in the result: in it, libraries make what they make only once.
+    for repeats in (1, REPEATS):
         if on_gpu:
             torch.cuda.synchronize()
         started = time.perf_counter()

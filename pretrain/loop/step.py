@@ -65,10 +65,10 @@ def _logits(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """The attention mask that keeps documents apart: a token attends to earlier tokens of its document.
+    """The attention mask of documents: a token attends to itself and to earlier tokens of its document.
 
     Args:
-        documents: [micro_batch_size, seq_length], the number of each token's document.
+        documents: [micro_batch_size, seq_length], a number for each token; it differs between documents.
 
     Returns:
         bool [micro_batch_size, 1, seq_length, seq_length]: queries, then keys; True is masked out.

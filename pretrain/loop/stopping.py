@@ -64,9 +64,8 @@ class StopSignals:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) is _nothing:  # `ignore` has not been called
                 signal.signal(number, handler)
-        os.write(
-            self._write, bytes(1)
-        )  # 0 ends the thread. Closing the pipe would not: child processes have it open too
+        # 0 ends the thread. Closing the pipe would not end it: child processes have it open too.
+        os.write(self._write, bytes(1))
         self._listener.join()
         os.close(self._write)
         os.close(self._read)

@@ -59,9 +59,8 @@ def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) 
     if is_first_rank():
         held = lock(run_dir)
         write_config(config)  # first of all files: it marks the folder as this run's
-    attention: list[
-        Attention
-    ] = []  # found before training: when memory is full, the GPU can answer no more questions
+    # Found before training: when memory is full, the GPU can answer no more questions.
+    attention: list[Attention] = []
     try:
         with Status(config) as status, Watchdog(config) as watchdog:
             exit_status = _train(config, folders, signals, status, watchdog, attention)
@@ -125,9 +124,7 @@ def _train(
 
     def evaluate(step: int) -> None:
         log.doing("validating")
-        use_ladder_layers(
-            model, config, None
-        )  # with all ladder layers on, as in the exported model
+        use_ladder_layers(model, config, None)  # all ladder layers are on, as in an export
         for name, dataset in validations.items():
             held_out = validation_batches(dataset, config, **data_parallel)
             with gathered_parameters(model):
