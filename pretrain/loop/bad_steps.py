@@ -191,7 +191,9 @@ class BadSteps:
         folder.mkdir(exist_ok=True)
         path = folder / f"step_{bad.step}.json"
         write_atomically(path, json.dumps({**asdict(bad), **details}, indent=2) + "\n")
-        logger.warning("step %d is bad: %s; %s. See %s", bad.step, bad.reason, bad.action, path)
+        logger.warning(
+            "step %d is bad: %s. Action: %s. Details: %s", bad.step, bad.reason, bad.action, path
+        )
 
 
 def _from_first_rank(value: Any) -> Any:
