@@ -21,7 +21,7 @@ def test_lines_wait_for_a_disk_that_takes_them(
             log.save_failed(step=step, reason="x" * 100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "metrics.jsonl is behind: [Errno 27] File too large" in capsys.readouterr().err
+    assert "its lines are kept: [Errno 27] File too large" in capsys.readouterr().err
     assert len(read_metrics(tmp_path)) == 1
     log.end(step=200, reason="finished")
     assert [m["step"] for m in read_metrics(tmp_path)] == list(range(1, 201))
