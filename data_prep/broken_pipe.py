@@ -32,8 +32,10 @@ def run(command: Callable[[], int]) -> int:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in unread:  # what they still hold goes there
             os.dup2(nowhere, stream.fileno())
-        # A rank is at its end when it prints; of another status torchrun would print a page.
-        return 0 if "RANK" in os.environ else BROKEN_PIPE
+        # A rank prints its results when its work is done; for another status torchrun would print a page.
+        # But messages on stderr come in the middle of the work.
+        is_done = "RANK" in os.environ and sys.stdout in unread
+        return 0 if is_done else BROKEN_PIPE
 
 
 def _flush() -> None:
