@@ -1,4 +1,7 @@
-"""What a command does when nobody reads its output any more, as after `| head`: it ends, silently."""
+"""What a command does when nobody reads its output any more, as after `| head`: it ends, silently.
+
+All commands use it. It is in data_prep because `python -m data_prep` imports no other package.
+"""
 
 import os
 import select

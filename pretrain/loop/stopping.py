@@ -8,6 +8,7 @@ to all processes of the job. These include loader processes and those that write
 go on.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -106,7 +107,8 @@ class StopSignals:
             if not self._received:
                 self._received, self._since = number, time.monotonic()
                 name = signal.Signals(number).name
-                print(f"{name}: stopping after this step, with a checkpoint", file=sys.stderr)
+                with contextlib.suppress(OSError):  # nobody reads it: this thread must go on
+                    print(f"{name}: stopping after this step, with a checkpoint", file=sys.stderr)
             elif time.monotonic() - self._since >= _SECOND_AFTER_S:
                 os._exit(128 + number)
 
