@@ -310,7 +310,7 @@ def test_bad_input(dump: list[Path], tmp_path: Path, refused) -> None:
         "clean", *both, "--min-characters", 9, "--max-characters", 3
     )
     no_id = ("--id-field", "key", "--max-bad-lines", 9)
-    assert "no line has the id field 'key'" in refused("clean", *both, *no_id)
+    assert "none of the first 10 lines has the field 'key'" in refused("clean", *both, *no_id)
     assert "nothing is left" in refused("clean", *both, "--min-characters", 1_000_000)
     assert not out.exists()
     assert not list(tmp_path.glob(".out*"))
