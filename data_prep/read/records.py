@@ -41,7 +41,7 @@ def text_of(found: list[Any], reading: Reading) -> tuple[str, str | None]:
     """The text of a record, and None; or "", and why it has no text.
 
     Args:
-        found: what its columns hold. A text that is null is empty.
+        found: what its columns hold. A text that is null is empty; where all are, so is the document.
     """
     identity = found[-1] if reading.id_field else None
     if isinstance(identity, dict | list) or (reading.id_field and identity is None):
@@ -50,13 +50,13 @@ def text_of(found: list[Any], reading: Reading) -> tuple[str, str | None]:
     if reading.chat:
         pieces, problem = pieces_of(values, reading.chat)
         return Conversation(pieces), problem
+    if all(value is None for value in values):
+        values = [""]
     texts = ["" if value is None else value for value in values]
-    for name, text in zip(reading.fields, texts, strict=True):
+    for name, text in zip(reading.fields, texts, strict=False):
         if not isinstance(text, str):
             return "", f"field {name!r} is no string"
     text = texts[0] if len(texts) == 1 else "\n\n".join(texts)
-    if not any(texts):
-        text = ""
     return (Named(text, str(identity)) if reading.id_field else text), None
 
 

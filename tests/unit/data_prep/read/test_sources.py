@@ -488,16 +488,16 @@ def test_parquet_with_text_that_is_not_utf8(tokenize, tmp_path, capsys) -> None:
 
 
 def test_several_fields_of_which_one_is_null(tokenize, tmp_path) -> None:
-    """Null is as an empty text."""
-    for name, title in (("null", "null"), ("empty", '""')):
+    """Null is as an empty text; where all are null, the document is empty."""
+    for name, title, wanted in (("null", "null", ["\n\nx"]), ("empty", '""', ["\n\nx", "\n\n"])):
         file = tmp_path / f"{name}.jsonl"
         both = f'{{"title": {title}, "body": "x"}}\n{{"title": {title}, "body": {title}}}\n'
         file.write_text(both)
-        status, output, manifest = tokenize(
-            file, options=("--text-field", "title", "body"), out=name
-        )
+        options = ("--text-field", "title", "body")
+        status, output, manifest = tokenize(file, options=options, out=name)
         assert status == 0, output
-        assert manifest["splits"]["train"]["text_bytes"] == len("\n\nx")
+        facts = manifest["splits"]["train"]
+        assert (facts["documents"], facts["text_bytes"]) == (len(wanted), sum(map(len, wanted)))
 
 
 def test_utf16(tokenize, tmp_path) -> None:

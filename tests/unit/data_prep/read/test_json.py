@@ -1,0 +1,119 @@
+"""JSON that is not an object a line. That it gives the same documents: test_same_document.py."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.errors import UserError
+from data_prep.read.documents import read_documents
+from data_prep.read.json_values import JsonValues, shape_of
+from data_prep.read.reading import BadLines, Reading
+from data_prep.read.sources import find_sources
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text('ab"\\[]{},\n é\ud83d'),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text('a"]}\\'), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.lists(VALUES, max_size=6),
+    st.lists(st.dictionaries(st.text('a{"'), VALUES, max_size=2), max_size=6),
+    st.sampled_from([None, 0, 2]),
+    st.lists(st.integers(1, 200), max_size=12),
+)
+@settings(max_examples=300, deadline=None)
+def test_values_wherever_chunks_end(
+    elements: list, objects: list[dict], indent: int | None, cuts: list[int]
+) -> None:
+    """Against json, which wrote them."""
+    one_by_one = "\n ".join(json.dumps(o, indent=indent) for o in objects)
+    for array, text, wanted in (
+        (True, " " + json.dumps(elements, indent=indent) + "\n after", elements),
+        (False, one_by_one + "\n", objects),
+    ):
+        data = text.encode()
+        edges = [0, *sorted({c for c in cuts if c < len(data)}), len(data)]
+        cut = JsonValues(array=array, longest=10_000)
+        found: list[bytes | None] = []
+        rest = b""
+        for begin, end in itertools.pairwise(edges):
+            if cut.ended:
+                rest += data[begin:end]
+            else:
+                values, after = cut.feed(data[begin:end])
+                found += values
+                rest += after
+        assert [json.loads(value or b"") for value in found] == wanted
+        assert rest == (b"\n after" if array else b"")
+        if array:
+            assert cut.newlines == text.removesuffix("\n after").count("\n")
+
+
+def test_shapes() -> None:
+    for head, shape in {
+        b'{"text": "a"}\n{"text": "b"}\n': "lines",
+        b"": "lines",
+        b'{\n{"text": "b"}\n': "lines",  # a line that was cut short
+        b'{\n  "text": "a"\n}': "objects",
+        b'\xef\xbb\xbf\r\n{ \r\n"text": "a"': "objects",
+        b"{\n}\n": "objects",
+        b' \n [\n{"text"': "array",
+    }.items():
+        assert shape_of(head) == shape, head
+
+
+def read(path: Path, content: str, bad: BadLines, **reading: object) -> list[str]:
+    path.write_text(content)
+    (source,) = find_sources((path,))
+    return list(read_documents(source, Reading(**reading), bad, lambda _: None))
+
+
+def test_what_is_wrong_in_an_array_is_named(tmp_path) -> None:
+    path, bad = tmp_path / "a.json", BadLines(10)
+    rows = ['{"text": "one"}', "5", '{"text": "%s"}' % ("x" * 200), '{"text": 5}', "{x}", ""]
+    content = "[\n" + ",\n".join([*rows, '{"text": "two"}']) + '\n]\n{"text": "three"}\n{y}\n'
+    assert read(path, content, bad, max_document_bytes=100) == ["one", "two", "three"]
+    assert (
+        bad.examples
+        == [
+            f"{path}: value 3: a value of more than --max-document-bytes 100",
+            f"{path}: value 2: not a JSON object",
+            f"{path}: value 4: field 'text' is no string",
+            f"{path}: value 5: not JSON: unexpected character, expected a JSON value: "
+            "line 2 column 2 (char 2)",
+            f"{path}:{content.count(chr(10))}: not JSON: unexpected character, expected a JSON value: "
+            "line 1 column 2 (char 1)",
+        ]
+        or bad.examples
+    )
+
+
+def test_json_that_is_cut_short(tmp_path) -> None:
+    """What is there is used, and then the file is named."""
+    path = tmp_path / "a.json"
+    whole = json.dumps([{"text": "one"}, {"text": "two"}], indent=1)
+    for content in (whole[:-2], whole[:-20], whole.replace("[", "", 1).replace(",", "\n")[:-20]):
+        path.write_text(content)
+        (source,) = find_sources((path,))
+        found: list[str] = []
+        texts = read_documents(source, Reading(), BadLines(0), lambda _: None)
+        with pytest.raises(UserError, match="is cut short: its JSON has no end"):
+            found.extend(texts)
+        assert found == ["one"], content
+
+
+def test_a_broken_first_line_stays_one_bad_line(tmp_path) -> None:
+    bad = BadLines(1)
+    assert read(tmp_path / "a.jsonl", '{\n{"text": "one"}\n{"text": "two"}\n', bad) == [
+        "one",
+        "two",
+    ]
+    assert bad.count == 1
