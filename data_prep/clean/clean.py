@@ -260,7 +260,8 @@ def _is_done(output_dir: Path, facts: dict[str, Any], made_of: list[Any]) -> boo
         return False
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         report = json.loads((output_dir / REPORT).read_text())
-        if report["options"] == facts and report["sources"] == made_of:
+        options = report["options"] | {"version": OUTPUT_VERSION}  # an older one is done too
+        if options == facts and report["sources"] == made_of:
             return True
     raise UserError(
         f"--output-dir {output_dir} is not empty and holds something else: choose another folder, or "

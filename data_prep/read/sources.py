@@ -1,5 +1,6 @@
 """Which files to read: local ones, or any that fsspec can open."""
 
+import errno
 import fnmatch
 import glob
 import json
@@ -223,8 +224,11 @@ def _files_in(folder: Path, left_out: LeftOut) -> dict[str, os.stat_result]:
         for path in (Path(place) / name for name in names):
             try:
                 found[path] = path.stat()
-            except FileNotFoundError:
-                left_out.add("broken links", 0)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
+                if path.is_symlink():  # else it went away
+                    left_out.add("broken links", 0)
         for name in folders:
             if (Path(place) / name).is_symlink():
                 left_out.add("links to folders", 0)

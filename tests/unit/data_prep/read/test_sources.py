@@ -344,6 +344,7 @@ def mixed(tmp_path: Path) -> Path:
         (folder / name).write_bytes(b"seven..")
     (folder / "deep" / "._a.jsonl").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
     (folder / "gone.jsonl").symlink_to(folder / "nothing")
+    (folder / "itself.jsonl").symlink_to(folder / "itself.jsonl")
     (tmp_path / "elsewhere").mkdir()
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     return folder
@@ -351,11 +352,11 @@ def mixed(tmp_path: Path) -> Path:
 
 NOT_READ = [
     {"named": "*.7z", "files": 2, "bytes": 14},
+    {"named": "broken links", "files": 2, "bytes": 0},
     {"named": "*.csv", "files": 1, "bytes": 7},
     {"named": "*.lz4", "files": 1, "bytes": 7},
     {"named": "*.md", "files": 1, "bytes": 7},
     {"named": "._*", "files": 1, "bytes": 16},
-    {"named": "broken links", "files": 1, "bytes": 0},
     {"named": "links to folders", "files": 1, "bytes": 0},
     {"named": "without an ending", "files": 1, "bytes": 7},
 ]
@@ -368,13 +369,16 @@ def test_what_is_left_out_of_a_folder_is_named(mixed, tokenize) -> None:
     assert read == ["B.JSONL", "a.jsonl", "c.jsonl.xz", "d.txt.BZ2"]
     assert manifest["splits"]["train"]["documents"] == 4
     assert manifest["left_out"] == NOT_READ
-    assert "9 files of the input folders not read (0.0 MB): *.7z (2), *.csv (1), *.lz4" in output
+    assert (
+        "10 files of the input folders not read (0.0 MB): *.7z (2), broken links (2), *.csv"
+        in output
+    )
     # Nothing is said of what the user's own patterns leave out, nor where all was read.
     options = ("--include", "*.jsonl", "*.csv", "--exclude", "*/a.jsonl")
     status, output, manifest = tokenize(mixed, options=options, out="chosen")
     assert [Path(source["path"]).name for source in manifest["sources"]] == ["g.csv"]
     assert [one["named"] for one in manifest["left_out"]] == [
-        *("._*", "broken links", "links to folders")
+        *("broken links", "._*", "links to folders")
     ]
     status, output, manifest = tokenize(mixed / "a.jsonl", out="one")
     assert "left_out" not in manifest and "not read" not in output
