@@ -42,10 +42,9 @@ def summary(facts: list[dict[str, Any]]) -> str:
     """A line for people, of what `LeftOut.facts` gave."""
     counts = LeftOut({one["named"]: [one["files"], one["bytes"]] for one in facts})
     files, size = (sum(one[key] for one in facts) for key in ("files", "bytes"))
-    takes = any(one["named"] != "._*" for one in facts)
     return (
-        f"{files:,} files of the input folders not read ({size / 1e6:.1f} MB): {counts}"
-        f"{'; --include PATTERN takes such files as plain text' if takes else ''}"
+        f"{files:,} files of the input folders not read ({size / 1e6:.1f} MB): {counts}; "
+        "--include PATTERN takes files of any name as plain text, if they are no archives"
     )
 
 

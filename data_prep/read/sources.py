@@ -155,10 +155,9 @@ class Patterns:
                 continue
             if self.include and not any(fnmatch.fnmatch(name, p) for p in self.include):
                 continue
-            if not self.include and not _known(name):
-                other.add(ending_of(name), size)
-            elif _of_macos(name):
-                other.add("._*", size)
+            kind, called = _named(name)[0], _unreadable(name)
+            if called or (kind is None and not self.include):
+                other.add(called or ending_of(name), size)
             else:
                 found.append(path)
         self.left_out.add_all(other)
@@ -171,16 +170,12 @@ class Patterns:
         return found
 
 
-def _known(name: str) -> bool:
-    """Whether the name says what is in the file."""
-    kind, _, packed = _named(name)
-    return kind is not None and not packed
-
-
-def _of_macos(name: str) -> bool:
-    """macOS writes a file ._NAME beside NAME on other file systems, and into archives: Finder's data
-    about NAME."""
-    return name.startswith("._")
+def _unreadable(name: str) -> str | None:
+    """How to call files of this name, if they hold no text: archives; and ._NAME, which macOS writes beside
+    NAME on other file systems and into archives, with Finder's data about it."""
+    if name.startswith("._"):
+        return "._*"
+    return ending_of(name) if _named(name)[2] else None
 
 
 def _local(given: str, patterns: Patterns) -> Iterator[Source]:
@@ -205,8 +200,10 @@ def _local(given: str, patterns: Patterns) -> Iterator[Source]:
         folders = {name for name in found if Path(name).is_dir()}
         kept = _of_pattern(given, found, folders, patterns.left_out)
         files = {name: Path(name).stat() for name in kept if Path(name).is_file()}
+        if broken := len(kept) - len(files):
+            patterns.left_out.add("broken links", 0, broken)
         if not files:
-            raise UserError(f"no file matches {given}")
+            raise UserError(f"no file matches {given} but {broken:,} broken links")
     else:
         raise UserError(f"input {given} does not exist")
     for name, status in files.items():
@@ -241,16 +238,24 @@ def _files_in(folder: Path, left_out: LeftOut) -> dict[str, os.stat_result]:
 def _of_pattern(
     pattern: str, paths: Iterable[str], folders: set[str], left_out: LeftOut
 ) -> list[str]:
-    """The files among the paths that match a pattern, without macOS's own."""
-    kept = []
+    """The files to read among the paths that match a pattern.
+
+    Raises:
+        UserError: there are none.
+    """
+    kept, other = [], LeftOut()
     for path in paths:
         if path in folders:
             if "**" not in pattern:  # else it matches the files in the folder too
-                left_out.add("folders that a pattern matches", 0)
-        elif _of_macos(path.rsplit("/", 1)[-1]):
-            left_out.add("._*", 0)
+                other.add("folders that a pattern matches", 0)
+        elif called := _unreadable(path.rsplit("/", 1)[-1]):
+            other.add(called, 0)
         else:
             kept.append(path)
+    left_out.add_all(other)
+    if not kept:
+        there = f" but {other}, which are not read" if other else ""
+        raise UserError(f"no file matches {pattern}{there}")
     return kept
 
 
@@ -283,8 +288,6 @@ def _remote(given: str, patterns: Patterns) -> Iterator[Source]:
         raise
     except Exception as error:  # each file system has errors of its own
         raise UserError(f"input {given} cannot be read: {error}") from error
-    if not found:
-        raise UserError(f"no file matches {given}")
     for path in sorted(found):
         info = found[path]
         if info.get("type") == "directory":

@@ -380,16 +380,26 @@ def test_what_is_left_out_of_a_folder_is_named(mixed, tokenize) -> None:
     assert [one["named"] for one in manifest["left_out"]] == [
         *("broken links", "._*", "links to folders")
     ]
+    everything = ("--include", "*", "--exclude", "*.csv", "--text-documents", "line")
+    _, output, manifest = tokenize(mixed, options=everything, out="all")
+    assert [one["named"] for one in manifest["left_out"]] == [
+        *("*.7z", "broken links", "*.lz4", "._*", "links to folders")
+    ]
     status, output, manifest = tokenize(mixed / "a.jsonl", out="one")
     assert "left_out" not in manifest and "not read" not in output
 
 
 def test_what_is_left_out_of_a_pattern_and_of_a_store(mixed, tokenize) -> None:
-    status, _, manifest = tokenize(f"{mixed}/[ad]*", out="q")
+    status, _, manifest = tokenize(f"{mixed}/[adefi]*", out="pattern")
     assert status == 0
-    assert manifest["left_out"] == [
-        {"named": "folders that a pattern matches", "files": 1, "bytes": 0}
+    assert [Path(source["path"]).name for source in manifest["sources"]] == ["a.jsonl"]
+    assert [(one["named"], one["files"]) for one in manifest["left_out"]] == [
+        *(("*.7z", 2), ("broken links", 1), ("folders that a pattern matches", 1))
     ]
+    status, output, _ = tokenize(f"{mixed}/*.7z", out="none")
+    assert status == 2 and "/*.7z but *.7z (2), which are not read" in output
+    status, output, _ = tokenize(f"{mixed}/gone.*", out="none")
+    assert status == 2 and "/gone.* but 1 broken links" in output
     memory = fsspec.filesystem("memory")
     for name in ("mixed/a.jsonl", "mixed/e.7z", "mixed/._a.jsonl"):
         memory.pipe(f"/bucket/{name}", line("one").encode())
