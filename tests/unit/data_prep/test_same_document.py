@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
@@ -230,24 +229,21 @@ def test_tokens(texts: list[str], tmp_path: Path) -> None:
     model = hugging_face(tmp_path / "tokenizer.json")
     reference = tokenizers.Tokenizer.from_file(str(model))
     eod = reference.token_to_id("<|endoftext|>")
-
-    def tokenize(name: str, content: bytes, kind: str) -> list[list[int]]:
-        folder, out = tmp_path / name, tmp_path / f"{name}.out"
+    in_lines = [text.replace("\n", " ") for text in texts]
+    for kind, docs, ways in (("file", texts, OF_RECORDS), ("line", in_lines, OF_LINES)):
+        folder, out = tmp_path / kind, tmp_path / f"{kind}.out"
         folder.mkdir()
-        (folder / name).write_bytes(content)
-        argv = ["tokenize", folder, "--tokenizer", model, "--output-dir", out]
+        for name, way in ways.items():
+            (folder / name).write_bytes(way(docs))
+        argv = ["tokenize", folder, "--tokenizer", model, "--output-dir", out, "--workers", 1]
         argv += ["--text-documents", kind, "--validation-fraction", 0, "--engine", "reference"]
         assert cli.main([str(a) for a in argv]) == 0
         facts = json.loads((out / "manifest.json").read_text())
+        counts = {Path(one["path"]).name: one["documents"] for one in facts["sources"]}
+        assert counts == dict.fromkeys(ways, len(docs))
+        wanted = [[*reference.encode(text).ids, eod] for text in docs]
         count = facts["splits"]["train"]["documents"]
-        return [
-            read_document(out / "train", n, facts["dtype"], count).tolist() for n in range(count)
-        ]
-
-    ids = [np.array([*reference.encode(text).ids, eod]).tolist() for text in texts]
-    for name, way in OF_RECORDS.items():
-        assert tokenize(name, way(texts), "file") == ids, name
-    rows = [text.replace("\n", " ") for text in texts]
-    ids = [[*reference.encode(text).ids, eod] for text in rows]
-    for name, way in OF_LINES.items():
-        assert tokenize(name, way(rows), "line") == ids, name
+        found = [read_document(out / "train", n, facts["dtype"], count) for n in range(count)]
+        for number, name in enumerate(counts):
+            ids = found[number * len(docs) : (number + 1) * len(docs)]
+            assert [one.tolist() for one in ids] == wanted, name

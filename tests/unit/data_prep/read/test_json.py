@@ -117,3 +117,13 @@ def test_a_broken_first_line_stays_one_bad_line(tmp_path) -> None:
         "two",
     ]
     assert bad.count == 1
+
+
+def test_what_python_reads_and_other_parsers_refuse(tmp_path) -> None:
+    """Numbers that are none, and a tab as it is in a string. What Python refuses is a bad line."""
+    bad = BadLines(3)
+    content = '{"text": "one", "n": [NaN, -Infinity, 1e999]}\n{"text": "a\tb"}\n{"text": "x" "y"}\n'
+    digits, deep = "9" * 5000, "[" * 5000 + "NaN" + "]" * 5000
+    content += f'{{"n": {digits}, "text": ""}}\n{{"n": {deep}}}\n'
+    assert read(tmp_path / "a.jsonl", content, bad) == ["one", "a\tb"]
+    assert [example.split(": ")[0].rsplit(":")[-1] for example in bad.examples] == ["3", "4", "5"]
