@@ -117,6 +117,6 @@ class JsonValues:
     def _end(self, data: bytes) -> list[bytes | None]:
         """The value that ends with these bytes; none between two commas, or after the last."""
         self._add(data)
-        value = b"".join(self._value) if self._bytes <= self._longest else None
+        value = b"".join(self._value).strip() if self._bytes <= self._longest else None
         self._value, self._bytes = [], 0
-        return [value] if value is None or value.strip() else []
+        return [] if value == b"" else [value]

@@ -18,6 +18,9 @@ import pytest
 from data_prep import cli
 from data_prep.parts import plan, pool
 from data_prep.parts.plan import plan_parts
+from data_prep.read.parquet import read_rows
+from data_prep.read.reading import BadLines, Reading
+from data_prep.read.records import in_utf8
 from data_prep.read.sources import find_sources
 
 Serve = Callable[..., str]
@@ -499,6 +502,22 @@ def test_parquet_with_text_that_is_not_utf8(tokenize, tmp_path, capsys) -> None:
         options = (*field, "--invalid-utf8", "stop")
         status, output, _ = tokenize(file, options=options, out="stop")
         assert status == 2 and f"{file}: row 2: not UTF-8" in output
+
+
+def test_messages_with_text_that_is_not_utf8(tmp_path) -> None:
+    raw = pa.array([b"one", b"caf\xe9"], pa.binary()).view(pa.string())
+    message = pa.StructArray.from_arrays([raw], ["content"])
+    for number, kind in enumerate((pa.ListArray, pa.LargeListArray)):
+        file = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"messages": kind.from_arrays([0, 1, 2], message)}), file)
+        (source,) = find_sources((file,))
+        reading = Reading(("messages",), invalid_utf8="replace")
+        (rows,) = read_rows(source, reading, 0, None, lambda _: None)
+        assert rows == [{"messages": [{"content": text}]} for text in (b"one", b"caf\xe9")]
+        bad = BadLines(0)
+        found = [in_utf8([row["messages"]], "", reading, bad) for row in rows]
+        assert found == [[[{"content": text}]] for text in ("one", "caf\ufffd")]
+        assert bad.replaced == 1
 
 
 def test_several_fields_of_which_one_is_null(tokenize, tmp_path) -> None:
