@@ -31,12 +31,13 @@ from data_prep.parts.plan import Part, plan_parts
 from data_prep.parts.pool import Start, about, usable_cores, work_through
 from data_prep.parts.workplace import Workplace, check_outside
 from data_prep.progress import Progress
+from data_prep.read.left_out import LeftOut
 from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import DROPPED, REPORT, Source, find_sources
 from data_prep.version import VERSION
 
 # To be raised by a change after which the same input and options give other documents.
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def clean(options: Clean) -> str:
         UserError: bad input, no rule to apply, or an output folder in use.
     """
     _check(options)
-    sources = find_sources(options.inputs, options.include, options.exclude)
+    left_out = LeftOut()
+    sources = find_sources(options.inputs, options.include, options.exclude, left_out)
     facts = _facts(options)
     made_of = [[s.path, s.bytes, s.version] for s in sources]
     place = Workplace(options.output_dir)
@@ -114,7 +116,7 @@ def clean(options: Clean) -> str:
                 place.remove()
             raise
         dropped = _find_duplicates(job, parts, [p["kept"] for p in judged])
-        return _write(options, place, job, parts, judged, dropped, facts, sources)
+        return _write(options, place, job, parts, judged, dropped, facts, sources, left_out)
 
 
 def _judge(options: Clean, job: Job, parts: list[Part]) -> list[dict[str, Any]]:
@@ -192,6 +194,7 @@ def _write(
     decisions: np.ndarray,
     facts: dict[str, Any],
     sources: list[Source],
+    left_out: LeftOut,
 ) -> str:
     """The second pass, the report, and the rename."""
     data = place.folder / "data"
@@ -211,8 +214,10 @@ def _write(
     report = make_report(judged, written)
     report |= {"made_by": f"megatron-ladder {VERSION}", "options": facts}
     report["sources"] = [[s.path, s.bytes, s.version] for s in sources]
+    if left_out:
+        report["left_out"] = left_out.facts()
     samples = choose_samples(job, parts, judged, written)
-    summary = summarize(report)
+    summary = summarize(report, [e for part in judged for e in part["bad"]["examples"]])
     if not report["kept"]["documents"]:
         place.remove()
         raise UserError(f"nothing is left, so nothing was written\n{summary}")
@@ -255,7 +260,8 @@ def _is_done(output_dir: Path, facts: dict[str, Any], made_of: list[Any]) -> boo
         return False
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         report = json.loads((output_dir / REPORT).read_text())
-        if report["options"] == facts and report["sources"] == made_of:
+        options = report["options"] | {"version": OUTPUT_VERSION}  # an older one is done too
+        if options == facts and report["sources"] == made_of:
             return True
     raise UserError(
         f"--output-dir {output_dir} is not empty and holds something else: choose another folder, or "

@@ -7,6 +7,8 @@ import numpy as np
 
 from data_prep.clean.passes import SAMPLES, Job, place_name
 from data_prep.parts.plan import Part
+from data_prep.read.left_out import summary as left_out_summary
+from data_prep.read.reading import EXAMPLES
 
 
 def make_report(judged: list[dict[str, Any]], written: list[dict[str, Any]]) -> dict[str, Any]:
@@ -53,7 +55,8 @@ def choose_samples(
     return chosen
 
 
-def summarize(report: dict[str, Any]) -> str:
+def summarize(report: dict[str, Any], bad: list[str]) -> str:
+    """What people read of the report, with some of the lines that could not be used."""
     total, kept = max(report["documents"], 1), report["kept"]
     lines = [
         f"{report['documents']:,} documents, {report['text_bytes'] / 1e6:.1f} MB of text; kept "
@@ -65,5 +68,8 @@ def summarize(report: dict[str, Any]) -> str:
         for why, count in report["dropped"].items()
     ]
     if report["bad_lines"]:
-        lines.append(f"{report['bad_lines']:,} lines could not be used")
+        lines.append(f"{report['bad_lines']:,} lines could not be used; the first ones:")
+        lines += [f"  {example}" for example in bad[:EXAMPLES]]
+    if "left_out" in report:
+        lines.append(left_out_summary(report["left_out"]))
     return "\n".join(lines)

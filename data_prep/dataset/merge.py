@@ -10,11 +10,12 @@ from typing import Any
 import tyro
 
 from data_prep.dataset.shards import append_files, write_index
-from data_prep.encode.split import SPLITS
+from data_prep.encode.split import DEFAULT_VALIDATION, SPLITS
 from data_prep.errors import UserError
 from data_prep.files import sync_file, sync_folder, write_durably
 from data_prep.parts.plan import Part, check_tiling, from_json
 from data_prep.parts.workplace import Workplace
+from data_prep.read.left_out import summary as left_out_summary
 from data_prep.read.sources import Source
 
 
@@ -47,7 +48,7 @@ def join(place: Workplace, plan: dict[str, Any]) -> str:
     check_tiling(parts)
     results = _results(place, plan, parts)
     try:
-        _check_splits(results, plan)
+        chosen = _choose_splits(results, plan)
     except UserError:
         place.remove()  # other options are needed, and these parts are of no use to them
         raise
@@ -55,18 +56,19 @@ def join(place: Workplace, plan: dict[str, Any]) -> str:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     splits = {}
-    for split in sorted(SPLITS):
+    for split, made_of in sorted(chosen.items()):
         stems = [
-            (place.parts / key, result["splits"][split])
+            (place.parts / key, result["splits"][made_of])
             for key, result in results
-            if split in result["splits"]
+            if made_of in result["splits"]
         ]
-        if stems:
-            splits[split] = _join_split(new / split, plan["manifest"]["dtype"], stems, split)
+        splits[split] = _join_split(new / split, plan["manifest"]["dtype"], stems, made_of)
     tokenizer = plan["manifest"]["tokenizer"]["file"]
     shutil.copyfile(place.folder / tokenizer, new / tokenizer)
     sync_file(new / tokenizer)
     manifest = {**plan["manifest"], "sources": _sources(plan, results), "splits": splits}
+    if left_out := plan.get("left_out"):
+        manifest["left_out"] = left_out
     write_durably(new / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     if target.is_dir():
         target.rmdir()  # empty, as checked
@@ -172,26 +174,44 @@ def _sources(
     return list(sources.values())
 
 
-def _check_splits(results: list[tuple[str, dict[str, Any]]], plan: dict[str, Any]) -> None:
+def _choose_splits(
+    results: list[tuple[str, dict[str, Any]]], plan: dict[str, Any]
+) -> dict[str, str]:
+    """The splits of the data set that have documents, and the split of the parts that each is made of:
+    the same one, unless all of the few documents were held out by default.
+
+    Raises:
+        UserError: there is no document, or a split that was asked for got none.
+    """
     documents = dict.fromkeys(SPLITS, 0)
     for _, result in results:
         for split, facts in result["splits"].items():
             documents[split] += facts["documents"]
-    if not sum(documents.values()):
-        raise UserError(f"no document with text in {plan['sources'][0]['path']} and the others")
-    fractions = plan["manifest"]["options"]
+    chosen = {split: split for split, count in documents.items() if count}
+    total = sum(documents.values())
+    if not total:
+        paths = [source["path"] for source in plan["sources"]]
+        where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1:,} other files"
+        raise UserError("\n".join([f"no document with text in {where}", *_left_out(results)]))
+    options = plan["manifest"]["options"]
+    validation = options["validation_fraction"]
     wanted = {
         "train": 1.0,
-        "validation": fractions["validation_fraction"],
-        "test": fractions["test_fraction"],
+        # Nobody asked for the default: of few documents it may hold out none, or all.
+        "validation": 0.0 if validation == DEFAULT_VALIDATION else validation,
+        "test": options["test_fraction"],
     }
-    for split, fraction in wanted.items():
-        if fraction and not documents[split]:
+    if chosen == {"validation": "validation"} and not wanted["validation"]:
+        return {"train": "validation"}
+    for split, share in wanted.items():
+        if share and split not in chosen:
+            text = any(s["kind"] == "text" for s in plan["sources"])
+            cut = " (--text-documents paragraph cuts plain text into more)"
             raise UserError(
-                f"the {split} split got none of the {sum(documents.values()):,} documents: change the "
-                "fractions, or give more documents (--text-documents paragraph cuts plain "
-                "text into more)"
+                f"the {split} split got none of the {total:,} documents: change the fractions, or give "
+                f"more documents{cut if text else ''}"
             )
+    return chosen
 
 
 def _summary(manifest: dict[str, Any], results: list[tuple[str, dict[str, Any]]]) -> str:
@@ -202,16 +222,29 @@ def _summary(manifest: dict[str, Any], results: list[tuple[str, dict[str, Any]]]
                 f"{facts['text_bytes'] / max(facts['tokens'], 1):.2f} bytes a token"
                 + (f", {facts['trained_tokens']:,} trained on" if "mask_bytes" in facts else "")
             )
-        if empty := sum(result["empty"] for _, result in results):
-            yield f"{empty:,} empty documents left out"
-        if replaced := sum(result["bad"]["replaced"] for _, result in results):
-            yield f"{replaced:,} documents with invalid UTF-8, replaced by U+FFFD"
-        if count := sum(result["bad"]["count"] for _, result in results):
-            examples = [e for _, result in results for e in result["bad"]["examples"]][:5]
-            shown = "\n".join(f"  {example}" for example in examples)
-            yield f"{count:,} lines or files skipped; the first ones:\n{shown}"
+        fraction = manifest["options"]["validation_fraction"]
+        if fraction and "validation" not in manifest["splits"]:
+            yield (
+                f"validation: none, as there are few documents: a higher --validation-fraction than "
+                f"{fraction} holds out some"
+            )
+        yield from _left_out(results)
         if errors := [s["error"] for s in manifest["sources"] if "error" in s]:
             shown = "\n".join(f"  {error}" for error in errors[:10])
             yield f"{len(errors):,} files could not be read to their end:\n{shown}"
+        if "left_out" in manifest:
+            yield left_out_summary(manifest["left_out"])
 
     return "\n".join(lines())
+
+
+def _left_out(results: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    """What was found in the files and is not in the data set as it was."""
+    if empty := sum(result["empty"] for _, result in results):
+        yield f"{empty:,} empty documents left out"
+    if replaced := sum(result["bad"]["replaced"] for _, result in results):
+        yield f"{replaced:,} documents with invalid UTF-8, replaced by U+FFFD"
+    if count := sum(result["bad"]["count"] for _, result in results):
+        examples = [e for _, result in results for e in result["bad"]["examples"]][:5]
+        shown = "\n".join(f"  {example}" for example in examples)
+        yield f"{count:,} lines or files skipped; the first ones:\n{shown}"

@@ -15,7 +15,7 @@ from data_prep.dataset.output import check_space, is_done
 from data_prep.dataset.shards import token_dtype
 from data_prep.encode.encoders import Encoder, open_encoder, sha256
 from data_prep.encode.guard import Verdict, judge
-from data_prep.encode.split import Fractions
+from data_prep.encode.split import DEFAULT_VALIDATION, Fractions
 from data_prep.encode.tokenize_part import BadFiles, Job, start
 from data_prep.errors import UserError
 from data_prep.parts.plan import Part, plan_parts, to_json
@@ -23,12 +23,13 @@ from data_prep.parts.pool import about, usable_cores, work_through
 from data_prep.parts.workplace import Workplace, check_outside
 from data_prep.progress import Progress
 from data_prep.read.chat import Chat, load_template
+from data_prep.read.left_out import LeftOut
 from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import find_sources
 from data_prep.version import VERSION
 
 # To be raised by a change after which the same input and options give other bytes.
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,17 @@ class Tokenize:
     """Turn text into a data set: Megatron .bin/.idx files with a manifest."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Files (.jsonl, .json, .txt, .text, with .gz or .zst; .parquet; .arrow), folders of them,
-    patterns, folders that `datasets` saved; or URLs of such (s3://, gs://, https://)."""
+    """Files (.jsonl, .json, .txt, .text, with .zst, .gz, .bz2 or .xz; .parquet; .arrow), folders of
+    them, patterns, folders that `datasets` saved; or URLs of such (s3://, gs://, https://)."""
     output_dir: Path
     """The data set's folder, made whole or not at all."""
     tokenizer: Path
     """A SentencePiece .model, or a Hugging Face tokenizer.json."""
     eod_token: str | None = None
     """The token that ends documents, for a tokenizer.json; None: the first usual one it has."""
-    validation_fraction: float = 0.01
-    """The share of documents to hold out, chosen by their content's hash."""
+    validation_fraction: float = DEFAULT_VALIDATION
+    """The share of documents to hold out, chosen by their content's hash. Of few documents this default
+    may hold out none."""
     test_fraction: float = 0.0
     """The same, for a test split."""
     text_field: tuple[str, ...] = ("text",)
@@ -93,7 +95,8 @@ def tokenize(options: Tokenize) -> str:
     _check_numbers(options)
     encoder = open_encoder(options.tokenizer, options.eod_token)
     check_outside(options.output_dir, options.inputs)
-    sources = find_sources(options.inputs, options.include, options.exclude)
+    left_out = LeftOut()
+    sources = find_sources(options.inputs, options.include, options.exclude, left_out)
     manifest = _manifest(options, encoder)
     place = Workplace(options.output_dir)
     if is_done(options.output_dir, manifest, sources):
@@ -107,6 +110,7 @@ def tokenize(options: Tokenize) -> str:
         "manifest": manifest,
         "sources": [asdict(source) for source in sources],
         "parts": to_json(parts, sources),
+        "left_out": left_out.facts(),
     }
     mine = [p for p in parts if p.number % options.world_size == (options.rank or 0)]
     if options.rank is not None:

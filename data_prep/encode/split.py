@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SPLITS = ("train", "validation", "test")
+DEFAULT_VALIDATION = 0.01
 
 
 @dataclass(frozen=True)

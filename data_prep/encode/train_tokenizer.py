@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from data_prep.encode.split import hash_fraction
 from data_prep.errors import UserError
 from data_prep.progress import Progress
 from data_prep.read.documents import read_documents
+from data_prep.read.left_out import LeftOut, summary
 from data_prep.read.reading import BadLines, Reading, TextDocuments
 from data_prep.read.sources import Source, find_sources
 
@@ -76,7 +78,8 @@ def train_tokenizer(options: TrainTokenizer) -> Path:
     target = options.output_dir / "tokenizer.model"
     if target.exists():
         raise UserError(f"{target} exists: remove it or choose another --output-dir")
-    sources = find_sources(options.inputs, options.include, options.exclude)
+    left_out = LeftOut()
+    sources = find_sources(options.inputs, options.include, options.exclude, left_out)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     bad = BadLines(options.max_bad_lines)
     model = io.BytesIO()
@@ -105,6 +108,7 @@ def train_tokenizer(options: TrainTokenizer) -> Path:
     except RuntimeError as error:
         if problems:
             raise problems[0] from error
+        _report(bad, left_out)
         raise UserError(f"SentencePiece: {_reason(str(error))}") from error
     if problems:
         raise problems[0]
@@ -114,7 +118,17 @@ def train_tokenizer(options: TrainTokenizer) -> Path:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(target)
+    _report(bad, left_out)
     return target
+
+
+def _report(bad: BadLines, left_out: LeftOut) -> None:
+    """Says what of the input was not used."""
+    if bad.count:
+        shown = "\n".join(f"  {example}" for example in bad.examples)
+        print(f"{bad.count:,} lines or files skipped; the first ones:\n{shown}", file=sys.stderr)
+    if left_out:
+        print(summary(left_out.facts()), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -90,8 +90,10 @@ class Workplace:
             UserError: there is another plan: other options, or other files.
         """
         path = self.folder / "plan.json"
-        if path.is_file() and (other := self.read_plan()) != plan:
-            keys = [key for key in plan if other.get(key) != plan[key]]
+        other = self.read_plan() if path.is_file() else plan
+        # Files that are not read may change meanwhile: the ranks' own logs, for example.
+        keys = [key for key in plan if key != "left_out" and other.get(key) != plan[key]]
+        if keys:
             raise UserError(
                 f"{self.folder} was begun with other options or other input files "
                 f"({_difference(other, plan, keys)}): give all ranks the same, or remove that folder "

@@ -1,12 +1,12 @@
-"""Documents out of files: JSON lines, parquet and Arrow rows, or plain text."""
+"""Documents out of files: JSON, parquet and Arrow rows, or plain text."""
 
 from collections.abc import Callable, Iterator
 
-from data_prep.read.json_lines import read_json_lines
+from data_prep.read.json_lines import read_json
 from data_prep.read.parquet import read_rows
 from data_prep.read.plain_text import read_plain_text
 from data_prep.read.reading import BadLines, Reading
-from data_prep.read.records import text_of
+from data_prep.read.records import fields_of, in_utf8, text_of
 from data_prep.read.sources import Segment, Source
 from data_prep.read.streams import read_chunks
 
@@ -26,7 +26,7 @@ def read_segment(
         return
     chunks = read_chunks(source, segment.begin, segment.end, progress)
     if source.kind == "jsonl":
-        yield from read_json_lines(segment, chunks, reading, bad)
+        yield from read_json(segment, chunks, reading, bad)
     else:
         yield from read_plain_text(segment, chunks, reading, bad)
 
@@ -44,16 +44,25 @@ def _rows(
 ) -> Iterator[list[str]]:
     source, number = segment.source, 0
     first = f"row group {segment.begin}, " if segment.begin else ""
-    rows = read_rows(source, reading.columns, segment.begin, segment.end, progress)
+    rows = read_rows(source, reading, segment.begin, segment.end, progress)
     for batch in rows:
         texts = []
         for row in batch:
             number += 1
-            text, problem = text_of(row, reading)
+            where = f"{source.path}: {first}row {number}"
+            found, problem = fields_of(row, reading)
+            text = ""
+            if problem is None and (reading.chat or bytes in map(type, found)):
+                decoded = in_utf8(found, where, reading, bad)
+                if decoded is None:
+                    continue
+                found = decoded
+            if problem is None:
+                text, problem = text_of(found, reading)
             if problem is None and len(text) > reading.max_document_bytes:
                 problem = f"longer than --max-document-bytes {reading.max_document_bytes:,}"
             if problem is not None:
-                bad.add(f"{source.path}: {first}row {number}", problem)
+                bad.add(where, problem)
                 continue
             texts.append(text)
         yield texts

@@ -10,6 +10,8 @@ from data_prep.read.streams import Chunk
 
 # Lines are handed on in blocks of about this many bytes.
 BLOCK_BYTES = 2 << 20
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UTF16 = "it is UTF-16: write it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
 
 
 def line_blocks(
@@ -30,7 +32,7 @@ def line_blocks(
     rest_bytes = held = 0
     first = 1
     damage: list[UserError] = []
-    for chunk, owned in _until_damage(chunks, damage):
+    for chunk, owned in until_damage(chunks, damage):
         if not owned:
             if inside:  # no line begins in the range
                 return
@@ -71,7 +73,7 @@ def line_blocks(
         raise damage[0]
 
 
-def _until_damage(chunks: Iterator[Chunk], damage: list[UserError]) -> Iterator[Chunk]:
+def until_damage(chunks: Iterator[Chunk], damage: list[UserError]) -> Iterator[Chunk]:
     """The chunks up to an error. It goes to `damage`, so that the lines before it are handed on."""
     try:
         yield from chunks
@@ -86,22 +88,27 @@ def naming(segment: Segment) -> Callable[[int], str]:
 
 
 def numbered_lines(
-    segment: Segment, chunks: Iterator[Chunk], reading: Reading, bad: BadLines
+    segment: Segment, chunks: Iterator[Chunk], reading: Reading, bad: BadLines, before: int = 0
 ) -> Iterator[Iterator[tuple[int, bytes]]]:
-    """Lines with their numbers, in blocks; without those that are too long."""
+    """Lines with their numbers, in blocks; without those that are too long.
+
+    Args:
+        before: lines of the file before the chunks.
+    """
     where, limit = naming(segment), reading.max_document_bytes
     for first, lines in line_blocks(chunks, inside=segment.begin > 0, longest=limit):
-        if first == 1 and not segment.begin and lines and lines[0] is not None:
+        if first == 1 and not before and not segment.begin and lines and lines[0] is not None:
             if segment.source.kind == "jsonl" and b"\0" in lines[0]:
-                raise UserError(f"{segment.source.path} is not JSON lines: it holds binary data")
+                what = UTF16 if lines[0].startswith(UTF16_MARKS) else "it holds binary data"
+                raise UserError(f"{segment.source.path} is not JSON lines: {what}")
             lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
-        for number, line in enumerate(lines, start=first):
+        for number, line in enumerate(lines, start=first + before):
             if line is None:
                 bad.add(where(number), f"a line of more than --max-document-bytes {limit:,}")
-        yield _taken_out(first, lines)
+        yield taken_out(first + before, lines)
 
 
-def _taken_out(first: int, lines: list[bytes | None]) -> Iterator[tuple[int, bytes]]:
+def taken_out(first: int, lines: list[bytes | None]) -> Iterator[tuple[int, bytes]]:
     """Takes lines out of the list, with their numbers, so that each is freed after its use."""
     lines.reverse()
     while lines:

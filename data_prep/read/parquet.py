@@ -1,12 +1,17 @@
-"""Rows of parquet and of Arrow files; Hugging Face's `datasets` saves its folders as Arrow files."""
+"""Rows of parquet and of Arrow files; Hugging Face's `datasets` saves its folders as Arrow files.
+
+Arrow has two formats: the stream, which `datasets` writes, and the file (Feather), which has a table of
+contents at its end."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.read.reading import Reading
 from data_prep.read.sources import Source, open_source
 
 ROWS = 64  # at once: a row may be long
+ARROW_FILE = b"ARROW1\0\0"
 
 
 def row_groups(source: Source) -> list[int]:
@@ -26,15 +31,16 @@ def row_groups(source: Source) -> list[int]:
 
 def read_rows(
     source: Source,
-    fields: tuple[str, ...],
+    reading: Reading,
     begin: int,
     end: int | None,
     progress: Callable[[int], None],
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows in batches, with the wanted columns only.
+    """Rows in batches, with the wanted columns only. Text may be bytes: in columns of bytes, and where a
+    column's text is not UTF-8.
 
     Args:
-        fields: columns, or paths into nested ones (`meta.text`).
+        reading: names the columns, or paths into nested ones (`meta.text`).
         begin, end: row groups of a parquet file; an Arrow file is read whole.
 
     Raises:
@@ -44,13 +50,41 @@ def read_rows(
 
     read = _parquet_batches if source.kind == "parquet" else _arrow_batches
     try:
-        for batch in read(source, fields, begin, end, progress):
+        for batch in read(source, reading, begin, end, progress):
             for start in range(0, batch.num_rows, ROWS):
-                yield batch.slice(start, ROWS).to_pylist()
+                yield _values(batch.slice(start, ROWS))
     except (pa.ArrowException, OSError) as error:
         if source.remote and isinstance(error, OSError):
             raise
         raise UserError(f"{source.path} is damaged: {error}") from error
+
+
+def _values(batch: Any) -> list[dict[str, Any]]:
+    """The rows as Python's values; those with text that is not UTF-8 with bytes for text."""
+    import pyarrow as pa
+
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = [column.cast(_with_bytes(column.type)) for column in batch.columns]
+        return pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
+
+
+def _with_bytes(kind: Any) -> Any:
+    """An Arrow type with bytes for strings."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _with_bytes(kind.value_type)
+    if types.is_struct(kind):
+        return pa.struct([(field.name, _with_bytes(field.type)) for field in kind])
+    if types.is_list(kind):
+        return pa.list_(_with_bytes(kind.value_type))
+    if types.is_large_list(kind):
+        return pa.large_list(_with_bytes(kind.value_type))
+    bytes_of = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    return bytes_of.get(kind, kind)
 
 
 def _parquet(source: Source) -> Any:
@@ -67,22 +101,22 @@ def _parquet(source: Source) -> Any:
 
 def _parquet_batches(
     source: Source,
-    fields: tuple[str, ...],
+    reading: Reading,
     begin: int,
     end: int | None,
     progress: Callable[[int], None],
 ) -> Iterator[Any]:
     with _parquet(source) as file:
-        _check_columns(source, fields, file.schema_arrow)
+        _check_columns(source, reading, file.schema_arrow)
         count = file.num_row_groups if end is None else end
         for group in range(begin, count):
-            yield from file.iter_batches(ROWS, row_groups=[group], columns=list(fields))
+            yield from file.iter_batches(ROWS, row_groups=[group], columns=list(reading.columns))
             progress(source.bytes // max(1, file.num_row_groups))
 
 
 def _arrow_batches(
     source: Source,
-    fields: tuple[str, ...],
+    reading: Reading,
     begin: int,
     end: int | None,
     progress: Callable[[int], None],
@@ -90,9 +124,14 @@ def _arrow_batches(
     import pyarrow as pa
 
     with open_source(source) as file:
+        is_stream = file.read(len(ARROW_FILE)) != ARROW_FILE
+    with open_source(source) as file:
         counted = 0
+        if not is_stream:  # the stream is behind the first bytes, and then a table of its batches
+            file.read(len(ARROW_FILE))
         with pa.ipc.open_stream(file) as stream:
-            _check_columns(source, fields, stream.schema)
+            _check_columns(source, reading, stream.schema)
+            fields = reading.columns
             columns = list(dict.fromkeys(field.split(".")[0] for field in fields))
             wanted = [c for c in (*fields, *columns) if c in stream.schema.names]
             for batch in stream:
@@ -102,10 +141,10 @@ def _arrow_batches(
                 counted = at
 
 
-def _check_columns(source: Source, fields: tuple[str, ...], schema: Any) -> None:
-    for field in fields:
+def _check_columns(source: Source, reading: Reading, schema: Any) -> None:
+    for field in reading.columns:
         if field not in schema.names and field.split(".")[0] not in schema.names:
             raise UserError(
                 f"{source.path}: no column is named {field!r}; it has "
-                f"{', '.join(schema.names[:20])}: give --text-field NAME"
+                f"{', '.join(schema.names[:20])}: give {reading.option_of(field)} NAME"
             )

@@ -1,10 +1,10 @@
-"""Documents out of plain text."""
+"""Documents out of plain text. A line's end is one character, however the file writes it."""
 
+import codecs
 from collections.abc import Callable, Iterator
 
-from data_prep.errors import UserError
-from data_prep.read.lines import naming, numbered_lines
-from data_prep.read.reading import BadLines, Reading, not_utf8
+from data_prep.read.lines import UTF16, UTF16_MARKS, naming, numbered_lines
+from data_prep.read.reading import BadLines, Reading, replaces
 from data_prep.read.sources import Segment
 from data_prep.read.streams import Chunk
 
@@ -36,7 +36,8 @@ def _whole_file(path: str, chunks: Iterator[Chunk], reading: Reading, bad: BadLi
         hint = "--text-documents paragraph or line cuts it into smaller documents"
         bad.add(path, f"{size:,} bytes, more than --max-document-bytes {limit:,}: {hint}")
         return []
-    return list(_decoded(b"".join(parts), lambda: path, reading, bad, marked=True))
+    whole = b"".join(parts).removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
+    return list(_decoded(whole, lambda: path, reading, bad))
 
 
 def _paragraphs(
@@ -56,13 +57,14 @@ def _paragraphs(
             )
             return []
         data = b"".join(paragraph)
-        return list(_decoded(data, lambda: f"{path}:{first}", reading, bad, marked=first == 1))
+        return list(_decoded(data, lambda: f"{path}:{first}", reading, bad))
 
     number = 0
     for lines in numbered_lines(segment, chunks, reading, bad):
         texts: list[str] = []
         for number, line in lines:
             if line.strip():
+                line = line.removesuffix(b"\r")
                 size += len(line) + 1
                 paragraph.append(line + b"\n" if size <= limit else b"")
             elif paragraph:
@@ -81,22 +83,27 @@ def _lines(
         yield [
             text
             for number, line in lines
-            for text in _decoded(line, lambda n=number: where(n), reading, bad)  # type: ignore[misc]
+            for text in _decoded(
+                line.removesuffix(b"\r"),
+                lambda n=number: where(n),  # type: ignore[misc]
+                reading,
+                bad,
+            )
         ]
 
 
 def _decoded(
-    data: bytes, where: Callable[[], str], reading: Reading, bad: BadLines, marked: bool = False
+    data: bytes, where: Callable[[], str], reading: Reading, bad: BadLines
 ) -> Iterator[str]:
     try:
-        text = data.decode("utf-8-sig" if marked else "utf-8")  # without a byte order mark
+        text = data.decode()
     except UnicodeDecodeError as error:
-        if reading.invalid_utf8 == "stop":
-            raise UserError(not_utf8(where(), error)) from error
-        if reading.invalid_utf8 == "skip":
-            bad.add(where(), f"not UTF-8: {error.reason} at byte {error.start}")
+        if data.startswith(UTF16_MARKS):
+            bad.add(where(), UTF16)
             return
-        text = data.decode(errors="replace").removeprefix("\ufeff")
+        if not replaces(error, where(), reading, bad):
+            return
+        text = data.decode(errors="replace")
         bad.replaced += 1
     if "\0" in text:
         bad.add(where(), "holds binary data")

@@ -9,6 +9,7 @@ from data_prep.read.chat import Chat
 TextDocuments = Literal["file", "paragraph", "line"]
 InvalidUtf8 = Literal["skip", "replace", "stop"]
 EXAMPLES = 5
+NOT_UTF8 = "not UTF-8:"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ class Reading:
     def columns(self) -> tuple[str, ...]:
         return (*self.fields, self.id_field) if self.id_field else self.fields
 
+    def option_of(self, column: str) -> str:
+        """The option that names the column."""
+        if column == self.id_field:
+            return "--id-field"
+        if self.chat is None or (self.chat.template is None and column == self.chat.fields[0]):
+            return "--text-field"
+        return "--chat-field" if self.chat.template is not None else "--answer-field"
+
 
 @dataclass
 class BadLines:
@@ -58,9 +67,13 @@ class BadLines:
     def check(self) -> None:
         if self.count > self.limit:
             shown = "\n".join(f"  {example}" for example in self.examples)
+            replace = any(NOT_UTF8 in example for example in self.examples)
+            hint = (
+                "\n  (--invalid-utf8 replace puts U+FFFD for what is not UTF-8)" if replace else ""
+            )
             raise TooManyBadLines(
                 f"more than --max-bad-lines {self.limit} lines cannot be used; the first ones:\n"
-                f"{shown}"
+                f"{shown}{hint}"
             )
 
 
@@ -72,8 +85,20 @@ class NoTextField(UserError):
     """No line has the text field: it has a wrong name, and this ends the whole work too."""
 
 
-def not_utf8(where: str, error: UnicodeDecodeError) -> str:
-    return (
-        f"{where}: not UTF-8: {error.reason} at byte {error.start}: give --invalid-utf8 replace or "
-        "skip to go on"
-    )
+def replaces(error: UnicodeError, where: str, reading: Reading, bad: BadLines) -> bool:
+    """Whether text that is not UTF-8 is to be replaced; else it is counted as bad.
+
+    Raises:
+        UserError: --invalid-utf8 stop.
+    """
+    assert isinstance(error, UnicodeDecodeError | UnicodeEncodeError)
+    if isinstance(error, UnicodeDecodeError):
+        why = f"{NOT_UTF8} {error.reason} at byte {error.start}"
+    else:
+        half = ord(error.object[error.start])
+        why = f"{NOT_UTF8} U+{half:04X} at character {error.start} is half of a character"
+    if reading.invalid_utf8 == "stop":
+        raise UserError(f"{where}: {why}: give --invalid-utf8 replace or skip to go on") from error
+    if reading.invalid_utf8 == "skip":
+        bad.add(where, why)
+    return reading.invalid_utf8 == "replace"

@@ -1,16 +1,27 @@
 """Which files to read: local ones, or any that fsspec can open."""
 
+import errno
 import fnmatch
 import glob
 import json
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from data_prep.errors import UserError
+from data_prep.read.left_out import LeftOut, ending_of
 
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSION = {
+    ".gz": "gzip",
+    ".gzip": "gzip",
+    ".zst": "zstd",
+    ".zstd": "zstd",
+    ".bz2": "bzip2",
+    ".xz": "xz",
+}
 Kind = Literal["jsonl", "text", "parquet", "arrow"]
 KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl",
@@ -21,6 +32,11 @@ KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+# Archives, and compressions that are not read. Their bytes are no text.
+PACKED = (
+    *(".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst"),
+    *(".lz4", ".lzma", ".lzo", ".br", ".snappy", ".z"),
+)
 # `data clean` writes these two beside the text that it keeps; they are not read as text.
 REPORT, DROPPED = "clean-report.json", "clean-dropped.jsonl"
 # Which extra of this package to install for a protocol that fsspec alone cannot read.
@@ -35,7 +51,7 @@ class Source:
     """As given: a local path, or a URL."""
     kind: Kind
     compression: str | None
-    """None, gzip or zstd."""
+    """None, gzip, zstd, bzip2 or xz."""
     bytes: int
     version: str
     """Changes when the file does: its time of modification, or a remote object's tag."""
@@ -65,7 +81,10 @@ def is_remote(path: str) -> bool:
 
 
 def find_sources(
-    inputs: tuple[Any, ...], include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
+    inputs: tuple[Any, ...],
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    left_out: LeftOut | None = None,
 ) -> list[Source]:
     """The input files, in a fixed order.
 
@@ -75,6 +94,8 @@ def find_sources(
         include: file name patterns to take from folders, read as plain text when their ending is
             not a known one; empty takes the known endings.
         exclude: patterns of whole paths to leave out of folders.
+        left_out: counts what is in the folders and is not read, without what the user's patterns
+            leave out.
 
     Raises:
         UserError: an input does not exist or is given twice, or nothing is left.
@@ -83,10 +104,11 @@ def find_sources(
         raise UserError(
             "no input: give files or folders (before --include, which takes all words after it)"
         )
+    patterns = Patterns(include, exclude, LeftOut() if left_out is None else left_out)
     found = [
         source
         for given in map(str, inputs)
-        for source in (_remote if is_remote(given) else _local)(given, include, exclude)
+        for source in (_remote if is_remote(given) else _local)(given, patterns)
     ]
     seen: set[str] = set()
     for source in found:
@@ -94,20 +116,69 @@ def find_sources(
             raise UserError(f"input {source.path} is given twice: its documents would count double")
         seen.add(source.path)
     if found and not sum(source.bytes for source in found):
+        if len(found) == 1:
+            raise UserError(f"the input file {found[0].path} is empty")
         raise UserError(f"all {len(found)} input files are empty, {found[0].path} among them")
     return found
 
 
-def open_source(source: Source) -> BinaryIO:
-    """The file's bytes as they are stored."""
+def open_source(source: Source, block_bytes: int = 4 << 20) -> BinaryIO:
+    """The file's bytes as they are stored. A remote file is asked for blocks of `block_bytes`."""
     if not source.remote:
         return Path(source.path).open("rb")
     filesystem, name = _filesystem(source.path)
     # A block size of 0 makes fsspec read the file as one stream.
-    return filesystem.open(name, "rb", block_size=4 << 20 if source.seekable else 0)
+    return filesystem.open(name, "rb", block_size=block_bytes if source.seekable else 0)
 
 
-def _local(given: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> Iterator[Source]:
+@dataclass(frozen=True)
+class Patterns:
+    """Which files of a folder are read."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    left_out: LeftOut
+
+    def chosen(self, sizes: dict[str, int], folder: str) -> list[str]:
+        """The paths to read, of all the paths in a folder.
+
+        Args:
+            sizes: bytes of each file, by its path.
+
+        Raises:
+            UserError: there are none.
+        """
+        found, other = [], LeftOut()
+        for path, size in sizes.items():
+            name = path.rsplit("/", 1)[-1]
+            if name in (REPORT, DROPPED) or any(fnmatch.fnmatch(path, p) for p in self.exclude):
+                continue
+            if self.include and not any(fnmatch.fnmatch(name, p) for p in self.include):
+                continue
+            kind, called = _named(name)[0], _unreadable(name)
+            if called or (kind is None and not self.include):
+                other.add(called or ending_of(name), size)
+            else:
+                found.append(path)
+        self.left_out.add_all(other)
+        if not found:
+            patterns = ", ".join(self.include or (f"*{ending}" for ending in KINDS))
+            there = f", but {other}" if other else ""
+            raise UserError(
+                f"folder {folder} holds no file named like {patterns}{there}: give --include PATTERN"
+            )
+        return found
+
+
+def _unreadable(name: str) -> str | None:
+    """How to call files of this name, if they hold no text: archives; and ._NAME, which macOS writes beside
+    NAME on other file systems and into archives, with Finder's data about it."""
+    if name.startswith("._"):
+        return "._*"
+    return ending_of(name) if _named(name)[2] else None
+
+
+def _local(given: str, patterns: Patterns) -> Iterator[Source]:
     path = Path(given.removeprefix("file://"))
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
@@ -116,47 +187,76 @@ def _local(given: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> It
                 f"{path} is a saved dataset with the splits {', '.join(splits)}: give {path}/SPLIT"
             )
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-            files = [path / name for name in _saved_dataset(path / "state.json")]
+            names = _saved_dataset(path / "state.json")
+            files = {str(path / name): (path / name).stat() for name in names}
         else:
-            files = _chosen(sorted(path.rglob("*")), path, include, exclude)
+            files = _files_in(path, patterns.left_out)
+            sizes = {name: status.st_size for name, status in files.items()}
+            files = {name: files[name] for name in patterns.chosen(sizes, str(path))}
     elif path.is_file():
-        files = [path]
+        files = {str(path): path.stat()}
     elif glob.has_magic(given):
         found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (takes absolute patterns)
-        files = [Path(p) for p in found if Path(p).is_file()]
+        folders = {name for name in found if Path(name).is_dir()}
+        kept = _of_pattern(given, found, folders, patterns.left_out)
+        files = {name: Path(name).stat() for name in kept if Path(name).is_file()}
+        if broken := len(kept) - len(files):
+            patterns.left_out.add("broken links", 0, broken)
         if not files:
-            raise UserError(f"no file matches {given}")
+            raise UserError(f"no file matches {given} but {broken:,} broken links")
     else:
         raise UserError(f"input {given} does not exist")
-    for file in files:
-        status = file.stat()
-        yield _source(str(file), status.st_size, str(status.st_mtime_ns))
+    for name, status in files.items():
+        yield _source(name, status.st_size, str(status.st_mtime_ns))
 
 
-def _chosen(
-    files: list[Path], folder: Path, include: tuple[str, ...], exclude: tuple[str, ...]
-) -> list[Path]:
-    names = _wanted([str(f) for f in files if f.is_file()], str(folder), include, exclude)
-    return [Path(name) for name in names]
+def _files_in(folder: Path, left_out: LeftOut) -> dict[str, os.stat_result]:
+    """All files in a folder, sorted. Links to files are followed, links to folders are not."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = {}
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        for path in (Path(place) / name for name in names):
+            try:
+                found[path] = path.stat()
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
+                if path.is_symlink():  # else it went away
+                    left_out.add("broken links", 0)
+        for name in folders:
+            if (Path(place) / name).is_symlink():
+                left_out.add("links to folders", 0)
+    regular = {path: status for path, status in found.items() if stat.S_ISREG(status.st_mode)}
+    if other := len(found) - len(regular):
+        left_out.add("no regular files", 0, other)
+    return {str(path): regular[path] for path in sorted(regular)}
 
 
-def _wanted(
-    names: list[str], folder: str, include: tuple[str, ...], exclude: tuple[str, ...]
+def _of_pattern(
+    pattern: str, paths: Iterable[str], folders: set[str], left_out: LeftOut
 ) -> list[str]:
-    known = tuple(f"*{kind}{packed}" for kind in KINDS for packed in ("", *COMPRESSION))
-    patterns = include or known
-    chosen = [
-        name
-        for name in names
-        if any(fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in patterns)
-        and name.rsplit("/", 1)[-1] not in (REPORT, DROPPED)
-        and not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)
-    ]
-    if not chosen:
-        raise UserError(
-            f"folder {folder} holds no file named like {', '.join(patterns)}: give --include PATTERN"
-        )
-    return chosen
+    """The files to read among the paths that match a pattern.
+
+    Raises:
+        UserError: there are none.
+    """
+    kept, other = [], LeftOut()
+    for path in paths:
+        if path in folders:
+            if "**" not in pattern:  # else it matches the files in the folder too
+                other.add("folders that a pattern matches", 0)
+        elif called := _unreadable(path.rsplit("/", 1)[-1]):
+            other.add(called, 0)
+        else:
+            kept.append(path)
+    left_out.add_all(other)
+    if not kept:
+        there = f" but {other}, which are not read" if other else ""
+        raise UserError(f"no file matches {pattern}{there}")
+    return kept
 
 
 def _saved_dataset(state: Path) -> list[str]:
@@ -167,16 +267,19 @@ def _saved_dataset(state: Path) -> list[str]:
         raise UserError(f"{state} is not the state.json of a saved dataset: {error!r}") from error
 
 
-def _remote(given: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> Iterator[Source]:
+def _remote(given: str, patterns: Patterns) -> Iterator[Source]:
     filesystem, name = _filesystem(given)
     web = given.startswith(("http://", "https://"))  # a web server lists no folders
     try:
         if not web and glob.has_magic(name):
             found = filesystem.glob(name, detail=True)
+            folders = {path for path, info in found.items() if info.get("type") == "directory"}
+            kept = _of_pattern(given, found, folders, patterns.left_out)
+            found = {path: found[path] for path in kept}
         elif not web and filesystem.isdir(name):
             found = filesystem.find(name, detail=True)
-            kept = _wanted(sorted(found), given, include, exclude)
-            found = {k: found[k] for k in kept}
+            sizes = {path: found[path].get("size") or 0 for path in sorted(found)}
+            found = {k: found[k] for k in patterns.chosen(sizes, given)}
         else:
             found = {name: filesystem.info(name)}
     except FileNotFoundError:
@@ -185,8 +288,6 @@ def _remote(given: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> I
         raise
     except Exception as error:  # each file system has errors of its own
         raise UserError(f"input {given} cannot be read: {error}") from error
-    if not found:
-        raise UserError(f"no file matches {given}")
     for path in sorted(found):
         info = found[path]
         if info.get("type") == "directory":
@@ -211,12 +312,24 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: {error}") from error
 
 
+def _named(name: str) -> tuple[Kind | None, str | None, bool]:
+    """What a file's name says: its kind, its compression, and whether it is packed in a way that is not
+    read. Endings count in capitals too."""
+    inner = Path(name.rsplit("/", 1)[-1].lower())
+    if compression := COMPRESSION.get(inner.suffix):
+        inner = Path(inner.stem)
+    return KINDS.get(inner.suffix), compression, inner.suffix in PACKED
+
+
 def _source(path: str, size: int, version: str, web: bool = False) -> Source:
-    name = path.rsplit("/", 1)[-1]
-    compression = next((c for ending, c in COMPRESSION.items() if name.endswith(ending)), None)
-    inner = Path(name).stem if compression else name
-    kind = KINDS.get(Path(inner).suffix, "text")
+    kind, compression, packed = _named(path)
+    if packed:
+        raise UserError(
+            f"{path} is an archive, or packed in a way that is not read: unpack it, or pack its files "
+            "with zstd, gzip, bzip2 or xz"
+        )
     if compression and kind in ("parquet", "arrow"):
         raise UserError(f"{path}: unpack it first; parquet and arrow files are compressed inside")
     # A parquet file's table of contents is at its end.
-    return Source(path, kind, compression, size, version, not web or kind == "parquet")
+    seekable = not web or kind == "parquet"
+    return Source(path, kind or "text", compression, size, version, seekable)

@@ -1,6 +1,9 @@
 """Bytes of a file or of a range of it, decompressed; and where a file can be cut."""
 
+import bz2
+import lzma
 import mmap
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +14,19 @@ import zstandard
 from data_prep.errors import UserError
 from data_prep.read.sources import Source, open_source
 
-MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+MAGIC = {
+    "gzip": re.compile(rb"\x1f\x8b"),
+    "zstd": re.compile(re.escape(ZSTD_MAGIC)),
+    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+}
+# A file may be several of these, one after another.
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "gzip": lambda: zlib.decompressobj(wbits=31),  # 31: gzip with its header and checksum
+    "bzip2": bz2.BZ2Decompressor,
+    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+}
 CHUNK_BYTES = 1 << 20
 # Bytes may decompress to a thousand times as many, so the decompressor gets few at once.
 COMPRESSED_BYTES = 16 << 10
@@ -27,20 +42,42 @@ def read_chunks(
     """The bytes of a range of the file; then, if the caller goes on, the bytes behind it.
 
     Args:
-        begin, end: offsets in the stored file, in a zstd file those of frames. A gzip file is read
-            whole. None is the file's end.
+        begin, end: offsets in the stored file, in a zstd file those of frames. Files of other
+            compressions are read whole. None is the file's end.
         progress: called with the number of bytes of the range read since the last call.
 
     Raises:
         UserError: the file is not what its name says, is damaged or is cut short.
     """
     with open_source(source) as file:
-        if source.compression == "gzip":
-            yield from _gzip(source, file, progress)
+        if source.compression is None:
+            yield from _plain(source, file, begin, end, progress)
         elif source.compression == "zstd":
             yield from _zstd(source, file, begin, end, progress)
         else:
-            yield from _plain(source, file, begin, end, progress)
+            yield from _members(source, file, progress)
+
+
+def read_head(source: Source, count: int) -> bytes:
+    """The first bytes of a file, decompressed; fewer than `count` if it has fewer.
+
+    Raises:
+        UserError: the file is damaged in them.
+    """
+    head = b""
+    with open_source(source, block_bytes=count) as file:
+        if source.compression is None:
+            return file.read(count)
+        chunks = (
+            _zstd(source, file, 0, None, lambda _: None)
+            if source.compression == "zstd"
+            else _members(source, file, lambda _: None)
+        )
+        for chunk, _ in chunks:
+            head += chunk
+            if len(head) >= count:
+                break
+    return head[:count]
 
 
 def _check_magic(source: Source, first: bytes) -> None:
@@ -49,11 +86,12 @@ def _check_magic(source: Source, first: bytes) -> None:
     The caller gives them, as some files cannot be read twice.
     """
     for name, magic in MAGIC.items():
-        if first.startswith(magic) == (source.compression == name):
+        found = magic.match(first) is not None
+        if found == (source.compression == name):
             continue
         if name == "zstd" and source.compression == name and _skippable(first):
             continue
-        what = f"is {name} data" if first.startswith(magic) else f"is not {name} data"
+        what = f"is {name} data" if found else f"is not {name} data"
         raise UserError(f"{source.path} {what}, which its name does not say: rename it")
 
 
@@ -76,29 +114,36 @@ def _plain(
         yield chunk, False
 
 
-def _gzip(source: Source, file: BinaryIO, progress: Callable[[int], None]) -> Iterator[Chunk]:
-    decompressor = zlib.decompressobj(wbits=31)  # 31: gzip with its header and checksum
+def _members(source: Source, file: BinaryIO, progress: Callable[[int], None]) -> Iterator[Chunk]:
+    """Of a gzip, bzip2 or xz file. Zeros may follow each member: tapes and block devices fill up with
+    them, and xz pads with them."""
+    assert source.compression is not None
+    new = DECOMPRESSORS[source.compression]
+    decompressor = new()
     at_end = True  # an empty file is whole
     first = True
     while chunk := file.read(CHUNK_BYTES):
         if first:
             _check_magic(source, chunk)
-            first = False
         progress(len(chunk))
-        while chunk:
+        if at_end and not first:
+            chunk = chunk.lstrip(b"\0")
+        first = False
+        # zlib hands back what it has not taken in; the others keep it, and want no input then.
+        while chunk or not getattr(decompressor, "needs_input", True):
             at_end = False
             try:
                 data = decompressor.decompress(chunk, CHUNK_BYTES)
-            except zlib.error as error:
+            except (zlib.error, OSError, lzma.LZMAError) as error:
                 raise UserError(f"{source.path} is damaged: {error}") from error
             if data:
                 yield data, True
-            chunk = decompressor.unconsumed_tail
+            chunk = getattr(decompressor, "unconsumed_tail", b"")
             if decompressor.eof:  # another member may follow
-                chunk, decompressor = decompressor.unused_data, zlib.decompressobj(wbits=31)
+                chunk, decompressor = decompressor.unused_data.lstrip(b"\0"), new()
                 at_end = not chunk
     if not at_end:
-        raise UserError(f"{source.path} is cut short: its gzip data has no end")
+        raise UserError(f"{source.path} is cut short: its {source.compression} data has no end")
 
 
 def _zstd(
@@ -178,7 +223,7 @@ def zstd_frames(path: str) -> list[int]:
                 if magic in ZSTD_SKIPPABLE:
                     at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
                 else:
-                    if data[at : at + 4] != MAGIC["zstd"]:
+                    if data[at : at + 4] != ZSTD_MAGIC:
                         raise UserError(f"{path} is damaged: no zstd frame begins at byte {at}")
                     offsets.append(at)
                     at = _frame_end(data, at + 4)

@@ -58,8 +58,20 @@ LINE = json.dumps({"text": "hello"}) + "\n"
 
 def test_missing_or_empty_input(tokenize, tmp_path) -> None:
     assert "does not exist" in tokenize(tmp_path / "no.jsonl")
-    assert "input files are empty" in tokenize(write(tmp_path / "a.jsonl", ""))
-    assert "no document with text" in tokenize(write(tmp_path / "b.jsonl", '{"text": ""}\n'))
+    empty = write(tmp_path / "a.jsonl", "")
+    assert f"the input file {empty} is empty" in tokenize(empty)
+    (tmp_path / "two").mkdir()
+    write(tmp_path / "two" / "a.jsonl", "")
+    write(tmp_path / "two" / "b.jsonl", "")
+    assert f"all 2 input files are empty, {tmp_path}/two/a.jsonl among" in tokenize(
+        tmp_path / "two"
+    )
+    file = write(tmp_path / "b.jsonl", '{"text": ""}\n')
+    assert tokenize(file).endswith(f"no document with text in {file} 1 empty documents left out")
+    other = write(tmp_path / "two" / "b.jsonl", '{"text": 5}\n')
+    message = tokenize(tmp_path / "two")
+    assert f"no document with text in {tmp_path}/two/a.jsonl and 1 other files" in message
+    assert f"{other}:1: field 'text' is no string" in message
     (tmp_path / "folder").mkdir()
     assert "holds no file named like" in tokenize(tmp_path / "folder")
     write(tmp_path / "folder" / "a.py", "x")
@@ -118,7 +130,10 @@ def test_a_text_field_that_is_not_there(tokenize, tmp_path) -> None:
     many = write(tmp_path / "b.jsonl", '{"content": "x", "id": 1}\n' * 500)
     for file in (few, many):
         message = tokenize(file, "--max-bad-lines", 1000)
-        assert "no line has the text field 'text'; they have content, id" in message
+        assert "no line has the field 'text'; they have content, id" in message
+    message = tokenize(many)
+    assert "none of the first 101 lines has the field 'text'; they have content, id" in message
+    assert "give --text-field NAME, or more --max-bad-lines, if later lines have it" in message
 
 
 def test_text_that_is_not_utf8_is_skipped_and_counted(tokenize, tmp_path) -> None:
@@ -174,7 +189,13 @@ def test_an_output_folder_in_use(refused, jsonl, tokenizer, out, tmp_path) -> No
 def test_fractions_that_leave_nothing(tokenize, jsonl, tmp_path) -> None:
     assert "leave something to train on" in tokenize(jsonl, "--validation-fraction", "1")
     one = write(tmp_path / "a.jsonl", LINE)
-    assert "the validation split got none of the 1 documents" in tokenize(one)
+    message = tokenize(one, "--validation-fraction", "0.1")
+    assert "the validation split got none of the 1 documents" in message
+    assert "--text-documents" not in message  # it does nothing for JSON lines
+    text = write(tmp_path / "a.txt", "hello")
+    message = tokenize(text, "--test-fraction", "0.1")
+    assert "the test split got none of the 1 documents" in message
+    assert "--text-documents paragraph cuts" in message
 
 
 def test_no_space_or_no_permission(tokenize, jsonl, monkeypatch) -> None:
@@ -218,7 +239,7 @@ def test_a_tokenizer_is_not_overwritten(refused, jsonl, tokenizer) -> None:
 def test_bad_text_while_training_a_tokenizer(refused, tmp_path) -> None:
     file = write(tmp_path / "a.jsonl", '{"content": "x"}\n' * 20)
     base = ["train-tokenizer", file, "--output-dir", tmp_path / "t", "--vocab-size", 340]
-    assert "no line has the text field" in refused(*base)
+    assert "no line has the field" in refused(*base)
 
 
 def test_inspecting_what_is_not_there(refused, out, tmp_path) -> None:

@@ -310,7 +310,7 @@ def test_bad_input(dump: list[Path], tmp_path: Path, refused) -> None:
         "clean", *both, "--min-characters", 9, "--max-characters", 3
     )
     no_id = ("--id-field", "key", "--max-bad-lines", 9)
-    assert "no line has the id field 'key'" in refused("clean", *both, *no_id)
+    assert "none of the first 10 lines has the field 'key'" in refused("clean", *both, *no_id)
     assert "nothing is left" in refused("clean", *both, "--min-characters", 1_000_000)
     assert not out.exists()
     assert not list(tmp_path.glob(".out*"))
@@ -334,3 +334,24 @@ def test_libraries_that_are_missing_are_named(
         monkeypatch.setitem(sys.modules, module, None)
         said = refused("clean", dump[0], "--output-dir", tmp_path / "out", *option.split())
         assert "pip install 'megatron-ladder[clean]'" in said
+
+
+def test_what_is_not_used_is_said(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    lines = [json.dumps({"text": text}) for text in ("one", "one", "two")]
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join([*lines, "{broken", '{"text": null}']))
+    (tmp_path / "in" / "b.csv").write_text("x")
+    argv = ["clean", str(tmp_path / "in"), "--exact-dedup", "--output-dir", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    told = capsys.readouterr().out
+    assert (
+        f"1 lines could not be used; the first ones:\n  {tmp_path}/in/a.jsonl:4: not JSON" in told
+    )
+    assert "1 files of the input folders not read (0.0 MB): *.csv (1)" in told
+    report = json.loads((tmp_path / "out" / "clean-report.json").read_text())
+    assert report["left_out"] == [{"named": "*.csv", "files": 1, "bytes": 1}]
+    assert report["kept"]["documents"] == 2
+    report["options"]["version"] -= 1  # made by an older release
+    (tmp_path / "out" / "clean-report.json").write_text(json.dumps(report))
+    assert cli.main(argv) == 0
+    assert "already done" in capsys.readouterr().out

@@ -142,3 +142,31 @@ def test_a_link_to_an_empty_folder_and_a_byte_order_mark(tokenizer, tmp_path) ->
     manifest = tokenize(file, tokenizer, tmp_path / "link", "--validation-fraction", "0")
     assert manifest["splits"]["train"]["documents"] == 2
     assert (tmp_path / "real" / "manifest.json").is_file()
+
+
+def test_few_documents_are_all_trained_on(tokenizer, tmp_path, capsys) -> None:
+    """Nobody asked for the default fraction; it may even hold out all."""
+    file, out = tmp_path / "a.jsonl", tmp_path / "data"
+    texts = [f"document {i}" for i in range(300)]
+    held_out = next(t for t in texts if hash_fraction(t) < 0.01)
+    others = [t for t in texts if hash_fraction(t) >= 0.01][:3]
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    for number, docs in enumerate(([others[0]], [held_out], others)):
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in docs))
+        manifest = tokenize(file, tokenizer, out / str(number))
+        assert list(manifest["splits"]) == ["train"]
+        assert manifest["splits"]["train"]["documents"] == len(docs)
+        assert documents(out / str(number)) == [[*model.encode(text), 2] for text in docs]
+        assert "validation: none, as there are few documents" in capsys.readouterr().out
+        assert cli.main(["verify", str(out / str(number))]) == 0
+        tokenize(file, tokenizer, out / str(number))
+        assert "already done" in capsys.readouterr().out
+    # With one to train on, the other is held out.
+    docs = [others[0], held_out]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in docs))
+    manifest = tokenize(file, tokenizer, out / "both")
+    assert {name: s["documents"] for name, s in manifest["splits"].items()} == {
+        "train": 1,
+        "validation": 1,
+    }
+    assert "validation: none" not in capsys.readouterr().out

@@ -47,3 +47,19 @@ def test_ctrl_c_ends_training_of_a_tokenizer(jsonl: Path, tmp_path: Path) -> Non
     process.send_signal(signal.SIGINT)
     assert process.wait(10) != 0
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_what_of_the_input_is_not_used_is_said(jsonl: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(jsonl.read_bytes() + b"{broken\n")
+    (tmp_path / "in" / "b.7z").write_bytes(b"x")
+    argv = ["train-tokenizer", str(tmp_path / "in"), "--vocab-size", "340", "--output-dir"]
+    assert cli.main([*argv, str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err
+    assert "1 lines or files skipped; the first ones:\n" in told
+    assert f"{tmp_path}/in/a.jsonl:201: not JSON" in told
+    assert "1 files of the input folders not read (0.0 MB): *.7z (1)" in told
+    (tmp_path / "in" / "a.jsonl").write_bytes(b"{broken\n" * 3)
+    assert cli.main([*argv, str(tmp_path / "none")]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path}/in/a.jsonl:1: not JSON" in told and "no document was sampled" in told

@@ -136,4 +136,4 @@ def test_what_cannot_be_meant(chat_tokenizer, tokenizer, jsonl, tmp_path, refuse
     message = refused(*base, chat_tokenizer, "--chat-field", "messages", "--chat-template", broken)
     assert "is not valid" in message
     message = refused(*base, chat_tokenizer, "--chat-field", "messages")
-    assert "no line has the text field 'messages'; they have id, text" in message
+    assert "lines has the field 'messages'; they have id, text: give --chat-field NAME" in message

@@ -1,8 +1,11 @@
 """Where text may lie, and what is wrong with it."""
 
+import bz2
 import gzip
 import http.server
 import json
+import lzma
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +18,9 @@ import pytest
 from data_prep import cli
 from data_prep.parts import plan, pool
 from data_prep.parts.plan import plan_parts
+from data_prep.read.parquet import read_rows
+from data_prep.read.reading import BadLines, Reading
+from data_prep.read.records import in_utf8
 from data_prep.read.sources import find_sources
 
 Serve = Callable[..., str]
@@ -173,8 +179,8 @@ def test_inputs_that_cannot_be_meant(tokenize, jsonl, tmp_path) -> None:
     (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     status, output, _ = tokenize(folder)
     assert status == 2 and f"splits train, test: give {folder}/SPLIT" in output
-    (tmp_path / "a.json").write_text('[{"text": "x"}]')
-    status, output, _ = tokenize(tmp_path / "a.json", options=("--max-bad-lines", 0))
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n[{"text": "x"}]\n')
+    status, output, _ = tokenize(tmp_path / "a.jsonl", options=("--max-bad-lines", 0))
     assert status == 2 and "one object a line is needed" in output
 
 
@@ -192,7 +198,7 @@ def test_several_and_nested_fields(tokenize, tokenizer, tmp_path, capsys) -> Non
     status, _, manifest = tokenize(dotted, options=("--text-field", "doc.body"), out="b")
     assert status == 0 and manifest["splits"]["train"]["text_bytes"] == len("flat")
     status, output, _ = tokenize(file, options=("--text-field", "doc.title"), out="c")
-    assert status == 2 and "no line has the text field 'doc.title'; they have doc, title" in output
+    assert status == 2 and "no line has the field 'doc.title'; they have doc, title" in output
 
 
 def test_a_line_that_is_too_long_is_named_and_not_held_in_memory(tokenize, tmp_path) -> None:
@@ -305,7 +311,10 @@ def test_parquet_without_the_column(tokenize, tmp_path) -> None:
     assert status == 2 and "no column is named 'text'; it has content, id" in output
     pq.write_table(pa.table({"text": ["x", None]}), file)
     status, output, _ = tokenize(file)
-    assert status == 0 and "row 2: field 'text' is no string" in output
+    assert status == 0 and "1 empty documents left out" in output
+    pq.write_table(pa.table({"text": [1, 2]}), file)
+    status, output, _ = tokenize(file, out="numbers")
+    assert status == 2 and "row 1: field 'text' is no string" in output
 
 
 def test_an_input_that_was_edited_is_not_taken_for_done(tokenize, tmp_path) -> None:
@@ -322,3 +331,211 @@ def test_an_output_inside_the_input(tokenize, tmp_path, jsonl) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl.read_bytes())
     status, output, _ = tokenize(tmp_path)
     assert status == 2 and "lies in the input folder" in output
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A folder as people have it."""
+    folder = tmp_path / "mixed"
+    (folder / "deep").mkdir(parents=True)
+    raw = line("one").encode()
+    (folder / "a.jsonl").write_bytes(raw)
+    (folder / "B.JSONL").write_bytes(raw)
+    (folder / "deep" / "c.jsonl.xz").write_bytes(lzma.compress(raw))
+    (folder / "deep" / "d.txt.BZ2").write_bytes(bz2.compress(b"two"))
+    for name in ("e.7z", "f.7z", "g.csv", "h.jsonl.lz4", "_SUCCESS", "README.md"):
+        (folder / name).write_bytes(b"seven..")
+    (folder / "deep" / "._a.jsonl").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    (folder / "gone.jsonl").symlink_to(folder / "nothing")
+    (folder / "itself.jsonl").symlink_to(folder / "itself.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    return folder
+
+
+NOT_READ = [
+    {"named": "*.7z", "files": 2, "bytes": 14},
+    {"named": "broken links", "files": 2, "bytes": 0},
+    {"named": "*.csv", "files": 1, "bytes": 7},
+    {"named": "*.lz4", "files": 1, "bytes": 7},
+    {"named": "*.md", "files": 1, "bytes": 7},
+    {"named": "._*", "files": 1, "bytes": 16},
+    {"named": "links to folders", "files": 1, "bytes": 0},
+    {"named": "without an ending", "files": 1, "bytes": 7},
+]
+
+
+def test_what_is_left_out_of_a_folder_is_named(mixed, tokenize) -> None:
+    status, output, manifest = tokenize(mixed)
+    assert status == 0
+    read = [Path(source["path"]).name for source in manifest["sources"]]
+    assert read == ["B.JSONL", "a.jsonl", "c.jsonl.xz", "d.txt.BZ2"]
+    assert manifest["splits"]["train"]["documents"] == 4
+    assert manifest["left_out"] == NOT_READ
+    assert (
+        "10 files of the input folders not read (0.0 MB): *.7z (2), broken links (2), *.csv"
+        in output
+    )
+    # Nothing is said of what the user's own patterns leave out, nor where all was read.
+    options = ("--include", "*.jsonl", "*.csv", "--exclude", "*/a.jsonl")
+    status, output, manifest = tokenize(mixed, options=options, out="chosen")
+    assert [Path(source["path"]).name for source in manifest["sources"]] == ["g.csv"]
+    assert [one["named"] for one in manifest["left_out"]] == [
+        *("broken links", "._*", "links to folders")
+    ]
+    everything = ("--include", "*", "--exclude", "*.csv", "--text-documents", "line")
+    _, output, manifest = tokenize(mixed, options=everything, out="all")
+    assert [one["named"] for one in manifest["left_out"]] == [
+        *("*.7z", "broken links", "*.lz4", "._*", "links to folders")
+    ]
+    status, output, manifest = tokenize(mixed / "a.jsonl", out="one")
+    assert "left_out" not in manifest and "not read" not in output
+
+
+def test_what_is_left_out_of_a_pattern_and_of_a_store(mixed, tokenize) -> None:
+    status, _, manifest = tokenize(f"{mixed}/[adefi]*", out="pattern")
+    assert status == 0
+    assert [Path(source["path"]).name for source in manifest["sources"]] == ["a.jsonl"]
+    assert [(one["named"], one["files"]) for one in manifest["left_out"]] == [
+        *(("*.7z", 2), ("broken links", 1), ("folders that a pattern matches", 1))
+    ]
+    status, output, _ = tokenize(f"{mixed}/*.7z", out="none")
+    assert status == 2 and "/*.7z but *.7z (2), which are not read" in output
+    status, output, _ = tokenize(f"{mixed}/gone.*", out="none")
+    assert status == 2 and "/gone.* but 1 broken links" in output
+    memory = fsspec.filesystem("memory")
+    for name in ("mixed/a.jsonl", "mixed/e.7z", "mixed/._a.jsonl"):
+        memory.pipe(f"/bucket/{name}", line("one").encode())
+    status, output, manifest = tokenize("memory://bucket/mixed", out="store")
+    assert status == 0, output
+    assert [(one["named"], one["files"]) for one in manifest["left_out"]] == [
+        ("*.7z", 1),
+        ("._*", 1),
+    ]
+
+
+def test_a_folder_that_holds_nothing_to_read(mixed, tokenize, tmp_path) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "a.7z").write_bytes(b"x")
+    status, output, _ = tokenize(tmp_path / "odd")
+    assert status == 2
+    assert "holds no file named like *.jsonl, *.json," in output
+    assert "but *.7z (1): give --include PATTERN" in output
+    for file in (mixed / "e.7z", mixed / "h.jsonl.lz4", tmp_path / "a.tar.gz"):
+        file.write_bytes(b"x")
+        status, output, _ = tokenize(file)
+        assert status == 2 and f"{file} is an archive, or packed in a way that is not" in output
+
+
+def test_a_folder_that_may_not_be_read(tokenize, tmp_path, monkeypatch) -> None:
+    """Root may read all, so the system's answer is stood in for."""
+    (tmp_path / "dump" / "closed").mkdir(parents=True)
+    (tmp_path / "dump" / "a.jsonl").write_text(line("one"))
+    scandir = os.scandir
+
+    def refuse(path: object) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    status, output, _ = tokenize(tmp_path / "dump")
+    assert status == 2 and f"{tmp_path}/dump/closed: Permission denied" in output
+
+
+def test_ranks_agree_though_files_that_are_not_read_change(mixed, tokenize) -> None:
+    """Their logs may lie in the input folder."""
+    ranks = ("--world-size", 2, "--rank")
+    assert tokenize(mixed, options=(*ranks, 0))[0] == 0
+    (mixed / "slurm-1.out").write_text("rank 1 starts")
+    status, output, _ = tokenize(mixed, options=(*ranks, 1))
+    assert status == 0, output
+    (mixed / "late.jsonl").write_text(line("late"))
+    status, output, _ = tokenize(mixed, options=(*ranks, 1))
+    assert status == 2 and "4 files there, 5 now" in output
+
+
+def test_half_a_character(tokenize, tmp_path, capsys) -> None:
+    """A lone surrogate, as a limit on UTF-16 units leaves it: JSON can spell it and UTF-8 cannot."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(line("one") + line("cut \ud83d off") + line("pair \ud83d\ude00"))
+    status, output, manifest = tokenize(file)
+    assert status == 0 and manifest["splits"]["train"]["documents"] == 2
+    assert f"{file}:2: not UTF-8: U+D83D at character 4 is half of a character" in output
+    status, output, manifest = tokenize(file, options=("--invalid-utf8", "replace"), out="b")
+    assert status == 0 and "1 documents with invalid UTF-8, replaced by U+FFFD" in output
+    for number, text in ((1, "cut \ufffd off"), (2, "pair 😀")):
+        assert cli.main(["inspect", str(tmp_path / "b"), "--document", str(number)]) == 0
+        assert text in capsys.readouterr().out
+    status, output, _ = tokenize(file, options=("--invalid-utf8", "stop"), out="c")
+    assert status == 2 and f"{file}:2: not UTF-8" in output and "replace or skip" in output
+    limit = ("--max-bad-lines", 0)
+    status, output, _ = tokenize(file, options=limit, out="d")
+    assert status == 2 and "(--invalid-utf8 replace puts U+FFFD" in output
+
+
+def test_parquet_with_text_that_is_not_utf8(tokenize, tmp_path, capsys) -> None:
+    """Some writers do not check. It is treated as elsewhere, in columns of text and of bytes."""
+    raw = pa.array([b"one", b"caf\xe9", b"two"], pa.binary())
+    nested = pa.StructArray.from_arrays([raw.view(pa.string())], ["body"])
+    encoded = raw.dictionary_encode()
+    encoded = pa.DictionaryArray.from_arrays(encoded.indices, encoded.dictionary.view(pa.string()))
+    columns = {
+        "text": raw.view(pa.string()),
+        "raw": raw,
+        "large": raw.cast(pa.large_binary()).view(pa.large_string()),
+        "doc": nested,
+        "encoded": encoded,
+    }
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table(columns), file)
+    for name in ("text", "raw", "large", "doc.body", "encoded"):
+        field = ("--text-field", name)
+        status, output, manifest = tokenize(file, options=field, out=f"{name}-skip")
+        assert status == 0 and f"{file}: row 2: not UTF-8: unexpected end of data" in output
+        assert manifest["splits"]["train"]["documents"] == 2
+        options = (*field, "--invalid-utf8", "replace")
+        status, output, manifest = tokenize(file, options=options, out=f"{name}-replace")
+        assert status == 0 and "1 documents with invalid UTF-8, replaced" in output
+        assert cli.main(["inspect", str(tmp_path / f"{name}-replace"), "--document", "1"]) == 0
+        assert "caf\ufffd" in capsys.readouterr().out
+        options = (*field, "--invalid-utf8", "stop")
+        status, output, _ = tokenize(file, options=options, out="stop")
+        assert status == 2 and f"{file}: row 2: not UTF-8" in output
+
+
+def test_messages_with_text_that_is_not_utf8(tmp_path) -> None:
+    raw = pa.array([b"one", b"caf\xe9"], pa.binary()).view(pa.string())
+    message = pa.StructArray.from_arrays([raw], ["content"])
+    for number, kind in enumerate((pa.ListArray, pa.LargeListArray)):
+        file = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"messages": kind.from_arrays([0, 1, 2], message)}), file)
+        (source,) = find_sources((file,))
+        reading = Reading(("messages",), invalid_utf8="replace")
+        (rows,) = read_rows(source, reading, 0, None, lambda _: None)
+        assert rows == [{"messages": [{"content": text}]} for text in (b"one", b"caf\xe9")]
+        bad = BadLines(0)
+        found = [in_utf8([row["messages"]], "", reading, bad) for row in rows]
+        assert found == [[[{"content": text}]] for text in ("one", "caf\ufffd")]
+        assert bad.replaced == 1
+
+
+def test_several_fields_of_which_one_is_null(tokenize, tmp_path) -> None:
+    """Null is as an empty text; where all are null, the document is empty."""
+    for name, title, wanted in (("null", "null", ["\n\nx"]), ("empty", '""', ["\n\nx", "\n\n"])):
+        file = tmp_path / f"{name}.jsonl"
+        both = f'{{"title": {title}, "body": "x"}}\n{{"title": {title}, "body": {title}}}\n'
+        file.write_text(both)
+        options = ("--text-field", "title", "body")
+        status, output, manifest = tokenize(file, options=options, out=name)
+        assert status == 0, output
+        facts = manifest["splits"]["train"]
+        assert (facts["documents"], facts["text_bytes"]) == (len(wanted), sum(map(len, wanted)))
+
+
+def test_utf16(tokenize, tmp_path) -> None:
+    """PowerShell's way to write a file."""
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_bytes(line("one").encode("utf-16"))
+        status, output, _ = tokenize(tmp_path / name)
+        assert status == 2 and "it is UTF-16: write it as UTF-8" in output
