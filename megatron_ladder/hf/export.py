@@ -29,7 +29,7 @@ from transformers import (
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.configuration_ladder import LadderConfig
-from megatron_ladder.hf.convert import megatron_to_hf
+from megatron_ladder.hf.convert import main_dtype, megatron_to_hf
 from megatron_ladder.hf.output import complete_or_absent, synced_behind
 from megatron_ladder.hf.stored import bytes_of, is_finite, safetensors_header
 from megatron_ladder.hf.tokenizer import write_tokenizer
@@ -80,7 +80,7 @@ def export_folder(
     output_dir: Path,
     *,
     max_shard_size: str = "5GB",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
     model_card_facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a model's folder: configuration, weights, tokenizer, model card and modelling files.
@@ -95,7 +95,8 @@ def export_folder(
             from which this one was made: its tokenizer and generation settings are copied unchanged.
         output_dir: made here. It may exist if it is empty.
         max_shard_size: a larger model gets several weight files and an index.
-        dtype: the dtype of the written weights.
+        dtype: the dtype of the written weights. None: each keeps its own. config.json then names
+            `config.dtype`, or if that is None the dtype of most weights.
         model_card_facts: facts for the model card, all optional: `name`, `license` and `origin` (str;
             `origin` is the architecture of the model from which this one was made), `data` and
             `training` (a table's rows: label -> value), `limits` (a list of sentences).
@@ -116,7 +117,8 @@ def export_folder(
         raise ValueError("config.eos_token_id is not set: it is the id that ends a document")
     with complete_or_absent(output_dir) as folder:
         with_code = needs_code(config, own_tokenizer=not Path(tokenizer).is_dir())
-        _write_configs(config, dtype, folder, with_code=with_code)
+        named = dtype or config.dtype or main_dtype(tensors)
+        _write_configs(config, named, folder, with_code=with_code)
         if Path(tokenizer).is_dir():
             for name in _COPIED:
                 if (Path(tokenizer) / name).is_file():
@@ -130,7 +132,7 @@ def export_folder(
                 max_length=config.max_position_embeddings,
             )
         _write_weights(tensors, config, dtype, max_shard_size, folder)
-        card = model_card(config, dtype, facts, with_code=with_code)
+        card = model_card(config, named, facts, with_code=with_code)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return output_dir
 
@@ -223,7 +225,7 @@ def _write_configs(
 def _write_weights(
     tensors: Mapping[str, Any],
     config: LadderConfig,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     max_shard_size: str,
     folder: Path,
 ) -> None:
@@ -233,7 +235,7 @@ def _write_weights(
         for name, tensor in tensors.items()
     }
     planned = {
-        name: torch.empty(tensor.shape, dtype=dtype, device="meta")
+        name: torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
         for name, tensor in megatron_to_hf(without_data, config)
     }
     plan = split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
@@ -256,7 +258,7 @@ def _write_weights(
             path = folder / file_of[name]
             with path.open("ab") as opened:
                 for piece in tensor.detach().reshape(-1).split(_PIECE):
-                    opened.write(bytes_of(_converted(piece, dtype, name)))
+                    opened.write(bytes_of(_converted(piece, planned[name].dtype, name)))
             sync(path)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": file_of}

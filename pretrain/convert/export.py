@@ -39,7 +39,7 @@ def export_run(
     Args:
         run: the run's folder, or a checkpoint of it.
         output_dir: made; refused when it holds something.
-        dtype: "fp32", "bf16" or "fp16"; None keeps the checkpoint's.
+        dtype: "fp32", "bf16" or "fp16"; None keeps that of each tensor.
         max_shard_size: of one safetensors file, such as "5GB".
         license: for the model card, as Hugging Face's hub names them, such as "apache-2.0".
 
@@ -68,9 +68,10 @@ def export_run(
         original = json.loads((imported / "config.json").read_text(encoding="utf-8"))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, name, original.get(name))
+        if not config.data.paths:  # as it was imported
+            hf_config.dtype = _stated_dtype(original)
         tokenizer = imported
-    stored = weights["embedding.word_embeddings.weight"].dtype
-    as_dtype = DTYPES[dtype] if dtype else stored
+    as_dtype = DTYPES[dtype] if dtype else None
     with complete_or_absent(output_dir) as folder:
         export_folder(
             weights,
@@ -84,6 +85,12 @@ def export_run(
         found = verify_export(folder, weights, model, as_dtype)
     logger.info("%s: %s", output_dir, found)
     return output_dir
+
+
+def _stated_dtype(original: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that a config.json gives: older ones call it torch_dtype. None: it gives none."""
+    name = str(original.get("dtype") or original.get("torch_dtype")).removeprefix("torch.")
+    return next((dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{name}"), None)
 
 
 def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:

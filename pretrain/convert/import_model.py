@@ -20,7 +20,7 @@ from tqdm import tqdm
 from megatron_ladder import cpu_platform
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.convert import Chunk, hf_to_megatron_chunks
+from megatron_ladder.hf.convert import Chunk, hf_to_megatron_chunks, main_dtype
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import check_unused, complete_or_absent
@@ -78,7 +78,7 @@ def import_model(
         ladder_layers = ",".join(map(str, chosen))
     if ladder_layers is not None:
         model = with_ladder_layers(model, ladder_layers, None)
-    dtype = chunks[0].dtype
+    dtype = main_dtype(state)
     config = TrainConfig(
         model=model,
         data=DataConfig(seq_length=min(2048, model.max_position_embeddings)),
@@ -92,10 +92,11 @@ def import_model(
         _keep_files(source, new, tokenizer)
         if staleness:
             save_staleness(new, staleness)
+    dtypes = ", ".join(sorted({str(chunk.dtype).removeprefix("torch.") for chunk in chunks}))
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     return (
         f"{source} ({hf_config.architectures[0]}, {in_units(model.num_parameters())} parameters, "
-        f"{in_units(size, 'B')} of {str(dtype).removeprefix('torch.')}): {output_dir}, residual "
+        f"{in_units(size, 'B')} of {dtypes}): {output_dir}, residual "
         f"{model.residual}" + (f", ladder layers {ladder_layers}" if ladder_layers else "")
     )
 

@@ -51,7 +51,7 @@ def verify_export(
     folder: Path,
     weights: Mapping[str, CheckpointTensor],
     model: ModelConfig,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> str:
     """Compares a folder that `export_folder` wrote with what it was written from.
 
@@ -63,7 +63,7 @@ def verify_export(
         folder: complete; its files are loaded, and code among them is run.
         weights: of the checkpoint, by megatron-core's names.
         model: of the run, with `vocab_size` set.
-        dtype: of the exported weights.
+        dtype: of the exported weights; None: each has the checkpoint's.
 
     Returns:
         What was found, to print.
@@ -133,10 +133,10 @@ def exported_logits(folder: Path, tokens: Tensor, *, whole: bool) -> Tensor:
 def run_logits(
     weights: Mapping[str, CheckpointTensor],
     model: ModelConfig,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     tokens: Tensor,
 ) -> Tensor:
-    """Of megatron-core's GPTModel with weights rounded to `dtype`: [1, length, vocabulary], fp32."""
+    """Of megatron-core's GPTModel with weights rounded to `dtype`, if any: [1, length, vocabulary], fp32."""
     with _one_rank():
         config = transformer_config(model, ParallelConfig(), impl="local")
         config.use_cpu_initialization = True  # else parameters are made on a GPU that is there
@@ -157,10 +157,10 @@ def run_logits(
 def _read(
     tensor: Any,
     which: Any = slice(None),
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: Any = "cpu",
 ) -> Tensor:
-    return tensor[which].to(dtype).to(device, torch.float32)
+    return tensor[which].to(dtype=dtype).to(device, torch.float32)
 
 
 def _load_by_layers(
