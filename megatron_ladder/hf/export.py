@@ -216,8 +216,11 @@ def _write_configs(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
         # generate() needs a token with which it fills finished sequences.
+        # Some models give -1 for none.
         pad_token_id=(
-            _first(config.eos_token_id) if config.pad_token_id is None else config.pad_token_id
+            _first(config.eos_token_id)
+            if config.pad_token_id is None or config.pad_token_id < 0
+            else config.pad_token_id
         ),
     ).save_pretrained(folder)
 

@@ -13,6 +13,7 @@ from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import complete_or_absent
 from pretrain.config.train import TrainConfig, load_config
+from pretrain.convert.import_tokenizer import READ
 from pretrain.convert.plain_model import one_rank_model
 from pretrain.convert.verify_export import verify_export
 from pretrain.convert.weights import checkpoint_weights
@@ -61,8 +62,7 @@ def export_run(
     model = one_rank_model(config.model, config.parallel.tensor_model_parallel_size, run)
     data = kept_facts(checkpoint.parents[1])[0]
     weights = checkpoint_weights(checkpoint)
-    hf_config = to_hf_config(model, data.tokenizer["eod_id"])
-    tokenizer = data.path / data.tokenizer["file"]
+    hf_config = to_hf_config(model, data.tokenizer["eod_id"] if data.has_tokenizer else None)
     imported = checkpoint.parents[1] / "imported"
     if imported.is_dir():  # what another model's configuration and tokenizer say stays so
         original = json.loads((imported / "config.json").read_text(encoding="utf-8"))
@@ -70,13 +70,12 @@ def export_run(
             setattr(hf_config, name, original.get(name))
         if not config.data.paths:  # as it was imported
             hf_config.dtype = _stated_dtype(original)
-        tokenizer = imported
     as_dtype = DTYPES[dtype] if dtype else None
     with complete_or_absent(output_dir) as folder:
         export_folder(
             weights,
             hf_config,
-            tokenizer,
+            _tokenizer(imported, data),
             folder,
             max_shard_size=max_shard_size,
             dtype=as_dtype,
@@ -85,6 +84,13 @@ def export_run(
         found = verify_export(folder, weights, model, as_dtype)
     logger.info("%s: %s", output_dir, found)
     return output_dir
+
+
+def _tokenizer(imported: Path, data: DataFolder) -> Path:
+    """The other model's files, or the tokenizer of the data where these have none or are not there."""
+    if not data.has_tokenizer or any((imported / name).is_file() for name in READ):
+        return imported
+    return data.path / data.tokenizer["file"]
 
 
 def _stated_dtype(original: dict[str, Any]) -> torch.dtype | None:

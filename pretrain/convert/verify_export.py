@@ -136,7 +136,7 @@ def run_logits(
     dtype: torch.dtype | None,
     tokens: Tensor,
 ) -> Tensor:
-    """Of megatron-core's GPTModel with weights rounded to `dtype`, if any: [1, length, vocabulary], fp32."""
+    """Of megatron-core's GPTModel with weights rounded to `dtype`, if any: [1, length, vocabulary]."""
     with _one_rank():
         config = transformer_config(model, ParallelConfig(), impl="local")
         config.use_cpu_initialization = True  # else parameters are made on a GPU that is there

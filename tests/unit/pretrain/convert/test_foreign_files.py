@@ -156,7 +156,9 @@ def matrices_in_fp16(tensors: Tensors) -> Tensors:
     return {k: t.half() if "_proj.weight" in k else t.bfloat16() for k, t in tensors.items()}
 
 
-@pytest.mark.parametrize("change", [some_in_fp32("norm"), some_in_fp32("lm_head"), matrices_in_fp16])
+@pytest.mark.parametrize(
+    "change", [some_in_fp32("norm"), some_in_fp32("lm_head"), matrices_in_fp16]
+)
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
 def test_each_tensor_keeps_its_dtype(published: Path, tmp_path: Path, change, size: str) -> None:
     folder = changed(published, "untied", tmp_path / "model", change)
