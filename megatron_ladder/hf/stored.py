@@ -140,6 +140,15 @@ def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that a folder's index names; without an index there is one file."""
+    if not (folder / INDEX).is_file():
+        return ["model.safetensors"]
+    return sorted(
+        set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    )
+
+
 def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The model's files, and the weight map of the index. Without an index there is one file, and None."""
     index, single = folder / INDEX, folder / "model.safetensors"

@@ -36,6 +36,7 @@ from pretrain.data.folders import open_folder
 from pretrain.data.sample import check_tokenizer, sample_sequences
 from pretrain.data.tokenizer_facts import tokenizer_facts
 from pretrain.model.staleness import Staleness, measure_staleness, save_staleness
+from pretrain.run.checkpoint_files import write_manifest
 from pretrain.sizes import in_units
 from pretrain.start.ladder_layers import auto_count, is_auto, with_ladder_layers
 
@@ -166,8 +167,9 @@ def _write_checkpoint(folder: Path, chunks: list[Chunk], config: TrainConfig) ->
     with tqdm(
         total=len(chunks), desc="importing", unit=" tensors", leave=False, disable=quiet
     ) as bar:
-        write_weights(folder, [_counted(chunk, bar) for chunk in chunks])
+        facts = write_weights(folder, [_counted(chunk, bar) for chunk in chunks])
     save_config(config, folder / "config.json")
+    write_manifest(folder, facts)
 
 
 def _counted(chunk: Chunk, bar: Any) -> Chunk:
