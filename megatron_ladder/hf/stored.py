@@ -161,6 +161,11 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
                 f"{folder} has no safetensors files, only {pickled[0]}: loading such a file can run "
                 "any code that is in it. Convert it to safetensors first"
             )
+        if any(folder.glob("consolidated*.safetensors")):
+            raise UserError(
+                f"{folder} has weights in Mistral's own format only (consolidated*.safetensors): copy the "
+                f"model-*.safetensors and {INDEX} of the same model there"
+            )
         raise UserError(f"{folder} has no weights: no model.safetensors and no {INDEX}")
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])

@@ -119,7 +119,7 @@ def _import(
         if staleness:
             save_staleness(new, staleness)
     dtypes = ", ".join(sorted({str(chunk.dtype).removeprefix("torch.") for chunk in chunks}))
-    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in {tensor.path for tensor in state.values()})
     return (
         f"{source} ({hf_config.architectures[0]}, {in_units(model.num_parameters())} parameters, "
         f"{in_units(size, 'B')} of {dtypes}): {output_dir}, residual "

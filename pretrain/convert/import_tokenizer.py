@@ -1,4 +1,4 @@
-"""The tokenizer of a model's folder: as it lies there, or made of vocab.json and merges.txt."""
+"""The tokenizer of a model's folder: as it lies there, or made of older files by transformers."""
 
 import logging
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from megatron_ladder.errors import UserError
+from pretrain.data.tokenizer_facts import added_to_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,15 @@ def folder_with_tokenizer(source: Path, scratch: Path) -> Path | None:
         `source` or `scratch`; None: there is no tokenizer that can be read, which is said in the log.
 
     Raises:
-        UserError: transformers cannot make a tokenizer of vocab.json and merges.txt.
+        UserError: transformers cannot make a tokenizer of the older files.
     """
-    if any((source / name).is_file() for name in READ):
+    if any((source / name).is_file() for name in READ) and not added_to_pieces(source):
         return source
+    if (source / "tokenizer.model").is_file():
+        _make(source, scratch, "tokenizer.model")
+        return scratch
     if all((source / name).is_file() for name in _OLDER):
-        _make(source, scratch)
+        _make(source, scratch, "vocab.json and merges.txt")
         return scratch
     others = sorted({path.name for pattern in _OTHERS for path in source.glob(pattern)})
     logger.warning(
@@ -44,8 +48,8 @@ def folder_with_tokenizer(source: Path, scratch: Path) -> Path | None:
     return None
 
 
-def _make(source: Path, scratch: Path) -> None:
-    for path in (*source.glob("*.json"), *source.glob("*.txt")):
+def _make(source: Path, scratch: Path, of: str) -> None:
+    for path in (p for pattern in ("*.json", "*.txt", "*.model") for p in source.glob(pattern)):
         if not path.name.endswith(".index.json"):
             shutil.copyfile(path, scratch / path.name)
     try:
@@ -56,7 +60,7 @@ def _make(source: Path, scratch: Path) -> None:
     except Exception as error:  # what transformers raises depends on the class
         reason = str(error).strip().split("\n")[0].rstrip(": ")
         raise UserError(
-            f"{source}: transformers cannot make a tokenizer of vocab.json and merges.txt ({reason}): "
-            "name the model's class as tokenizer_class in tokenizer_config.json, such as GPT2Tokenizer "
-            "or Qwen2Tokenizer, or copy a tokenizer.json there"
+            f"{source}: transformers cannot make a tokenizer.json of {of} ({reason}): name the model's "
+            "class as tokenizer_class in tokenizer_config.json, such as LlamaTokenizer, GPT2Tokenizer or "
+            "Qwen2Tokenizer, or copy a tokenizer.json there"
         ) from error

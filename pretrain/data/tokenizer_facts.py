@@ -1,14 +1,22 @@
 """Describes the tokenizer of a Hugging Face folder as a data set's manifest does."""
 
 import base64
+import json
 import logging
 from pathlib import Path
 from typing import Any
+
+import sentencepiece
 
 from megatron_ladder.errors import UserError
 from pretrain.files import sha256
 
 logger = logging.getLogger(__name__)
+
+_MAKE = (
+    "`megatron-ladder import` makes a tokenizer.json; or make it with transformers: "
+    'AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+)
 
 
 def tokenizer_facts(folder: Path, config: Any, model_folder: Path | None = None) -> dict[str, Any]:
@@ -31,6 +39,11 @@ def tokenizer_facts(folder: Path, config: Any, model_folder: Path | None = None)
         path, named = folder / name, (model_folder or folder) / name
         if not path.is_file():
             continue
+        if added := added_to_pieces(folder):
+            raise UserError(
+                f"{named} does not have all tokens of the model, {some_of(added)} were added: "
+                f"{_MAKE.format(folder=folder)}"
+            )
         size, beyond = _size(path, config.vocab_size)
         if beyond is None:
             raise UserError(
@@ -55,13 +68,41 @@ def tokenizer_facts(folder: Path, config: Any, model_folder: Path | None = None)
         }
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         raise UserError(
-            f"{folder} has vocab.json and merges.txt, but no tokenizer.json: `megatron-ladder import` "
-            "makes one; or make it with transformers: "
-            f'AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+            f"{folder} has vocab.json and merges.txt, but no tokenizer.json: "
+            f"{_MAKE.format(folder=folder)}"
         )
     raise UserError(
         f"{folder} has no tokenizer: no tokenizer.json and no tokenizer.model: copy the model's there"
     )
+
+
+def added_to_pieces(folder: Path) -> dict[str, int]:
+    """The tokens that a folder without tokenizer.json adds to its SentencePiece model, with their ids.
+
+    transformers reads them from added_tokens.json and tokenizer_config.json. Chat models have some.
+    """
+    path = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").is_file() or not path.is_file():
+        return {}
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(path.read_bytes())
+    except RuntimeError:  # `_size` says so
+        return {}
+    added: dict[str, int] = {}
+    try:
+        if (config := folder / "tokenizer_config.json").is_file():
+            fields = (
+                json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+            )
+            added |= {facts["content"]: int(i) for i, facts in fields.items()}
+        if (config := folder / "added_tokens.json").is_file():
+            added |= json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{config} is not a tokenizer's file: {error!r}") from error
+    size = model.vocab_size()
+    new = {t: i for t, i in added.items() if i >= size or model.IdToPiece(i) != t}
+    return dict(sorted(new.items(), key=lambda item: item[1]))
 
 
 def some_of(tokens: dict[str, int]) -> str:
@@ -82,8 +123,6 @@ def _size(path: Path, vocab_size: int) -> tuple[int, dict[str, int] | None]:
         except Exception as error:  # tokenizers raises nothing narrower
             raise UserError(f"{path} is not a Hugging Face tokenizer.json") from error
         return max(tokenizer.get_vocab(True).values()) + 1, added_beyond(tokenizer, vocab_size)
-    import sentencepiece
-
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(path.read_bytes())

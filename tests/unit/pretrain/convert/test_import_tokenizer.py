@@ -3,9 +3,11 @@
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -158,7 +160,7 @@ def test_vocab_json_and_merges_txt(weights: Path, model: Path, tmp_path: Path, k
         assert again.encode(text, add_special_tokens=False) == right
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (model / name).read_bytes()
-    with pytest.raises(UserError, match="`megatron-ladder import` makes one"):
+    with pytest.raises(UserError, match="`megatron-ladder import` makes a tokenizer.json"):
         load_plain_model(model)
 
 
@@ -229,3 +231,67 @@ def test_padding_tokens(
     exported = json.loads((tmp_path / "again" / "config.json").read_text())
     assert exported["pad_token_id"] == pad
     LlamaForCausalLM.from_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("listed_in", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_added_to_a_sentencepiece_model(
+    weights: Path, model: Path, tmp_path: Path, capsys, listed_in: str
+) -> None:
+    """A chat model's: its tokenizer.model alone would write <|im_end|> as text."""
+    (tmp_path / "text").write_text("the fox the dog the hen\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(model / "tokenizer"),
+        vocab_size=VOCAB - 2,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    first = pieces.vocab_size()
+    assert first <= VOCAB - 2
+    own: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    own |= {"bos_token": "<s>", "unk_token": "<unk>", "eos_token": "</s>"}
+    if listed_in == "added_tokens.json":
+        (model / listed_in).write_text(json.dumps({"<|im_start|>": first, "<|im_end|>": first + 1}))
+    else:
+        shape = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+        own["added_tokens_decoder"] = {
+            str(i): {"content": token, "special": True, **shape}
+            for i, token in ((0, "<unk>"), (first, "<|im_start|>"), (first + 1, "<|im_end|>"))
+        }
+    (model / "tokenizer_config.json").write_text(json.dumps(own))
+    theirs = AutoTokenizer.from_pretrained(model)
+    run = imported(model)
+    facts = kept_facts(run)[0]
+    assert facts.tokenizer["vocab_size"] == first + 2
+    ours = Tokenizer.from_file(str(facts.path / facts.tokenizer["file"]))
+    assert main(["export", str(run), str(tmp_path / "again")]) == 0
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    for text in (*TEXTS, "<|im_start|>user\nthe fox<|im_end|>\n"):
+        right = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, add_special_tokens=False).ids == right
+        assert again.encode(text, add_special_tokens=False) == right
+    with pytest.raises(UserError, match=r"<\|im_start\|> \(\d+\), <\|im_end\|> \(\d+\) were added"):
+        load_plain_model(model)
+    # The pieces' own ids say nothing new.
+    listed = {"0": {"content": "<unk>"}, "2": {"content": "</s>"}}
+    own = {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": listed}
+    (model / "tokenizer_config.json").write_text(json.dumps(own))
+    (model / "added_tokens.json").unlink(missing_ok=True)
+    assert load_plain_model(model).tokenizer["kind"] == "sentencepiece"
+
+
+def test_mistrals_own_weights(weights: Path, model: Path, capsys) -> None:
+    """They lie beside transformers' in many folders; alone they are not read."""
+    (model / "tokenizer.json").write_bytes(tokenizer_json(weights))
+    whole = (model / "model.safetensors").read_bytes()
+    assert main(["import", str(model), str(model.with_name("run"))]) == 0
+    alone = capsys.readouterr().out.split(":")[0]
+    (model / "consolidated.safetensors").write_bytes(whole)
+    assert main(["import", str(model), str(model.with_name("again"))]) == 0
+    assert capsys.readouterr().out.split(":")[0] == alone  # the size too
+    (model / "model.safetensors").unlink()
+    assert main(["import", str(model), str(model.with_name("third"))]) == 2
+    assert "has weights in Mistral's own format only" in capsys.readouterr().err
