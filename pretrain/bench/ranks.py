@@ -1,7 +1,6 @@
 """Ranks for benchmarks: torchrun's, or one rank of many through torch's fake process group."""
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -55,12 +54,3 @@ def _stay_on_own_core() -> None:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if 1 < int(os.environ.get("WORLD_SIZE", "1")) <= len(cores):
         os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"])]})
-
-
-def become_torchrun(ranks: int, *target: str) -> None:
-    """Replaces this process by torchrun, with `ranks` local ranks that run `target`."""
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc-per-node={ranks}", *target]
-    os.execve(sys.executable, command, environment)  # noqa: S606 (a list, no shell)

@@ -83,6 +83,6 @@ def _start_ranks(command: str, argv: list[str], ranks: int) -> None:
     Does nothing for one rank, or when torchrun has already started the ranks.
     """
     if ranks > 1 and "RANK" not in os.environ:
-        from pretrain.bench.ranks import become_torchrun
+        from pretrain.start.launch import become_torchrun
 
         become_torchrun(ranks, "--module", "pretrain.cli", command, *argv)
