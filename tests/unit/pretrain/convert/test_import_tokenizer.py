@@ -16,7 +16,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.tokenizer import added_beyond
 from pretrain.cli import main
 from pretrain.convert.plain_model import load_plain_model
-from pretrain.data.checks import check_ids
+from pretrain.data.checks import check_ids, open_data
 from pretrain.data.folders import kept_facts, open_folder
 from pretrain.evaluation.likelihood import token_losses
 from pretrain.files import sha256
@@ -117,6 +117,10 @@ def test_added_tokens_may_lie_beyond_the_model(
     check_ids([unused], 280)
     with pytest.raises(UserError, match=r"train split holds the token \[PAD\] with the id 280"):
         check_ids([unused, used], 280)
+    start = ["--preset", "adapt", "--init-from", str(run), "--data.seq-length", "32"]
+    open_data(parse_train([*start, "--data.paths", str(unused.path)])[0])
+    with pytest.raises(UserError, match="with the id 280, the model's ids end at 279"):
+        open_data(parse_train([*start, "--data.paths", str(used.path)])[0])
     # And so for what is evaluated.
     plain = load_plain_model(model)
     list(token_losses(plain.model, [np.array([1, 279])], 1, ""))
@@ -160,7 +164,7 @@ def test_vocab_json_and_merges_txt(weights: Path, model: Path, tmp_path: Path, k
         assert again.encode(text, add_special_tokens=False) == right
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (model / name).read_bytes()
-    with pytest.raises(UserError, match="`megatron-ladder import` makes a tokenizer.json"):
+    with pytest.raises(UserError, match=r"`megatron-ladder import` makes a tokenizer\.json"):
         load_plain_model(model)
 
 
