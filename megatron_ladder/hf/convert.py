@@ -23,6 +23,7 @@ A tensor may be an object that reads its data only when needed. It must have `sh
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class _Entry:
     def stacked(self) -> bool:
         return self.megatron.startswith(_STACKED)
 
-    def full_name(self, name: str, layer: int) -> str:
+    def full_name(self, name: str, layer: int | str) -> str:
         return f"model.layers.{layer}.{name}" if self.stacked else name
 
     def layers(self, config: LadderConfig) -> range:
@@ -160,7 +161,7 @@ def checked_hf_tensors(state: Mapping[str, Any], config: LadderConfig) -> Mappin
     """Checks Hugging Face's tensors. Their names must be those of `LadderForCausalLM`.
 
     Returns:
-        `state`; for a tied model without `lm_head.weight`.
+        `state`; for a tied model with the shared table as `model.embed_tokens.weight` alone.
 
     Raises:
         ValueError: a tensor is missing, unknown or has another shape, or the `lm_head.weight` of a tied
@@ -168,7 +169,10 @@ def checked_hf_tensors(state: Mapping[str, Any], config: LadderConfig) -> Mappin
     """
     if config.tie_word_embeddings and "lm_head.weight" in state:
         state = dict(state)
-        if not torch.equal(state.pop("lm_head.weight")[:], state["model.embed_tokens.weight"][:]):
+        head = state.pop("lm_head.weight")
+        # Of shared tensors safetensors' writer keeps one name, which may be either.
+        table = state.setdefault("model.embed_tokens.weight", head)
+        if table is not head and not torch.equal(head[:], table[:]):
             raise ValueError(
                 "lm_head.weight differs from model.embed_tokens.weight, but the configuration ties "
                 "them: set tie_word_embeddings to false"
@@ -225,8 +229,9 @@ def hf_to_megatron_chunks(
         }
         if len(dtypes) > 1:
             raise ValueError(
-                f"{', '.join(entry.hugging_face)} have different dtypes: "
-                f"{', '.join(sorted(map(str, dtypes)))}"
+                f"{entry.full_name('|'.join(entry.hugging_face), 'N')} have different dtypes: "
+                f"{', '.join(sorted(map(str, dtypes)))}. A checkpoint holds them as one tensor: store "
+                "them all in one dtype"
             )
         shape = entry.megatron_shape(config, padded_vocab_size)
         for layer in entry.layers(config):
@@ -252,6 +257,14 @@ def hf_to_megatron(
         else torch.stack([c.make() for c in chunks])
         for name, chunks in parts.items()
     }
+
+
+def main_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of most of the elements. Norms, for example, may have another one."""
+    elements: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        elements[tensor.dtype] = elements.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    return max(elements, key=elements.__getitem__)
 
 
 def _split(

@@ -8,7 +8,7 @@ keys), and is exported as that. `needs_code` has the exceptions.
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from transformers import (
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.configuration_ladder import LadderConfig
-from megatron_ladder.hf.convert import megatron_to_hf
-from megatron_ladder.hf.output import complete_or_absent, synced_behind
+from megatron_ladder.hf.convert import main_dtype, megatron_to_hf
+from megatron_ladder.hf.output import complete_or_absent, refuse_others, synced_behind
 from megatron_ladder.hf.stored import bytes_of, is_finite, safetensors_header
 from megatron_ladder.hf.tokenizer import write_tokenizer
 
@@ -80,8 +80,9 @@ def export_folder(
     output_dir: Path,
     *,
     max_shard_size: str = "5GB",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
     model_card_facts: Mapping[str, Any] | None = None,
+    compare_with: Path | None = None,
 ) -> Path:
     """Writes a model's folder: configuration, weights, tokenizer, model card and modelling files.
 
@@ -95,17 +96,20 @@ def export_folder(
             from which this one was made: its tokenizer and generation settings are copied unchanged.
         output_dir: made here. It may exist if it is empty.
         max_shard_size: a larger model gets several weight files and an index.
-        dtype: the dtype of the written weights.
+        dtype: the dtype of the written weights. None: each keeps its own. config.json then names
+            `config.dtype`, or if that is None the dtype of most weights.
         model_card_facts: facts for the model card, all optional: `name`, `license` and `origin` (str;
             `origin` is the architecture of the model from which this one was made), `data` and
             `training` (a table's rows: label -> value), `limits` (a list of sentences).
+        compare_with: a folder with weights. No weights are written then: those of this folder must be the
+            same, byte by byte.
 
     Returns:
         `output_dir`.
 
     Raises:
         UserError: `output_dir` is in use, the tokenizer does not fit, or a weight is NaN, infinite or too
-            large for `dtype`.
+            large for `dtype`, or is not that of `compare_with`.
         ValueError: `tensors` do not fit `config`, `config.eos_token_id` is not set, or a fact is unknown.
     """
     output_dir = Path(output_dir)
@@ -116,7 +120,8 @@ def export_folder(
         raise ValueError("config.eos_token_id is not set: it is the id that ends a document")
     with complete_or_absent(output_dir) as folder:
         with_code = needs_code(config, own_tokenizer=not Path(tokenizer).is_dir())
-        _write_configs(config, dtype, folder, with_code=with_code)
+        named = dtype or config.dtype or main_dtype(tensors)
+        _write_configs(config, named, folder, with_code=with_code)
         if Path(tokenizer).is_dir():
             for name in _COPIED:
                 if (Path(tokenizer) / name).is_file():
@@ -129,8 +134,16 @@ def export_folder(
                 vocab_size=config.vocab_size,
                 max_length=config.max_position_embeddings,
             )
-        _write_weights(tensors, config, dtype, max_shard_size, folder)
-        card = model_card(config, dtype, facts, with_code=with_code)
+        weights = _weights(tensors, config, dtype, max_shard_size, folder)
+        if compare_with is not None:
+            refuse_others(compare_with, weights)
+        else:
+            with synced_behind() as sync:
+                for file, data in weights:
+                    with (folder / file).open("ab") as opened:
+                        opened.write(data)
+                    sync(folder / file)
+        card = model_card(config, named, facts, with_code=with_code)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return output_dir
 
@@ -214,33 +227,37 @@ def _write_configs(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
         # generate() needs a token with which it fills finished sequences.
+        # Some models give -1 for none.
         pad_token_id=(
-            _first(config.eos_token_id) if config.pad_token_id is None else config.pad_token_id
+            _first(config.eos_token_id)
+            if config.pad_token_id is None or config.pad_token_id < 0
+            else config.pad_token_id
         ),
     ).save_pretrained(folder)
 
 
-def _write_weights(
+def _weights(
     tensors: Mapping[str, Any],
     config: LadderConfig,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     max_shard_size: str,
     folder: Path,
-) -> None:
+) -> Iterator[tuple[str, bytes | memoryview]]:
+    """What the weight files hold: a file's name and bytes to append to it. Writes the index, if any."""
     # The plan of the files is made from tensors without data, so that no weight is read yet.
     without_data = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in tensors.items()
     }
     planned = {
-        name: torch.empty(tensor.shape, dtype=dtype, device="meta")
+        name: torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
         for name, tensor in megatron_to_hf(without_data, config)
     }
     plan = split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
     file_of = plan.tensor_to_filename
     for file, names in plan.filename_to_tensors.items():
         header = safetensors_header({name: planned[name] for name in names})
-        (folder / file).write_bytes(header)
+        yield file, header
     # The plan lists tensors in the order in which `megatron_to_hf` yields them. So each tensor is appended
     # to its file.
     stream = tqdm(
@@ -251,13 +268,9 @@ def _write_weights(
         leave=False,
         disable=not sys.stderr.isatty(),
     )
-    with synced_behind() as sync:
-        for name, tensor in stream:
-            path = folder / file_of[name]
-            with path.open("ab") as opened:
-                for piece in tensor.detach().reshape(-1).split(_PIECE):
-                    opened.write(bytes_of(_converted(piece, dtype, name)))
-            sync(path)
+    for name, tensor in stream:
+        for piece in tensor.detach().reshape(-1).split(_PIECE):
+            yield file_of[name], bytes_of(_converted(piece, planned[name].dtype, name))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": file_of}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

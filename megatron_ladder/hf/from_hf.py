@@ -67,6 +67,11 @@ def to_model_config(config: Any, where: Path) -> ModelConfig:
     Raises:
         UserError: training does not support something in the model. The message lists everything.
     """
+    if (config.pad_token_id or 0) >= config.vocab_size:
+        raise UserError(
+            f"{where}: pad_token_id is {config.pad_token_id}, the model's ids end at "
+            f"{config.vocab_size - 1}: transformers cannot load that. Set it to null"
+        )
     kind = config.model_type
     wrong = _unsupported(config)
     rope = dict(config.rope_parameters or {})

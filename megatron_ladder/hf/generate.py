@@ -132,5 +132,5 @@ def _check_folder(folder: Path) -> dict[str, Any]:
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} has no tokenizer ({name}): export the model again")
+            raise UserError(f"{folder} has no tokenizer ({name}): copy the model's there")
     return config

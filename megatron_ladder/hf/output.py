@@ -1,11 +1,14 @@
 """Writes an output folder so that it is complete or absent."""
 
+import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 from megatron_ladder.errors import UserError
 
@@ -24,27 +27,62 @@ def check_unused(output_dir: Path) -> None:
 
 @contextmanager
 def complete_or_absent(output_dir: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `output_dir`.
+    """Gives a folder of the same name in a temporary folder `.NAME.tmp-...` beside `output_dir`.
 
-    When the block ends without an error, the folder is renamed to `output_dir`. Otherwise it is removed.
+    When the block ends without an error, the folder is moved to `output_dir`. Otherwise it is removed. What
+    processes left that were killed while they wrote an `output_dir` of this name is removed first.
 
     Raises:
         UserError: from `check_unused`, before the block starts.
     """
     check_unused(output_dir)
-    parent = output_dir.absolute().parent
+    parent, name = output_dir.absolute().parent, output_dir.absolute().name
     parent.mkdir(parents=True, exist_ok=True)
-    temporary = parent / f".{output_dir.absolute().name}.tmp-{os.getpid()}"
-    temporary.mkdir()
+    _remove_leftovers(parent, f".{name}.tmp-")
+    # The name is drawn: process ids of two containers may be the same.
+    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.tmp-", dir=parent))
+    held = _hold(temporary)
     try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
+        folder = temporary / name
+        folder.mkdir()
+        yield folder
+        for path in [*folder.rglob("*"), folder]:
             _fsync(path)
-        temporary.replace(output_dir)
-    except BaseException:
+        folder.replace(output_dir)
+        _fsync(parent)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _fsync(parent)
+        held.close()
+
+
+_LOCK = "lock"
+
+
+def _hold(temporary: Path) -> IO[bytes]:
+    """Locks a temporary folder until the returned file is closed, or the process ends, however it ends.
+
+    The file gets its name when the lock is held, so that no one finds it unlocked before.
+    """
+    file = (temporary / f"{_LOCK}.new").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks: the folder is then never taken for a leftover
+        return file
+    (temporary / f"{_LOCK}.new").rename(temporary / _LOCK)
+    return file
+
+
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    """Removes temporary folders whose lock nobody holds. A process on another node may hold one."""
+    for folder in parent.iterdir():
+        if not folder.name.startswith(prefix) or not (folder / _LOCK).is_file():
+            continue
+        with (folder / _LOCK).open("r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -67,3 +105,26 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_others(folder: Path, content: Iterable[tuple[str, bytes | memoryview]]) -> None:
+    """Compares files of a folder with what they should hold.
+
+    Args:
+        content: a file's name and the bytes that follow in it; the parts of several files may alternate.
+
+    Raises:
+        UserError: a file is missing, or holds something else.
+    """
+    with ExitStack() as stack:
+        opened: dict[str, IO[bytes]] = {}
+        for name, expected in content:
+            if name not in opened:
+                if not (folder / name).is_file():
+                    raise UserError(f"{folder / name} is missing")
+                opened[name] = stack.enter_context((folder / name).open("rb"))
+            if opened[name].read(len(expected)) != expected:
+                raise UserError(f"{folder / name} holds something else")
+        for name, file in opened.items():
+            if file.read(1):
+                raise UserError(f"{folder / name} holds more")

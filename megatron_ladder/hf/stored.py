@@ -1,6 +1,8 @@
 """Reads and writes safetensors files one tensor at a time, so that few tensors are in memory."""
 
 import json
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +14,17 @@ from torch import Tensor
 
 from megatron_ladder.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 INDEX = "model.safetensors.index.json"
 # safetensors' names of the dtypes of weights that are not quantized.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Parts of names that wrappers of a module add: those of torch.compile, DDP (and DeepSpeed), FSDP, and
+# activation checkpointing. Who saves the wrapper's state_dict stores them.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# RoPE's frequencies and tables. Old versions of transformers, and other trainers, stored these buffers.
+# transformers computes them from the configuration and ignores the stored ones, whatever their dtype.
+_COMPUTED = re.compile(r"(^|\.)rotary_(pos_)?emb\.\w*(inv_freq|cos|sin)(_cached)?$")
 
 
 @dataclass(frozen=True)
@@ -51,19 +61,27 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors in a folder's safetensors files, by name. Only the headers of the files are read here.
+    """All weights in a folder's safetensors files, by name. Only the headers of the files are read here.
+
+    The names are without what wrappers of modules add, such as `_orig_mod.` of torch.compile. Buffers that
+    transformers computes (RoPE's) are left out.
 
     Raises:
         UserError: there are no safetensors files, a file is missing or damaged, a weight is not F32, F16 or
-            BF16, or the index does not agree with the files.
+            BF16, two weights have the same name, or the index does not agree with the files.
     """
     files, weight_map = _files(folder)
     found: dict[str, StoredTensor] = {}
+    left_out: list[str] = []
     for path in files:
         names: set[str] = set()
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (`file` is not a dictionary)
+                    names.add(name)
+                    if _COMPUTED.search(name):
+                        left_out.append(name)
+                        continue
                     part = file.get_slice(name)
                     if part.get_dtype() not in DTYPES:
                         raise UserError(
@@ -71,12 +89,23 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                             "Quantized weights are not supported"
                         )
                     shape, dtype = tuple(part.get_shape()), DTYPES[part.get_dtype()]
-                    found[name] = StoredTensor(path, name, shape, dtype)
-                    names.add(name)
+                    plain = ".".join(p for p in name.split(".") if p not in _WRAPPERS)
+                    if plain in found:
+                        raise UserError(
+                            f"{found[plain].name} in {found[plain].path} and {name} in {path} are both "
+                            f"{plain}: remove one of them"
+                        )
+                    found[plain] = StoredTensor(path, name, shape, dtype)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or cut short: {error}") from error
         if weight_map is not None:
             _check_index(folder / INDEX, weight_map, path, names)
+    if left_out:
+        more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        logger.info(
+            "%s: %s%s not read: the model computes RoPE from its configuration",
+            *(folder, left_out[0], f"{more} are" if more else " is"),
+        )
     return found
 
 
@@ -111,6 +140,15 @@ def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that a folder's index names; without an index there is one file."""
+    if not (folder / INDEX).is_file():
+        return ["model.safetensors"]
+    return sorted(
+        set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    )
+
+
 def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The model's files, and the weight map of the index. Without an index there is one file, and None."""
     index, single = folder / INDEX, folder / "model.safetensors"
@@ -122,6 +160,11 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             raise UserError(
                 f"{folder} has no safetensors files, only {pickled[0]}: loading such a file can run "
                 "any code that is in it. Convert it to safetensors first"
+            )
+        if any(folder.glob("consolidated*.safetensors")):
+            raise UserError(
+                f"{folder} has weights in Mistral's own format only (consolidated*.safetensors): copy the "
+                f"model-*.safetensors and {INDEX} of the same model there"
             )
         raise UserError(f"{folder} has no weights: no model.safetensors and no {INDEX}")
     try:

@@ -85,7 +85,7 @@ def write_tokenizer(
             raise UserError(f"{tokenizer_file} is not a Hugging Face tokenizer: {error}") from error
         special_ids = {}
     special_ids["eos_token"] = eos_token_id
-    if tokenizer.get_vocab_size() > vocab_size:
+    if added_beyond(tokenizer, vocab_size) is None:
         raise UserError(
             f"{tokenizer_file} has {tokenizer.get_vocab_size()} tokens and the model {vocab_size}: "
             "this is not the tokenizer it was trained with"
@@ -110,6 +110,21 @@ def write_tokenizer(
     (output_dir / "tokenizer_config.json").write_text(text, encoding="utf-8")
     if is_sentencepiece:
         check_same_ids(tokenizer_file, output_dir)
+
+
+def added_beyond(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int] | None:
+    """The tokens for which a model of `vocab_size` rows has no row, in the order of their ids.
+
+    Many published tokenizers have some: a [PAD] or <image> was added after the model was trained.
+
+    Returns:
+        The ids by token. None: a token of the vocabulary itself is among them, so that the tokenizer
+        belongs to another model.
+    """
+    beyond = {t: i for t, i in tokenizer.get_vocab(True).items() if i >= vocab_size}
+    if any(token in beyond for token in tokenizer.get_vocab(False)):
+        return None
+    return dict(sorted(beyond.items(), key=lambda item: item[1]))
 
 
 def check_same_ids(sentencepiece_file: Path, folder: Path) -> None:

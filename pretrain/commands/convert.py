@@ -19,7 +19,7 @@ class ExportOptions:
     output_dir: tyro.conf.Positional[Path]
     """The folder to make."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Of the weights; None keeps the run's."""
+    """Of the weights; None keeps that of each tensor."""
     max_shard_size: str = "5GB"
     """Larger models are written as several files of at most this."""
     license: str | None = None
@@ -60,7 +60,7 @@ class ImportOptions:
     """Make a run's folder of a Hugging Face model: to train on, to make some layers ladder, to export."""
 
     model: tyro.conf.Positional[Path]
-    """A folder with config.json, safetensors and a tokenizer: Llama, Mistral, Qwen2, Qwen3."""
+    """A folder with config.json, safetensors and a tokenizer, or none: Llama, Mistral, Qwen2, Qwen3."""
     output_dir: tyro.conf.Positional[Path]
     """A new folder."""
     ladder_layers: str | None = None

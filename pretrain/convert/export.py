@@ -1,9 +1,12 @@
 """Exports a run's checkpoint as a Hugging Face folder."""
 
+import functools
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,12 +14,15 @@ import torch
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.hf.output import complete_or_absent
+from megatron_ladder.hf.output import complete_or_absent, refuse_others
+from megatron_ladder.hf.stored import weight_files
 from pretrain.config.train import TrainConfig, load_config
+from pretrain.convert.import_tokenizer import READ
 from pretrain.convert.plain_model import one_rank_model
 from pretrain.convert.verify_export import verify_export
 from pretrain.convert.weights import checkpoint_weights
 from pretrain.data.folders import DataFolder, kept_facts
+from pretrain.files import sha256
 from pretrain.run.folder import checkpoint_step, find_checkpoint
 from pretrain.run.metrics import read_metrics
 
@@ -38,8 +44,9 @@ def export_run(
 
     Args:
         run: the run's folder, or a checkpoint of it.
-        output_dir: the folder to make; it is refused when it exists and is not empty.
-        dtype: "fp32", "bf16" or "fp16"; None keeps the checkpoint's.
+        output_dir: the folder to make. If it is the export already, nothing is done; if it holds
+            something else, it is refused.
+        dtype: "fp32", "bf16" or "fp16"; None keeps that of each tensor.
         max_shard_size: the largest size of one safetensors file, such as "5GB".
         license: for the model card, as Hugging Face's hub names it, such as "apache-2.0".
 
@@ -61,29 +68,76 @@ def export_run(
     model = one_rank_model(config.model, config.parallel.tensor_model_parallel_size, run)
     data = kept_facts(checkpoint.parents[1])[0]
     weights = checkpoint_weights(checkpoint)
-    hf_config = to_hf_config(model, data.tokenizer["eod_id"])
-    tokenizer = data.path / data.tokenizer["file"]
+    hf_config = to_hf_config(model, data.tokenizer["eod_id"] if data.has_tokenizer else None)
     imported = checkpoint.parents[1] / "imported"
     if imported.is_dir():  # an imported model keeps its own special tokens and tokenizer files
         original = json.loads((imported / "config.json").read_text(encoding="utf-8"))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, name, original.get(name))
-        tokenizer = imported
-    stored = weights["embedding.word_embeddings.weight"].dtype
-    as_dtype = DTYPES[dtype] if dtype else stored
+        if not config.data.paths:  # as it was imported
+            hf_config.dtype = _stated_dtype(original)
+    as_dtype = DTYPES[dtype] if dtype else None
+    export = functools.partial(
+        export_folder,
+        weights,
+        hf_config,
+        _tokenizer(imported, data),
+        max_shard_size=max_shard_size,
+        dtype=as_dtype,
+        model_card_facts={**_facts(checkpoint, config), "license": license},
+    )
+    if (output_dir / "config.json").is_file():
+        _refuse_other_models(output_dir, checkpoint, export)
+        logger.info("%s is the export of %s: nothing to do", output_dir, checkpoint)
+        return output_dir
     with complete_or_absent(output_dir) as folder:
-        export_folder(
-            weights,
-            hf_config,
-            tokenizer,
-            folder,
-            max_shard_size=max_shard_size,
-            dtype=as_dtype,
-            model_card_facts={**_facts(checkpoint, config), "license": license},
-        )
+        export(folder)
         found = verify_export(folder, weights, model, as_dtype)
     logger.info("%s: %s", output_dir, found)
     return output_dir
+
+
+def _refuse_other_models(output_dir: Path, checkpoint: Path, export: Callable[..., object]) -> None:
+    """Raises UserError when a folder is not what `export` would make of a checkpoint, byte by byte.
+
+    So a job that is started again after its export has completed goes on. Files whose names begin with a
+    dot may be added: the hub's client makes some.
+    """
+    with TemporaryDirectory() as scratch:
+        made = Path(scratch) / "model"
+        try:
+            export(made, compare_with=output_dir)
+            names = {path.name for path in made.iterdir()}
+            refuse_others(output_dir, ((name, (made / name).read_bytes()) for name in names))
+            names |= set(weight_files(made))
+            for path in output_dir.iterdir():
+                if path.name not in names and not path.name.startswith("."):
+                    raise UserError(f"{path} is not part of it")
+        except UserError as error:
+            raise UserError(
+                f"{output_dir} is not empty and not the export of {checkpoint} with these options: "
+                f"{error}. Choose another output folder, or remove it"
+            ) from error
+
+
+def _tokenizer(imported: Path, data: DataFolder) -> Path:
+    """The other model's files, or the tokenizer of the data where these have none or are not there."""
+    if not data.has_tokenizer:
+        return imported
+    of_import = any((imported / name).is_file() for name in READ)
+    file = (imported if of_import else data.path) / data.tokenizer["file"]
+    if file.is_file() and sha256(file) != data.tokenizer["sha256"]:
+        raise UserError(
+            f"{file} is damaged: its SHA-256 is not that in {data.path / 'manifest.json'}: put the right "
+            "file back"
+        )
+    return imported if of_import else file
+
+
+def _stated_dtype(original: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that a config.json gives: older ones call it torch_dtype. None: it gives none."""
+    name = str(original.get("dtype") or original.get("torch_dtype")).removeprefix("torch.")
+    return next((dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{name}"), None)
 
 
 def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:

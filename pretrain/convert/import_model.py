@@ -11,6 +11,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,19 +21,22 @@ from tqdm import tqdm
 from megatron_ladder import cpu_platform
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.convert import Chunk, hf_to_megatron_chunks
+from megatron_ladder.hf.convert import Chunk, hf_to_megatron_chunks, main_dtype
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import check_unused, complete_or_absent
 from megatron_ladder.hf.stored import stored_tensors
 from megatron_ladder.mcore_compat import save_without_tensors
 from pretrain.config.train import DataConfig, TrainConfig, save_config
+from pretrain.convert.import_tokenizer import folder_with_tokenizer
 from pretrain.convert.plain_model import load_plain_model
 from pretrain.convert.weights import write_weights
+from pretrain.data.checks import check_ids
 from pretrain.data.folders import open_folder
 from pretrain.data.sample import check_tokenizer, sample_sequences
 from pretrain.data.tokenizer_facts import tokenizer_facts
 from pretrain.model.staleness import Staleness, measure_staleness, save_staleness
+from pretrain.run.checkpoint_files import write_manifest
 from pretrain.sizes import in_units
 from pretrain.start.ladder_layers import auto_count, is_auto, with_ladder_layers
 
@@ -67,7 +71,27 @@ def import_model(
     check_unused(output_dir)
     hf_config = read_hf_config(source)
     model = to_model_config(hf_config, source / "config.json")
-    tokenizer = tokenizer_facts(source, hf_config)
+    with TemporaryDirectory() as scratch:
+        home = folder_with_tokenizer(source, Path(scratch))
+        return _import(source, home, hf_config, model, output_dir, ladder_layers, sample)
+
+
+def _import(
+    source: Path,
+    home: Path | None,
+    hf_config: Any,
+    model: ModelConfig,
+    output_dir: Path,
+    ladder_layers: str | None,
+    sample: Path | None,
+) -> str:
+    """The same, with the folder where the tokenizer can be read, if any."""
+    if home is not None:
+        tokenizer = tokenizer_facts(home, hf_config, source)
+    elif hf_config.eos_token_id is None:
+        raise UserError(f"{source / 'config.json'} has no eos_token_id")
+    else:
+        tokenizer = None
     state = stored_tensors(source)
     try:
         chunks = hf_to_megatron_chunks(state, to_hf_config(model), model.padded_vocab_size)
@@ -75,12 +99,12 @@ def import_model(
         raise UserError(f"{source}: {error}") from error
     staleness = None
     if ladder_layers is not None and is_auto(ladder_layers):
-        staleness = _measured(source, model, tokenizer, sample)
+        staleness = _measured(source, model, home, tokenizer, sample)
         chosen = staleness.choose(auto_count(ladder_layers))
         ladder_layers = ",".join(map(str, chosen))
     if ladder_layers is not None:
         model = with_ladder_layers(model, ladder_layers, None)
-    dtype = chunks[0].dtype
+    dtype = main_dtype(state)
     config = TrainConfig(
         model=model,
         data=DataConfig(seq_length=min(2048, model.max_position_embeddings)),
@@ -91,19 +115,24 @@ def import_model(
     with complete_or_absent(output_dir) as new:
         _write_checkpoint(new / "checkpoints" / "step_00000000", chunks, config)
         save_config(config, new / "config.json")
-        _keep_files(source, new, tokenizer)
+        _keep_files(source, new, home, tokenizer)
         if staleness:
             save_staleness(new, staleness)
-    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    dtypes = ", ".join(sorted({str(chunk.dtype).removeprefix("torch.") for chunk in chunks}))
+    size = sum(path.stat().st_size for path in {tensor.path for tensor in state.values()})
     return (
         f"{source} ({hf_config.architectures[0]}, {in_units(model.num_parameters())} parameters, "
-        f"{in_units(size, 'B')} of {str(dtype).removeprefix('torch.')}): {output_dir}, residual "
+        f"{in_units(size, 'B')} of {dtypes}): {output_dir}, residual "
         f"{model.residual}" + (f", ladder layers {ladder_layers}" if ladder_layers else "")
     )
 
 
 def _measured(
-    source: Path, model: ModelConfig, tokenizer: dict[str, Any], sample: Path | None
+    source: Path,
+    model: ModelConfig,
+    home: Path | None,
+    tokenizer: dict[str, Any] | None,
+    sample: Path | None,
 ) -> Staleness:
     if sample is None:
         raise UserError(
@@ -111,7 +140,10 @@ def _measured(
             "model's tokenizer"
         )
     data = open_folder(sample)
-    check_tokenizer(data, source / tokenizer["file"], source)
+    if home is not None and tokenizer is not None:
+        check_tokenizer(data, home / tokenizer["file"], source)
+    assert model.vocab_size is not None
+    check_ids([data], model.vocab_size)
     length = min(SAMPLE_LENGTH, model.max_position_embeddings)
     sequences = sample_sequences(data, SAMPLE_SEQUENCES, length)
     plain = load_plain_model(source)
@@ -135,8 +167,9 @@ def _write_checkpoint(folder: Path, chunks: list[Chunk], config: TrainConfig) ->
     with tqdm(
         total=len(chunks), desc="importing", unit=" tensors", leave=False, disable=quiet
     ) as bar:
-        write_weights(folder, [_counted(chunk, bar) for chunk in chunks])
+        facts = write_weights(folder, [_counted(chunk, bar) for chunk in chunks])
     save_config(config, folder / "config.json")
+    write_manifest(folder, facts)
 
 
 def _counted(chunk: Chunk, bar: Any) -> Chunk:
@@ -147,7 +180,9 @@ def _counted(chunk: Chunk, bar: Any) -> Chunk:
     return replace(chunk, make=make)
 
 
-def _keep_files(source: Path, new: Path, tokenizer: dict[str, Any]) -> None:
+def _keep_files(
+    source: Path, new: Path, home: Path | None, tokenizer: dict[str, Any] | None
+) -> None:
     """Copies the tokenizer to NEW/data/0, and the files that export needs to NEW/imported."""
     data, imported = new / "data" / "0", new / "imported"
     data.mkdir(parents=True)
@@ -156,7 +191,9 @@ def _keep_files(source: Path, new: Path, tokenizer: dict[str, Any]) -> None:
         for path in source.glob(pattern):
             if not any(path.match(other) for other in NOT_KEPT):
                 shutil.copyfile(path, imported / path.name)
-    shutil.copyfile(source / tokenizer["file"], data / tokenizer["file"])
+    if home is not None and tokenizer is not None:
+        for folder in (data, imported):
+            shutil.copyfile(home / tokenizer["file"], folder / tokenizer["file"])
     manifest = {
         "format": "megatron-ladder-data",
         "version": 1,

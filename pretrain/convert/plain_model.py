@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.convert import checked_hf_tensors, megatron_to_hf
+from megatron_ladder.hf.convert import checked_hf_tensors, main_dtype, megatron_to_hf
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
@@ -69,12 +69,13 @@ def _from_run(path: Path) -> PlainModel:
     config = load_config(checkpoint / "config.json")
     model = one_rank_model(config.model, config.parallel.tensor_model_parallel_size, path)
     facts = kept_facts(run)[0]
-    tensors = megatron_to_hf(checkpoint_weights(checkpoint), to_hf_config(model))
+    weights = checkpoint_weights(checkpoint)
+    tensors = megatron_to_hf(weights, to_hf_config(model))
     return PlainModel(
         name=run.name,
         path=run,
         config=model,
-        model=_build(model, tensors),
+        model=_build(model, tensors, main_dtype(weights)),
         tokenizer=facts.tokenizer,
         tokenizer_file=facts.path / facts.tokenizer["file"],
     )
@@ -109,15 +110,16 @@ def _from_hf(folder: Path) -> PlainModel:
         name=folder.name,
         path=folder,
         config=model,
-        model=_build(model, ((name, tensor[:]) for name, tensor in tensors.items())),
+        model=_build(model, ((n, t[:]) for n, t in tensors.items()), main_dtype(tensors)),
         tokenizer=tokenizer,
         tokenizer_file=folder / tokenizer["file"],
     )
 
 
-def _build(model: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> LadderForCausalLM:
-    on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", None) if on_gpu else ("cpu", torch.float32)
+def _build(
+    model: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> LadderForCausalLM:
+    device, dtype = ("cuda", dtype) if torch.cuda.is_available() else ("cpu", torch.float32)
     with torch.device("meta"):
         plain = LadderForCausalLM(to_hf_config(model))
     # Each tensor is copied: it may be a view, which would keep a whole shard or all layers in memory.

@@ -51,7 +51,7 @@ def verify_export(
     folder: Path,
     weights: Mapping[str, CheckpointTensor],
     model: ModelConfig,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> str:
     """Compares a folder that `export_folder` wrote with the weights that it was written from.
 
@@ -63,7 +63,7 @@ def verify_export(
         folder: the complete folder; its files are loaded, and the code in it is run.
         weights: the checkpoint's weights, by megatron-core's names.
         model: the run's model, with `vocab_size` set.
-        dtype: the dtype of the exported weights.
+        dtype: the dtype of the exported weights; None: each has that of the checkpoint.
 
     Returns:
         A text to print that says how large the difference is.
@@ -138,7 +138,7 @@ def exported_logits(folder: Path, tokens: Tensor, *, whole: bool) -> Tensor:
 def run_logits(
     weights: Mapping[str, CheckpointTensor],
     model: ModelConfig,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     tokens: Tensor,
 ) -> Tensor:
     """The logits of megatron-core's GPTModel with weights rounded to `dtype`: fp32 [1, length, vocab_size].
@@ -146,7 +146,7 @@ def run_logits(
     Args:
         weights: the checkpoint's weights, by megatron-core's names.
         model: the run's model, with `vocab_size` set.
-        dtype: the dtype of the exported weights.
+        dtype: the dtype of the exported weights; None: each has that of the checkpoint.
         tokens: int64 [1, length].
     """
     with _one_rank():
@@ -171,10 +171,10 @@ def run_logits(
 def _read(
     tensor: Any,
     which: Any = slice(None),
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: Any = "cpu",
 ) -> Tensor:
-    return tensor[which].to(dtype).to(device, torch.float32)
+    return tensor[which].to(dtype=dtype).to(device, torch.float32)
 
 
 def _load_by_layers(

@@ -6,7 +6,8 @@ The format is torch's distributed checkpoint, as megatron-core writes it; a run 
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,8 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.convert import Chunk
-from megatron_ladder.hf.output import synced_behind
-from pretrain.run.checkpoint_files import refuse_damaged
+from pretrain.files import sync
+from pretrain.run.checkpoint_files import Facts, refuse_damaged, sums
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,13 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
     return weights
 
 
-def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
+def write_weights(folder: Path, chunks: Sequence[Chunk]) -> Facts:
     """Writes a checkpoint's tensors into a folder. Each tensor is made just before it is written.
 
     When it returns, the tensors are on disk (fsync); the caller must sync the index and the folder.
+
+    Returns:
+        The files' sizes and checksums, for `write_manifest`.
 
     Raises:
         What `Chunk.make` raises, and OSError.
@@ -116,9 +120,10 @@ def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
             # torch warns that there are no ranks, and that the folder is not empty. Both are intended:
             # megatron-core has begun the folder.
             warnings.simplefilter("ignore", UserWarning)
-            with synced_behind() as sync:
-                writer.fs = _SyncedBehind(sync)
+            with ThreadPoolExecutor(1) as thread:
+                writer.fs = files = _SummedBehind(thread)
                 save({}, storage_writer=writer, planner=_OneAtATime(chunks), no_dist=True)
+        return files.facts()
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise cause from error
@@ -126,19 +131,29 @@ def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
         set_crc32_options(crc)
 
 
-class _SyncedBehind(FileSystem):
-    """Syncs each file to disk when it is complete, while the next one is written."""
+class _SummedBehind(FileSystem):
+    """Syncs each complete file and computes its checksum, in a thread while the next one is written."""
 
-    def __init__(self, sync: Callable[[Path], None]) -> None:
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
         super().__init__()
-        self._sync = sync
+        self._thread = thread
+        self._files: list[Future[Facts]] = []
+
+    def facts(self) -> Facts:
+        """Raises OSError when a file could not be synced or read."""
+        return {name: facts for file in self._files for name, facts in file.result().items()}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
         with super().create_stream(path, mode) as stream:
             yield stream
         if "w" in mode and Path(path).suffix == ".distcp":  # not the index: torch renames it later
-            self._sync(Path(path))
+            self._files.append(self._thread.submit(_synced_sums, Path(path)))
+
+
+def _synced_sums(path: Path) -> Facts:
+    sync(path)
+    return sums([path])
 
 
 class _OneAtATime(DefaultSavePlanner):

@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
+
 from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig
 from pretrain.data.blends import check_blends
 from pretrain.data.folders import DataFolder, open_folder
+from pretrain.ranks import is_first_rank
 
 
 def with_vocab_size(config: TrainConfig) -> TrainConfig:
@@ -34,13 +37,8 @@ def open_data(config: TrainConfig) -> list[DataFolder]:
                 f"{other.path} and {first.path} were tokenized with different tokenizers: the same id "
                 "means different tokens in them. Tokenize one of them again"
             )
-    vocab_size = first.tokenizer["vocab_size"]
-    if config.model.vocab_size is not None and vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{first.path} has a vocabulary of {vocab_size:,} ids, the model only "
-            f"{config.model.vocab_size:,} (model.vocab_size): raise that, or tokenize the text with the "
-            "model's tokenizer"
-        )
+    if config.model.vocab_size is not None:
+        check_ids(folders, config.model.vocab_size)
     needed = config.data.seq_length + 1
     for folder in folders:
         if folder.tokens("train") < needed:
@@ -55,3 +53,51 @@ def open_data(config: TrainConfig) -> list[DataFolder]:
                 "validation fraction or lower data.seq_length"
             )
     return folders
+
+
+def check_ids(folders: list[DataFolder], vocab_size: int) -> None:
+    """Refuses data sets with ids for which the model has no row.
+
+    A tokenizer may have added tokens beyond the model's rows. Then the data sets, which have the same
+    tokenizer, are read to see whether they use one. Called by every rank; the first one reads.
+
+    Raises:
+        UserError: the vocabulary is larger than `vocab_size`, or one of these tokens is used.
+    """
+    first = folders[0]
+    size, kind = first.tokenizer["vocab_size"], first.tokenizer["kind"]
+    if size <= vocab_size:
+        return
+    beyond = None
+    if kind == "huggingface":
+        from tokenizers import Tokenizer
+
+        from megatron_ladder.hf.tokenizer import (
+            added_beyond,
+        )  # with transformers: only where needed
+
+        file = first.path / first.tokenizer["file"]
+        beyond = added_beyond(Tokenizer.from_file(str(file)), vocab_size)
+    if beyond is None:
+        raise UserError(
+            f"{first.path} has a vocabulary of {size:,} ids, the model only "
+            f"{vocab_size:,} (model.vocab_size): raise that, or tokenize the text with the "
+            "model's tokenizer"
+        )
+    if not is_first_rank():
+        return
+    tokens = {i: token for token, i in beyond.items()}
+    for folder in folders:
+        for split in folder.manifest["splits"]:
+            if (largest := _largest_id(folder, split)) >= vocab_size:
+                raise UserError(
+                    f"{folder.path}: the {split} split holds the token {tokens.get(largest, '')} with the "
+                    f"id {largest:,}, the model's ids end at {vocab_size - 1:,} (model.vocab_size): "
+                    "tokenize text without it, or train a model with more ids"
+                )
+
+
+def _largest_id(folder: DataFolder, split: str) -> int:
+    tokens = np.memmap(folder.prefix(split) + ".bin", dtype=folder.manifest["dtype"], mode="r")
+    parts = (tokens[start : start + (1 << 24)] for start in range(0, len(tokens), 1 << 24))
+    return max((int(part.max()) for part in parts), default=0)

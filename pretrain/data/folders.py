@@ -21,7 +21,18 @@ class DataFolder:
     manifest: dict[str, Any]
 
     @property
+    def has_tokenizer(self) -> bool:
+        """False only in a run whose model was imported without one."""
+        return self.manifest["tokenizer"] is not None
+
+    @property
     def tokenizer(self) -> dict[str, Any]:
+        """Raises UserError when there is none."""
+        if not self.has_tokenizer:
+            raise UserError(
+                f"{self.path.parents[1]} has no tokenizer, because the model's folder had none: copy its "
+                "tokenizer.json into that folder and import it again"
+            )
         return self.manifest["tokenizer"]
 
     @property

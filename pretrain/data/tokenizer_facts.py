@@ -1,36 +1,59 @@
 """Describes the tokenizer of a Hugging Face folder as a data set's manifest does."""
 
+import base64
+import json
+import logging
 from pathlib import Path
 from typing import Any
+
+import sentencepiece
 
 from megatron_ladder.errors import UserError
 from pretrain.files import sha256
 
+logger = logging.getLogger(__name__)
 
-def tokenizer_facts(folder: Path, config: Any) -> dict[str, Any]:
+_MAKE = (
+    "`megatron-ladder import` makes a tokenizer.json; or make it with transformers: "
+    'AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+)
+
+
+def tokenizer_facts(folder: Path, config: Any, model_folder: Path | None = None) -> dict[str, Any]:
     """Facts about the folder's tokenizer.json, or else its tokenizer.model.
 
     Args:
         config: the model's configuration, of transformers.
+        model_folder: the folder that messages name, if it is another.
 
     Returns:
         The field `tokenizer` of a data set's manifest.json (docs/reference/formats.md).
 
     Raises:
-        UserError: there is no tokenizer, it cannot be read, it has more tokens than the model, or the model
-            has no token that ends a text.
+        UserError: there is no tokenizer, it cannot be read, its vocabulary is larger than the model's, or
+            the model has no token that ends a text. Added tokens may lie beyond the model's.
     """
     eos = config.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos
     for name in ("tokenizer.json", "tokenizer.model"):
-        path = folder / name
+        path, named = folder / name, (model_folder or folder) / name
         if not path.is_file():
             continue
-        size = _size(path)
-        if size > config.vocab_size:
+        if added := added_to_pieces(folder):
             raise UserError(
-                f"{path} has {size:,} tokens, the model's vocab_size is {config.vocab_size:,}: the "
+                f"{named} does not have all tokens of the model, {some_of(added)} were added: "
+                f"{_MAKE.format(folder=folder)}"
+            )
+        size, beyond = _size(path, config.vocab_size)
+        if beyond is None:
+            raise UserError(
+                f"{named} has {size:,} tokens, the model's vocab_size is {config.vocab_size:,}: the "
                 "tokenizer belongs to another model"
+            )
+        if beyond:
+            logger.warning(
+                "%s: the model has %d rows and none for %s: what holds such a token is refused",
+                *(named, config.vocab_size, some_of(beyond)),
             )
         if eos is None:
             raise UserError(
@@ -43,23 +66,83 @@ def tokenizer_facts(folder: Path, config: Any) -> dict[str, Any]:
             "vocab_size": size,
             "eod_id": eos,
         }
-    raise UserError(f"{folder} has no tokenizer: no tokenizer.json and no tokenizer.model")
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        raise UserError(
+            f"{folder} has vocab.json and merges.txt, but no tokenizer.json: "
+            f"{_MAKE.format(folder=folder)}"
+        )
+    raise UserError(
+        f"{folder} has no tokenizer: no tokenizer.json and no tokenizer.model: copy the model's there"
+    )
 
 
-def _size(path: Path) -> int:
+def added_to_pieces(folder: Path) -> dict[str, int]:
+    """The tokens that a folder without tokenizer.json adds to its SentencePiece model, with their ids.
+
+    transformers reads them from added_tokens.json and tokenizer_config.json. Chat models have some.
+    """
+    path = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").is_file() or not path.is_file():
+        return {}
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(path.read_bytes())
+    except RuntimeError:  # `_size` says so
+        return {}
+    added: dict[str, int] = {}
+    try:
+        if (config := folder / "tokenizer_config.json").is_file():
+            fields = (
+                json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+            )
+            added |= {facts["content"]: int(i) for i, facts in fields.items()}
+        if (config := folder / "added_tokens.json").is_file():
+            added |= json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{config} is not a tokenizer's file: {error!r}") from error
+    size = model.vocab_size()
+    new = {t: i for t, i in added.items() if i >= size or model.IdToPiece(i) != t}
+    return dict(sorted(new.items(), key=lambda item: item[1]))
+
+
+def some_of(tokens: dict[str, int]) -> str:
+    """The first tokens with their ids, and how many more there are."""
+    first = ", ".join(f"{token} ({i})" for token, i in list(tokens.items())[:5])
+    return first + (f" and {len(tokens) - 5} more" if len(tokens) > 5 else "")
+
+
+def _size(path: Path, vocab_size: int) -> tuple[int, dict[str, int] | None]:
+    """The size that holds all ids, and `added_beyond` the model's `vocab_size`."""
     if path.suffix == ".json":
         import tokenizers
 
+        from megatron_ladder.hf.tokenizer import added_beyond
+
         try:
-            vocabulary = tokenizers.Tokenizer.from_file(str(path)).get_vocab(True)
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing narrower
             raise UserError(f"{path} is not a Hugging Face tokenizer.json") from error
-        return max(vocabulary.values()) + 1
-    import sentencepiece
-
+        return max(tokenizer.get_vocab(True).values()) + 1, added_beyond(tokenizer, vocab_size)
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(path.read_bytes())
     except RuntimeError as error:
+        if _is_tiktoken(path):
+            raise UserError(
+                f"{path} is a file of tiktoken, which has neither the rule that splits text nor the "
+                "special tokens: copy the tokenizer.json that is published with the model beside it"
+            ) from error
         raise UserError(f"{path} is not a SentencePiece model") from error
-    return model.vocab_size()
+    size = model.vocab_size()
+    return size, {} if size <= vocab_size else None
+
+
+def _is_tiktoken(path: Path) -> bool:
+    """Lines of a token's bytes in base64 and its rank."""
+    with path.open("rb") as file:
+        line = file.readline(1000)
+    try:
+        token, rank = line.split()
+        return rank.isdigit() and bool(base64.b64decode(token, validate=True))
+    except ValueError:
+        return False

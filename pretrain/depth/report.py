@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_ladder.errors import UserError
 from pretrain.config.train import load_config
 from pretrain.convert.plain_model import PlainModel, is_hf_folder, load_plain_model
+from pretrain.data.checks import check_ids
 from pretrain.data.folders import DataFolder, open_folder
 from pretrain.data.sample import check_tokenizer, held_out_split, sample_sequences
 from pretrain.depth import plots
@@ -95,6 +96,8 @@ def _data(plains: list[PlainModel], data: Path | None) -> DataFolder:
         data = own[0]
     folder = open_folder(data)
     check_tokenizer(folder, first.tokenizer_file, first.path)
+    assert first.config.vocab_size is not None
+    check_ids([folder], first.config.vocab_size)
     return folder
 
 

@@ -33,7 +33,17 @@ def token_losses(
     Yields:
         The index of a sequence; the cross-entropy in nats of each token but the first, fp32 [n]; whether
         each of these tokens is the one that the model finds likeliest, bool [n]. Tensors are on the CPU.
+
+    Raises:
+        UserError: the model has no row for a token.
     """
+    largest = max((int(ids.max()) for ids in sequences), default=0)
+    if largest >= model.config.vocab_size:
+        raise UserError(
+            f"the text holds the token id {largest:,}, the model's ids end at "
+            f"{model.config.vocab_size - 1:,}: its tokenizer has tokens that the model has no row for; "
+            "leave out the text that has them"
+        )
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     total = sum(map(len, sequences)) - len(sequences)
     with tqdm(total=total, desc=title, unit="tok", unit_scale=True, disable=None) as progress:

@@ -76,6 +76,8 @@ def refuse_damaged(folder: Path, *, read: bool) -> None:
 
 
 def damaged_message(folder: Path, what: str) -> str:
+    if folder.name == "step_00000000":  # as `import` wrote it
+        return f"{folder} is damaged: {what}. Import the model again"
     return (
         f"{folder} is damaged: {what}. Give the checkpoint before it; or continue the run with "
         "`megatron-ladder train`, which sets the damaged checkpoint aside and uses the one before it"

@@ -90,6 +90,8 @@ def check_initial(config: TrainConfig, folders: list[DataFolder]) -> None:
                 "change some layers with --ladder-layers, or leave distillation out"
             )
     source = kept_facts(_run_of(config.init_from))[0]
+    if not source.has_tokenizer:  # the sizes fit: checks.py
+        return
     if source.tokenizer["sha256"] != folders[0].tokenizer["sha256"]:
         raise UserError(
             f"{folders[0].path} was tokenized with another tokenizer than that of {config.init_from}, "

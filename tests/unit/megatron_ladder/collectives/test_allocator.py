@@ -1,0 +1,145 @@
+"""Memory that another stream uses is not given out again: held to a stand-in for CUDA's allocator."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ladder.collectives import names, streams
+from megatron_ladder.collectives.points import (
+    SubmoduleCollectives,
+    collectives_of,
+    input_start,
+    input_wait,
+    output_start,
+    output_wait,
+    used_here,
+)
+from tests.unit.megatron_ladder.collectives.cuda_allocator import (
+    Allocator,
+    Collectives,
+    Stream,
+    pretend_there_is_a_gpu,
+)
+
+SIDE = Stream("side")
+
+
+class TwoRanks:
+    def size(self) -> int:
+        return 2
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Allocator]:
+    allocator = Allocator()
+    pretend_there_is_a_gpu(monkeypatch, allocator)
+    collectives = Collectives(allocator)
+    for name in (names.ALL_GATHER, names.REDUCE_SCATTER, "all_reduce"):
+        monkeypatch.setattr(dist, name, collectives.start)
+    streams._second_stream.cache_clear()
+    with allocator:
+        yield allocator
+    streams._second_stream.cache_clear()
+
+
+def test_the_stand_in_notices(allocator: Allocator) -> None:
+    x = torch.ones(3)
+    x + 1
+    allocator.check()
+    with allocator.on(SIDE):
+        y = x + 1
+    with pytest.raises(AssertionError, match="of stream main is used on side"):
+        allocator.check()
+    with allocator.on(SIDE):
+        used_here(x)
+    allocator.check()
+    y[1:] + 1
+    with pytest.raises(AssertionError, match="of stream side is used on main"):
+        allocator.check()
+    used_here(y[:1])  # a view has the memory of the whole
+    allocator.check()
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_each_collective_may_be_waited_for_on_another_stream(
+    allocator: Allocator, sequence_parallel: bool
+) -> None:
+    """What it reads too: when the wait is over nobody else holds that."""
+    group: Any = TwoRanks()
+    submodule = SubmoduleCollectives(group, sequence_parallel)
+
+    def whole() -> Tensor:
+        return torch.ones(4, 1, 4)
+
+    def part() -> Tensor:
+        return torch.ones(2 if sequence_parallel else 4, 1, 4)
+
+    def waited(result: Tensor) -> None:
+        result + 1
+        allocator.check()
+
+    if sequence_parallel:  # else the input needs no collective
+        x = submodule.start_input(part())
+        with allocator.on(SIDE):
+            submodule.wait_input()
+            waited(x)
+        assert submodule.gather_input_again()
+    y = submodule.start_output(whole())
+    with allocator.on(SIDE):
+        submodule.wait_output()
+        waited(y)
+    if sequence_parallel:
+        submodule.start_output_gradient(part())
+        with allocator.on(SIDE):
+            waited(submodule.wait_output_gradient())
+            waited(submodule.wait_input_again())
+    submodule.start_input_gradient(whole().transpose(0, 2))  # copied first
+    with allocator.on(SIDE):
+        waited(submodule.wait_input_gradient())
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("starts_beside", [False, True])
+def test_a_submodule_between_two_streams(
+    allocator: Allocator, sequence_parallel: bool, starts_beside: bool
+) -> None:
+    """The points in the layer's order, forward: the chain is on one stream, the sub-module on the other."""
+    group: Any = TwoRanks()
+    chain, compute = (SIDE, allocator.main) if starts_beside else (allocator.main, SIDE)
+    with allocator.on(chain), torch.no_grad():
+        x = input_start(torch.ones(2, 1, 4), group, sequence_parallel)
+        with allocator.on(compute):
+            x = input_wait(x)
+            y = output_start(x @ torch.ones(4, 4), collectives_of(x))
+        # The chain waits for the output and adds it to the residual state.
+        y = output_wait(y)
+        y + torch.ones(1)
+    allocator.check()
+
+
+def test_an_output_that_was_waited_for_on_another_stream(allocator: Allocator) -> None:
+    group: Any = TwoRanks()
+    with allocator.on(SIDE):
+        x = input_wait(input_start(torch.ones(2, 1, 4, requires_grad=True), group, True))
+        y = output_start(x * 2, collectives_of(x))
+        submodule = collectives_of(y)
+        assert submodule is not None
+        submodule.wait_output()
+    output_wait(y) + 1
+    allocator.check()
+
+
+def test_the_second_stream(allocator: Allocator) -> None:
+    residual, norm = torch.ones(4), torch.ones(4)
+    since = streams.moment()
+    with streams.beside(since, residual, None, norm):
+        assert allocator.current.name == "second"
+        out = residual * norm
+    assert allocator.current is allocator.main
+    streams.rejoin(out, None)
+    out + 1
+    allocator.check()
