@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.inference.engine import Sampling
+from megatron_ladder.inference.requests import Sampling
 from pretrain.inference.body_limit import BodyLimit
 from pretrain.inference.chat import Render
 from pretrain.inference.frontdesk import Busy, Closing, FrontDesk

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.inference.engine import Sampling
+from megatron_ladder.inference.requests import Sampling
 
 Stop = StrictStr | Annotated[list[StrictStr], Field(max_length=4)] | None
 MOST_CHOICES = 16

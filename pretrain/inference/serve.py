@@ -10,7 +10,8 @@ import torch.distributed as dist
 import uvicorn
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.inference.engine import DynamicEngine, Output
+from megatron_ladder.inference.engine import DynamicEngine
+from megatron_ladder.inference.requests import Output
 from pretrain.inference.app import Served, make_app
 from pretrain.inference.chat import chat_renderer
 from pretrain.inference.engine_loop import drive
