@@ -8,7 +8,7 @@ exported as such (`needs_code` has the exception).
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.configuration_ladder import LadderConfig
 from megatron_ladder.hf.convert import megatron_to_hf
+from megatron_ladder.hf.end_ids import end_ids as named_ends
+from megatron_ladder.hf.end_ids import one_or_several, several
 from megatron_ladder.hf.output import complete_or_absent, synced_behind
 from megatron_ladder.hf.stored import bytes_of, is_finite, safetensors_header
 from megatron_ladder.hf.tokenizer import write_tokenizer
@@ -79,6 +81,8 @@ def export_folder(
     tokenizer: Path,
     output_dir: Path,
     *,
+    end_ids: Sequence[int] = (),
+    begins_with: int | None = None,
     max_shard_size: str = "5GB",
     dtype: torch.dtype = torch.bfloat16,
     model_card_facts: Mapping[str, Any] | None = None,
@@ -92,6 +96,9 @@ def export_folder(
         tokenizer: a SentencePiece `.model` or a Hugging Face `tokenizer.json`; or the folder of the model
             this one came from, whose tokenizer and settings of generation are taken as they are.
         output_dir: made here; it may exist if it is empty.
+        end_ids: tokens that end a text, beside those of `config` and of the other model's folder.
+        begins_with: the token that documents of the training data began with; None: they had none. The
+            tokenizer puts it before every text. Another model's tokenizer is taken as it is.
         max_shard_size: models above it get several weight files and an index.
         dtype: of the weights written.
         model_card_facts: what the model card may say, all of it optional: `name`, `license` and
@@ -122,10 +129,12 @@ def export_folder(
             write_tokenizer(
                 Path(tokenizer),
                 folder,
-                eos_token_id=_first(config.eos_token_id),
+                eos_token_id=several(config.eos_token_id)[0],
                 vocab_size=config.vocab_size,
                 max_length=config.max_position_embeddings,
+                begins_with=begins_with,
             )
+        _name_ends(folder, end_ids)
         _write_weights(tensors, config, dtype, max_shard_size, folder)
         card = model_card(config, dtype, facts, with_code=with_code)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -207,9 +216,19 @@ def _write_configs(
         eos_token_id=config.eos_token_id,
         # generate() wants some token to fill finished sequences with.
         pad_token_id=(
-            _first(config.eos_token_id) if config.pad_token_id is None else config.pad_token_id
+            several(config.eos_token_id)[0] if config.pad_token_id is None else config.pad_token_id
         ),
     ).save_pretrained(folder)
+
+
+def _name_ends(folder: Path, more: Sequence[int]) -> None:
+    """All end tokens in generation_config.json, where transformers and vLLM look for them."""
+    path = folder / "generation_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    ends = tuple(dict.fromkeys((*named_ends(folder), *more)))
+    if set(several(fields.get("eos_token_id"))) != set(ends):
+        fields["eos_token_id"] = one_or_several(ends)
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_weights(
@@ -269,8 +288,3 @@ def _converted(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _first(ids: int | list[int]) -> int:
-    """Some models have several tokens that end a text."""
-    return ids[0] if isinstance(ids, list) else ids

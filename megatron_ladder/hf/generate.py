@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from transformers.utils import logging as transformers_logging
 
 import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.end_ids import end_ids
 
+_FILL = 0
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -25,7 +28,7 @@ def generate_text(
     top_p: float | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Each prompt followed by its continuation, which stops where the model ends the document.
+    """Each prompt followed by its continuation, which stops at any of the folder's end tokens.
 
     Runs on the GPU if there is one, in the weights' dtype; on the CPU in fp32. No code from `folder`
     is run.
@@ -45,12 +48,19 @@ def generate_text(
     """
     folder = Path(folder)
     _check_options(max_new_tokens, temperature, top_k, top_p)
-    if any(prompt == "" for prompt in prompts):
-        raise UserError("a prompt is empty: give at least one character to continue")
-    context = _check_folder(folder)["max_position_embeddings"]
+    config = _check_folder(folder)
+    context, vocab_size = config["max_position_embeddings"], config["vocab_size"]
+    ends = end_ids(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    encoded = [tokenizer.encode(p, add_special_tokens=False, verbose=False) for p in prompts]
+    encoded = [tokenizer.encode(p, verbose=False) for p in prompts]
     for ids in encoded:
+        if not ids:
+            raise UserError("a prompt is empty: give at least one character to continue")
+        if max(ids) >= vocab_size:
+            raise UserError(
+                f"a prompt holds the token {tokenizer.decode([max(ids)])!r}, id {max(ids)}: the model has "
+                f"{vocab_size} tokens"
+            )
         if len(ids) + max_new_tokens > context:
             raise UserError(
                 f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
@@ -66,8 +76,8 @@ def generate_text(
     )
     model = model.to(device).eval()
     length = max(map(len, encoded))
-    fill = model.generation_config.pad_token_id
-    input_ids = torch.tensor([[fill] * (length - len(ids)) + ids for ids in encoded])
+    # Many tokenizers have no token to pad with; what is masked, or comes after a text's end, is not seen.
+    input_ids = torch.tensor([[_FILL] * (length - len(ids)) + ids for ids in encoded])
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded])
     how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -80,11 +90,13 @@ def generate_text(
             input_ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
+            eos_token_id=list(ends) or None,
+            pad_token_id=_FILL,
             **how,
         )
     new_ids = output[:, length:].tolist()
     return [
-        prompt + _continuation(tokenizer, ids, new)
+        prompt + _continuation(tokenizer, ids, list(takewhile(lambda i: i not in ends, new)))
         for prompt, ids, new in zip(prompts, encoded, new_ids, strict=True)
     ]
 

@@ -162,7 +162,12 @@ class DynamicEngine:
 
 @torch.inference_mode()
 def generate_static(
-    chunk: Any, model: ModelConfig, requests: Sequence[Request], *, end_ids: Sequence[int], seed: int = 0
+    chunk: Any,
+    model: ModelConfig,
+    requests: Sequence[Request],
+    *,
+    end_ids: Sequence[int],
+    seed: int = 0,
 ) -> list[tuple[int, ...]]:
     """Continues prompts as one batch, which runs until all are done. All have the same `sampling`.
 

@@ -1,6 +1,6 @@
 """What megatron-core's engines do not do before they choose a token: done to the logits themselves.
 
-In transformers' order: repetition penalty, fewest tokens, then (in megatron-core) temperature, top_k, top_p.
+In transformers' order: repetition penalty, fewest tokens; then megatron-core's temperature, top_k, top_p.
 A temperature does not change which the k likeliest are, so top_k may come before it.
 """
 

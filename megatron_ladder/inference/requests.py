@@ -90,7 +90,10 @@ def check_prompt(request: Request, model: ModelConfig) -> None:
     assert vocab_size is not None
     if not request.prompt_ids:
         raise UserError("a prompt is empty: give at least one token to continue")
-    for name, ids in (("prompt", request.prompt_ids), ("stop_token_ids", request.sampling.stop_ids)):
+    for name, ids in (
+        ("prompt", request.prompt_ids),
+        ("stop_token_ids", request.sampling.stop_ids),
+    ):
         if wrong := [i for i in ids if not 0 <= i < vocab_size]:
             raise UserError(f"{name} holds the token {wrong[0]}: ids are 0 to {vocab_size - 1}")
     if request.most_tokens > context_length:

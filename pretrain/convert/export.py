@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.end_ids import end_ids, one_or_several
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import complete_or_absent
@@ -62,12 +63,15 @@ def export_run(
     data = kept_facts(checkpoint.parents[1])[0]
     weights = checkpoint_weights(checkpoint)
     hf_config = to_hf_config(model, data.tokenizer["eod_id"])
+    hf_config.bos_token_id = begins_with = data.tokenizer.get("bos_id")
     tokenizer = data.path / data.tokenizer["file"]
     imported = checkpoint.parents[1] / "imported"
     if imported.is_dir():  # what another model's configuration and tokenizer say stays so
         original = json.loads((imported / "config.json").read_text(encoding="utf-8"))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, name, original.get(name))
+        if hf_config.eos_token_id is None:  # generation_config.json has it
+            hf_config.eos_token_id = one_or_several(end_ids(imported))
         tokenizer = imported
     stored = weights["embedding.word_embeddings.weight"].dtype
     as_dtype = DTYPES[dtype] if dtype else stored
@@ -77,6 +81,8 @@ def export_run(
             hf_config,
             tokenizer,
             folder,
+            end_ids=(data.tokenizer["eod_id"],),
+            begins_with=begins_with,
             max_shard_size=max_shard_size,
             dtype=as_dtype,
             model_card_facts={**_facts(checkpoint, config), "license": license},

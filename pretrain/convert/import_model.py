@@ -27,6 +27,7 @@ from megatron_ladder.hf.output import check_unused, complete_or_absent
 from megatron_ladder.hf.stored import stored_tensors
 from megatron_ladder.mcore_compat import save_without_tensors
 from pretrain.config.train import DataConfig, TrainConfig, save_config
+from pretrain.convert.model_text import text_of_folder
 from pretrain.convert.plain_model import load_plain_model
 from pretrain.convert.weights import write_weights
 from pretrain.data.folders import open_folder
@@ -66,6 +67,8 @@ def import_model(
     hf_config = read_hf_config(source)
     model = to_model_config(hf_config, source / "config.json")
     tokenizer = tokenizer_facts(source, hf_config)
+    if begin := text_of_folder(source, tokenizer["file"]).begin_ids:
+        tokenizer["bos_id"] = begin[0]
     state = stored_tensors(source)
     try:
         chunks = hf_to_megatron_chunks(state, to_hf_config(model), model.padded_vocab_size)

@@ -35,6 +35,8 @@ class SequencesConfig(GPTDatasetConfig):
 
     documents_apart: bool = False
     fim: FillInTheMiddle | None = None
+    bos_id: int | None = None
+    """What documents begin with; None: with their text."""
 
 
 class Sequences(GPTDataset):
@@ -104,7 +106,8 @@ class Sequences(GPTDataset):
     def _filled_in(
         self, idx: int, texts: list[np.ndarray], pieces: list[tuple[int, int, int]]
     ) -> list[np.ndarray]:
-        """Each document rearranged or not; EOD stays at its end. What no longer fits falls off."""
+        """Each document rearranged or not; EOD stays at its end, BOS at its beginning. What no longer fits
+        falls off."""
         fim = self.config.fim
         assert fim is not None
         name = zlib.crc32(Path(self.dataset.path_prefix).parent.name.encode())
@@ -113,7 +116,9 @@ class Sequences(GPTDataset):
         for text, (document, offset, count) in zip(texts, pieces, strict=True):
             ends = offset + count == self.dataset.sequence_lengths[document]
             body = len(text) - int(ends)
-            changed.append(np.concatenate([fim.rearranged(text[:body], rng), text[body:]]))
+            first = int(offset == 0 and self.config.bos_id is not None)
+            middle = fim.rearranged(text[first:body], rng)
+            changed.append(np.concatenate([text[:first], middle, text[body:]]))
         return changed
 
 
@@ -185,6 +190,7 @@ def _build(
         create_attention_mask=False,
         documents_apart=not config.data.attend_across_documents,
         fim=fill_in_the_middle(config, folder),
+        bos_id=folder.tokenizer.get("bos_id"),
     )
     sizes = [samples if i == index else None for i in range(3)]
     # The builder logs its whole configuration for every split.

@@ -1,9 +1,12 @@
 """What a data set's manifest says of a tokenizer, of a Hugging Face folder's."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.end_ids import end_ids
+from pretrain.data.folders import DataFolder
 from pretrain.files import sha256
 
 
@@ -17,8 +20,7 @@ def tokenizer_facts(folder: Path, config: Any) -> dict[str, Any]:
         UserError: there is none, it cannot be read, it has more tokens than the model, or the model has
             no token that ends a text.
     """
-    eos = config.eos_token_id
-    eos = eos[0] if isinstance(eos, list) else eos
+    eos = next(iter(end_ids(folder)), None)
     for name in ("tokenizer.json", "tokenizer.model"):
         path = folder / name
         if not path.is_file():
@@ -30,7 +32,10 @@ def tokenizer_facts(folder: Path, config: Any) -> dict[str, Any]:
                 "another model's tokenizer"
             )
         if eos is None:
-            raise UserError(f"{folder / 'config.json'} has no eos_token_id: what ends a text?")
+            raise UserError(
+                f"{folder}: neither config.json nor generation_config.json has an eos_token_id: what ends "
+                "a text?"
+            )
         return {
             "kind": "huggingface" if name.endswith(".json") else "sentencepiece",
             "file": name,
@@ -39,6 +44,25 @@ def tokenizer_facts(folder: Path, config: Any) -> dict[str, Any]:
             "eod_id": eos,
         }
     raise UserError(f"{folder} has no tokenizer: no tokenizer.json and no tokenizer.model")
+
+
+def has_ids_of(data: DataFolder, file: Path) -> bool:
+    """Whether a data set was made with this tokenizer.
+
+    A tokenizer.json may put another token before a text than the data set's does: `export` writes what
+    training began documents with. The text's own ids are the same.
+    """
+    if data.tokenizer["sha256"] == sha256(file):
+        return True
+    theirs = data.path / data.tokenizer["file"]
+    if not theirs.is_file() or {file.suffix, theirs.suffix} != {".json"}:
+        return False
+    return _text_alone(theirs) == _text_alone(file)
+
+
+def _text_alone(path: Path) -> dict[str, Any]:
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    return {k: v for k, v in fields.items() if k not in ("post_processor", "padding", "truncation")}
 
 
 def _size(path: Path) -> int:

@@ -81,8 +81,9 @@ class TextModel:
 
     model: Any
     tokenizer: Tokenizer
-    eod_id: int
-    """Stands before every context: a document begins after one."""
+    begin_ids: Sequence[int]
+    """Stand before every context: what the tokenizer puts before a text, else the token that ends the
+    document before it."""
     seq_length: int
     batch_size: int
 
@@ -100,7 +101,7 @@ class TextModel:
                     f"--seq-length {self.seq_length}: the continuation {continuation!r} has "
                     f"{len(after)} tokens"
                 )
-            ids = [self.eod_id, *before, *after][-self.seq_length - 1 :]
+            ids = [*self.begin_ids, *before, *after][-self.seq_length - 1 :]
             sequences.append(np.array(ids))
             counts.append(len(after))
         found: dict[int, Likelihood] = {}

@@ -12,6 +12,7 @@ import orjson
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -37,7 +38,8 @@ class Served:
 
     name: str
     tokenizer: Tokenizer
-    vocab_size: int
+    special_ids: dict[str, int]
+    """Of the tokens that no text shows."""
     context_length: int
     render: Render
     created: int
@@ -53,10 +55,27 @@ class Piece:
     finish_reason: str | None
 
 
-def make_app(served: Served, desk: FrontDesk, metrics: Metrics, max_body_bytes: int) -> Any:
-    """The application, for any ASGI server."""
+def make_app(
+    served: Served,
+    desk: FrontDesk,
+    metrics: Metrics,
+    max_body_bytes: int,
+    allow_origins: Sequence[str] = (),
+) -> Any:
+    """The application, for any ASGI server.
+
+    Args:
+        allow_origins: of web pages whose scripts may ask it; "*": of all.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     answers = _Answers(served, desk)
+    model = {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "megatron-ladder",
+        "max_model_len": served.context_length,
+    }
 
     def error(status: int, message: str, **headers: str) -> Response:
         kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
@@ -71,7 +90,8 @@ def make_app(served: Served, desk: FrontDesk, metrics: Metrics, max_body_bytes: 
     async def _(_: Request, problem: RequestValidationError) -> Response:
         first = problem.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
-        return error(400, f"{where}: {first['msg']}" if where else f"{first['msg']}")
+        said = first["msg"].removeprefix("Value error, ")
+        return error(400, f"{where}: {said}" if where else said)
 
     @app.exception_handler(Busy)
     async def _(_: Request, __: Busy) -> Response:
@@ -99,8 +119,12 @@ def make_app(served: Served, desk: FrontDesk, metrics: Metrics, max_body_bytes: 
 
     @app.get("/v1/models")
     async def _() -> Any:
-        facts = {"id": served.name, "object": "model", "created": served.created}
-        return {"object": "list", "data": [{**facts, "owned_by": "megatron-ladder"}]}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def _(name: str) -> Any:
+        answers.check_name(name)
+        return model
 
     @app.post("/v1/completions")
     async def _(body: CompletionRequest, request: Request) -> Response:
@@ -110,7 +134,13 @@ def make_app(served: Served, desk: FrontDesk, metrics: Metrics, max_body_bytes: 
     async def _(body: ChatRequest, request: Request) -> Response:
         return await answers.chat(body, request)
 
-    return BodyLimit(app, max_body_bytes, metrics, PATHS)
+    limited = BodyLimit(app, max_body_bytes, metrics, PATHS)
+    if not allow_origins:
+        return limited
+    # Outside: a page may read refusals too.
+    return CORSMiddleware(
+        limited, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"]
+    )
 
 
 class _Answers:
@@ -122,8 +152,8 @@ class _Answers:
         texts = body.prompts()
         if not texts:
             raise UserError("prompt is empty: give at least one")
-        prompts = [self._ids(text) for text in texts]
-        sampling = body.sampling(body.max_tokens or DEFAULT_MAX_TOKENS)
+        prompts = [self._ids(text) if isinstance(text, str) else text for text in texts]
+        sampling = body.sampling(body.max_tokens or DEFAULT_MAX_TOKENS, self._stop_ids(body))
         echoed = [t if isinstance(t, str) else self._served.tokenizer.decode(t) for t in texts]
         n = body.n or 1
         before = [text if body.echo else "" for text in echoed for _ in range(n)]
@@ -139,10 +169,13 @@ class _Answers:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self._check(body)
-        prompt = self._ids(self._served.render([message.plain() for message in body.messages]))
+        messages = [message.plain() for message in body.messages]
+        text = self._served.render(messages, body.chat_template_kwargs or {})
+        # The template writes BOS itself.
+        prompt = self._ids(text, add_special_tokens=False)
         most = body.max_completion_tokens or body.max_tokens
         left = max(1, self._served.context_length - len(prompt))
-        sampling = body.sampling(most or left)
+        sampling = body.sampling(most or left, self._stop_ids(body))
 
         def choice(piece: Piece, *, is_whole: bool, is_first: bool) -> dict[str, Any]:
             said: dict[str, Any] = {"content": piece.text}
@@ -156,18 +189,21 @@ class _Answers:
         )
 
     def _check(self, body: CompletionRequest | ChatRequest) -> None:
-        if body.model != self._served.name:
-            raise HTTPException(404, f"no model {body.model!r}: {self._served.name!r} is served")
+        self.check_name(body.model)
         body.refuse_unsupported()
 
-    def _ids(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return self._served.tokenizer.encode(prompt, add_special_tokens=False).ids
-        if wrong := [i for i in prompt if not 0 <= i < self._served.vocab_size]:
-            raise UserError(
-                f"prompt holds the token {wrong[0]}: ids are 0 to {self._served.vocab_size - 1}"
-            )
-        return prompt
+    def check_name(self, name: str) -> None:
+        if name != self._served.name:
+            raise HTTPException(404, f"no model {name!r}: {self._served.name!r} is served")
+
+    def _ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """With what the model's tokenizer puts before a raw prompt."""
+        return self._served.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _stop_ids(self, body: CompletionRequest | ChatRequest) -> tuple[int, ...]:
+        """Of stop texts that are one special token: such a token has no text to look for."""
+        special = self._served.special_ids
+        return tuple(special[text] for text in body.stops() if text in special)
 
     async def _answer(
         self,

@@ -39,7 +39,7 @@ def serve(options: ServeOptions) -> None:
     engine = DynamicEngine(
         chunk,
         found.model,
-        eod_id=found.eod_id,
+        end_ids=found.text.end_ids,
         max_requests=options.max_requests,
         cache_tokens=options.cache_tokens,
         seed=options.seed,
@@ -68,13 +68,17 @@ def _serve_http(
 ) -> None:
     served = Served(
         name=options.served_model_name or found.name,
-        tokenizer=found.tokenizer,
-        vocab_size=found.tokenizer.get_vocab_size(),
+        tokenizer=found.text.tokenizer,
+        special_ids={
+            token.content: token_id
+            for token_id, token in found.text.tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        },
         context_length=found.model.max_position_embeddings,
         render=chat_renderer(found.templates),
         created=int(time.time()),
     )
-    app = make_app(served, desk, metrics, options.max_body_bytes)
+    app = make_app(served, desk, metrics, options.max_body_bytes, options.allow_origins)
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=options.shutdown_s, lifespan="off"
     )

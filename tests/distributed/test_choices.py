@@ -57,9 +57,7 @@ def expected(model: ModelConfig, weights: Path, folder: Path) -> tuple[list, lis
         return list(itertools.takewhile(lambda token: token not in stop, new))
 
     plain = [tokens(ids, (), Sampling(NEW)) for ids in prompts()]
-    chosen = [
-        tokens(ids, *choice) for ids, choice in zip(prompts(), choices(plain), strict=True)
-    ]
+    chosen = [tokens(ids, *choice) for ids, choice in zip(prompts(), choices(plain), strict=True)]
     return plain, chosen
 
 
