@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.end_ids import end_ids
+from megatron_ladder.inference.requests import check_text
 
 _FILL = 0
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -52,6 +53,8 @@ def generate_text(
     context, vocab_size = config["max_position_embeddings"], config["vocab_size"]
     ends = end_ids(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for prompt in prompts:
+        check_text(prompt)
     encoded = [tokenizer.encode(p, verbose=False) for p in prompts]
     for ids in encoded:
         if not ids:

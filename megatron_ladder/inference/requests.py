@@ -1,7 +1,7 @@
 """What is asked of the engines: prompts, how tokens are chosen, where a text ends; and what they give."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,8 +46,8 @@ class Sampling:
                 f"min_tokens is {self.min_new_tokens}: it must be 0 or more, and at most as many as the "
                 f"most new tokens, {self.max_new_tokens}"
             )
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}: it must be above 0")
+        if not 0.01 <= self.repetition_penalty <= 100:  # beyond, logits may not be finite
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}: it is 0.01 to 100")
 
     @property
     def is_greedy(self) -> bool:
@@ -83,6 +83,23 @@ class Output:
     """stop: a token has ended the text. length: it has its max_new_tokens. None: it goes on."""
 
 
+def check_text(text: str) -> None:
+    """Raises UserError where a text holds half a character, as JSON's escapes and a shell's bytes can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"a prompt is no Unicode text: it holds {text[error.start]!a} at character {error.start}, "
+            "half of a surrogate pair or a byte that is not UTF-8"
+        ) from error
+
+
+def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raises UserError when the model does not have one of these tokens."""
+    if wrong := [i for i in ids if not 0 <= i < vocab_size]:
+        raise UserError(f"{name} holds the token {wrong[0]}: ids are 0 to {vocab_size - 1}")
+
+
 def check_prompt(request: Request, model: ModelConfig) -> None:
     """Raises UserError when a prompt is empty, has a token that the model does not have, or does not fit
     the context with what is to follow."""
@@ -90,12 +107,8 @@ def check_prompt(request: Request, model: ModelConfig) -> None:
     assert vocab_size is not None
     if not request.prompt_ids:
         raise UserError("a prompt is empty: give at least one token to continue")
-    for name, ids in (
-        ("prompt", request.prompt_ids),
-        ("stop_token_ids", request.sampling.stop_ids),
-    ):
-        if wrong := [i for i in ids if not 0 <= i < vocab_size]:
-            raise UserError(f"{name} holds the token {wrong[0]}: ids are 0 to {vocab_size - 1}")
+    check_ids("prompt", request.prompt_ids, vocab_size)
+    check_ids("stop_token_ids", request.sampling.stop_ids, vocab_size)
     if request.most_tokens > context_length:
         raise UserError(
             f"a prompt of {len(request.prompt_ids)} tokens and {request.sampling.max_new_tokens} new "

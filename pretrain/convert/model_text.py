@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.end_ids import end_ids
 from megatron_ladder.hf.tokenizer import sentencepiece_to_tokenizers
+from megatron_ladder.inference.requests import check_text
 from pretrain.data.folders import DataFolder
 
 
@@ -20,10 +21,21 @@ class ModelText:
     """How text becomes a model's tokens."""
 
     tokenizer: Tokenizer
-    """`encode(text)` gives a raw prompt's ids, with what stands before a text. A chat's prompt comes from
-    a template that writes that itself: `encode(text, add_special_tokens=False)`."""
+    """`encode(text)` puts before a text what the model expects there."""
     end_ids: tuple[int, ...]
     """Any of them ends a text; the first one stands between two documents of the training data."""
+
+    def prompt_ids(self, text: str, *, is_rendered: bool = False) -> list[int]:
+        """A prompt's ids.
+
+        Args:
+            is_rendered: by a chat template, which writes itself what stands before a text.
+
+        Raises:
+            UserError: it is no Unicode text.
+        """
+        check_text(text)
+        return self.tokenizer.encode(text, add_special_tokens=not is_rendered).ids
 
     @property
     def begin_ids(self) -> list[int]:

@@ -16,10 +16,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
-from tokenizers import Tokenizer
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.inference.requests import Sampling
+from megatron_ladder.inference.requests import Sampling, check_ids
+from pretrain.convert.model_text import ModelText
 from pretrain.inference.body_limit import BodyLimit
 from pretrain.inference.chat import Render
 from pretrain.inference.frontdesk import Busy, Closing, FrontDesk
@@ -37,7 +37,8 @@ class Served:
     """The model, as far as requests are made of it."""
 
     name: str
-    tokenizer: Tokenizer
+    text: ModelText
+    vocab_size: int
     special_ids: dict[str, int]
     """Of the tokens that no text shows."""
     context_length: int
@@ -88,7 +89,9 @@ def make_app(
 
     @app.exception_handler(RequestValidationError)
     async def _(_: Request, problem: RequestValidationError) -> Response:
-        first = problem.errors()[0]
+        # A field that may be one of several things has an error for each; some say only that it is another.
+        errors = problem.errors()
+        first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
         where = ".".join(str(part) for part in first["loc"][1:])
         said = first["msg"].removeprefix("Value error, ")
         return error(400, f"{where}: {said}" if where else said)
@@ -152,9 +155,9 @@ class _Answers:
         texts = body.prompts()
         if not texts:
             raise UserError("prompt is empty: give at least one")
-        prompts = [self._ids(text) if isinstance(text, str) else text for text in texts]
+        prompts = [self._ids(text) for text in texts]
         sampling = body.sampling(body.max_tokens or DEFAULT_MAX_TOKENS, self._stop_ids(body))
-        echoed = [t if isinstance(t, str) else self._served.tokenizer.decode(t) for t in texts]
+        echoed = [t if isinstance(t, str) else self._served.text.tokenizer.decode(t) for t in texts]
         n = body.n or 1
         before = [text if body.echo else "" for text in echoed for _ in range(n)]
 
@@ -171,8 +174,7 @@ class _Answers:
         self._check(body)
         messages = [message.plain() for message in body.messages]
         text = self._served.render(messages, body.chat_template_kwargs or {})
-        # The template writes BOS itself.
-        prompt = self._ids(text, add_special_tokens=False)
+        prompt = self._served.text.prompt_ids(text, is_rendered=True)
         most = body.max_completion_tokens or body.max_tokens
         left = max(1, self._served.context_length - len(prompt))
         sampling = body.sampling(most or left, self._stop_ids(body))
@@ -196,9 +198,11 @@ class _Answers:
         if name != self._served.name:
             raise HTTPException(404, f"no model {name!r}: {self._served.name!r} is served")
 
-    def _ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """With what the model's tokenizer puts before a raw prompt."""
-        return self._served.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self._served.text.prompt_ids(prompt)
+        check_ids("prompt", prompt, self._served.vocab_size)
+        return prompt
 
     def _stop_ids(self, body: CompletionRequest | ChatRequest) -> tuple[int, ...]:
         """Of stop texts that are one special token: such a token has no text to look for."""
@@ -240,7 +244,7 @@ class _Answers:
         whole = []
         for i, prompt in enumerate(choices):
             # Decoded at once: bytes that are no character may change the text before them.
-            stream = TextStream(self._served.tokenizer, prompt, body.stops())
+            stream = TextStream(self._served.text.tokenizer, prompt, body.stops())
             whole.append(Piece(i, stream.push(ids[i], is_last=True), (), reasons[i]))
         listed = [choice(piece, is_whole=True, is_first=True) for piece in whole]
         usage = _usage(prompt_tokens, sum(map(len, ids)))
@@ -279,7 +283,7 @@ class _Answers:
     async def _choice(
         self, request_id: int, index: int, prompt: list[int], stop: list[str]
     ) -> AsyncGenerator[Piece, None]:
-        stream = TextStream(self._served.tokenizer, prompt, stop)
+        stream = TextStream(self._served.text.tokenizer, prompt, stop)
         async with aclosing(self._desk.outputs(request_id)) as outputs:
             async for output in outputs:
                 text = stream.push(output.new_ids, is_last=output.finish_reason is not None)

@@ -32,8 +32,7 @@ def generate_from_run(
     """
     found = find(run, parallel, all_reduce)
     requests = [
-        Request(i, tuple(found.text.tokenizer.encode(text).ids), sampling)
-        for i, text in enumerate(prompts)
+        Request(i, tuple(found.text.prompt_ids(text)), sampling) for i, text in enumerate(prompts)
     ]
     for request in requests:
         check_prompt(request, found.model)

@@ -76,10 +76,10 @@ class _Common(BaseModel):
     # Not OpenAI's, but those of all other servers:
     top_k: Annotated[int, Field(ge=-1)] | None = None
     """-1 and 0: no limit."""
-    stop_token_ids: list[StrictInt] | None = None
+    stop_token_ids: Annotated[list[StrictInt], Field(max_length=128)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: float | None = None
 
     def stops(self) -> list[str]:
         """Texts that end a continuation."""
@@ -112,7 +112,7 @@ class _Common(BaseModel):
             stop_ids=(*(self.stop_token_ids or ()), *stop_ids),
             ignore_end=bool(self.ignore_eos),
             min_new_tokens=self.min_tokens or 0,
-            repetition_penalty=self.repetition_penalty or 1.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
         )
 
 

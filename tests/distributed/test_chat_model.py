@@ -154,7 +154,13 @@ def test_fields_of_other_servers(client: openai.OpenAI, oracle: Oracle) -> None:
         ({"stop_token_ids": [10**6]}, "stop_token_ids holds the token 1000000"),
         ({"stop_token_ids": ["x"]}, "stop_token_ids.0"),
         ({"min_tokens": 30, "max_tokens": 20}, "min_tokens is 30"),
-        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0.0: it is 0.01 to 100"),
+        ({"repetition_penalty": 1e-320}, "repetition_penalty is 1e-320"),
+        ({"stop_token_ids": list(range(129))}, "stop_token_ids"),
+        (
+            {"messages": [{"role": "user", "content": "a \ud83d b"}]},
+            r"it holds '\ud83d' at character",
+        ),
         ({"top_k": -2}, "top_k"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template is not supported"),
         ({"messages": [{"role": "tool", "content": "4"}]}, "tools are not supported"),
@@ -170,7 +176,11 @@ def test_fields_of_other_servers(client: openai.OpenAI, oracle: Oracle) -> None:
 )
 def test_what_is_not_done_is_refused(address: str, field: dict, said: str) -> None:
     body = {"model": "a/b", "messages": MESSAGES, "max_tokens": 2, **field}
-    answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+    answer = httpx.post(
+        f"{address}/v1/chat/completions",
+        content=json.dumps(body),  # \ud83d is sent as it is written
+        headers={"Content-Type": "application/json"},
+    )
     assert answer.status_code == 400, answer.text
     assert said in answer.json()["error"]["message"]
     completion = {"model": "a/b", "prompt": PROMPT, "logprobs": 0}  # the tokens' own
@@ -215,16 +225,16 @@ def test_web_pages_of_an_allowed_origin_may_ask(address: str) -> None:
         assert answer.headers["access-control-allow-origin"] == ORIGIN, change
 
 
-def test_generate(folder: Path, run: Path, oracle: Oracle) -> None:
+@pytest.mark.parametrize("batching", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
+def test_generate(batching: str, folder: Path, run: Path, oracle: Oracle) -> None:
     """Two prompts, and no token to pad the shorter one with."""
     prompts = ["near", PROMPT]
     expected = [prompt + oracle.prompt(prompt) for prompt in prompts]
     assert generate_text(folder, prompts, max_new_tokens=MANY) == expected
-    for batching in ("dynamic", "static"):
-        command = [sys.executable, "-m", "pretrain.cli", "generate", str(run), "--prompt", *prompts]
-        command += ["--max-new-tokens", str(MANY), "--batching", batching]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert done.stdout == ("\n" + "-" * 80 + "\n").join(expected) + "\n", done.stderr
+    command = [sys.executable, "-m", "pretrain.cli", "generate", str(run), "--prompt", *prompts]
+    command += ["--max-new-tokens", str(MANY), "--batching", batching]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.stdout == ("\n" + "-" * 80 + "\n").join(expected) + "\n", done.stderr
 
 
 def test_export_names_every_end(run: Path, folder: Path, oracle: Oracle, tmp_path: Path) -> None:
