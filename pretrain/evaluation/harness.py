@@ -49,7 +49,8 @@ def find_tasks(names: Sequence[str], include_path: Path | None) -> Any:
 def wrap(plain: PlainModel, seq_length: int, batch_size: int) -> Any:
     """The model as lm-eval's HFLM, with a Hugging Face folder's tokenizer as transformers loads it.
 
-    lm-eval leaves out what stands before a text unless it is told of it.
+    It is told what stands before a text. By itself it would take any BOS token that a tokenizer has, also
+    one that training never saw.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -69,6 +70,7 @@ def wrap(plain: PlainModel, seq_length: int, batch_size: int) -> Any:
         max_length=seq_length,
         batch_size=batch_size,
         add_bos_token=bool(begin),
+        prefix_token_id=(begin or [plain.tokenizer["eod_id"]])[-1],
     )
 
 
