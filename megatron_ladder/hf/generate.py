@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.end_ids import end_ids
-from megatron_ladder.inference.requests import check_text
+from megatron_ladder.inference.requests import Sampling, check_text
 
 _FILL = 0
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -48,7 +48,7 @@ def generate_text(
             together with its continuation, or an option is out of range.
     """
     folder = Path(folder)
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p)  # refuses what is out of range
     config = _check_folder(folder)
     context, vocab_size = config["max_position_embeddings"], config["vocab_size"]
     ends = end_ids(folder)
@@ -83,7 +83,7 @@ def generate_text(
     input_ids = torch.tensor([[_FILL] * (length - len(ids)) + ids for ids in encoded])
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded])
     how: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
+    if not sampling.is_greedy:
         # transformers' own defaults (top_k 50) are not wanted: 0 and 1 switch them off.
         how = {"do_sample": True, "temperature": temperature}
         how |= {"top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
@@ -111,19 +111,6 @@ def _continuation(tokenizer: Any, prompt_ids: list[int], new_ids: list[int]) -> 
     if after.startswith(before):
         return after[len(before) :]
     return tokenizer.decode(new_ids, skip_special_tokens=True)
-
-
-def _check_options(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k}: it must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}: it must be above 0 and at most 1")
 
 
 def _check_folder(folder: Path) -> dict[str, Any]:

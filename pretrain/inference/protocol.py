@@ -95,7 +95,7 @@ class _Common(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if value is None or name in HARMLESS:
                 continue
-            if not any(_same(value, accepted) for accepted in neutral.get(name, ())):
+            if value not in neutral.get(name, ()):
                 raise UserError(f"{name} is not supported: leave it out")
 
     def sampling(self, max_new_tokens: int, stop_ids: tuple[int, ...] = ()) -> Sampling:
@@ -114,11 +114,6 @@ class _Common(BaseModel):
             min_new_tokens=self.min_tokens or 0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
         )
-
-
-def _same(value: Any, accepted: Any) -> bool:
-    """0 and False are equal in Python, but not here: logprobs 0 asks for something."""
-    return value == accepted and isinstance(value, bool) == isinstance(accepted, bool)
 
 
 class CompletionRequest(_Common):
