@@ -178,6 +178,12 @@ def _check_sets(sets: list[DataSet]) -> None:
         if "train" not in data.manifest["splits"]:
             raise UserError(f"{data.path} has no train split")
         ours, first = data.manifest["tokenizer"], sets[0].manifest["tokenizer"]
+        if ours.get("bos_id") != first.get("bos_id"):
+            raise UserError(
+                f"documents of {data.path if 'bos_id' in ours else sets[0].path} begin with a BOS token, "
+                "those of the other data set do not: tokenize one of them again, both with --add-bos or "
+                "both without"
+            )
         if ours["sha256"] != first["sha256"] or ours["eod_id"] != first["eod_id"]:
             raise UserError(
                 f"{data.path} and {sets[0].path} were tokenized with different tokenizers: ids mean "

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -38,7 +38,7 @@ def inspect(options: Inspect) -> str:
     lines = [
         f"{options.data}: made by {manifest['created_by']} from {len(manifest['sources'])} files",
         f"tokenizer {facts['file']} ({facts['kind']}), {facts['vocab_size']:,} ids, EOD "
-        f"{facts['eod_id']}; tokens are {manifest['dtype']}",
+        f"{facts['eod_id']}{_bos(facts)}; tokens are {manifest['dtype']}",
     ]
     for name, split in manifest["splits"].items():
         lines.append(
@@ -48,6 +48,10 @@ def inspect(options: Inspect) -> str:
     if options.document is not None:
         lines += _document(options, data)
     return "\n".join(lines)
+
+
+def _bos(facts: dict[str, Any]) -> str:
+    return f", documents begin with BOS {facts['bos_id']}" if "bos_id" in facts else ""
 
 
 def _document(options: Inspect, data: DataSet) -> list[str]:
@@ -63,6 +67,7 @@ def _document(options: Inspect, data: DataSet) -> list[str]:
     shown = ids[: options.max_tokens]
     more = f" (the first {len(shown)} of them)" if len(shown) < len(ids) else ""
     pieces = " ".join(f"{i}:{encoder.piece(i)!r}" for i in shown)
-    text_ids = [i for i in shown if i != manifest["tokenizer"]["eod_id"]]
+    facts = manifest["tokenizer"]
+    text_ids = [i for i in shown if i not in (facts["eod_id"], facts.get("bos_id"))]
     title = f"{options.split} document {number}: {len(ids):,} tokens{more}"
     return ["", title, pieces, "", encoder.decode(text_ids)]

@@ -13,6 +13,7 @@ import tyro
 from data_prep.dataset.merge import join
 from data_prep.dataset.output import check_space, is_done
 from data_prep.dataset.shards import token_dtype
+from data_prep.encode.beginning import find_bos
 from data_prep.encode.encoders import Encoder, open_encoder, sha256
 from data_prep.encode.guard import Verdict, judge
 from data_prep.encode.split import DEFAULT_VALIDATION, Fractions
@@ -45,6 +46,9 @@ class Tokenize:
     """A SentencePiece .model, or a Hugging Face tokenizer.json."""
     eod_token: str | None = None
     """The token that ends documents, for a tokenizer.json; None: the first usual one it has."""
+    add_bos: bool = False
+    """Documents also begin with the tokenizer's BOS token, as those of Llama and Gemma do. Prompts of a
+    model that is trained on them begin with it too."""
     validation_fraction: float = DEFAULT_VALIDATION
     """The share of documents to hold out, chosen by their content's hash. Of few documents this default
     may hold out none."""
@@ -141,6 +145,7 @@ def _work(
         tokenizer=str(options.tokenizer),
         eod_token=options.eod_token,
         eod_id=encoder.eod_id,
+        bos_id=find_bos(options.tokenizer, encoder) if options.add_bos else None,
         dtype=token_dtype(encoder.vocab_size),
         engine=Verdict(False, (), f"engine: {encoder.kind}'s own, as asked"),
         reading=reading,
@@ -223,6 +228,8 @@ def _manifest(options: Tokenize, encoder: Encoder) -> dict[str, Any]:
             "sha256": sha256(options.tokenizer),
             "vocab_size": encoder.vocab_size,
             "eod_id": encoder.eod_id,
+            # Absent where it is not asked for.
+            **({"bos_id": find_bos(options.tokenizer, encoder)} if options.add_bos else {}),
         },
         "dtype": token_dtype(encoder.vocab_size),
         # As it is after a way through JSON: lists, no tuples.

@@ -207,6 +207,14 @@ def _check_range(data: DataSet, part: Range, progress: Progress) -> Found:
                     f"vocabulary's {vocab_size:,} ({int(wrong.sum()):,} such ids near it)"
                 )
             ends = _ends(lengths, document, part, document_end, token + len(ids))
+            if "bos_id" in facts:
+                starts = np.concatenate([[document_end], ends]) - token
+                firsts = ids[starts[(starts >= 0) & (starts < len(ids))]]
+                if without := int((firsts != facts["bos_id"]).sum()):
+                    found.problems.append(
+                        f"{path}: {without:,} documents of bytes {token * width:,} to "
+                        f"{(token + len(ids)) * width:,} do not begin with BOS {facts['bos_id']}"
+                    )
             document_end = int(ends[-1]) if len(ends) else document_end
             missing = ids[ends - 1 - token] != eod
             if missing.any():

@@ -29,8 +29,11 @@ class PartFiles:
     """A part's tokens and document lengths, by split: STEM.train.bin, STEM.train.len. Conversations have
     STEM.train.mask too: for each token, whether it is trained on."""
 
-    def __init__(self, stem: str, dtype: str, eod_id: int, fractions: Fractions) -> None:
+    def __init__(
+        self, stem: str, dtype: str, eod_id: int, fractions: Fractions, bos_id: int | None = None
+    ) -> None:
         self._stem, self._eod_id, self._fractions = stem, eod_id, fractions
+        self._bos_id = bos_id
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._open: dict[str, _SplitFiles] = {}
 
@@ -44,7 +47,8 @@ class PartFiles:
                 Path(file.name).unlink(missing_ok=True)
 
     def add(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
-        """Appends documents, each with EOD; the empty ones are left out.
+        """Appends documents, each with EOD, and with BOS where it is asked for; the empty ones are left
+        out. A document that begins with BOS, as a chat template may write it, gets no second one.
 
         Returns:
             Documents and tokens written.
@@ -72,17 +76,22 @@ class PartFiles:
     ) -> tuple[int, int]:
         kept = lengths > 0
         ends = lengths[kept].cumsum()
-        # A document's tokens move on by one place for each document before it: by its EOD.
-        tokens = np.full(len(ids) + len(ends), self._eod_id, self._dtype)
-        eods = ends + np.arange(len(ends))
+        begins = np.zeros(len(ends), np.int64)  # 1: a BOS is added
+        if self._bos_id is not None:
+            begins = (ids[ends - lengths[kept]] != self._bos_id).astype(np.int64)
+        # A document's tokens move on by one place for each EOD before them, and for each BOS.
+        tokens = np.full(len(ids) + len(ends) + begins.sum(), self._eod_id, self._dtype)
+        eods = ends + np.arange(len(ends)) + begins.cumsum()
+        firsts = (eods - lengths[kept] - begins)[begins.astype(bool)]
         text = np.ones(len(tokens), bool)
-        text[eods] = False
+        text[eods] = text[firsts] = False
         tokens[text] = ids
+        tokens[firsts] = self._bos_id or 0
         mask = None
         if trained is not None and end_trained is not None:
-            mask = np.empty(len(tokens), np.uint8)
+            mask = np.zeros(len(tokens), np.uint8)
             mask[text], mask[eods] = trained, end_trained[kept]
-        counts = (lengths[kept] + 1).astype("<i4")
+        counts = (lengths[kept] + 1 + begins).astype("<i4")
         sizes, numbers = sizes_and_splits(
             (t for t, keep in zip(texts, kept, strict=True) if keep), self._fractions
         )

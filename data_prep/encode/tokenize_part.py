@@ -39,6 +39,7 @@ class Job:
     tokenizer: str
     eod_token: str | None
     eod_id: int
+    bos_id: int | None
     dtype: str
     engine: Verdict
     reading: Reading
@@ -64,7 +65,7 @@ def tokenize_part(job: Job, engine: Engine, part: Part, tally: Tally) -> dict[st
     sources: list[dict[str, Any]] = []
     empty = 0
     stem = f"{job.marker(part).with_suffix('')}"
-    with PartFiles(stem, job.dtype, job.eod_id, job.fractions) as files:
+    with PartFiles(stem, job.dtype, job.eod_id, job.fractions, job.bos_id) as files:
         for segment in part.segments:
             facts: dict[str, Any] = {
                 "path": segment.source.path,

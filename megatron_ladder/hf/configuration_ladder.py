@@ -94,7 +94,7 @@ class LadderConfig(PreTrainedConfig):
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
         bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
         pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:

@@ -8,7 +8,7 @@ keys), and is exported as that. `needs_code` has the exceptions.
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.configuration_ladder import LadderConfig
 from megatron_ladder.hf.convert import main_dtype, megatron_to_hf
+from megatron_ladder.hf.end_ids import end_ids as named_ends
+from megatron_ladder.hf.end_ids import one_or_several, several
 from megatron_ladder.hf.output import complete_or_absent, refuse_others, synced_behind
 from megatron_ladder.hf.stored import bytes_of, is_finite, safetensors_header
 from megatron_ladder.hf.tokenizer import write_tokenizer
@@ -79,6 +81,8 @@ def export_folder(
     tokenizer: Path,
     output_dir: Path,
     *,
+    end_ids: Sequence[int] = (),
+    begins_with: int | None = None,
     max_shard_size: str = "5GB",
     dtype: torch.dtype | None = torch.bfloat16,
     model_card_facts: Mapping[str, Any] | None = None,
@@ -95,6 +99,9 @@ def export_folder(
         tokenizer: a SentencePiece `.model` or a Hugging Face `tokenizer.json`. Or the folder of the model
             from which this one was made: its tokenizer and generation settings are copied unchanged.
         output_dir: made here. It may exist if it is empty.
+        end_ids: tokens that end a text, beside those of `config` and of the other model's folder.
+        begins_with: the token that documents of the training data began with. None: they began with none.
+            The tokenizer puts it before every text. Another model's tokenizer is copied unchanged.
         max_shard_size: a larger model gets several weight files and an index.
         dtype: the dtype of the written weights. None: each keeps its own. config.json then names
             `config.dtype`, or if that is None the dtype of most weights.
@@ -130,10 +137,12 @@ def export_folder(
             write_tokenizer(
                 Path(tokenizer),
                 folder,
-                eos_token_id=_first(config.eos_token_id),
+                eos_token_id=several(config.eos_token_id)[0],
                 vocab_size=config.vocab_size,
                 max_length=config.max_position_embeddings,
+                begins_with=begins_with,
             )
+        _name_ends(folder, end_ids)
         weights = _weights(tensors, config, dtype, max_shard_size, folder)
         if compare_with is not None:
             refuse_others(compare_with, weights)
@@ -229,11 +238,21 @@ def _write_configs(
         # generate() needs a token with which it fills finished sequences.
         # Some models give -1 for none.
         pad_token_id=(
-            _first(config.eos_token_id)
+            several(config.eos_token_id)[0]
             if config.pad_token_id is None or config.pad_token_id < 0
             else config.pad_token_id
         ),
     ).save_pretrained(folder)
+
+
+def _name_ends(folder: Path, more: Sequence[int]) -> None:
+    """All end tokens in generation_config.json, where transformers and vLLM look for them."""
+    path = folder / "generation_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    ends = tuple(dict.fromkeys((*named_ends(folder), *more)))
+    if set(several(fields.get("eos_token_id"))) != set(ends):
+        fields["eos_token_id"] = one_or_several(ends)
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _weights(
@@ -291,8 +310,3 @@ def _converted(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _first(ids: int | list[int]) -> int:
-    """The first token id. Some models have several tokens that end a text."""
-    return ids[0] if isinstance(ids, list) else ids

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from transformers.utils import logging as transformers_logging
 
 import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.end_ids import end_ids
+from megatron_ladder.inference.requests import Sampling, check_text
 
+_FILL = 0
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -25,7 +29,7 @@ def generate_text(
     top_p: float | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Continues prompts. A continuation stops where the model ends the document.
+    """Continues prompts. A continuation stops at any of the folder's end tokens.
 
     The model runs on the GPU if there is one, in the dtype of the weights. Otherwise it runs on the CPU in
     fp32. No code from `folder` is run.
@@ -47,13 +51,22 @@ def generate_text(
             together with its new tokens, or an option is out of range.
     """
     folder = Path(folder)
-    _check_options(max_new_tokens, temperature, top_k, top_p)
-    if any(prompt == "" for prompt in prompts):
-        raise UserError("a prompt is empty: give at least one character to continue")
-    context = _check_folder(folder)["max_position_embeddings"]
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p)  # refuses what is out of range
+    config = _check_folder(folder)
+    context, vocab_size = config["max_position_embeddings"], config["vocab_size"]
+    ends = end_ids(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    encoded = [tokenizer.encode(p, add_special_tokens=False, verbose=False) for p in prompts]
+    for prompt in prompts:
+        check_text(prompt)
+    encoded = [tokenizer.encode(p, verbose=False) for p in prompts]
     for ids in encoded:
+        if not ids:
+            raise UserError("a prompt is empty: give at least one character to continue")
+        if max(ids) >= vocab_size:
+            raise UserError(
+                f"a prompt holds the token {tokenizer.decode([max(ids)])!r}, id {max(ids)}: the model has "
+                f"{vocab_size} tokens"
+            )
         if len(ids) + max_new_tokens > context:
             raise UserError(
                 f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
@@ -69,11 +82,11 @@ def generate_text(
     )
     model = model.to(device).eval()
     length = max(map(len, encoded))
-    fill = model.generation_config.pad_token_id
-    input_ids = torch.tensor([[fill] * (length - len(ids)) + ids for ids in encoded])
+    # Many tokenizers have no token to pad with; what is masked, or comes after a text's end, is not seen.
+    input_ids = torch.tensor([[_FILL] * (length - len(ids)) + ids for ids in encoded])
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded])
     how: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
+    if not sampling.is_greedy:
         # top_k 0 and top_p 1 turn off transformers' own defaults (top_k 50).
         how = {"do_sample": True, "temperature": temperature}
         how |= {"top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
@@ -83,11 +96,13 @@ def generate_text(
             input_ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
+            eos_token_id=list(ends) or None,
+            pad_token_id=_FILL,
             **how,
         )
     new_ids = output[:, length:].tolist()
     return [
-        prompt + _continuation(tokenizer, ids, new)
+        prompt + _continuation(tokenizer, ids, list(takewhile(lambda i: i not in ends, new)))
         for prompt, ids, new in zip(prompts, encoded, new_ids, strict=True)
     ]
 
@@ -102,19 +117,6 @@ def _continuation(tokenizer: Any, prompt_ids: list[int], new_ids: list[int]) -> 
     if after.startswith(before):
         return after[len(before) :]
     return tokenizer.decode(new_ids, skip_special_tokens=True)
-
-
-def _check_options(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k}: it must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}: it must be above 0 and at most 1")
 
 
 def _check_folder(folder: Path) -> dict[str, Any]:

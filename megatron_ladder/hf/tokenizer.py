@@ -12,8 +12,8 @@ Known differences:
 - A run of byte tokens that is not valid UTF-8 decodes to one replacement character for each byte, also for
   the part of the run that is valid.
 
-Encoding adds no special token, because the training data has none but the token that ends a document. A
-Hugging Face `tokenizer.json` is copied unchanged.
+Encoding adds what was in the training data: nothing, or the token that documents began with. A Hugging
+Face `tokenizer.json` that does so already is copied unchanged; otherwise its post-processor is changed.
 """
 
 import json
@@ -52,7 +52,13 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
 def write_tokenizer(
-    tokenizer_file: Path, output_dir: Path, *, eos_token_id: int, vocab_size: int, max_length: int
+    tokenizer_file: Path,
+    output_dir: Path,
+    *,
+    eos_token_id: int,
+    vocab_size: int,
+    max_length: int,
+    begins_with: int | None = None,
 ) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`, and copies a SentencePiece model as well.
 
@@ -62,6 +68,7 @@ def write_tokenizer(
         eos_token_id: the token that ends a document.
         vocab_size: the model's vocabulary size, without padding.
         max_length: tokens in the model's context.
+        begins_with: the token that is put before every text; None: none is.
 
     Raises:
         UserError: the file cannot be read, does not have `eos_token_id`, or has more tokens than the model.
@@ -85,6 +92,8 @@ def write_tokenizer(
             raise UserError(f"{tokenizer_file} is not a Hugging Face tokenizer: {error}") from error
         special_ids = {}
     special_ids["eos_token"] = eos_token_id
+    if begins_with is not None:
+        special_ids["bos_token"] = begins_with
     if added_beyond(tokenizer, vocab_size) is None:
         raise UserError(
             f"{tokenizer_file} has {tokenizer.get_vocab_size()} tokens and the model {vocab_size}: "
@@ -106,6 +115,7 @@ def write_tokenizer(
         tokenizer.save(str(output_dir / "tokenizer.json"))
     else:
         shutil.copyfile(tokenizer_file, output_dir / "tokenizer.json")
+    set_beginning(output_dir / "tokenizer.json", begins_with)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (output_dir / "tokenizer_config.json").write_text(text, encoding="utf-8")
     if is_sentencepiece:
@@ -127,6 +137,44 @@ def added_beyond(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int] | None
     return dict(sorted(beyond.items(), key=lambda item: item[1]))
 
 
+def set_beginning(path: Path, bos_id: int | None) -> None:
+    """Has a tokenizer.json put this token before every text, and nothing else before or after it."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    if tokenizer.encode("a").ids == [
+        *([] if bos_id is None else [bos_id]),
+        *tokenizer.encode("a", add_special_tokens=False).ids,
+    ]:
+        return
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    old = fields["post_processor"] or {}
+    steps = old["processors"] if old.get("type") == "Sequence" else [old]
+    steps = [step for step in steps if step.get("type") == "ByteLevel"]  # it adds no token
+    if bos_id is not None:
+        bos = tokenizer.id_to_token(bos_id)
+        assert bos is not None, bos_id  # `write_tokenizer` has looked
+        steps.append(_template(bos, bos_id))
+    fields["post_processor"] = {"type": "Sequence", "processors": steps} if steps else None
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _template(bos: str, bos_id: int) -> dict[str, Any]:
+    """tokenizers' TemplateProcessing, as tokenizer.json has it."""
+    parts = [
+        [
+            {"SpecialToken": {"id": bos, "type_id": number}},
+            {"Sequence": {"id": name, "type_id": number}},
+        ]
+        for number, name in enumerate("AB")
+    ]
+    return {
+        "type": "TemplateProcessing",
+        "single": parts[0],
+        "pair": [*parts[0], *parts[1]],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+
+
 def check_same_ids(sentencepiece_file: Path, folder: Path) -> None:
     """Checks on `SAMPLES` that the tokenizer in `folder` gives the same ids and text as SentencePiece.
 
@@ -136,7 +184,7 @@ def check_same_ids(sentencepiece_file: Path, folder: Path) -> None:
     reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
     tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
     for text in SAMPLES:
-        expected, ids = reference.encode(text), tokenizer.encode(text)
+        expected, ids = reference.encode(text), tokenizer.encode(text, add_special_tokens=False)
         if ids != expected and not _equally_good(reference, ids, expected):
             raise UserError(
                 f"{sentencepiece_file} cannot be exported: the converted tokenizer gives {ids} for "

@@ -4,14 +4,14 @@ Every rank of a model makes an engine and calls its methods in the same order. A
 tokens.
 """
 
+import itertools
 import logging
 import math
 import warnings
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -20,59 +20,11 @@ from torch import Tensor
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference import cpu
+from megatron_ladder.inference.logits import adjust, is_needed, keep_likeliest
+from megatron_ladder.inference.requests import Output, Request, Sampling, check_prompt
 
 BLOCK_TOKENS = 16
 """Tokens in a block of the key-value cache."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen, and how many at most. Raises UserError when a value is out of range."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    """0 takes the likeliest token each time."""
-    top_k: int | None = None
-    """Sample among the k likeliest tokens only."""
-    top_p: float | None = None
-    """Sample among the likeliest tokens that together have this probability."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}: it must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-        if self.top_k is not None and self.top_p is not None:
-            raise UserError("top_k and top_p: megatron-core's engines take one of them")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to continue."""
-
-    id: int
-    prompt_ids: tuple[int, ...]
-    sampling: Sampling
-
-    @property
-    def most_tokens(self) -> int:
-        """The largest number of tokens that the request may have: the prompt's, and max_new_tokens."""
-        return len(self.prompt_ids) + self.sampling.max_new_tokens
-
-
-@dataclass(frozen=True)
-class Output:
-    """The tokens that one step has added to a request."""
-
-    id: int
-    new_ids: tuple[int, ...]
-    """The new tokens, without the token that ends the text."""
-    finish_reason: Literal["stop", "length"] | None = None
-    """stop: the model has ended the text. length: max_new_tokens are generated. None: not finished."""
 
 
 class DynamicEngine:
@@ -85,7 +37,7 @@ class DynamicEngine:
     Args:
         chunk: this rank's part of the model, from build_gpt_model.
         model: with vocab_size set.
-        eod_id: the token that ends a text.
+        end_ids: the tokens that end a text. Empty: none does.
         max_requests: the most requests that run at once. Others wait.
         cache_tokens: the size of the key-value cache, in tokens. None: max_requests full contexts.
         seed: for sampling.
@@ -96,7 +48,7 @@ class DynamicEngine:
         chunk: Any,
         model: ModelConfig,
         *,
-        eod_id: int,
+        end_ids: Sequence[int],
         max_requests: int = 8,
         cache_tokens: int | None = None,
         seed: int = 0,
@@ -105,8 +57,7 @@ class DynamicEngine:
         from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 
         _quiet()
-        self._context_length = model.max_position_embeddings
-        per_request = math.ceil(self._context_length / BLOCK_TOKENS)
+        per_request = math.ceil(model.max_position_embeddings / BLOCK_TOKENS)
         if cache_tokens is None:
             self._blocks = max_requests * per_request
         else:
@@ -116,12 +67,14 @@ class DynamicEngine:
                 f"a cache of {cache_tokens} tokens is smaller than one block of {BLOCK_TOKENS}"
             )
         self._max_requests = max_requests
-        self._eod_id = eod_id
-        context, options = _dynamic_context(chunk, model, max_requests, self._blocks)
-        self._controller = _controller(chunk, model, context, eod_id, max_requests, seed)
-        self._engine = DynamicInferenceEngine(self._controller, context, **options)
+        self._model, self._end_ids = model, tuple(end_ids)
         self._waiting: deque[Request] = deque()
         self._running: dict[int, tuple[Request, Any]] = {}
+        context, options = _dynamic_context(chunk, model, max_requests, self._blocks)
+        self._controller = _controller(
+            chunk, model, context, end_ids, max_requests, seed, running=self._running
+        )
+        self._engine = DynamicInferenceEngine(self._controller, context, **options)
         self._seen: dict[int, int] = {}
         self._cancelled: set[int] = set()
 
@@ -142,7 +95,7 @@ class DynamicEngine:
 
     def check(self, request: Request) -> None:
         """Raises UserError when a request can never run."""
-        check_prompt(request, self._context_length)
+        check_prompt(request, self._model)
         if _blocks_of(request) > self._blocks:
             raise UserError(
                 f"a prompt of {len(request.prompt_ids)} tokens and {request.sampling.max_new_tokens} new "
@@ -185,13 +138,13 @@ class DynamicEngine:
             if _blocks_of(self._waiting[0]) > self.free_blocks:
                 return  # requests start in order, so that shorter ones cannot delay a long one for ever
             request = self._waiting.popleft()
-            params = _sampling_params(request.sampling, self._eod_id)
+            params = _sampling_params(request.sampling, self._end_ids, self._model)
             self._engine.add_request(request.id, list(request.prompt_ids), params)
             self._running[request.id] = (request, self._engine.get_request(request.id))
             self._seen[request.id] = 0
 
     def _output(self, request_id: int) -> Output | None:
-        _, theirs = self._running[request_id]
+        request, theirs = self._running[request_id]
         ids = tuple(int(token) for token in theirs.generated_tokens)
         new, is_over = (
             ids[self._seen[request_id] :],
@@ -205,14 +158,21 @@ class DynamicEngine:
             if is_over:
                 self._cancelled.remove(request_id)
             return None
-        if is_over and ids and ids[-1] == self._eod_id:
+        if new and new[-1] in request.sampling.ends(self._end_ids):
+            if not is_over:  # megatron-core knows one end token of a request; this is another
+                self.cancel(request_id)
             return Output(request_id, new[:-1], "stop")
         return Output(request_id, new, "length" if is_over else None)
 
 
 @torch.inference_mode()
 def generate_static(
-    chunk: Any, model: ModelConfig, requests: Sequence[Request], *, eod_id: int, seed: int = 0
+    chunk: Any,
+    model: ModelConfig,
+    requests: Sequence[Request],
+    *,
+    end_ids: Sequence[int],
+    seed: int = 0,
 ) -> list[tuple[int, ...]]:
     """Continues prompts as one batch, which runs until all of them are finished.
 
@@ -220,7 +180,7 @@ def generate_static(
         chunk: this rank's part of the model, from build_gpt_model.
         model: with vocab_size set.
         requests: the prompts. All must have the same `sampling`.
-        eod_id: the token that ends a text.
+        end_ids: the tokens that end a text. Empty: none does.
         seed: for sampling.
 
     Raises:
@@ -232,7 +192,7 @@ def generate_static(
     if not requests:
         return []
     for request in requests:
-        check_prompt(request, model.max_position_embeddings)
+        check_prompt(request, model)
         assert request.sampling == requests[0].sampling
     cpu.enable()
     from megatron.core.inference.contexts import StaticInferenceContext
@@ -241,11 +201,14 @@ def generate_static(
     _quiet()
     length = max(request.most_tokens for request in requests)
     context = StaticInferenceContext(len(requests), length)
-    controller = _controller(chunk, model, context, eod_id, len(requests), seed)
+    sampling = requests[0].sampling
+    controller = _controller(
+        chunk, model, context, end_ids, len(requests), seed, shared_sampling=sampling
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns that the dynamic engine will replace it
         engine = StaticInferenceEngine(controller, len(requests), seed or None, legacy=True)
-    params = _sampling_params(requests[0].sampling, eod_id)
+    params = _sampling_params(sampling, end_ids, model)
     ids = [
         engine.scheduler.add_request("", list(request.prompt_ids), sampling_params=params)
         for request in requests
@@ -253,34 +216,31 @@ def generate_static(
     engine.run_engine()
     done = engine.scheduler.completed_request_pool
     new = [tuple(int(token) for token in done[i].generated_tokens) for i in ids]
-    return [tokens[: tokens.index(eod_id)] if eod_id in tokens else tokens for tokens in new]
-
-
-def check_prompt(request: Request, context_length: int) -> None:
-    """Raises UserError when a prompt is empty, or does not fit the context together with its new tokens."""
-    if not request.prompt_ids:
-        raise UserError("a prompt is empty: give at least one token to continue")
-    if request.most_tokens > context_length:
-        raise UserError(
-            f"a prompt of {len(request.prompt_ids)} tokens and {request.sampling.max_new_tokens} new "
-            f"ones exceed the model's context of {context_length}: shorten the prompt or ask for "
-            "fewer tokens"
-        )
+    ends = sampling.ends(end_ids)
+    return [tuple(itertools.takewhile(lambda token: token not in ends, ids)) for ids in new]
 
 
 def _blocks_of(request: Request) -> int:
     return math.ceil(request.most_tokens / BLOCK_TOKENS)
 
 
-def _sampling_params(sampling: Sampling, eod_id: int) -> Any:
+def _sampling_params(sampling: Sampling, end_ids: Sequence[int], model: ModelConfig) -> Any:
     from megatron.core.inference.sampling_params import SamplingParams
 
+    top_k, top_p = sampling.top_k or 0, sampling.top_p or 0.0
+    if top_p:
+        top_k = 0  # `keep_likeliest` has done it
+        top_p = max(top_p, 1e-30)  # it becomes fp32, where less may be 0: no limit
+    assert model.vocab_size is not None
+    if top_k >= model.vocab_size:
+        top_k = 0
+    ends = sampling.ends(end_ids)
     return SamplingParams(
-        temperature=sampling.temperature or 1.0,
-        top_k=1 if sampling.temperature == 0 else sampling.top_k or 0,
-        top_p=0.0 if sampling.temperature == 0 else sampling.top_p or 0.0,
+        temperature=1.0 if sampling.is_greedy else sampling.temperature,
+        top_k=1 if sampling.is_greedy else top_k,
+        top_p=0.0 if sampling.is_greedy else top_p,
         num_tokens_to_generate=sampling.max_new_tokens,
-        termination_id=eod_id,
+        termination_id=next((i for i in end_ids if i in ends), min(ends, default=-1)),
     )
 
 
@@ -327,9 +287,22 @@ def _dynamic_context(
 
 
 def _controller(
-    chunk: Any, model: ModelConfig, context: Any, eod_id: int, max_requests: int, seed: int
+    chunk: Any,
+    model: ModelConfig,
+    context: Any,
+    end_ids: Sequence[int],
+    max_requests: int,
+    seed: int,
+    *,
+    running: Mapping[int, tuple[Request, Any]] | None = None,
+    shared_sampling: Sampling | None = None,
 ) -> Any:
-    """megatron-core's controller, which runs the model and samples."""
+    """megatron-core's controller, which runs the model and samples.
+
+    Args:
+        running: the dynamic engine's running requests, by id.
+        shared_sampling: the static engine's sampling, which all its requests have.
+    """
     from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
         GPTInferenceWrapper,
     )
@@ -338,12 +311,17 @@ def _controller(
     )
 
     class Wrapper(GPTInferenceWrapper):
-        """Sets the logits of the vocabulary's padding to -inf, so that it is never sampled."""
+        """Sets the logits of the vocabulary's padding to -inf, so that it is never sampled, and adjusts
+        the others."""
 
         def _forward(self, inference_input: dict[str, Any]) -> Tensor:
             output = super()._forward(inference_input)
             if parallel_state.is_pipeline_last_stage():
                 output[..., model.vocab_size :] = -math.inf
+                if shared_sampling is not None:
+                    keep_likeliest(output, shared_sampling)
+                elif running is not None:
+                    _adjust_each(output, context, running, end_ids)
             return output
 
     arguments: list[Any] = [chunk, context]
@@ -361,9 +339,26 @@ def _controller(
             inference_max_seq_length=model.max_position_embeddings,
         )
         arguments = [chunk, wrapper_config, context]
-    controller = TextGenerationController(Wrapper(*arguments), _Ids(model, eod_id))
+    controller = TextGenerationController(Wrapper(*arguments), _Ids(model, end_ids))
     controller.sampling_rng.manual_seed(seed)
     return controller
+
+
+def _adjust_each(
+    output: Tensor,
+    context: Any,
+    running: Mapping[int, tuple[Request, Any]],
+    end_ids: Collection[int],
+) -> None:
+    """Of each request that a step works on, the logits of its next token: output is [1, requests, rows]."""
+    if not any(is_needed(request.sampling) for request, _ in running.values()):
+        return
+    active = slice(context.paused_request_count, context.total_request_count)
+    for row, request_id in enumerate(context.request_ids[active].tolist()):
+        request, theirs = running[request_id]
+        if is_needed(request.sampling):
+            ends = request.sampling.ends(end_ids)
+            adjust(output[0, row], request, theirs.generated_tokens, ends)
 
 
 class _Ids:
@@ -371,8 +366,8 @@ class _Ids:
 
     bos = None
 
-    def __init__(self, model: ModelConfig, eod_id: int) -> None:
-        self.vocab_size, self.eod = model.vocab_size, eod_id
+    def __init__(self, model: ModelConfig, end_ids: Sequence[int]) -> None:
+        self.vocab_size, self.eod = model.vocab_size, end_ids[0] if end_ids else -1
 
     def detokenize(self, *_: Any, **__: Any) -> str:
         return ""

@@ -36,7 +36,7 @@ def generate(argv: list[str]) -> int:
             **choice,
         )
     else:
-        from megatron_ladder.inference.engine import Sampling
+        from megatron_ladder.inference.requests import Sampling
         from pretrain.inference.generate import generate_from_run
         from pretrain.inference.loaded import find
 

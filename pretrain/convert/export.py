@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.end_ids import end_ids, one_or_several
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import complete_or_absent, refuse_others
@@ -69,11 +70,15 @@ def export_run(
     data = kept_facts(checkpoint.parents[1])[0]
     weights = checkpoint_weights(checkpoint)
     hf_config = to_hf_config(model, data.tokenizer["eod_id"] if data.has_tokenizer else None)
+    begins_with = data.tokenizer.get("bos_id") if data.has_tokenizer else None
+    hf_config.bos_token_id = begins_with
     imported = checkpoint.parents[1] / "imported"
     if imported.is_dir():  # an imported model keeps its own special tokens and tokenizer files
         original = json.loads((imported / "config.json").read_text(encoding="utf-8"))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, name, original.get(name))
+        if hf_config.eos_token_id is None:  # generation_config.json has it
+            hf_config.eos_token_id = one_or_several(end_ids(imported))
         if not config.data.paths:  # as it was imported
             hf_config.dtype = _stated_dtype(original)
     as_dtype = DTYPES[dtype] if dtype else None
@@ -82,6 +87,8 @@ def export_run(
         weights,
         hf_config,
         _tokenizer(imported, data),
+        end_ids=(data.tokenizer["eod_id"],) if data.has_tokenizer else (),
+        begins_with=begins_with,
         max_shard_size=max_shard_size,
         dtype=as_dtype,
         model_card_facts={**_facts(checkpoint, config), "license": license},

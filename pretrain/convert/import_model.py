@@ -22,6 +22,7 @@ from megatron_ladder import cpu_platform
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import Chunk, hf_to_megatron_chunks, main_dtype
+from megatron_ladder.hf.end_ids import end_ids
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import check_unused, complete_or_absent
@@ -29,6 +30,7 @@ from megatron_ladder.hf.stored import stored_tensors
 from megatron_ladder.mcore_compat import save_without_tensors
 from pretrain.config.train import DataConfig, TrainConfig, save_config
 from pretrain.convert.import_tokenizer import folder_with_tokenizer
+from pretrain.convert.model_text import text_of_folder
 from pretrain.convert.plain_model import load_plain_model
 from pretrain.convert.weights import write_weights
 from pretrain.data.checks import check_ids
@@ -88,8 +90,13 @@ def _import(
     """The same, with the folder where the tokenizer can be read, if any."""
     if home is not None:
         tokenizer = tokenizer_facts(home, hf_config, source)
-    elif hf_config.eos_token_id is None:
-        raise UserError(f"{source / 'config.json'} has no eos_token_id")
+        if begin := text_of_folder(home, tokenizer["file"]).begin_ids:
+            tokenizer["bos_id"] = begin[0]
+    elif not end_ids(source):
+        raise UserError(
+            f"{source}: neither config.json nor generation_config.json has an eos_token_id: add the id of "
+            "the token that ends a text"
+        )
     else:
         tokenizer = None
     state = stored_tensors(source)

@@ -20,6 +20,7 @@ from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
 from megatron_ladder.hf.stored import stored_tensors
 from pretrain.config.train import load_config
+from pretrain.convert.model_text import ModelText, text_of_folder, text_of_run
 from pretrain.convert.weights import checkpoint_weights
 from pretrain.data.folders import kept_facts
 from pretrain.data.tokenizer_facts import tokenizer_facts
@@ -38,6 +39,7 @@ class PlainModel:
     tokenizer: dict[str, Any]
     """The tokenizer's facts, as in a data set's manifest: file, sha256, vocab_size, eod_id."""
     tokenizer_file: Path
+    text: ModelText
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +80,7 @@ def _from_run(path: Path) -> PlainModel:
         model=_build(model, tensors, main_dtype(weights)),
         tokenizer=facts.tokenizer,
         tokenizer_file=facts.path / facts.tokenizer["file"],
+        text=text_of_run(run, facts),
     )
 
 
@@ -113,6 +116,7 @@ def _from_hf(folder: Path) -> PlainModel:
         model=_build(model, ((n, t[:]) for n, t in tensors.items()), main_dtype(tensors)),
         tokenizer=tokenizer,
         tokenizer_file=folder / tokenizer["file"],
+        text=text_of_folder(folder, tokenizer["file"]),
     )
 
 

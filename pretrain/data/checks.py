@@ -37,6 +37,12 @@ def open_data(config: TrainConfig) -> list[DataFolder]:
                 f"{other.path} and {first.path} were tokenized with different tokenizers: the same id "
                 "means different tokens in them. Tokenize one of them again"
             )
+        if other.tokenizer.get("bos_id") != first.tokenizer.get("bos_id"):
+            with_bos, without = sorted((first, other), key=lambda f: "bos_id" not in f.tokenizer)
+            raise UserError(
+                f"the documents of {with_bos.path} begin with a BOS token, those of {without.path} do not: "
+                "tokenize one of them again, both with --add-bos or both without"
+            )
     if config.model.vocab_size is not None:
         check_ids(folders, config.model.vocab_size)
     needed = config.data.seq_length + 1

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_ladder.errors import UserError
 from pretrain.data.folders import DataFolder
-from pretrain.files import sha256
+from pretrain.data.tokenizer_facts import has_ids_of
 
 
 def check_tokenizer(folder: DataFolder, tokenizer_file: Path, model: Path) -> None:
@@ -25,7 +25,7 @@ def check_tokenizer(folder: DataFolder, tokenizer_file: Path, model: Path) -> No
         UserError: the data set has another tokenizer.
     """
     own = [tokenizer_file.with_name(name) for name in ("tokenizer.model", "tokenizer.json")]
-    if folder.tokenizer["sha256"] not in [sha256(file) for file in own if file.is_file()]:
+    if not any(has_ids_of(folder, file) for file in own if file.is_file()):
         raise UserError(
             f"{folder.path} was tokenized with another tokenizer than that of {model}: the same id means "
             f"different tokens. Tokenize the text with {tokenizer_file}"

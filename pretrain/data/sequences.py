@@ -35,6 +35,8 @@ class SequencesConfig(GPTDatasetConfig):
 
     documents_apart: bool = False
     fim: FillInTheMiddle | None = None
+    bos_id: int | None = None
+    """What documents begin with; None: with their text."""
 
 
 class Sequences(GPTDataset):
@@ -107,7 +109,7 @@ class Sequences(GPTDataset):
     def _filled_in(
         self, idx: int, texts: list[np.ndarray], pieces: list[tuple[int, int, int]]
     ) -> list[np.ndarray]:
-        """Rearranges documents for fill-in-the-middle; EOD stays at a document's end.
+        """Rearranges documents for fill-in-the-middle. EOD stays at a document's end, BOS at its beginning.
 
         The added tokens make the sequence longer; the caller cuts off what no longer fits.
         """
@@ -119,7 +121,9 @@ class Sequences(GPTDataset):
         for text, (document, offset, count) in zip(texts, pieces, strict=True):
             ends = offset + count == self.dataset.sequence_lengths[document]
             body = len(text) - int(ends)
-            changed.append(np.concatenate([fim.rearranged(text[:body], rng), text[body:]]))
+            first = int(offset == 0 and self.config.bos_id is not None)
+            middle = fim.rearranged(text[first:body], rng)
+            changed.append(np.concatenate([text[:first], middle, text[body:]]))
         return changed
 
 
@@ -194,6 +198,7 @@ def _build(
         create_attention_mask=False,
         documents_apart=not config.data.attend_across_documents,
         fim=fill_in_the_middle(config, folder),
+        bos_id=folder.tokenizer.get("bos_id"),
     )
     sizes = [samples if i == index else None for i in range(3)]
     # Otherwise the builder logs its whole configuration for every split.

@@ -9,6 +9,8 @@ from typing import Any
 import sentencepiece
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.end_ids import end_ids
+from pretrain.data.folders import DataFolder
 from pretrain.files import sha256
 
 logger = logging.getLogger(__name__)
@@ -33,8 +35,7 @@ def tokenizer_facts(folder: Path, config: Any, model_folder: Path | None = None)
         UserError: there is no tokenizer, it cannot be read, its vocabulary is larger than the model's, or
             the model has no token that ends a text. Added tokens may lie beyond the model's.
     """
-    eos = config.eos_token_id
-    eos = eos[0] if isinstance(eos, list) else eos
+    eos = next(iter(end_ids(folder)), None)
     for name in ("tokenizer.json", "tokenizer.model"):
         path, named = folder / name, (model_folder or folder) / name
         if not path.is_file():
@@ -57,7 +58,8 @@ def tokenizer_facts(folder: Path, config: Any, model_folder: Path | None = None)
             )
         if eos is None:
             raise UserError(
-                f"{folder / 'config.json'} has no eos_token_id: add the id of the token that ends a text"
+                f"{folder}: neither config.json nor generation_config.json has an eos_token_id: add the id "
+                "of the token that ends a text"
             )
         return {
             "kind": "huggingface" if name.endswith(".json") else "sentencepiece",
@@ -109,6 +111,25 @@ def some_of(tokens: dict[str, int]) -> str:
     """The first tokens with their ids, and how many more there are."""
     first = ", ".join(f"{token} ({i})" for token, i in list(tokens.items())[:5])
     return first + (f" and {len(tokens) - 5} more" if len(tokens) > 5 else "")
+
+
+def has_ids_of(data: DataFolder, file: Path) -> bool:
+    """Whether a data set was made with this tokenizer.
+
+    A tokenizer.json may put another token before a text than the data set's does: `export` writes what
+    training began documents with. The text's own ids are the same.
+    """
+    if data.tokenizer["sha256"] == sha256(file):
+        return True
+    theirs = data.path / data.tokenizer["file"]
+    if not theirs.is_file() or {file.suffix, theirs.suffix} != {".json"}:
+        return False
+    return _text_alone(theirs) == _text_alone(file)
+
+
+def _text_alone(path: Path) -> dict[str, Any]:
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    return {k: v for k, v in fields.items() if k not in ("post_processor", "padding", "truncation")}
 
 
 def _size(path: Path, vocab_size: int) -> tuple[int, dict[str, int] | None]:

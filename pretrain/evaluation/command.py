@@ -13,7 +13,7 @@ from pretrain.convert.plain_model import PlainModel, is_hf_folder, load_plain_mo
 from pretrain.data.folders import open_folder
 from pretrain.data.sample import check_tokenizer
 from pretrain.evaluation import harness
-from pretrain.evaluation.documents import Documents, Texts, load_tokenizer, open_split
+from pretrain.evaluation.documents import Documents, Texts, open_split
 from pretrain.evaluation.likelihood import TextModel
 from pretrain.evaluation.offline_tasks import ITEMS, run_task
 from pretrain.evaluation.options import EvalOptions
@@ -104,8 +104,8 @@ def _measurements(
 ) -> Iterator[Callable[[], list[Result]]]:
     """The measurements that the options ask for, as functions to call one after another."""
     batch_size, seed = options.batch_size, options.seed
-    tokenizer, eod_id = load_tokenizer(plain.tokenizer_file), plain.tokenizer["eod_id"]
-    text_model = TextModel(plain.model, tokenizer, eod_id, seq_length, batch_size)
+    begin = plain.text.begin_ids or [plain.tokenizer["eod_id"]]
+    text_model = TextModel(plain.model, plain.text.tokenizer, begin, seq_length, batch_size)
 
     def perplexity(documents: Documents) -> Result:
         if options.max_tokens is not None:

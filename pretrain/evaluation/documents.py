@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-from tokenizers import Tokenizer
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.tokenizer import sentencepiece_to_tokenizers
+from pretrain.convert.model_text import load_tokenizer
 from pretrain.data.folders import DataFolder
 from pretrain.files import sha256
 
@@ -97,7 +95,7 @@ class Texts(Sequence[str]):
                 f"{file} is not the tokenizer the data set was made with: copy that file back, or make "
                 "the data set again"
             )
-        self._tokenizer = load_tokenizer(file)
+        self._tokenizer, self._bos_id = load_tokenizer(file), facts.get("bos_id")
         name = documents.folder.prefix(documents.split) + ".bin"
         self._data = np.memmap(name, documents.folder.manifest["dtype"], "r")
         self._decoded = functools.lru_cache(maxsize=32)(self._decode)
@@ -111,7 +109,10 @@ class Texts(Sequence[str]):
     def _decode(self, number: int) -> str:
         document = self._documents.numbers[number]
         first, end = self._documents.ends[document : document + 2]
-        return self._tokenizer.decode(self._data[first : end - 1].tolist(), False)  # without EOD
+        ids = self._data[first : end - 1].tolist()  # without EOD
+        if ids[:1] == [self._bos_id]:
+            ids = ids[1:]
+        return self._tokenizer.decode(ids, False)
 
 
 def open_split(folder: DataFolder, split: str) -> Documents:
@@ -130,26 +131,3 @@ def open_split(folder: DataFolder, split: str) -> Documents:
     index = IndexedDataset(folder.prefix(split))
     ends = np.concatenate([[0], np.cumsum(index.sequence_lengths, dtype=np.int64)])
     return Documents(folder, split, np.arange(len(ends) - 1), ends)
-
-
-def load_tokenizer(file: Path) -> Tokenizer:
-    """Loads a tokenizer.json, or a SentencePiece .model, as a `Tokenizer`.
-
-    Raises:
-        UserError: the file is neither.
-    """
-    try:
-        if file.suffix == ".json":
-            tokenizer = Tokenizer.from_file(str(file))
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            return tokenizer
-        proto = ModelProto.FromString(file.read_bytes())
-    except Exception as error:  # tokenizers and protobuf raise nothing narrower
-        raise UserError(
-            f"{file} cannot be read as a tokenizer.json or a SentencePiece model: {error}"
-        ) from error
-    tokenizer = sentencepiece_to_tokenizers(proto)
-    # As in SentencePiece, the characters "</s>" in a text are text, not the special token.
-    tokenizer.encode_special_tokens = True
-    return tokenizer

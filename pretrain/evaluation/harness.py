@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_ladder.errors import UserError
 from pretrain.convert.plain_model import PlainModel, is_hf_folder
-from pretrain.evaluation.documents import load_tokenizer
 from pretrain.evaluation.options import OFFLINE
 
 
@@ -50,22 +49,29 @@ def find_tasks(names: Sequence[str], include_path: Path | None) -> Any:
 def wrap(plain: PlainModel, seq_length: int, batch_size: int) -> Any:
     """The model as lm-eval's HFLM.
 
-    The tokenizer of a Hugging Face folder is loaded by transformers; a run's tokenizer is loaded here.
+    The tokenizer of a Hugging Face folder is loaded by transformers; a run's tokenizer is loaded here. The
+    model is told which tokens stand before a text. By itself lm-eval would take any BOS token that a
+    tokenizer has, also one that training never saw.
     """
     from lm_eval.models.huggingface import HFLM
 
+    begin = plain.text.begin_ids
     if is_hf_folder(plain.path):
         tokenizer = AutoTokenizer.from_pretrained(plain.path, trust_remote_code=False)
     else:
-        own = load_tokenizer(plain.tokenizer_file)
-        eos = own.id_to_token(plain.tokenizer["eod_id"])
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token=eos)
-    plain.model.generation_config.eos_token_id = plain.tokenizer["eod_id"]
+        own = plain.text.tokenizer
+        names = {"eos_token": own.id_to_token(plain.tokenizer["eod_id"])}
+        if begin:
+            names["bos_token"] = own.id_to_token(begin[0])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, **names)
+    plain.model.generation_config.eos_token_id = list(plain.text.end_ids)
     return HFLM(
         pretrained=plain.model,
         tokenizer=tokenizer,
         max_length=seq_length,
         batch_size=batch_size,
+        add_bos_token=bool(begin),
+        prefix_token_id=(begin or [plain.tokenizer["eod_id"]])[-1],
     )
 
 

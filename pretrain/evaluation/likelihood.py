@@ -103,8 +103,9 @@ class TextModel:
 
     model: Any
     tokenizer: Tokenizer
-    eod_id: int
-    """The token put before every context: in training, a document begins after it."""
+    begin_ids: Sequence[int]
+    """The tokens put before every context: those that the tokenizer puts before a text, otherwise the token
+    that ends the document before it."""
     seq_length: int
     batch_size: int
 
@@ -128,7 +129,7 @@ class TextModel:
                     f"--seq-length {self.seq_length}: the continuation {continuation!r} has "
                     f"{len(after)} tokens; give at least as many"
                 )
-            ids = [self.eod_id, *before, *after][-self.seq_length - 1 :]
+            ids = [*self.begin_ids, *before, *after][-self.seq_length - 1 :]
             sequences.append(np.array(ids))
             counts.append(len(after))
         found: dict[int, Likelihood] = {}

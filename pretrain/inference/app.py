@@ -12,13 +12,14 @@ import orjson
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
-from tokenizers import Tokenizer
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.inference.engine import Sampling
+from megatron_ladder.inference.requests import Sampling, check_ids
+from pretrain.convert.model_text import ModelText
 from pretrain.inference.body_limit import BodyLimit
 from pretrain.inference.chat import Render
 from pretrain.inference.frontdesk import Busy, Closing, FrontDesk
@@ -36,8 +37,10 @@ class Served:
     """What a request needs to know about the model."""
 
     name: str
-    tokenizer: Tokenizer
+    text: ModelText
     vocab_size: int
+    special_ids: dict[str, int]
+    """Of the tokens that no text shows."""
     context_length: int
     render: Render
     created: int
@@ -53,7 +56,13 @@ class Piece:
     finish_reason: str | None
 
 
-def make_app(served: Served, desk: FrontDesk, metrics: Metrics, max_body_bytes: int) -> Any:
+def make_app(
+    served: Served,
+    desk: FrontDesk,
+    metrics: Metrics,
+    max_body_bytes: int,
+    allow_origins: Sequence[str] = (),
+) -> Any:
     """The application, to run in any ASGI server.
 
     Args:
@@ -61,9 +70,17 @@ def make_app(served: Served, desk: FrontDesk, metrics: Metrics, max_body_bytes: 
         desk: takes the requests.
         metrics: what /metrics shows.
         max_body_bytes: larger request bodies are refused (413).
+        allow_origins: origins of web pages whose scripts may send requests; "*": all.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     answers = _Answers(served, desk)
+    model = {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "megatron-ladder",
+        "max_model_len": served.context_length,
+    }
 
     def error(status: int, message: str, **headers: str) -> Response:
         kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
@@ -76,9 +93,12 @@ def make_app(served: Served, desk: FrontDesk, metrics: Metrics, max_body_bytes: 
 
     @app.exception_handler(RequestValidationError)
     async def _(_: Request, problem: RequestValidationError) -> Response:
-        first = problem.errors()[0]
+        # A field that may be one of several things has an error for each; some say only that it is another.
+        errors = problem.errors()
+        first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
         where = ".".join(str(part) for part in first["loc"][1:])
-        return error(400, f"{where}: {first['msg']}" if where else f"{first['msg']}")
+        said = first["msg"].removeprefix("Value error, ")
+        return error(400, f"{where}: {said}" if where else said)
 
     @app.exception_handler(Busy)
     async def _(_: Request, __: Busy) -> Response:
@@ -108,8 +128,12 @@ def make_app(served: Served, desk: FrontDesk, metrics: Metrics, max_body_bytes: 
 
     @app.get("/v1/models")
     async def _() -> Any:
-        facts = {"id": served.name, "object": "model", "created": served.created}
-        return {"object": "list", "data": [{**facts, "owned_by": "megatron-ladder"}]}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def _(name: str) -> Any:
+        answers.check_name(name)
+        return model
 
     @app.post("/v1/completions")
     async def _(body: CompletionRequest, request: Request) -> Response:
@@ -119,7 +143,13 @@ def make_app(served: Served, desk: FrontDesk, metrics: Metrics, max_body_bytes: 
     async def _(body: ChatRequest, request: Request) -> Response:
         return await answers.chat(body, request)
 
-    return BodyLimit(app, max_body_bytes, metrics, PATHS)
+    limited = BodyLimit(app, max_body_bytes, metrics, PATHS)
+    if not allow_origins:
+        return limited
+    # Outside: a page may read refusals too.
+    return CORSMiddleware(
+        limited, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"]
+    )
 
 
 class _Answers:
@@ -134,8 +164,8 @@ class _Answers:
         if not texts:
             raise UserError("prompt is empty: give at least one prompt")
         prompts = [self._ids(text) for text in texts]
-        sampling = body.sampling(body.max_tokens or DEFAULT_MAX_TOKENS)
-        echoed = [t if isinstance(t, str) else self._served.tokenizer.decode(t) for t in texts]
+        sampling = body.sampling(body.max_tokens or DEFAULT_MAX_TOKENS, self._stop_ids(body))
+        echoed = [t if isinstance(t, str) else self._served.text.tokenizer.decode(t) for t in texts]
         n = body.n or 1
         before = [text if body.echo else "" for text in echoed for _ in range(n)]
 
@@ -150,10 +180,12 @@ class _Answers:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self._check(body)
-        prompt = self._ids(self._served.render([message.plain() for message in body.messages]))
+        messages = [message.plain() for message in body.messages]
+        text = self._served.render(messages, body.chat_template_kwargs or {})
+        prompt = self._served.text.prompt_ids(text, is_rendered=True)
         most = body.max_completion_tokens or body.max_tokens
         left = max(1, self._served.context_length - len(prompt))
-        sampling = body.sampling(most or left)
+        sampling = body.sampling(most or left, self._stop_ids(body))
 
         def choice(piece: Piece, *, is_whole: bool, is_first: bool) -> dict[str, Any]:
             said: dict[str, Any] = {"content": piece.text}
@@ -167,18 +199,23 @@ class _Answers:
         )
 
     def _check(self, body: CompletionRequest | ChatRequest) -> None:
-        if body.model != self._served.name:
-            raise HTTPException(404, f"no model {body.model!r}: {self._served.name!r} is served")
+        self.check_name(body.model)
         body.refuse_unsupported()
+
+    def check_name(self, name: str) -> None:
+        if name != self._served.name:
+            raise HTTPException(404, f"no model {name!r}: {self._served.name!r} is served")
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self._served.tokenizer.encode(prompt, add_special_tokens=False).ids
-        if wrong := [i for i in prompt if not 0 <= i < self._served.vocab_size]:
-            raise UserError(
-                f"prompt contains token id {wrong[0]}: ids go from 0 to {self._served.vocab_size - 1}"
-            )
+            return self._served.text.prompt_ids(prompt)
+        check_ids("prompt", prompt, self._served.vocab_size)
         return prompt
+
+    def _stop_ids(self, body: CompletionRequest | ChatRequest) -> tuple[int, ...]:
+        """Of stop texts that are one special token: such a token has no text to look for."""
+        special = self._served.special_ids
+        return tuple(special[text] for text in body.stops() if text in special)
 
     async def _answer(
         self,
@@ -221,7 +258,7 @@ class _Answers:
         whole = []
         for i, prompt in enumerate(choices):
             # All tokens are decoded together: an incomplete character may change the text before it.
-            stream = TextStream(self._served.tokenizer, prompt, body.stops())
+            stream = TextStream(self._served.text.tokenizer, prompt, body.stops())
             whole.append(Piece(i, stream.push(ids[i], is_last=True), (), reasons[i]))
         listed = [choice(piece, is_whole=True, is_first=True) for piece in whole]
         usage = _usage(prompt_tokens, sum(map(len, ids)))
@@ -260,7 +297,7 @@ class _Answers:
     async def _choice(
         self, request_id: int, index: int, prompt: list[int], stop: list[str]
     ) -> AsyncGenerator[Piece, None]:
-        stream = TextStream(self._served.tokenizer, prompt, stop)
+        stream = TextStream(self._served.text.tokenizer, prompt, stop)
         async with aclosing(self._desk.outputs(request_id)) as outputs:
             async for output in outputs:
                 text = stream.push(output.new_ids, is_last=output.finish_reason is not None)

@@ -23,7 +23,7 @@ class BodyLimit:
     def __init__(self, app: ASGI, max_bytes: int, metrics: Metrics, paths: tuple[str, ...]) -> None:
         self._app, self._max_bytes, self._metrics, self._paths = app, max_bytes, metrics, paths
 
-    async def __call__(self, scope: dict[str, Any], receive: ASGI, send: ASGI) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: ASGI, send: ASGI) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -1,5 +1,6 @@
 """Makes a prompt from a conversation, by the chat template that comes with a model's tokenizer."""
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any
 
 from megatron_ladder.errors import UserError
 
-Render = Callable[[list[dict[str, str]]], str]
+Render = Callable[[list[dict[str, str]], dict[str, Any]], str]
+"""Of messages, and of what else the template takes."""
 
 
 def chat_renderer(folder: Path) -> Render:
@@ -20,7 +22,7 @@ def chat_renderer(folder: Path) -> Render:
     """
     if not _has_template(folder):
 
-        def refuse(_: list[dict[str, str]]) -> str:
+        def refuse(_: list[dict[str, str]], __: dict[str, Any]) -> str:
             raise UserError("this model has no chat template: use /v1/completions")
 
         return refuse
@@ -29,10 +31,14 @@ def chat_renderer(folder: Path) -> Render:
     # transformers renders templates in a sandbox: a template can only compute text.
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
-    def render(messages: list[dict[str, str]]) -> str:
+    ours = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
+
+    def render(messages: list[dict[str, str]], more: dict[str, Any]) -> str:
+        if taken := ours & more.keys():
+            raise UserError(f"chat_template_kwargs: {min(taken)} is not supported: leave it out")
         try:
             return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=True, **more
             )
         except Exception as error:  # from the template, such as for two turns of one role in a row
             raise UserError(f"the chat template refuses these messages: {error}") from error

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ladder.inference.engine import DynamicEngine, Output, Request
+from megatron_ladder.inference.engine import DynamicEngine
+from megatron_ladder.inference.requests import Output, Request
 
 IDLE_S = 5.0
 """When there is no work, ranks exchange a message every so many seconds: a collective that waits longer

@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.inference.engine import DynamicEngine, Output, Request, Sampling
+from megatron_ladder.inference.engine import DynamicEngine
+from megatron_ladder.inference.requests import Output, Request, Sampling
 from pretrain.inference.engine_loop import Cancel, Command, Stop
 from pretrain.inference.metrics import Metrics
 

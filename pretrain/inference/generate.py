@@ -2,18 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 
 from megatron_ladder.config import AllReduce, ParallelConfig
-from megatron_ladder.inference.engine import (
-    DynamicEngine,
-    Request,
-    Sampling,
-    check_prompt,
-    generate_static,
-)
+from megatron_ladder.inference.engine import DynamicEngine, generate_static
+from megatron_ladder.inference.requests import Request, Sampling, check_prompt
 from pretrain.inference.loaded import find, load
 from pretrain.inference.text import TextStream
 
@@ -28,7 +23,7 @@ def generate_from_run(
     all_reduce: AllReduce = "exact",
     seed: int = 0,
 ) -> list[str]:
-    """Each prompt with its continuation, which stops where the model ends the document.
+    """Each prompt followed by its continuation, which stops at any of the model's end tokens.
 
     Every rank calls it, and all get the same texts.
 
@@ -46,13 +41,12 @@ def generate_from_run(
     """
     found = find(run, parallel, all_reduce)
     requests = [
-        Request(i, tuple(found.tokenizer.encode(text, add_special_tokens=False).ids), sampling)
-        for i, text in enumerate(prompts)
+        Request(i, tuple(found.text.prompt_ids(text)), sampling) for i, text in enumerate(prompts)
     ]
     for request in requests:
-        check_prompt(request, found.model.max_position_embeddings)
+        check_prompt(request, found.model)
     chunk = load(found, parallel, seed, all_reduce)
-    options = {"eod_id": found.eod_id, "seed": seed}
+    options: dict[str, Any] = {"end_ids": found.text.end_ids, "seed": seed}
     new: dict[int, list[int]] = {request.id: [] for request in requests}
     if batching == "static":
         static = generate_static(chunk, found.model, requests, **options)
@@ -67,6 +61,7 @@ def generate_from_run(
     dist.barrier()
     dist.destroy_process_group()
     return [
-        text + TextStream(found.tokenizer, request.prompt_ids).push(new[request.id], is_last=True)
+        text
+        + TextStream(found.text.tokenizer, request.prompt_ids).push(new[request.id], is_last=True)
         for text, request in zip(prompts, requests, strict=True)
     ]

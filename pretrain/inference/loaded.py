@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from tokenizers import Tokenizer
 
 from megatron_ladder import cpu_platform
 from megatron_ladder.config import AllReduce, ModelConfig, ParallelConfig, Precision, check_layout
@@ -27,10 +26,10 @@ from megatron_ladder.mcore_compat import (
     transformer_config,
 )
 from pretrain.config.train import load_config
+from pretrain.convert.model_text import ModelText, text_of_folder, text_of_run
 from pretrain.convert.plain_model import is_hf_folder
 from pretrain.data.folders import kept_facts
 from pretrain.data.tokenizer_facts import tokenizer_facts
-from pretrain.evaluation.documents import load_tokenizer
 from pretrain.run.checkpoint import load_initial_weights
 from pretrain.run.folder import find_checkpoint
 
@@ -47,8 +46,7 @@ class Found:
     """A Hugging Face folder, or a run's checkpoint."""
     is_hf: bool
     model: ModelConfig
-    eod_id: int
-    tokenizer: Tokenizer
+    text: ModelText
     templates: Path
     """The folder of Hugging Face's files that holds the chat template, if the model has one."""
 
@@ -71,8 +69,7 @@ def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") 
         hf_config = read_hf_config(path)
         model = to_model_config(hf_config, path / "config.json")
         facts = tokenizer_facts(path, hf_config)
-        file = path / facts["file"]
-        found = Found(path.name, path, True, model, facts["eod_id"], load_tokenizer(file), path)
+        found = Found(path.name, path, True, model, text_of_folder(path, facts["file"]), path)
     else:
         checkpoint = find_checkpoint(path)
         run = checkpoint.parents[1]
@@ -84,11 +81,8 @@ def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") 
                 f"size {tp}, and its weights work only there: give --tensor-model-parallel-size {tp}"
             )
         data = kept_facts(run)[0]
-        tokenizer = load_tokenizer(data.path / data.tokenizer["file"])
-        found = Found(
-            *(run.name, checkpoint, False, config.model, data.tokenizer["eod_id"], tokenizer),
-            templates=run / "imported",
-        )
+        text = text_of_run(run, data)
+        found = Found(run.name, checkpoint, False, config.model, text, run / "imported")
     check_layout(found.model, parallel)
     check_all_reduce(all_reduce, found.model, parallel)
     return found

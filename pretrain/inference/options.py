@@ -1,5 +1,6 @@
 """The options of `generate` and `serve`."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -40,7 +41,7 @@ class GenerateOptions(_Layout):
     top_k: int | None = None
     """Sample among the k likeliest tokens only."""
     top_p: float | None = None
-    """Sample among the likeliest tokens that together have this probability."""
+    """Sample among the likeliest tokens that together have this probability; with --top-k, among those."""
     seed: int = 1234
     batching: Literal["dynamic", "static"] = "dynamic"
     """Of a run: which of megatron-core's engines; the tokens are the same."""
@@ -66,6 +67,8 @@ class ServeOptions(_Layout):
     """Size of the key-value cache; None: max_requests whole contexts."""
     max_body_bytes: int = 4 << 20
     """Of a request; larger ones are refused (413)."""
+    allow_origins: tuple[str, ...] = ()
+    """Of web pages whose scripts may ask the server, such as http://localhost:3000; "*": of all."""
     shutdown_s: int = 30
     """Seconds that running requests get to finish after a signal."""
     seed: int = 1234
@@ -78,3 +81,9 @@ class ServeOptions(_Layout):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(self, name)}: give at least {least}")
+        for origin in self.allow_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
+                raise UserError(
+                    f"--allow-origins {origin}: give a page's origin as browsers send it, such as "
+                    'http://localhost:3000 (no path, no slash at the end), or "*"'
+                )

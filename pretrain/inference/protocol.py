@@ -1,15 +1,59 @@
-"""The parts of OpenAI's requests that are supported; other parts that change the text are refused."""
+"""OpenAI's requests, and fields that clients of other servers add to them.
+
+There are three kinds of fields: supported ones; those that would change nothing here, which are accepted;
+and all others, which are refused, because a field that changes the text must not be ignored.
+"""
 
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.inference.engine import Sampling
+from megatron_ladder.inference.requests import Sampling
 
 Stop = StrictStr | Annotated[list[StrictStr], Field(max_length=4)] | None
 MOST_CHOICES = 16
+
+# They describe the caller, or how the answer is stored, sent or billed. `seed`: docs/guides/serve.md.
+HARMLESS = frozenset(
+    (
+        *("user", "seed", "metadata", "store", "service_tier", "safety_identifier", "request_id"),
+        *("prompt_cache_key", "prompt_cache_retention", "priority", "parallel_tool_calls"),
+        *("cache_prompt", "keep_alive"),
+    )
+)
+# What is accepted where it says what is done anyway.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "spaces_between_special_tokens": (True,),
+    "prompt_logprobs": (0,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+NEUTRAL_OF_COMPLETIONS = {"suffix": ("",), "add_special_tokens": (True,)}
+NEUTRAL_OF_CHAT: dict[str, tuple[Any, ...]] = {
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "add_special_tokens": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+}
 
 
 class StreamOptions(BaseModel):
@@ -20,39 +64,56 @@ class StreamOptions(BaseModel):
 
 
 class _Common(BaseModel):
-    # Unknown fields are ignored: those of later versions of the protocol, and those about the caller.
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    """Not a field of OpenAI's, but all other servers have it."""
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stop: Stop = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    logprobs: Any = None
+    # Not OpenAI's, but those of all other servers:
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """-1 and 0: no limit."""
+    stop_token_ids: Annotated[list[StrictInt], Field(max_length=128)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    repetition_penalty: float | None = None
 
     def stops(self) -> list[str]:
         """The texts that end a continuation."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [text for text in stop if text]
 
+    def _neutral(self) -> dict[str, tuple[Any, ...]]:
+        return NEUTRAL
+
     def refuse_unsupported(self) -> None:
         """Raises UserError for a field that would change the text but is not supported."""
-        for name in ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs"):
-            if getattr(self, name):
+        neutral = self._neutral()
+        for name, value in (self.model_extra or {}).items():
+            if value is None or name in HARMLESS:
+                continue
+            if value not in neutral.get(name, ()):
                 raise UserError(f"{name} is not supported: leave it out")
 
-    def sampling(self, max_new_tokens: int) -> Sampling:
-        """The sampling that the request asks for. As OpenAI's, the default temperature is 1: sampling."""
-        temperature = 1.0 if self.temperature is None else self.temperature
-        top_p = None if self.top_p is None or math.isclose(self.top_p, 1) else self.top_p
-        return Sampling(max_new_tokens, temperature, self.top_k, top_p)
+    def sampling(self, max_new_tokens: int, stop_ids: tuple[int, ...] = ()) -> Sampling:
+        """The sampling that the request asks for. As OpenAI's, the default temperature is 1: sampling.
+
+        Args:
+            stop_ids: tokens that end a continuation, beside `stop_token_ids`.
+        """
+        return Sampling(
+            max_new_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=self.top_k if self.top_k and self.top_k > 0 else None,
+            top_p=None if self.top_p is None or math.isclose(self.top_p, 1) else self.top_p,
+            stop_ids=(*(self.stop_token_ids or ()), *stop_ids),
+            ignore_end=bool(self.ignore_eos),
+            min_new_tokens=self.min_tokens or 0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+        )
 
 
 class CompletionRequest(_Common):
@@ -61,7 +122,6 @@ class CompletionRequest(_Common):
     prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = None
-    suffix: str | None = None
     best_of: int | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
@@ -70,10 +130,11 @@ class CompletionRequest(_Common):
         is_one = isinstance(given, str) or (given and isinstance(given[0], int))
         return [given] if is_one else given
 
+    def _neutral(self) -> dict[str, tuple[Any, ...]]:
+        return NEUTRAL | NEUTRAL_OF_COMPLETIONS
+
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
-        if self.suffix:
-            raise UserError("suffix is not supported: leave it out")
         if self.best_of not in (None, 1, self.n):
             raise UserError("best_of is not supported: leave it out")
 
@@ -90,14 +151,30 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _understood(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            calls = any(given.get(name) for name in ("tool_calls", "function_call"))
+            if calls or given.get("role") in ("tool", "function"):
+                raise ValueError("tools are not supported: leave out their calls and their results")
+            for part in given["content"] if isinstance(given.get("content"), list) else ():
+                if isinstance(part, dict) and part.get("type") != "text":
+                    raise ValueError(
+                        f"content of type {part.get('type')} is not supported, but text"
+                    )
+        return given
 
     def plain(self) -> dict[str, str]:
-        """The message as chat templates take it: role and content, with the content as one text."""
-        text = self.content
+        """The message as chat templates take it. No content is an empty text: templates write None."""
+        text = self.content or ""
         if not isinstance(text, str):
             text = "".join(part.text for part in text)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text, **({"name": self.name} if self.name else {})}
 
 
 class ChatRequest(_Common):
@@ -106,12 +183,8 @@ class ChatRequest(_Common):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """What the model's template takes beside the messages, such as Qwen3's enable_thinking."""
 
-    def refuse_unsupported(self) -> None:
-        super().refuse_unsupported()
-        if self.tools:
-            raise UserError("tools are not supported: leave them out")
-        if self.response_format and self.response_format.get("type") != "text":
-            raise UserError("response_format is supported for type text only: leave it out")
+    def _neutral(self) -> dict[str, tuple[Any, ...]]:
+        return NEUTRAL | NEUTRAL_OF_CHAT

@@ -10,7 +10,8 @@ import torch.distributed as dist
 import uvicorn
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.inference.engine import DynamicEngine, Output
+from megatron_ladder.inference.engine import DynamicEngine
+from megatron_ladder.inference.requests import Output
 from pretrain.inference.app import Served, make_app
 from pretrain.inference.chat import chat_renderer
 from pretrain.inference.engine_loop import drive
@@ -38,7 +39,7 @@ def serve(options: ServeOptions) -> None:
     engine = DynamicEngine(
         chunk,
         found.model,
-        eod_id=found.eod_id,
+        end_ids=found.text.end_ids,
         max_requests=options.max_requests,
         cache_tokens=options.cache_tokens,
         seed=options.seed,
@@ -67,13 +68,18 @@ def _serve_http(
 ) -> None:
     served = Served(
         name=options.served_model_name or found.name,
-        tokenizer=found.tokenizer,
-        vocab_size=found.tokenizer.get_vocab_size(),
+        text=found.text,
+        vocab_size=found.model.vocab_size or 0,
+        special_ids={
+            token.content: token_id
+            for token_id, token in found.text.tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        },
         context_length=found.model.max_position_embeddings,
         render=chat_renderer(found.templates),
         created=int(time.time()),
     )
-    app = make_app(served, desk, metrics, options.max_body_bytes)
+    app = make_app(served, desk, metrics, options.max_body_bytes, options.allow_origins)
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=options.shutdown_s, lifespan="off"
     )

@@ -1,6 +1,7 @@
 """Training that starts from another model's weights: an imported one, or another run's."""
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,10 @@ from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig, differences, load_config
 from pretrain.data.folders import DataFolder, kept_facts
+from pretrain.data.tokenizer_facts import has_ids_of
 from pretrain.run.folder import find_checkpoint
+
+logger = logging.getLogger(__name__)
 
 # Fields of the model that may differ from the saved model: no tensor's name or shape depends on them.
 FREE = (
@@ -92,12 +96,29 @@ def check_initial(config: TrainConfig, folders: list[DataFolder]) -> None:
     source = kept_facts(_run_of(config.init_from))[0]
     if not source.has_tokenizer:  # the sizes fit: checks.py
         return
-    if source.tokenizer["sha256"] != folders[0].tokenizer["sha256"]:
+    if not has_ids_of(folders[0], source.path / source.tokenizer["file"]):
         raise UserError(
             f"{folders[0].path} was tokenized with another tokenizer than that of {config.init_from}, "
             "so the same ids stand for different tokens: tokenize the text with "
             f"{source.path / source.tokenizer['file']}"
         )
+    _warn_of_another_beginning(config.init_from, source, folders[0])
+
+
+def _warn_of_another_beginning(init_from: Path, source: DataFolder, data: DataFolder) -> None:
+    """Allowed, as models can learn it; but seldom meant."""
+    theirs, ours = (folder.tokenizer.get("bos_id") for folder in (source, data))
+    if theirs == ours or ("bos_id" not in source.tokenizer and not source.manifest["splits"]):
+        return  # the same; or imported before this was recorded
+    words = "with the token {}".format
+    logger.warning(
+        "%s was made of texts that begin %s, the documents of %s begin %s: tokenize them %s --add-bos",
+        init_from,
+        "with no BOS token" if theirs is None else words(theirs),
+        data.path,
+        "with none" if ours is None else words(ours),
+        "with" if ours is None else "without",
+    )
 
 
 def keep_imported(config: TrainConfig) -> None:

@@ -65,6 +65,12 @@ def check_same_data(run_dir: Path, folders: list[DataFolder]) -> None:
             "started with, so the same ids stand for different tokens: use the data set that the run was "
             "started with"
         )
+    if kept[0].tokenizer.get("bos_id") != folders[0].tokenizer.get("bos_id"):
+        raise UserError(
+            f"the run in {run_dir} was started with documents "
+            f"{'with' if 'bos_id' in kept[0].tokenizer else 'without'} a BOS token at their beginning, "
+            f"those of {folders[0].path} are otherwise: use the data set it was started with"
+        )
     for before, now in zip(kept, folders, strict=False):
         if before.manifest["splits"].get("train") != now.manifest["splits"].get("train"):
             raise UserError(

@@ -15,7 +15,8 @@ from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.inference.engine import DynamicEngine, Request, Sampling, generate_static
+from megatron_ladder.inference.engine import DynamicEngine, generate_static
+from megatron_ladder.inference.requests import Request, Sampling
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
     initialize_model_parallel,
@@ -106,9 +107,9 @@ def finish(engine: DynamicEngine) -> dict[int, list[int]]:
 def generate(model: ModelConfig, tp: int, pp: int, folder: Path) -> list[list[list[int]]]:
     """On each rank, static and dynamic: the new tokens of each prompt."""
     gpt = load(model, tp, pp, folder)
-    static = generate_static(gpt, model, requests(), eod_id=NO_EOD)
+    static = generate_static(gpt, model, requests(), end_ids=[NO_EOD])
     # Three at a time: requests begin while others are under way.
-    engine = DynamicEngine(gpt, model, eod_id=NO_EOD, max_requests=3)
+    engine = DynamicEngine(gpt, model, end_ids=[NO_EOD], max_requests=3)
     for request in requests():
         engine.add(request)
     dynamic = finish(engine)
@@ -167,22 +168,22 @@ def test_layouts_engines_and_the_exported_folder_give_the_same_tokens(
 def lives(model: ModelConfig, folder: Path) -> None:
     """What may happen to a request beside others, on one rank."""
     gpt = load(model, 1, 1, folder)
-    alone = generate_static(gpt, model, requests(), eod_id=NO_EOD)
+    alone = generate_static(gpt, model, requests(), end_ids=[NO_EOD])
 
     # The token that ends a text is not given; what comes before is.
     eod = alone[0][6]
     cut = list(alone[0][: alone[0].index(eod)])
-    engine = DynamicEngine(gpt, model, eod_id=eod, max_requests=4)
+    engine = DynamicEngine(gpt, model, end_ids=[eod], max_requests=4)
     engine.add(requests()[0])
     outputs = []
     while engine.has_work():
         outputs += engine.step()
     assert [token for output in outputs for token in output.new_ids] == cut
     assert [output.finish_reason for output in outputs][-1] == "stop"
-    assert list(generate_static(gpt, model, requests()[:1], eod_id=eod)[0]) == cut
+    assert list(generate_static(gpt, model, requests()[:1], end_ids=[eod])[0]) == cut
 
     # A cancelled request gives its blocks back, whether it waits or runs, and disturbs no other.
-    engine = DynamicEngine(gpt, model, eod_id=NO_EOD, max_requests=2)
+    engine = DynamicEngine(gpt, model, end_ids=[NO_EOD], max_requests=2)
     whole = engine.free_blocks
     for request in requests()[:4]:
         engine.add(request)
@@ -202,13 +203,13 @@ def lives(model: ModelConfig, folder: Path) -> None:
     assert engine.free_blocks == whole
 
     # A cache for one request at a time: they wait for each other, and none is refused.
-    engine = DynamicEngine(gpt, model, eod_id=NO_EOD, max_requests=4, cache_tokens=64)
+    engine = DynamicEngine(gpt, model, end_ids=[NO_EOD], max_requests=4, cache_tokens=64)
     for request in requests():
         engine.add(request)
     assert finish(engine) == {i: list(tokens) for i, tokens in enumerate(alone)}
 
     # One that could never run is refused.
-    small = DynamicEngine(gpt, model, eod_id=NO_EOD, max_requests=4, cache_tokens=32)
+    small = DynamicEngine(gpt, model, end_ids=[NO_EOD], max_requests=4, cache_tokens=32)
     with pytest.raises(UserError, match="exceed the cache of 32 tokens"):
         small.add(requests()[4])
     with pytest.raises(UserError, match="exceed the model's context of 64"):
@@ -218,7 +219,7 @@ def lives(model: ModelConfig, folder: Path) -> None:
 
     # Sampling: the same seed, the same tokens; one of one is greedy.
     def sampled(seed: int, **how: float) -> dict[int, list[int]]:
-        engine = DynamicEngine(gpt, model, eod_id=NO_EOD, max_requests=4, seed=seed)
+        engine = DynamicEngine(gpt, model, end_ids=[NO_EOD], max_requests=4, seed=seed)
         for i, ids in enumerate(prompts()):
             engine.add(Request(i, tuple(ids), Sampling(8, **how)))
         return finish(engine)
@@ -259,7 +260,7 @@ def overlap_of_decode(model: ModelConfig, folder: Path) -> list[tuple[str, str]]
         wait(self)
 
     SubmoduleCollectives.start_output, SubmoduleCollectives.wait_output = started, waited
-    engine = DynamicEngine(gpt, model, eod_id=NO_EOD, max_requests=2)
+    engine = DynamicEngine(gpt, model, end_ids=[NO_EOD], max_requests=2)
     for request in requests()[:2]:
         engine.add(request)
     engine.step()  # the prompts

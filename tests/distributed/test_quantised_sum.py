@@ -110,8 +110,8 @@ def generate(model: ModelConfig, folder: Path) -> tuple[Any, ...]:
         set_all_reduce(gpt.decoder, all_reduce)
         with torch.no_grad():
             both.append(gpt(ids, positions, None, runtime_gather_output=True))
-    static = generate_static(gpt, model, requests(), eod_id=NO_EOD)
-    engine = DynamicEngine(gpt, model, eod_id=NO_EOD, max_requests=3)
+    static = generate_static(gpt, model, requests(), end_ids=[NO_EOD])
+    engine = DynamicEngine(gpt, model, end_ids=[NO_EOD], max_requests=3)
     for request in requests():
         engine.add(request)
     return (*both, static, finish(engine))

@@ -112,3 +112,17 @@ def test_errors(folder, tmp_path):
         fails(message, broken)
     (broken / "config.json").write_text('{"model_type": "bert"}')
     fails("is not an exported model", broken)
+
+
+def test_a_temperature_that_is_almost_0_is_0(folder):
+    greedy = generate_text(folder, PROMPTS, max_new_tokens=6)
+    for temperature in (1e-6, 1e-30, 1e-300):
+        assert generate_text(folder, PROMPTS, max_new_tokens=6, temperature=temperature) == greedy
+    hot = {"max_new_tokens": 6, "temperature": 1.0}
+    all_of_them = generate_text(folder, PROMPTS, top_k=1 << 40, **hot)
+    assert all_of_them == generate_text(folder, PROMPTS, **hot)
+
+
+def test_text_that_is_none(folder):
+    with pytest.raises(UserError, match=r"no Unicode text: it holds '\\udcff' at character 1"):
+        generate_text(folder, ["a\udcff"], max_new_tokens=1)

@@ -93,12 +93,19 @@ def edit_tensors(model: Path, change) -> None:
             "misshaped model.layers.0.mlp.gate_proj.weight is [48, 32], not [40, 32]",
         ),
         ({"vocab_size": 149}, "tokenizer.json has 150 tokens, the model's vocab_size is 149"),
-        ({"eos_token_id": None}, "has no eos_token_id"),
     ],
 )
 def test_models_that_are_not_supported(model: Path, refused, changes: dict, said: str) -> None:
     edit_config(model, **changes)
     assert said in refused()
+
+
+def test_a_model_that_names_no_end(model: Path, refused) -> None:
+    edit_config(model, eos_token_id=None)
+    (model / "generation_config.json").write_text("{}")
+    assert "neither config.json nor generation_config.json has an eos_token_id" in refused()
+    (model / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    assert "generation_config.json cannot be read: eos_token_id is ['</s>']" in refused()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

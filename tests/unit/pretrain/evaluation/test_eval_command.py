@@ -192,8 +192,8 @@ def test_the_table() -> None:
 @needs_harness
 def test_the_harness_runs_a_local_task_offline(made: Path, tmp_path: Path, capsys) -> None:
     """Two choices, of which one is the likelier: the same answers as the model's own likelihoods."""
+    from pretrain.convert.model_text import load_tokenizer
     from pretrain.convert.plain_model import load_plain_model
-    from pretrain.evaluation.documents import load_tokenizer
     from pretrain.evaluation.likelihood import TextModel
 
     questions = [
@@ -216,7 +216,7 @@ def test_the_harness_runs_a_local_task_offline(made: Path, tmp_path: Path, capsy
         'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
     )
     plain = load_plain_model(made / "model")
-    text_model = TextModel(plain.model, load_tokenizer(plain.tokenizer_file), 2, 128, 4)
+    text_model = TextModel(plain.model, load_tokenizer(plain.tokenizer_file), [2], 128, 4)
     pairs = [(q["question"], f" {choice}") for q in questions for choice in q["choices"]]
     nats = [found.nats for found in text_model.likelihoods(pairs, "")]
     right = [(nats[2 * i + 1] < nats[2 * i]) == bool(q["answer"]) for i, q in enumerate(questions)]

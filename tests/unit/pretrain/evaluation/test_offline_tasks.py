@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ladder.errors import UserError
+from pretrain.convert.model_text import load_tokenizer
 from pretrain.data.folders import open_folder
-from pretrain.evaluation.documents import Texts, load_tokenizer, open_split
+from pretrain.evaluation.documents import Texts, open_split
 from pretrain.evaluation.likelihood import Likelihood, TextModel, split_ids
 from pretrain.evaluation.offline_tasks import (
     CONTEXT_WORDS,
@@ -148,7 +149,7 @@ def test_likelihoods_are_the_models_whatever_the_batch(bpe: Path, batch_size: in
     pairs[::2] = [
         (context[-50:], choice) for context, choice in pairs[::2]
     ]  # some fit, some do not
-    text_model = TextModel(model, tokenizer, 2, seq_length=90, batch_size=batch_size)
+    text_model = TextModel(model, tokenizer, [2], seq_length=90, batch_size=batch_size)
     found = text_model.likelihoods(pairs, "tests")
     truncated = 0
     for (context, continuation), likelihood in zip(pairs, found, strict=True):
@@ -165,7 +166,7 @@ def test_likelihoods_are_the_models_whatever_the_batch(bpe: Path, batch_size: in
         assert likelihood.is_greedy == bool((best == whole[-len(after) :]).all())
     assert 0 < truncated < len(pairs) - 5
     with pytest.raises(UserError, match="--seq-length 2"):
-        TextModel(model, tokenizer, 2, 2, 1).likelihoods(pairs, "tests")
+        TextModel(model, tokenizer, [2], 2, 1).likelihoods(pairs, "tests")
 
 
 class Knows:
@@ -196,7 +197,7 @@ def test_greedy_means_every_token_of_the_continuation_and_no_other(bpe: Path) ->
         ([first + 1], False),
         ([len(sequence) - 1], False),
     ):
-        text_model = TextModel(Knows(sequence, wrong), tokenizer, 2, 60, 1)
+        text_model = TextModel(Knows(sequence, wrong), tokenizer, [2], 60, 1)
         (found,) = text_model.likelihoods([(context, word)], "tests")
         assert found.is_greedy == expected, wrong
         assert (found.nats < 1e-3) == expected, wrong

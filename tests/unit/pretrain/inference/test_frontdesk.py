@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.inference.engine import Output, Request, Sampling
+from megatron_ladder.inference.requests import Output, Request, Sampling
 from pretrain.inference.engine_loop import Cancel
 from pretrain.inference.frontdesk import Busy, Closing, FrontDesk
 from pretrain.inference.metrics import Metrics
