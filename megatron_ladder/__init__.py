@@ -2,4 +2,4 @@
 
 from megatron_ladder.one_cudnn import load_torchs
 
-load_torchs()  # before anything of this package imports megatron-core, which imports Transformer Engine
+load_torchs()  # first, because the package imports megatron-core, which imports Transformer Engine

@@ -1,6 +1,6 @@
-"""What a model and its layout are, in Megatron's and Hugging Face's words.
+"""Configuration of a model and of its layout over ranks, with the names of Megatron and Hugging Face.
 
-`mcore_compat.transformer_config` translates these into megatron-core's configuration, once.
+`mcore_compat.transformer_config` is the one place that translates these to megatron-core's configuration.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ TransformerImpl = Literal["auto", "local", "transformer_engine"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 Attention = Literal["auto", "te", "torch", "unfused"]
-"""Whose core attention; attention_choice.py says what auto takes. unfused: megatron-core's own."""
+"""The implementation of core attention. auto: attention_choice.py chooses. unfused: megatron-core's own."""
 AllReduce = Literal["exact", "int8"]
-"""How partial outputs are summed over tensor-parallel ranks; int8 in inference only (quantised_sum.py)."""
+"""How partial outputs are summed over tensor-parallel ranks. int8: inference only (quantised_sum.py)."""
 
-# Vocabulary rows are padded to this, whatever the layout: a checkpoint's shapes must not depend on
-# the tensor-parallel size it was trained at.
+# The rows of the vocabulary are padded to a multiple of this in every layout, so that a checkpoint's shapes
+# do not depend on the tensor-parallel size of the training.
 VOCAB_MULTIPLE = 128
 
 
@@ -92,7 +92,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise UserError(
                 f"a head has {self.head_dim} channels (model.kv_channels, or model.hidden_size / "
-                "model.num_attention_heads): RoPE needs them even"
+                "model.num_attention_heads): RoPE needs an even number"
             )
         if self.num_attention_heads % self.kv_heads:
             raise UserError(
@@ -106,17 +106,17 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads of a layer."""
+        """The number of key/value heads of a layer."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head."""
+        """The number of channels of a head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: `vocab_size` up to the next multiple of 128."""
+        """The number of rows of the embedding: `vocab_size`, rounded up to a multiple of 128."""
         assert self.vocab_size is not None, "vocab_size is set from the data before building"
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
@@ -153,11 +153,15 @@ class ModelConfig:
 
     @property
     def is_standard(self) -> bool:
-        """Every layer is megatron-core's own."""
+        """Whether every layer has the standard residual, and so is megatron-core's own TransformerLayer."""
         return set(self.layer_residuals()) == {"standard"}
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Trained parameters, vocabulary padding included when embeddings are."""
+        """Number of trained parameters.
+
+        Args:
+            embeddings: count the embedding and the output layer, with the padding of the vocabulary.
+        """
         attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads)
         attention += self.hidden_size * self.head_dim * (2 * self.kv_heads)
         layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + self._vectors_of_a_layer()
@@ -168,13 +172,13 @@ class ModelConfig:
         return total
 
     def num_matmul_parameters(self) -> int:
-        """Weights that each token is multiplied with: all but norms, biases and the embedding look-up."""
+        """Number of weights in matrix products: all but norms, biases and the embedding look-up."""
         vectors = self.num_layers * self._vectors_of_a_layer() + self.hidden_size
         look_up = 0 if self.share_embeddings_and_output_weights else 1
         return self.num_parameters() - vectors - look_up * self.padded_vocab_size * self.hidden_size
 
     def _vectors_of_a_layer(self) -> int:
-        """Parameters of its norms and biases."""
+        """Number of parameters in the norms and biases of one layer."""
         count = self.hidden_size * (1 if self.residual == "parallel" else 2)
         if self.add_qkv_bias:
             count += self.head_dim * (self.num_attention_heads + 2 * self.kv_heads)
@@ -227,7 +231,7 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """The number of ranks that hold one copy of the model together."""
         return (
             self.tensor_model_parallel_size
             * self.pipeline_model_parallel_size
@@ -236,11 +240,11 @@ class ParallelConfig:
 
     @property
     def num_chunks(self) -> int:
-        """Parts of the model on each rank."""
+        """The number of parts (chunks) of the model on each rank."""
         return self.virtual_pipeline_model_parallel_size or 1
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model in `world_size` ranks.
+        """The number of copies of the model in `world_size` ranks.
 
         Raises:
             UserError: `world_size` is not a multiple of `model_parallel_size`.
@@ -255,7 +259,7 @@ class ParallelConfig:
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuses a model that the layout cannot cut evenly, or that has no such layout.
+    """Checks that a layout fits a model: that it can cut the model evenly, and supports its residual.
 
     Args:
         model: with `vocab_size` set.
@@ -290,15 +294,15 @@ def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
     last = parallel.num_layers_in_last_pipeline_stage
     given = [n for n in (first, last) if n is not None]
     others, left = pp - len(given), num_layers - sum(given)
-    # Every stage between gets as many; without one, nothing may be left over.
+    # All other stages get the same number of layers. Without other stages, no layer may be left over.
     fits = left == 0 if others == 0 else left >= others and left % others == 0
     if not fits:
         raise UserError(
             f"model.num_layers {num_layers} do not divide over "
             f"parallel.pipeline_model_parallel_size {pp}"
-            + (f" with {first or 'even'} layers first and {last or 'even'} last" if given else "")
+            + (f" (first stage: {first or 'even'}, last stage: {last or 'even'})" if given else "")
             + ": choose another size, or set parallel.num_layers_in_first_pipeline_stage or "
-            "num_layers_in_last_pipeline_stage so that the other stages get equally many"
+            "num_layers_in_last_pipeline_stage so that all other stages get the same number of layers"
         )
     for layers in {*given, left // others if others else 0}:
         if layers % parallel.num_chunks:

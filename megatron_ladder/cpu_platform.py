@@ -1,7 +1,8 @@
-"""CPU as a platform for megatron-core, which addresses "cuda" by name.
+"""Runs megatron-core on a CPU.
 
-`enable` sends those calls to the CPU, in this process, only when no GPU is present. Training then
-runs over gloo with megatron-core's own tensor parallelism, DDP and distributed optimizer.
+megatron-core calls torch with the device name "cuda". When there is no GPU, `enable` patches torch in this
+process so that these calls use the CPU. Training then runs over gloo, with megatron-core's own tensor
+parallelism, DDP and distributed optimizer.
 """
 
 import functools
@@ -24,7 +25,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable) -> Callable:
-    """The function with every "cuda" device among its arguments replaced by the CPU."""
+    """`function`, which gets the CPU as its device wherever it is called with a "cuda" device."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -36,7 +37,13 @@ def _on_cpu(function: Callable) -> Callable:
 
 
 def enable() -> bool:
-    """Makes the CPU stand in for a GPU; returns whether it did. Idempotent."""
+    """Patches torch and megatron-core so that they run on the CPU, when there is no GPU.
+
+    Call it first, before megatron-core's groups and models are made. A second call changes nothing.
+
+    Returns:
+        Whether the CPU is used. False when there is a GPU.
+    """
     global _enabled
     if _enabled:
         return True
@@ -48,7 +55,7 @@ def enable() -> bool:
     cuda: Any = torch.cuda
     tensor: Any = torch.Tensor
     cuda.current_device = lambda: _CPU
-    cuda.current_stream = lambda *_: None  # there is one, and nothing to wait for
+    cuda.current_stream = lambda *_: None  # a CPU has one stream, and nothing waits for it
     cuda.synchronize = lambda *_: None
     cuda.empty_cache = lambda: None
     cuda.manual_seed = torch.manual_seed
@@ -68,9 +75,9 @@ def enable() -> bool:
 
     tensor.type = reported_type
 
-    # Patched rather than caught by a TorchFunctionMode: a mode is off inside backward, where
-    # recomputation runs. `with torch.device(...)` keeps a cached list of the functions it acts on:
-    # it must hold the real ones, which the patched ones call.
+    # We patch these functions and do not use a TorchFunctionMode: a mode is off inside backward, where
+    # recomputation runs. `with torch.device(...)` acts on a cached list of functions. The call below fills
+    # that list with the original functions, which the patched ones call.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -82,8 +89,11 @@ def enable() -> bool:
 
 
 def _use_torch_in_optimizers() -> None:
-    """Transformer Engine's and apex's kernels, which megatron-core takes where they are installed, need a
-    GPU: what it takes without them is put in their place."""
+    """Makes megatron-core's optimizers use torch instead of the kernels of Transformer Engine and apex.
+
+    megatron-core uses these kernels where they are installed, but they need a GPU. This function replaces
+    them by the functions that megatron-core uses when neither package is installed.
+    """
     from megatron.core import optimizer, utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.optimizer import optimizer as mixed_precision

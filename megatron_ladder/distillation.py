@@ -1,4 +1,4 @@
-"""How far a model's predictions are from another's, with the vocabulary cut over tensor-parallel ranks."""
+"""Distillation losses, with the vocabulary cut over the tensor-parallel ranks."""
 
 from typing import Any
 
@@ -17,20 +17,20 @@ def distilled_losses(
     temperature: float,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
-    """The losses of distillation: the one to train on, and the cross-entropy in it.
+    """The loss of distillation, and the cross-entropy that is a part of it.
 
     Args:
-        student: the model's logits, of this rank's part of the vocabulary; do not use them afterwards.
-            [b, s, vocabulary / tp], fp32 or bf16
-        teacher: the same of the other model.
+        student: the logits of the model that is trained, for this rank's part of the vocabulary.
+            [b, s, vocabulary / tp], fp32 or bf16. Do not use them afterwards: they may be overwritten.
+        teacher: the teacher's logits, with the same shape and dtypes.
         labels: ids of the tokens to predict. [b, s]
         weight: the share of the divergence in the loss, from 0 to 1.
-        temperature: of `divergence`, above 0.
+        temperature: the temperature of `divergence`, above 0.
         group: the tensor-parallel ranks.
 
     Returns:
         (1 - weight) cross-entropy + weight `divergence`, and the cross-entropy. Both are fp32 [b, s],
-        in nats a token.
+        in nats per token.
     """
     from_teacher = divergence(student, teacher, temperature, group)
     cross_entropy = vocab_parallel_cross_entropy(student, labels)  # changes fp32 logits in place
@@ -47,7 +47,7 @@ def divergence(
 
     Args:
         student: logits of this rank's part of the vocabulary. [..., vocabulary / tp], fp32 or bf16
-        teacher: the same of the other model.
+        teacher: the teacher's logits, with the same shape and dtypes.
         temperature: above 0.
         group: the tensor-parallel ranks.
 
@@ -79,7 +79,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def _log_softmax(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Over the vocabulary of all ranks. [..., vocabulary / tp]"""
+    """Log-softmax over the vocabulary of all ranks: [..., vocabulary / tp] -> the same shape."""
     largest = x.amax(-1, keepdim=True)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     x = x - largest

@@ -1,4 +1,4 @@
-"""GEMMs in FP8 by Transformer Engine: which recipe, and what a machine and a model must have for it."""
+"""FP8 GEMMs of Transformer Engine: the recipes, and their requirements for the model and the machine."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,15 +9,15 @@ from megatron_ladder.errors import UserError
 
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 
-# Least compute capability, and what that is called.
+# The lowest compute capability that each recipe needs, and the names of GPUs that have it.
 CAPABILITIES: dict[Fp8Recipe, tuple[tuple[int, int], str]] = {
     "delayed": ((8, 9), "Ada, Hopper and later"),
     "tensorwise": ((8, 9), "Ada, Hopper and later"),
     "blockwise": ((9, 0), "Hopper and later"),
-    "mxfp8": ((10, 0), "Blackwell of data centres"),
+    "mxfp8": ((10, 0), "data-centre Blackwell"),
 }
-# What Transformer Engine asks besides: its GEMM of blocks is cuBLAS 12.9's, and for capabilities from here
-# on it has no GEMMs of mxfp8 in all layouts.
+# Two more requirements of Transformer Engine. Its blockwise GEMM needs the cuBLAS of CUDA 12.9. Its mxfp8
+# needs a compute capability below MXFP8_BELOW: from there on it does not have all layouts of that GEMM.
 BLOCKWISE_CUDA, MXFP8_BELOW = (12, 9), (12, 0)
 
 
@@ -42,14 +42,16 @@ def check_fp8(
     precision: Precision,
     tokens: int,
 ) -> None:
-    """Refuses what FP8 GEMMs cannot do, on any machine; `check_machine` checks this one.
+    """Checks that a model and its layout fit an FP8 recipe. It does not look at the machine.
+
+    `check_machine` checks the machine.
 
     Args:
         fp8: the options.
         model: the model, whose sizes must fit the recipe.
         parallel: the layout.
         precision: must be bf16.
-        tokens: of a micro-batch: sequence length times micro-batch size.
+        tokens: tokens of a micro-batch: sequence length times micro-batch size.
 
     Raises:
         UserError: the first thing found wrong.
@@ -68,7 +70,7 @@ def check_fp8(
         return
     if precision != "bf16":
         raise UserError(
-            f"fp8.recipe {fp8.recipe} needs precision bf16 (it is {precision}): what is not FP8 stays bf16"
+            f"fp8.recipe {fp8.recipe} needs precision bf16 (it is {precision}): the rest stays bf16"
         )
     if any(in_bf16) and fp8.recipe == "delayed":
         raise UserError(
@@ -77,7 +79,7 @@ def check_fp8(
         )
     if fp8.primary_weights and fp8.recipe == "mxfp8":
         raise UserError(
-            "fp8.primary_weights with fp8.recipe mxfp8 is not supported: leave out the first"
+            "fp8.primary_weights with fp8.recipe mxfp8 is not supported: leave out fp8.primary_weights"
         )
     tp = parallel.tensor_model_parallel_size
     heads = model.num_attention_heads + 2 * model.kv_heads
@@ -91,8 +93,8 @@ def check_fp8(
     ):
         if size % multiple:
             raise UserError(
-                f"fp8.recipe {fp8.recipe}: {name}, {size}, is not a multiple of {multiple}, as its GEMMs "
-                "need: change it, or train without fp8.recipe"
+                f"fp8.recipe {fp8.recipe}: {name}, {size}, is not a multiple of {multiple}. The GEMMs "
+                "need that: change it, or train without fp8.recipe"
             )
     # Parallel layers gather in bf16.
     if model.residual != "parallel" and parallel.sequence_parallel and tp > 1:
@@ -100,9 +102,9 @@ def check_fp8(
 
 
 def _check_gathering(recipe: Fp8Recipe, hidden_size: int, tokens: float) -> None:
-    """A rank's own tokens are quantised before they are gathered.
+    """Checks that the ranks can gather in FP8. A rank quantises its own tokens before the all-gather.
 
-    With blocks that are not whole Transformer Engine does not fail: it warns, gathers in bf16, and
+    When they do not fill whole blocks, Transformer Engine does not fail: it warns, gathers in bf16, and
     quantises the inputs twice.
     """
     blocks = 128 if recipe == "blockwise" else 0
@@ -114,21 +116,21 @@ def _check_gathering(recipe: Fp8Recipe, hidden_size: int, tokens: float) -> None
     ):
         if size % needed:
             raise UserError(
-                f"fp8.recipe {recipe}: {size_of}, {size:g}, is not a multiple of {needed}, as is needed to "
-                "gather in FP8 under sequence parallelism: change it, or train without "
+                f"fp8.recipe {recipe}: {size_of}, {size:g}, is not a multiple of {needed}. Sequence "
+                "parallelism needs that to gather in FP8: change it, or train without "
                 "parallel.sequence_parallel"
             )
 
 
 def check_machine(fp8: Fp8Config, impl: Literal["local", "transformer_engine"]) -> None:
-    """Refuses a recipe that this machine cannot run.
+    """Checks that this machine can run an FP8 recipe.
 
     Args:
         fp8: the options.
-        impl: whose layers will be built.
+        impl: the implementation of the layers that will be built.
 
     Raises:
-        UserError: names what is missing.
+        UserError: something is missing. The message names it.
     """
     if fp8.recipe is None:
         return
@@ -136,14 +138,14 @@ def check_machine(fp8: Fp8Config, impl: Literal["local", "transformer_engine"]) 
         raise UserError(f"fp8.recipe {fp8.recipe} needs {reason}: see `megatron-ladder doctor`")
     if impl == "local":
         raise UserError(
-            f"fp8.recipe {fp8.recipe} is Transformer Engine's, transformer_impl is local: set it to auto"
+            f"fp8.recipe {fp8.recipe} needs Transformer Engine; transformer_impl is local: set it to auto"
         )
 
 
 def missing(recipe: Fp8Recipe) -> str:
-    """What this machine lacks for a recipe: a package, a GPU or a torch; empty if nothing."""
+    """What this machine lacks for a recipe: a package, a GPU or a newer torch; "" for nothing."""
     least, generation = CAPABILITIES[recipe]
-    import torch  # here: a command line starts without it
+    import torch  # imported here, so that the command line starts without it
 
     if find_spec("transformer_engine") is None:
         return "the transformer-engine package"
@@ -158,12 +160,12 @@ def missing(recipe: Fp8Recipe) -> str:
 
 
 def config_fields(fp8: Fp8Config) -> dict[str, Any]:
-    """megatron-core's fields; those for delayed are the ones that Megatron-LM's recipes use."""
+    """megatron-core's configuration fields for FP8. Those for delayed are as in Megatron-LM's recipes."""
     if fp8.recipe is None:
         return {}
     per_tensor = fp8.recipe in ("delayed", "tensorwise")
     return {
-        # hybrid: gradients as e5m2, of larger range; scales of blocks make e4m3 do for all.
+        # hybrid: gradients are e5m2, which has a larger range. With one scale per block e4m3 is enough.
         "fp8": "hybrid" if per_tensor else "e4m3",
         "fp8_recipe": fp8.recipe,
         "fp8_param": fp8.primary_weights,

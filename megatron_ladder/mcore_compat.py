@@ -1,4 +1,4 @@
-"""The one file that names megatron-core's moving parts: its configuration and its model class.
+"""The one file for those parts of megatron-core that change: its configuration, its model class, saving.
 
 Works with megatron-core 0.16.1 (Python 3.11) and 0.19.2 (Python 3.12 and later).
 """
@@ -51,11 +51,12 @@ def initialize_model_parallel(
 ) -> None:
     """Makes megatron-core's process groups and seeds its random states.
 
-    torch.distributed must be initialised. Call `destroy_model_parallel` before a second layout.
+    torch.distributed must be initialised. Raises UserError when the world size does not fit the layout.
+    Call `destroy_model_parallel` before you set another layout.
 
     Args:
-        seed: of weights and dropout. Each pipeline stage adds 100 times its number.
-        for_graphs: random states are generators, which a CUDA graph can hold, and not numbers.
+        seed: for weights and dropout. A pipeline stage adds 100 times its number.
+        for_graphs: keep the random states as generators, which CUDA graphs can use, and not as tensors.
     """
     parallel.data_parallel_size(torch.distributed.get_world_size())
     parallel_state.initialize_model_parallel(
@@ -64,8 +65,8 @@ def initialize_model_parallel(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
     )
-    # Stages draw different weights and dropout; tensor-parallel ranks share the first random state
-    # and have one each of their own in megatron-core's tracker.
+    # Stages draw different weights and dropout. Tensor-parallel ranks share the default random state; each
+    # also has a random state of its own in megatron-core's tracker.
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(
@@ -74,10 +75,10 @@ def initialize_model_parallel(
 
 
 def destroy_model_parallel() -> None:
-    """Undoes `initialize_model_parallel`; torch.distributed stays.
+    """Destroys the process groups of `initialize_model_parallel`. torch.distributed stays initialised.
 
     megatron-core's own function keeps references to some groups, and RoPE's cache keeps models, which
-    hold groups too. A group that stays keeps its threads, and a process forked later would wait for them.
+    refer to groups too. Such a group keeps its threads, and a process forked later would wait for them.
     """
     parallel_state.destroy_model_parallel()
     for name, value in list(vars(parallel_state).items()):
@@ -88,14 +89,14 @@ def destroy_model_parallel() -> None:
 
 @dataclass
 class LadderConfig(TransformerConfig):
-    """megatron-core's TransformerConfig, and the fields that it has no name for."""
+    """megatron-core's TransformerConfig, with three more fields."""
 
     recompute_submodules: bool = False
-    """Full recomputation by this project's layers (recompute.py)."""
+    """This project's layers do full recomputation (recompute.py)."""
     masks_given: bool = False
-    """Attention is by the mask that forward gets, [b, 1, s, s], not merely causal."""
+    """Attention uses the mask that forward gets, [b, 1, s, s]. Otherwise attention is causal."""
     core_attention: CoreAttention = TORCHS
-    """Chosen by `transformer_config`, for all layers."""
+    """The core attention of all layers. `transformer_config` chooses it."""
 
 
 def transformer_config(
@@ -112,16 +113,16 @@ def transformer_config(
     micro_batch_size: int = 1,
     seq_length: int | None = None,
 ) -> LadderConfig:
-    """Our configuration in megatron-core's terms. The only place that does this translation.
+    """Translates this project's configuration to megatron-core's. No other code does this.
 
-    Raises UserError when the layout cannot cut the model, or the layers have no such attention.
+    Raises UserError when the layout does not fit the model, or the layers do not have that attention.
 
     Args:
-        recompute: selective is core attention alone; full is each sub-module.
-        attention: whose core attention; it is chosen here for all layers.
-        masks_given: attention uses the mask that forward gets, [b, 1, s, s], not the causal one.
+        recompute: selective recomputes core attention alone, full recomputes each sub-module.
+        attention: which core attention; auto is resolved here, for all layers.
+        masks_given: attention uses the mask that forward gets, [b, 1, s, s]. Otherwise it is causal.
         micro_batch_size: attention is chosen for this size.
-        seq_length: attention is chosen for this length; None: the model's longest.
+        seq_length: attention is chosen for this length. None: the model's max_position_embeddings.
     """
     check_layout(model, parallel)
     on_gpu = torch.cuda.is_available()
@@ -162,26 +163,26 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
-        # Interleaved, two stages exchange several tensors in both directions: batched, they would
-        # be matched in the wrong order, silently.
+        # In the interleaved schedule two stages exchange several tensors in both directions. Batched
+        # sends and receives would be matched in the wrong order, without an error.
         overlap_p2p_comm=parallel.num_chunks > 1,
         batch_p2p_comm=parallel.num_chunks == 1,
         context_parallel_size=parallel.context_parallel_size,
         bf16=precision == "bf16",
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         pipeline_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        # Weights drawn on the CPU from one seed and then cut: the same at every TP size.
+        # On the CPU weights are drawn whole from one seed, then cut: they are the same at every TP size.
         use_cpu_initialization=not on_gpu,
         transformer_impl=resolve_impl(impl),
         deterministic_mode=deterministic and on_gpu,
-        # These are torch.compile'd or CUDA kernels: a win on a GPU only.
+        # These fusions are compiled by torch.compile or are CUDA kernels: they are faster on a GPU only.
         bias_activation_fusion=on_gpu,
-        # Without dropout it is one addition: a compiled one takes four times the Python to call.
+        # Without dropout it is one addition; to call a compiled addition takes four times the Python.
         bias_dropout_fusion=on_gpu and model.hidden_dropout > 0,
         apply_rope_fusion=resolve_impl(impl) == "transformer_engine",
         cross_entropy_loss_fusion=on_gpu and not deterministic,
         masked_softmax_fusion=False,
-        # Of local linears, by a kernel of NVIDIA's apex; TE's own: pretrain/model/optimizer.py.
+        # For local linears, with a kernel of NVIDIA's apex. pretrain/model/optimizer.py sets TE's.
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         masks_given=masks_given,
@@ -204,18 +205,18 @@ def build_gpt_model(
     *,
     device: torch.device | None = None,
 ) -> list[GPTModel]:
-    """megatron-core's GPTModel with this project's layers: this rank's part.
+    """Builds this rank's part of megatron-core's GPTModel, with this project's layers.
 
     Args:
         model: with `vocab_size` set.
-        config: `transformer_config` of the same model.
-        device: meta makes parameters without data; None: the rank's own device.
+        config: from `transformer_config` of the same model.
+        device: meta makes parameters without data. None: the rank's own device.
 
     Returns:
-        The chunks of this pipeline stage, first to last; one unless it is interleaved. Their
-        `config` is for megatron-core's schedules, which read the size of what stages send in it.
+        The chunks of this pipeline stage, first to last; one unless the schedule is interleaved. Their
+        `config` is for megatron-core's schedules, which take the shape of the sent tensors from it.
     """
-    # 0.19 logs that GPTModel is to be replaced by HybridModel; nothing for a user to do.
+    # 0.19 logs that HybridModel will replace GPTModel. A user need not act on that.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     residuals = model.layer_residuals()
     spec = layer_spec(
@@ -266,12 +267,11 @@ def _rope_scaling(model: ModelConfig) -> dict[str, Any]:
 
 
 def align_checkpoint_ranges(ddp: Any) -> None:
-    """Call before the optimizer is built: it mends megatron-core's reshardable checkpoints.
+    """Corrects megatron-core's reshardable checkpoints. Call it before the optimizer is built.
 
-    Saving joins the buckets of a gradient buffer without the padding at their ends, and then cuts
-    parameters out at offsets that count it: with several buckets, as a shared embedding on two
-    pipeline stages makes them, Adam's moments and master weights are saved shifted. Counted as data,
-    the padding stays in.
+    Saving joins the buckets of a gradient buffer without the padding at their ends, but cuts parameters
+    out at offsets that include the padding. With several buckets (from a shared embedding on two pipeline
+    stages) Adam's moments and the master weights are saved shifted. Here padding counts as data: it stays.
     """
     for buffer in ddp.buffers:
         for bucket in buffer.buckets:
@@ -282,11 +282,12 @@ def align_checkpoint_ranges(ddp: Any) -> None:
 def save_without_tensors(
     state: dict[str, Any], content_metadata: dict[str, Any], folder: str
 ) -> None:
-    """Writes what a checkpoint holds beside tensors, so that these may be written by others (DCP).
+    """Writes all of a checkpoint but its tensors, which torch's distributed checkpointing (DCP) writes.
 
-    0.19 keeps it among the tensors, whose list the others write anew, but reads 0.16's file as well.
+    0.19 stores this data among the tensors, but DCP writes their index anew. So common.pt holds the data,
+    as in 0.16; 0.19 reads that file too.
     """
-    # Copied: saving adds to it.
+    # A copy, because saving adds to the dictionary.
     dist_checkpointing.save(dict(state), folder, content_metadata=content_metadata)
     common = Path(folder) / "common.pt"
     if not common.exists():
@@ -294,9 +295,9 @@ def save_without_tensors(
 
 
 def start_results_queue(initializer: Callable[[], None]) -> None:
-    """Starts the process through which writers of checkpoints report, unless it has been started.
+    """Starts the process that passes on the results of checkpoint writers, unless it runs already.
 
-    megatron-core would start it without `initializer`, which is called in it.
+    The new process calls `initializer`. megatron-core would start it without one.
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
@@ -305,16 +306,16 @@ def start_results_queue(initializer: Callable[[], None]) -> None:
 
 
 class BackgroundSave:
-    """A checkpoint on its way to the disk: copied, or forked off, when this returns; all ranks call alike.
+    """Saves a checkpoint in the background. All ranks make it, and call its methods, in the same order.
 
-    megatron-core's own asynchronous saving, but for what rank 0 does alone at its end: there an error
-    is kept, as those of the writing processes are, where megatron-core leaves the other ranks waiting.
+    The tensors are copied, or the writing process is forked, when this returns. It is megatron-core's own
+    asynchronous saving, except that rank 0 keeps an error of its last write. There megatron-core hangs.
 
     Args:
         state: megatron-core's sharded state dict.
-        folder: exists and is empty.
-        content_metadata: kept in the checkpoint, for loading.
-        then: called in a rank's writing process with the files it has written; its result comes back.
+        folder: an existing, empty folder.
+        content_metadata: stored in the checkpoint, for loading.
+        then: called in a rank's writing process with the files it has written; `result` returns its value.
     """
 
     def __init__(
@@ -330,7 +331,7 @@ class BackgroundSave:
         options: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19
             options["async_strategy"] = "mcore"
-            # It logs that this is to be replaced by nvidia-resiliency-ext's; nothing for a user to do.
+            # It logs that nvidia-resiliency-ext will replace this strategy. A user need not act on that.
             logging.getLogger(TorchDistSaveShardedStrategy.__module__).setLevel(logging.ERROR)
         request = dist_checkpointing.save(
             state,
@@ -340,7 +341,7 @@ class BackgroundSave:
             content_metadata=content_metadata,
             **options,
         )
-        request.finalize_fns.pop()  # writes metadata.json, as `result` does
+        request.finalize_fns.pop()  # it writes metadata.json; here `result` does that
         self._receiver, sender = multiprocessing.Pipe(duplex=False)
         self._writes = request.async_fn is not None
         if self._writes:
@@ -350,16 +351,16 @@ class BackgroundSave:
         self._queue.schedule_async_request(request)
 
     def is_written(self, *, wait: bool) -> bool:
-        """Whether all ranks' writing processes have ended, well or not."""
+        """Whether all ranks' writing processes have ended, with or without error. `wait`: wait for them."""
         try:
             return bool(self._queue.maybe_finalize_async_calls(blocking=wait))
-        except CheckpointException as failure:  # on all ranks; rank 0 has the reasons
+        except CheckpointException as failure:  # all ranks raise it; only rank 0 has the reasons
             reasons = [str(error) for error, _ in failure.failures.values()]
             self._error = "; ".join(reasons) or "another rank could not write"
             return True
 
     def result(self) -> tuple[str, dict[str, Any]]:
-        """This rank's error, or "", and what `then` returned. Once, after `is_written`."""
+        """This rank's error ("" for none), and the result of `then`. Call it once, after `is_written`."""
         try:
             if not self._error and self._strategy.error:
                 raise self._strategy.error
@@ -382,7 +383,7 @@ def _write(
 
 
 class _KeepingErrors(TorchDistSaveShardedStrategy):
-    """Rank 0's last file, the tensors' index: an error is kept, since the other ranks wait for it."""
+    """Keeps an OSError of rank 0's last write, the tensors' index, because the other ranks wait for it."""
 
     error: OSError | None = None
 

@@ -1,9 +1,10 @@
-"""Torch's cuDNN for Transformer Engine too, where torch brought one along.
+"""Makes Transformer Engine use the cuDNN that was installed with torch.
 
-Transformer Engine asks CUDNN_HOME first, then the system, and Python's packages last, and finds the
-libraries that cuDNN is made of by their names alone. On a machine with a cuDNN of its own that one would
-come beside torch's: they take each other's libraries, and fused attention ends, without a word, in
-CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED (seen on an H100, 9.14 beside torch's 9.19).
+Transformer Engine looks for cuDNN in CUDNN_HOME, then in the system, and last in Python's packages. It
+finds the libraries of cuDNN by their names alone. When the system has a cuDNN too, both are loaded into one
+process, and each may load the other's libraries. Fused attention then fails with
+CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED, and Transformer Engine uses unfused attention without a message
+(seen on an H100: 9.14 beside torch's 9.19).
 """
 
 import contextlib
@@ -14,10 +15,10 @@ from pathlib import Path
 
 
 def load_torchs() -> None:
-    """Sets CUDNN_HOME and loads what lies there, so that each name is found loaded.
+    """Sets CUDNN_HOME to torch's cuDNN and loads its libraries, so that each name is loaded already.
 
-    Before Transformer Engine is imported. Nothing where that is not installed, where torch brought no
-    cuDNN, and where the user has said which one it shall be.
+    Call it before Transformer Engine is imported. It does nothing when Transformer Engine is not installed,
+    when torch was installed without cuDNN, or when the user has set CUDNN_HOME or CUDNN_PATH.
     """
     nvidia = find_spec("nvidia")
     if nvidia is None or find_spec("transformer_engine") is None:

@@ -1,7 +1,7 @@
-"""Layer specs: which modules megatron-core builds a model's layers from.
+"""Layer specs: the modules from which megatron-core builds a model's layers.
 
-`layer_spec` is the one function that chooses between megatron-core's own (local) modules, for any
-machine, and Transformer Engine's, for GPUs.
+`layer_spec` chooses between megatron-core's own (local) modules, which run on any machine, and Transformer
+Engine's, which need a GPU. No other function makes this choice.
 """
 
 from importlib.util import find_spec
@@ -38,13 +38,16 @@ from megatron_ladder.layers.linear import (
 )
 from megatron_ladder.layers.norm import RMSNorm
 
-# Of either kind of layers, in place of their own.
+# Core attentions that can replace the default one, in local layers and in Transformer Engine's.
 CORE_ATTENTION = {"torch": TorchAttention, "unfused": DotProductAttention}
 
 
 class LocalBackend(LocalSpecProvider):
-    """megatron-core's local modules, with a norm that allows sequence parallelism, torch's attention,
-    and a linear that can be compiled."""
+    """megatron-core's local modules, with three replaced.
+
+    The norm allows sequence parallelism, attention is torch's, and torch.compile can trace the row-parallel
+    linear.
+    """
 
     def layer_norm(self, *_: Any, **__: Any) -> type:
         return RMSNorm
@@ -57,7 +60,7 @@ class LocalBackend(LocalSpecProvider):
 
 
 class LocalCommFreeBackend(LocalBackend):
-    """The same with linears that leave communication to the layer."""
+    """`LocalBackend` with linears that do not communicate: the layer does it."""
 
     def column_parallel_linear(self) -> type:
         return CommFreeColumnParallelLinear
@@ -67,10 +70,13 @@ class LocalCommFreeBackend(LocalBackend):
 
 
 def resolve_impl(impl: TransformerImpl) -> Literal["local", "transformer_engine"]:
-    """auto: Transformer Engine where it and a GPU are present, else megatron-core's local modules.
+    """Replaces "auto" by the implementation that this machine can run.
+
+    "auto" becomes "transformer_engine" where Transformer Engine and a GPU are present, else "local"
+    (megatron-core's own modules).
 
     Raises:
-        UserError: transformer_engine was asked for, and the package or a GPU is missing.
+        UserError: `impl` is "transformer_engine", and the package or a GPU is missing.
     """
     have_te = find_spec("transformer_engine") is not None
     have_gpu = torch.cuda.is_available()
@@ -97,23 +103,25 @@ def layer_spec(
 ) -> ModuleSpec:
     """The spec of a model's layers.
 
-    Standard models use megatron-core's own TransformerLayer: it is the baseline to beat.
+    A model with standard residuals alone uses megatron-core's own TransformerLayer: it is the baseline for
+    comparisons.
 
     Args:
-        residuals: each layer's residual kind, first to last; None: every layer is a ladder layer.
-        impl: whose modules; see `resolve_impl`.
-        desync_interval: with desync layers, the sub-modules from one all-reduce to the next.
-        recompute: full recomputation, by sub-module; standard models use megatron-core's.
-        masks_given: attention uses the mask given to forward; else it is causal.
-        qk_layernorm: a norm for each head's query and key.
-        core_attention: Transformer Engine's, torch's or megatron-core's own; None: torch's in local
-            layers, Transformer Engine's in its layers.
+        residuals: each layer's residual kind, first to last. None: every layer is a ladder layer.
+        impl: the implementation of the modules; see `resolve_impl`.
+        desync_interval: the number of sub-modules from one all-reduce to the next, in desync layers.
+        recompute: full recomputation, one sub-module at a time. Standard models ignore it: they use
+            megatron-core's recomputation.
+        masks_given: attention uses the mask that forward gets. Otherwise attention is causal.
+        qk_layernorm: add a norm of each head's query and key.
+        core_attention: "te" (Transformer Engine's), "torch" or "unfused" (megatron-core's own). None:
+            torch's in local layers, Transformer Engine's in its layers.
 
     Returns:
-        One spec for all layers. Each layer finds its own kind by its number.
+        One spec for all layers. Each layer finds its residual kind by its layer number.
 
     Raises:
-        UserError: as `resolve_impl`.
+        UserError: from `resolve_impl`.
     """
     chosen = resolve_impl(impl)
     kinds = set(residuals or ("ladder",))
@@ -150,13 +158,16 @@ def layer_spec(
 def block_spec(
     config: TransformerConfig, spec: ModuleSpec, impl: TransformerImpl, chunk: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, or of one of its chunks, and the final norm.
+    """The specs of the layers of this pipeline stage, or of one of its chunks, and of the final norm.
 
     Args:
-        config: megatron-core's, of the whole model.
-        spec: of one layer, from `layer_spec`.
-        impl: whose modules; the same as for `layer_spec`.
-        chunk: with the interleaved schedule, which part of the stage, from 0; else None.
+        config: megatron-core's configuration of the whole model.
+        spec: the spec of one layer, from `layer_spec`.
+        impl: the implementation of the modules, as for `layer_spec`.
+        chunk: with the interleaved schedule, the chunk's number in its stage, from 0. Else None.
+
+    Raises:
+        UserError: from `resolve_impl`.
     """
     if resolve_impl(impl) == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
@@ -169,11 +180,11 @@ def block_spec(
 def _submodules(
     backend: Any, kinds: set[Residual], qk_layernorm: bool
 ) -> TransformerLayerSubmodules:
-    """Norm, attention, MLP of one layer. A parallel layer has one norm for both."""
+    """Norms, attention and MLP of one layer. A parallel layer has one norm for attention and MLP."""
     norm = backend.layer_norm(rms_norm=True)
     head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if qk_layernorm else IdentityOp
-    # Checkpoints name the norms as Transformer Engine's fused norm + linear does (so does
-    # megatron-core's own local spec): one checkpoint opens with either.
+    # A checkpoint names the norms as Transformer Engine's fused norm + linear does. megatron-core's own
+    # local spec does so too. So one checkpoint loads into either implementation.
     checkpoint_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if kinds != {"parallel"}:
         checkpoint_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"

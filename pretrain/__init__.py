@@ -1,3 +1,3 @@
-"""Training, and what is done with what was trained."""
+"""Trains models, and converts, evaluates, reports and serves what was trained."""
 
 import megatron_ladder  # noqa: F401 (first: it says which cuDNN Transformer Engine is to load)

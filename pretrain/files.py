@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writes files so that readers never see a half-written one; syncs files and computes checksums."""
 
 import hashlib
 import os
@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a temporary sibling, makes sure it is on disk, and renames it."""
+    """Writes `content` (text as UTF-8): readers find the old file or the whole new one.
+
+    The content goes into a temporary file in the same folder. That file is synced to disk, then renamed.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -16,7 +19,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes sure a file's, or a folder's, content is on disk."""
+    """Waits until the content of a file or a folder is on disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,5 +28,5 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a small file's content, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal. For small files: it reads the whole file at once."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""What all pictures share: colours, units on axes, smoothed curves, PNG bytes."""
+"""Helpers that all pictures use: colours, units on axes, smoothed curves, PNG bytes."""
 
 import io
 import math
@@ -6,13 +6,16 @@ import math
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which most colour-blind people tell apart.
+# Okabe and Ito's colours: most colour-blind people can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#666666"
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average over about a twenty-fifth of the run, corrected at its start."""
+    """The exponential moving average over about 1/25 of the values, with the bias at its start corrected.
+
+    Values that are not finite leave the average as it was.
+    """
     keep = 1 - 1 / max(1.0, len(values) / 25)
     total, weight, out = 0.0, 0.0, []
     for value in values:
@@ -24,6 +27,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def si(value: float) -> str:
+    """A number with an SI prefix: 1500000 becomes "1.5M"."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:g}{unit}"
@@ -31,6 +35,7 @@ def si(value: float) -> str:
 
 
 def png_bytes(figure: Figure) -> bytes:
+    """The figure as a PNG file's content, at 130 dots per inch."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

@@ -1,7 +1,7 @@
-"""What processes do about signals and their parent's end: ranks, and the processes that help them.
+"""How ranks and their helper processes handle signals and the end of their parent process.
 
-A scheduler may send a stop signal to all processes of a job: to loader processes and to those that write
-checkpoints too. These must go on until the rank that started them ends them.
+A scheduler may send a stop signal to all processes of a job, also to the processes that load data or write
+checkpoints. These must continue until the rank that started them ends them.
 """
 
 import contextlib
@@ -15,19 +15,21 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
-# A terminal sends Ctrl-C to all that a run has; the run's own processes alone answer it.
+# A terminal sends Ctrl-C to all processes of a run. Only the ranks react to it.
 _NOT_FOR_CHILDREN = STOP_SIGNALS | {signal.SIGINT}
 
-_libc = ctypes.CDLL(None)  # loaded before any fork, not after one
+_libc = ctypes.CDLL(None)  # loaded here, so that a forked child need not load it
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Asks Linux to end this process when its parent ends, however that ends.
+    """Asks Linux to kill this process when its parent ends, for whatever reason the parent ends.
 
-    A rank that outlived a killed launcher would go on writing to a run that has been started again.
+    Otherwise the ranks of a killed launcher would continue to write to the run's folder after the run was
+    started again. Does nothing on other systems.
 
     Args:
-        parent: its process id, where it is known: it may be gone already.
+        parent: the parent's process id, if known: this process exits at once when that parent has ended
+            already.
     """
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
@@ -37,7 +39,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def obey_parent_alone(_: int) -> None:
-    """For a loader process: SIGTERM ends it when its parent sends it, and no one else.
+    """Makes a loader process end at a SIGTERM from its parent and ignore one from any other process.
 
     `_` is the worker's number, which DataLoader passes.
     """
@@ -52,11 +54,12 @@ def _await_parents_sigterm() -> None:
 
 @functools.cache
 def shield_forked_children() -> None:
-    """Processes forked from now on do not get stop signals nor Ctrl-C, and end when this one does, however.
+    """Makes processes forked from now on ignore stop signals and Ctrl-C, and end when this process ends.
 
-    A writer of checkpoints that outlived a killed rank would write into those of the run started again.
+    Otherwise a process that writes checkpoints for a killed rank would continue, and would write into the
+    checkpoints of the run after it was started again.
     """
-    before = threading.local()  # forks of several threads do not share it
+    before = threading.local()  # several threads may fork at the same time
 
     def block() -> None:
         before.parent = os.getpid()
@@ -71,9 +74,13 @@ def shield_forked_children() -> None:
 
 @contextlib.contextmanager
 def no_stop_signals() -> Iterator[None]:
-    """They and Ctrl-C wait for the end of the block; a process that is started in it never gets them."""
+    """Holds back stop signals and Ctrl-C until the end of the block.
+
+    A process that is started inside the block inherits the blocked signals and never receives them.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
-    # The first process of an interpreter starts Python's tracker too, which unblocks two of them here.
+    # When Python starts its resource tracker, it unblocks SIGINT and SIGTERM in this thread. So the
+    # tracker is started first, and the signals are blocked again.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
     try:

@@ -1,12 +1,13 @@
-"""The order in which autograd runs backward, mended for the overlap.
+"""Changes the order in which autograd runs backward, so that collectives overlap with computation.
 
-Of the nodes that are ready, autograd runs the one with the highest sequence number: the newest. The
-wait for a sub-module's input gradient is newer than every node of the sub-module before it, so it
-would run at once, and nothing would hide the reduction. Lowering its number to where the sub-module
-before begins makes autograd run that one's whole backward first.
+Of the nodes that are ready, autograd runs the one with the highest sequence number, which is the newest.
+The node that waits for a sub-module's input gradient is newer than every node of the previous
+sub-module. So autograd would run it at once, and the reduction would overlap with nothing. We lower the
+node's number to the number at which the previous sub-module begins. Then autograd runs the whole backward
+of the previous sub-module first.
 
-`_set_sequence_nr` is private to torch: tests/distributed/test_asynchrony.py fails loudly when it
-stops working. Without it training is as correct, and backward is not overlapped: we warn once.
+`_set_sequence_nr` is private to torch. tests/distributed/test_asynchrony.py fails when it stops working.
+Without it the gradients are still correct, but backward does not overlap. A warning is logged once.
 """
 
 import logging
@@ -15,18 +16,18 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 enabled = True
-"""False leaves autograd's own order; benchmarks/overlap.py shows what that costs."""
+"""False keeps autograd's own order. benchmarks/overlap.py measures what that costs."""
 _warned = False
 
 
 def natural_number(node: Any) -> int | None:
-    """A backward node's place in autograd's own order; None when torch does not say."""
+    """The sequence number of a backward node in autograd; None when this torch does not expose it."""
     number = getattr(node, "_sequence_nr", None)
     return None if number is None else number()
 
 
 def run_no_sooner_than(node: Any, number: int) -> None:
-    """Lets every ready node made after `number` run before this one."""
+    """Makes autograd run every ready node that was made after `number` before this node."""
     global _warned
     if not enabled:
         return

@@ -1,6 +1,7 @@
-"""torch.distributed's collectives of one tensor, by the names that this torch calls them.
+"""The names of torch.distributed's single-tensor collectives in the installed torch.
 
-From 2.13 on it warns at each call by the older ones, which takes as long as the rest of the call.
+From torch 2.13 on, each call by an older name logs a warning. The warning takes as long as the rest of
+the call.
 """
 
 import torch.distributed as dist

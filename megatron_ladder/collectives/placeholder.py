@@ -1,9 +1,9 @@
-"""What passes through autograd in place of an FP8 tensor, which autograd does not know.
+"""Placeholders: ordinary tensors that pass through autograd in place of FP8 tensors.
 
-An FP8 tensor is numbers, scales, perhaps a second layout of both: several tensors, in a class of
-Transformer Engine's. Autograd sees a tensor of its shape that has no memory of its own, and the FP8
-tensor travels as an attribute of that. The placeholder's numbers mean nothing: the linears read what it
-stands for.
+Autograd does not support FP8 tensors. An FP8 tensor is several tensors in one class of Transformer
+Engine: the numbers, their scales, and perhaps a second layout of both. So autograd gets a placeholder, a
+tensor of the same shape that has no memory of its own. The FP8 tensor is an attribute of the placeholder.
+The placeholder's numbers mean nothing. The linears read the FP8 tensor.
 """
 
 from typing import Any, Protocol
@@ -20,35 +20,39 @@ class Fp8(Protocol):
     def all_gather(
         self, group: dist.ProcessGroup, *, rows: bool, columns: bool
     ) -> tuple["Fp8", Any]:
-        """Starts to bring the ranks' parts together.
+        """Starts an all-gather of the ranks' parts.
 
         Args:
-            rows: for GEMMs that sum over the width (the output, the input's gradient).
-            columns: for the GEMM that sums over tokens (the weight's gradient).
+            rows: gather the row layout, for GEMMs that sum over the width (the output, the input's
+                gradient).
+            columns: gather the column layout, for the GEMM that sums over tokens (the weight's gradient).
 
         Returns:
-            The whole, in flight, and what to wait for.
+            The gathered tensor, in flight, and a handle whose `wait()` completes it.
         """
 
     def keep(self, *, rows: bool) -> None:
-        """Drops what nobody is going to read: all but the columns, or what they and `rows` are made of."""
+        """Drops the layouts that nothing will read.
+
+        The columns are kept, or the rows from which they can be made; with `rows`, the rows too.
+        """
 
     def used_here(self) -> None:
-        """Tells CUDA's allocator that the current stream reads it."""
+        """Tells CUDA's allocator that the current stream reads this tensor."""
 
 
 def placeholder(x: Tensor, *shape: int) -> Tensor:
-    """A tensor of `x`'s dtype and device, and of `shape`, over one number."""
+    """A tensor of `shape`, with `x`'s dtype and device. Its memory is a single number."""
     return x.new_empty(()).expand(shape)
 
 
 def fp8_of(x: Tensor) -> Fp8 | None:
-    """What `x` is a placeholder of; None when it is a tensor like any other."""
+    """The FP8 tensor that `x` is a placeholder of. None when `x` is an ordinary tensor."""
     return getattr(x, _FP8, None)
 
 
 def standing_for(x: Tensor, fp8: Fp8 | None) -> Tensor:
-    """`x`, made the placeholder of `fp8` if that is one."""
+    """Makes `x` the placeholder of `fp8`, unless `fp8` is None, and returns `x`."""
     if fp8 is not None:
         setattr(x, _FP8, fp8)
     return x

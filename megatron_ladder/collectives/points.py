@@ -1,6 +1,6 @@
 """The tensor-parallel collectives around a sub-module, each split into a start and a wait.
 
-A sub-module's linears communicate nothing (linear.py); the layer does it at four points:
+A sub-module's linears do not communicate (linear.py). The layer communicates at four points:
 
     input_start -> input_wait -> sub-module -> output_start -> output_wait -> add to the residual
 
@@ -12,13 +12,13 @@ A sub-module's linears communicate nothing (linear.py); the layer does it at fou
       input         all-gather                          reduce-scatter of the input's gradient
       output        reduce-scatter                      all-gather of the output's gradient
 
-In backward the points run in the opposite order. The reduction of the input's gradient is started by the
-sub-module's first linear, as early as can be (linear.py), and `input_start` waits for it. Between a start
-and its wait a tensor is in flight: it may be passed on, never read. docs/design/overlap.md shows when
-each point runs, and why.
+In backward the points run in the opposite order. The sub-module's first linear starts the reduction of
+the input's gradient, as early as possible (linear.py). The backward of `input_start` waits for it.
+Between a start and its wait a tensor is in flight: code may pass it on, but must not read it.
+docs/design/overlap.md shows when each point runs, and why.
 
-A point is a node in autograd's graph only where backward has something to do there: each costs as much
-Python as a small kernel takes.
+A point is a node in autograd's graph only where backward has work to do there. Each node takes as much
+time in Python as a small kernel takes on the GPU.
 """
 
 from collections.abc import Callable
@@ -39,14 +39,14 @@ from megatron_ladder.config import AllReduce
 
 Group = dist.ProcessGroup
 
-# megatron-core passes a layer's outputs on untouched, and a sub-module its input to its first
-# linear, so what belongs to a tensor travels as an attribute of it.
+# megatron-core passes a layer's outputs on unchanged, and a sub-module passes its input unchanged to its
+# first linear. So the collectives of a tensor can be stored as an attribute of that tensor.
 _SUBMODULE = "_submodule_collectives"
 
 
 @dataclass(slots=True)
 class _Flight:
-    """A collective under way: what it makes, what it reads, and its handle."""
+    """A collective in flight: the tensor that it writes, the tensor that it reads, and its handle."""
 
     result: Tensor
     source: Tensor
@@ -54,8 +54,8 @@ class _Flight:
 
     def arrive(self) -> Tensor:
         self.work.wait()
-        # Whoever waits lets go of what NCCL reads. Its memory would be given out again at once on the
-        # stream that made it, which may be another than this one and has waited for nothing.
+        # After the wait this object drops `source`, which NCCL has read. The allocator could then reuse its
+        # memory at once on the stream that made it. That may be another stream, which has not waited.
         used_here(self.source)
         return used_here(self.result)
 
@@ -66,7 +66,7 @@ class SubmoduleCollectives:
     Args:
         group: the tensor-parallel ranks.
         sequence_parallel: residual states are cut along the sequence, [s/tp, b, h].
-        all_reduce: of the output, without sequence parallelism.
+        all_reduce: how the output is summed without sequence parallelism.
     """
 
     def __init__(
@@ -75,13 +75,14 @@ class SubmoduleCollectives:
         self.group, self.sequence_parallel = group, sequence_parallel
         self._all_reduce = all_reduce
         self.number: int | None = None
-        """Where this sub-module's backward ends in autograd's order."""
+        """The sequence number of the node with which this sub-module's backward ends."""
         self._input_shard: Tensor | None = None
         self._gathers_again = self._again_for_forward = False
         self.fp8_input: Fp8 | None = None
-        """What the sub-module's first linear reads, where that is in FP8; taken by `input_start`."""
+        """The FP8 tensor that the sub-module's first linear reads, if any. `input_start` takes it from
+        here."""
         self.gradient_in_fp8: Callable[[Tensor, Group], Tensor] | None = None
-        """Where the sub-module's last linear is in FP8: what it reads in backward, of a rank's part."""
+        """Quantises a rank's part of the output's gradient, when the sub-module's last linear is in FP8."""
         self._input: _Flight | None = None
         self._output: _Flight | None = None
         self._input_gradient: _Flight | None = None
@@ -116,7 +117,7 @@ class SubmoduleCollectives:
                 work = quantised_sum.start(_uncounted(x), self.group)
                 self._output = _Flight(x, x, work)
             else:
-                # In place: `x` is a GEMM's fresh output, which no backward formula reads.
+                # The sum is in place: `x` is the new output of a GEMM, and no backward formula reads it.
                 self._output = self._sum(x)
         return self._output.result
 
@@ -129,7 +130,7 @@ class SubmoduleCollectives:
     # Backward.
 
     def start_input_gradient(self, grad: Tensor) -> None:
-        """`grad` holds this rank's part of every element of the sum; it is overwritten."""
+        """Starts the sum of the partial gradients over the ranks. It may overwrite `grad`, [s, b, h]."""
         assert self._input_gradient is None, "a linear that reads the input has started its sum"
         grad = grad.contiguous()
         with named("input gradient: start"):
@@ -155,15 +156,18 @@ class SubmoduleCollectives:
         with named("output gradient: wait"):
             return flying.arrive()
 
-    # With sequence parallelism backward can do without the gathered input, tp times its shard: it
-    # gathers it once more, behind what runs then.
+    # With sequence parallelism the gathered input, tp times the size of its shard, need not be kept for
+    # backward: backward gathers it again, while other work runs.
 
     def gather_input_again(self, *, for_forward: bool = False) -> bool:
-        """In forward: whether backward shall gather the input again, as who asks keeps none. False
-        where nothing was gathered.
+        """Called in forward by code that does not want to keep the gathered input for backward.
 
         Args:
-            for_forward: the sub-module's forward will run once more, too.
+            for_forward: backward will also run the sub-module's forward again.
+
+        Returns:
+            Whether backward will gather the input again. False when nothing was gathered: the caller must
+            then keep its input.
         """
         self._gathers_again = self._input_shard is not None
         self._again_for_forward = for_forward
@@ -181,7 +185,7 @@ class SubmoduleCollectives:
         self.start_input_again()
         assert self._input_again is not None, "gather_input_again was not called"
         flying, self._input_again = self._input_again, None
-        # Whole now: a recomputed sub-module keeps it for its own backward.
+        # It is gathered now, once: a recomputed sub-module keeps it for its own backward.
         self._input_shard, self._gathers_again = None, False
         return flying.arrive()
 
@@ -190,7 +194,7 @@ class SubmoduleCollectives:
         return _Flight(x, x, work)
 
     def _all_gather(self, x: Tensor, *, rows: bool = True, columns: bool = True) -> _Flight:
-        """Of an FP8 tensor only what is going to be read."""
+        """Starts an all-gather of `x`; of an FP8 tensor only the layouts that will be read."""
         shape = (x.size(0) * self.group.size(), *x.shape[1:])
         if (fp8 := fp8_of(x)) is not None:
             whole, work = fp8.all_gather(self.group, rows=rows, columns=columns)
@@ -209,18 +213,22 @@ class SubmoduleCollectives:
 
 
 def _uncounted(x: Tensor) -> Tensor:
-    """`x`'s memory, for a collective to write unseen by autograd.
+    """`x` over the same memory, for a collective that writes to it without autograd's version counter.
 
-    Autograd counts the writes to a tensor. It refuses what it saved before one, and views taken before.
-    Some backends' writes count and others' do not, and when they come differs: gloo's thread copies a sum
-    back to a GPU's tensor at any time before the wait. Nobody reads a result before the wait, so nothing is
-    to be guarded. `.data` has a count of its own; `.detach()` and views share it, under no_grad too.
+    Autograd counts the writes to a tensor. After a write it refuses tensors that it saved before, and views
+    that were taken before. The writes of some backends count and those of others do not. Their time differs
+    too: gloo's thread copies a sum back to a GPU tensor at any time before the wait. No code reads a result
+    before the wait, so this check is not needed here. `.data` has a version counter of its own.
+    `.detach()` and views share `x`'s counter, under no_grad too.
     """
     return x.data
 
 
 def used_here(x: Tensor) -> Tensor:
-    """Tells CUDA's allocator that the current stream reads `x`, which another may have made."""
+    """Tells CUDA's allocator that the current stream reads `x`, which another stream may have made.
+
+    Returns `x`.
+    """
     if (fp8 := fp8_of(x)) is not None:
         fp8.used_here()
     elif x.is_cuda:
@@ -229,12 +237,12 @@ def used_here(x: Tensor) -> Tensor:
 
 
 def collectives_of(x: Tensor) -> SubmoduleCollectives | None:
-    """Of the sub-module whose input or output `x` is; None when it has none (one rank)."""
+    """The collectives of the sub-module whose input or output `x` is; None when it has none (one rank)."""
     return getattr(x, _SUBMODULE, None)
 
 
 def take_part(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
-    """Marks `x` as the input or the output of that sub-module."""
+    """Marks `x` as the input or output of the sub-module with these `collectives`, and returns `x`."""
     if collectives is not None:
         setattr(x, _SUBMODULE, collectives)
     return x
@@ -249,15 +257,18 @@ class _InputStart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
-        # A linear that started the sum hands on nothing: the gradient in flight goes through `collectives`
-        # and not through autograd, which could copy it. Linears that share an input hand on theirs.
+        # A linear that has started the sum returns no gradient to autograd, which could copy it. The
+        # gradient in flight is in `collectives`. Linears that share an input do return their gradients.
         if grads[0] is not None:
             ctx.collectives.start_input_gradient(grads[0])
         return ctx.collectives.wait_input_gradient(), None
 
 
 class _OutputStart(torch.autograd.Function):
-    """With sequence parallelism only, as `_OutputWait`: else the output's gradient needs no collective."""
+    """Used with sequence parallelism only, like `_OutputWait`.
+
+    Without it the output's gradient needs no collective.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, collectives: SubmoduleCollectives) -> Tensor:
@@ -267,8 +278,8 @@ class _OutputStart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        # A gradient that comes by autograd has not been started: the output was waited for outside
-        # this graph, as when megatron-core recomputes a whole layer.
+        # When autograd brings a gradient, its all-gather has not started: the output was waited for
+        # outside this graph. This happens when megatron-core recomputes a whole layer.
         if grads[0] is not None:
             ctx.collectives.start_output_gradient(grads[0])
         return ctx.collectives.wait_output_gradient(), None
@@ -294,27 +305,27 @@ def input_start(
     behind: int | None = None,
     all_reduce: AllReduce = "exact",
 ) -> Tensor:
-    """Brings a sub-module's normalised input to every rank.
+    """Starts to bring a sub-module's normalised input to every rank.
 
     Args:
-        x: [s, b, h], or [s/tp, b, h] with sequence parallelism; or the placeholder of an FP8 tensor,
-            which is then gathered instead.
-        group: the tensor-parallel group; None communicates nothing (no-comm, for timing only).
+        x: [s, b, h], or [s/tp, b, h] with sequence parallelism. It may be the placeholder of an FP8
+            tensor. Then the FP8 tensor is gathered.
+        group: the tensor-parallel group. None: no communication (no-comm, for timing only).
         sequence_parallel: `x` is this rank's part of the sequence.
-        behind: the `number` of the sub-module before: the gradient is waited for after the whole
-            backward of that one. None leaves it to autograd.
-        all_reduce: how this sub-module's outputs are going to be summed.
+        behind: the `number` of the previous sub-module's collectives. Backward waits for the input's
+            gradient after the whole backward of that sub-module. None: autograd chooses when.
+        all_reduce: how this sub-module's output will be summed. int8 is for inference only.
 
     Returns:
-        [s, b, h]; with sequence parallelism in flight until `input_wait`.
+        [s, b, h]. With sequence parallelism it is in flight until `input_wait`.
     """
     if group is None or group.size() == 1:
-        return x  # with what it may stand for
+        return x  # if `x` is a placeholder, it still has its FP8 tensor
     assert all_reduce == "exact" or not torch.is_grad_enabled(), "int8 sums have no backward"
     collectives = SubmoduleCollectives(group, sequence_parallel, all_reduce)
     x = _InputStart.apply(x, collectives)
     fp8, collectives.fp8_input = collectives.fp8_input, None
-    # With sequence parallelism the layer builds these nodes where they have to run (layer.py).
+    # With sequence parallelism the layer makes these nodes at the place where they have to run (layer.py).
     if x.grad_fn is not None and not sequence_parallel:
         collectives.number = natural_number(x.grad_fn)
         if behind is not None:
@@ -323,12 +334,12 @@ def input_start(
 
 
 def input_wait(x: Tensor, *, shared: bool = False) -> Tensor:
-    """Waits for the input of the sub-module's first linear.
+    """Waits for the input of a sub-module.
 
     Args:
         x: from `input_start`.
-        shared: several linears read it: its gradient is complete only after all of them, so none
-            may start the reduction by itself.
+        shared: several linears read `x`. Its gradient is complete only after the backward of all of them,
+            so none of them may start the reduction by itself.
 
     Returns:
         [s, b, h], complete.
@@ -343,22 +354,24 @@ def input_wait(x: Tensor, *, shared: bool = False) -> Tensor:
 
 
 def output_start(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
-    """Starts the sum of a sub-module's partial outputs over the ranks. Read it only after `output_wait`.
+    """Starts the sum of a sub-module's partial outputs over the ranks.
 
     Args:
-        x: [s, b, h] partial sums; overwritten.
-        collectives: `collectives_of` the sub-module's input; None (one rank) does nothing.
+        x: [s, b, h] partial sums. Do not use it afterwards: the sum may overwrite it.
+        collectives: `collectives_of` the sub-module's input. None (one rank): `x` is returned as it is.
 
     Returns:
-        [s, b, h], or [s/tp, b, h] with sequence parallelism; in flight.
+        [s, b, h], or [s/tp, b, h] with sequence parallelism. It is in flight: read it only after
+        `output_wait`.
     """
     if collectives is None:
         return x
     if collectives.sequence_parallel:
         x = _OutputStart.apply(x, collectives)
     else:
-        # Summed in `x`'s own memory, unseen by autograd: `x`'s gradient is the sum's. Not marked dirty:
-        # Transformer Engine's outputs are views, which autograd lets nobody change.
+        # The sum is written to `x`'s own memory, without autograd: the gradient of `x` is the gradient of
+        # the sum. `x` is not marked dirty: Transformer Engine's outputs are views, and autograd allows no
+        # function to change those in place.
         collectives.start_output(x)
     return take_part(x, collectives)
 
@@ -370,7 +383,7 @@ def output_wait(x: Tensor) -> Tensor:
         x: from `output_start`.
 
     Returns:
-        [s, b, h], or [s/tp, b, h] with sequence parallelism; complete.
+        The sum, complete: [s, b, h], or [s/tp, b, h] with sequence parallelism.
     """
     collectives = collectives_of(x)
     if collectives is None:

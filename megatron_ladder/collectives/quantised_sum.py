@@ -1,9 +1,10 @@
-"""An all-reduce in 8-bit numbers, for inference: half of bf16's bytes on the link, at a small error.
+"""An all-reduce in int8, for inference: it sends half as many bytes as bf16, with a small rounding error.
 
-As in ZeRO++ (arXiv 2306.10209) and Flash Communication (arXiv 2412.04964): each rank cuts its partial sums
-into a part for every rank and makes them int8, with a scale for each group of numbers. The parts are
-exchanged (all-to-all), added in fp32 by the rank they belong to, made int8 once more, and gathered. A
-number is rounded once on each rank and once as a sum, each time by at most half a scale.
+The method is that of ZeRO++ (arXiv 2306.10209) and Flash Communication (arXiv 2412.04964). Each rank cuts
+its partial sums into one part for every rank, and quantises the parts to int8, with one scale for each
+group of numbers. The ranks exchange the parts (all-to-all). Each rank adds its part in fp32, quantises the
+sum to int8, and the ranks gather the sums (all-gather). A number is rounded once on each rank and once as
+a sum. Each rounding error is at most half a scale.
 """
 
 import functools
@@ -18,7 +19,7 @@ from megatron_ladder.collectives import streams
 from megatron_ladder.collectives.names import ALL_GATHER
 
 GROUP = 128
-"""Numbers that share a scale, a 128th of int8's range; a scale takes four bytes."""
+"""How many numbers share one scale. A scale is fp32, 4 bytes: the group's largest magnitude / 127."""
 _SCALE_BYTES = 4
 
 
@@ -29,13 +30,16 @@ class Work(Protocol):
 
 
 def start(x: Tensor, group: dist.ProcessGroup) -> Work:
-    """Begins to sum `x` over the ranks of `group`, in place, behind what the caller computes next.
+    """Starts to sum `x` over the ranks of `group`, in place, while the caller computes something else.
 
-    On a GPU on the second stream, on a CPU in a thread. The group's other collectives must wait until
-    this one has arrived: a thread keeps no order with them.
+    The sum runs on the second stream on a GPU, and in a thread on a CPU. Call no other collective of the
+    group before `wait` returns: the thread does not keep the order of collectives.
 
     Args:
-        x: any shape, fp32 or bf16; read it after `wait`.
+        x: any shape, fp32 or bf16. Read it only after `wait`.
+
+    Returns:
+        The sum in flight.
     """
     if x.is_cuda:
         with streams.beside(streams.moment(), x):
@@ -46,7 +50,11 @@ def start(x: Tensor, group: dist.ProcessGroup) -> Work:
 
 @torch.inference_mode()
 def sum_in_place(x: Tensor, group: dist.ProcessGroup) -> None:
-    """All ranks get the same numbers, bit by bit."""
+    """Sums `x` over the ranks, in place. All ranks get bitwise the same numbers.
+
+    Args:
+        x: any shape, fp32 or bf16.
+    """
     ranks, count = group.size(), x.numel()
     each = -(-count // (ranks * GROUP)) * GROUP
     parts = torch.nn.functional.pad(x.reshape(-1), (0, ranks * each - count)).view(ranks, each)
@@ -60,8 +68,16 @@ def sum_in_place(x: Tensor, group: dist.ProcessGroup) -> None:
 
 
 def to_int8(x: Tensor) -> Tensor:
-    """[..., n], n a multiple of GROUP, as bytes [..., n + n/32]: int8 numbers, then groups' fp32 scales.
-    A group with NaN or infinity comes back as NaN."""
+    """Quantises `x` to int8 and packs the numbers, then the groups' fp32 scales, as bytes.
+
+    `from_int8` gives NaN for every number of a group that contains NaN or infinity.
+
+    Args:
+        x: [..., n], n a multiple of GROUP.
+
+    Returns:
+        uint8 [..., n + n/32].
+    """
     groups = x.float().unflatten(-1, (-1, GROUP))
     scales = groups.abs().amax(-1, keepdim=True) / 127
     numbers = (groups / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)
@@ -71,7 +87,7 @@ def to_int8(x: Tensor) -> Tensor:
 
 
 def from_int8(packed: Tensor) -> Tensor:
-    """What `to_int8` has packed, in fp32."""
+    """Unpacks the uint8 [..., n + n/32] of `to_int8` to fp32 [..., n]."""
     count = packed.size(-1) * GROUP // (GROUP + _SCALE_BYTES)
     numbers = packed[..., :count].view(torch.int8).unflatten(-1, (-1, GROUP))
     scales = packed[..., count:].contiguous().view(torch.float32).unsqueeze(-1)
@@ -96,5 +112,5 @@ class _InThread:
 
 @functools.cache
 def _thread() -> ThreadPoolExecutor:
-    """One: the ranks' sums must come in the same order."""
+    """A single thread, because all ranks must run their sums in the same order."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="int8-sums")

@@ -1,6 +1,6 @@
-"""Named ranges in a profiler's timeline: each sub-module, and where a collective is started and waited for.
+"""Named ranges for a profiler's timeline: the sub-modules, and the starts and waits of collectives.
 
-Off, as they mostly are, they cost a look at a flag.
+They are off by default. A range that is off costs one check of a flag.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ _NOTHING = contextlib.nullcontext()
 
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
-    """Ranges inside are seen by torch's profiler, and on a GPU by Nsight Systems (NVTX)."""
+    """Turns the ranges on inside its block, for torch's profiler and (on a GPU) Nsight Systems (NVTX)."""
     global _is_on
     _is_on = True
     try:
@@ -24,7 +24,7 @@ def recorded() -> Iterator[None]:
 
 
 def named(name: str) -> contextlib.AbstractContextManager[object]:
-    """A range around its body."""
+    """A context manager that records its block as a range called `name`, when ranges are on."""
     return _range(name) if _is_on and not torch.compiler.is_compiling() else _NOTHING
 
 

@@ -1,9 +1,10 @@
 """A second CUDA stream for the chain between two sub-modules under sequence parallelism.
 
-reduce-scatter -> add -> norm -> all-gather depends on the sub-module before, not on the one that is
-computing. On its own stream the whole of it runs in that one's shadow; autograd runs each node's
-backward on the stream of its forward, so backward's chain does the same. On a CPU there is one
-stream, and the layer places the chain between the sub-module's GEMMs (layer.py).
+The chain is reduce-scatter -> add -> norm -> all-gather. It depends on the previous sub-module, not on the
+sub-module that is computing. On a stream of its own the whole chain overlaps with the computing sub-module.
+Autograd runs the backward of each node on the stream of its forward, so the chain of backward overlaps in
+the same way. On a CPU there is one stream, and the layer runs the chain between the sub-module's GEMMs
+(layer.py).
 """
 
 import contextlib
@@ -17,23 +18,23 @@ from torch import Tensor
 
 @functools.cache
 def _second_stream() -> torch.cuda.Stream:
-    # Its few small kernels go before what is left of a GEMM's.
+    # High priority: its few small kernels run before the thread blocks of a GEMM that still wait.
     return torch.cuda.Stream(priority=-1)
 
 
 def moment() -> Any:
-    """Now, in the current stream's work: `beside` can begin there later on."""
+    """An event at the present point of the current stream's work; `beside` waits for it. None on a CPU."""
     return torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
 
 
 @contextlib.contextmanager
 def beside(since: Any, *inputs: Tensor | None) -> Iterator[None]:
-    """Runs its body on the second stream, from `since` on.
+    """Runs its block on the second stream, once the work before `since` is done.
 
     Args:
-        since: a `moment` after which everything the body reads was made or, being in flight, is
-            waited for in the body.
-        inputs: what the body reads.
+        since: from `moment`. Everything that the block reads was made before it, or is in flight and is
+            waited for in the block. None: the block runs as usual.
+        inputs: the tensors that the block reads.
     """
     if since is None:
         yield
@@ -48,7 +49,11 @@ def beside(since: Any, *inputs: Tensor | None) -> Iterator[None]:
 
 
 def rejoin(*outputs: Tensor | None) -> None:
-    """Makes the current stream wait for the second one, whose results it is going to read."""
+    """Makes the current stream wait for the second stream.
+
+    Args:
+        outputs: tensors of the second stream that the current stream will read.
+    """
     if not torch.cuda.is_available():
         return
     current = torch.cuda.current_stream()

@@ -1,7 +1,7 @@
-"""Hugging Face side: the modelling files that exported models carry, conversion, export, generation.
+"""Hugging Face: the modelling files of exported models, conversion of weights, export and generation.
 
-Importing this package lets transformers' Auto classes load "ladder" folders without remote code.
-Nothing in `megatron_ladder` itself imports it.
+After an import of this package transformers' Auto classes load folders of the model type "ladder" without
+remote code. Of the other parts of `megatron_ladder` only `vllm` imports it.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

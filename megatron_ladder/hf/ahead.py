@@ -1,4 +1,4 @@
-"""Reading beside writing."""
+"""Makes the next item of an iterator in a thread, so that reading overlaps with writing."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +8,9 @@ T = TypeVar("T")
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; the next one is made, in a thread, while one is used.
+    """Yields the same items. While the caller uses one item, a thread makes the next one.
 
-    Raises:
-        What making an item raises, when it is that item's turn.
+    When `items` raises an error, this raises the same error in place of that item.
     """
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(_take, items)
@@ -21,7 +20,7 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _take(items: Iterator[T]) -> list[T]:
-    """One item, or none at the end."""
+    """A list of the next item; an empty list at the end."""
     for item in items:
         return [item]
     return []

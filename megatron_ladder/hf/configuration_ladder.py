@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of a Ladder Residual transformer (arXiv 2501.06589).
 
-Self-contained: this file travels with exported models and imports only transformers.
+This file is copied into the folders of exported models. It imports only transformers.
 """
 
 from typing import Any
@@ -14,17 +14,17 @@ RESIDUALS = ("standard", "ladder", "parallel")
 def ladder_layer_indices(
     residual: str, ladder_layers: int | list[int] | tuple[int, ...] | None, num_layers: int
 ) -> tuple[int, ...]:
-    """The layers, numbered from 0 and ascending, whose sub-modules read the state before the last.
+    """The ladder layers, numbered from 0, ascending. Their sub-modules read the state before the last.
 
     Args:
         residual: "standard", "ladder" or "parallel".
         ladder_layers: only with "ladder": None (every layer), an int (the last N layers) or a list of
-            layers. The layers left out are standard.
-        num_layers: layers in the model.
+            layers. All other layers are standard.
+        num_layers: the number of layers in the model.
 
     Raises:
-        ValueError: an unknown residual, `ladder_layers` without "ladder", or layers that are
-            negative, past the last one or named twice.
+        ValueError: `residual` is unknown, `ladder_layers` is set without "ladder", or a layer in it does
+            not exist or is named twice.
     """
     if residual not in RESIDUALS:
         raise ValueError(f"residual is {residual!r}: choose one of {', '.join(RESIDUALS)}")
@@ -54,17 +54,21 @@ def ladder_layer_indices(
 
 
 class LadderConfig(PreTrainedConfig):
-    """Llama's fields, and four more.
+    """The fields of Llama's configuration, and four more.
 
     Args:
-        residual: which state a sub-module reads: the last one ("standard", which is Llama), the one
-            before it ("ladder"), or one norm for attention and MLP together ("parallel").
-        ladder_layers: with "ladder", None for every layer, an int for the last N layers, or a list of
-            layers from 0; the others are standard.
+        residual: the state that a sub-module reads. "standard": the last state, as in Llama. "ladder": the
+            state before it. "parallel": attention and MLP read the last state together, through one norm.
+        ladder_layers: with "ladder": None (every layer), an int (the last N layers) or a list of layers,
+            numbered from 0. All other layers are standard.
         qkv_bias: biases of queries, keys and values, as in Qwen2.
         qk_norm: RMSNorm of each head's query and key before RoPE, as in Qwen3.
-        rope_parameters: transformers' dictionary; `rope_type` "default", "linear" or "llama3". The
+        rope_parameters: transformers' dictionary, with the `rope_type` "default", "linear" or "llama3". The
             older `rope_theta` and `rope_scaling` are read too.
+
+    Raises:
+        ValueError: the heads are not a multiple of the key/value heads, or `ladder_layers` or `residual` is
+            wrong.
     """
 
     model_type = "ladder"
@@ -103,7 +107,7 @@ class LadderConfig(PreTrainedConfig):
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
-        # A copy: transformers fills in rope_theta and rope_type.
+        # A copy, because transformers adds rope_theta and rope_type to it.
         self.rope_parameters = dict(rope_parameters) if rope_parameters else None
         self.residual = residual
         self.ladder_layers = (

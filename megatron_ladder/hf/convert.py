@@ -1,6 +1,6 @@
-"""Names and layouts of weights: megatron-core's checkpoint <-> Hugging Face.
+"""Converts names and layouts of weights between megatron-core's checkpoints and Hugging Face.
 
-Both sides are full tensors (no tensor-parallel shards). megatron-core stacks the layers on axis 0:
+Both sides have whole tensors, not tensor-parallel shards. megatron-core stacks the layers on axis 0:
 
     embedding.word_embeddings.weight                              [padded_vocab, h]
     decoder.layers.self_attention.linear_qkv.layer_norm_weight    [L, h]
@@ -14,12 +14,12 @@ Both sides are full tensors (no tensor-parallel shards). megatron-core stacks th
     decoder.final_layernorm.weight                                [h]
     output_layer.weight                                           [padded_vocab, h], absent when tied
 
-linear_qkv's rows go by query group: its query heads, its key head, its value head. linear_fc1's are
-the gate's, then the up projection's. Both sides' RoPE pairs the same channels, so no row moves
-within a head.
+The rows of linear_qkv are ordered by query group: the group's query heads, its key head, its value head.
+The rows of linear_fc1 are those of the gate projection, then those of the up projection. RoPE pairs the
+same channels on both sides, so no row moves within a head.
 
-Tensors may be read when they are needed: all that is asked of one is its `shape`, `dtype`, and
-`tensor[layer]` or `tensor[:]`, which give a torch.Tensor.
+A tensor may be an object that reads its data only when needed. It must have `shape`, `dtype`, and
+`tensor[layer]` or `tensor[:]`, which return a torch.Tensor.
 """
 
 import functools
@@ -37,7 +37,7 @@ _STACKED = "decoder.layers."
 
 @dataclass(frozen=True)
 class _Entry:
-    """A megatron-core tensor and the Hugging Face tensors in it; of one layer, where stacked."""
+    """A megatron-core tensor, and the Hugging Face tensors in it (in one layer of it, if stacked)."""
 
     megatron: str
     hugging_face: Mapping[str, tuple[int, ...]]  # name, without "model.layers.N." -> shape
@@ -61,7 +61,7 @@ class _Entry:
 
 
 def _entries(config: LadderConfig) -> list[_Entry]:
-    """The one name map, in the order Hugging Face lists its tensors."""
+    """The only map of names, in the order in which Hugging Face lists its tensors."""
     h, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
@@ -102,16 +102,20 @@ def _entries(config: LadderConfig) -> list[_Entry]:
 def megatron_to_hf(
     tensors: Mapping[str, Any], config: LadderConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face's tensors, one at a time, in layer order; values and dtypes are unchanged.
+    """Converts megatron-core's tensors to Hugging Face's.
 
-    Those that need no reordering are views of `tensors`. Padded vocabulary rows are cut off.
+    Values and dtypes do not change. A tensor whose rows need no new order is a view of `tensors`. The
+    vocabulary's padding is cut off.
 
     Args:
-        tensors: megatron-core's, by name, whole: with layers stacked and without tensor-parallel cuts.
-        config: of the model.
+        tensors: megatron-core's whole tensors, by name, with the layers stacked.
+        config: the model's configuration.
+
+    Returns:
+        An iterator of names and tensors, in layer order.
 
     Raises:
-        ValueError: before the first tensor, when one is missing, unknown or of another shape.
+        ValueError: a tensor is missing, unknown or has another shape. It is raised before the first tensor.
     """
     entries = _entries(config)
     embedding = tensors.get("embedding.word_embeddings.weight")
@@ -144,18 +148,23 @@ class Chunk:
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """The shape of the whole tensor, with the axis of layers."""
     dtype: torch.dtype
     layer: int | None
+    """The number of the layer, from 0. None: the tensor is not stacked."""
     make: Callable[[], Tensor]
-    """Reads and joins the Hugging Face tensors in it; a layer's has no axis of layers."""
+    """Reads the Hugging Face tensors and joins them. The result for one layer has no axis of layers."""
 
 
 def checked_hf_tensors(state: Mapping[str, Any], config: LadderConfig) -> Mapping[str, Any]:
-    """Hugging Face's tensors as `LadderForCausalLM` names them, without a tied model's `lm_head.weight`.
+    """Checks Hugging Face's tensors. Their names must be those of `LadderForCausalLM`.
+
+    Returns:
+        `state`; for a tied model without `lm_head.weight`.
 
     Raises:
-        ValueError: one is missing, unknown or of another shape, or a tied one differs.
+        ValueError: a tensor is missing, unknown or has another shape, or the `lm_head.weight` of a tied
+            model differs from its embedding.
     """
     if config.tie_word_embeddings and "lm_head.weight" in state:
         state = dict(state)
@@ -177,16 +186,21 @@ def checked_hf_tensors(state: Mapping[str, Any], config: LadderConfig) -> Mappin
 def hf_to_megatron_chunks(
     state: Mapping[str, Any], config: LadderConfig, padded_vocab_size: int
 ) -> list[Chunk]:
-    """megatron-core's tensors, in parts that can be made one at a time; padded rows are zero.
+    """Converts Hugging Face's tensors to megatron-core's, in parts that can be made one at a time.
+
+    The rows that pad the vocabulary are zero.
 
     Args:
-        state: Hugging Face's tensors. A tied model's `lm_head.weight` may be among them.
-        config: of the model.
+        state: Hugging Face's tensors. The `lm_head.weight` of a tied model may be among them.
+        config: the model's configuration.
         padded_vocab_size: rows of the embedding in training (`ModelConfig.padded_vocab_size`).
 
+    Returns:
+        One chunk for each layer of each stacked tensor, and one for each other tensor.
+
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape, or `padded_vocab_size` is less
-            than the vocabulary.
+        ValueError: a tensor is missing, unknown or has another shape, tensors that are joined have
+            different dtypes, or `padded_vocab_size` is less than the vocabulary.
     """
     if padded_vocab_size < config.vocab_size:
         raise ValueError(
@@ -225,7 +239,10 @@ def hf_to_megatron_chunks(
 def hf_to_megatron(
     state: Mapping[str, Tensor], config: LadderConfig, padded_vocab_size: int
 ) -> dict[str, Tensor]:
-    """`hf_to_megatron_chunks` as whole tensors, by name."""
+    """Converts Hugging Face's tensors to megatron-core's whole tensors, by name.
+
+    The arguments and errors are those of `hf_to_megatron_chunks`.
+    """
     parts: dict[str, list[Chunk]] = {}
     for chunk in hf_to_megatron_chunks(state, config, padded_vocab_size):
         parts.setdefault(chunk.name, []).append(chunk)
@@ -240,7 +257,7 @@ def hf_to_megatron(
 def _split(
     entry: _Entry, tensor: Tensor, layer: int, config: LadderConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors in one (layer of a) megatron-core tensor."""
+    """Splits a megatron-core tensor, or one layer of a stacked one, into its Hugging Face tensors."""
     names = [entry.full_name(name, layer) for name in entry.hugging_face]
     if entry.vocabulary:
         parts = [tensor[: config.vocab_size]]
@@ -254,7 +271,7 @@ def _split(
 
 
 def _join(parts: list[Tensor], config: LadderConfig) -> Tensor:
-    """The reverse of `_split`, without the padding."""
+    """The reverse of `_split`. It does not pad the vocabulary."""
     if len(parts) == 3:  # q, k, v
         groups = (config.num_key_value_heads, -1, config.head_dim)
         return torch.cat([part.unflatten(0, groups) for part in parts], dim=1).flatten(0, 2)

@@ -1,8 +1,8 @@
 """Writes a model as a folder that transformers loads.
 
-The ladder and parallel residuals travel with their modelling files (remote code). The standard
-residual is Llama's, Qwen2's (with biases) or Qwen3's (with norms of queries and keys), and is
-exported as such (`needs_code` has the exception).
+A folder with the ladder or parallel residual contains the modelling files (remote code). A model with the
+standard residual is a Llama model, a Qwen2 model (with biases) or a Qwen3 model (with norms of queries and
+keys), and is exported as that. `needs_code` has the exceptions.
 """
 
 import json
@@ -71,7 +71,7 @@ _COPIED = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_PIECE = 1 << 24  # elements converted, checked and written at a time
+_PIECE = 1 << 24  # how many elements are converted, checked and written at a time
 CARD_FACTS = ("name", "license", "origin", "data", "training", "limits")
 
 
@@ -87,30 +87,33 @@ def export_folder(
     dtype: torch.dtype = torch.bfloat16,
     model_card_facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes config, weights, tokenizer, model card and modelling files; all of them or nothing.
+    """Writes a model's folder: configuration, weights, tokenizer, model card and modelling files.
+
+    After an error there is no folder: it is complete or absent.
 
     Args:
-        tensors: megatron-core's, by name, whole (`megatron_ladder.hf.convert` lists them). They are
-            read one Hugging Face tensor at a time; at most one shard of copies is in memory.
-        config: of the model; `eos_token_id` is the token that ends a document.
-        tokenizer: a SentencePiece `.model` or a Hugging Face `tokenizer.json`; or the folder of the model
-            this one came from, whose tokenizer and settings of generation are taken as they are.
-        output_dir: made here; it may exist if it is empty.
+        tensors: megatron-core's whole tensors, by name (`megatron_ladder.hf.convert` lists them). They
+            are read one Hugging Face tensor at a time; at most one shard of copies is in memory.
+        config: the model's configuration. `eos_token_id` is the token that ends a document.
+        tokenizer: a SentencePiece `.model` or a Hugging Face `tokenizer.json`. Or the folder of the model
+            from which this one was made: its tokenizer and generation settings are copied unchanged.
+        output_dir: made here. It may exist if it is empty.
         end_ids: tokens that end a text, beside those of `config` and of the other model's folder.
-        begins_with: the token that documents of the training data began with; None: they had none. The
-            tokenizer puts it before every text. Another model's tokenizer is taken as it is.
-        max_shard_size: models above it get several weight files and an index.
-        dtype: of the weights written.
-        model_card_facts: what the model card may say, all of it optional: `name`, `license` and
-            `origin` (str; the last is the architecture of the model this one was made from), `data` and
+        begins_with: the token with which documents of the training data began. None: they had none. The
+            tokenizer puts it before every text. Another model's tokenizer is copied unchanged.
+        max_shard_size: a larger model gets several weight files and an index.
+        dtype: the dtype of the written weights.
+        model_card_facts: facts for the model card, all optional: `name`, `license` and `origin` (str;
+            `origin` is the architecture of the model from which this one was made), `data` and
             `training` (a table's rows: label -> value), `limits` (a list of sentences).
 
     Returns:
         `output_dir`.
 
     Raises:
-        UserError: `output_dir` is in use, or the tokenizer does not fit.
-        ValueError: `tensors` do not fit `config`, or an unknown fact.
+        UserError: `output_dir` is in use, the tokenizer does not fit, or a weight is NaN, infinite or too
+            large for `dtype`.
+        ValueError: `tensors` do not fit `config`, `config.eos_token_id` is not set, or a fact is unknown.
     """
     output_dir = Path(output_dir)
     facts = dict(model_card_facts or {})
@@ -142,18 +145,20 @@ def export_folder(
 
 
 def needs_code(config: LadderConfig, *, own_tokenizer: bool) -> bool:
-    """Whether the model travels with its modelling files, as transformers has none like it.
+    """Whether the folder must contain the modelling files, because transformers has no such model.
 
     Args:
-        own_tokenizer: the tokenizer is not of a model that was imported. transformers reads a Qwen2
-            model's by Qwen2's rules, whatever the folder says; other tokenizers would give other ids.
+        config: the model's configuration.
+        own_tokenizer: the tokenizer was not copied from an imported model. transformers reads the tokenizer
+            of a Qwen2 model by Qwen2's rules, whatever the folder says. Another tokenizer would give other
+            ids. So a model with biases and its own tokenizer is not exported as Qwen2.
     """
     theirs = config.residual == "standard" and not (config.qkv_bias and config.qk_norm)
     return not theirs or (config.qkv_bias and own_tokenizer)
 
 
 def standard_config(config: LadderConfig) -> LlamaConfig | Qwen2Config | Qwen3Config:
-    """transformers' own configuration of a standard-residual model."""
+    """transformers' own configuration of a model with the standard residual."""
     assert config.residual == "standard" and not (config.qkv_bias and config.qk_norm)
     kind = Qwen3Config if config.qk_norm else Qwen2Config if config.qkv_bias else LlamaConfig
     return kind(**{name: copy(getattr(config, name)) for name in _SHARED_FIELDS})
@@ -162,10 +167,13 @@ def standard_config(config: LadderConfig) -> LlamaConfig | Qwen2Config | Qwen3Co
 def model_card(
     config: LadderConfig, dtype: torch.dtype, facts: Mapping[str, Any], *, with_code: bool
 ) -> str:
-    """README.md of an exported folder: the facts given, and what `config` says.
+    """The text of README.md in an exported folder, from `config` and `facts`.
 
     Args:
-        with_code: the folder holds the modelling files.
+        config: the model's configuration.
+        dtype: the dtype of the weights.
+        facts: `model_card_facts` of `export_folder`.
+        with_code: the folder contains the modelling files.
     """
     environment = Environment(
         loader=FileSystemLoader(_HERE),
@@ -197,7 +205,7 @@ def _write_configs(
     extra: dict[str, Any] = {}
     if not with_code:
         exported = standard_config(config)
-        # For readers of Llama's older fields, transformers 4 among them; 5 reads rope_parameters.
+        # For programs that read Llama's older fields, such as transformers 4. 5 reads rope_parameters.
         rope = dict(exported.rope_parameters)
         extra["rope_theta"] = rope.pop("rope_theta")
         extra["rope_scaling"] = None if rope["rope_type"] == "default" else rope
@@ -214,7 +222,7 @@ def _write_configs(
     GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
-        # generate() wants some token to fill finished sequences with.
+        # generate() needs a token with which it fills finished sequences.
         pad_token_id=(
             several(config.eos_token_id)[0] if config.pad_token_id is None else config.pad_token_id
         ),
@@ -238,7 +246,7 @@ def _write_weights(
     max_shard_size: str,
     folder: Path,
 ) -> None:
-    # The files are planned on tensors without data, so that nothing is read before its turn.
+    # The plan of the files is made from tensors without data, so that no weight is read yet.
     without_data = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in tensors.items()
@@ -252,7 +260,8 @@ def _write_weights(
     for file, names in plan.filename_to_tensors.items():
         header = safetensors_header({name: planned[name] for name in names})
         (folder / file).write_bytes(header)
-    # As the plan names them in the order in which they come, each is added to the end of its file.
+    # The plan lists tensors in the order in which `megatron_to_hf` yields them. So each tensor is appended
+    # to its file.
     stream = tqdm(
         one_ahead(megatron_to_hf(tensors, config)),
         desc="exporting",

@@ -1,4 +1,4 @@
-"""From a Hugging Face folder's config.json to a model's configuration in training."""
+"""Translates the config.json of a Hugging Face folder to a training configuration."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "LadderForCausalLM",
 )
-# megatron-core's own numbers of Llama 3's scaling, which all Llama 3 models have.
+# The constants of Llama 3's RoPE scaling in megatron-core. All Llama 3 models have these numbers.
 LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -26,13 +26,16 @@ LLAMA3 = {
 
 
 def read_hf_config(folder: Path) -> Any:
-    """transformers' configuration of a model in a local folder. No code of the folder is run.
+    """Reads transformers' configuration of a model in a local folder. No code of the folder is run.
 
     Args:
-        folder: holds config.json.
+        folder: contains config.json.
+
+    Returns:
+        A configuration object of transformers.
 
     Raises:
-        UserError: there is none, it cannot be read, or its architecture is not supported.
+        UserError: there is no config.json, it cannot be read, or its architecture is not supported.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -55,14 +58,14 @@ def read_hf_config(folder: Path) -> Any:
 
 
 def to_model_config(config: Any, where: Path) -> ModelConfig:
-    """A Hugging Face model's configuration as a training configuration.
+    """Translates a Hugging Face model's configuration to a training configuration.
 
     Args:
         config: from `read_hf_config`.
-        where: what to name in errors.
+        where: the path that error messages name.
 
     Raises:
-        UserError: training does not support something in the model; the message names all of it.
+        UserError: training does not support something in the model. The message lists everything.
     """
     kind = config.model_type
     wrong = _unsupported(config)
@@ -108,7 +111,7 @@ def _unsupported(config: Any) -> list[str]:
             found.append(f"{name} is set")
     if getattr(config, "quantization_config", None):
         found.append("its weights are quantized")
-    # Mistral's is on unless it is null; Qwen's has a switch, which transformers has applied.
+    # Mistral's window is on unless it is null. Qwen's has a switch, which transformers has already applied.
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
         found.append(f"sliding_window is {window}")

@@ -1,4 +1,4 @@
-"""Continues prompts with an exported folder."""
+"""Continues prompts with the model of an exported folder."""
 
 import json
 from collections.abc import Sequence
@@ -29,23 +29,26 @@ def generate_text(
     top_p: float | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Each prompt followed by its continuation, which stops at any of the folder's end tokens.
+    """Continues prompts. A continuation stops at any of the folder's end tokens.
 
-    Runs on the GPU if there is one, in the weights' dtype; on the CPU in fp32. No code from `folder`
-    is run.
+    The model runs on the GPU if there is one, in the dtype of the weights. Otherwise it runs on the CPU in
+    fp32. No code from `folder` is run.
 
     Args:
         folder: written by `export_folder`.
-        prompts: generated as one batch.
-        max_new_tokens: per prompt.
+        prompts: the prompts. They are generated as one batch.
+        max_new_tokens: the most new tokens for each prompt.
         temperature: 0 takes the likeliest token each time.
         top_k: sample among the k likeliest tokens only.
         top_p: sample among the likeliest tokens that together have this probability.
-        seed: of the sampling.
+        seed: for sampling.
+
+    Returns:
+        Each prompt followed by its continuation.
 
     Raises:
         UserError: `folder` is missing or incomplete, a prompt is empty or does not fit the context
-            together with its continuation, or an option is out of range.
+            together with its new tokens, or an option is out of range.
     """
     folder = Path(folder)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p)  # refuses what is out of range
@@ -84,7 +87,7 @@ def generate_text(
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded])
     how: dict[str, Any] = {"do_sample": False}
     if not sampling.is_greedy:
-        # transformers' own defaults (top_k 50) are not wanted: 0 and 1 switch them off.
+        # top_k 0 and top_p 1 turn off transformers' own defaults (top_k 50).
         how = {"do_sample": True, "temperature": temperature}
         how |= {"top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
     with torch.random.fork_rng():
@@ -105,7 +108,10 @@ def generate_text(
 
 
 def _continuation(tokenizer: Any, prompt_ids: list[int], new_ids: list[int]) -> str:
-    """The new tokens' text. Some tokenizers drop a space at the start, so not decoded alone."""
+    """The text of the new tokens.
+
+    They are decoded together with the prompt, because some tokenizers drop a space at the start of a text.
+    """
     before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
     after = tokenizer.decode(prompt_ids + new_ids, skip_special_tokens=True)
     if after.startswith(before):
@@ -114,7 +120,7 @@ def _continuation(tokenizer: Any, prompt_ids: list[int], new_ids: list[int]) -> 
 
 
 def _check_folder(folder: Path) -> dict[str, Any]:
-    """config.json of a folder that has all that generating needs."""
+    """Checks that a folder has all files that generation needs. Returns its config.json."""
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: give a folder made by `megatron-ladder export`")
     try:

@@ -1,22 +1,22 @@
-"""From the model's configuration in training to the exported one."""
+"""Translates a training configuration to the configuration of the exported model."""
 
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.hf.configuration_ladder import LadderConfig
 
 
 def to_hf_config(model: ModelConfig, eod_id: int | None = None) -> LadderConfig:
-    """A training configuration in Hugging Face's terms.
+    """Translates a training configuration to Hugging Face's fields.
 
     Args:
         model: with `vocab_size` set.
-        eod_id: the id that ends a document, at which generation stops.
+        eod_id: the id of the token that ends a document. Generation stops at it.
     """
     assert model.vocab_size is not None
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": model.rotary_base}
     if model.rope_scaling_factor is not None and model.rope_scaling_type == "linear":
         rope |= {"rope_type": "linear", "factor": model.rope_scaling_factor}
     elif model.rope_scaling_factor is not None:
-        # megatron-core fixes all of Llama 3's scaling numbers but the factor.
+        # In megatron-core only the factor of Llama 3's scaling can be set. The other numbers are constants.
         rope |= {
             "rope_type": "llama3",
             "factor": model.rope_scaling_factor,

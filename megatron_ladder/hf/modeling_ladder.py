@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Llama-family decoder with a choice of residual: standard, ladder (arXiv 2501.06589) or parallel.
 
-Self-contained: this file travels with exported models and imports only torch and transformers
-(>=5.0,<6). It is also what the tensor-parallel training code is checked against, so it is written to
-be read.
+This file is copied into the folders of exported models. It imports only torch and transformers (>=5.0,<6).
+The tests compare the tensor-parallel training code with it, so it is written to be easy to read.
 
-Parameters are named as Llama's. Two states pass from layer to layer, both [batch, length, hidden]:
-`a`, the residual stream after the attention, and `m`, the same stream after the MLP that follows it.
-Both start as the embedding; the final norm reads `m`.
+The parameters have Llama's names. A layer passes two states to the next layer: `a`, the residual stream
+after the attention, and `m`, the residual stream after the MLP that follows it. Both states are
+[batch, length, hidden] and start as the embedding. The final norm reads `m`.
 
     standard   a' = m + attn(norm1(m))    m' = a' + mlp(norm2(a'))
     ladder     a' = m + attn(norm1(a))    m' = a' + mlp(norm2(m))
     parallel   m' = m + attn(norm1(m)) + mlp(norm1(m))
 
-A ladder sub-module does not wait for the output of the sub-module before it, which is what lets
-tensor parallelism hide one's all-reduce behind the other's arithmetic.
+A ladder sub-module does not read the output of the previous sub-module. So with tensor parallelism the
+all-reduce of that output can run while the ladder sub-module computes.
 """
 
 import inspect
@@ -32,7 +31,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ladder import LadderConfig
 
-# The first transformers 5 must be told where in the cache the new tokens go; later ones ask the cache.
+# The first versions of transformers 5 need the positions of the new tokens in the cache. Later versions ask
+# the cache.
 _MASK_NEEDS_PLACES = "cache_position" in inspect.signature(create_causal_mask).parameters
 
 
@@ -49,7 +49,7 @@ class LadderRMSNorm(nn.Module):
 
 
 def rope_frequencies(config: LadderConfig, device: torch.device) -> Tensor:
-    """Radians per position of each pair of channels: [head_dim / 2], fp32."""
+    """The angle per position, in radians, of each pair of channels: [head_dim / 2], fp32."""
     rope = config.rope_parameters or {}
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     frequencies = 1.0 / rope.get("rope_theta", 10000.0) ** (exponents / config.head_dim)
@@ -60,8 +60,8 @@ def rope_frequencies(config: LadderConfig, device: torch.device) -> Tensor:
         return frequencies / rope["factor"]
     if kind != "llama3":
         raise ValueError(f"rope_type {kind!r} is not supported: use default, linear or llama3")
-    # Turns within the original context: few are stretched by the factor, many are left alone, and
-    # those between go smoothly from one to the other.
+    # The number of turns within the original context decides. Frequencies with few turns are divided by the
+    # factor, those with many turns do not change, and between them the change is gradual.
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -71,14 +71,14 @@ def rope_frequencies(config: LadderConfig, device: torch.device) -> Tensor:
 def rope_cos_sin(
     config: LadderConfig, position_ids: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, [batch, 1, length, head_dim]: angles in fp32, the result in `dtype`."""
+    """cos and sin of RoPE's angles, [batch, 1, length, head_dim], of `dtype`; the angles are in fp32."""
     angles = position_ids[:, None, :, None].float() * rope_frequencies(config, position_ids.device)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in Llama's convention: channel i is paired with channel i + head_dim / 2."""
+    """Applies RoPE in Llama's convention: channel i is paired with channel i + head_dim / 2."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -92,10 +92,11 @@ def eager_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, with the signature of transformers' other implementations.
+    """Attention in plain torch, with the signature of transformers' other implementations.
 
     Args:
-        query: [batch, heads, length, head_dim]; key and value have fewer heads, all the cached tokens.
+        query: [batch, heads, length, head_dim].
+        key, value: [batch, key/value heads, cached, head_dim], of all cached tokens.
         attention_mask: [batch or 1, 1, length, cached], added to the scores.
 
     Returns:
@@ -111,10 +112,10 @@ def eager_attention(
 
 
 class LadderAttention(nn.Module):
-    """Grouped-query attention. In and out: [batch, length, hidden].
+    """Grouped-query attention: [batch, length, hidden] -> the same shape.
 
-    The attention itself is transformers' choice (`config._attn_implementation`: sdpa, eager,
-    flash_attention_2, ...), which reads `config`, `is_causal` and `num_key_value_groups` here.
+    transformers chooses the attention function (`config._attn_implementation`: sdpa, eager,
+    flash_attention_2, ...). It reads this module's `config`, `is_causal` and `num_key_value_groups`.
     """
 
     is_causal = True
@@ -165,7 +166,7 @@ class LadderAttention(nn.Module):
 
 
 class LadderMLP(nn.Module):
-    """SwiGLU. In and out: [batch, length, hidden]."""
+    """SwiGLU: [batch, length, hidden] -> the same shape."""
 
     def __init__(self, config: LadderConfig) -> None:
         super().__init__()
@@ -178,9 +179,9 @@ class LadderMLP(nn.Module):
 
 
 class LadderDecoderLayer(GradientCheckpointingLayer):
-    """One layer. In and out: the pair (after attention, after MLP); see the top of this file.
+    """One layer: the pair of states (a, m) -> the next pair; see the top of this file.
 
-    `kwargs` are the attention's, the cache among them.
+    `kwargs` are passed to the attention. They include the cache.
     """
 
     def __init__(self, config: LadderConfig, layer_idx: int) -> None:
@@ -223,11 +224,14 @@ class LadderPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers else guesses it from this file's text, each version otherwise
+        return True  # else transformers guesses it from this file's text, each version differently
 
 
 def _check_covers(attention_mask: Tensor | None, length: int) -> None:
-    """Refuses a mask of the new tokens alone, which would hide them behind the cached ones."""
+    """Raises ValueError when a two-dimensional mask does not cover all cached and new tokens.
+
+    transformers would apply a mask of the new tokens alone to the first cached ones, and mask the new ones.
+    """
     if (
         attention_mask is not None
         and attention_mask.dim() == 2
@@ -263,13 +267,20 @@ class LadderModel(LadderPreTrainedModel):
         """Runs the layers.
 
         Args:
-            input_ids: [batch, length]; or else `inputs_embeds`, [batch, length, hidden].
-            attention_mask: [batch, cached + length], 0 on padding, on either side; or transformers'
-                prepared mask of four dimensions.
-            position_ids: [batch or 1, length]; counted from the first cached token when left out.
-            past_key_values: any of transformers' caches; a DynamicCache is made when `use_cache`.
-            output_hidden_states: also return the embedding and each layer's `m`, the last one normed.
+            input_ids: [batch, length]. Give either this or `inputs_embeds`.
+            attention_mask: [batch, cached + length], 0 for padding, which may be on either side. Or
+                transformers' prepared mask with four dimensions.
+            position_ids: [batch or 1, length]. None: positions are counted from the first cached token.
+            past_key_values: any cache of transformers. None: a DynamicCache is made when `use_cache`.
+            inputs_embeds: [batch, length, hidden].
+            use_cache: None: `config.use_cache`.
+            output_hidden_states: also return the embedding and `m` of each layer. The last one is
+                normalised.
             kwargs: for the attention implementation.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds` are given, or the mask does not
+                cover the cached and the new tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -278,7 +289,7 @@ class LadderModel(LadderPreTrainedModel):
             use_cache = self.config.use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        # A tensor in a static cache, so that one compiled graph serves every position.
+        # A static cache returns a tensor, so that one compiled graph works for every position.
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = embedding.shape[1]
         if isinstance(past_length, int):
@@ -296,12 +307,12 @@ class LadderModel(LadderPreTrainedModel):
             **(places if _MASK_NEEDS_PLACES else {}),
         )
 
-        # Flash attention takes sequences packed into one from their positions.
+        # Flash attention finds the sequences that are packed into one by their positions.
         kwargs |= {"position_ids": position_ids, **places}
         a = m = embedding
         states = [m]
         for layer in self.layers:
-            # The states go by place, the cache by name: gradient checkpointing asks for both.
+            # Gradient checkpointing needs the states as positional arguments, and the cache by name.
             a, m = layer(a, m, cos, sin, mask, past_key_values=past_key_values, **kwargs)
             states.append(m)
         states[-1] = self.norm(m)
@@ -337,12 +348,16 @@ class LadderForCausalLM(LadderPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, [batch, length, vocab_size], and with `labels` the loss.
+        """Computes the logits, [batch, length, vocab_size], and with `labels` the loss.
+
+        The other arguments are those of `LadderModel.forward`.
 
         Args:
-            labels: [batch, length], the input ids themselves (shifted here), -100 where not counted.
-            logits_to_keep: the last N positions' logits only, or these positions'; 0 for all.
-            num_items_in_batch: divide the summed loss by this instead of by the labels counted here.
+            labels: [batch, length], the input ids (they are shifted here), or -100 where a token does not
+                count.
+            logits_to_keep: with an int N, only the logits of the last N positions (0: all of them). With a
+                tensor, only the logits of the positions in it.
+            num_items_in_batch: the summed loss is divided by this. None: by the number of counted labels.
         """
         outputs = self.model(
             input_ids=input_ids,

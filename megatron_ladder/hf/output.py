@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all."""
+"""Writes an output folder so that it is complete or absent."""
 
 import os
 import shutil
@@ -11,10 +11,10 @@ from megatron_ladder.errors import UserError
 
 
 def check_unused(output_dir: Path) -> None:
-    """Refuses a folder that is in use; before long work.
+    """Checks that an output folder is not in use. Call it before long work.
 
     Raises:
-        UserError: it is a file, or holds something.
+        UserError: it is a file, or it is not empty.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir} exists and is not a folder: choose another output folder")
@@ -24,10 +24,12 @@ def check_unused(output_dir: Path) -> None:
 
 @contextmanager
 def complete_or_absent(output_dir: Path) -> Iterator[Path]:
-    """A temporary sibling of `output_dir` that becomes it when the block ends without an error.
+    """Gives a temporary folder beside `output_dir`.
+
+    When the block ends without an error, the folder is renamed to `output_dir`. Otherwise it is removed.
 
     Raises:
-        UserError: at once, as `check_unused`.
+        UserError: from `check_unused`, before the block starts.
     """
     check_unused(output_dir)
     parent = output_dir.absolute().parent
@@ -47,10 +49,10 @@ def complete_or_absent(output_dir: Path) -> Iterator[Path]:
 
 @contextmanager
 def synced_behind() -> Iterator[Callable[[Path], None]]:
-    """Gives a function that has a file brought to disk, in a thread, while more is made and written.
+    """Gives a function that syncs a file to disk in a thread, while the caller writes the next one.
 
     Raises:
-        OSError: at the end of the block.
+        OSError: a file could not be synced. It is raised at the end of the block.
     """
     with ThreadPoolExecutor(1) as thread:
         files = []

@@ -1,4 +1,4 @@
-"""Safetensors files, a tensor at a time: read when it is asked for, written when it is its turn."""
+"""Reads and writes safetensors files one tensor at a time, so that few tensors are in memory."""
 
 import json
 from collections.abc import Mapping
@@ -13,13 +13,17 @@ from torch import Tensor
 from megatron_ladder.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-# Of safetensors' names, those of weights that are not quantized.
+# safetensors' names of the dtypes of weights that are not quantized.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file; `tensor[:]` reads it: the file, mapped, for as long as the tensor is there."""
+    """A tensor in a safetensors file. `tensor[:]` reads it.
+
+    The file is memory-mapped as long as the tensor that was read exists. `tensor[:]` raises UserError
+    when a value is NaN or infinite.
+    """
 
     path: Path
     name: str
@@ -36,22 +40,22 @@ class StoredTensor:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's memory, of whatever dtype."""
+    """The memory of a contiguous CPU tensor of any dtype."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. The extremes say so, in one pass and without a copy."""
+    """Whether no value is NaN or infinite. It checks the minimum and maximum: one pass, without a copy."""
     lowest, highest = torch.aminmax(tensor.reshape(-1))
     return bool(lowest.isfinite() and highest.isfinite())
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a folder's safetensors files, by name. Only the files' headers are read here.
+    """All tensors in a folder's safetensors files, by name. Only the headers of the files are read here.
 
     Raises:
-        UserError: there are no safetensors files, a file is missing or damaged, weights are not F32,
-            F16 or BF16, or the index disagrees with the files.
+        UserError: there are no safetensors files, a file is missing or damaged, a weight is not F32, F16 or
+            BF16, or the index does not agree with the files.
     """
     files, weight_map = _files(folder)
     found: dict[str, StoredTensor] = {}
@@ -59,12 +63,12 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         names: set[str] = set()
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                for name in file.keys():  # noqa: SIM118 (`file` is not a dictionary)
                     part = file.get_slice(name)
                     if part.get_dtype() not in DTYPES:
                         raise UserError(
-                            f"{path}: {name} is {part.get_dtype()}: weights in F32, F16 or BF16 are "
-                            "read, quantized ones are not"
+                            f"{path}: {name} is {part.get_dtype()}: weights must be F32, F16 or BF16. "
+                            "Quantized weights are not supported"
                         )
                     shape, dtype = tuple(part.get_shape()), DTYPES[part.get_dtype()]
                     found[name] = StoredTensor(path, name, shape, dtype)
@@ -77,7 +81,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _check_index(index: Path, weight_map: dict[str, str], path: Path, names: set[str]) -> None:
-    """Refuses a file that does not hold just what the index says."""
+    """Raises UserError when a file does not contain exactly the tensors that the index names for it."""
     named = {name for name, file in weight_map.items() if file == path.name}
     for wrong, where, not_where in (
         (sorted(named - names), index, path),
@@ -85,13 +89,15 @@ def _check_index(index: Path, weight_map: dict[str, str], path: Path, names: set
     ):
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise UserError(f"{path.name} has {wrong[0]}{more} by {where}, but not by {not_where}")
+            raise UserError(
+                f"{path.name} has {wrong[0]}{more} according to {where}, but not according to {not_where}"
+            )
 
 
 def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
-    """What a file of these begins with; their data follows in this order, with nothing between.
+    """The header of a safetensors file. The tensors' data must follow in this order, without gaps.
 
-    safetensors' own writer wants all of a file's tensors at once.
+    safetensors' own writer needs all tensors of a file at once, so it is not used.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -101,12 +107,12 @@ def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
         facts = {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = {**facts, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data is aligned
+    text += b" " * (-len(text) % 8)  # the data must be aligned to 8 bytes
     return len(text).to_bytes(8, "little") + text
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that hold the model: one, or those that an index names; and the index, if any."""
+    """The model's files, and the weight map of the index. Without an index there is one file, and None."""
     index, single = folder / INDEX, folder / "model.safetensors"
     if single.is_file():
         return [single], None

@@ -1,19 +1,19 @@
-"""From a data set's tokenizer file to the files transformers reads.
+"""Makes the tokenizer files that transformers reads, from the tokenizer file of a data set.
 
-A SentencePiece model becomes a `tokenizer.json` that gives the same ids, checked on `SAMPLES`. Known
-differences:
+A SentencePiece model becomes a `tokenizer.json` that gives the same ids. This is checked on `SAMPLES`.
+Known differences:
 
-- unigram: of two segmentations with the same score, as "ab a" and "a ba" can have, SentencePiece takes
-  one by its 32-bit rounding, `tokenizers` by its 64-bit one;
-- text that spells a control piece, such as "</s>", is that one token here and ordinary characters in
-  SentencePiece; `split_special_tokens=True` gives SentencePiece's ids;
-- decoding shows control tokens unless `skip_special_tokens=True`, and an unknown token as "<unk>"
-  where SentencePiece writes " ⁇ ";
-- a run of byte tokens that is not UTF-8 decodes to one replacement character a byte, the run's valid
-  part too.
+- Unigram models: two segmentations, such as "ab a" and "a ba", can have the same score. Then rounding
+  decides. SentencePiece computes with 32 bits and `tokenizers` with 64, so they may choose differently.
+- Text that spells a control piece, such as "</s>", becomes that one token here. In SentencePiece it is
+  ordinary characters. `split_special_tokens=True` gives SentencePiece's ids.
+- Decoding shows control tokens unless `skip_special_tokens=True`. An unknown token is "<unk>", where
+  SentencePiece writes " ⁇ ".
+- A run of byte tokens that is not valid UTF-8 decodes to one replacement character for each byte, also for
+  the part of the run that is valid.
 
-Encoding adds what was in the training data: nothing, or the token that documents began with. A
-Hugging Face `tokenizer.json` is copied as it is where it does so, else its post-processor is changed.
+Encoding adds what was in the training data: nothing, or the token with which documents began. A
+Hugging Face `tokenizer.json` is copied unchanged where it does so. Else its post-processor is changed.
 """
 
 import json
@@ -47,7 +47,7 @@ SAMPLES = (
     "\x00\x01\x1b[0m",
 )
 
-# SentencePiece's piece types that matter here; bytes and unused pieces are the others.
+# The piece types of SentencePiece that this file uses. The other types are bytes and unused pieces.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
@@ -60,19 +60,19 @@ def write_tokenizer(
     max_length: int,
     begins_with: int | None = None,
 ) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json`, and keeps a SentencePiece `tokenizer.model`.
+    """Writes `tokenizer.json` and `tokenizer_config.json`, and copies a SentencePiece model as well.
 
     Args:
         tokenizer_file: a SentencePiece `.model` or a Hugging Face `.json`.
         output_dir: an existing folder.
         eos_token_id: the token that ends a document.
-        vocab_size: the model's, padding left out.
+        vocab_size: the model's vocabulary size, without padding.
         max_length: tokens in the model's context.
         begins_with: the token that is put before every text; None: none is.
 
     Raises:
-        UserError: the file cannot be read, has no such token, has more tokens than the model, or
-            SentencePiece and the converted tokenizer disagree on a sample.
+        UserError: the file cannot be read, does not have `eos_token_id`, or has more tokens than the model.
+            Or the converted tokenizer gives other ids or text for a sample than SentencePiece does.
     """
     if not tokenizer_file.is_file():
         raise UserError(f"tokenizer {tokenizer_file} does not exist")
@@ -161,7 +161,11 @@ def _template(bos: str, bos_id: int) -> dict[str, Any]:
 
 
 def check_same_ids(sentencepiece_file: Path, folder: Path) -> None:
-    """Raises UserError when transformers, reading `folder`, disagrees with SentencePiece on a sample."""
+    """Checks on `SAMPLES` that the tokenizer in `folder` gives the same ids and text as SentencePiece.
+
+    Raises:
+        UserError: for a sample it does not.
+    """
     reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
     tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
     for text in SAMPLES:
@@ -182,9 +186,9 @@ def check_same_ids(sentencepiece_file: Path, folder: Path) -> None:
 def _equally_good(
     reference: sentencepiece.SentencePieceProcessor, ids: list[int], expected: list[int]
 ) -> bool:
-    """Whether both are segmentations of one text that differ in score by 32-bit rounding only.
+    """Whether both are segmentations of one text whose scores differ only by 32-bit rounding.
 
-    Never so for BPE, whose scores are ranks and do not add up to anything.
+    For BPE this is always False: its scores are ranks, and their sum means nothing.
     """
     proto = ModelProto.FromString(reference.serialized_model_proto())
     if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
@@ -195,7 +199,7 @@ def _equally_good(
 
 
 def sentencepiece_to_tokenizers(proto: Any) -> Tokenizer:
-    """The same tokenizer as a `tokenizers` object.
+    """Converts a SentencePiece model to a `tokenizers` object.
 
     Args:
         proto: a SentencePiece ModelProto.
@@ -213,7 +217,7 @@ def sentencepiece_to_tokenizers(proto: Any) -> Tokenizer:
             "this SentencePiece model is neither bpe nor unigram: it cannot be exported"
         )
     tokenizer = Tokenizer(model)
-    # Spaces become "▁" before anything else looks at the text.
+    # The normalizer replaces spaces by "▁" before the text is cut into pieces.
     steps: list[Any] = []
     if normalizer.precompiled_charsmap:
         steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
@@ -233,9 +237,9 @@ def sentencepiece_to_tokenizers(proto: Any) -> Tokenizer:
             if piece.type in (_UNKNOWN, _CONTROL)
         ]
     )
-    # SentencePiece takes these whole too, and does not normalise them; one with a space in it is never
-    # found, as spaces have become "▁" by then. A dummy prefix would be added again after each of
-    # them: `check_same_ids` refuses that pair.
+    # SentencePiece also keeps these pieces whole and does not normalise them. It never finds a piece that
+    # has a space in it, because by then spaces have become "▁". `tokenizers` would add the dummy prefix
+    # again after each such piece: `check_same_ids` refuses a model that has both.
     tokenizer.add_tokens(
         [
             AddedToken(piece.piece, special=False, normalized="▁" in piece.piece)
@@ -247,10 +251,11 @@ def sentencepiece_to_tokenizers(proto: Any) -> Tokenizer:
 
 
 def _bpe(proto: Any) -> models.BPE:
-    """SentencePiece merges the neighbours whose union scores best; `tokenizers` wants merges ranked.
+    """Converts a BPE model.
 
-    So every way to cut a piece in two pieces is a merge, ranked as the piece is. Only normal pieces
-    are made by merging: text that spells "<0x41>" is not that byte.
+    SentencePiece merges the two neighbours whose union has the best score. `tokenizers` needs a ranked list
+    of merges. So every way to cut a piece into two pieces becomes a merge, with the rank of the piece. Only
+    normal pieces are made by merges: text that spells "<0x41>" is not that byte.
     """
     mergeable = {p.piece: p.score for p in proto.pieces if p.type == _NORMAL}
     merges = [
@@ -270,10 +275,11 @@ def _bpe(proto: Any) -> models.BPE:
 
 
 def _unigram(proto: Any) -> models.Unigram:
-    """Unigram on both sides; SentencePiece finds only normal pieces in text.
+    """Converts a unigram model.
 
-    `tokenizers` would also find the spelling of a byte or a control piece: a score that no other cut
-    of the text is worse than keeps it from them.
+    SentencePiece finds only normal pieces in text. `tokenizers` would also find text that spells a byte
+    piece or a control piece. So these pieces get a score so low that any other segmentation of the text
+    is better.
     """
     worst = min(p.score for p in proto.pieces if p.type == _NORMAL)
     never = 1000 * (worst - 1)

@@ -1,1 +1,1 @@
-"""Generation by megatron-core's inference engines, with this project's layers and their collectives."""
+"""Generation with megatron-core's inference engines and this project's layers and collectives."""

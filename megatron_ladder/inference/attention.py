@@ -1,6 +1,6 @@
 """Attention over the blocks of megatron-core's key-value cache, in plain PyTorch.
 
-megatron-core calls flash-attn here, which needs a GPU. This takes its place where that is not installed.
+megatron-core calls flash-attn for it, which needs a GPU. This code is used on machines without one.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class LocalSelfAttention(SelfAttention):
-    """megatron-core's self-attention, for machines without flash-attn too."""
+    """megatron-core's self-attention, which also runs on a CPU, where there is no flash-attn."""
 
     def flash_decode_and_prefill(
         self,
@@ -29,7 +29,22 @@ class LocalSelfAttention(SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """[tokens, 1, heads, channels] of all requests, one after another; megatron-core's arguments."""
+        """Attention of the new tokens of all requests. The arguments are megatron-core's.
+
+        Args:
+            q: [tokens, 1, heads, channels], the requests one after another.
+            k, v: the cache, as in `decode`.
+            max_seqlen_q: used on a GPU only.
+            max_seqlen_k: used on a GPU only.
+            cu_seqlens_q: `starts` of `prefill`.
+            cu_seqlens_k: used on a GPU only.
+            seqlens_k: `lengths` of `decode` and `prefill`.
+            block_table: `blocks` of `decode` and `prefill`.
+            is_decode_only: every request has one new token.
+
+        Returns:
+            [tokens, 1, heads, channels].
+        """
         if q.is_cuda:
             return super().flash_decode_and_prefill(
                 *(q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k),
@@ -49,8 +64,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, blocks: Tensor) -> 
     Args:
         q: [requests, heads, channels].
         k, v: the cache, [blocks, tokens of a block, key/value heads, channels].
-        lengths: of each request's keys, the new token's included; 0: a place that no request has.
-        blocks: of each request, in order, [requests, most blocks]; -1: none.
+        lengths: [requests], the number of keys of each request, with the new token's. 0: an unused slot.
+        blocks: [requests, most blocks], the numbers of each request's blocks, in order. -1: no block.
 
     Returns:
         [requests, heads, channels]
@@ -61,9 +76,9 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, blocks: Tensor) -> 
     ids = blocks[:count, :used].long().clamp(min=0)
     keys, values = (cache[ids].flatten(1, 2).transpose(1, 2) for cache in (k, v))
     mask = torch.arange(keys.shape[2], device=q.device) < lengths[:, None]
-    # What has never been written may be NaN, which a mask does not keep out of a sum.
+    # Memory that was never written may hold NaN. A mask does not remove NaN from a sum, so write zeros.
     keys, values = (x.masked_fill(~mask[:, None, :, None], 0) for x in (keys, values))
-    mask[lengths == 0] = True  # of what nobody reads
+    mask[lengths == 0] = True  # nothing reads the result of an unused slot
     heads = q[:count, :, None]
     attended = F.scaled_dot_product_attention(
         heads, keys, values, attn_mask=mask[:, None, None], enable_gqa=True
@@ -79,9 +94,9 @@ def prefill(
     """Causal attention of several new tokens of each request.
 
     Args:
-        q: [tokens, heads, channels], the requests' one after another.
-        starts: where each request's begin, and where the last one's end.
-        The others are as in `decode`.
+        q: [tokens, heads, channels], the requests one after another.
+        starts: [requests + 1], the index of each request's first token in `q`, and of the end.
+        k, v, lengths, blocks: as in `decode`.
 
     Returns:
         [tokens, heads, channels]
@@ -94,7 +109,7 @@ def prefill(
             continue
         ids = blocks[i, : -(-size // k.shape[1])].long()
         keys, values = (cache[ids].flatten(0, 1)[:size].transpose(0, 1) for cache in (k, v))
-        new = end - begin  # the last ones of the request's tokens
+        new = end - begin  # the new tokens are the last tokens of the request
         mask = torch.ones(new, size, dtype=torch.bool, device=q.device).tril(size - new)
         attended = F.scaled_dot_product_attention(
             q[begin:end].transpose(0, 1)[None],

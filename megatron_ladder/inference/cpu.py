@@ -1,7 +1,8 @@
-"""What megatron-core's inference engines ask of CUDA, on a machine without a GPU.
+"""Runs megatron-core's inference engines on a machine without a GPU.
 
-cpu_platform.py lets training run there; the engines use more: events and streams for timing and copies,
-pinned memory, profiler ranges, and a check that flash-attn is there, whose place attention.py takes.
+cpu_platform.py patches what training needs. The engines need more: events and streams for timing and
+copies, pinned memory, profiler ranges, and a check that flash-attn is installed. attention.py replaces
+flash-attn.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ _enabled = False
 
 
 class _Event:
-    """torch.cuda.Event where everything has happened when a call returns."""
+    """Replaces torch.cuda.Event on a CPU, where all work is done when a call returns."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._at = 0.0
@@ -37,12 +38,12 @@ class _Event:
         return True
 
     def elapsed_time(self, end: "_Event") -> float:
-        """Milliseconds."""
+        """The time from this event to `end`, in milliseconds."""
         return (end._at - self._at) * 1e3
 
 
 class _Stream:
-    """torch.cuda.Stream where there is one, and nothing to wait for."""
+    """Replaces torch.cuda.Stream on a CPU, which has one stream, so nothing waits."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -61,7 +62,10 @@ class _Stream:
 
 
 def enable() -> None:
-    """Call before megatron-core's engines are imported. Idempotent; with a GPU it does nothing."""
+    """Patches torch and megatron-core so that the inference engines run on the CPU, when there is no GPU.
+
+    Call it before megatron-core's engines are imported. A second call changes nothing.
+    """
     global _enabled
     if not cpu_platform.enable() or _enabled:
         return
@@ -77,9 +81,10 @@ def enable() -> None:
     from megatron.core.transformer import attention
 
     communication_utils._is_cuda = lambda _: None
-    # Its Triton kernel; without one the context writes to the cache by indexing.
+    # This is a Triton kernel. Without it the context writes to the cache by indexing.
     dynamic_context.triton_append_key_value_cache = None
-    # Attention asks for flash-attn 3 or 2 before it calls what attention.py has in its place.
+    # Attention checks that flash-attn 3 or 2 is there, before it calls the method that attention.py
+    # overrides.
     attention.HAVE_FA3 = True
     _enabled = True
 

@@ -1,6 +1,7 @@
-"""megatron-core's inference engines on this project's models: what differs between its versions is here.
+"""megatron-core's inference engines for this project's models, the same for all supported versions of it.
 
-Every rank of a model makes an engine and calls its methods alike; all ranks get the same tokens.
+Every rank of a model makes an engine and calls its methods in the same order. All ranks get the same
+tokens.
 """
 
 import itertools
@@ -23,23 +24,23 @@ from megatron_ladder.inference.logits import adjust, is_needed, keep_likeliest
 from megatron_ladder.inference.requests import Output, Request, Sampling, check_prompt
 
 BLOCK_TOKENS = 16
-"""Tokens of a block of the key-value cache."""
+"""Tokens in a block of the key-value cache."""
 
 
 class DynamicEngine:
-    """Continuous batching: requests come and go between steps; their keys and values lie in blocks.
+    """Continuous batching: requests may start and end between any two steps.
 
-    A request starts when the cache has room for its longest possible output, so none is ever evicted.
-    Every rank of the model makes an engine and calls its methods in the same order.
-    Raises UserError when the cache is smaller than one block (16 tokens).
+    The key-value cache consists of blocks. A request starts when the cache has room for its longest
+    possible output, so no request is ever evicted. Every rank of the model makes an engine and calls its
+    methods in the same order. Raises UserError when the cache is smaller than one block (16 tokens).
 
     Args:
         chunk: this rank's part of the model, from build_gpt_model.
         model: with vocab_size set.
-        end_ids: the tokens that end a text; empty: none does.
-        max_requests: requests that run at once; others wait.
-        cache_tokens: size of the key-value cache, in tokens; None: max_requests whole contexts.
-        seed: of the sampling.
+        end_ids: the tokens that end a text. Empty: none does.
+        max_requests: the most requests that run at once. Others wait.
+        cache_tokens: the size of the key-value cache, in tokens. None: max_requests full contexts.
+        seed: for sampling.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class DynamicEngine:
             self._blocks = cache_tokens // BLOCK_TOKENS
         if self._blocks < 1:
             raise UserError(
-                f"a cache of {cache_tokens} tokens is less than a block, {BLOCK_TOKENS}"
+                f"a cache of {cache_tokens} tokens is smaller than one block of {BLOCK_TOKENS}"
             )
         self._max_requests = max_requests
         self._model, self._end_ids = model, tuple(end_ids)
@@ -79,17 +80,17 @@ class DynamicEngine:
 
     @property
     def free_blocks(self) -> int:
-        """Blocks of the cache that no running request may need."""
+        """The number of cache blocks that no running request can need."""
         return self._blocks - sum(_blocks_of(request) for request, _ in self._running.values())
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have not started."""
+        """The number of requests that have not started."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Requests that have started and not ended."""
+        """The number of requests that have started and not ended."""
         return len(self._running)
 
     def check(self, request: Request) -> None:
@@ -109,19 +110,23 @@ class DynamicEngine:
         self._waiting.append(request)
 
     def cancel(self, request_id: int) -> None:
-        """Ends a request, if there is one with this id. `step` returns no more of its outputs."""
+        """Ends the request with this id, if there is one. `step` returns no more outputs of it."""
         self._waiting = deque(r for r in self._waiting if r.id != request_id)
         if request_id in self._running:
-            # As for a stop word: the next step gives its blocks back.
+            # The engine treats this like a stop word: the next step frees the request's blocks.
             self._engine.stop_word_finished_request_ids.add(request_id)
             self._cancelled.add(request_id)
 
     def has_work(self) -> bool:
-        """Whether a request runs or waits."""
+        """Whether any request runs or waits."""
         return bool(self._waiting or self._running)
 
     def step(self) -> list[Output]:
-        """One forward pass: the whole prompt of each new request, one token of each other."""
+        """Runs one forward pass: the whole prompt of each new request, and one token of each other request.
+
+        Returns:
+            The new tokens, one item for each running request that was not cancelled.
+        """
         self._begin_waiting()
         if not self._running:
             return []
@@ -131,7 +136,7 @@ class DynamicEngine:
     def _begin_waiting(self) -> None:
         while self._waiting and len(self._running) < self._max_requests:
             if _blocks_of(self._waiting[0]) > self.free_blocks:
-                return  # in order: a long one is not overtaken for ever
+                return  # requests start in order, so that shorter ones cannot delay a long one for ever
             request = self._waiting.popleft()
             params = _sampling_params(request.sampling, self._end_ids, self._model)
             self._engine.add_request(request.id, list(request.prompt_ids), params)
@@ -169,20 +174,20 @@ def generate_static(
     end_ids: Sequence[int],
     seed: int = 0,
 ) -> list[tuple[int, ...]]:
-    """Continues prompts as one batch, which runs until all are done. All have the same `sampling`.
+    """Continues prompts as one batch, which runs until all of them are finished.
 
     Args:
         chunk: this rank's part of the model, from build_gpt_model.
         model: with vocab_size set.
-        requests: the prompts.
-        end_ids: the tokens that end a text; empty: none does.
-        seed: of the sampling.
+        requests: the prompts. All must have the same `sampling`.
+        end_ids: the tokens that end a text. Empty: none does.
+        seed: for sampling.
 
     Raises:
-        UserError: a prompt is empty, or it does not fit the context with its new tokens.
+        UserError: a prompt is empty, or it does not fit the context together with its new tokens.
 
     Returns:
-        The new tokens of each, without the one that ends the text.
+        The new tokens of each prompt, without the token that ends the text.
     """
     if not requests:
         return []
@@ -201,7 +206,7 @@ def generate_static(
         chunk, model, context, end_ids, len(requests), seed, shared_sampling=sampling
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that it will be replaced by the other engine
+        warnings.simplefilter("ignore")  # it warns that the dynamic engine will replace it
         engine = StaticInferenceEngine(controller, len(requests), seed or None, legacy=True)
     params = _sampling_params(sampling, end_ids, model)
     ids = [
@@ -242,7 +247,7 @@ def _sampling_params(sampling: Sampling, end_ids: Sequence[int], model: ModelCon
 def _dynamic_context(
     chunk: Any, model: ModelConfig, max_requests: int, blocks: int
 ) -> tuple[Any, dict[str, Any]]:
-    """The cache, and the engine's options."""
+    """The engine's context, which holds the cache, and the engine's options."""
     from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
     config = chunk.decoder.config
@@ -251,9 +256,10 @@ def _dynamic_context(
     layers = len(chunk.decoder.layers)
     heads = model.kv_heads // tp
     block_bytes = dtype.itemsize * 2 * layers * BLOCK_TOKENS * heads * model.head_dim
-    # One is kept for padding; half of one more, as the size is given in GiB.
+    # One more block, because the context keeps one for padding. And half a block, because the size is
+    # given in GiB, which is not exact.
     size_gb = (blocks + 1.5) * block_bytes / 1024**3
-    slots = math.ceil(max_requests / tp) * tp  # 0.19 asks for a multiple
+    slots = math.ceil(max_requests / tp) * tp  # 0.19 needs a multiple of tp
     max_tokens = max(model.max_position_embeddings, slots)
     shared = {
         "block_size_tokens": BLOCK_TOKENS,
@@ -291,11 +297,11 @@ def _controller(
     running: Mapping[int, tuple[Request, Any]] | None = None,
     shared_sampling: Sampling | None = None,
 ) -> Any:
-    """Runs the model and samples.
+    """megatron-core's controller, which runs the model and samples.
 
     Args:
-        running: of the dynamic engine, by id: what it works on.
-        shared_sampling: of the static engine: all requests'.
+        running: the dynamic engine's running requests, by id.
+        shared_sampling: the static engine's sampling, which all requests share.
     """
     from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
         GPTInferenceWrapper,
@@ -305,7 +311,7 @@ def _controller(
     )
 
     class Wrapper(GPTInferenceWrapper):
-        """Keeps the rows that pad the vocabulary from being chosen, and adjusts the others."""
+        """Sets the logits of the vocabulary's padding to -inf, and adjusts the others."""
 
         def _forward(self, inference_input: dict[str, Any]) -> Tensor:
             output = super()._forward(inference_input)
@@ -324,7 +330,7 @@ def _controller(
         )
 
         wrapper_config = InferenceWrapperConfig(
-            hidden_size=chunk.config.hidden_size,  # of what pipeline stages send
+            hidden_size=chunk.config.hidden_size,  # the width of the tensors that pipeline stages send
             params_dtype=chunk.decoder.config.params_dtype,
             inference_batch_times_seqlen_threshold=-1,
             padded_vocab_size=model.padded_vocab_size,
@@ -355,7 +361,7 @@ def _adjust_each(
 
 
 class _Ids:
-    """The tokenizer that megatron-core asks for text: there is none, ids go in and come out."""
+    """A tokenizer for megatron-core that gives no text: prompts and outputs are ids."""
 
     bos = None
 
@@ -367,6 +373,6 @@ class _Ids:
 
 
 def _quiet() -> None:
-    """megatron-core warns of what it will replace some day; nothing for a user to do."""
+    """Hides megatron-core's warnings about code that it will replace. A user need not act on them."""
     logging.getLogger("megatron.core.inference").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core\.inference.*")

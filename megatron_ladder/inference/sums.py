@@ -1,4 +1,4 @@
-"""Which all-reduce a model's sub-modules are summed by in inference."""
+"""The all-reduce that sums the sub-modules' outputs in inference: exact or int8."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from megatron_ladder.layers.layer import LadderTransformerLayer
 
 
 def check_all_reduce(all_reduce: AllReduce, model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises UserError where int8 sums have no place."""
+    """Raises UserError when the model or its layout does not allow int8 sums."""
     if all_reduce == "exact":
         return
     if parallel.tensor_model_parallel_size == 1:
@@ -24,7 +24,12 @@ def check_all_reduce(all_reduce: AllReduce, model: ModelConfig, parallel: Parall
 
 
 def set_all_reduce(decoder: Any, all_reduce: AllReduce) -> None:
-    """Args: decoder: of a model that passes `check_all_reduce`; with int8 it must not be trained."""
+    """Sets the all-reduce of all ladder layers of a model.
+
+    Args:
+        decoder: the decoder of a model that passes `check_all_reduce`. With int8 it must not be trained.
+        all_reduce: exact or int8.
+    """
     for layer in decoder.layers:
         if isinstance(layer, LadderTransformerLayer):
             layer.all_reduce = all_reduce

@@ -1,1 +1,1 @@
-"""The ladder layer and its parts in plain torch: linears, norms, attention, recompute."""
+"""The ladder layer and its parts in plain torch: linears, norm, attention, recomputation."""

@@ -1,4 +1,4 @@
-"""Core attention by torch's own kernels."""
+"""Core attention with torch's kernels."""
 
 import contextlib
 import functools
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class TorchAttention(DotProductAttention):
-    """megatron-core's attention, computed by `scaled_dot_product_attention`.
+    """megatron-core's attention module, computed by torch's `scaled_dot_product_attention`.
 
-    Scores of s x s do not lie in memory where torch has a kernel that keeps them out of it. Of either
-    kind of layers, on GPUs and CPUs, compiled or not. For options of megatron-core that torch's has not
-    (`unsupported`) it is megatron-core's own.
+    Where torch has a kernel that does not keep the s x s scores in memory, they are not kept. The module
+    works in local layers and in Transformer Engine's, on GPUs and CPUs, compiled or not. For options of
+    megatron-core that torch's attention does not support (`unsupported`), megatron-core's own code runs.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -30,7 +30,7 @@ class TorchAttention(DotProductAttention):
         self._unsupported = unsupported(config)
         if self._unsupported and self.layer_number == 1:
             logger.warning(
-                "attention is megatron-core's, with scores in memory: torch's has no %s",
+                "attention is megatron-core's, which keeps scores in memory: torch's does not support %s",
                 self._unsupported,
             )
 
@@ -44,17 +44,18 @@ class TorchAttention(DotProductAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Scores, softmax, dropout and their sum of values.
+        """Core attention: scores, softmax, dropout, and the weighted sum of the values.
 
         Args:
             query: [s, b, heads, channels].
             key, value: [keys, b, key/value heads, channels].
-            attention_mask: [b or 1, 1, s, keys]: bool, where True is masked out, or what is added to the
-                scores, of the queries' dtype (`as_bias`). It says all; without one attention is causal.
-            attn_mask_type: the layer's holds, as in megatron-core's own.
+            attention_mask: [b or 1, 1, s, keys]. It is bool, where True means masked out, or a bias of the
+                query's dtype that is added to the scores (`as_bias`). No causal mask is added to it. None:
+                attention is causal.
+            attn_mask_type: ignored. The type that the layer was built with is used, as in megatron-core.
 
         Returns:
-            [s, b, heads x channels]
+            [s, b, heads x channels], of the query's dtype.
         """
         if self._unsupported:
             return super().forward(
@@ -65,22 +66,23 @@ class TorchAttention(DotProductAttention):
         assert packed_seq_params is None, "sequences are not packed"
         mask = attention_mask
         if mask is not None and mask.dtype == torch.bool:
-            mask = ~mask  # torch's True takes part
+            mask = ~mask  # in torch True means: take part
         assert mask is not None or self.attn_mask_type == AttnMaskType.causal, "there is no mask"
         causal = mask is None
-        if len(query) == 1:  # the last one of a sequence: it sees all keys
+        if len(query) == 1:  # the query of the last token: it attends to all keys
             causal = False
-        # Torch's causal mask begins at the first key.
+        # Torch aligns its causal mask to the first key. That is right only when there are as many queries.
         assert not causal or len(query) == len(key), "causal attention of some queries alone"
         groups = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
         if keys_are_repeated(groups, query.device, query.dtype, masked=mask is not None):
             key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
             groups = 1
-        # Kept for backward as a view, the values would keep all that the linear gives.
+        # The values are a view of the linear's output. If autograd saved the view for backward, the whole
+        # output would stay in memory.
         value = value.contiguous()
         dropout = self.attention_dropout.p if self.training else 0.0
-        # Each tensor-parallel rank drops of its heads: by megatron-core's states of its own, which
-        # sequence parallelism has taken for the whole layer.
+        # Dropout acts on the heads of one tensor-parallel rank, so it needs that rank's own random state
+        # from megatron-core's tracker. With sequence parallelism the whole layer runs with that state.
         drops_alone = dropout > 0 and not self.config.sequence_parallel
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         with get_cuda_rng_tracker().fork() if drops_alone else contextlib.nullcontext():
@@ -93,12 +95,15 @@ class TorchAttention(DotProductAttention):
 
 
 def unsupported(config: TransformerConfig) -> str:
-    """What `config` asks of attention that torch's has not, in megatron-core's words; "": nothing."""
+    """The options in `config` that torch's attention does not support, in megatron-core's words.
+
+    Returns "" when it supports all of them.
+    """
     asked = {
         f"softmax_type {config.softmax_type}": config.softmax_type != "vanilla",
         f"window_size {config.window_size}": config.window_size is not None,
         "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
-        # Torch's softmax is in fp32, whatever its inputs are.
+        # Torch computes the softmax in fp32, for every dtype of its inputs.
         "softmax in lower precision than fp32": not config.attention_softmax_in_fp32
         and config.params_dtype != torch.float32,
         "maximum of the scores (qk_clip, log_max_attention_logit)": config.qk_clip
@@ -109,10 +114,17 @@ def unsupported(config: TransformerConfig) -> str:
 
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask, where True is masked out, as what is added to the scores.
+    """Turns a bool mask, where True means masked out, into a bias that is added to the scores.
 
-    Torch's kernels make this of a bool mask, and keep it for backward: made before the layers, one is
-    shared by all of them.
+    Torch's kernels make this bias from a bool mask in each layer, and keep it for backward. When it is made
+    once before the layers, all of them share it.
+
+    Args:
+        mask: bool, any shape.
+        dtype: the queries' dtype.
+
+    Returns:
+        A tensor of `mask`'s shape and of `dtype`: 0, or -inf where `mask` is True.
     """
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
@@ -120,13 +132,16 @@ def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def keys_are_repeated(
     groups: int, device: torch.device, dtype: torch.dtype, *, masked: bool
 ) -> bool:
-    """Whether keys and values are repeated for the heads of their group.
+    """Whether keys and values must be repeated for all heads of their group, before attention.
 
-    The kernel on GPUs that takes masks, and fp32, and keeps no scores, has no grouped-query attention:
-    asked for it, torch would keep s x s scores of each head.
+    On GPUs the kernel that supports masks and fp32, and keeps no scores, has no grouped-query attention. If
+    grouped-query attention were requested there, torch would keep the s x s scores of each head.
 
     Args:
-        groups: heads of a key/value head.
+        groups: query heads per key/value head.
+        device: the queries' device.
+        dtype: the queries' dtype.
+        masked: a mask is given.
     """
     return groups > 1 and device.type == "cuda" and (masked or dtype == torch.float32)
 
@@ -139,20 +154,24 @@ def kernel_of_torch(
     masked: bool,
     dropout: float,
 ) -> str:
-    """Which of its kernels torch will take in training, as torch itself says.
+    """The attention kernel that torch itself says it will use in training.
 
     Args:
-        shape: of the queries, [b, heads, s, channels].
+        shape: the queries' shape, [b, heads, s, channels].
+        kv_heads: key/value heads.
+        dtype: the queries' dtype.
+        masked: a mask is given. Otherwise attention is causal.
+        dropout: the probability of attention dropout.
 
     Returns:
-        "flash", "cudnn", "efficient", or "math", which keeps scores.
+        "flash", "cudnn", "efficient", or "math". Only "math" keeps scores in memory.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, heads, length, channels = shape
     if keys_are_repeated(heads // kv_heads, device, dtype, masked=masked):
         kv_heads = heads
     number = torch.empty(1, 1, 1, channels, dtype=dtype, device=device).requires_grad_()
-    key = number.expand(batch, kv_heads, length, channels)  # of no memory
+    key = number.expand(batch, kv_heads, length, channels)  # a view, which takes no memory
     row = torch.empty(1, 1, 1, length, dtype=dtype, device=device)
     choice = torch._fused_sdp_choice(
         number.expand(shape),
@@ -164,15 +183,20 @@ def kernel_of_torch(
     )
     backend = SDPBackend(choice)
     if backend == SDPBackend.CUDNN_ATTENTION and (error := _error_of_cudnn(channels, dtype)):
-        logger.warning("torch's cuDNN attention does not run here and is left out: %s", error)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # or torch would still take it
+        logger.warning(
+            "torch's cuDNN attention fails on this machine, so it is not used: %s", error
+        )
+        torch.backends.cuda.enable_cudnn_sdp(False)  # otherwise torch would still use it
         return kernel_of_torch(shape, kv_heads, dtype, masked=masked, dropout=dropout)
     return backend.name.removesuffix("_ATTENTION").lower()
 
 
 @functools.cache
 def _error_of_cudnn(channels: int, dtype: torch.dtype) -> str:
-    """Why a small attention fails; "": it runs. Torch's choice does not look whether cuDNN is whole."""
+    """The error of a small attention with cuDNN; "" when it runs.
+
+    When torch chooses a kernel it does not check that all libraries of cuDNN are there.
+    """
     try:
         with (
             torch.inference_mode(False),

@@ -1,4 +1,4 @@
-"""Whose core attention a model is built with: chosen once, of what the libraries say they would take."""
+"""Chooses the core attention of a model, once, from the kernels that the libraries say they would use."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,14 +17,14 @@ TORCH_KERNELS = {
 
 @dataclass(frozen=True)
 class CoreAttention:
-    """What scores, softmax and the sum of values are computed by."""
+    """The module and the kernel that compute scores, softmax and the weighted sum of the values."""
 
     whose: Literal["te", "torch", "unfused"]
-    """Transformer Engine's module, ours that calls torch's, or megatron-core's own."""
+    """The module: Transformer Engine's, this project's (which calls torch's), or megatron-core's own."""
     kernel: str
-    """In words. IN_MEMORY: s x s scores of each head lie in memory, and are kept for backward."""
+    """The kernel's name. IN_MEMORY: the s x s scores of each head are in memory and kept for backward."""
     why: str = ""
-    """It is not another one; empty where it is the fastest known."""
+    """Why a faster kernel is not used; empty when this is the fastest one known."""
 
     @property
     def keeps_scores(self) -> bool:
@@ -36,10 +36,14 @@ class CoreAttention:
 
 
 def check_attention(asked: Attention, impl: TransformerImpl) -> None:
-    """Refuses what these layers have not.
+    """Checks that the layers have the attention that was asked for.
 
     Args:
-        impl: whose layers, resolved.
+        asked: the option.
+        impl: the implementation of the layers, from `resolve_impl`.
+
+    Raises:
+        UserError: they do not have it.
     """
     if asked == "te" and impl != "transformer_engine":
         raise UserError(
@@ -51,13 +55,20 @@ def check_attention(asked: Attention, impl: TransformerImpl) -> None:
 def choose(
     config: Any, asked: Attention, *, micro_batch_size: int, seq_length: int
 ) -> CoreAttention:
-    """The core attention for training with a `LadderConfig` on sequences of this length.
+    """Chooses the core attention for training.
 
-    auto is torch's where that is cuDNN's kernel: Transformer Engine has the same one, behind more Python.
-    Then TE's, where the layers are TE's and it would take a fused one; torch's in all other cases.
+    auto takes torch's attention when torch would use cuDNN's kernel: Transformer Engine (TE) has the same
+    kernel, but needs more Python to call it. Else auto takes TE's attention, when the layers are TE's and
+    TE would use a fused kernel. In all other cases auto takes torch's.
+
+    Args:
+        config: a `LadderConfig`.
+        asked: the option.
+        micro_batch_size: sequences in a micro-batch.
+        seq_length: tokens in a sequence.
 
     Raises:
-        UserError: the layers have no such attention.
+        UserError: the layers do not have the attention that was asked for.
     """
     with_te = config.transformer_impl == "transformer_engine"
     check_attention(asked, config.transformer_impl)

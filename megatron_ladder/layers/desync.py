@@ -1,8 +1,8 @@
 """desync-n of arXiv 2501.06589: the tensor-parallel ranks sum only after every n-th sub-module.
 
-Between two sums each rank goes its own way: its residual stream x_r gets its own partial outputs
-y_r alone. They meet again in x = sum over ranks of (y_r + x_r / tp). So the model depends on the
-number of ranks: it is trained and used at one tensor-parallel size.
+Between two sums the ranks have different residual streams: rank r adds only its own partial output y_r to
+its residual stream x_r. The next sum makes them equal again: x = sum over the ranks of (y_r + x_r / tp). So
+the model depends on the number of ranks. It is trained and used at one tensor-parallel size.
 """
 
 from collections.abc import Iterable
@@ -18,17 +18,23 @@ from torch import Tensor
 
 
 def part_ways(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Identity on a state that is the same on all ranks; backward sums the ranks' gradients."""
+    """Starts a part of the model in which the ranks' states differ: identity, [s, b, h].
+
+    `x` is the same on all ranks. Backward sums the ranks' gradients.
+    """
     return copy_to_tensor_model_parallel_region(x, group=group)
 
 
 def meet(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of the ranks' states; backward gives each rank the gradient as it is."""
+    """Ends that part: sums the ranks' states, [s, b, h]. Backward passes the gradient on unchanged."""
     return reduce_from_tensor_model_parallel_region(x, group=group)
 
 
 def sum_weight_gradients(modules: Iterable[torch.nn.Module], group: dist.ProcessGroup) -> None:
-    """Sums the gradients of weights that every rank holds whole, but used on a state of its own."""
+    """Makes backward sum the gradients of the weights in `modules` over the ranks.
+
+    Every rank has these weights whole, but applies them to its own, different state.
+    """
     if group.size() == 1:
         return
 

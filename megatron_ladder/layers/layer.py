@@ -1,24 +1,24 @@
 """The transformer layer of every residual kind, for megatron-core's TransformerBlock.
 
-Between layers go two tensors, both [s, b, h] (arXiv 2501.06589, section 3), or [s/tp, b, h] with
-sequence parallelism:
+A layer passes two tensors to the next layer (arXiv 2501.06589, section 3). Both are [s, b, h], or
+[s/tp, b, h] with sequence parallelism:
 
     context        a, the state after the layer's attention, complete
     hidden_states  y, the layer's MLP output, its collective possibly still in flight
 
-so that the state after the MLP is m = a + y. megatron-core passes `context` from layer to layer for
-cross-attention, which these decoders have not. The first layer of a model gets the embedding alone
-(a = m = x), the last returns m alone. From one pipeline stage to the next the two go packed as one
-tensor, complete (stages.py).
+The state after the MLP is m = a + y. megatron-core passes `context` from layer to layer for
+cross-attention, which these decoders do not have. The first layer of a model gets the embedding alone
+(a = m = x), and the last layer returns m alone. A pipeline stage sends both tensors to the next stage
+complete, packed as one tensor (stages.py).
 
     ladder     a' = m + attn(norm1(a))    m' = a' + mlp(norm2(m))
     standard   a' = m + attn(norm1(m))    m' = a' + mlp(norm2(a'))
     parallel   n = norm(m)                m' = m + (attn(n) + mlp(n))
     desync     as standard, with collectives at every n-th sub-module only (desync.py)
 
-A ladder sub-module reads the state before the previous sub-module's output arrived, so that output's
-collective runs behind it, and so does, in backward, the reduction of its input's gradient behind
-the previous sub-module's backward. docs/design/overlap.md has the timeline.
+A ladder sub-module reads the state without the output of the previous sub-module. So the collective of that
+output can run while the ladder sub-module computes. In backward, the reduction of its input's gradient runs
+during the backward of the previous sub-module. docs/design/overlap.md has the timeline.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ from megatron_ladder.layers.desync import meet, part_ways, sum_weight_gradients
 from megatron_ladder.layers.recompute import numbers_drawn, recomputed
 from megatron_ladder.layers.stages import pack, unpack
 
-# The next layer's attention input, already under way, travels on the state it was made from.
+# The name of an attribute: the next layer's attention input, in flight, on the state it was made from.
 _PREPARED = "_prepared_input"
 
 
@@ -53,14 +53,14 @@ class LadderTransformerLayer(TransformerLayer):
     """A layer built by a ModuleSpec whose linears do not communicate (linear.py).
 
     Args:
-        residuals: the residual kind of each layer of the whole model; None: all are ladder layers.
-        desync_interval: of desync layers, the n in desync-n.
+        residuals: the residual kind of each layer of the whole model. None: all are ladder layers.
+        desync_interval: the n of desync-n, for desync layers.
         recompute: compute each sub-module's activations again in backward (recompute.py).
-        *args: those of TransformerLayer.
-        **kwargs: those of TransformerLayer.
+        *args: arguments of megatron-core's TransformerLayer.
+        **kwargs: arguments of megatron-core's TransformerLayer.
 
     Raises:
-        ValueError: an option of megatron-core's that this layer does not support.
+        ValueError: the configuration has an option of megatron-core that this layer does not support.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class LadderTransformerLayer(TransformerLayer):
         self.in_fp8 = bool(self.config.fp8) and not is_first_last_bf16_layer(
             self.config, self.layer_number - 1
         )
-        # The two are set by stages.connect; a tuple, lest the next layer become a submodule of this.
+        # stages.connect sets these two. A tuple, because torch would register a layer as a submodule.
         self.next_layer: tuple[LadderTransformerLayer, ...] = ()
         self.is_last_of_stage: bool | None = None
         self.sends_pair = "ladder" in residuals if residuals else True
         self.comm_group = None if self.residual == "no-comm" else self.tp_group
         self.all_reduce: AllReduce = "exact"  # inference.sums sets it
-        # At most one: what is called in the middle of the running sub-module, and whether it records
-        # gradients; see `_submodule`. A list, as assigning to a module's attribute is slow.
+        # At most one item: the function to call in the middle of the running sub-module, and whether it
+        # records gradients; see `_submodule`. A list, because to assign a module's attribute is slow.
         self._chain: list[tuple[Callable[[], None], bool]] = []
         if self.config.sequence_parallel:
             for first_linear in (self.self_attention.linear_qkv, self.mlp.linear_fc1):
@@ -97,14 +97,14 @@ class LadderTransformerLayer(TransformerLayer):
             sum_weight_gradients((self.input_layernorm, self.pre_mlp_layernorm), self.tp_group)
 
     def _refuse_unsupported(self) -> None:
-        """Options of megatron-core's that this forward would silently ignore."""
+        """Raises ValueError for options of megatron-core that this layer's forward would ignore."""
         config = self.config
         modules = set(config.recompute_modules or ()) - {"core_attn"}
         unsupported = {
             "cross-attention": not isinstance(self.cross_attention, IdentityOp),
             "mixture of experts": self.is_moe_layer,
-            # Nothing here stands against it; megatron-core's local attention refuses it, so it has
-            # no test on the CPU, and what has no test is not supported.
+            # This layer's code does not prevent context parallelism. But megatron-core's local attention
+            # refuses it, so it cannot be tested on the CPU, and we support only what we test.
             "context_parallel_size > 1": config.context_parallel_size > 1,
             "biases (add_bias_linear)": config.add_bias_linear,
             f"recompute_modules {sorted(modules)}, other than core_attn,": (
@@ -123,20 +123,22 @@ class LadderTransformerLayer(TransformerLayer):
         padding_mask: Tensor | None = None,
         **attention_kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """One layer on the pair of states above; see the module's docstring.
+        """Runs one layer on the pair (a, y) of the module's docstring.
+
+        With sequence parallelism all shapes have s/tp instead of s.
 
         Args:
-            hidden_states: y; or, when `context` is None, the embedding, or what the stage before
-                sent. [s, b, h], packed [s, b, 2h]
-            context: a. [s, b, h]
+            hidden_states: y, [s, b, h]. When `context` is None: the embedding, [s, b, h], or the tensor
+                that the previous pipeline stage sent, [s, b, h] or packed [s, b, 2h].
+            context: a, [s, b, h], or None.
             attention_mask: for self-attention.
             context_mask: must be None.
             padding_mask: must be None.
             **attention_kwargs: rotary_pos_emb and others, for self-attention.
 
         Returns:
-            (y', a') for the next layer. After the last layer of a pipeline stage, one tensor and None.
-            The tensor is m' after the model's last layer, else what the next stage gets.
+            (y', a') for the next layer. The last layer of a pipeline stage returns one tensor and None.
+            The tensor is m' after the model's last layer, else the tensor for the next stage.
 
         Raises:
             ValueError: with pipeline stages, when `build_gpt_model` did not build the layer.
@@ -173,7 +175,7 @@ class LadderTransformerLayer(TransformerLayer):
     def _ladder(self, a: Tensor, y: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         previous = None if y is None else collectives_of(y)
         if (x := getattr(a, _PREPARED, None)) is not None:
-            delattr(a, _PREPARED)  # `x` was made from `a`: a cycle that would keep both
+            delattr(a, _PREPARED)  # `x` was made from `a`, so this is a reference cycle: break it
         else:
             x = self._start_attention(a, previous)
         attention_collectives = collectives_of(x)
@@ -211,7 +213,7 @@ class LadderTransformerLayer(TransformerLayer):
         return output_start(attention + self._compute(self.mlp, x), own), m
 
     def _desync(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        number = 2 * (self.layer_number - 1)  # of sub-modules before this one
+        number = 2 * (self.layer_number - 1)  # the number of sub-modules before this one
         last = 2 * self.config.num_layers
         for norm, module, arguments in (
             (self.input_layernorm, self.self_attention, kwargs),
@@ -236,14 +238,14 @@ class LadderTransformerLayer(TransformerLayer):
         return self._start(self._normalised(x, self.pre_mlp_layernorm, self.mlp.linear_fc1), behind)
 
     def _normalised(self, x: Tensor, norm: Any, linear: Any) -> Tensor:
-        """norm(x); in FP8 for an FP8 `linear`, so that what is gathered is in FP8."""
+        """norm(x). For an FP8 `linear` it is in FP8, so that the all-gather is in FP8 too."""
         if not self.in_fp8:
             return norm(x)
         group = self.comm_group if self.config.sequence_parallel else None
         return linear.normalised(x, norm, group)
 
     def _start(self, x: Tensor, behind: SubmoduleCollectives | None = None) -> Tensor:
-        """Sends a normalised state on its way into a sub-module."""
+        """Starts to bring a normalised state to a sub-module; see `input_start`."""
         number = None if behind is None else behind.number
         sequence_parallel, all_reduce = self.config.sequence_parallel, self.all_reduce
         return input_start(x, self.comm_group, sequence_parallel, number, all_reduce)
@@ -256,16 +258,17 @@ class LadderTransformerLayer(TransformerLayer):
         reads: tuple[Tensor | None, ...] = (),
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """Attention or MLP, and beside it what takes the output before to the sub-module after.
+        """Runs attention or MLP, and the chain between the previous and the next sub-module.
 
         Args:
-            x: from `_start`.
-            chain: waits for the output of the sub-module before, adds it, and starts the input of
-                the one after. Returns the new state, and that input if there is one.
-            reads: the tensors it reads.
+            module: attention or MLP.
+            x: its input, from `_start`.
+            chain: waits for the output of the previous sub-module, adds it, and starts the input of
+                the next sub-module. Returns the new state, and that input or None.
+            reads: the tensors that `chain` reads.
 
         Returns:
-            The sub-module's output, in flight, and what `chain` returned.
+            The output of `module`, in flight, and what `chain` returned.
         """
         own = collectives_of(x)
         since = streams.moment() if own is not None and own.sequence_parallel else None
@@ -277,9 +280,10 @@ class LadderTransformerLayer(TransformerLayer):
             with streams.beside(since, *reads):
                 results.append(chain())
 
-        # Without sequence parallelism the chain holds one wait, as late as can be: after the
-        # sub-module. With it, two collectives in a row: each gets a part of the sub-module to hide
-        # behind, in forward and, by the order in which the nodes are made, in backward.
+        # Without sequence parallelism the chain has one wait. It runs as late as possible, after the
+        # sub-module. With sequence parallelism the chain has two collectives, one after the other. It runs
+        # in the middle of the sub-module, so that each collective overlaps with a part of the sub-module:
+        # in forward, and in backward too, because of the order in which the nodes are made.
         if chain is not None and own is not None and own.sequence_parallel:
             self._chain.append((run, torch.is_grad_enabled()))
         if own is not None and own.sequence_parallel and self.in_fp8:
@@ -295,18 +299,22 @@ class LadderTransformerLayer(TransformerLayer):
         return output, results[0] if results else None
 
     def _run_chain(self, *_: Any) -> None:
-        """Forward hook of a sub-module's first linear. Recomputation finds nothing to run."""
+        """Forward hook of a sub-module's first linear. In recomputation there is no chain to run."""
         if self._chain:
             chain, records = self._chain.pop()
-            with torch.set_grad_enabled(records):  # recomputation's first pass does not
+            with torch.set_grad_enabled(records):  # gradients are off in recomputation's first pass
                 chain()
             numbers_drawn()
 
     def _compute(self, module: Any, x: Tensor, **kwargs: Any) -> Tensor:
-        """[s, b, h] -> [s, b, h] partial sums. Biases, added after the sum, are refused above."""
+        """Runs attention or MLP: [s, b, h] -> [s, b, h] partial sums.
+
+        There are no biases to add after the sum: `_refuse_unsupported` refuses them.
+        """
 
         def submodule(x: Tensor) -> Tensor:
-            # Compiled, layers share a graph, but not if it reads their number; it has no ranges.
+            # Compiled layers share one graph, unless the code reads their number. Compiled code has no
+            # ranges, so it does not need the number.
             number = None if torch.compiler.is_compiling() else self.layer_number
             with named(f"layer {number}: {name}"):
                 output, _ = module(x, **kwargs)
@@ -317,8 +325,10 @@ class LadderTransformerLayer(TransformerLayer):
         return recomputed(submodule, x) if self.recompute and self.training else submodule(x)
 
     def _prepare_next(self, a: Tensor) -> Tensor:
-        """With sequence parallelism, starts the next layer's attention input from here, where its
-        all-gather has something to hide behind."""
+        """With sequence parallelism, starts the attention input of the next layer.
+
+        Here, in the middle of this layer's MLP, its all-gather overlaps with computation.
+        """
         if not self.config.sequence_parallel or self.tp_group.size() == 1:
             return a
         for following in self.next_layer:
@@ -327,6 +337,6 @@ class LadderTransformerLayer(TransformerLayer):
         return a
 
     def _add(self, residual: Tensor, output: Tensor) -> Tensor:
-        """residual + dropout(output), once the output has arrived."""
+        """Waits for `output`, then returns residual + dropout(output)."""
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         return add((output_wait(output), None), residual, self.hidden_dropout)

@@ -1,9 +1,9 @@
-"""Tensor-parallel linears that do not communicate: the ladder layer owns its collectives.
+"""Tensor-parallel linears that do not communicate: the ladder layer runs the collectives.
 
-megatron-core's RowParallelLinear reduces inside its own forward and waits there, and
-ColumnParallelLinear reduces its input gradient inside its own backward; neither can hide behind the
-next sub-module. Weights, their initialisation and their sharded-checkpoint metadata stay those of
-the parents.
+megatron-core's RowParallelLinear reduces its output and waits for that inside its own forward.
+ColumnParallelLinear reduces its input's gradient inside its own backward. So neither reduction can overlap
+with the next sub-module. The weights, their initialisation and their metadata for sharded checkpoints are
+those of megatron-core's classes.
 """
 
 from typing import Any
@@ -16,32 +16,35 @@ from megatron_ladder.collectives.points import SubmoduleCollectives, collectives
 
 
 class CommFreeColumnParallelLinear(ColumnParallelLinear):
-    """Y = X A^T with A's rows split over tensor-parallel ranks; the input gradient is left partial."""
+    """Y = X A^T with A's rows split over tensor-parallel ranks. The input's gradient stays partial."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, disable_grad_reduce=True, **kwargs)
-        self.sequence_parallel = False  # its input comes gathered
+        self.sequence_parallel = False  # the layer has gathered the input
         assert not self.allreduce_dgrad and not self.gather_output
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, input] -> [s, b, output/tp], its bias added, and None: there is none left to add."""
+        """[s, b, input] -> [s, b, output/tp] with the bias added, and None: no bias is left to add."""
         assert weight is None and (self.bias is None or not self.skip_bias_add)
         fused = self.gradient_accumulation_fusion
         return gemm(input_, self.weight, self.bias, collectives_of(input_), fused), None
 
 
 class LocalRowParallelLinear(RowParallelLinear):
-    """megatron-core's, which leaves out its group and warns of that at each call: torch.compile cannot
-    trace a warning."""
+    """megatron-core's RowParallelLinear, with its process group passed on.
+
+    megatron-core does not pass the group, and warns about that at each call. torch.compile cannot
+    trace a warning.
+    """
 
     def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
         return super()._forward_impl(*args, **{**kwargs, "tp_group": self.tp_group})
 
 
 class CommFreeRowParallelLinear(RowParallelLinear):
-    """Y = X A^T with A's columns split over tensor-parallel ranks; the output is left partial."""
+    """Y = X A^T with A's columns split over tensor-parallel ranks. The output stays partial."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, input/tp] -> [s, b, output] partial sums, and the bias to add once after the sum."""
@@ -55,27 +58,28 @@ def gemm(
     collectives: SubmoduleCollectives | None,
     fused: bool,
 ) -> Tensor:
-    """A linear of a sub-module, on one rank.
+    """Runs a linear of a sub-module on one rank.
 
-    The sub-module's first linear is given its collectives: the sum of its input's gradient over the ranks
-    starts before the weight's gradient is computed, and with sequence parallelism it keeps this rank's
-    shard of the input alone.
+    The first linear of a sub-module gets the sub-module's collectives. Its backward starts the sum of the
+    input's gradient over the ranks before it computes the weight's gradient. With sequence parallelism it
+    keeps only this rank's shard of the input for backward.
 
     Args:
         x: [s, b, input], gathered.
         weight: [output, input], this rank's part.
-        collectives: of `x`.
-        fused: the weight's gradient is added to its `main_grad`, where it has one.
+        bias: [output], or None.
+        collectives: `collectives_of` `x`. None for other linears than the first one.
+        fused: the weight's gradient is added to `weight.main_grad`, if it has one.
 
     Returns:
-        [s, b, output].
+        [s, b, output], of `x`'s dtype.
     """
     output = _Gemm.apply(x, weight, collectives, fused)
     return output if bias is None else output + bias
 
 
 class _Gemm(torch.autograd.Function):
-    """x [s, b, i] times weight^T [i, o]. megatron-core's does as much in twice the Python."""
+    """x [s, b, i] times weight^T [i, o]. megatron-core's own function takes twice as long in Python."""
 
     @staticmethod
     def forward(
@@ -107,7 +111,10 @@ class _Gemm(torch.autograd.Function):
 
 
 def _add_to_main_grad(weight: Any, grad: Tensor, x: Tensor) -> Tensor:
-    """Adds grad^T x to DDP's gradient buffer in the GEMM itself; returns what autograd may drop."""
+    """Adds grad^T x to DDP's gradient buffer, on a GPU in the GEMM itself.
+
+    Returns an uninitialised tensor of the weight's shape for autograd, which does not use its numbers.
+    """
     if not x.is_cuda:
         weight.main_grad.add_(grad.t().matmul(x))
     elif hasattr(layers, "fused_weight_gradient_mlp_cuda"):
@@ -118,5 +125,5 @@ def _add_to_main_grad(weight: Any, grad: Tensor, x: Tensor) -> Tensor:
         from megatron_ladder.te.gemm import add_product
 
         add_product(grad, x, weight.main_grad)
-    weight.grad_added_to_main_grad = True  # DDP adds nothing then
+    weight.grad_added_to_main_grad = True  # so DDP adds nothing
     return torch.empty_like(weight)

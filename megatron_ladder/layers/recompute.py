@@ -1,9 +1,9 @@
-"""Full recomputation, one sub-module at a time, so that backward's overlap stays what it is.
+"""Full recomputation, one sub-module at a time, so that backward overlaps as it does without it.
 
-megatron-core's wraps a whole layer, whose backward cannot begin before the layer's output gradient
-is complete: nothing would be left to hide that behind. Here each sub-module keeps only its input
-(with sequence parallelism this rank's shard of it) and computes the rest again. The collective of
-its output lies outside and is not repeated.
+megatron-core's recomputation wraps a whole layer. The backward of such a layer cannot start before the
+gradient of the layer's output is complete, so its collective would overlap with nothing. Here each
+sub-module keeps only its input (with sequence parallelism this rank's shard of it) and computes the rest
+again. The collective of its output is outside the recomputed part and is not repeated.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,17 @@ Submodule = Callable[[Tensor], Tensor]
 
 
 def recomputed(submodule: Submodule, x: Tensor) -> Tensor:
-    """`submodule(x)`, whose activations are computed again in backward.
+    """Runs `submodule(x)`. Its activations are not kept: backward computes them again.
+
+    Dropout draws the same numbers the second time, because all of megatron-core's random states, also those
+    of single tensor-parallel ranks, are restored.
 
     Args:
+        submodule: attention or MLP, [s, b, h] -> [s, b, h].
         x: [s, b, h], from `input_wait`.
 
-    Dropout draws the same numbers the second time: megatron-core's random states, those of the
-    tensor-parallel ranks too, are put back.
+    Returns:
+        [s, b, h].
     """
     if not torch.is_grad_enabled():
         return submodule(x)
@@ -42,14 +46,17 @@ def recomputed(submodule: Submodule, x: Tensor) -> Tensor:
 
 
 def numbers_drawn() -> None:
-    """To be called when something inside a sub-module's forward, which is not part of it, has drawn
-    random numbers: recomputation begins after them. Nothing of the sub-module may be before it."""
+    """Call this in a sub-module's forward after other code has drawn random numbers there.
+
+    Recomputation then starts from the random states after those numbers. The sub-module itself must not
+    have drawn any numbers before this call.
+    """
     if _running is not None:
         _running.rng_states = _get_all_rng_states()
 
 
 class _Call:
-    """What the two nodes of one call share."""
+    """The state that the two autograd nodes of one call share."""
 
     def __init__(self, submodule: Submodule) -> None:
         self.submodule = submodule
@@ -63,7 +70,7 @@ _running: _Call | None = None
 
 
 class _SubmoduleBackward(torch.autograd.Function):
-    """Forward: the sub-module, recording nothing. Backward: that of the recomputed sub-module."""
+    """Forward runs the sub-module without recording. Backward runs the recomputed sub-module's backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: _Call) -> Tensor:
@@ -80,12 +87,15 @@ class _SubmoduleBackward(torch.autograd.Function):
         assert ctx.call.again is not None
         (x, output), ctx.call.again = ctx.call.again, None
         torch.autograd.backward(output, grads[0])
-        return x.grad, None  # None when it is in flight already
+        return x.grad, None  # `x.grad` is None when the gradient is already in flight
 
 
 class _RecomputeFirst(torch.autograd.Function):
-    """Forward: identity. Backward: recomputes. A node of its own, so that autograd can run what
-    was recorded inside the sub-module (with sequence parallelism, layer.py) between the two."""
+    """Forward is the identity. Backward recomputes the sub-module.
+
+    It is a node of its own, so that autograd can run other nodes between it and `_SubmoduleBackward`: with
+    sequence parallelism those that layer.py recorded inside the sub-module.
+    """
 
     @staticmethod
     def forward(

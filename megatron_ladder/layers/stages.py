@@ -1,4 +1,4 @@
-"""Ladder models over pipeline stages: what crosses a boundary, and which layers know each other."""
+"""Ladder models over pipeline stages: the tensors that stages send, and the links between layers."""
 
 import copy
 from typing import Any
@@ -8,12 +8,23 @@ from torch import Tensor
 
 
 def pack(a: Tensor, y: Tensor) -> Tensor:
-    """The pair of states, both complete, as the one tensor that a stage sends. [s, b, 2h]"""
+    """Packs the pair of states, both complete, in the one tensor that a stage sends.
+
+    Args:
+        a: [s, b, h].
+        y: [s, b, h].
+
+    Returns:
+        [s, b, 2h].
+    """
     return torch.cat((a, y), dim=-1)
 
 
 def unpack(x: Tensor, hidden_size: int) -> tuple[Tensor, Tensor | None]:
-    """The pair (a, y) from the stage before; or (x, None) when `x` is one state. [s, b, h]"""
+    """Unpacks the tensor that the previous stage sent, [s, b, 2h], to the pair (a, y), each [s, b, h].
+
+    When `x` is one state, [s, b, h], it returns (x, None).
+    """
     if x.size(-1) == hidden_size:
         return x, None
     a, y = x.chunk(2, dim=-1)
@@ -21,15 +32,22 @@ def unpack(x: Tensor, hidden_size: int) -> tuple[Tensor, Tensor | None]:
 
 
 def connect(layers: list[Any]) -> None:
-    """Tells this stage's ladder layers of each other, first to last."""
+    """Links each layer of this stage to its next layer, and marks the last one.
+
+    Args:
+        layers: the stage's layers (LadderTransformerLayer), first to last.
+    """
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         layer.is_last_of_stage = following is None
         layer.next_layer = () if following is None else (following,)
 
 
 def sent_config(config: Any, *, sends_pair: bool) -> Any:
-    """The configuration that megatron-core's schedules shall see: they take the shape of what
-    stages send from it, [s, b, hidden_size]. The modules keep their own."""
+    """The configuration for megatron-core's schedules.
+
+    The schedules take the shape of the tensors that stages send from it: [s, b, hidden_size]. When stages
+    send a pair, hidden_size is doubled here. The modules keep their own configuration.
+    """
     if not sends_pair or config.pipeline_model_parallel_size == 1:
         return config
     seen = copy.copy(config)

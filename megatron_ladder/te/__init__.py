@@ -1,1 +1,1 @@
-"""What is written against Transformer Engine, for GPUs; imported only where that is installed."""
+"""Code that uses Transformer Engine, for GPUs. Imported only where Transformer Engine is installed."""

@@ -1,4 +1,4 @@
-"""Which attention Transformer Engine will take: asked of itself, before it computes anything."""
+"""Asks Transformer Engine (TE) which attention kernel it will use, before it computes anything."""
 
 import logging
 import math
@@ -13,15 +13,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 def ask(
     config: TransformerConfig, *, micro_batch_size: int, seq_length: int, masked: bool
 ) -> tuple[str, str]:
-    """What TE's `DotProductAttention` will take in training.
+    """The kernel that TE's `DotProductAttention` will use in training.
+
+    This function raises nothing: an error becomes the reason that it returns.
 
     Args:
-        config: of the layers; their heads are divided over the tensor-parallel ranks.
-        masked: attention is by a mask that is given, not merely causal.
+        config: the layers' configuration. Their heads are divided over the tensor-parallel ranks.
+        micro_batch_size: sequences in a micro-batch.
+        seq_length: tokens in a sequence.
+        masked: a mask is given. Otherwise attention is causal.
 
     Returns:
-        The fused kernel, "" for none, and what TE says against the others. Never raises: an error on the
-        way is the reason.
+        The name of the fused kernel ("" for none), and TE's reasons against the other kernels.
     """
     try:
         from transformer_engine.pytorch.attention.dot_product_attention import utils
@@ -31,7 +34,7 @@ def ask(
         )
         with _what_te_says() as said:
             flash, version, fused, *_ = utils.get_attention_backend(params)
-    except Exception as error:  # of TE's Python, of its C++, of CUDA's or cuDNN's libraries
+    except Exception as error:  # from TE's Python or C++, or from the libraries of CUDA or cuDNN
         return "", f"it could not be asked: {type(error).__name__}: {_in_one_line(str(error))}"
     found = utils.FlashAttentionUtils
     if not (found.is_installed or found.v3_is_installed or found.v4_is_installed):
@@ -43,7 +46,7 @@ def ask(
 def parameters(  # type: ignore[no-untyped-def]
     config: TransformerConfig, *, micro_batch_size: int, seq_length: int, masked: bool
 ):
-    """TE's `AttentionParams`, as `DotProductAttention.forward` makes them of megatron-core's tensors."""
+    """TE's `AttentionParams`, as `DotProductAttention.forward` makes them from megatron-core's tensors."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     tp = config.tensor_model_parallel_size
@@ -52,7 +55,7 @@ def parameters(  # type: ignore[no-untyped-def]
     assert channels is not None
     return utils.AttentionParams(
         qkv_dtype=config.params_dtype,
-        # Queries and keys come from RoPE. Values, a view of the linear's output, are copied.
+        # RoPE makes new queries and keys. The values are a view of the linear's output, and TE copies them.
         qkv_layout="sbhd_sbhd_sbhd",
         batch_size=micro_batch_size,
         num_heads=config.num_attention_heads // tp,
@@ -74,7 +77,7 @@ def parameters(  # type: ignore[no-untyped-def]
 
 @contextmanager
 def _what_te_says() -> Iterator[list[str]]:
-    """Collects why TE puts a kernel aside, which it says to its debugging log alone."""
+    """Collects TE's reasons for not using a kernel. TE writes them to its debug log only."""
     from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionLogging
 
     said: list[str] = []
@@ -87,7 +90,7 @@ def _what_te_says() -> Iterator[list[str]]:
 
     log = logging.getLogger("DotProductAttention")
     level, handlers, propagate = AttentionLogging._log_level, log.handlers, log.propagate
-    # TE sets the logger's level from its own, each time that it is asked.
+    # Each time TE chooses a kernel, it sets the logger's level from this variable of its own.
     AttentionLogging._log_level = logging.DEBUG
     log.handlers, log.propagate = [Collect()], False
     try:

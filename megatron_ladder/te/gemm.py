@@ -1,16 +1,16 @@
-"""Transformer Engine's GEMM where torch's cannot do it. Imported only where Transformer Engine is."""
+"""A GEMM of Transformer Engine that torch does not have. Imported only where it is installed."""
 
 from torch import Tensor
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 
 
 def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a^T b: bf16 operands, an fp32 sum.
+    """out += a^T b, with bf16 operands and an fp32 sum.
 
     Args:
-        a: [t, m].
-        b: [t, n].
-        out: [m, n].
+        a: bf16 [t, m].
+        b: bf16 [t, n].
+        out: fp32 [m, n].
     """
-    a, b = a.contiguous(), b.contiguous()  # strides it does not read, nor refuse
+    a, b = a.contiguous(), b.contiguous()  # the GEMM ignores strides, without an error
     general_gemm(b, a, out_dtype=out.dtype, layout="NT", grad=True, accumulate=True, out=out)

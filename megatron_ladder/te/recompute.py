@@ -1,8 +1,8 @@
-"""Recomputation of what ran in FP8: in FP8 again, with the scales of the first time.
+"""Recomputes in FP8 what ran in FP8, with the same scales.
 
-Backward runs outside Transformer Engine's autocast, so that a sub-module which is computed again there
-(recompute.py) would be computed in bf16, silently. megatron-core's own recomputation calls TE's
-checkpoint, which does what this does. Imports Transformer Engine only once something runs in FP8.
+Backward runs outside Transformer Engine's (TE's) autocast. So a sub-module that is recomputed there
+(layers/recompute.py) would be computed in bf16, without an error. megatron-core's own recomputation calls
+TE's checkpoint function, which does the same as this file. TE's functions are imported only when needed.
 """
 
 import contextlib
@@ -12,11 +12,14 @@ from typing import Any
 
 
 class Fp8Region:
-    """One call of a sub-module in FP8, or in what precision the layer runs in; made when it is called."""
+    """The precision of one call of a sub-module: FP8 with its recipe, or the layer's own.
+
+    Make it when the sub-module is called: it reads TE's present autocast.
+    """
 
     def __init__(self) -> None:
         self._recipe: Any = None
-        # On a machine with Transformer Engine megatron-core has imported it.
+        # Where Transformer Engine is installed, megatron-core has imported it already.
         if "transformer_engine.pytorch" not in sys.modules:
             return
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager as manager
@@ -27,7 +30,7 @@ class Fp8Region:
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        """Around the first time: weights are quantised for backward too, delayed scales are kept."""
+        """Use it around the first run: it quantises weights for backward too, and keeps delayed scales."""
         if self._recipe is None:
             yield
             return
@@ -38,10 +41,10 @@ class Fp8Region:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Around the second time, in backward; gradients are recorded inside only.
+        """Use it around the second run, in backward. Turn gradients on only inside it.
 
-        With delayed scaling the backward of a model's first FP8 module, the last to run, finds the
-        next step's scales of all gradients: no other call may.
+        With delayed scaling the backward of the model's first FP8 module runs last. It computes the
+        scales of all gradients for the next step. No other module's backward may do that.
         """
         if self._recipe is None:
             yield

@@ -1,8 +1,8 @@
-"""Delayed scaling's scales in checkpoints, as numbers. Imported only where Transformer Engine is.
+"""Stores the scales of delayed scaling in checkpoints as numbers.
 
-Transformer Engine pickles them, and refuses to unpickle: a run in FP8 with delayed scaling could not be
-resumed, or only by a variable that allows any pickle to run what it likes. The other recipes keep
-nothing from one step to the next.
+Transformer Engine stores them as a pickle, and by default refuses to load it. So a run in FP8 with delayed
+scaling could be resumed only with an environment variable that lets any pickle run any code. The other
+recipes keep nothing from one step to the next. Imported only where Transformer Engine is installed.
 """
 
 from functools import partial
@@ -17,9 +17,9 @@ from transformer_engine.pytorch.ops import BasicOperation
 
 
 def store_scales_as_numbers(model: Any) -> None:
-    """Changes what the linears of `model` give to checkpoints and take from them.
+    """Changes the extra state that the linears of `model` store in checkpoints and load from them.
 
-    Norms and attention are not in FP8 here: what Transformer Engine would store of them is left out.
+    Norms and attention are not in FP8 here. Their extra state is empty.
     """
     for module in model.modules():
         if isinstance(module, Linear | LayerNormLinear):
@@ -39,7 +39,7 @@ def _ignore(_: Tensor) -> None:
 
 
 def _scales(linear: Any) -> list[Tensor]:
-    """Of inputs, weight and output, then of gradients: scales, and the maxima they come from."""
+    """Scales and their histories of maxima: those of inputs, weight and output, then those of gradients."""
     found = linear.fp8_meta["scaling_fwd"], linear.fp8_meta["scaling_bwd"]
     return [x for state in found for x in (state.scale, state.amax_history)]
 

@@ -1,13 +1,16 @@
-"""A plug-in of vLLM: `vllm serve FOLDER` for the folders that `megatron-ladder export` writes.
+"""A plug-in for vLLM: with it `vllm serve FOLDER` works for folders that `megatron-ladder export` writes.
 
-vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes.
-It runs in vLLM's environment: of this project it needs this package and `hf`, not megatron-core.
+vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes. The
+plug-in runs in vLLM's environment. It needs this package and `megatron_ladder.hf`, but not megatron-core.
 """
 
 
 def register() -> None:
-    """Tells vLLM of the model, which is imported when it is used, and transformers of its configuration,
-    so that a folder loads without `--trust-remote-code`."""
+    """Registers the model with vLLM, and its configuration with transformers.
+
+    With the configuration a folder loads without `--trust-remote-code`. vLLM imports the model's code only
+    when it loads such a model.
+    """
     from vllm import ModelRegistry
 
     import megatron_ladder.hf  # noqa: F401 (registers the configuration)

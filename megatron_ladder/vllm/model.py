@@ -1,8 +1,8 @@
-"""A ladder model of vLLM's own layers.
+"""A ladder model built from vLLM's own layers.
 
-Weights are named as Llama's in vLLM; norms, RoPE, attention and its cache, quantization of linears and
-sampling are vLLM's. What is not Llama's is the order in schedule.py, for which the row-parallel
-linears leave their sums to the layer.
+The weights have the names that Llama's have in vLLM. Norms, RoPE, attention and its cache, quantization of
+linears, and sampling are vLLM's. The only difference from Llama is the order of sub-modules and sums
+(schedule.py). For it the row-parallel linears do not sum their outputs: the layer does.
 """
 
 from collections.abc import Iterable
@@ -56,7 +56,7 @@ from megatron_ladder.vllm.schedule import (
 
 
 class LadderAttention(nn.Module):
-    """In: [tokens, hidden], normed. Out: the same shape, this rank's part of the sum."""
+    """Attention: normalised [tokens, hidden] -> this rank's partial output, of the same shape."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class LadderAttention(nn.Module):
             rope_parameters=config.rope_parameters,
             is_neox_style=True,
         )
-        # This rank's: vLLM repeats keys and values where there are fewer than ranks.
+        # This rank's sizes. vLLM repeats key/value heads where there are fewer of them than ranks.
         self.head_dim = config.head_dim
         self.q_size = self.qkv_proj.num_heads * config.head_dim
         self.kv_size = self.qkv_proj.num_kv_heads * config.head_dim
@@ -115,7 +115,7 @@ class LadderAttention(nn.Module):
 
 
 class LadderMLP(nn.Module):
-    """SwiGLU. In: [tokens, hidden], normed. Out: the same shape, this rank's part of the sum."""
+    """SwiGLU: normalised [tokens, hidden] -> this rank's partial output, of the same shape."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class LadderModel(nn.Module):
             state = State(received["after_attention"], received["after_mlp"], None)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             state = layer(positions, state)
-        # A pipeline stage waits for its last sum: the next one reads whole states.
+        # A pipeline stage waits for its last sum, because the next stage reads complete states.
         a, m = whole(state, self.sums)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"after_attention": a, "after_mlp": m})

@@ -1,4 +1,4 @@
-"""Which weights of an exported folder vLLM stacks into one, and as what part of it."""
+"""The weights of an exported folder that vLLM stacks to one weight, and the part that each one becomes."""
 
 STACKED: dict[str, tuple[str, str | int]] = {
     ".q_proj": (".qkv_proj", "q"),
@@ -7,4 +7,4 @@ STACKED: dict[str, tuple[str, str | int]] = {
     ".gate_proj": (".gate_up_proj", 0),
     ".up_proj": (".gate_up_proj", 1),
 }
-"""Part of a name -> what stands there in vLLM, and the part's id. All other names are the same."""
+"""Part of a weight's name -> that part of vLLM's name, and vLLM's shard id. Other names are the same."""

@@ -1,12 +1,12 @@
-"""When a layer starts each of its all-reduces, and when it waits for it: as models serve, forward only.
+"""The order of sub-modules, starts of all-reduces, and waits in a layer, for inference (forward only).
 
-A ladder layer's sum is under way while the sub-module after it computes, across layers too:
+In ladder layers each sum is in flight while the next sub-module computes, also from one layer to the next:
 
     compute      attention 1 | MLP 1       | attention 2 | MLP 2       | ...
     all-reduce               | attention 1 | MLP 1       | attention 2 | MLP 2
 
-The states are those of hf/modeling_ladder.py: `a`, the residual stream after the attention, and `m`,
-after the MLP; here each [tokens, hidden].
+The states are those of hf/modeling_ladder.py: `a` is the residual stream after the attention, and `m` the
+one after the MLP. Both are [tokens, hidden].
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 SubModule = Callable[[Tensor], Tensor]
-"""From a state that is whole to this rank's part of the output: the norm is in it, the sum is not."""
+"""Complete state [tokens, hidden] -> this rank's partial output. It includes the norm, not the sum."""
 
 
 class InFlight(NamedTuple):
-    """A sum over the ranks that is under way: to be passed on, not to be read or written."""
+    """A sum over the ranks that is in flight. Code may pass it on, but must not read or write it."""
 
     partial: Tensor
     total: Tensor
@@ -33,21 +33,21 @@ class Sums(Protocol):
     def start(self, partial: Tensor) -> InFlight: ...
 
     def finish(self, residual: Tensor, output: InFlight) -> Tensor:
-        """`residual` plus the sum, which is waited for."""
+        """Waits for the sum, and returns `residual` plus the sum."""
         ...
 
 
 class State(NamedTuple):
-    """What goes from layer to layer. `a` is always whole; of the other two one is None."""
+    """The states that a layer passes to the next. `a` is always complete. One of `m` and `mlp` is None."""
 
     a: Tensor
     m: Tensor | None
     mlp: InFlight | None
-    """m = a + mlp, once that has arrived."""
+    """The MLP's output, in flight: m = a + mlp."""
 
 
 def whole(state: State, sums: Sums) -> tuple[Tensor, Tensor]:
-    """`a` and `m`, the MLP's sum waited for."""
+    """Waits for the MLP's sum if it is in flight, and returns `a` and `m`, both complete."""
     if state.mlp is not None:
         return state.a, sums.finish(state.a, state.mlp)
     assert state.m is not None
@@ -68,7 +68,7 @@ def standard_layer(state: State, attention: SubModule, mlp: SubModule, sums: Sum
 
 
 def parallel_layer(state: State, attention_and_mlp: SubModule, sums: Sums) -> State:
-    """One sum for both."""
+    """A parallel layer has one sum for attention and MLP together."""
     _, m = whole(state, sums)
     m = m + sums.at_once(attention_and_mlp(m))
     return State(m, m, None)

@@ -1,1 +1,1 @@
-"""One step seen as a timeline: traces, a modelled link, pictures."""
+"""One step as a timeline: traces, pictures, and collectives over a modelled link."""

@@ -76,12 +76,15 @@ class Decoder:
         self._grad = torch.ones_like(self._x) / self._x.numel()
 
     def forward(self) -> Tensor:
+        """Runs the layers on this rank's states; returns their output, of the states' shape."""
         return self.block(hidden_states=self._x, attention_mask=None, rotary_pos_emb=self._rotary)
 
     def backward(self, output: Tensor) -> None:
+        """Backward of `forward`'s output, from a constant gradient."""
         output.backward(self._grad)
 
     def clear(self) -> None:
+        """Frees the gradients, and begins a new step for FP8."""
         self._x.grad = None
         self.block.zero_grad(set_to_none=True)
         self._gpt.set_is_first_microbatch()  # FP8 copies of weights are made once a step

@@ -1,7 +1,6 @@
 """Ranks for benchmarks: torchrun's, or one rank of many through torch's fake process group."""
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -12,7 +11,9 @@ from megatron_ladder import cpu_platform
 
 
 def join(tensor_model_parallel_size: int, *, fake: bool = False) -> str:
-    """Makes the process group and megatron-core's groups: tensor parallelism, the other ranks as replicas.
+    """Makes the process group and megatron-core's groups for tensor parallelism.
+
+    If there are more ranks than `tensor_model_parallel_size`, they form replicas.
 
     Args:
         fake: this process is rank 0, and there are no other processes. Collectives return at once and move
@@ -46,17 +47,10 @@ def join(tensor_model_parallel_size: int, *, fake: bool = False) -> str:
 
 
 def _stay_on_own_core() -> None:
-    """Keeps a rank and gloo's threads on one core, if there are enough cores. Else the system may move two
-    ranks to the same core now and then, and times would be noise."""
+    """Keeps a rank and gloo's threads on one core, if there are enough cores.
+
+    Otherwise the system may at times run two ranks on the same core, and all times would be noise.
+    """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if 1 < int(os.environ.get("WORLD_SIZE", "1")) <= len(cores):
         os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"])]})
-
-
-def become_torchrun(ranks: int, *target: str) -> None:
-    """Replaces this process by torchrun, with `ranks` local ranks that run `target`."""
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc-per-node={ranks}", *target]
-    os.execve(sys.executable, command, environment)  # noqa: S606 (a list, no shell)

@@ -143,7 +143,7 @@ class Recorder:
         self._add("wait", key.name, key.direction, since_s, until_s)
 
     def _without_waits(self, span: Span) -> list[Span]:
-        """A computation is cut into the parts between the waits inside it. Other spans stay as they are."""
+        """Cuts a computation into the parts between the waits inside it; other spans stay as they are."""
         if span.kind != "compute":
             return [span]
         inside = [

@@ -17,11 +17,11 @@ from pretrain.files import write_atomically
 
 Direction = Literal["forward", "backward", "recompute"]
 
-# Okabe and Ito's colours, as in pretrain/report/plots.py, each with the text colour readable on it.
+# Okabe and Ito's colours, as in pretrain/pictures.py; TEXT_ON has a text colour that is readable on each.
 ATTENTION, MLP, LINK, OTHER = "#0072B2", "#E69F00", "#009E73", "#999999"
 WAIT = "#D55E00"
 TEXT_ON = {ATTENTION: "white", MLP: "black", LINK: "white", OTHER: "black"}
-PALE = 0.3  # opacity of the neighbours of the layers shown
+PALE = 0.3  # opacity of spans of other layers than the two shown
 DPI = 130
 COMPUTE_LANE, LINK_LANE, LANE_HEIGHT = 1.0, 0.0, 0.84
 
@@ -34,7 +34,7 @@ COLUMNS: dict[str, tuple[Direction, ...]] = {
 
 @dataclass(frozen=True)
 class Span:
-    """Some time that a rank, or its collective, has spent. Times are seconds of one clock."""
+    """A time span in which a rank, or its collective, did one thing. Times are seconds of one clock."""
 
     rank: int
     kind: Literal["compute", "flight", "wait"]
@@ -53,11 +53,11 @@ class Overlap:
 
     collectives: int
     link_s: float
-    """Seconds that collectives were in flight, their sum."""
+    """Seconds that collectives were in flight, summed over the collectives."""
     exposed_s: float
     """Seconds that the rank waited for them."""
     hidden_share: float
-    """1 - exposed_s / link_s. It is below zero if ranks waited longer than collectives took."""
+    """1 - exposed_s / link_s. Below zero if ranks waited longer than collectives were in flight."""
 
 
 def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
     threads: dict[int, int] = {}  # by a span's id(): two spans may be equal
     for rank in sorted({span.rank for span in spans}):
         metadata.append(_name(rank, "process", f"rank {rank}"))
-        # Perfetto takes thread 0 of process 0 for the idle one, so numbers start at 1.
+        # Perfetto treats thread 0 of process 0 as the idle thread, so numbers start at 1.
         for group, kinds, first in (
             ("compute", ("compute", "wait"), 1),
             ("collectives", ("flight",), 101),
@@ -92,15 +92,15 @@ def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
                     slices.append(_slice(span, thread, origin_s))
     flows: list[dict[str, Any]] = []
     for number, (flight, wait) in enumerate(_pairs(spans), 1):
-        # One nanosecond before the wait's end: at the very end a viewer may give the arrow to the next
-        # slice.
+        # One nanosecond before the wait's end, because at the very end a viewer may attach the arrow to the
+        # next slice.
         start_ns, end_ns = _ns(wait.start_s, origin_s), _ns(wait.end_s, origin_s)
         at_us = max(start_ns, end_ns - 1) / 1000
         common = {"name": "collective", "cat": "collective", "id": number, "pid": flight.rank}
         begin = {"ph": "s", "tid": threads[id(flight)], "ts": _ns(flight.start_s, origin_s) / 1000}
         end = {"ph": "f", "bp": "e", "tid": threads[id(wait)], "ts": at_us}
         flows += [common | begin, common | end]
-    # Arrows come last, because at equal times a viewer gives an arrow to the slice that it has read before.
+    # Arrows come last: at equal times a viewer attaches an arrow to the slice that it read before it.
     return {"traceEvents": metadata + slices + flows, "displayTimeUnit": "ms"}
 
 

@@ -14,11 +14,12 @@ from megatron.core import parallel_state
 from megatron_ladder.config import ModelConfig, ParallelConfig, Recompute
 from megatron_ladder.errors import UserError
 from pretrain.bench.decoder import Decoder
-from pretrain.bench.ranks import become_torchrun, join
+from pretrain.bench.ranks import join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.timeline import Span, draw, table, write_chrome_trace
 from pretrain.bench.wire import over, own_seconds
 from pretrain.processes import die_with_parent
+from pretrain.start.launch import become_torchrun
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,19 @@ class TraceOptions:
         if self.seq_length % self.tensor_model_parallel_size and self.sequence_parallel:
             raise UserError(
                 f"--seq-length {self.seq_length} is not divisible by --tensor-model-parallel-size "
-                f"{self.tensor_model_parallel_size}: --sequence-parallel cuts it"
+                f"{self.tensor_model_parallel_size}: --sequence-parallel divides it over the ranks"
             )
 
 
 def main_trace(options: TraceOptions, argv: list[str]) -> None:
-    """Starts the ranks, then records on each; rank 0 writes."""
+    """Starts the ranks and records a step on each of them; rank 0 writes the files.
+
+    Raises:
+        UserError: there is a GPU.
+    """
     if torch.cuda.is_available():
         raise UserError(
-            "bench trace records host times, which say nothing of a GPU's streams: hide the GPU "
+            "bench trace records host times, which do not show a GPU's streams: hide the GPU "
             'with CUDA_VISIBLE_DEVICES="", or record a GPU with a profiler such as Nsight Systems'
         )
     if "RANK" not in os.environ:
@@ -78,13 +83,13 @@ def main_trace(options: TraceOptions, argv: list[str]) -> None:
         draw(options.output_dir / "timeline.png", rows, layers=(middle, middle + 1))
     dist.barrier()
     dist.destroy_process_group()
-    if is_first:  # the last thing it does: nobody may be there to read it
+    if is_first:  # printed last, because the program that reads it may have ended (`| head`)
         print(table(rows))
         print(f"\nTimelines: {options.output_dir} (link time modelled, compute measured)")
 
 
 def _record(kind: Literal["standard", "ladder"], options: TraceOptions) -> list[Span]:
-    """The spans of all ranks."""
+    """Records one step of a decoder of this residual kind; returns the spans of all ranks."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         sequence_parallel=options.sequence_parallel,

@@ -3,8 +3,8 @@
 Inside `over` each collective of the tensor-parallel group runs as always, but it is not complete before a
 link of the given speed has carried its message. That link begins with a message when the last rank has
 started it, because a sum needs the part of every rank, and it carries one message after another. It is the
-same for every residual kind and for megatron-core's own layers. Modelled is how long a message is under
-way; the sums, and the copies that they need, are real.
+same for every residual kind and for megatron-core's own layers. Only the time that a message is under way
+is modelled. The sums, and the copies that they need, are real.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ LinkSeconds = Callable[[str, int], float]
 
 
 class Observer(Protocol):
-    """Its methods are called for every collective (recorder.py)."""
+    """An object whose methods `over` calls for every collective (recorder.py). Times are seconds."""
 
     def started(self, operation: str, at_s: float) -> Any: ...
 
@@ -121,8 +121,8 @@ class _Flight:
         sleep_until(lands_s)
         self._landed = True
         if self._observer is not None:
-            # gloo does not tell when it was done. It was in time for the link, unless this rank has waited
-            # for it.
+            # gloo does not say when it has finished. If this rank did not have to wait for gloo, it counts
+            # as finished in time for the link.
             arrived = worked if worked - since > 1e-4 else lands_s
             until = time.perf_counter()
             self._observer.waited(self._key, since, until, max(arrived, lands_s))
@@ -184,8 +184,10 @@ def own_seconds(group: dist.ProcessGroup, x: torch.Tensor) -> float:
 
 
 def sleep_until(moment_s: float) -> None:
-    """Sleeps until shortly before the moment, then spins, as a sleep ends late. Other threads can run
-    meanwhile."""
+    """Sleeps until shortly before `moment_s`, then spins, because a sleep ends late.
+
+    `moment_s` is a time of time.perf_counter. Other threads can run meanwhile.
+    """
     while (left := moment_s - time.perf_counter()) > 0:
         time.sleep(left - 2e-4 if left > 3e-4 else 0)
 
@@ -198,9 +200,11 @@ def over(
     *,
     blocking: bool = False,
 ) -> Iterator[None]:
-    """Inside, the collectives of `group` go over a link of that speed.
+    """Inside this block, the collectives of `group` go over a modelled link.
 
     Args:
+        seconds: the time of each message on the link.
+        observer: is told of each collective on a CPU, not on a GPU.
         blocking: each collective is waited for where it starts, so that nothing is hidden.
     """
     starts = _shared_starts(group)

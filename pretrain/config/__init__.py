@@ -1,1 +1,1 @@
-"""A run's configuration as dataclasses, checked and saved, and the presets."""
+"""A run's configuration: dataclasses that are checked and saved, and presets."""

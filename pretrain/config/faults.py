@@ -1,4 +1,4 @@
-"""The options about what goes wrong in a run: a part of its configuration (config.py)."""
+"""The options about bad losses, hangs and slow ranks: `faults` in a run's configuration (train.py)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -33,11 +33,12 @@ class FaultConfig:
                 raise UserError(f"faults.{name} is {value}: it must be at least 0")
         if 0 < self.spike_factor <= 1:
             raise UserError(
-                f"faults.spike_factor is {self.spike_factor}: every second loss is above 1 median; give "
-                "more than 1, or 0 to turn it off"
+                f"faults.spike_factor is {self.spike_factor}: every second loss would be a spike, as half "
+                "of all losses are above the median. Give more than 1, or 0 to turn the check off"
             )
 
     @property
     def allowance_s(self) -> float:
-        """For what takes longer than a step, and the longest that a rank waits for others."""
+        """Seconds for anything that takes longer than a step; also the longest time that a rank waits for
+        other ranks in a collective."""
         return 12 * self.hang_s if self.hang_s else 3600.0

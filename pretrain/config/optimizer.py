@@ -26,18 +26,19 @@ class OptimizerConfig:
 
 
 def check_optimizer(optimizer: OptimizerConfig, precision: Precision) -> None:
-    """Refuses what this machine's optimizers cannot do.
+    """Refuses optimizer.moments bf16 where no optimizer on this machine supports it.
 
     Raises:
-        UserError: with what is missing.
+        UserError: the precision is not bf16, Transformer Engine is not installed, or there is no GPU.
     """
     if optimizer.moments == "fp32":
         return
     if precision != "bf16":
         raise UserError(
-            f"optimizer.moments {optimizer.moments} needs precision bf16 (it is {precision})"
+            f"optimizer.moments {optimizer.moments} needs precision bf16 (it is {precision}): give "
+            "--precision bf16, or leave the moments in fp32"
         )
-    import torch  # here: a command line starts without it
+    import torch  # imported here, because the command line starts without torch
 
     have_te = find_spec("transformer_engine") is not None
     if not have_te or not torch.cuda.is_available():

@@ -122,7 +122,8 @@ def llama_3_70b() -> TrainConfig:
             ffn_hidden_size=28672,
             num_attention_heads=64,
         ),
-        # The planner's best for 1024 H100s (docs/design/planner.md); fewer GPUs need `recompute`.
+        # The planner's fastest layout on 1024 H100s (docs/design/planner.md). On fewer GPUs it does not
+        # fit in memory without `recompute`.
         parallel=ParallelConfig(
             tensor_model_parallel_size=8,
             sequence_parallel=True,

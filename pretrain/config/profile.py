@@ -1,4 +1,4 @@
-"""What to trace of a run: pretrain/loop/profile.py does it."""
+"""Options: which steps of a run to trace. pretrain/loop/profile.py records the trace."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """A run's whole configuration: typed, frozen, saved with the run as JSON.
 
-The command line is made from these classes (arguments.py): a field here is an option there.
+start/arguments.py makes the command line from these classes: each field is an option.
 """
 
 import dataclasses
@@ -172,7 +172,7 @@ class TrainConfig:
                     raise UserError(f"{name} is {value}: it must be at least {least}")
         for name in ("fim_rate", "fim_spm_rate"):
             if not 0 <= (share := getattr(self.data, name)) <= 1:
-                raise UserError(f"data.{name} is {share}: it is a share from 0 to 1")
+                raise UserError(f"data.{name} is {share}: it must be a share from 0 to 1")
         if self.data.seq_length > self.model.max_position_embeddings:
             raise UserError(
                 f"data.seq_length {self.data.seq_length} is longer than "
@@ -183,7 +183,8 @@ class TrainConfig:
         if self.parallel.sequence_parallel and self.data.seq_length % tp:
             raise UserError(
                 f"data.seq_length {self.data.seq_length} is not divisible by "
-                f"parallel.tensor_model_parallel_size {tp}: sequence parallelism cuts it"
+                f"parallel.tensor_model_parallel_size {tp}: sequence parallelism divides each sequence "
+                "over these ranks. Change one of the two"
             )
         schedule = self.schedule
         for one, other in (("train_steps", "train_tokens"), ("warmup_steps", "warmup_tokens")):
@@ -191,12 +192,12 @@ class TrainConfig:
                 raise UserError(f"schedule.{one} and schedule.{other} are both set: give one")
         if self.warmup_steps >= self.train_steps:
             raise UserError(
-                f"warm-up takes {self.warmup_steps} of {self.train_steps} steps: shorten it, or "
-                "train longer"
+                f"warm-up takes {self.warmup_steps} steps, the whole run {self.train_steps}: shorten "
+                "warm-up, or train longer"
             )
         if not 0 < schedule.wsd_decay_fraction <= 1 or not 0 <= schedule.min_lr_fraction <= 1:
             raise UserError(
-                "schedule.wsd_decay_fraction and min_lr_fraction are shares from 0 to 1"
+                "schedule.wsd_decay_fraction must be above 0 and at most 1, and min_lr_fraction from 0 to 1"
             )
 
         check_fp8(
@@ -209,13 +210,13 @@ class TrainConfig:
         adapt = self.adapt
         if not 0 <= adapt.distillation_weight <= 1 or adapt.distillation_temperature <= 0:
             raise UserError(
-                f"adapt.distillation_weight {adapt.distillation_weight} is a share from 0 to 1, "
-                f"adapt.distillation_temperature {adapt.distillation_temperature} is above 0"
+                f"adapt.distillation_weight must be from 0 to 1 (it is {adapt.distillation_weight}), and "
+                f"adapt.distillation_temperature above 0 (it is {adapt.distillation_temperature})"
             )
         if self.init_from is None and (adapt.gradual_steps or adapt.distillation_weight):
             raise UserError(
-                "adapt.gradual_steps and adapt.distillation_weight change a model that exists: give "
-                "--init-from RUN"
+                "adapt.gradual_steps and adapt.distillation_weight need a model to start from: give "
+                "--init-from RUN, or leave both out"
             )
         if adapt.gradual_steps and "ladder" not in self.model.layer_residuals():
             raise UserError(
@@ -225,7 +226,7 @@ class TrainConfig:
         if adapt.gradual_steps > self.train_steps:
             raise UserError(
                 f"adapt.gradual_steps {adapt.gradual_steps} is more than the run's {self.train_steps} "
-                "steps: it would end before all its ladder layers are on"
+                "steps: the run would end before all ladder layers are on. Lower it, or train longer"
             )
 
     @property
@@ -241,7 +242,7 @@ class TrainConfig:
         return self._steps("warmup_steps", "warmup_tokens", default=0)
 
     def steps_for(self, tokens: int) -> int:
-        """Whole steps that train on at least so many tokens."""
+        """The number of steps that train on at least `tokens` tokens."""
         return -(-tokens // self.tokens_per_step)
 
     def _steps(self, steps: str, tokens: str, default: int) -> int:
@@ -251,12 +252,13 @@ class TrainConfig:
         return default if count is None else count
 
     def num_microbatches(self, data_parallel_size: int) -> int:
-        """Micro-batches a rank accumulates in one step."""
+        """The number of micro-batches whose gradients a rank accumulates in one step."""
         together = self.micro_batch_size * data_parallel_size
         if self.global_batch_size % together:
             raise UserError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
-                f"{self.micro_batch_size} x data-parallel size {data_parallel_size} = {together}"
+                f"{self.micro_batch_size} x data-parallel size {data_parallel_size} = {together}: change "
+                "one of them"
             )
         count = self.global_batch_size // together
         stages = self.parallel.pipeline_model_parallel_size
@@ -269,9 +271,9 @@ class TrainConfig:
         return count
 
 
-# What may differ when a run is resumed: nothing here changes the numbers trained on or the order of
-# the data (the layout changes them only by rounding). A blend may change from here on:
-# blends.check_past sees to it. Of faults, what was done stays done.
+# Fields that may change when a run is resumed. None of them changes the numbers trained on or the order
+# of the data (a layout changes numbers by rounding only). A blend may change only for later steps:
+# start/past.py checks this. Steps that were skipped or rolled back stay so, whatever `faults` says now.
 SAFE_TO_CHANGE = (
     "data.paths",
     "data.weights",
@@ -299,7 +301,7 @@ SAFE_TO_CHANGE = (
 
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Fields of two configurations that differ, as dotted names, with the old and the new value."""
+    """The fields that differ: their dotted names, each with the old and the new value."""
     a, b = _flat(to_dict(old)), _flat(to_dict(new))
     return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
 
@@ -319,7 +321,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain JSON values; `from_dict` is the inverse."""
+    """A config dataclass as plain JSON values; `from_dict` is the inverse."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
@@ -332,7 +334,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
-    """A config dataclass from `to_dict`'s output. Raises UserError on fields it does not have."""
+    """A `cls` made from `to_dict`'s output. Raises UserError on a field that `cls` does not have."""
     if not isinstance(values, dict):
         raise UserError(f"{where} is {values!r}: it must be an object of {cls.__name__}'s fields")
     hints = typing.get_type_hints(cls)
@@ -367,10 +369,10 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def load_config(path: Path, onto: TrainConfig | None = None) -> TrainConfig:
-    """A run's saved configuration, or some fields of one in place of `onto`'s.
+    """Reads a run's saved configuration, or, given `onto`, some fields that replace those of `onto`.
 
     Raises:
-        UserError: the file is neither.
+        UserError: the file does not exist, or does not hold a configuration.
     """
     try:
         values = json.loads(path.read_text())
@@ -379,11 +381,11 @@ def load_config(path: Path, onto: TrainConfig | None = None) -> TrainConfig:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} is not a run's config.json: it holds no object")
+        raise UserError(f"{path} is not a run's config.json: it must hold one JSON object")
     if onto is not None:
         values = _merged(to_dict(onto), values)
     elif "model" not in values:
-        raise UserError(f"{path} says nothing of the model: give --preset NAME as well")
+        raise UserError(f"{path} has no field model: give --preset NAME as well")
     return from_dict(TrainConfig, values, where=str(path))
 
 

@@ -1,1 +1,1 @@
-"""From data set folders to batches: checks, blends, sequences."""
+"""Turns data set folders into batches: checks, blends, sequences."""

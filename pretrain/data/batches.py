@@ -1,7 +1,7 @@
-"""Sequences (sequences.py) as batches.
+"""Puts sequences (sequences.py) together into batches.
 
-Which sequence a rank reads is a function of the step alone, so a resumed run, at any layout, goes on
-with the next one.
+The step alone decides which sequences are trained on. So a resumed run continues with the next sequence,
+at any layout.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,15 @@ def train_batches(
     data_parallel_size: int,
     consumed_samples: int,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from the given position to the end of the run."""
+    """This rank's micro-batches, from a position in the run to its end.
+
+    Args:
+        dataset: the run's sequences, in the order of training.
+        consumed_samples: sequences that all ranks together have trained on already.
+
+    Returns:
+        Micro-batches on the CPU: the tensors of `Sequences`' items, [micro_batch_size, seq_length].
+    """
 
     def indices() -> Iterator[list[int]]:
         together = config.micro_batch_size * data_parallel_size
@@ -51,10 +59,13 @@ def validation_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> list[Batch]:
-    """This rank's share of the first `eval_sequences` of a split.
+    """This rank's share of a split's first `eval_sequences` sequences, or of all when that is None.
 
-    Every micro-batch is full, and their number a multiple of the pipeline's stages, as its schedules
-    need; what was added for that has a loss mask of zeros.
+    Every micro-batch is full, and the number of micro-batches is a multiple of the pipeline's stages,
+    because the pipeline's schedules need both. Sequences that are added for this have a loss mask of zeros.
+
+    Returns:
+        Micro-batches on the CPU, as in `train_batches`; [] when no sequence is left for this rank.
     """
     count = min(len(dataset), config.eval_sequences or len(dataset))
     samples = [dataset[i] for i in range(data_parallel_rank, count, data_parallel_size)]
@@ -70,7 +81,7 @@ def validation_batches(
 
 
 class _Sampler:
-    """A batch sampler from a generator function."""
+    """A DataLoader's batch sampler, made from a generator function."""
 
     def __init__(self, indices: Any) -> None:
         self._indices = indices
@@ -83,7 +94,10 @@ _READ = ("tokens", "labels", "loss_mask", "position_ids", "documents", "teacher_
 
 
 def to_device(batch: Batch) -> Batch:
-    """The tensors a forward pass reads, on this rank's device. All [micro_batch_size, seq_length, ...], but
-    for the loss's `scale`, of training."""
+    """Copies the tensors that a forward pass reads to this rank's device.
+
+    All have the shape [micro_batch_size, seq_length, ...], except `scale`, a scalar: the factor of the loss
+    in training.
+    """
     device = torch.cuda.current_device()
     return {name: batch[name].to(device, non_blocking=True) for name in _READ if name in batch}

@@ -1,7 +1,7 @@
-"""What share of each data set a run trains on: one blend, or several one after another (data.phases).
+"""The share of each data set in training: one blend, or several, one after another (data.phases).
 
-The order up to a step depends on nothing after it. So what comes later may be changed while a run is
-stopped, and what it has trained on may not: `check_past` in start/past.py.
+The order of the sequences up to a step does not depend on the blends of later steps. So later blends may
+change while a run is stopped. Blends that it has trained on may not: `check_past` in start/past.py.
 """
 
 import heapq
@@ -17,7 +17,7 @@ from pretrain.data.folders import DataFolder
 
 @dataclass(frozen=True)
 class Blend:
-    """Weights that hold from a step on."""
+    """The data sets' weights from one step on."""
 
     first_step: int
     """Steps are counted from 1."""
@@ -26,13 +26,17 @@ class Blend:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The weights, adding up to 1."""
+        """The weights, scaled so that their sum is 1."""
         total = sum(self.weights)
         return tuple(weight / total for weight in self.weights)
 
 
 def check_blends(config: TrainConfig) -> None:
-    """Refuses weights and phases that mean nothing."""
+    """Checks data.weights and data.phases.
+
+    Raises:
+        UserError: wrong weights, or a phase that does not begin after the one before and within the run.
+    """
     data, count = config.data, len(config.data.paths)
     if data.weights is not None and not data.phases:
         _check_weights("data.weights", data.weights, count, least="above 0")
@@ -45,21 +49,21 @@ def check_blends(config: TrainConfig) -> None:
         if type(phase.from_tokens) is not int or phase.from_tokens < 1:
             raise UserError(
                 f"{name}.from_tokens is {phase.from_tokens!r}: give a whole number of tokens, 1 or "
-                "more; data.weights is the blend from the start on"
+                "more; the blend at the start of the run is data.weights"
             )
         first = config.steps_for(phase.from_tokens) + 1
         if first <= before:
             raise UserError(
                 f"{name}.from_tokens {phase.from_tokens:,} begins at step {first}, and the blend before "
-                f"it at step {before}: each phase begins at least one step "
-                f"({config.tokens_per_step:,} tokens) after the one before"
+                f"it at step {before}: each phase must begin at least one step "
+                f"({config.tokens_per_step:,} tokens) after the blend before it"
             )
         if first > config.train_steps:
             raise UserError(
-                f"{name}.from_tokens {phase.from_tokens:,} would begin at step {first}, after the run's "
-                f"end: it has {config.train_steps} steps, "
-                f"{config.train_steps * config.tokens_per_step:,} tokens. Begin it earlier, leave it "
-                "out, or train longer"
+                f"{name}.from_tokens {phase.from_tokens:,} would begin at step {first}, after the end of "
+                f"the run, which has {config.train_steps} steps, "
+                f"{config.train_steps * config.tokens_per_step:,} tokens. Let the phase begin earlier, "
+                "leave it out, or train longer"
             )
         before = first
 
@@ -73,7 +77,7 @@ def _check_weights(name: str, weights: tuple[float, ...], count: int, least: str
         )
     if min(weights) < 0 or not sum(weights) > 0:
         raise UserError(
-            f"{name} is {' '.join(map(str, weights))}: weights are 0 or more, and not all of them 0"
+            f"{name} is {' '.join(map(str, weights))}: weights must be 0 or more, and not all of them 0"
         )
 
 
@@ -85,18 +89,25 @@ def blends(config: TrainConfig, folders: list[DataFolder]) -> list[Blend]:
 
 
 def interleave(shares: tuple[float, ...], count: int) -> np.ndarray:
-    """The data set of each of `count` sequences, int16.
+    """Chooses the data set of each of `count` sequences.
 
-    However many are taken from the beginning, each data set has its share within one sequence: its
-    sequence i has a place from floor(i / share) up to ceil((i + 1) / share), and of those that may come
-    the one that has to come first does (proportionate progress, Baruah et al. 1996). megatron-core's
-    build_blending_indices, which takes the largest deficit, strays further.
+    After any number of sequences, each data set has its share of them, to within one sequence. For this,
+    sequence i of a data set must lie at a place from floor(i / share) up to ceil((i + 1) / share), the end
+    excluded. Among the data sets whose next sequence may lie at a place, the one whose range ends first
+    gets the place (proportionate progress, Baruah et al. 1996). megatron-core's build_blending_indices
+    takes the data set with the largest deficit, and deviates more from the shares.
+
+    Args:
+        shares: of the data sets, with a sum of 1.
+
+    Returns:
+        int16 [count], numbers of data sets.
     """
-    units = [round(share * 2**40) for share in shares]  # whole numbers: nothing is rounded below
+    units = [round(share * 2**40) for share in shares]  # integers, so that nothing is rounded below
     total = sum(units)
     taken = [0] * len(units)
-    waiting = [(0, i) for i, unit in enumerate(units) if unit]  # (first place, data set)
-    ready: list[tuple[int, int]] = []  # (the place before which it comes, data set)
+    waiting = [(0, i) for i, unit in enumerate(units) if unit]  # (start of range, data set)
+    ready: list[tuple[int, int]] = []  # (end of range, data set)
     order = np.empty(count, np.int16)
     for place in range(count):
         while waiting and waiting[0][0] <= place:
@@ -110,7 +121,7 @@ def interleave(shares: tuple[float, ...], count: int) -> np.ndarray:
 
 
 def describe(config: TrainConfig, folders: list[DataFolder]) -> str:
-    """The blends of a run with phases, a line for each."""
+    """One line of text for each blend of a run with phases: its steps and the data sets' shares."""
     planned = blends(config, folders)
     lines = []
     for blend, end in zip(planned, ends(planned, config), strict=True):

@@ -1,4 +1,4 @@
-"""A run's data sets, refused when they do not fit each other, the model or the lengths."""
+"""Opens a run's data sets, and checks that they fit each other, the model and the sequence length."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from pretrain.data.folders import DataFolder, open_folder
 
 
 def with_vocab_size(config: TrainConfig) -> TrainConfig:
-    """Filled in from the first data set, where it is not given."""
+    """The configuration with model.vocab_size: where it is not given, that of the first data set."""
     if config.model.vocab_size is not None or not config.data.paths:
         return config
     vocab_size = open_folder(config.data.paths[0]).tokenizer["vocab_size"]
@@ -17,7 +17,12 @@ def with_vocab_size(config: TrainConfig) -> TrainConfig:
 
 
 def open_data(config: TrainConfig) -> list[DataFolder]:
-    """The run's data sets, refused when they do not fit each other, the model or the lengths."""
+    """Opens the run's data sets.
+
+    Raises:
+        UserError: a data set is missing or damaged, or the data sets do not fit each other, the blends, the
+            model's vocabulary or data.seq_length.
+    """
     if not config.data.paths:
         raise UserError("no data: give --data.paths FOLDER made by `megatron-ladder data tokenize`")
     check_blends(config)
@@ -26,8 +31,8 @@ def open_data(config: TrainConfig) -> list[DataFolder]:
     for other in folders[1:]:
         if other.tokenizer["sha256"] != first.tokenizer["sha256"]:
             raise UserError(
-                f"{other.path} and {first.path} were tokenized with different tokenizers: ids mean "
-                "different things; tokenize one of them again"
+                f"{other.path} and {first.path} were tokenized with different tokenizers: the same id "
+                "means different tokens in them. Tokenize one of them again"
             )
         if other.tokenizer.get("bos_id") != first.tokenizer.get("bos_id"):
             with_bos, without = sorted((first, other), key=lambda f: "bos_id" not in f.tokenizer)
@@ -39,7 +44,8 @@ def open_data(config: TrainConfig) -> list[DataFolder]:
     if config.model.vocab_size is not None and vocab_size > config.model.vocab_size:
         raise UserError(
             f"{first.path} has a vocabulary of {vocab_size:,} ids, the model only "
-            f"model.vocab_size {config.model.vocab_size:,}: raise it or use the model's tokenizer"
+            f"{config.model.vocab_size:,} (model.vocab_size): raise that, or tokenize the text with the "
+            "model's tokenizer"
         )
     needed = config.data.seq_length + 1
     for folder in folders:

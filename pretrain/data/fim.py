@@ -1,5 +1,5 @@
-"""Fill-in-the-middle (Bavarian et al., arXiv 2207.14255): documents rearranged so that a model learns
-to write what is missing between two texts."""
+"""Fill-in-the-middle (Bavarian et al., arXiv 2207.14255): rearranges documents so that a model learns to
+write the text that is missing between two others."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig
 from pretrain.data.folders import DataFolder
 
-# What models that were trained so call the tokens: prefix, middle, suffix.
+# The names of the prefix, middle and suffix token in models that were trained with fill-in-the-middle.
 KNOWN = (
     ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),  # StarCoder
     ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),  # Qwen2.5
@@ -20,22 +20,28 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class FillInTheMiddle:
-    """How often, and by which tokens."""
+    """How often documents are rearranged, and the ids of the tokens that mark their parts."""
 
     rate: float
     """The share of documents that are rearranged."""
     spm_rate: float
-    """Of them, the share with the suffix first."""
+    """The share of the rearranged documents that have the suffix first (SPM)."""
     prefix: int
     middle: int
     suffix: int
 
     def rearranged(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A document, or a part of one, [n] ids, cut at two places: [n + 3]; or as it is.
+        """Rearranges a document, or a part of one, with probability `rate`.
 
-        PSM: <prefix> a <suffix> c <middle> b. SPM: <prefix> <suffix> c <middle> a b (the paper's
-        second form, section 3). Cuts are between tokens, not within: the paper's cuts within help models
-        that are asked to go on in the middle of a word.
+        Two random cuts divide it into a, b and c. PSM is <prefix> a <suffix> c <middle> b, SPM is <prefix>
+        <suffix> c <middle> a b (the paper's second form, section 3). Cuts lie between tokens. The paper
+        also cuts within tokens, which helps models that must continue in the middle of a word.
+
+        Args:
+            tokens: [n] ids. Fewer than 2 stay as they are.
+
+        Returns:
+            [n + 3] ids, or `tokens` unchanged.
         """
         draw, order = rng.random(2)
         cuts = np.sort(rng.integers(0, len(tokens) + 1, 2))
@@ -49,7 +55,11 @@ class FillInTheMiddle:
 
 
 def fill_in_the_middle(config: TrainConfig, folder: DataFolder) -> FillInTheMiddle | None:
-    """What the run asks for, with the tokens' ids. Raises UserError when the tokenizer has none."""
+    """The run's fill-in-the-middle with the tokens' ids; None when data.fim_rate is 0.
+
+    Raises:
+        UserError: the tokenizer does not have the tokens.
+    """
     data = config.data
     if not data.fim_rate:
         return None
@@ -58,13 +68,13 @@ def fill_in_the_middle(config: TrainConfig, folder: DataFolder) -> FillInTheMidd
 
 
 def find_tokens(tokenizer: Path, names: tuple[str, str, str] | None) -> tuple[int, int, int]:
-    """Ids of prefix, middle and suffix in a data set's tokenizer.
+    """The ids of the prefix, middle and suffix token in a data set's tokenizer.
 
     Args:
-        names: theirs; None looks for those that are known.
+        names: the three tokens' names; None tries those in KNOWN.
 
     Raises:
-        UserError: the tokenizer has none of those.
+        UserError: the tokenizer does not have all three.
     """
     for candidates in (names,) if names else KNOWN:
         ids = [_id(tokenizer, name) for name in candidates]

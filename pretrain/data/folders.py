@@ -1,4 +1,4 @@
-"""Data set folders, checked before work starts, and what a run keeps of them."""
+"""Opens data set folders, checks their files, and copies their manifests and tokenizers to a run."""
 
 import json
 from dataclasses import dataclass
@@ -36,7 +36,11 @@ class DataFolder:
 
 
 def open_folder(path: Path) -> DataFolder:
-    """Reads a folder's manifest and checks that its files are those the manifest describes."""
+    """Reads a folder's manifest and checks that its files are those the manifest describes.
+
+    Raises:
+        UserError: the folder does not exist, is not a data set, or its files do not fit the manifest.
+    """
     manifest_path = path / "manifest.json"
     if not path.is_dir():
         raise UserError(
@@ -51,8 +55,8 @@ def open_folder(path: Path) -> DataFolder:
         manifest = json.loads(manifest_path.read_text())
         if manifest["format"] != "megatron-ladder-data" or manifest["version"] != 1:
             raise UserError(
-                f"{manifest_path}: format {manifest['format']} version {manifest['version']} is not "
-                "one this version reads: tokenize again"
+                f"{manifest_path}: this version of megatron-ladder cannot read format "
+                f"{manifest['format']} version {manifest['version']}: tokenize again"
             )
         folder = DataFolder(path, manifest)
         manifest["tokenizer"]["sha256"], manifest["tokenizer"]["eod_id"]  # must be there
@@ -65,8 +69,8 @@ def open_folder(path: Path) -> DataFolder:
                 if size != facts[f"{ending}_bytes"]:
                     found = "is missing" if size < 0 else f"has {size:,} bytes"
                     raise UserError(
-                        f"{file} {found}; the manifest says {facts[f'{ending}_bytes']:,}: the data "
-                        "set is damaged, copy or tokenize it again"
+                        f"{file} {found}; the manifest says {facts[f'{ending}_bytes']:,} bytes: the "
+                        "data set is damaged, copy or tokenize it again"
                     )
             _check_index(path / split, facts, manifest["dtype"])
         return folder
@@ -93,19 +97,20 @@ def _check_index(prefix: Path, facts: dict[str, Any], dtype: str) -> None:
 
 
 def keep_facts(run_dir: Path, folders: list[DataFolder]) -> None:
-    """Copies manifests and the tokenizer into the run's folder: exporting needs no data then."""
+    """Copies manifests and tokenizers into the run's folder, so that exporting needs no data sets."""
     for number, folder in enumerate(folders):
         target = run_dir / "data" / str(number)
         target.mkdir(parents=True, exist_ok=True)
-        for name in (folder.tokenizer["file"], "manifest.json"):  # the manifest says it is complete
+        # The manifest comes last: once it is there, the copy is complete.
+        for name in (folder.tokenizer["file"], "manifest.json"):
             write_atomically(target / name, (folder.path / name).read_bytes())
 
 
 def kept_facts(run_dir: Path) -> list[DataFolder]:
-    """What `keep_facts` kept of each data set: manifest and tokenizer, no tokens.
+    """The copies that `keep_facts` made of each data set: manifest and tokenizer, no tokens.
 
     Raises:
-        UserError: nothing was kept.
+        UserError: there are none.
     """
     paths = sorted((run_dir / "data").glob("*/manifest.json"), key=lambda p: int(p.parent.name))
     if not paths:
@@ -114,7 +119,7 @@ def kept_facts(run_dir: Path) -> list[DataFolder]:
 
 
 def unigram_loss(folder: DataFolder, split: str = "validation") -> float:
-    """Entropy, in nats a token, of the split's own token counts.
+    """The entropy, in nats a token, of the frequencies of tokens in the split.
 
     No model that ignores context can have a lower loss on the split.
     """

@@ -1,8 +1,8 @@
-"""megatron-core's index files: which documents each sequence holds, in RUN/dataset_cache.
+"""Makes megatron-core's index files in RUN/dataset_cache: they say which documents each sequence holds.
 
-For 10^8 documents they take minutes to draw up. One process of the first rank does it, once a run, while
-the ranks build the model and read the checkpoint; then all map the files. They are made in a folder of
-their own and moved in one by one, so that none is ever there by half.
+For 10^8 documents this takes minutes. A process that the first rank starts makes them once for a run, while
+the ranks build the model and read the checkpoint. Then all ranks map the files into memory. The files are
+written to a temporary folder and moved one by one, so that RUN/dataset_cache never has a half-written file.
 """
 
 import hashlib
@@ -25,38 +25,48 @@ from pretrain.ranks import is_first_rank
 
 
 class IndexCache:
-    """Makes the files in the background; `ready` waits for them."""
+    """Makes the index files in the background; `ready` waits until they are complete."""
 
     def __init__(self, config: TrainConfig, folders: list[DataFolder]) -> None:
-        """Call before torch.distributed starts, on every rank; the first holds the run's lock."""
+        """Called by every rank before torch.distributed starts; the first rank holds the run's lock."""
         assert config.output_dir is not None
         self.path = config.output_dir / "dataset_cache"
         self._process: Any = None
         if is_first_rank() and not _is_made(self.path, _facts(config, folders)):
-            # A fork has everything imported already. Nothing of CUDA or NCCL is there yet to be forked.
+            # A forked process has all modules imported already. Forking is safe here, because CUDA and NCCL
+            # have not started.
             self._process = multiprocessing.get_context("fork").Process(
                 target=_make,
                 args=(config, folders, self.path),
-                daemon=True,  # a run that is refused does not wait for it
+                daemon=True,  # when the run is refused, it ends without waiting for this process
             )
             self._process.start()
 
     def ready(self) -> Path:
-        """The folder, when everything is in it; called by all ranks."""
+        """Waits until all files are made; called by all ranks.
+
+        Returns:
+            The folder of the files.
+
+        Raises:
+            RuntimeError: the process that makes them failed.
+        """
         if self._process is not None:
             self._process.join()
             if self._process.exitcode:
-                raise RuntimeError("the data sets' index files could not be made: see above")
+                raise RuntimeError(
+                    "the data sets' index files could not be made: see the error above"
+                )
         dist.barrier()
         return self.path
 
 
 def _make(config: TrainConfig, folders: list[DataFolder], path: Path) -> None:
-    # The run may be killed; its lock, which this process shares, must not stay held.
+    # This process shares the run's lock. It must end with the run, or a killed run would stay locked.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # megatron-core's builder asks for ranks.
+    # megatron-core's builder needs an initialized process group.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    for left in path.parent.glob(f".{path.name}.*"):  # by a run that was killed
+    for left in path.parent.glob(f".{path.name}.*"):  # left behind by a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     train_sequences(config, folders, new)
@@ -83,7 +93,7 @@ def _is_made(path: Path, facts: dict[str, Any]) -> bool:
 
 
 def _facts(config: TrainConfig, folders: list[DataFolder]) -> dict[str, Any]:
-    """All that the files depend on."""
+    """Everything that the index files depend on."""
     manifests = json.dumps([folder.manifest for folder in folders], sort_keys=True)
     phases = [[phase.from_tokens, *phase.weights] for phase in config.data.phases]
     return {
@@ -93,5 +103,6 @@ def _facts(config: TrainConfig, folders: list[DataFolder]) -> dict[str, Any]:
         "seq_length": config.data.seq_length,
         "sequences": config.train_steps * config.global_batch_size,
         "seed": config.seed,
-        **({"phases": phases} if phases else {}),  # runs of before have none of them
+        # Without phases no field: made.json of a run from before there were phases has none either.
+        **({"phases": phases} if phases else {}),
     }

@@ -1,4 +1,4 @@
-"""The order of a run whose blend changes: each data set goes on where the blend before left it."""
+"""The order of sequences in a run whose blend changes: each data set continues where it was left."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ from pretrain.config.train import TrainConfig
 from pretrain.data.blends import Blend, ends, interleave
 
 PLACE = np.dtype([("data_set", "<i2"), ("sequence", "<i8")])
-"""Of each sequence of the run: the data set, and which of that data set's sequences it is."""
+"""One sequence of the run: the data set's number, and the sequence's number in that data set."""
 
 
 class PhasedSequences(Dataset):
-    """The sequences of a run with phases.
+    """The sequences of a run with phases, in the order of training.
 
-    Up to the first change they are those of the run without phases. Each data set goes on through what
-    megatron-core drew of it for that run, then through whole epochs, each shuffled by itself: no sequence
-    depends on how many will be read.
+    Up to the first change of the blend they are the sequences of the same run without phases. After that,
+    each data set continues through the sequences that megatron-core drew of it for the run without phases,
+    then through whole epochs, each with its own shuffle. So no sequence depends on how many will be read.
     """
 
     def __init__(
@@ -36,10 +36,11 @@ class PhasedSequences(Dataset):
     ) -> None:
         """
         Args:
-            start: the sequences of the first blend, for the whole run.
-            planned: the run's blends.
-            cache: the folder of index files.
-            epoch: gives a data set's sequences, once through, by its number and a seed.
+            start: the sequences of the whole run if it kept the first blend.
+            planned: the run's blends, in their order.
+            config: the run's configuration.
+            cache: the folder of index files; the order is saved there too.
+            epoch: called with a data set's number and a seed; returns that data set's sequences, each once.
         """
         used = [i for i, share in enumerate(planned[0].shares) if share]
         blended = isinstance(start, BlendedDataset)
@@ -72,7 +73,11 @@ class PhasedSequences(Dataset):
 def _places(
     start: Any, used: list[int], planned: list[Blend], config: TrainConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Every sequence's place, and how many sequences are taken of each data set."""
+    """Chooses the run's sequences.
+
+    Returns:
+        [sequences of the run] of PLACE, and int64 [data sets]: how many sequences each data set gives.
+    """
     batch = config.global_batch_size
     places = np.empty(config.train_steps * batch, PLACE)
     begin = (planned[1].first_step - 1) * batch

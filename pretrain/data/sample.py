@@ -1,4 +1,4 @@
-"""Sequences of a data set to measure a model on."""
+"""Takes sequences of a data set to measure a model on."""
 
 from pathlib import Path
 
@@ -12,35 +12,42 @@ from pretrain.data.tokenizer_facts import has_ids_of
 
 
 def check_tokenizer(folder: DataFolder, tokenizer_file: Path, model: Path) -> None:
-    """Refuses a data set that was made with a tokenizer that is not the model's.
+    """Refuses a data set that was made with another tokenizer than the model's.
 
-    An exported folder has the tokenizer it was trained with twice where that is SentencePiece's, as
-    tokenizer.model and as tokenizer.json: the ids are the same.
+    An exported folder has a SentencePiece tokenizer twice, as tokenizer.model and as tokenizer.json. Both
+    give the same ids, so the data set's tokenizer may be either.
+
+    Args:
+        tokenizer_file: the model's tokenizer.
+        model: the model's folder, for the message.
 
     Raises:
-        UserError: it was.
+        UserError: the data set has another tokenizer.
     """
     own = [tokenizer_file.with_name(name) for name in ("tokenizer.model", "tokenizer.json")]
     if not any(has_ids_of(folder, file) for file in own if file.is_file()):
         raise UserError(
-            f"{folder.path} was tokenized with another tokenizer than that of {model}: ids mean "
-            f"different things; tokenize the text with {tokenizer_file}"
+            f"{folder.path} was tokenized with another tokenizer than that of {model}: the same id means "
+            f"different tokens. Tokenize the text with {tokenizer_file}"
         )
 
 
 def held_out_split(folder: DataFolder) -> str:
-    """validation, or train where nothing was held out."""
+    """The split to measure on: "validation", or "train" when the data set has no validation split."""
     return "validation" if folder.tokens("validation") else "train"
 
 
 def sample_sequences(folder: DataFolder, count: int, length: int) -> Tensor:
-    """Pieces of the held-out split, at equal distances, one token longer than `length`.
+    """Takes sequences at equal distances from the held-out split.
+
+    Args:
+        length: tokens of a sequence; each gets one token more, as the last label.
 
     Returns:
-        int64 [count, length + 1]; fewer than `count` when the split holds fewer.
+        int64 [count, length + 1]; fewer than `count` when the split has fewer.
 
     Raises:
-        UserError: it holds none.
+        UserError: the split is shorter than one sequence.
     """
     split = held_out_split(folder)
     tokens = np.memmap(folder.prefix(split) + ".bin", dtype=folder.manifest["dtype"], mode="r")
@@ -48,7 +55,7 @@ def sample_sequences(folder: DataFolder, count: int, length: int) -> Tensor:
     if count == 0:
         raise UserError(
             f"{folder.path}: the {split} split has {len(tokens):,} tokens, a sequence takes "
-            f"{length + 1:,}: take shorter ones or more text"
+            f"{length + 1:,}: use shorter sequences or more text"
         )
     starts = np.linspace(0, len(tokens) - length - 1, count).astype(np.int64)
     return torch.stack(

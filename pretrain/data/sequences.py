@@ -1,8 +1,8 @@
-"""Sequences to train on: documents cut and packed by megatron-core's GPTDataset, and what can be
-asked for beside it: documents apart, fill-in-the-middle, loss masks.
+"""Sequences to train on. megatron-core's GPTDataset cuts and packs documents into them; this module adds
+documents that do not attend to each other, fill-in-the-middle and loss masks.
 
-Which documents a sequence holds is megatron-core's doing, by index files in the run's folder; what is made
-of them depends on the sequence's number and the seed alone, so that a resumed run sees the same.
+megatron-core decides which documents a sequence holds, by index files in the run's folder. What is added
+depends on the sequence's number and the seed alone, so that a resumed run reads the same sequences.
 """
 
 import logging
@@ -31,7 +31,7 @@ Blend = tuple[list[str], list[float] | None]
 
 @dataclass
 class SequencesConfig(GPTDatasetConfig):
-    """megatron-core's, and ours."""
+    """megatron-core's configuration, and two fields of this project."""
 
     documents_apart: bool = False
     fim: FillInTheMiddle | None = None
@@ -40,11 +40,11 @@ class SequencesConfig(GPTDatasetConfig):
 
 
 class Sequences(GPTDataset):
-    """GPTDataset whose items are made here: megatron-core's class draws and caches the indices.
+    """A GPTDataset that makes its own items; megatron-core's class draws and caches the indices.
 
-    An item, each [seq_length]: `tokens`, `labels` and `position_ids` int64, `loss_mask` float32 (1
-    where the label is trained on); with documents apart also `documents` int32, which differ where
-    documents do.
+    The tensors of an item have the shape [seq_length]: `tokens`, `labels` and `position_ids` int64,
+    `loss_mask` float32 (1 where the label is trained on, else 0). With documents_apart also `documents`
+    int32: a number for each token that is the same within a document and different between documents.
     """
 
     config: SequencesConfig
@@ -71,15 +71,17 @@ class Sequences(GPTDataset):
             documents = np.repeat(np.arange(len(texts), dtype=np.int32), list(map(len, texts)))[
                 :length
             ]
-            # Of a document's first token nothing is known: the one before it belongs to another.
+            # A document's first token is not a label: the token before it belongs to another document.
             loss_mask = loss_mask * (documents[1:] == documents[:-1])
             item["documents"] = torch.from_numpy(documents[:-1])
         item["loss_mask"] = torch.from_numpy(loss_mask)
         return item
 
     def _pieces(self, idx: int) -> list[tuple[int, int, int]]:
-        """The documents of a sequence, and the one token more that is the last label: (document, first
-        token, tokens)."""
+        """The parts of documents that make up a sequence and one token more, which is the last label.
+
+        Each is (document, its first token in the document, number of tokens).
+        """
         place = self.shuffle_index[idx]
         (first, begin), (last, end) = self.sample_index[place], self.sample_index[place + 1]
         pieces = []
@@ -93,11 +95,12 @@ class Sequences(GPTDataset):
 
     @cached_property
     def _mask(self) -> np.ndarray | None:
-        """Of each token of the data set whether it is trained on; None: all are."""
+        """For each token of the data set whether it is trained on, uint8; None when all tokens are."""
         path = Path(f"{self.dataset.path_prefix}.mask")
         return np.memmap(path, np.uint8, "r") if path.is_file() else None
 
     def _trained(self, document: int, offset: int, count: int) -> np.ndarray:
+        """`_mask` of `count` tokens of a document, from its token `offset` on."""
         assert self._mask is not None
         width = self.dataset.index.dtype_size
         first = int(self.dataset.index.sequence_pointers[document]) // width + offset
@@ -106,8 +109,10 @@ class Sequences(GPTDataset):
     def _filled_in(
         self, idx: int, texts: list[np.ndarray], pieces: list[tuple[int, int, int]]
     ) -> list[np.ndarray]:
-        """Each document rearranged or not; EOD stays at its end, BOS at its beginning. What no longer fits
-        falls off."""
+        """Rearranges documents for fill-in-the-middle; EOD stays at a document's end, BOS at its beginning.
+
+        The added tokens make the sequence longer; the caller cuts off what no longer fits.
+        """
         fim = self.config.fim
         assert fim is not None
         name = zlib.crc32(Path(self.dataset.path_prefix).parent.name.encode())
@@ -123,21 +128,21 @@ class Sequences(GPTDataset):
 
 
 class _ManifestTokenizer:
-    """What megatron-core's GPTDataset asks of a tokenizer; the text itself was encoded long ago."""
+    """What megatron-core's GPTDataset needs of a tokenizer. It encodes nothing: the data is tokens."""
 
     def __init__(self, facts: dict[str, Any]) -> None:
         self.eod = facts["eod_id"]
-        self.pad = -1  # documents are packed: there is no padding
+        self.pad = -1  # no token has this id: documents are packed, and there is no padding
         self.vocab_size = facts["vocab_size"]
-        # Part of the name of cached indices.
+        # megatron-core makes it part of the names of cached index files.
         self.unique_identifiers = OrderedDict(sha256=facts["sha256"])
 
 
 def train_sequences(config: TrainConfig, folders: list[DataFolder], cache: Path) -> Dataset:
-    """Sequences for the whole run, blended, in the order in which they are trained on.
+    """The sequences of the whole run, blended, in the order of training.
 
     Args:
-        cache: the folder of index files; the first rank makes those that are not there.
+        cache: the folder of index files; the first rank makes those that are missing.
     """
     planned = blends(config, folders)
     weighed = [
@@ -159,7 +164,10 @@ def train_sequences(config: TrainConfig, folders: list[DataFolder], cache: Path)
 def validation_sequences(
     config: TrainConfig, folders: list[DataFolder], cache: Path
 ) -> dict[str, Dataset]:
-    """Each data set's validation split, once through, by name; those without one are left out."""
+    """Each data set's validation split, every sequence once, by the data set's name.
+
+    Data sets without a validation split are left out.
+    """
     return {
         folder.name: _build(
             config, folder, "validation", ([folder.prefix("validation")], None), None, cache
@@ -193,7 +201,7 @@ def _build(
         bos_id=folder.tokenizer.get("bos_id"),
     )
     sizes = [samples if i == index else None for i in range(3)]
-    # The builder logs its whole configuration for every split.
+    # Otherwise the builder logs its whole configuration for every split.
     logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
     return BlendedMegatronDatasetBuilder(Sequences, sizes, lambda: True, dataset_config).build()[
         index

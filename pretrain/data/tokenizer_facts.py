@@ -1,4 +1,4 @@
-"""What a data set's manifest says of a tokenizer, of a Hugging Face folder's."""
+"""Describes the tokenizer of a Hugging Face folder as a data set's manifest does."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,17 @@ from pretrain.files import sha256
 
 
 def tokenizer_facts(folder: Path, config: Any) -> dict[str, Any]:
-    """Of the folder's tokenizer.json, or its tokenizer.model.
+    """Facts about the folder's tokenizer.json, or else its tokenizer.model.
 
     Args:
-        config: transformers', of the model.
+        config: the model's configuration, of transformers.
+
+    Returns:
+        The field `tokenizer` of a data set's manifest.json (docs/reference/formats.md).
 
     Raises:
-        UserError: there is none, it cannot be read, it has more tokens than the model, or the model has
-            no token that ends a text.
+        UserError: there is no tokenizer, it cannot be read, it has more tokens than the model, or the model
+            has no token that ends a text.
     """
     eos = next(iter(end_ids(folder)), None)
     for name in ("tokenizer.json", "tokenizer.model"):
@@ -28,13 +31,13 @@ def tokenizer_facts(folder: Path, config: Any) -> dict[str, Any]:
         size = _size(path)
         if size > config.vocab_size:
             raise UserError(
-                f"{path} has {size:,} tokens, the model's vocab_size is {config.vocab_size:,}: it is "
-                "another model's tokenizer"
+                f"{path} has {size:,} tokens, the model's vocab_size is {config.vocab_size:,}: the "
+                "tokenizer belongs to another model"
             )
         if eos is None:
             raise UserError(
-                f"{folder}: neither config.json nor generation_config.json has an eos_token_id: what ends "
-                "a text?"
+                f"{folder}: neither config.json nor generation_config.json has an eos_token_id: add the id "
+                "of the token that ends a text"
             )
         return {
             "kind": "huggingface" if name.endswith(".json") else "sentencepiece",

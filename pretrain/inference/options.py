@@ -1,4 +1,4 @@
-"""Options of `generate` and `serve`."""
+"""The options of `generate` and `serve`."""
 
 import re
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class ServeOptions(_Layout):
         ):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
-                raise UserError(f"--{option} {getattr(self, name)}: it is at least {least}")
+                raise UserError(f"--{option} {getattr(self, name)}: give at least {least}")
         for origin in self.allow_origins:
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
                 raise UserError(

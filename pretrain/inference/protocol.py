@@ -57,7 +57,7 @@ NEUTRAL_OF_CHAT: dict[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(BaseModel):
-    """What a stream says besides."""
+    """Options for streamed answers."""
 
     model_config = ConfigDict(extra="ignore")
     include_usage: bool = False
@@ -82,7 +82,7 @@ class _Common(BaseModel):
     repetition_penalty: float | None = None
 
     def stops(self) -> list[str]:
-        """Texts that end a continuation."""
+        """The texts that end a continuation."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [text for text in stop if text]
 
@@ -125,7 +125,7 @@ class CompletionRequest(_Common):
     best_of: int | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """Several; one is a list of one."""
+        """The prompts, as texts or token ids. A single prompt becomes a list of one."""
         given: Any = self.prompt
         is_one = isinstance(given, str) or (given and isinstance(given[0], int))
         return [given] if is_one else given
@@ -140,7 +140,7 @@ class CompletionRequest(_Common):
 
 
 class TextPart(BaseModel):
-    """A piece of a message."""
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: str

@@ -1,1 +1,1 @@
-"""The model, its optimizer and what they run on: compiled layers, CUDA graphs, queues, cuDNN."""
+"""The model and its optimizer, and how they run: compiled layers, CUDA graphs, queues, cuDNN."""

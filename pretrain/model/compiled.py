@@ -1,4 +1,4 @@
-"""torch.compile of a model's layers, where each rank has them whole."""
+"""torch.compile of a model's layers, for runs in which each rank has whole layers."""
 
 import shutil
 from importlib.util import find_spec
@@ -12,19 +12,19 @@ from pretrain.config.train import TrainConfig
 
 
 def check_compile(config: TrainConfig) -> None:
-    """Refuses what is not compiled rightly, or would lose by it.
+    """Refuses --compile where compiled layers would be wrong, or slower.
 
     Raises:
-        UserError: with the reason.
+        UserError: the reason, and what to change.
     """
     if not config.compile:
         return
     parallel = config.parallel
     reasons = {
-        "collectives under way cannot be compiled: use one tensor-parallel rank": (
+        "collectives that overlap computation cannot be compiled: use one tensor-parallel rank": (
             parallel.tensor_model_parallel_size > 1
         ),
-        "pipeline stages are not compiled: use one": parallel.pipeline_model_parallel_size > 1,
+        "pipeline stages are not compiled: use 1": parallel.pipeline_model_parallel_size > 1,
         f"recompute {config.recompute} is not compiled: use none": config.recompute != "none",
         "dropout would draw other numbers: set model.hidden_dropout and model.attention_dropout to 0": (
             config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
@@ -33,7 +33,7 @@ def check_compile(config: TrainConfig) -> None:
             resolve_impl(config.transformer_impl) == "transformer_engine"
         ),
         "attention unfused cannot be compiled: use auto": config.attention == "unfused",
-        f"torch.compile needs {_compiler()}, which is not there: install it": not _has_compiler(),
+        f"torch.compile needs {_compiler()}, which was not found: install it": not _has_compiler(),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -41,14 +41,14 @@ def check_compile(config: TrainConfig) -> None:
 
 
 def compile_layers(chunks: list[Any]) -> None:
-    """Each layer becomes one graph at its first call; those that are alike share it.
+    """Lets torch compile each layer into one graph at its first call; layers that are alike share a graph.
 
     Args:
-        chunks: from `build_gpt_model`. Parameters keep their names.
+        chunks: from `build_gpt_model`. Their parameters keep their names.
     """
     dynamo: Any = torch._dynamo
-    # A layer's function has graphs for each residual kind, for first, middle and last, in training and in
-    # evaluation: more than torch's 8.
+    # The layers share one function. It has a graph for each residual kind, for first, middle and last
+    # layers, and for training and evaluation: more than torch's limit of 8.
     dynamo.config.recompile_limit = 64
     for chunk in chunks:
         for layer in chunk.decoder.layers:

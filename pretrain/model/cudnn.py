@@ -1,9 +1,9 @@
-"""Whether this process has one cuDNN, and that one whole.
+"""Checks that this process has loaded only one cuDNN, and that this one has all of its libraries.
 
-With two, or with one that has not all of its libraries, Transformer Engine's fused attention ends in
-CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED, and is not used. The graph library opens the others by name when
-attention is built; the wheel of 9.20.0.48, which torch 2.12 and 2.13 pin, leaves one of them out (pytorch's
-issues 187824 and 188892). megatron_ladder/one_cudnn.py sees to it that there is one.
+Otherwise Transformer Engine's fused attention fails with CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED and is not
+used. cuDNN's graph library opens the other libraries by name when attention is built. The wheel of
+9.20.0.48, which torch 2.12 and 2.13 pin, lacks one of them (pytorch's issues 187824 and 188892).
+megatron_ladder/one_cudnn.py makes sure that only one cuDNN is loaded.
 """
 
 import mmap
@@ -15,10 +15,11 @@ _OPENED = re.compile(rb"libcudnn_\w+\.so")
 
 
 def loaded() -> list[Path]:
-    """The cuDNN graph libraries that this process has mapped: one for each cuDNN in it.
+    """The cuDNN graph libraries that this process has loaded: one for each cuDNN.
 
-    torch brings one along, and Transformer Engine another where CUDNN_HOME or CUDA_HOME has one. Empty
-    without a CUDA build of torch, before torch is imported, and where the system does not say (Linux does).
+    torch loads one. Transformer Engine loads another if there is one in CUDNN_HOME or CUDA_HOME. The list
+    is empty without a CUDA build of torch, before torch is imported, and on systems other than Linux, which
+    have no /proc/self/maps.
     """
     if not _MAPS.exists():
         return []
@@ -27,24 +28,24 @@ def loaded() -> list[Path]:
 
 
 def lacking(graph: Path) -> list[str]:
-    """The libraries that a graph library names and that are not beside it."""
+    """The libraries that a graph library opens by name and that are missing in its folder."""
     with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         named = {name.decode() for name in _OPENED.findall(text)}
     return sorted(name for name in named if not list(graph.parent.glob(f"{name}*")))
 
 
 def problems() -> list[str]:
-    """What is wrong, what that costs and what to do."""
+    """A message for each problem: what is wrong, what it costs and what to do; [] when there is none."""
     found = loaded()
     two = [
         f"{len(found)} cuDNNs are loaded, of {' and '.join(str(graph.parent) for graph in found)}: "
-        "Transformer Engine's fused attention fails, and something slower takes its place. Set CUDNN_HOME "
-        "to the folder above torch's, or remove the other"
+        "Transformer Engine's fused attention fails, and slower attention is used instead. Set CUDNN_HOME "
+        "to the folder above torch's, or remove the other cuDNN"
     ]
     return (two if len(found) > 1 else []) + [
         f"the cuDNN in {graph.parent} opens {', '.join(missing)} by name and is installed without it: "
-        "Transformer Engine's fused attention fails, and something slower takes its place. "
-        "pip install 'nvidia-cudnn-cu13>=9.21', or the versions of scripts/constraints-gpu.txt"
+        "Transformer Engine's fused attention fails, and slower attention is used instead. Do: "
+        "pip install 'nvidia-cudnn-cu13>=9.21', or install the versions of scripts/constraints-gpu.txt"
         for graph in found
         if (missing := lacking(graph))
     ]

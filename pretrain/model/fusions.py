@@ -1,4 +1,4 @@
-"""Which implementation each part of training gets, why, and what that costs."""
+"""Which implementation each part of a training step uses, why, and what it costs."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,21 +13,21 @@ from megatron_ladder.mcore_compat import LadderConfig
 
 @dataclass(frozen=True)
 class Choice:
-    """One part of a training step."""
+    """One part of a training step, and the implementation chosen for it."""
 
     part: str
     implementation: str
     why: str
-    """It is this one; empty where it is the fastest of those known here."""
+    """Why it is this implementation; empty when it is the fastest one known here."""
     cost: str = ""
-    """What it does more than the fastest. Counted, not measured."""
+    """The extra work, compared with the fastest one. Counted, not measured."""
 
 
 def choices(config: LadderConfig, adam: type) -> list[Choice]:
-    """What a model built with `config` runs on.
+    """The implementations that a model built with `config` uses, one for each part of a step.
 
     Args:
-        adam: the optimizer's class, megatron-core's choice of TE's, apex's and torch's.
+        adam: the optimizer's class: TE's, apex's or torch's, as megatron-core chose it (`adam_class`).
     """
     te = config.transformer_impl == "transformer_engine"
     on_gpu = config.bias_activation_fusion
@@ -42,9 +42,9 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
         why = "deterministic" if on_gpu else "no GPU"
         return Choice(part, "PyTorch, operator by operator", why, cost)
 
-    norms = "in standard layers fused with the linear after it, apart in the others"
+    norms = "fused with the next linear in standard layers, separate in the others"
     if config.fp8:
-        norms += "; ladder layers' write FP8 for it too"
+        norms += "; in ladder layers they also write the linear's input in FP8"
     return [
         by_te("linears", "Transformer Engine", "megatron-core", "has no FP8"),
         _precision(config, lacks),
@@ -53,30 +53,30 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
             "norms",
             f"Transformer Engine, {norms}",
             "torch.nn.functional.rms_norm",
-            "takes a pass more over the state in standard layers",
+            "takes one more pass over the state in standard layers",
         ),
         by_te(
             "RoPE",
             "Transformer Engine, one kernel",
             "PyTorch, operator by operator",
-            "takes some four passes more over queries and keys",
+            "takes about four more passes over queries and keys",
         ),
         compiled(
-            "SwiGLU", config.bias_activation_fusion, "takes two passes more over the MLP's width"
+            "SwiGLU", config.bias_activation_fusion, "takes two more passes over the MLP's width"
         ),
         *(
             [
                 compiled(
-                    "dropout, add", config.bias_dropout_fusion, "takes a pass more over the state"
+                    "dropout, add", config.bias_dropout_fusion, "takes one more pass over the state"
                 )
             ]
             if config.hidden_dropout
-            else []  # one addition, which is one kernel anyhow
+            else []  # without dropout it is one addition, and that is one kernel anyway
         ),
         compiled(
             "cross entropy",
             config.cross_entropy_loss_fusion,
-            "takes three passes more over the logits",
+            "takes three more passes over the logits",
         ),
         _weight_gradients(config, te, on_gpu),
         _adam(adam, on_gpu),
@@ -84,7 +84,7 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
 
 
 def adam_class() -> type:
-    """megatron-core's choice on this machine; without a GPU cpu_platform.py's."""
+    """The class that megatron-core chooses for Adam; without a GPU torch's AdamW (cpu_platform.py)."""
     return optimizer.Adam if torch.cuda.is_available() else torch.optim.AdamW
 
 
@@ -113,16 +113,16 @@ def _weight_gradients(config: Any, te: bool, on_gpu: bool) -> Choice:
     if config.gradient_accumulation_fusion:
         by = "Transformer Engine's and apex's" if te else "apex's"
         return Choice(part, f"added to the fp32 buffer by {by} GEMMs", "")
-    cost = "writes and reads each gradient once more, every micro-batch"
+    cost = "writes and reads each gradient once more in every micro-batch"
     if te:
         return Choice(
             part,
-            "added to the fp32 buffer by Transformer Engine's GEMMs; the output layer's apart",
+            "added to the fp32 buffer by Transformer Engine's GEMMs, the output layer's separately",
             "NVIDIA's apex is not installed",
-            f"of the output layer: {cost}",
+            f"for the output layer: {cost}",
         )
     why = "NVIDIA's apex is not installed" if on_gpu else "no GPU"
-    return Choice(part, "added to the fp32 buffer apart", why, cost)
+    return Choice(part, "added to the fp32 buffer separately, after the GEMM", why, cost)
 
 
 def _adam(adam: type, on_gpu: bool) -> Choice:
@@ -138,7 +138,7 @@ def _adam(adam: type, on_gpu: bool) -> Choice:
 
 
 def table(found: list[Choice]) -> str:
-    """Lines for people: the part, what it runs on, and why not on something faster."""
+    """One line of text for each part: its implementation; where it is not the fastest, why and the cost."""
     width = max(len(choice.part) for choice in found)
     lines = []
     for choice in found:

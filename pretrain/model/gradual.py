@@ -1,4 +1,4 @@
-"""Ladder layers turned on one after another, so that a model that was not trained so can follow."""
+"""Turns ladder layers on one after another, so that a model trained without them can adapt to them."""
 
 from typing import Any
 
@@ -6,15 +6,16 @@ from pretrain.config.train import TrainConfig
 
 
 def use_ladder_layers(model: list[Any], config: TrainConfig, step: int | None) -> None:
-    """Makes the layers that are ladder layers at a step ladder, the others of the model standard.
+    """Sets every layer of the model to ladder or standard, as it must be at a step.
 
-    Over `adapt.gradual_steps` steps the ladder layers are turned on at equal distances, the last layer
-    of the model first: what a late layer reads matters to few others. A function of the step
-    alone, so a resumed run goes on as it was.
+    Within `adapt.gradual_steps` steps the ladder layers are turned on one by one, at equal distances. The
+    last layer of the model is the first, because few other layers depend on what it reads. The step alone
+    decides which layers are on, so a resumed run continues as before. Without `adapt.gradual_steps` the
+    model is left as it is.
 
     Args:
-        model: chunks built with all of the run's ladder layers.
-        step: from 1; None: all are on, as in the model that the run is to become.
+        model: this rank's chunks, built with all of the run's ladder layers.
+        step: counted from 1. None turns all on, as in the model at the end of the run.
     """
     if not config.adapt.gradual_steps:
         return
@@ -25,7 +26,7 @@ def use_ladder_layers(model: list[Any], config: TrainConfig, step: int | None) -
 
 
 def ladder_layers_at(config: TrainConfig, step: int | None) -> list[int]:
-    """The ladder layers of a step, numbered from 0, the first to be turned on first."""
+    """The layers that are ladder layers at a step, numbered from 0, in the order they are turned on."""
     residuals = config.model.layer_residuals()
     layers = [i for i, residual in enumerate(residuals) if residual == "ladder"][::-1]
     if step is None:

@@ -1,11 +1,11 @@
 """`train --cuda-graph`: forward and backward of a whole step as one CUDA graph.
 
-Captured once, it is replayed at each step without Python: for models whose kernels take less time than
-launching them. All collectives start and end inside, so that ladder layers' overlap is in it. The
-optimizer's step, validation and the log are outside, as they are without it.
+The graph is captured once and replayed at each step, without Python. This is for models whose kernels take
+less time than their launches. All collectives start and end inside the graph, so the overlap of ladder
+layers is part of it. The optimizer's step, validation and the log stay outside and do not change.
 
 megatron-core's FullCudaGraphWrapper does the same, but keeps its one graph in its class: a second model in
-a process would be given the first one's.
+the same process would replay the first model's graph.
 """
 
 import os
@@ -21,15 +21,15 @@ from pretrain.config.train import TrainConfig
 from pretrain.data.batches import Batch, to_device
 
 WARM_UP_STEPS = 3
-"""Steps of each start without a graph: DDP's first goes another way, and libraries make at first use what
-they keep."""
+"""Steps without a graph after each start of a run. DDP's first step differs from later ones, and libraries
+allocate at first use what they keep."""
 
 
 def check_cuda_graph(config: TrainConfig) -> None:
-    """Refuses what a graph would do wrongly, or what nobody has looked into.
+    """Refuses --cuda-graph where a graph would compute something wrong, or is not tested.
 
     Raises:
-        UserError: with the reason.
+        UserError: the reason, and what to change.
     """
     if not config.cuda_graph:
         return
@@ -37,19 +37,19 @@ def check_cuda_graph(config: TrainConfig) -> None:
     reasons = {
         "desync layers in a graph are not tested": config.model.residual == "desync",
         "there is no GPU": not torch.cuda.is_available(),
-        "what pipeline stages send is not captured: use one": (
+        "transfers between pipeline stages are not captured: use one stage": (
             config.parallel.pipeline_model_parallel_size > 1
         ),
-        f"recompute {config.recompute} puts random states back by their numbers: use none": (
+        f"recompute {config.recompute} puts random states back by value, and a graph cannot: use none": (
             config.recompute != "none"
         ),
         "dropout in a graph is not tested: set model.hidden_dropout and model.attention_dropout to 0": (
             config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
         ),
-        "fp8.primary_weights may come to lie elsewhere at an update: leave it out": (
+        "fp8.primary_weights may move weights to other memory at an update: leave it out": (
             config.fp8.primary_weights
         ),
-        "layers that are turned on later are not in it: set adapt.gradual_steps to 0": (
+        "ladder layers that are turned on later are not in the graph: set adapt.gradual_steps to 0": (
             adapt.gradual_steps > 0
         ),
         "distillation in a graph is not tested: set adapt.distillation_weight to 0": (
@@ -66,21 +66,22 @@ def check_cuda_graph(config: TrainConfig) -> None:
 
 
 def use_own_stream() -> None:
-    """Makes the run's work go to a stream of its own; call it before NCCL starts and the model is built.
+    """Makes a new CUDA stream the current one; call it before NCCL starts and before the model is built.
 
-    CUDA captures no default stream, and autograd adds up a parameter's gradient on the stream on which DDP
-    was built.
+    CUDA cannot capture the default stream. Autograd accumulates a parameter's gradient on the stream that
+    was current when DDP was built.
     """
     torch.cuda.set_stream(torch.cuda.Stream())
-    # megatron-core asks for it, where CUDA's allocator may put its memory together of pieces.
+    # megatron-core requires this when CUDA's allocator uses expandable segments.
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
 
 
 class StepGraph:
-    """Runs forward and backward of a model's steps: some as they are, then one captured, and its replays.
+    """Runs forward and backward of steps: the first ones as usual, then one is captured and replayed.
 
     Args:
-        model: this rank's chunks. Weights and gradients stay where they are; only their numbers change.
+        model: this rank's chunks. Their weights and gradients must keep their memory addresses; only values
+            may change.
     """
 
     def __init__(self, model: list[Any]) -> None:
@@ -95,14 +96,14 @@ class StepGraph:
         forward_backward: Callable[[list[Batch]], list[dict[str, Tensor]]],
         micro_batches: list[Batch],
     ) -> list[dict[str, Tensor]]:
-        """One step's.
+        """Runs forward and backward of one step.
 
         Args:
-            forward_backward: the same at every step; whatever else changes is in `micro_batches`.
-            micro_batches: as many, and of the same shapes, at every step.
+            forward_backward: the same function at every step. All that changes is in `micro_batches`.
+            micro_batches: the same number of them, with the same shapes, at every step.
 
         Returns:
-            What it returned, with this step's numbers: to be read before the next step.
+            What `forward_backward` returns, with this step's values. The next step overwrites them.
         """
         if self._graph is None and self._steps < WARM_UP_STEPS:
             self._steps += 1
@@ -116,20 +117,20 @@ class StepGraph:
         return self._outputs
 
     def _captured(self, forward_backward: Callable, micro_batches: list[Batch]) -> Any:
-        """Launches nothing: what would be launched is written down."""
+        """Captures a step's kernels in a graph. Nothing is computed yet."""
         self._batches = [
             {name: tensor.clone() for name, tensor in to_device(batch).items()}
             for batch in micro_batches
         ]
         for chunk in self._model:
             for module in chunk.modules():
-                # FP8 copies of weights are made anew, in the graph's memory: validation may replace those
-                # that a module holds, and this memory is given to nobody else.
+                # Makes the modules create their FP8 copies of weights again, in the graph's memory.
+                # Validation may replace the copies that a module holds; the graph's memory stays reserved.
                 getattr(module, "_fp8_workspaces", {}).clear()
         graph = torch.cuda.CUDAGraph()
         for generator in get_all_rng_states().values():
-            graph.register_generator_state(generator)  # attention asks for one, without dropout too
-        # thread_local: meanwhile NCCL's and the loader's threads call what a capture may not.
+            graph.register_generator_state(generator)  # attention needs one, even without dropout
+        # thread_local: NCCL's and the loader's threads make calls that are forbidden during a capture.
         stream = torch.cuda.current_stream()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._outputs = forward_backward(self._batches)

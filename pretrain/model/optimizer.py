@@ -1,4 +1,4 @@
-"""The model under data parallelism, its optimizer and its learning-rate schedule, by megatron-core."""
+"""Builds data parallelism, the optimizer and the learning-rate schedule with megatron-core."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,13 +24,16 @@ from pretrain.model.torch_adam import use_fused_kernel
 def wrap_data_parallel(
     chunks: list[Any], *, gather_at_once: bool = False
 ) -> list[DistributedDataParallel]:
-    """Gradients summed in fp32 over the data-parallel ranks, behind backward; optimizer state
-    sharded, and the updated parameters gathered behind the next forward.
+    """Wraps this rank's chunks in megatron-core's DDP.
+
+    Gradients are summed in fp32 over the data-parallel ranks, overlapped with backward. The optimizer's
+    state is sharded over these ranks. The updated parameters are gathered during the next forward.
 
     Args:
-        chunks: from `build_gpt_model`; all with one configuration, which the schedules read.
-        gather_at_once: parameters, after the update: layers that are compiled, and graphs, which the
-            update is no part of, cannot wait for them.
+        chunks: from `build_gpt_model`; all share one configuration object, which the schedules read.
+        gather_at_once: gather the parameters directly after the update, before the next forward. Compiled
+            layers cannot wait for parameters during forward. A CUDA graph cannot either, because the update
+            is not part of it.
     """
     config = chunks[0].config
     assert all(chunk.config is config for chunk in chunks)
@@ -43,27 +46,31 @@ def wrap_data_parallel(
         fp8_param_gather=config.fp8_param,
     )
     model = [
-        # A later chunk's reduction has the other chunks' backward to hide behind: no need to cut it.
+        # The gradients of a later chunk are reduced while the backward of earlier chunks runs. So they need
+        # not be split into buckets.
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
     for chunk in model:
         align_checkpoint_ranges(chunk)
         for module in chunk.modules():
-            # Transformer Engine's GEMMs add weight gradients to DDP's fp32 buffer themselves.
-            # megatron-core's flag for it asks for apex as well, for the output layer.
+            # Lets Transformer Engine's GEMMs add weight gradients directly to DDP's fp32 buffer.
+            # megatron-core's own flag for this also requires apex, for the output layer.
             if hasattr(module, "fuse_wgrad_accumulation"):
                 module.fuse_wgrad_accumulation = True
     config.finalize_model_grads_func = finalize_model_grads
     no_sync = [chunk.no_sync for chunk in model]
-    # Accumulate first, reduce in the last micro-batch.
+    # Gradients are accumulated first, and reduced in the last micro-batch.
     config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
     return model
 
 
 @contextlib.contextmanager
 def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
-    """Inside, every rank holds the last update's parameters whole: to validate and to save."""
+    """Inside this block every rank holds all parameters of the last update: for validation and saving.
+
+    Where the gathering overlaps forward, it is completed first, and switched on again after the block.
+    """
     overlapped = [c for c in model if c.ddp_config.overlap_param_gather]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook()
@@ -73,7 +80,14 @@ def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
 
 
 def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -> Any:
-    """AdamW with its state divided over the data-parallel ranks; fp32 master weights under bf16."""
+    """AdamW, with its state sharded over the data-parallel ranks; in bf16 it keeps fp32 master weights.
+
+    Args:
+        model: from `wrap_data_parallel`.
+
+    Returns:
+        megatron-core's chained optimizer.
+    """
     o = config.optimizer
     moments = torch.bfloat16 if o.moments == "bf16" else torch.float32
     optimizer_config = McoreOptimizerConfig(
@@ -102,17 +116,19 @@ def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -
 
 
 def gradient_norm(optimizer: Any) -> float:
-    """Of all gradients, before clipping; nothing changes."""
+    """The norm of all gradients of the model, before clipping. It does not change the gradients."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
 def update(optimizer: Any, grad_norm: float) -> None:
-    """megatron-core's `step`, given the norm: finding it takes a pass over the gradients, and the host
-    waits for it.
+    """Clips the gradients and updates the parameters, as megatron-core's `step` does, with a known norm.
+
+    megatron-core's `step` would compute the norm again, which takes a pass over the gradients and makes the
+    host wait.
 
     Args:
-        grad_norm: `gradient_norm`, of these gradients.
+        grad_norm: of these gradients, from `gradient_norm`.
     """
     for part in optimizer.chained_optimizers:
         parameters = part.get_parameters()
@@ -127,7 +143,7 @@ def update(optimizer: Any, grad_norm: float) -> None:
 
 
 def build_scheduler(optimizer: Any, config: TrainConfig) -> OptimizerParamScheduler:
-    """Learning rate by step: linear warm-up, then cosine, or stable and linear decay (WSD)."""
+    """The learning rate of each step: a linear warm-up, then cosine, or constant and linear decay (WSD)."""
     peak, total = config.optimizer.lr, config.train_steps
     return OptimizerParamScheduler(
         optimizer,

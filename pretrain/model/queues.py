@@ -1,4 +1,7 @@
-"""How many hardware queues CUDA makes of its streams, and who goes first; read when CUDA and NCCL start."""
+"""Sets how many hardware queues CUDA uses for its streams, and the priority of NCCL's streams.
+
+CUDA and NCCL read these environment variables when they start.
+"""
 
 import os
 
@@ -6,12 +9,14 @@ from pretrain.config.train import TrainConfig
 
 
 def set_queues(config: TrainConfig) -> None:
-    """Sets what the user has not set. Ranks that this process starts inherit it.
+    """Sets the variables that the user has not set. Ranks that this process starts inherit them.
 
-    In one queue kernels begin in the order in which they are issued: a collective that is started before a
-    GEMM gets its few SMs first. Megatron's advice for tensor parallelism. But what a ladder layer runs on a
-    second stream under sequence parallelism waits there for collectives, and in one queue the GEMMs issued
-    after it wait too (docs/design/overlap.md). So these get queues, and collectives the higher priority.
+    With one queue, kernels begin in the order in which they are issued. So a collective that is started
+    before a GEMM gets the few SMs that it needs first. This is Megatron's advice for tensor parallelism.
+
+    But with sequence parallelism a ladder layer runs work on a second stream, and that work waits for
+    collectives. With one queue, the GEMMs issued after it would wait as well (docs/design/overlap.md). So
+    these runs get 8 queues, and NCCL's streams a higher priority.
     """
     parallel = config.parallel
     second_stream = (

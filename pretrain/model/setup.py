@@ -1,4 +1,4 @@
-"""Ranks, process groups, and the model with its optimizer."""
+"""Starts ranks and process groups, and builds the model with its optimizer."""
 
 import os
 from datetime import timedelta
@@ -22,7 +22,7 @@ from pretrain.model.queues import set_queues
 
 
 def start_ranks(config: TrainConfig) -> str:
-    """Joins torchrun's ranks (or makes a world of one) and megatron-core's groups.
+    """Joins the ranks that torchrun started, or makes a world of one rank, and megatron-core's groups.
 
     Returns:
         The device's name: "cpu", or the GPU's.
@@ -36,16 +36,16 @@ def start_ranks(config: TrainConfig) -> str:
         if config.cuda_graph:
             use_own_stream()
         backend, device = "nccl", torch.cuda.get_device_name(local_rank)
-    # What NCCL's recorder remembers of the last collectives, for the watchdog to write down.
+    # The number of collectives that torch's flight recorder keeps. The watchdog writes them to a file.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if "RANK" in os.environ:
-        # A rank waits no longer for the others, whatever has become of them.
+        # The longest time that a rank waits for the others, also when they have failed.
         timeout = timedelta(seconds=config.faults.allowance_s)
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if config.deterministic:
-        # cuBLAS needs a fixed workspace for repeatable sums.
+        # cuBLAS needs a workspace of fixed size for bitwise repeatable sums.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
         torch.use_deterministic_algorithms(True)
@@ -54,7 +54,7 @@ def start_ranks(config: TrainConfig) -> str:
 
 
 def smallest_card() -> int:
-    """Bytes of memory of the ranks' smallest GPU: all ranks say the same."""
+    """Memory in bytes of the smallest GPU of all ranks. Every rank gets the same number."""
     here = torch.cuda.current_device()
     size = torch.tensor(torch.cuda.get_device_properties(here).total_memory, device=here)
     dist.all_reduce(size, dist.ReduceOp.MIN)
@@ -62,12 +62,14 @@ def smallest_card() -> int:
 
 
 def stop_ranks() -> None:
+    """Waits for all ranks, then ends torch's process group."""
     dist.barrier()
     dist.destroy_process_group()
 
 
 def layers_config(config: TrainConfig) -> LadderConfig:
-    """megatron-core's configuration of the model; Transformer Engine is asked for its attention here."""
+    """megatron-core's configuration of the model. The core attention is chosen here (attention_choice.py),
+    which asks Transformer Engine what it would use."""
     return transformer_config(
         config.model,
         config.parallel,
@@ -84,7 +86,11 @@ def layers_config(config: TrainConfig) -> LadderConfig:
 
 
 def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
-    """This rank's chunks of the model under data parallelism, their optimizer and its schedule."""
+    """Builds this rank's part of the model.
+
+    Returns:
+        The chunks in DDP, their optimizer, and its learning-rate schedule.
+    """
     chunks = build_gpt_model(config.model, layers_config(config), config.transformer_impl)
     if config.compile:
         compile_layers(chunks)

@@ -1,8 +1,8 @@
-"""Which layers stand being one step stale: measured, and chosen by it.
+"""Measures each layer's staleness, and chooses the layers that lose least when made ladder layers.
 
-A model is changed one layer at a time: that layer's sub-modules read the state before the last, as a
-ladder layer's do, all others are as they were. What the loss on a sample rises by is the layer's
-staleness. The paper (arXiv 2501.06589, section 4.2) takes the last N layers instead.
+For each layer, that layer alone is made a ladder layer: its sub-modules read a state without the output of
+the sub-module before. The layer's staleness is the increase of the loss on a sample. The paper (arXiv
+2501.06589, section 4.2) makes the last N layers ladder layers instead.
 """
 
 import json
@@ -25,37 +25,41 @@ FILE = "staleness.json"
 
 @dataclass(frozen=True)
 class Staleness:
-    """Losses in nats a token, on the same sample."""
+    """Losses of one model on one sample, in nats a token."""
 
     data: str
     tokens: int
     standard: float
-    """No layer is a ladder layer."""
+    """The loss without ladder layers."""
     alone: tuple[float, ...]
-    """Layer i alone is one."""
+    """For each layer, the loss when that layer alone is a ladder layer."""
 
     def order(self) -> tuple[int, ...]:
-        """Layers from the one that costs least to be made a ladder layer."""
+        """Layers, numbered from 0, sorted by the loss when they are ladder layers, the lowest first."""
         return tuple(sorted(range(len(self.alone)), key=lambda i: self.alone[i]))
 
     def choose(self, count: int) -> tuple[int, ...]:
-        """The `count` layers that stand it best, ascending.
+        """The `count` layers with the lowest loss as ladder layers, numbered from 0, ascending.
 
         Raises:
-            UserError: the model has not as many.
+            UserError: `count` is below 1, or the model has fewer layers.
         """
         if not 1 <= count <= len(self.alone):
-            raise UserError(f"ladder layers auto:{count}: the model has {len(self.alone)} layers")
+            raise UserError(
+                f"ladder layers auto:{count}: the model has {len(self.alone)} layers. Give a number from 1 "
+                "up to that"
+            )
         return tuple(sorted(self.order()[:count]))
 
 
 def measure_staleness(model: LadderForCausalLM, sequences: Tensor, data: str) -> Staleness:
-    """Each layer's staleness; the model is left as it was.
+    """Measures each layer's staleness. The model is unchanged afterwards.
 
     Args:
-        model: in evaluation mode; of standard and ladder layers, which are all measured from standard.
+        model: in evaluation mode, with standard or ladder layers. All layers but the measured one count as
+            standard layers.
         sequences: [count, length + 1] token ids, on the model's device.
-        data: where they come from, in words.
+        data: where the sequences come from, in words, for the report.
     """
     count = len(model.model.layers)
     losses = [
@@ -68,10 +72,10 @@ def measure_staleness(model: LadderForCausalLM, sequences: Tensor, data: str) ->
 def loss_with_ladder_layers(
     model: LadderForCausalLM, sequences: Tensor, layers: Sequence[int]
 ) -> float:
-    """Mean cross-entropy, in nats a token, were these the ladder layers, with the same weights.
+    """Mean cross-entropy, in nats a token, with `layers` as the ladder layers and the same weights.
 
     Raises:
-        UserError: a parallel model, which has other weights.
+        UserError: the model is a parallel one, which has other weights.
     """
     blocks: list[Any] = list(model.model.layers)
     before = [block.residual for block in blocks]
@@ -103,15 +107,15 @@ def save_staleness(run: Path, staleness: Staleness) -> None:
 
 
 def saved_staleness(run: Path) -> Staleness:
-    """What was measured of a run or an imported model.
+    """Reads the measured staleness of a run or an imported model.
 
     Raises:
-        UserError: nothing was.
+        UserError: it has not been measured.
     """
     path = run / FILE
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist: measure the layers first, `megatron-ladder report depth {run} "
+            f"{path} does not exist: measure the layers first, with `megatron-ladder report depth {run} "
             "--data DATA`"
         )
     facts = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,7 @@
-"""torch's AdamW under megatron-core's distributed optimizer: without Transformer Engine and apex."""
+"""Makes torch's AdamW work in megatron-core's distributed optimizer.
+
+It is used when neither Transformer Engine nor apex is installed.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,10 +11,10 @@ import torch
 
 
 def use_fused_kernel(optimizer: Any) -> None:
-    """One pass over parameters, gradients and moments, in place of one an operation.
+    """Makes AdamW use its fused kernel: one pass over parameters, gradients and moments for all operations.
 
-    Said in each group, as megatron-core gives AdamW no such argument, and as loading a checkpoint puts the
-    groups' options back that it was written with.
+    The option is set in each parameter group, for two reasons: megatron-core does not pass such an argument
+    to AdamW, and loading a checkpoint restores the groups' options from the time it was written.
     """
     for chained in _adams(optimizer):
         for group in chained.optimizer.param_groups:
@@ -20,11 +23,11 @@ def use_fused_kernel(optimizer: Any) -> None:
 
 @contextlib.contextmanager
 def loading_optimizer(optimizer: Any) -> Iterator[None]:
-    """Load a checkpoint into the optimizer inside this: it mends megatron-core for AdamW.
+    """Load a checkpoint into the optimizer inside this block: it corrects megatron-core for AdamW.
 
-    AdamW keeps a `step` tensor for every parameter, which megatron-core's distributed optimizer
-    reads before it exists, then does not find among the loaded tensors, and then makes one tensor
-    shared by all parameters. With TE's or apex's fused Adam there is nothing to mend.
+    AdamW keeps a `step` tensor for every parameter. megatron-core's distributed optimizer reads it before
+    it exists, then does not find it among the loaded tensors, and then makes one tensor that all parameters
+    share. With TE's or apex's fused Adam this block changes nothing.
     """
     adams = _adams(optimizer)
     for chained in adams:
@@ -40,8 +43,8 @@ def loading_optimizer(optimizer: Any) -> Iterator[None]:
     for chained in adams:
         del chained._set_main_param_and_optimizer_states
         for parameter, state in chained.optimizer.state.items():
-            # AdamW adds 1 to it in place: shared, it would count every parameter. The fused kernel reads it
-            # where the parameter is.
+            # AdamW adds 1 in place: a shared tensor would grow by 1 for every parameter. The fused kernel
+            # reads `step` on the parameter's device.
             state["step"] = state["step"].to(parameter.device, copy=True)
     use_fused_kernel(optimizer)
 
@@ -51,7 +54,7 @@ def _adams(optimizer: Any) -> list[Any]:
 
 
 def _keeping_step(chained: Any) -> Callable[[Any, dict[str, Any]], None]:
-    """The optimizer's own setter of one parameter's state, which leaves `step` as it is."""
+    """The optimizer's setter of one parameter's state, changed so that `step` keeps its value."""
     set_states = chained._set_main_param_and_optimizer_states
 
     def set_states_but_step(model_param: Any, tensors: dict[str, Any]) -> None:

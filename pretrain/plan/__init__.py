@@ -1,1 +1,1 @@
-"""Step time and memory of a layout, modelled before anything runs."""
+"""Models the step time and the memory of a layout before anything runs."""

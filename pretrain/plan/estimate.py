@@ -1,6 +1,6 @@
-"""What a training will take: hours, GPU-hours, jobs, memory and storage, before it is started.
+"""Estimates, before a run is started, its hours, GPU-hours, jobs, memory and storage.
 
-The step's time is the planner's (bench/plan.py: modelled, not measured), or follows from a stated MFU.
+The time of a step comes from the planner (planner.py: modelled, not measured) or from a given MFU.
 """
 
 import math
@@ -21,7 +21,7 @@ BYTES_OF_A_WEIGHT = {"bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Estimate:
-    """Times in seconds unless they say hours, sizes in bytes."""
+    """What a run takes. Times are in seconds unless they say hours, sizes in bytes."""
 
     ranks: int
     device: str
@@ -29,33 +29,34 @@ class Estimate:
     step_source: str
     """Where step_s comes from, in words."""
     mfu: float
-    """Of the device's bf16 peak."""
+    """The share of the device's bf16 peak that is reached."""
     train_steps: int
     tokens: int
     training_s: float
-    """All steps."""
+    """The time of all steps."""
     validation_s: float
-    """Of one data set; 0 when eval_sequences does not say how long it is."""
+    """The time of all validations on one data set; 0 when eval_sequences does not give its length."""
     saving_s: float
-    """Checkpoints, as if training waited for all of each: the most it can be."""
+    """The time of writing checkpoints if training waits for each of them, which is the upper bound."""
     starting_s: float
-    """All jobs' starts, and reading the checkpoint in all but the first."""
+    """The time that all jobs take to start, and all but the first to read a checkpoint."""
     jobs: int
-    """Of the time limit, one after another; 1 without a limit."""
+    """The number of jobs with the time limit, one after another; 1 without a limit."""
     parameters: int
     memory_bytes: float | None
-    """On the fullest GPU, modelled; None when it is not for bf16."""
+    """On the fullest GPU, modelled; None when the precision is not bf16."""
     memory_limit_bytes: float
-    """Of the device, less a margin for what the model leaves out."""
+    """The device's memory, less a margin for what the memory model leaves out."""
     checkpoint_bytes: int
+    """The size of one checkpoint."""
     stored_bytes: int
-    """Checkpoints kept, and the one being written."""
+    """The size of all checkpoints: those kept, and the one being written."""
     exported_bytes: int
-    """The Hugging Face folder, in the run's precision."""
+    """The size of the exported Hugging Face folder, in the run's precision."""
 
     @property
     def hours(self) -> float:
-        """Of running jobs; waiting in the queue comes on top."""
+        """Hours in which jobs run. Waiting in the queue is not included."""
         parts = self.training_s + self.validation_s + self.saving_s + self.starting_s
         return parts / 3600
 
@@ -65,7 +66,11 @@ class Estimate:
 
 
 def hardware_of(device: str, network_gbit_per_s: float = 400.0) -> Hardware:
-    """GPUs by name, in nodes with NVSwitch, one NIC each. Raises UserError when the name is not known."""
+    """GPUs of a name in DEVICES, in nodes with NVSwitch, with one NIC for each GPU.
+
+    Raises:
+        UserError: the name is not known.
+    """
     if device not in DEVICES:
         raise UserError(f"no device {device!r}: choose one of {', '.join(DEVICES)}")
     return Hardware(DEVICES[device], network_of(network_gbit_per_s))
@@ -82,27 +87,30 @@ def estimate(
     start_up_s: float = 180.0,
     storage_bytes_per_s: float = 2e9,
 ) -> Estimate:
-    """Plans a run as one job after another of a limited time.
+    """Plans a run as a chain of jobs, each with a time limit.
 
-    A job starts (`start_up_s`, reading its checkpoint), trains until `lead_s` before its limit, and writes
-    a last checkpoint.
+    A job starts, which takes `start_up_s`, and reads its checkpoint. It trains until `lead_s` before its
+    limit, and then writes a last checkpoint.
 
     Args:
-        config: with model.vocab_size.
-        ranks: GPUs.
-        hardware: the GPUs, and the links between them for the planner (`hardware_of`).
-        mfu: share of the bf16 peak reached, such as 0.4; None takes the planner's model of the step.
-        time_limit_s: of one job; None: there is none.
-        lead_s: how long before the limit a job stops.
-        storage_bytes_per_s: what all ranks together write to and read from the run's folder.
+        config: the run; model.vocab_size must be given.
+        ranks: the number of GPUs.
+        hardware: the GPUs, and for the planner the links between them (from `hardware_of`).
+        mfu: the share of the bf16 peak that is reached, such as 0.4; None uses the planner's model.
+        time_limit_s: of one job; None means no limit.
+        lead_s: the time before the limit at which a job stops.
+        start_up_s: the time from a job's start until it reads the checkpoint.
+        storage_bytes_per_s: the rate at which all ranks together write and read the run's folder.
 
     Raises:
-        UserError: what cannot be laid out or planned, or a limit too short to train in.
+        UserError: the run cannot be laid out or planned, or the limit is too short to train.
     """
     if config.model.vocab_size is None:
-        raise UserError("the estimate needs model.vocab_size: give it, or data sets")
+        raise UserError(
+            "the estimate needs model.vocab_size: give --model.vocab-size, or data sets (--data.paths)"
+        )
     if mfu is not None and not 0 < mfu <= 1:
-        raise UserError(f"an MFU of {mfu}: it is a share above 0 and up to 1, such as 0.4")
+        raise UserError(f"an MFU of {mfu}: it must be above 0 and at most 1, such as 0.4")
     dp = config.parallel.data_parallel_size(ranks)
     config.num_microbatches(dp)
     step_s, reached, source = _step(config, ranks, hardware, mfu)
@@ -118,12 +126,12 @@ def estimate(
         useful_s = time_limit_s - start_up_s - save_s - lead_s
         if useful_s < step_s:
             raise UserError(
-                f"a job of {_hours(time_limit_s)} trains nothing: start-up takes {start_up_s:.0f} s, "
-                f"reading a checkpoint {save_s:.0f} s, it stops {lead_s:.0f} s before its limit, and a "
-                f"step takes {step_s:.1f} s. Ask for longer jobs"
+                f"a job of {_hours(time_limit_s)} is too short: start-up takes {start_up_s:.0f} s and "
+                f"reading a checkpoint {save_s:.0f} s, the job stops {lead_s:.0f} s before its limit, and "
+                f"one step takes {step_s:.1f} s. Ask for longer jobs"
             )
         jobs = math.ceil(work_s / useful_s)
-    # Vocabulary padding is not exported.
+    # The padding of the vocabulary is not exported.
     padding = config.model.padded_vocab_size - config.model.vocab_size
     tables = 1 if config.model.share_embeddings_and_output_weights else 2
     exported = config.model.num_parameters() - padding * tables * config.model.hidden_size
@@ -152,7 +160,7 @@ def estimate(
 def _step(
     config: TrainConfig, ranks: int, hardware: Hardware, mfu: float | None
 ) -> tuple[float, float, str]:
-    """A step's seconds, its MFU, and where they come from."""
+    """A step's time in seconds, its MFU, and where the two come from."""
     model = config.model
     if mfu is not None:
         flops = config.tokens_per_step * flops_per_token(
@@ -164,25 +172,25 @@ def _step(
         return flops / (ranks * hardware.device.peak_flops * mfu), mfu, f"an MFU of {mfu:.0%}"
     if config.precision != "bf16" or model.residual not in KINDS:
         raise UserError(
-            f"the planner knows {', '.join(KINDS)} in bf16, not {model.residual} in "
-            f"{config.precision}: state an MFU"
+            f"the planner models {', '.join(KINDS)} in bf16, not {model.residual} in "
+            f"{config.precision}: give an MFU"
         )
     planned = row(config, ranks, hardware)
     return planned.step_s, planned.mfu, "the planner's model, not measured"
 
 
 def _validations(config: TrainConfig) -> int:
-    """How many there are: at every interval, and at the end."""
+    """The number of validations: one at every interval, and one at the end."""
     return -(-config.train_steps // config.eval_interval) if config.eval_interval else 1
 
 
 def _sequences_s(config: TrainConfig, step_s: float) -> float:
-    """Validating `eval_sequences`: forward is a third of a step's work."""
+    """The time of validating `eval_sequences`: forward is a third of a training step's work."""
     return step_s * (config.eval_sequences or 0) / config.global_batch_size / 3
 
 
 def format_estimate(found: Estimate) -> str:
-    """Lines for people."""
+    """The estimate as lines of text."""
     lost = found.starting_s + found.saving_s
     lines = [
         f"{found.tokens:,} tokens in {found.train_steps:,} steps of {found.step_s:.2f} s on "

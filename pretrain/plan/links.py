@@ -1,7 +1,7 @@
-"""How long a tensor-parallel collective takes over a link, and a transfer over the network.
+"""The time of a tensor-parallel collective over a link, and of a transfer over the network.
 
-The tables are public measurements of all-reduces among 8 (NVSwitch, P2P off) or 16 (two nodes) H100s
-and are used as they are for other numbers of ranks, unless scaled with `for_ranks`.
+The tables are published measurements of all-reduces among 8 (NVSwitch, P2P off) or 16 (two nodes) H100s.
+For other numbers of ranks they are used unchanged, unless `for_ranks` scales them.
 """
 
 import bisect
@@ -13,17 +13,18 @@ KIB, MIB = 2**10, 2**20
 
 @dataclass(frozen=True)
 class Link:
-    """Time of one all-reduce by message size, linear between measured points."""
+    """The time of one all-reduce by message size, interpolated linearly between measured points."""
 
     points: tuple[tuple[float, float], ...]
-    """(bytes of the whole message, seconds), by rising bytes. Below the first its time counts, the
-    latency; beyond the last the bandwidth between the last two."""
+    """(bytes of the whole message, seconds), in ascending order of bytes. A smaller message takes the time
+    of the first point, the latency. Beyond the last point, the bandwidth between the last two holds."""
     ranks: int = 8
-    """How many took part in the measurement."""
+    """The number of ranks in the measurement."""
 
     @classmethod
     def of(cls, latency_s: float, bytes_per_s: float, ranks: int = 8) -> "Link":
-        """Latency and algorithm bandwidth (message bytes over time, not bus bandwidth)."""
+        """A link of a latency and an algorithm bandwidth: bytes of the message over time, not the bandwidth
+        of the bus."""
         return cls(((0.0, latency_s), (bytes_per_s, latency_s + 1.0)), ranks)
 
     @property
@@ -31,7 +32,7 @@ class Link:
         return self.points[0][1]
 
     def all_reduce_seconds(self, nbytes: float) -> float:
-        """Args: nbytes: of the message that every rank holds."""
+        """Seconds of an all-reduce. `nbytes` is the size of the message that every rank holds."""
         if len(self.points) == 1 or nbytes <= self.points[0][0]:
             return self.latency_s
         after = bisect.bisect_left([size for size, _ in self.points], nbytes)
@@ -39,16 +40,11 @@ class Link:
         (size, seconds), (next_size, next_seconds) = self.points[after - 1 : after + 1]
         return seconds + (nbytes - size) * (next_seconds - seconds) / (next_size - size)
 
-    def half_seconds(self, nbytes: float) -> float:
-        """A reduce-scatter or an all-gather of a message of `nbytes` in all: each moves half of what
-        an all-reduce does."""
-        return self.all_reduce_seconds(nbytes) / 2
-
     def for_ranks(self, ranks: int) -> "Link":
-        """The same link among another number of ranks.
+        """The same link between another number of ranks.
 
-        The part above the latency is scaled by what a ring moves, 2 (n - 1) / n of the message; the
-        latency stays. One rank communicates nothing.
+        The part of the time above the latency is scaled by what a ring moves, 2 (n - 1) / n of the message.
+        The latency stays the same. A single rank communicates nothing.
         """
         if ranks == 1:
             return PRESETS["zero"]
@@ -58,8 +54,8 @@ class Link:
 
 
 PRESETS: dict[str, Link] = {
-    # 8 x H100 with NVSwitch; the middle where a range was published. The last two points make
-    # 274 GB/s; a fit from 2 MiB up gives 31 us and 222 GB/s.
+    # 8 x H100 with NVSwitch. Where a range was published, its middle is taken. The bandwidth between the
+    # last two points is 274 GB/s; a fit of the points from 2 MiB up gives 31 us and 222 GB/s.
     "nvswitch": Link(
         (
             (16 * KIB, 20.7e-6),
@@ -86,8 +82,8 @@ PRESETS: dict[str, Link] = {
         ),
         ranks=16,
     ),
-    # The same over NDR InfiniBand: the published floor, 46 to 48 us, and the bandwidth between the last
-    # two points above. The paper's 405B on two nodes shows some 45 us an all-reduce.
+    # The same nodes over NDR InfiniBand. The latency is the published floor, 46 to 48 us; the bandwidth is
+    # that between the last two points above. The paper's 405B on two nodes shows about 45 us an all-reduce.
     "two-nodes-ndr": Link.of(47e-6, 177e9, ranks=16),
     "zero": Link(((0.0, 0.0),)),
 }
@@ -95,20 +91,20 @@ PRESETS: dict[str, Link] = {
 
 @dataclass(frozen=True)
 class Network:
-    """What data-parallel collectives and pipeline transfers go over, one way, for each GPU."""
+    """The network for data-parallel collectives and pipeline transfers: one GPU's part, one direction."""
 
     latency_s: float
     bytes_per_s: float
 
     def seconds(self, nbytes: float) -> float:
-        """Args: nbytes: that one GPU sends."""
+        """Seconds in which one GPU sends `nbytes`; 0 for nothing."""
         return self.latency_s + nbytes / self.bytes_per_s if nbytes else 0.0
 
 
-# Between two GPUs of a node: the data sheet says 450 GB/s one way, two thirds are assumed to be had.
+# Between two GPUs of a node. The data sheet says 450 GB/s in one direction; two thirds of it are assumed.
 NVLINK = Network(latency_s=10e-6, bytes_per_s=300e9)
 
 
 def network_of(gbit_per_s: float) -> Network:
-    """One NIC for each GPU; 400 Gb/s are 50e9 bytes/s. The latency is assumed."""
+    """A network with one NIC for each GPU; 400 Gb/s are 50e9 bytes/s. The latency of 10 us is assumed."""
     return Network(latency_s=10e-6, bytes_per_s=gbit_per_s * 1e9 / 8)

@@ -1,7 +1,7 @@
-"""What a rank's memory holds: planned before the first step, compared with the peak, and what to turn.
+"""Plans the memory of a rank before the first step, and says which options need less.
 
-Counted for Transformer Engine's layers; tests/te_stand_in holds the counting to what the layers save, and
-tests/unit/pretrain/plan/test_memory.py to peaks measured on an H100. Left out: `HEADROOM`.
+The plan counts Transformer Engine's layers. tests/te_stand_in compares it with what the layers save, and
+tests/unit/pretrain/plan/test_memory.py with peaks measured on an H100. HEADROOM is for what it leaves out.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -12,36 +12,37 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Recipe
 from pretrain.config.train import TrainConfig
 
-if TYPE_CHECKING:  # a command line starts without torch
+if TYPE_CHECKING:  # because the command line starts without torch
     from megatron_ladder.layers.attention_choice import CoreAttention
 
 BF16, FP32, FP8 = 2, 4, 1  # bytes
 HEADROOM = 0.05
-"""Of a card's memory, for what a plan leaves out. On one H100 (80 GB) CUDA's context and libraries took 0.9
-GiB beside torch's memory, and peaks were up to 0.6 GiB above their plans (workspaces, short-lived outputs):
-2 % together. As much again is for what was not measured: NCCL's buffers, and memory in pieces."""
+"""The share of a card's memory for what a plan leaves out. On one H100 (80 GB) CUDA's context and libraries
+took 0.9 GiB in addition to torch's memory, and peaks were up to 0.6 GiB above their plans (workspaces,
+short-lived outputs): 2 % together. The rest is for what was not measured: NCCL's buffers, and fragmented
+memory."""
 
 Attention = Literal["te", "torch", "te-unfused", "torch-unfused", "unfused"]
-"""Whose core attention, for what it keeps: Transformer Engine's or torch's, fused; or with s x s scores in
-memory, TE's, torch's or megatron-core's own."""
+"""The core attention, by what it keeps in memory. te and torch: fused, Transformer Engine's or torch's.
+With s x s scores in memory: te-unfused, torch-unfused, and unfused, which is megatron-core's own."""
 
 
 def kept_as(taken: "CoreAttention") -> Attention:
-    """The name here of what `transformer_config` has chosen."""
+    """The name, in this module, of the core attention that `transformer_config` has chosen."""
     if taken.keeps_scores and taken.whose != "unfused":
         return "te-unfused" if taken.whose == "te" else "torch-unfused"
     return taken.whose
 
 
-# Bytes of a score: kept for backward, kept with dropout (a mask, and the softmax with it), and what its
-# gradients take in one layer's backward.
+# Bytes for each score: kept for backward; kept for backward with dropout (a mask and the softmax as well);
+# and taken by the gradients of scores in one layer's backward.
 SCORES: dict[Attention, tuple[int, int, int]] = {
     "te-unfused": (BF16, 2 * BF16 + 1, 2 * BF16),
     "torch-unfused": (FP32, 2 * FP32 + 1, 2 * FP32),
     "unfused": (FP32 + BF16, FP32 + BF16 + 1, 2 * FP32 + BF16),
 }
-# Of FP8 numbers with their scales: one scale a tensor, an fp32 for 128 numbers (of weights 128 x 128), a
-# byte for 32.
+# Bytes of a number in FP8 with its share of a scale: one scale for a tensor; an fp32 scale for 128 numbers
+# (for weights 128 x 128); or a byte for 32 numbers.
 FP8_SCALES: dict[Fp8Recipe, float] = {
     "delayed": 1.0,
     "tensorwise": 1.0,
@@ -61,11 +62,12 @@ class MemoryPlan:
     gradients: float
     optimizer: float
     activations: float
-    """Kept for backward by the layers, scores in memory among them."""
+    """Kept for backward by the layers, including scores in memory."""
     logits: float
-    """While the loss is computed; 0 where one layer's backward takes more, later."""
+    """Taken while the loss is computed; 0 when one layer's backward, which comes later, takes more."""
     backward: float
-    """Of one layer: what is computed again, and the gradients of scores; 0 where the logits take more."""
+    """Taken by one layer's backward: what it recomputes, and the gradients of scores. 0 when the logits
+    take more."""
 
     @property
     def total(self) -> float:
@@ -75,20 +77,21 @@ class MemoryPlan:
 def attention_bytes(
     model: ModelConfig, seq_length: int, attention: Attention, *, again: bool, masked: bool = False
 ) -> float:
-    """Kept for a token from attention's linear to the next one, by all heads.
+    """Bytes that all heads keep for a token between attention's first linear and its second.
 
-    Of numbers in bf16, w for all heads' queries and kv for keys:
-        fused     queries, keys, values (copied) and output                       2 w + 2 kv
-        unfused   keys and values are repeated for the heads of their group      4 w
-                  by torch in fp32                                               7 w
-                  by megatron-core with a head for each key: a view as above     6 w
-    Fused, 4 B a head of log-sums, and with masks keys and values repeated for the heads of their group;
-    unfused, SCORES.
+    The count of numbers in bf16, where w is the width of all heads' queries and kv that of all keys:
+        fused     queries, keys, values (copied) and output                        2 w + 2 kv
+        unfused   the same, with keys and values repeated for their group's heads  4 w
+                  torch's, in fp32                                                 7 w
+                  megatron-core's, if each head has its own keys: values are a     6 w
+                  view of the linear's whole output, which is kept
+    Fused attention also keeps 4 bytes of log-sums for each head. With masks it keeps keys and values
+    repeated for their group's heads. Unfused attention also keeps scores (SCORES).
 
     Args:
-        masked: documents are apart.
-        again: it is computed again in backward, and keeps what it takes and gives: its values are a view
-            of all that the linear gives, 3 w + 3 kv, and there are no log-sums.
+        masked: documents do not attend to each other.
+        again: attention is computed again in backward. It keeps its inputs and its output: 3 w + 3 kv, as
+            values are a view of the linear's whole output. There are no log-sums.
     """
     heads, keys = model.num_attention_heads, model.kv_heads * model.head_dim
     width = heads * model.head_dim
@@ -113,24 +116,24 @@ def activation_bytes(
     attention: Attention = "te",
     masked: bool = False,
 ) -> float:
-    """Kept for backward by one layer, for one micro-batch, on one GPU.
+    """Bytes that one layer keeps for backward, for one micro-batch, on one GPU.
 
-    For a token, of numbers in bf16, after the counting of arXiv 2205.05198, section 4, without dropout:
-        the inputs of the two norms                           2 h
-        the norms' outputs, inputs of the first linears       2 h
-        attention                                             `attention_bytes`
-        the MLP's first output, and SwiGLU's                  3 ffn
-    The first two are not divided by tp without sequence parallelism. A parallel layer has one norm.
-    "selective" computes attention again, and drops scores where they are in memory; fused attention has
-    none, and keeps less than what "selective" does.
+    The count of numbers in bf16 for a token, as in arXiv 2205.05198, section 4, without dropout:
+        the inputs of the two norms                             2 h
+        the norms' outputs, which the first linears read        2 h
+        attention                                               `attention_bytes`
+        the outputs of the MLP's first linear and of SwiGLU     3 ffn
+    The first two are divided by tp only with sequence parallelism. A parallel layer has one norm.
+    "selective" computes attention again and does not keep scores in memory. Fused attention has no scores,
+    and keeps less than "selective" does.
 
-    In FP8 the inputs of linears are kept in FP8, the parallel layer's shared one twice and gathered;
-    attention's output is kept in bf16 all the same. Delayed scaling keeps it in FP8, beside the bf16 of
-    fused attention.
+    In FP8 the inputs of linears are kept in FP8; the input that a parallel layer's two linears share is
+    kept twice, and gathered. Attention's output is kept in bf16 even so. With delayed scaling it is kept in
+    FP8, and fused attention keeps it in bf16 as well.
 
-    Full recomputation keeps a layer's input with megatron-core's layers; this project's recompute a
-    sub-module at a time and keep each one's input and its norm's; the former in FP8, where scales are of
-    blocks for both directions of the GEMMs.
+    With full recomputation a layer of megatron-core keeps its input. This project's layers recompute one
+    sub-module at a time. They keep each sub-module's input and the input of its norm. In FP8, ladder layers
+    keep the former in FP8; with scales of blocks they keep it twice, for both directions of the GEMMs.
     """
     h, ffn = model.hidden_size, model.ffn_hidden_size
     cut = tp if sp else 1
@@ -159,7 +162,10 @@ def activation_bytes(
 
 
 def stage_parameters(config: TrainConfig, *, first: bool, last: bool) -> float:
-    """Weights of a pipeline stage on one GPU; a tied table counts on both ends, once without stages."""
+    """The number of parameters of a pipeline stage on one GPU.
+
+    A tied embedding table counts on the first and on the last stage; without stages it counts once.
+    """
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     layers = (model.num_parameters(embeddings=False) - model.hidden_size) / pp / tp
@@ -169,13 +175,16 @@ def stage_parameters(config: TrainConfig, *, first: bool, last: bool) -> float:
 
 
 def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> MemoryPlan:
-    """The fuller of the first and the last pipeline stage.
+    """The memory of the first or the last pipeline stage, whichever takes more.
 
-    A parameter takes 2 B in bf16, 4 B of fp32 gradient, and 12 B of the distributed optimizer (fp32
-    copy, Adam's two moments; 8 B with those in bf16) over dp. Activations by `activation_bytes` for the
-    micro-batches in flight: 1F1B's pp on the first stage, 1 + (pp - 1) / (pp vpp) times as many
-    interleaved. Beside them, whichever is more: logits on the last stage, in bf16, in fp32, and where
-    megatron-core's loss is compiled their exponentials; or what one layer's backward computes again, and
+    A parameter takes 2 bytes in bf16, 4 bytes for its fp32 gradient, and 12 bytes / dp in the distributed
+    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16).
+
+    Activations are those of `activation_bytes`, for all micro-batches in flight. On the first stage these
+    are pp micro-batches in 1F1B, and 1 + (pp - 1) / (pp vpp) times as many in the interleaved schedule.
+
+    In addition there is the larger of two: the logits on the last stage, in bf16 and in fp32, and their
+    exponentials if megatron-core's loss is compiled; or what one layer's backward recomputes, and the
     gradients of scores.
     """
     model, parallel = config.model, config.parallel
@@ -185,7 +194,7 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
     tokens = config.micro_batch_size * seq_length
     recipe = config.fp8.recipe
     masked = not config.data.attend_across_documents
-    mask = BF16 * tokens * seq_length if masked else 0  # one for all layers of a micro-batch
+    mask = BF16 * tokens * seq_length if masked else 0  # a micro-batch's layers share one mask
 
     def layer(recompute: Recompute) -> float:
         return activation_bytes(
@@ -223,7 +232,7 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
         if recipe:
             linears = stage_parameters(config, first=False, last=False) * in_fp8 / model.num_layers
             copies = 2 * FP8 * FP8_WEIGHT_SCALES[recipe] * linears
-            if config.fp8.primary_weights:  # not beside weights in bf16, but in place of them
+            if config.fp8.primary_weights:  # the FP8 weights replace those in bf16
                 weights -= BF16 * linears
         at_the_loss = last and logits > backward
         plans.append(
@@ -241,7 +250,7 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
 
 
 def in_words(plan: MemoryPlan) -> str:
-    """Its parts, in GiB, the largest first; those of nothing left out."""
+    """The plan's total and its parts in GiB, the largest first, without parts of 0."""
     parts = {field.name: getattr(plan, field.name) for field in fields(plan)}
     ordered = sorted((p for p in parts.items() if p[1]), key=lambda part: -part[1])
     listed = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.2f}" for name, size in ordered)
@@ -249,25 +258,25 @@ def in_words(plan: MemoryPlan) -> str:
 
 
 def room(card_bytes: float) -> float:
-    """Bytes of a card that may be planned with: all but HEADROOM."""
+    """The bytes of a card that a plan may use: all but HEADROOM."""
     return (1 - HEADROOM) * card_bytes
 
 
 def is_planned(config: TrainConfig) -> bool:
-    """Whether `memory_plan` counts this run: the paper's kinds in bf16."""
+    """Whether `memory_plan` holds for this run: in bf16, and not for desync."""
     return config.precision == "bf16" and config.model.residual != "desync"
 
 
 def check_memory(
     config: TrainConfig, world_size: int, card_bytes: float, attention: Attention = "te"
 ) -> None:
-    """Refuses a run that its fullest GPU has no room for.
+    """Refuses a run whose plan does not fit in the memory of the fullest GPU.
 
     Args:
-        card_bytes: all of the smallest card's memory.
+        card_bytes: the whole memory of the smallest card.
 
     Raises:
-        UserError: what is planned, what there is, and what to turn.
+        UserError: it does not fit; with the plan, the card's memory, and the options that need less.
     """
     dp = config.parallel.data_parallel_size(world_size)
     plan = memory_plan(config, dp, attention)
@@ -279,35 +288,35 @@ def check_memory(
 
 
 def card_in_words(card_bytes: float) -> str:
-    """Its memory, and how much of it may be planned with."""
+    """A card's memory, and how much of it a plan may use."""
     return (
         f"{card_bytes / 2**30:.2f} GiB, {room(card_bytes) / 2**30:.2f} of it to plan with (the rest is for "
-        "CUDA's context, communication buffers and memory in pieces)"
+        "CUDA's context, communication buffers and fragmented memory)"
     )
 
 
 def out_of_memory(
     config: TrainConfig, world_size: int, error: Exception, attention: Attention = "te"
 ) -> str:
-    """What a user reads when CUDA has no memory left; the error's first sentences say how much."""
+    """The message for a user when CUDA is out of memory; it begins with the error's first sentences."""
     said = ". ".join(str(error).split(". ")[:3])
     dp = config.parallel.data_parallel_size(world_size)
     planned = ""
     if is_planned(config):
         planned = f"Planned for the fullest GPU: {in_words(memory_plan(config, dp, attention))}. "
     return (
-        f"{said}. {planned}To need less: {what_to_turn(config, dp, attention)}. Where the plan is far "
-        "below the card's memory, something else holds it (nvidia-smi), or it is in pieces "
-        "(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True)"
+        f"{said}. {planned}To need less: {what_to_turn(config, dp, attention)}. If the plan is far below "
+        "the card's memory, another process uses it (see nvidia-smi), or it is fragmented (set "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True)"
     )
 
 
 def what_to_turn(config: TrainConfig, dp: int, attention: Attention = "te") -> str:
-    """How to make a step take less memory, by this run's configuration, the cheapest first."""
+    """The options with which a step of this run takes less memory, the cheapest first."""
     plan, parallel = memory_plan(config, dp, attention), config.parallel
     advice = []
     if config.cuda_graph:
-        advice.append("no --cuda-graph (it keeps a step's memory also while validating)")
+        advice.append("no --cuda-graph (a graph keeps a step's memory during validation too)")
     if attention in SCORES:
         if attention != "torch-unfused":
             saved = plan.total - memory_plan(config, dp, "torch").total
@@ -322,17 +331,17 @@ def what_to_turn(config: TrainConfig, dp: int, attention: Attention = "te") -> s
         advice.append("--recompute none (fused attention keeps less than selective recomputation)")
     if config.micro_batch_size > 1:
         advice.append(
-            f"--micro-batch-size {config.micro_batch_size // 2} (the global batch stays: more accumulation)"
+            f"--micro-batch-size {config.micro_batch_size // 2} (same global batch, more accumulation)"
         )
     tp = parallel.tensor_model_parallel_size
     if tp > 1 and not parallel.sequence_parallel and config.model.residual != "desync":
-        advice.append("--parallel.sequence-parallel (cuts norms' activations by the ranks)")
+        advice.append("--parallel.sequence-parallel (divides norms' activations over the ranks)")
     if config.recompute != "full":
-        advice.append("--recompute full (activations for a third more compute)")
+        advice.append("--recompute full (fewer activations, a third more compute)")
     moment = plan.activations + plan.logits + plan.backward
     if plan.optimizer + plan.weights + plan.gradients > moment:
         if config.optimizer.moments == "fp32" and config.precision == "bf16":
-            advice.append("--optimizer.moments bf16 (4 bytes less a parameter; another training)")
+            advice.append("--optimizer.moments bf16 (4 bytes less a parameter; changes training)")
         advice.append("more GPUs (the optimizer's state is divided over data-parallel ranks)")
     advice.append(
         f"--parallel.tensor-model-parallel-size {2 * tp} or more "

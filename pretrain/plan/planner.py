@@ -1,8 +1,9 @@
-"""A model of one training step's time and memory: what `megatron-ladder bench plan` compares.
+"""A model of the time of a training step, with which `megatron-ladder bench plan` compares layouts.
 
-Nothing here is measured. Times are counted operations over a device's peak times an assumed
-efficiency, and collectives over a modelled link (links.py). A hidden collective is taken to slow no
-compute, which flatters whatever overlaps. Use it to compare layouts, not to promise a time.
+Nothing here is measured. The time of an operation is its count of operations, divided by the device's peak
+and an assumed efficiency. Collectives go over a modelled link (links.py). In the model a hidden collective
+does not slow compute, which is too favourable for all that overlaps. Use it to compare layouts, not to
+predict a time.
 """
 
 from collections.abc import Sequence
@@ -18,30 +19,31 @@ BF16, FP32 = 2, 4  # bytes
 
 @dataclass(frozen=True)
 class Submodule:
-    """Compute of an attention or an MLP for one micro-batch on one GPU, in seconds."""
+    """The compute time of an attention or an MLP, for one micro-batch on one GPU, in seconds."""
 
     forward_s: float
     backward_s: float
     weight_gradient_s: float = 0.0
-    """The part of backward_s after the input's gradient is known: the weight gradient of the first
-    linear. The input gradient's collective can run behind it."""
+    """The part of backward_s that comes after the input's gradient: the weight gradient of the first
+    linear. The input gradient's collective can run at the same time."""
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """What runs between two waits: a sub-module, or several with one collective."""
+    """The compute between two waits: one sub-module, or several that share one collective."""
 
     forward_s: float
     backward_s: float
     weight_gradient_s: float = 0.0
     lag: int = 1
-    """It reads the outputs of the units up to this many before it: 1 waits for the last."""
+    """The newest output that the unit reads is that of the unit this many before it: with 1 it waits for
+    the last one's collective."""
     communicates: bool = True
     gathers_again: bool = True
-    """With sequence parallelism: backward gathers the input again instead of keeping it."""
+    """With sequence parallelism, backward gathers the input again, because it was not kept."""
     recompute_s: float = 0.0
     recompute_collectives: float = 0.0
-    """Exposed in front of the recomputation, in all-reduces."""
+    """Collectives that the recomputation waits for, counted in all-reduces."""
 
 
 def pass_seconds(
@@ -55,36 +57,40 @@ def pass_seconds(
 ) -> tuple[float, float]:
     """Forward and backward time of a stack of layers for one micro-batch. A model, not a measurement.
 
-    Compute and link are two resources that run at the same time. The link runs collectives one after
-    another in the order they are started. All are complete at the end of each pass.
+    Compute and link are two resources that work at the same time. The link runs collectives one after
+    another, in the order in which they are started. At the end of each pass all of them are complete.
 
-    Forward, a sub-module's output collective is started when it ends:
+    In forward, the collective of a sub-module's output is started when the sub-module ends:
         standard  waited for at once
-        ladder    waited for when the sub-module after the next begins, so behind the next one
-        parallel  one a layer, after attention and MLP, waited for at once
-        desync-n  one every n sub-modules (and at the end), waited for at once
+        ladder    waited for when the sub-module after the next begins, so the next one hides it
+        parallel  one for each layer, after attention and MLP, waited for at once
+        desync-n  one for every n sub-modules, and one at the end, waited for at once
         no-comm   none
-    A ladder layer's attention reads the state after the attention before, whatever that layer's
-    kind: a standard layer's MLP collective hides behind it. A standard layer waits for everything.
+    A ladder layer's attention reads the state after the attention of the layer before, whatever that
+    layer's kind. So it hides the collective of a standard layer's MLP. A standard layer waits for all.
 
-    Backward, an input gradient's collective is started before the first linear's weight gradient:
+    In backward, an input gradient's collective is started before the first linear's weight gradient:
         standard  waited for after that weight gradient
         ladder    waited for after the whole backward of the sub-module before
-        parallel, desync-n  started after the whole backward of layer or group, and waited for at once
+        parallel, desync-n  started after the whole backward of the layer or group, waited for at once
 
     With sequence parallelism each collective is a reduce-scatter and an all-gather of half the time.
-    Backward gathers the input once more, which is waited for by the first linear's weight gradient.
-    (megatron-core hides that behind less; the difference favours standard.)
+    Backward gathers the input once more, and the first linear's weight gradient waits for it.
+    (In megatron-core less compute hides that; the difference favours standard.)
 
-    recompute="full": backward begins with the recomputed forward. Ladder, parallel and desync
-    recompute without the output's collectives, as no gradient needs them: see
-    megatron_ladder/layers/recompute.py. A standard layer repeats attention's. megatron-core in fact
-    repeats the MLP's too, though nothing reads it: leaving that out favours standard. "selective" adds
-    nothing here: put core attention's second forward into attention.backward_s.
+    With recompute="full", backward begins with the recomputed forward. Ladder, parallel and desync layers
+    recompute without the output's collectives, because no gradient needs them: see
+    megatron_ladder/layers/recompute.py. A standard layer repeats the collective of attention. megatron-core
+    also repeats that of the MLP, although nothing reads the result; leaving it out favours standard.
+    "selective" changes nothing here: add the second forward of core attention to attention.backward_s.
 
     Args:
-        residuals: the kind of each layer.
-        collective_s: one all-reduce of a residual state.
+        residuals: the residual kind of each layer.
+        attention, mlp: the compute of one layer's sub-modules.
+        collective_s: the time of one all-reduce of a residual state.
+
+    Returns:
+        Seconds of forward and of backward.
     """
     units = _units(residuals, attention, mlp, recompute == "full", sequence_parallel)
     share = 0.5 if sequence_parallel else 1.0
@@ -97,7 +103,7 @@ def _units(
     residuals: Sequence[str], attention: Submodule, mlp: Submodule, full: bool, sp: bool
 ) -> list[_Unit]:
     units: list[_Unit] = []
-    group: list[Submodule] = []  # of desync, since the last collective
+    group: list[Submodule] = []  # desync's sub-modules since the last collective
 
     def merged(parts: Sequence[Submodule]) -> _Unit:
         forward_s = sum(p.forward_s for p in parts)
@@ -119,9 +125,9 @@ def _units(
             whole_layer_s = attention.forward_s + mlp.forward_s
             for part in (attention, mlp):
                 again_s, collectives = part.forward_s, 0.0
-                if residual == "standard":  # the layer as one, in front of its MLP's backward
+                if residual == "standard":  # recomputes the whole layer before its MLP's backward
                     again_s = whole_layer_s if part is mlp else 0.0
-                    # Two inputs gathered and one output scattered make three halves.
+                    # Gathering two inputs and scattering one output is 3 times half an all-reduce.
                     collectives = (1.5 if sp else 1.0) if part is mlp else 0.0
                 units.append(
                     _Unit(
@@ -140,12 +146,12 @@ def _units(
 
 
 def _forward(units: list[_Unit], reduce_s: float, gather_s: float) -> float:
-    """gather_s is zero without sequence parallelism."""
+    """Seconds of forward. gather_s is zero without sequence parallelism."""
     compute = link = 0.0
-    ready = [0.0] * len(units)  # when each unit's input is whole
+    ready = [0.0] * len(units)  # when each unit's input is complete
 
     def gather_inputs_that_read(last: int, link: float) -> float:
-        """The inputs made of the outputs up to `last`: only now can they be gathered."""
+        """Gathers the inputs whose newest output is that of unit `last`; returns when the link is free."""
         for k in range(max(last + 1, 0), min(last + 3, len(units))):
             if k - units[k].lag == last or (last == -1 and k - units[k].lag < 0):
                 link += gather_s * units[k].communicates
@@ -161,15 +167,17 @@ def _forward(units: list[_Unit], reduce_s: float, gather_s: float) -> float:
 
 
 def _backward(units: list[_Unit], reduce_s: float, gather_s: float) -> float:
-    """gather_s is zero without sequence parallelism."""
+    """Seconds of backward. gather_s is zero without sequence parallelism."""
     count = len(units)
     compute = link = 0.0
-    ready = [0.0] * count  # when each unit's output gradient is whole
-    again = [0.0] * count  # when its input has been gathered again
+    ready = [0.0] * count  # when each unit's output gradient is complete
+    again = [0.0] * count  # when each unit's input has been gathered again
 
     def last_reader(k: int) -> int:
-        """The gradient of k's output is complete with the input gradient of this unit; later ones
-        came before it. `count` when the state after the stack gives it."""
+        """The unit whose input gradient is the last part of the gradient of k's output.
+
+        Backward reaches later units first. `count` when only the state after the stack reads k's output.
+        """
         reader = k + 1 if k + 1 == count or units[k + 1].lag == 1 else k + 2
         return min(reader, count)
 
@@ -186,7 +194,7 @@ def _backward(units: list[_Unit], reduce_s: float, gather_s: float) -> float:
     for k in range(count - 1, -1, -1):
         unit = units[k]
         compute = max(compute, ready[k])
-        if unit.recompute_s and unit.lag == 2:  # recomputes from its own gathered input
+        if unit.recompute_s and unit.lag == 2:  # it recomputes from its own input, gathered again
             compute = max(compute, again[k])
         if unit.recompute_collectives:
             link = max(link, compute) + unit.recompute_collectives * (reduce_s + gather_s)
@@ -200,14 +208,14 @@ def _backward(units: list[_Unit], reduce_s: float, gather_s: float) -> float:
 
 @dataclass(frozen=True)
 class Device:
-    """Data-sheet facts of a GPU."""
+    """A GPU, by its data sheet."""
 
     name: str
-    """As PEAK_FLOPS of pretrain/run/metrics.py knows it."""
+    """A name that PEAK_FLOPS in pretrain/run/metrics.py has."""
     hbm_bytes_per_s: float
     memory_bytes: float
     fp8: bool = True
-    """Has fp8 tensor cores, of twice the bf16 peak."""
+    """Whether it has FP8 tensor cores, with twice the bf16 peak."""
 
     @property
     def peak_flops(self) -> float:
@@ -225,15 +233,15 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """Devices, links, and what share of their peaks is assumed to be reached."""
+    """Devices, links, and the shares of the device's peak that are assumed to be reached."""
 
     device: Device
     network: Network
     link: str | None = None
-    """A name in links.PRESETS for every tensor-parallel size; None: nvswitch inside a node,
-    two-nodes beyond."""
+    """A name in links.PRESETS, for every tensor-parallel size. None: nvswitch inside a node, two-nodes
+    beyond."""
     fp8: bool = False
-    """GEMMs of the layers in fp8, at twice the peak; attention and the head stay bf16."""
+    """The layers' GEMMs are in FP8, at twice the peak; attention and the output head stay in bf16."""
     gemm_efficiency: float = 0.65
     attention_efficiency: float = 0.5
 
@@ -256,12 +264,14 @@ class Hardware:
 def submodules(
     model: ModelConfig, hardware: Hardware, *, tokens: int, seq_length: int, tp: int, sp: bool
 ) -> tuple[Submodule, Submodule]:
-    """Compute of one layer's attention and MLP for `tokens` of a micro-batch.
+    """The compute of one layer's attention and MLP for a micro-batch of `tokens` tokens.
 
-    GEMMs: 2 operations for a weight and a token, twice that in backward. Flash attention: 4 t s h
-    with half masked out, 2.5 times that in backward (five products instead of two). Norm, RoPE,
-    SwiGLU and residual add: bytes through memory, twice that in backward; norm and add work on whole
-    states unless sequence parallelism cuts them. GEMMs that get thin at large tp do not slow down here.
+    - GEMMs: 2 operations for each weight and token, twice that in backward. In the model, GEMMs do not slow
+      down when they get thin at large tp.
+    - Flash attention: 4 t s h operations, of which half are masked out; 2.5 times that in backward (five
+      products instead of two).
+    - Norm, RoPE, SwiGLU and residual add: bytes through memory, twice that in backward. Norm and add work
+      on whole states, unless sequence parallelism divides them.
     """
     h, kv, ffn = model.hidden_size, model.kv_heads * model.head_dim, model.ffn_hidden_size
 
@@ -274,7 +284,7 @@ def submodules(
         return Submodule(first + second + core + memory, backward, weight_gradient_s=first)
 
     cut = tp if sp else 1
-    norm, add = 2 * h / cut, 3 * h / cut  # elements read and written for each token
+    norm, add = 2 * h / cut, 3 * h / cut  # elements that are read and written for each token
     core = hardware.attention_s(2.0 * tokens * seq_length * h / tp)
     attention = submodule(gemm(h, h + 2 * kv), gemm(h, h), core, norm + 2 * (h + kv) / tp + add)
     mlp_norm = 0.0 if model.residual == "parallel" else norm
@@ -299,11 +309,11 @@ class Row:
     exposed_tp_s: float
     exposed_dp_s: float
     transfers_s: float
-    """Pipeline stages' sends that nothing hides."""
+    """Transfers between pipeline stages that no compute hides."""
     bubble_s: float
     tokens_per_s_per_gpu: float
     mfu: float
-    """Of the bf16 peak, with fp8 too; recomputation does not count."""
+    """The share of the bf16 peak, also with FP8; recomputation does not count."""
     memory_gb: float
 
     @property

@@ -1,4 +1,4 @@
-"""Layouts of a model on a cluster: step time of each, by plan.py's model, and the best ones."""
+"""Layouts of a model on a cluster: the step time of each, by planner.py's model, and the fastest ones."""
 
 import itertools
 from collections.abc import Iterator
@@ -15,13 +15,19 @@ KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder")
 
 
 def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
-    """One layout's step. A model, not a measurement.
+    """The time of one layout's step. A model, not a measurement.
 
-    Every stage takes as long as the last, which has the output head. A chunk's last collective is
-    exposed, as none may be under way across a stage's boundary. The bubble is (pp - 1) times a
-    chunk's forward and backward. Transfers between stages are exposed in 1F1B, twice a micro-batch;
-    interleaved, only while the pipeline fills. Gradients (fp32) and parameters (bf16) of data
-    parallelism run behind the last backward and the first forward; what is left over is exposed.
+    - Every stage takes as long as the last one, which has the output head.
+    - A chunk's last collective is exposed, because none may be under way across a stage's boundary.
+    - The bubble is (pp - 1) times a chunk's forward and backward.
+    - Transfers between stages are exposed: in 1F1B twice for each micro-batch, in the interleaved schedule
+      only while the pipeline fills.
+    - Data parallelism reduces gradients (fp32) during the last backward, and gathers parameters (bf16)
+      during the first forward. What takes longer than these is exposed.
+
+    Args:
+        config: with the layout.
+        gpus: the number of GPUs.
     """
     model, parallel, seq_length = config.model, config.parallel, config.data.seq_length
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -84,10 +90,10 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
 
 
 def layouts(config: TrainConfig, gpus: int) -> Iterator[TrainConfig]:
-    """Every layout of `config` that the trainer would take on so many GPUs."""
+    """Every layout of `config` on this number of GPUs that the trainer accepts."""
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= gpus]
     stages = [n for n in range(1, config.model.num_layers + 1) if config.model.num_layers % n == 0]
-    # Selective is none here: flash attention keeps no scores to recompute.
+    # "selective" is left out: flash attention keeps no scores, so there is nothing to gain.
     recomputes: tuple[Recompute, ...] = ("none", "full")
     for tp, pp, chunks, micro, recompute in itertools.product(
         sizes, stages, (1, 2, 4), (1, 2, 4), recomputes
@@ -112,10 +118,10 @@ def layouts(config: TrainConfig, gpus: int) -> Iterator[TrainConfig]:
 
 
 def search(config: TrainConfig, gpus: int, hardware: Hardware) -> dict[Residual, list[Row]]:
-    """The layouts that fit in memory, fastest first, of each residual kind.
+    """The layouts of each residual kind that fit in memory, the fastest first.
 
     Raises:
-        UserError: none does.
+        UserError: no layout divides over the GPUs, or none fits in memory.
     """
     limit = room(hardware.device.memory_bytes)
     found: dict[Residual, list[Row]] = {}
@@ -124,8 +130,8 @@ def search(config: TrainConfig, gpus: int, hardware: Hardware) -> dict[Residual,
         candidates = list(layouts(replace(config, model=model), gpus))
         if not candidates:
             raise UserError(
-                f"no layout of this model divides over {gpus} GPUs and global_batch_size "
-                f"{config.global_batch_size}: change one of them"
+                f"this model cannot be divided over {gpus} GPUs with global_batch_size "
+                f"{config.global_batch_size}: no layout is possible. Change one of the two"
             )
         rows = [
             row(c, gpus, hardware)
@@ -135,7 +141,7 @@ def search(config: TrainConfig, gpus: int, hardware: Hardware) -> dict[Residual,
         if not rows:
             raise UserError(
                 f"no layout fits in {hardware.device.memory_bytes / 1e9:.0f} GB a GPU: "
-                "give more GPUs, or a shorter --seq-length"
+                "use more GPUs, or a shorter --seq-length"
             )
         found[kind] = sorted(rows, key=lambda r: r.step_s)
     return found

@@ -1,4 +1,4 @@
-"""`megatron-ladder bench plan`: the options, and what is printed, drawn and written."""
+"""`megatron-ladder bench plan`: its options, and the table, picture and file that it makes."""
 
 import dataclasses
 import difflib
@@ -46,7 +46,7 @@ class PlanOptions:
 
 
 def main_plan(options: PlanOptions) -> int:
-    """Prints the plan. Raises UserError when there is none."""
+    """Prints the plan. Raises UserError on wrong options, and when no layout fits."""
     if options.preset not in PRESETS:
         near = difflib.get_close_matches(options.preset, PRESETS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -60,12 +60,12 @@ def main_plan(options: PlanOptions) -> int:
         longest = max(model.max_position_embeddings, options.seq_length)
         model = replace(model, max_position_embeddings=longest)
     if model.vocab_size is None:
-        model = replace(model, vocab_size=32_000)  # of a tokenizer not trained yet
+        model = replace(model, vocab_size=32_000)  # assumed: the tokenizer may not exist yet
     batch = options.global_batch_size or config.global_batch_size
     config = replace(config, model=model, data=data, global_batch_size=batch, precision="bf16")
     device = DEVICES[options.device]
     if options.fp8 and not device.fp8:
-        raise UserError(f"--fp8: {options.device} has no fp8 units")
+        raise UserError(f"--fp8: {options.device} has no fp8 units: leave --fp8 out")
     hardware = Hardware(
         device, network_of(options.network_gbit_per_s), link=options.link, fp8=options.fp8
     )
@@ -92,7 +92,7 @@ def main_plan(options: PlanOptions) -> int:
 
 
 def laid_out(config: TrainConfig, layout: Row) -> TrainConfig:
-    """The configuration that has a row's layout."""
+    """The configuration, changed to a row's layout."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.sequence_parallel,
@@ -108,7 +108,10 @@ def laid_out(config: TrainConfig, layout: Row) -> TrainConfig:
 
 
 def table(found: dict[Residual, list[Row]], top: int) -> str:
-    """The best of each kind, against the best standard layout and the standard kind at the same."""
+    """The `top` fastest layouts of each kind as a table.
+
+    Each is compared with the fastest standard layout, and with the standard kind at the same layout.
+    """
     standard = {r.layout: r for r in found["standard"]}
     best = found["standard"][0]
     lines = [
@@ -130,7 +133,7 @@ def table(found: dict[Residual, list[Row]], top: int) -> str:
 
 
 def draw(best: dict[Residual, Row]) -> bytes:
-    """Where the step's time goes, one bar a kind, as PNG."""
+    """A PNG of the parts of a step's time, with one bar for each kind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,1 +1,1 @@
-"""A run's folder: checkpoints, metrics, status, records."""
+"""A run's folder: checkpoints, metrics, status, and what else is recorded there."""

@@ -1,4 +1,4 @@
-"""A bad step that a run has decided about: RUN/bad_steps/step_N.json."""
+"""The record of a bad step and of what was done about it: RUN/bad_steps/step_N.json."""
 
 import json
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from pretrain.config.faults import BadStepPolicy
 
 @dataclass(frozen=True)
 class BadStep:
-    """What was found, and what is done about it."""
+    """A bad step: what was found, and what is done about it."""
 
     step: int
     reason: str
     action: BadStepPolicy
     passed_over: tuple[int, int] | None
-    """The first and the last step that is not in the weights; None: the run stops."""
+    """The first and the last step whose updates are not in the weights; None when the run stops."""
 
 
 def bad_steps_of(run_dir: Path) -> list[BadStep]:
-    """What earlier starts of the run decided."""
+    """The bad steps of earlier starts of the run, except those that stopped it."""
     found = []
     for path in sorted((run_dir / "bad_steps").glob("step_*.json")):
         values = json.loads(path.read_text())

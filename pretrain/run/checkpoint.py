@@ -1,7 +1,7 @@
-"""Checkpoints: what is in them, in megatron-core's distributed format. saving.py writes them.
+"""The content of checkpoints, and reading them. loop/saving.py writes them.
 
-A checkpoint is a folder RUN/checkpoints/step_00000100.
-Tensors are stored whole by name, with the layout's shards as ranges of them: any layout can read it.
+A checkpoint is a folder RUN/checkpoints/step_00000100 in megatron-core's distributed format. The format
+stores each tensor under its global name; a rank's shard is a range of it. So any layout can read it.
 """
 
 import logging
@@ -25,27 +25,29 @@ from pretrain.run.folder import latest_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Optimizer state stored as tensors of the parameters' own shapes, readable at any TP and DP.
+# The optimizer's state is stored as tensors of the parameters' shapes, which any TP and DP can read.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands."""
+    """How far training has come."""
 
     step: int
+    """Steps trained."""
     consumed_samples: int
+    """Sequences trained on, by all ranks together."""
     recent_losses: tuple[float, ...] = ()
-    """Of the last steps, for what is a spike after them (bad_steps.py)."""
+    """Losses of the last good steps; later losses are compared with them (loop/bad_steps.py)."""
 
 
 def checkpoint_state(
     progress: Progress, model: list[Any], optimizer: Any, scheduler: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Everything a resumed run needs, as megatron-core saves it. Called by all ranks.
+    """Everything that a resumed run needs, in the form that megatron-core saves. Called by all ranks.
 
     Returns:
-        The sharded state, and what loading has to know before it.
+        The sharded state, and metadata that `load_checkpoint` reads first.
     """
     state = _state_dict(model, optimizer, scheduler, is_loading=False)
     state["rng"] = _rng_object(_rng_state())
@@ -54,24 +56,24 @@ def checkpoint_state(
 
 
 def newest_valid(run_dir: Path) -> Path | None:
-    """The newest checkpoint whose files are those that were written; damaged ones are set aside.
+    """The newest checkpoint that is not damaged; damaged ones are renamed. None when none is left.
 
-    Called by all ranks, which share the reading; rank 0 decides.
+    Called by all ranks. Each rank reads a part of the files. Rank 0 finds and renames checkpoints.
     """
     while True:
         newest = [latest_checkpoint(run_dir)]
-        dist.broadcast_object_list(newest)  # a shared disk may show ranks different things
+        dist.broadcast_object_list(newest)  # on a shared disk, ranks may see different folders
         if (checkpoint := newest[0]) is None or not (what := _damage(checkpoint)):
             return checkpoint
         if dist.get_rank() == 0:
             logger.warning(
-                "%s is damaged: %s. It is set aside as %s; the one before it is used",
+                "%s is damaged: %s. It is set aside as %s; the checkpoint before it is used",
                 *(checkpoint, what, set_aside(checkpoint).name),
             )
 
 
 def _damage(checkpoint: Path) -> str:
-    """The same on every rank."""
+    """What is wrong with a checkpoint, "" when nothing is; the same on every rank. Called by all ranks."""
     found: list[Any] = [None] * dist.get_world_size()
     mine = damage(checkpoint, read=True, part=dist.get_rank(), parts=dist.get_world_size())
     dist.all_gather_object(found, mine)
@@ -79,10 +81,13 @@ def _damage(checkpoint: Path) -> str:
 
 
 def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> Progress:
-    """Restores a run, at this or another layout. Called by all ranks."""
+    """Restores model, optimizer, scheduler and random states from a checkpoint, in place.
+
+    The checkpoint may have been written at another layout. Called by all ranks.
+    """
     saved = dist_checkpointing.load_content_metadata(str(path))
-    # Random states belong to ranks: at another world size there is nothing to match them to, and
-    # dropout, the only thing that draws from them while training, goes on from the seed's.
+    # Each rank has its own random states. At another world size they cannot be matched to ranks. They are
+    # not loaded then: the states that the seed gave remain. In training only dropout draws from them.
     same_ranks = saved["world_size"] == dist.get_world_size()
     with loading_optimizer(optimizer):
         state = _state_dict(model, optimizer, scheduler, is_loading=True)
@@ -92,7 +97,7 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
         optimizer.load_state_dict(loaded["optimizer"])
     for name, chunk in model_chunks(model).items():
         chunk.load_state_dict(loaded[name])
-    scheduler.num_steps = 0  # loading adds to it, and a run may go back in the middle
+    scheduler.num_steps = 0  # loading adds to it, and a rollback loads into a scheduler in use
     scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
         _restore_rng(loaded["rng"])
@@ -100,10 +105,15 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
 
 
 def load_initial_weights(checkpoint: Path, chunks: dict[str, Any]) -> None:
-    """Weights alone, of an imported model or of another run, at this or another layout.
+    """Loads only the weights of an imported model or another run, written at any layout.
+
+    Called by all ranks.
 
     Args:
-        chunks: a rank's models by name; `model_chunks` gives them.
+        chunks: this rank's chunks by name, from `model_chunks`.
+
+    Raises:
+        UserError: the checkpoint is damaged.
     """
     if what := _damage(checkpoint):
         raise UserError(damaged_message(checkpoint, what))
@@ -115,7 +125,10 @@ def load_initial_weights(checkpoint: Path, chunks: dict[str, Any]) -> None:
 
 
 def checkpoint_names(chunk: Any) -> dict[str, str]:
-    """A model's tensors by their names in it, and what checkpoints call them: a stack of all layers'."""
+    """The names of a model's tensors, and for each the name in checkpoints.
+
+    The layers' tensors have one name there, under which they are stacked.
+    """
     return {name: tensor.key for name, tensor in _sharded_weights(chunk).items()}
 
 
@@ -124,24 +137,31 @@ def _sharded_weights(chunk: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in chunk.sharded_state_dict(metadata=metadata).items()
-        if not isinstance(value, ShardedObject)  # FP8's scales, which begin anew
+        if not isinstance(value, ShardedObject)  # FP8's scales, which start afresh
     }
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """A checkpoint's weights, whole, by megatron-core's names; layers stacked on axis 0.
+    """Reads a checkpoint's weights as whole tensors, by megatron-core's names.
 
-    Needs no model and no GPU, whatever layout wrote it. The optimizer's state is not read.
+    Works without a model and without a GPU, for checkpoints of any layout. The optimizer's state is not
+    read.
+
+    Returns:
+        Tensors by name; those of layers are stacked along axis 0.
+
+    Raises:
+        UserError: the checkpoint is damaged.
     """
     refuse_damaged(checkpoint, read=True)
     cpu_platform.enable()
     alone = not dist.is_initialized()
-    if alone:  # reading asks for a process group
+    if alone:  # megatron-core needs a process group to read
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         entries = dist_checkpointing.load_tensors_metadata(str(checkpoint))
         weights = {k: v for k, v in entries.items() if not k.startswith("optimizer.")}
-        # Copied: loading empties the names it was given.
+        # A copy, because loading removes entries from the dictionary that it is given.
         loaded = dist_checkpointing.load(
             dict(weights), str(checkpoint), validate_access_integrity=False
         )
@@ -152,7 +172,10 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def model_chunks(model: list[Any]) -> dict[str, Any]:
-    """A rank's chunks by Megatron's names for them; the tensors in them are named globally."""
+    """This rank's chunks, without DDP, by the names that Megatron gives them.
+
+    The names of the tensors in them are global: they do not depend on the layout.
+    """
     if len(model) == 1:
         return {"model": model[0].module}
     return {f"model{i}": chunk.module for i, chunk in enumerate(model)}
@@ -191,7 +214,7 @@ def _rng_state() -> dict[str, Any]:
 def _restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     tracker = get_cuda_rng_tracker()
-    if tracker.use_cudagraphable_rng:  # generators, which a graph knows: they stay
+    if tracker.use_cudagraphable_rng:  # a CUDA graph refers to these generators: keep the objects
         for name, generator in tracker.get_states().items():
             generator.set_state(state["tracker"][name])
     else:
@@ -201,5 +224,5 @@ def _restore_rng(state: dict[str, Any]) -> None:
 
 
 def _rng_object(state: dict[str, Any] | None) -> ShardedObject:
-    """One rank's random states, as one of world-size many."""
+    """This rank's random states, stored as one of as many objects as there are ranks."""
     return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's files are those that were written: sizes and SHA-256 in its manifest.json."""
+"""Checks that a checkpoint's files are as they were written, by sizes and SHA-256 in manifest.json."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ Facts = dict[str, dict[str, Any]]
 
 
 def sums(paths: Iterable[Path]) -> Facts:
-    """Sizes and checksums of files; reads them whole."""
+    """Sizes in bytes and SHA-256 checksums of files, by file name. Reads the files from start to end."""
     facts = {}
     for path in paths:
         with path.open("rb") as file:
@@ -27,10 +27,10 @@ def sums(paths: Iterable[Path]) -> Facts:
 
 
 def write_manifest(folder: Path, facts: Facts) -> None:
-    """Writes down a checkpoint's files, then makes sure that all is on disk.
+    """Writes a checkpoint's manifest.json, then waits until all files are on disk.
 
     Args:
-        facts: of files whose writers have summed them already; the others are read here.
+        facts: of files whose checksums are known from writing them. The other files are read here.
     """
     others = sums(path for path in sorted(folder.iterdir()) if path.name not in facts)
     content = {**_FORMAT, "files": dict(sorted((facts | others).items()))}
@@ -43,11 +43,12 @@ def write_manifest(folder: Path, facts: Facts) -> None:
 def damage(folder: Path, *, read: bool, part: int = 0, parts: int = 1) -> str:
     """What is wrong with a checkpoint's files, in words; "" when nothing is.
 
-    Of one that has no manifest, as before there were any, nothing can be said: "".
+    Old checkpoints have no manifest and cannot be checked. For them it is "" too.
 
     Args:
-        read: compare the checksums too, not only the sizes.
-        part, parts: look at every `parts`-th file alone, so that ranks share the reading.
+        read: compare checksums too, which reads the files; False compares only sizes.
+        part, parts: check only every `parts`-th file, from file number `part` on, so that ranks share the
+            reading.
     """
     manifest = folder / MANIFEST
     try:
@@ -76,13 +77,17 @@ def refuse_damaged(folder: Path, *, read: bool) -> None:
 
 def damaged_message(folder: Path, what: str) -> str:
     return (
-        f"{folder} is damaged: {what}. Give the checkpoint before it; or let `train` go on with the run, "
-        "which sets it aside and uses that one"
+        f"{folder} is damaged: {what}. Give the checkpoint before it; or continue the run with "
+        "`megatron-ladder train`, which sets the damaged checkpoint aside and uses the one before it"
     )
 
 
 def set_aside(folder: Path) -> Path:
-    """Renames a damaged checkpoint, so that it does not count as one. Nothing of it is deleted."""
+    """Renames a damaged checkpoint, so that it is no longer used. Nothing is deleted.
+
+    Returns:
+        The new path.
+    """
     aside = folder.with_name(folder.name + ".damaged")
     number = 1
     while aside.exists():

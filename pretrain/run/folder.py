@@ -1,4 +1,4 @@
-"""A run's folder: whether it may be written to, and whether a run is to be resumed from it."""
+"""A run's folder: finds its checkpoints, and checks whether a run may start or resume in it."""
 
 import fcntl
 import os
@@ -38,10 +38,13 @@ def checkpoint_step(path: Path) -> int:
 
 
 def find_checkpoint(run: Path) -> Path:
-    """A run's newest checkpoint, or the one that is given; its files have the right sizes.
+    """A run's newest checkpoint, or the given one. Checks the sizes of its files.
+
+    Args:
+        run: the folder of a run or of a checkpoint.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no checkpoint, or it is damaged.
     """
     if not run.is_dir():
         raise UserError(f"run {run} does not exist")
@@ -49,16 +52,20 @@ def find_checkpoint(run: Path) -> Path:
     found = run if is_checkpoint else latest_checkpoint(run)
     if found is None:
         raise UserError(f"{run} has no checkpoint: is it a run of `megatron-ladder train`?")
-    refuse_damaged(found, read=False)  # reading comes when its weights are read
+    refuse_damaged(found, read=False)  # checksums are compared when the weights are read
     return found
 
 
 def check_output_dir(config: TrainConfig) -> str:
-    """Refuses a folder that this run may not write to.
+    """Checks that this run may write to its folder. Called by every rank.
 
     Returns:
-        What will happen, for the log: a new run, a resumed one (and what changed), or "" when the
-        run found there is finished.
+        What will happen, for the log: a new run, or a resumed one and what has changed. "" when the run in
+        the folder is finished.
+
+    Raises:
+        UserError: no folder is given, it cannot be written to, it holds something else or another run, or
+            another process trains in it.
     """
     run_dir = config.output_dir
     if run_dir is None:
@@ -66,7 +73,7 @@ def check_output_dir(config: TrainConfig) -> str:
     saved = run_dir / "config.json"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--output-dir {run_dir} is a file: give a folder")
-    # A run begins with its lock, then its config.json.
+    # A run first creates its lock, then its config.json.
     if _is_used(run_dir) and not saved.is_file():
         raise UserError(
             f"--output-dir {run_dir} is not empty and holds no run: choose another folder"
@@ -80,18 +87,18 @@ def check_output_dir(config: TrainConfig) -> str:
     if unsafe:
         detail = "; ".join(f"{n}: {changed[n][0]} -> {changed[n][1]}" for n in unsafe)
         raise UserError(
-            f"{run_dir} holds another run: {detail}.\nChoose another --output-dir, or keep these as "
-            "they were. The layout, batch split, intervals and logging may change."
+            f"{run_dir} holds another run: {detail}.\nChoose another --output-dir, or give these their "
+            "old values. The layout, batch split, intervals and logging may change."
         )
     tp = changed.get("parallel.tensor_model_parallel_size")
     if tp and config.model.residual == "desync":
         raise UserError(
             f"{run_dir} was trained with desync-{config.model.desync_interval} at "
             f"parallel.tensor_model_parallel_size {tp[0]}: its ranks' residual states differ between "
-            f"two sums, so at {tp[1]} the same weights are another model. Keep {tp[0]}"
+            f"two sums, so at {tp[1]} the same weights would be a different model. Keep {tp[0]}"
         )
-    if is_first_rank():  # the one that will hold it
-        lock(run_dir).close()  # refused while another process trains here
+    if is_first_rank():  # this rank will hold the lock
+        lock(run_dir).close()  # raises UserError while another process trains here
     latest = latest_checkpoint(run_dir)
     if latest and checkpoint_step(latest) >= config.train_steps and not damage(latest, read=True):
         return ""
@@ -101,23 +108,30 @@ def check_output_dir(config: TrainConfig) -> str:
 
 
 def _is_used(run_dir: Path) -> bool:
-    """Whether there is more than submitting it and its first moment leave, which other ranks may see."""
+    """Whether the folder has more than a run's first files.
+
+    Submitting a run and its first rank create some files. Other ranks may see these already.
+    """
     beginning = ("lock", "config.json", "slurm")
     return run_dir.is_dir() and any(not p.name.startswith(beginning) for p in run_dir.iterdir())
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """Of one checkpoint: weights, and AdamW's fp32 master weights and two moments."""
+    """The size of one checkpoint: weights, and AdamW's fp32 master weights and two moments."""
     return config.model.num_parameters() * (16 if config.precision == "fp32" else 14)
 
 
 def stored_bytes(config: TrainConfig) -> int:
-    """What a run's folder takes at most: the checkpoints to be kept, and the one being written."""
+    """The most bytes that checkpoints take in a run's folder: those kept, and the one being written."""
     return checkpoint_bytes(config) * (config.keep_last + 1)
 
 
 def check_free_space(config: TrainConfig) -> None:
-    """Refuses a disk that cannot hold the checkpoints to be kept, and the one being written."""
+    """Checks that the disk has room for the checkpoints to keep and the one being written.
+
+    Raises:
+        UserError: it has not.
+    """
     assert config.output_dir is not None
     needed = stored_bytes(config)
     free = shutil.disk_usage(_existing_parent(config.output_dir)).free
@@ -130,13 +144,14 @@ def check_free_space(config: TrainConfig) -> None:
 
 
 def lock(run_dir: Path) -> IO[bytes]:
-    """Makes this process the only one that trains in a folder, for as long as it lives.
+    """Locks a run's folder, so that only this process trains in it.
 
     Returns:
-        The open lock file: keep it. The system drops the lock when the process ends, however.
+        The open lock file. Keep it open: closing it releases the lock. When the process ends, for whatever
+        reason, the system releases the lock.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / "lock").open("wb")
@@ -144,7 +159,7 @@ def lock(run_dir: Path) -> IO[bytes]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
-            f"{run_dir}: another process is training in this folder: wait for it or end it"
+            f"{run_dir}: another process is training in this folder: wait until it ends, or end it"
         ) from None
     return file
 

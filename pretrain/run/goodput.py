@@ -1,4 +1,4 @@
-"""How much of a run's wall-clock went into steps that counted, and where the rest went."""
+"""Goodput: how much of a run's wall-clock time went into steps that count, and where the rest went."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from pretrain.run.status import read_starts, read_status
 
 @dataclass(frozen=True)
 class Goodput:
-    """Times in seconds, by the clocks of the machines that the run was on."""
+    """Times in seconds, by the clocks of the machines on which the run was started."""
 
     wall: float
-    """From the first start to the last word of status.json."""
+    """From the first start to the last time that status.json was written."""
     counted: float
-    """In steps that are in the newest weights; no validation, no checkpoint, no step done again."""
+    """Spent in steps that are in the newest weights: no validation, no checkpoint, no repeated step."""
     starting: float
-    """From starts to their first steps."""
+    """From each start to the beginning of its training, summed over the starts."""
     between: float
-    """From the last word of a start to the next one."""
+    """From the last status of each start to the next start, summed."""
     steps_again: int
-    """Steps lost with a start and done again by the next."""
+    """Steps that were lost when a start ended, and that the next start repeated."""
     ends: Counter[str]
-    """How the starts before the last ended."""
+    """How all starts but the last ended: the reason or the state, and how many times."""
 
     @property
     def share(self) -> float:
@@ -31,10 +31,10 @@ class Goodput:
 
 
 def read_goodput(run_dir: Path, counted: float) -> Goodput | None:
-    """From RUN/starts.jsonl and status.json; None for a run that has none.
+    """Computes a run's goodput from RUN/starts.jsonl and status.json; None for a run without these files.
 
     Args:
-        counted: training time of the last line of metrics.
+        counted: the training time, in seconds, of the last line in metrics.jsonl.
     """
     lines, status = read_starts(run_dir), read_status(run_dir)
     if not lines or status is None:

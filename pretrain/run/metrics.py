@@ -1,11 +1,10 @@
-"""What a run measures: one JSON object a line, a readable console line, TensorBoard, optional W&B.
+"""A run's metrics: lines of metrics.jsonl, readable lines on the console, TensorBoard, optional W&B.
 
-docs/reference/formats.md describes the lines.
+docs/reference/formats.md describes the lines of metrics.jsonl.
 """
 
 import json
 import os
-import signal
 import sys
 import time as clock
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any, BinaryIO
 from megatron_ladder.errors import UserError
 from pretrain.files import write_atomically
 
-# Dense bf16 peaks, FLOP/s, from the vendor's data sheets, by a part of the device's name.
-# The first match counts.
+# Dense bf16 peaks in FLOP/s, from the vendor's data sheets, by a part of the device's name.
+# The first part that is in the name counts.
 PEAK_FLOPS = (
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -34,7 +33,7 @@ PEAK_FLOPS = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU; None when it is not known."""
+    """Peak dense bf16 FLOP/s of a GPU; None when the GPU is not in PEAK_FLOPS."""
     return next((peak for part, peak in PEAK_FLOPS if part in device_name), None)
 
 
@@ -43,18 +42,18 @@ def flops_per_token(
 ) -> float:
     """Floating-point operations of forward and backward for one token.
 
-    6 N for the matrix multiplications with N weights and 12 L h s for attention's two, causality
-    left out (PaLM, arXiv 2204.02311, appendix B). Recomputation does not count: MFU is of the
-    operations the model needs.
+    These are 6 N for the matrix multiplications with N weights, and 12 L h s for attention's two products,
+    where causality is ignored (PaLM, arXiv 2204.02311, appendix B). Recomputation does not count, because
+    MFU counts only the operations that the model needs.
     """
     return 6.0 * matmul_parameters + 12.0 * num_layers * hidden_size * seq_length
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl. A last line cut short by a kill is left out.
+    """The lines of a run's metrics.jsonl. An incomplete last line, left by a kill, is left out.
 
     Raises:
-        UserError: no such file, or a line that is not a JSON object.
+        UserError: there is no such file, or a line is not a JSON object.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
@@ -63,7 +62,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         )
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     metrics = []
-    # What follows the last newline is a line cut short.
+    # Text after the last newline is an incomplete line.
     for number, line in enumerate(lines[:-1], start=1):
         try:
             metrics.append(json.loads(line))
@@ -74,11 +73,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Writes a run's metrics; made by rank 0 alone.
+    """Writes a run's metrics. Only rank 0 makes one.
 
     Args:
-        run_dir: the run's folder; its lines after `resume_step` are dropped first.
-        resume_step: the step of the checkpoint that training goes on from; 0 for a new run.
+        run_dir: the run's folder. Lines of steps after `resume_step` are removed first.
+        resume_step: the step of the checkpoint from which training continues; 0 for a new run.
         train_steps: of the whole run, for the ETA.
         tensorboard: also write RUN/tensorboard.
         wandb: also log to Weights & Biases.
@@ -95,6 +94,8 @@ class MetricsLog:
         wandb: bool,
         config: dict[str, Any],
     ) -> None:
+        self.has_reader = True
+        """False when what reads the printed lines has ended: the run is to stop."""
         self._run_dir = run_dir
         self._train_steps = train_steps
         self._step_s: float | None = None  # smoothed
@@ -114,7 +115,7 @@ class MetricsLog:
             self._wandb = wandb_package.init(dir=run_dir, name=run_dir.name, config=config)
 
     def go_back(self, step: int) -> None:
-        """Training goes on from a checkpoint's step: the lines after it are dropped."""
+        """Removes the lines of steps after `step`: training continues from that step's checkpoint."""
         kept = [m for m in _existing(self._run_dir) if _is_kept(m, step)]
         self.time_so_far: float = max(
             (m["time"] for m in kept if m["kind"] == "train"), default=0.0
@@ -126,46 +127,48 @@ class MetricsLog:
         self._last: tuple[int, float] = (step, self.time_so_far)
 
     def start(self, **facts: Any) -> None:
-        """Training starts, or goes on."""
+        """Records that training starts or is resumed."""
         self._write({"kind": "start", **facts, "unix_time": clock.time()})
 
     def baseline(self, *, dataset: str, unigram_loss: float) -> None:
-        """What a model without context could reach on a data set, in nats a token."""
+        """Records the lowest loss of a model without context on a data set, in nats a token."""
         self._write({"kind": "baseline", "dataset": dataset, "unigram_loss": unigram_loss})
-        _say(f"{dataset}: entropy of single tokens {unigram_loss:.4f} nats (validation)")
+        self._say(f"{dataset}: entropy of single tokens {unigram_loss:.4f} nats (validation)")
 
     def train(self, **values: Any) -> None:
-        """One logged step; docs/reference/formats.md lists the values."""
+        """Records a step; docs/reference/formats.md lists the values."""
         self._write({"kind": "train", **values})
         scalars = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")
         self._scalars(
             {f"train/{name}": values[name] for name in scalars if values[name] is not None},
             values["step"],
         )
-        _say(self._line(values))
+        self._say(self._line(values))
 
     def validation(
         self, *, step: int, tokens: int, time: float, dataset: str, loss: float, perplexity: float
     ) -> None:
-        """One data set's held-out loss, in nats a token."""
+        """Records the validation loss on one data set, in nats a token."""
         values = {"step": step, "tokens": tokens, "time": time, "dataset": dataset}
         self._write({"kind": "validation", **values, "loss": loss, "perplexity": perplexity})
         self._scalars({f"validation/{dataset}": loss}, step)
-        _say(f"step {step}: validation loss on {dataset} {loss:.4f} (perplexity {perplexity:.2f})")
+        self._say(
+            f"step {step}: validation loss on {dataset} {loss:.4f} (perplexity {perplexity:.2f})"
+        )
 
     def save_failed(self, *, step: int, reason: str) -> None:
-        """A checkpoint could not be written."""
+        """Records that a checkpoint could not be written."""
         self._write(
             {"kind": "save_failed", "step": step, "unix_time": clock.time(), "reason": reason}
         )
 
     def note(self, kind: str, text: str, **values: Any) -> None:
-        """Something that happened, for the record and, as `text`, for whoever looks on."""
+        """Records another event as a line of this kind, and prints `text` on the console."""
         self._write({"kind": kind, **values})
-        _say(text)
+        self._say(text)
 
     def end(self, *, step: int, reason: str) -> None:
-        """Training stops."""
+        """Records that training ends, and closes all outputs."""
         self._write({"kind": "end", "step": step, "unix_time": clock.time(), "reason": reason})
         self._file.close()
         if self._tensorboard:
@@ -178,7 +181,7 @@ class MetricsLog:
         try:
             self._file.flush()
         except OSError as error:
-            print(f"metrics.jsonl is behind: {error}", file=sys.stderr)
+            print(f"metrics.jsonl is not written yet, its lines are kept: {error}", file=sys.stderr)
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
         if self._tensorboard:
@@ -186,15 +189,26 @@ class MetricsLog:
                 for name, value in values.items():
                     self._tensorboard.add_scalar(name, value, step)
             except OSError as error:  # its writer does not recover
-                print(f"no more TensorBoard: {error}", file=sys.stderr)
+                print(f"TensorBoard logging stops: {error}", file=sys.stderr)
                 self._tensorboard = None
         if self._wandb:
             self._wandb.log(values, step=step)
 
+    def _say(self, text: str) -> None:
+        """Prints a line at once. A program that reads it may have ended (`| head`): see `has_reader`."""
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            self.has_reader = False
+            unread, nowhere = os.fstat(sys.stdout.fileno()), os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):
+                if os.path.samestat(os.fstat(stream.fileno()), unread):
+                    os.dup2(nowhere, stream.fileno())  # so that later lines raise no error
+
     def _line(self, values: dict[str, Any]) -> str:
         step, seconds = values["step"], values["time"]
         latest = (seconds - self._last[1]) / max(step - self._last[0], 1)
-        # Smoothed over some ten lines, so that one slow step does not move the ETA.
+        # Smoothed over about ten lines, so that one slow step hardly changes the ETA.
         self._step_s = latest if self._step_s is None else 0.9 * self._step_s + 0.1 * latest
         self._last = (step, seconds)
         parts = [
@@ -212,20 +226,8 @@ class MetricsLog:
         return " | ".join(parts)
 
 
-def _say(text: str) -> None:
-    """Prints a line at once. When nobody reads it any more (`| head`), the run stops in good order."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        unread, nowhere = os.fstat(sys.stdout.fileno()), os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            if os.path.samestat(os.fstat(stream.fileno()), unread):
-                os.dup2(nowhere, stream.fileno())  # for the lines to come
-        os.kill(os.getpid(), signal.SIGTERM)  # stopping.py: all ranks stop at the same step
-
-
 def _appended(path: Path) -> BinaryIO:
-    """Lines that a full disk does not take stay in this file's buffer until it does."""
+    """Opens a file to append lines. While the disk is full, lines stay in the file's buffer of 1 MiB."""
     return path.open("ab", buffering=1 << 20)
 
 
@@ -235,7 +237,7 @@ def _existing(run_dir: Path) -> list[dict[str, Any]]:
 
 def _is_kept(line: dict[str, Any], resume_step: int) -> bool:
     if resume_step == 0:
-        return False  # no checkpoint: the run starts afresh
+        return False  # no checkpoint: the run starts from the beginning
     return line.get("step", 0) <= resume_step
 
 

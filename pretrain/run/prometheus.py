@@ -23,12 +23,12 @@ DEVICE_NAMES = {
 
 
 def prometheus_text(run: str, status: dict[str, Any], devices: list[dict[str, float]]) -> str:
-    """Gauges named megatron_ladder_*; what is not known yet is left out.
+    """The status as Prometheus text: gauges named megatron_ladder_*. Unknown values are left out.
 
     Args:
-        run: a label of each.
-        status: RUN/status.json's fields.
-        devices: `device_figures`.
+        run: the run's name, a label of each gauge.
+        status: the fields of RUN/status.json.
+        devices: from `device_figures`.
     """
     label = f'run="{_escaped(run)}"'
     lines: list[str] = []
@@ -49,13 +49,14 @@ def prometheus_text(run: str, status: dict[str, Any], devices: list[dict[str, fl
 
 
 def device_figures() -> list[dict[str, float]]:
-    """Of each GPU of this machine, by DEVICE_NAMES; [] without one.
+    """Figures of each GPU of this machine, by the names in DEVICE_NAMES; [] without a GPU.
 
-    All but this process's own memory is NVML's, which torch reads where nvidia-ml-py is installed. []
-    also before CUDA has started: asking would start it, before what it reads at its start is set
-    (setup.py), and before processes are forked.
+    They come from NVML, which torch reads if nvidia-ml-py is installed. Otherwise there is only the memory
+    that this process has reserved on its own GPU. Before CUDA has started the list is empty: a query would
+    start CUDA too early, before its environment variables are set (model/setup.py) and before processes are
+    forked.
     """
-    import torch  # the report, which reads a run's status, does without
+    import torch  # imported here, because the report reads a run's status without torch
 
     if not torch.cuda.is_initialized():
         return []
@@ -69,7 +70,7 @@ def device_figures() -> list[dict[str, float]]:
             }
             for i in range(torch.cuda.device_count())
         ]
-    except Exception:  # no nvidia-ml-py, a card that does not say: no reason to end a run
+    except Exception:  # no nvidia-ml-py, or a card without these figures: the run must continue
         figures: list[dict[str, float]] = [{} for _ in range(torch.cuda.device_count())]
         figures[torch.cuda.current_device()] = {
             "memory_used_bytes": float(torch.cuda.memory_reserved())

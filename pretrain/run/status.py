@@ -1,7 +1,8 @@
 """What a run is doing, for people and monitors: RUN/status.json, RUN/metrics.prom, RUN/starts.jsonl.
 
-Written by the first rank; another rank only to say that it failed. docs/reference/formats.md describes
-the files. Nothing decides by them: the clock and the host's name in them may be wrong.
+The first rank writes these files; another rank only writes to status.json that it failed.
+docs/reference/formats.md describes the files. Training makes no decision from them, because the clock and
+the host's name in them may be wrong.
 """
 
 import contextlib
@@ -27,13 +28,13 @@ State = Literal["starting", "training", "validating", "saving", "stopped", "fini
 ENDED = ("stopped", "finished", "failed")
 
 INTERVAL_S = 1.0
-"""Between two writes in the same state."""
+"""The shortest time between two writes in the same state."""
 
 
 class Status:
-    """The state of this start of a run: a context that says so when what is inside it fails.
+    """The status of this start of a run. As a context manager it records a failure of the code inside.
 
-    Made by every rank when the first one holds the run's lock.
+    Every rank makes one, after the first rank has taken the run's lock.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -78,19 +79,19 @@ class Status:
             record_failure(self._run_dir, what + str(error))
 
     def begin(self, step: int, last_checkpoint: int | None) -> None:
-        """Training begins, or goes on, after `step`."""
+        """Records that training begins, or is resumed, after `step`."""
         if is_first_rank():
             _append(self._run_dir, {"kind": "train", "unix_time": time.time(), "step": step})
         tokens = step * self._tokens_per_step
         self.update("training", step=step, tokens=tokens, last_checkpoint=last_checkpoint)
 
     def update(self, state: State | None = None, **facts: Any) -> None:
-        """Writes at once when the state changes or a checkpoint is there, otherwise when the last time is
-        a second ago.
+        """Updates the status. It is written at once when the state or the newest checkpoint changes,
+        otherwise at most once a second.
 
         Args:
-            state: None: as it was.
-            facts: what else has changed of status.json's fields.
+            state: the new state; None keeps it.
+            facts: other fields of status.json that have changed.
         """
         if not is_first_rank():
             return
@@ -108,11 +109,11 @@ class Status:
         try:
             write_atomically(self._run_dir / "status.json", json.dumps(self._facts) + "\n")
             write_atomically(self._run_dir / "metrics.prom", text)
-        except OSError as error:  # no reason to end a run
+        except OSError as error:  # the run must continue
             logger.warning("%s: the run's status could not be written: %s", self._run_dir, error)
 
     def _note_start(self) -> None:
-        """Adds this start, and how the one before it ended, to what is known of all."""
+        """Adds this start, and how the start before it ended, to RUN/starts.jsonl."""
         starts = [line for line in read_starts(self._run_dir) if line["kind"] == "start"]
         self._facts["starts"] = len(starts) + 1
         line = {
@@ -124,19 +125,19 @@ class Status:
             if before["state"] not in ENDED:
                 before["reason"] = f"killed while {before['state']}"
             end = before["reason"] or before["state"]
-            logger.info("The start before ended at step %d: %s", before["step"], end)
+            logger.info("The previous start ended at step %d: %s", before["step"], end)
         _append(self._run_dir, {"kind": "start", **line, "before": before})
 
 
 def record_failure(run_dir: Path, reason: str) -> None:
-    """Makes the run's state "failed", unless it is already; any rank may call it, at any time."""
+    """Sets the run's state to "failed", unless it is that already. Any rank may call this at any time."""
     status = read_status(run_dir)
     if status is None or status["state"] == "failed":
         return
     rank = os.environ.get("RANK", "0")
     status |= {"state": "failed", "reason": reason, "unix_time": time.time()}
-    # Several ranks may fail at once: each writes a file of its own, the last one's stays. What made the
-    # run fail may be the disk.
+    # Several ranks may fail at the same time: each writes its own file, and the last rename wins. OSErrors
+    # are ignored, because the disk may be the reason of the failure.
     with contextlib.suppress(OSError):
         mine = run_dir / f"status.rank_{rank}.json"
         write_atomically(mine, json.dumps(status) + "\n")
@@ -144,7 +145,7 @@ def record_failure(run_dir: Path, reason: str) -> None:
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """RUN/status.json; None where there is none, or none that can be read."""
+    """The fields of RUN/status.json; None when it does not exist or cannot be read."""
     try:
         return json.loads((run_dir / "status.json").read_text())
     except (OSError, ValueError):
@@ -152,7 +153,7 @@ def read_status(run_dir: Path) -> dict[str, Any] | None:
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/starts.jsonl, without those cut short by a kill; [] where there are none."""
+    """The lines of RUN/starts.jsonl, except incomplete ones, left by a kill; [] without the file."""
     path = run_dir / "starts.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     found = []
@@ -163,7 +164,7 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _append(run_dir: Path, line: dict[str, Any]) -> None:
-    """One line more. It begins on a line of its own, also after one that was cut short."""
+    """Adds a line to RUN/starts.jsonl. After an incomplete line, it starts on a new one."""
     path = run_dir / "starts.jsonl"
     whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a") as file:

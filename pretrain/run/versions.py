@@ -1,4 +1,4 @@
-"""The versions that a run's record names."""
+"""The versions of Python and of packages, for a run's records."""
 
 import importlib.metadata
 import sys
@@ -7,7 +7,7 @@ PACKAGES = ("megatron-ladder", "megatron-core", "torch", "transformer-engine")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what computes, for the record."""
+    """The versions of Python and of the installed PACKAGES, by name."""
     found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""What a run that is resumed has been trained on: that may not change."""
+"""Checks of a resumed run: the data that it has been trained on so far may not change."""
 
 from pathlib import Path
 
@@ -10,7 +10,13 @@ from pretrain.run.folder import checkpoint_step, latest_checkpoint
 
 
 def check_past(config: TrainConfig, folders: list[DataFolder]) -> None:
-    """Refuses to resume a run with data sets or blends other than those it has been trained on."""
+    """Refuses to resume a run with data sets or blends other than those it has been trained on.
+
+    Data sets may be added after the old ones, and a blend may change after the newest checkpoint's step.
+
+    Raises:
+        UserError: old data sets are missing or in another order, or an earlier blend has changed.
+    """
     assert config.output_dir is not None
     saved = config.output_dir / "config.json"
     if not saved.is_file():
@@ -19,8 +25,9 @@ def check_past(config: TrainConfig, folders: list[DataFolder]) -> None:
     paths = old.data.paths
     if config.data.paths[: len(paths)] != paths:
         raise UserError(
-            f"{config.output_dir} trains on data.paths {' '.join(map(str, paths))}: keep them first and "
-            "in their order. Others may follow them; a weight of 0 in a phase leaves one out"
+            f"{config.output_dir} has been trained on data.paths {' '.join(map(str, paths))}: give these "
+            "first and in this order. You may add others after them. To stop using one, give it a weight "
+            "of 0 in a phase"
         )
     latest = latest_checkpoint(config.output_dir)
     step = checkpoint_step(latest) if latest else 0
@@ -33,9 +40,9 @@ def check_past(config: TrainConfig, folders: list[DataFolder]) -> None:
         was = "; ".join(_words(Blend(b.first_step, (*b.weights, *joined))) for b in past)
         raise UserError(
             f"{config.output_dir} has been trained to step {step} ({step * config.tokens_per_step:,} "
-            f"tokens) with the weights {was}. data.weights and data.phases now say "
-            f"{'; '.join(map(_words, now))}: a blend may change only after that step; put a change into "
-            "data.phases, and leave what was before it"
+            f"tokens) with the weights {was}, but data.weights and data.phases now say "
+            f"{'; '.join(map(_words, now))}. A blend may change only after that step: undo the change, "
+            "and add the new blend to data.phases"
         )
 
 
@@ -44,14 +51,19 @@ def _words(blend: Blend) -> str:
 
 
 def check_same_data(run_dir: Path, folders: list[DataFolder]) -> None:
-    """Refuses to go on with data sets that were made again since the run began."""
+    """Refuses to resume a run with data sets that were made again since the run began.
+
+    Raises:
+        UserError: the tokenizer or the training text of a data set is not what it was.
+    """
     if not (run_dir / "data" / "0" / "manifest.json").is_file():
-        return  # a run that has not started
+        return  # the run has not started yet
     kept = kept_facts(run_dir)
     if kept[0].tokenizer["sha256"] != folders[0].tokenizer["sha256"]:
         raise UserError(
             f"{folders[0].path} was tokenized with another tokenizer than the run in {run_dir} was "
-            "started with: its ids mean different things; use the data set it was started with"
+            "started with, so the same ids stand for different tokens: use the data set that the run was "
+            "started with"
         )
     if kept[0].tokenizer.get("bos_id") != folders[0].tokenizer.get("bos_id"):
         raise UserError(
@@ -63,6 +75,6 @@ def check_same_data(run_dir: Path, folders: list[DataFolder]) -> None:
         if before.manifest["splits"].get("train") != now.manifest["splits"].get("train"):
             raise UserError(
                 f"{now.path} holds other training text than when the run in {run_dir} began "
-                f"({before.tokens('train'):,} tokens then, {now.tokens('train'):,} now): a resumed run "
-                "would read some of it twice; use the data set it was started with"
+                f"({before.tokens('train'):,} tokens then, {now.tokens('train'):,} now), so a resumed run "
+                "would read some of the text twice: use the data set that the run was started with"
             )

@@ -146,5 +146,5 @@ def test_a_compiler_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     check_compile(config(compile=True))
     monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
     monkeypatch.setattr(compiled, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"--compile: torch\.compile needs .*, which is not there"):
+    with pytest.raises(UserError, match=r"--compile: torch\.compile needs .*, which was not found"):
         check_compile(config(compile=True))

@@ -100,7 +100,7 @@ def with_model(**changes: Any) -> TrainConfig:
         (with_model(attention_dropout=0.1), "dropout in a graph is not tested"),
         (
             config(precision="bf16", fp8=Fp8Config(recipe="delayed", primary_weights=True)),
-            "fp8.primary_weights may come to lie elsewhere",
+            "fp8.primary_weights may move weights to other memory",
         ),
         (
             config(init_from=Path("run"), adapt=AdaptConfig(gradual_steps=2)),

@@ -1,1 +1,1 @@
-"""Linears and norms in Transformer Engine, with FP8."""
+"""Linears and norms that use Transformer Engine's kernels, with FP8."""

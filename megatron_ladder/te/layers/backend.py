@@ -1,4 +1,7 @@
-"""Transformer Engine's modules for layers that own their collectives. Imported only where TE is."""
+"""Transformer Engine's (TE's) modules without communication: the layers run the collectives.
+
+Imported only where TE is installed.
+"""
 
 from typing import Any
 
@@ -17,10 +20,11 @@ from megatron_ladder.te.layers.norm import RMSNorm
 
 
 def _silence(linear: Any) -> None:
-    """Turns a TE linear's tensor-parallel communication off.
+    """Turns off the tensor-parallel communication of a TE linear.
 
-    Weight shape, initialisation and checkpoint metadata stay those of the parallel linear; TE reads
-    these three in its forward. megatron-core does the same for mixture-of-experts linears.
+    TE reads these three attributes in its forward. The weight's shape, its initialisation and its
+    checkpoint metadata stay those of the parallel linear. megatron-core does the same for linears in
+    mixtures of experts.
     """
     linear.parallel_mode = None
     linear.tp_size = 1
@@ -28,11 +32,12 @@ def _silence(linear: Any) -> None:
 
 
 class TECommFreeColumnParallelLinear(TEColumnParallelLinear):
-    """Column-parallel; the input gradient is left partial.
+    """A column-parallel linear. The input's gradient stays partial.
 
-    The GEMM's autograd is ours, in bf16 (linear.py) and in FP8 (fp8_linear.py): TE's would keep the whole
-    gathered input for backward, tp times the shard, and start no reduction before both gradients are
-    there. In bf16 it takes several times as much Python, too.
+    The autograd function is this project's, in bf16 (linear.py) and in FP8 (fp8_linear.py). TE's would keep
+    the whole gathered input for backward, tp times the size of the shard. It would also start the reduction
+    only after the gradients of both input and weight are computed. In bf16 TE's takes several times as much
+    time in Python, too.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,44 +45,48 @@ class TECommFreeColumnParallelLinear(TEColumnParallelLinear):
         _silence(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[s, b, input] -> [s, b, output/tp], its bias added, and None."""
+        """[s, b, input] -> [s, b, output/tp] with the bias added, and None: no bias is left to add."""
         if FP8GlobalStateManager.is_fp8_enabled():
             return fp8_linear(self, x), None
         bias = self.bias if self.use_bias else None
         return gemm(x, self.weight, bias, collectives_of(x), self.fuse_wgrad_accumulation), None
 
     def normalised(self, x: Tensor, norm: Any, gathered_by: Any) -> Tensor:
-        """norm(x), for this linear: in FP8 within an autocast to FP8.
+        """norm(x) as the input of this linear. It is in FP8 inside an autocast to FP8.
 
         Args:
             x: [s, b, h], or [s/tp, b, h] with sequence parallelism.
-            gathered_by: the ranks that will gather it; None for none.
+            norm: a module with RMSNorm's weight.
+            gathered_by: the process group that will gather it. None: it is not gathered.
+
+        Returns:
+            A tensor of `x`'s shape; in FP8, a placeholder.
         """
         if not FP8GlobalStateManager.is_fp8_enabled():
-            return norm(x)  # of an FP8 layer, but started in the layer before, which is in bf16
+            return norm(x)  # the previous layer, which is in bf16, starts this FP8 layer's input
         return normalised(self, x, norm, gathered_by)
 
 
 class TECommFreeRowParallelLinear(TERowParallelLinear):
-    """Row-parallel; the output is left partial."""
+    """A row-parallel linear. The output stays partial."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _silence(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[s, b, input/tp] -> [s, b, output] partial sums, and None."""
+        """[s, b, input/tp] -> [s, b, output] partial sums, and None: there is no bias."""
         if FP8GlobalStateManager.is_fp8_enabled():
             return fp8_linear(self, x), None
         return gemm(x, self.weight, None, None, self.fuse_wgrad_accumulation), None
 
     def output_gradient(self, grad: Tensor, gathered_by: Any) -> Tensor:
-        """A rank's part [s/tp, b, output] of the output's gradient, in FP8: a placeholder of it."""
+        """Quantises a rank's part [s/tp, b, output] of the output's gradient; returns a placeholder."""
         return output_gradient(self, grad, gathered_by)
 
 
 class TECommFreeBackend(TESpecProvider):
-    """Separate norm and linears: TE's fused norm + linear communicates inside itself."""
+    """Norm and linears as separate modules, because TE's fused norm + linear communicates inside itself."""
 
     def layer_norm(self, *_: Any, **__: Any) -> type:
         return RMSNorm

@@ -1,8 +1,9 @@
-"""A sub-module's linears in FP8: Transformer Engine's GEMMs and state, this project's collectives.
+"""A sub-module's linears in FP8, with Transformer Engine's GEMMs and state and this project's collectives.
 
-Transformer Engine's own autograd, without its communication, would keep the gathered input for backward
-under sequence parallelism, tp times the shard, and hand on the input's gradient only after the weight's
-is there (linear.py has the same for bf16). And it would be given bf16, gathered, and quantise that.
+Transformer Engine's own autograd function could be used with its communication turned off. But under
+sequence parallelism it would keep the gathered input for backward, tp times the size of the shard. It would
+pass on the input's gradient only after it has computed the weight's (linear.py avoids the same in bf16).
+And the input would have to be gathered in bf16 and quantised afterwards.
 """
 
 from typing import Any
@@ -37,18 +38,20 @@ from megatron_ladder.te.layers.quantised import quantised, set_usage
 
 
 def normalised(linear: Any, x: Tensor, norm: Any, gathered_by: dist.ProcessGroup | None) -> Tensor:
-    """What an FP8 `linear` reads: norm(x) in FP8.
+    """Computes norm(x) in FP8, as the input of an FP8 `linear`.
 
     Args:
+        linear: Transformer Engine's, with its communication turned off, inside an autocast to FP8.
         x: [s, b, h], or [s/tp, b, h] with sequence parallelism.
-        gathered_by: the ranks that will gather it; None for none.
+        norm: a module with RMSNorm's weight.
+        gathered_by: the process group that will gather it. None: it is not gathered.
 
     Returns:
-        A placeholder, of `x`'s shape.
+        A placeholder of `x`'s shape.
     """
     linear.init_fp8_metadata(num_gemms=1)
     quantizer = linear._get_quantizers(False, False, False)[0]
-    # With one scale a tensor, one for the ranks' parts together.
+    # Where a tensor has one scale, the parts of all ranks that are gathered get the same scale.
     set_quantizer_amax_reduction_group(quantizer, gathered_by)
     columns = torch.is_grad_enabled() and linear.weight.requires_grad
     set_usage(quantizer, columns=columns, gathered=gathered_by is not None)
@@ -56,10 +59,15 @@ def normalised(linear: Any, x: Tensor, norm: Any, gathered_by: dist.ProcessGroup
 
 
 def output_gradient(linear: Any, grad: Tensor, gathered_by: dist.ProcessGroup) -> Tensor:
-    """A rank's part [s/tp, b, h] of the gradient of `linear`'s output, in FP8, to be gathered.
+    """Quantises a rank's part of the gradient of `linear`'s output to FP8, before the ranks gather it.
+
+    Args:
+        linear: the sub-module's last linear.
+        grad: [s/tp, b, h].
+        gathered_by: the process group that will gather it.
 
     Returns:
-        A placeholder, of its shape.
+        A placeholder of `grad`'s shape.
     """
     quantizer = linear._get_quantizers(False, False, True)[5]
     set_quantizer_amax_reduction_group(quantizer, gathered_by)
@@ -68,16 +76,16 @@ def output_gradient(linear: Any, grad: Tensor, gathered_by: dist.ProcessGroup) -
 
 
 def fp8_linear(linear: Any, x: Tensor) -> Tensor:
-    """`linear` of `x`, which may be the placeholder of an FP8 tensor, and its output's gradient too.
+    """Runs `linear` in FP8. `x`, and in backward the output's gradient, may be placeholders of FP8 tensors.
 
-    The sum of the input's gradient over the ranks starts before the weight's gradient is computed.
+    Backward starts the sum of the input's gradient over the ranks before it computes the weight's gradient.
 
     Args:
-        linear: Transformer Engine's, silenced, within an autocast to FP8.
+        linear: Transformer Engine's, with its communication turned off, inside an autocast to FP8.
         x: [s, b, input].
 
     Returns:
-        [s, b, output], its bias added.
+        [s, b, output], with the bias added.
     """
     linear.prepare_forward(x, allow_non_contiguous=True)
     try:
@@ -89,7 +97,7 @@ def fp8_linear(linear: Any, x: Tensor) -> Tensor:
 
 
 class _Call:
-    """One call of a linear: what its forward and backward share besides tensors."""
+    """The state of one call of a linear, besides tensors, that its forward and backward share."""
 
     def __init__(self, linear: Any, x: Tensor) -> None:
         self.linear, self.collectives = linear, collectives_of(x)
@@ -102,25 +110,25 @@ class _Call:
         self.is_first_microbatch = linear.is_first_microbatch if caches else None
         recipe = manager.get_fp8_recipe()
         self.precise = {"fprop": _2X_ACC_FPROP, "dgrad": _2X_ACC_DGRAD, "wgrad": _2X_ACC_WGRAD}
-        for name in self.precise:  # delayed says nothing of it
+        for name in self.precise:  # the recipe for delayed scaling does not have these fields
             if (gemm := getattr(recipe, f"fp8_gemm_{name}", None)) is not None:
                 self.precise[name] = gemm.use_split_accumulator
 
     def in_fp8(self, x: Tensor, quantizer: Any, *, rows: bool = True, columns: bool = True) -> Any:
-        """Transformer Engine's tensor of `x`, which stands for one or is quantised here."""
+        """Transformer Engine's FP8 tensor: the one that `x` is a placeholder of, or `x` quantised."""
         fp8: Any = fp8_of(x)
         if fp8 is not None:
             return fp8.tensor
-        # The whole: nobody gathers it any more.
+        # `x` is whole here and is not gathered any more.
         set_quantizer_amax_reduction_group(quantizer, None)
         set_usage(quantizer, rows=rows, columns=columns)
         return quantizer(x.reshape(-1, x.size(-1)).contiguous())
 
     def quantised_weight(self) -> Any:
-        """Once for all micro-batches of a step."""
+        """The weight in FP8. It is quantised once for all micro-batches of a step, where TE caches it."""
         linear, weight = self.linear, self.linear.weight
         if not isinstance(weight, QuantizedTensor):
-            # The first forward of a recomputed sub-module records nothing, and backward needs both.
+            # The first forward of a recomputed sub-module records nothing, but backward needs both layouts.
             both = self.records or is_fp8_activation_recompute_enabled()
             self.weight.set_usage(rowwise=True, columnwise=both)
         cached = self.is_first_microbatch is not None
@@ -148,7 +156,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, call: _Call) -> Tensor:
         wgrad = call.records and ctx.needs_input_grad[1]
-        # Attention's output is kept in bf16 by attention: backward quantises that again.
+        # Attention keeps its output in bf16 for its own backward. So this linear does not keep a copy in
+        # FP8: its backward quantises the bf16 tensor again.
         original = (
             call.linear.save_original_input
             and fp8_of(x) is None
@@ -158,7 +167,7 @@ class _Linear(torch.autograd.Function):
         quantised_weight = call.quantised_weight()
         output = call.gemm("fprop", quantised_weight, fp8)
         ctx.call, ctx.shape = call, x.shape
-        # Not for a pass that records nothing: recomputation asks for itself, and for more.
+        # In a pass that records nothing this is not called: recomputation calls it with `for_forward`.
         ctx.gathers = (
             wgrad and call.collectives is not None and call.collectives.gather_input_again()
         )
@@ -187,18 +196,18 @@ class _Linear(torch.autograd.Function):
         if not wgrad:
             return dgrad, None, None
         if ctx.gathers:
-            # In bf16 behind a layer in bf16, which started the gathering.
+            # This is bf16 when the previous layer, which started the first all-gather, is in bf16.
             x = collectives.wait_input_again()
         if type(x) is Tensor:
             x = call.in_fp8(x, call.input, rows=False)
-        # Their rows have been read, or were written because the kernel must.
+        # The rows of both have been read, or the kernel had to write them although nothing reads them.
         for operand in (x, grad):
             operand.update_usage(rowwise_usage=False, columnwise_usage=True)
         return dgrad, _weight_gradient(call, x, grad), None
 
 
 def _weight_gradient(call: _Call, x: Any, grad: Any) -> Tensor:
-    """grad^T x; added to DDP's gradient buffer by the GEMM itself where there is one."""
+    """grad^T x. The GEMM itself adds it to DDP's gradient buffer, where there is one."""
     weight = call.linear.weight
     if not call.linear.fuse_wgrad_accumulation or not hasattr(weight, "main_grad"):
         return call.gemm("wgrad", x, grad, layout="NT", grad=True)
@@ -210,5 +219,5 @@ def _weight_gradient(call: _Call, x: Any, grad: Any) -> Tensor:
         out_dtype=weight.main_grad.dtype,
         accumulate=not call.is_first_microbatch,
     )
-    weight.grad_added_to_main_grad = True  # DDP adds nothing then
+    weight.grad_added_to_main_grad = True  # so DDP adds nothing
     return get_dummy_wgrad(list(weight.shape), weight.dtype)

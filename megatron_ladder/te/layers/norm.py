@@ -1,7 +1,7 @@
-"""RMSNorm by Transformer Engine's kernels, which write bf16 or FP8.
+"""RMSNorm with Transformer Engine's kernels, which write bf16 or FP8.
 
-Its module gives each call to a fuser of operations, whose Python takes longer than all the rest of a
-sub-module's; its linears, which have their norm in them, do not.
+Transformer Engine's own RMSNorm module passes each call to its operation fuser. The fuser takes more time
+in Python than the rest of a sub-module. (Transformer Engine's linears with a fused norm do not use it.)
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from megatron_ladder.te.layers.quantised import Quantised
 
 
 class RMSNorm(TERMSNorm):
-    """Transformer Engine's, with the constructor that megatron-core's layer specs call."""
+    """Transformer Engine's RMSNorm with the arguments that megatron-core's layer specs pass."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(
@@ -34,15 +34,15 @@ class RMSNorm(TERMSNorm):
 
 
 def quantised_norm(x: Tensor, norm: Any, quantizer: Any) -> Tensor:
-    """RMSNorm of `x` [s, b, h] that writes FP8 numbers alone: a placeholder of them."""
+    """RMSNorm of `x` [s, b, h] that writes its output in FP8 only. Returns a placeholder of that output."""
     made: list[Any] = []
-    records = torch.is_grad_enabled()  # not within an autograd function's forward
+    records = torch.is_grad_enabled()  # always False in the forward of an autograd function
     x = _Norm.apply(x, norm.weight, norm, quantizer, records, made)
     return standing_for(x, Quantised(made[0], quantizer))
 
 
 class _Norm(torch.autograd.Function):
-    """In FP8, where there is a quantizer, what is made goes beside autograd, in `made`."""
+    """RMSNorm. With a quantizer its FP8 output does not pass through autograd: it is appended to `made`."""
 
     @staticmethod
     def forward(
@@ -61,8 +61,8 @@ class _Norm(torch.autograd.Function):
             norm.zero_centered_gamma,
         )
         ctx.norm = norm
-        # The model's first norm is its first FP8 module, and the last to run backward, which finds
-        # delayed scaling's next scales of gradients. TE's norm does so too.
+        # The model's first norm is its first FP8 module, and its backward runs last. With delayed scaling
+        # that backward computes the scales of gradients for the next step, as in TE's own norm.
         ctx.finds_scales = records and manager.is_first_fp8_module()
         ctx.save_for_backward(flat, rstdev, weight)
         if quantizer is None:

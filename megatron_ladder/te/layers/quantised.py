@@ -1,7 +1,8 @@
-"""FP8 tensors between a sub-module and its neighbours: what is gathered under sequence parallelism.
+"""The FP8 tensors that the ranks gather under sequence parallelism.
 
-Forward, the input of a sub-module's first linear: the norm writes it in FP8. Backward, the gradient of its
-last linear's output. Transformer Engine's layers do both, with communication of their own.
+In forward this is the input of a sub-module's first linear: the norm writes it in FP8. In backward it is
+the gradient of the output of its last linear. Transformer Engine's own layers gather both in FP8 too,
+with their own communication.
 """
 
 from typing import Any
@@ -16,12 +17,12 @@ from megatron_ladder.collectives.points import used_here
 
 
 class Quantised:
-    """[tokens, width] in FP8, of one rank or gathered; a placeholder.Fp8.
+    """An FP8 tensor [tokens, width], of one rank or gathered. It implements placeholder.Fp8.
 
     Args:
-        tensor: Transformer Engine's, with the layouts that its GEMMs read.
-        quantizer: what made it.
-        work: what brings it together.
+        tensor: Transformer Engine's tensor, with the layouts that its GEMMs read.
+        quantizer: the quantizer that made it.
+        work: the handle of the all-gather, or None.
     """
 
     def __init__(self, tensor: Any, quantizer: Any, work: Any = None) -> None:
@@ -37,12 +38,13 @@ class Quantised:
         return Quantised(whole, self.quantizer, work), work or _Done()
 
     def keep(self, *, rows: bool) -> None:
-        # Of rows with one scale columns are made when a GEMM asks for them.
+        # With one scale per tensor, a GEMM makes the columns from the rows when it needs them.
         one_scale = has_one_scale(self.quantizer)
         self.tensor.update_usage(rowwise_usage=rows or one_scale, columnwise_usage=not one_scale)
 
     def used_here(self) -> None:
-        # Waiting puts blocks' scales in order, which came in buffers of the gathering's stream.
+        # With one scale per block, the wait reorders the scales. They were received in buffers that were
+        # made on the stream of the all-gather.
         buffers = getattr(self._work, "post_process_function_args", None) or ()
         for part in (*vars(self.tensor).values(), *buffers):
             if isinstance(part, Tensor):
@@ -51,37 +53,43 @@ class Quantised:
 
 
 class _Done:
-    """Where blocks of 128 tokens are cut by ranks, what is gathered is bf16, and at once."""
+    """A handle with nothing to wait for.
+
+    When blocks of 128 tokens are split over ranks, Transformer Engine gathers in bf16, and the gather is
+    complete at once.
+    """
 
     def wait(self) -> None:
         pass
 
 
 def has_one_scale(quantizer: Any) -> bool:
-    """Whether a tensor gets one scale (delayed, tensorwise). Its columns are then its rows, transposed."""
+    """Whether a tensor gets one scale (delayed, tensorwise). Then its columns are its rows, transposed."""
     return isinstance(quantizer, Float8Quantizer | Float8CurrentScalingQuantizer)
 
 
 def set_usage(
     quantizer: Any, *, rows: bool = True, columns: bool = True, gathered: bool = False
 ) -> None:
-    """Sets what `quantizer` writes, so that what is going to be read is there or can be made of it.
+    """Sets the layouts that `quantizer` writes: those that will be read, or from which they can be made.
 
-    With one scale a tensor the kernel writes no columns without rows, and ranks gather rows alone, of which
-    the GEMM's operand makes its columns. With scales of blocks neither can be made of the other.
+    With one scale per tensor the kernel cannot write columns without rows. Then ranks gather the rows
+    alone, and the gathered tensor makes its columns from them. With one scale per block no layout can be
+    made from the other.
 
     Args:
-        rows: are read, by GEMMs that sum over the width.
-        columns: are read, by the GEMM that sums over tokens.
-        gathered: it is a part that ranks are going to gather, or what they gather.
+        quantizer: Transformer Engine's.
+        rows: GEMMs that sum over the width will read the rows.
+        columns: the GEMM that sums over tokens will read the columns.
+        gathered: the tensor is one rank's part that will be gathered, or the gathered tensor.
     """
     if has_one_scale(quantizer):
         rows, columns = True, columns and not gathered
     quantizer.set_usage(rowwise=rows, columnwise=columns)
-    quantizer.optimize_for_gemm = not gathered  # gathered scales are put together in tokens' order
+    quantizer.optimize_for_gemm = not gathered  # gathered scales are joined in token order
 
 
 def quantised(x: Tensor, quantizer: Any) -> Tensor:
-    """A placeholder of `x` [s, b, width] in FP8."""
+    """Quantises `x` [s, b, width] to FP8. Returns a placeholder of the FP8 tensor, of `x`'s shape."""
     fp8 = Quantised(quantizer(x.reshape(-1, x.size(-1)).contiguous()), quantizer)
     return standing_for(placeholder(x, *x.shape), fp8)

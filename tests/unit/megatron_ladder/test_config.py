@@ -39,7 +39,7 @@ def test_each_layer_has_its_residual_kind(residual, ladder_layers, kinds) -> Non
         ({"num_layers": 0}, "model.num_layers is 0"),
         ({"num_query_groups": 0}, "model.num_query_groups is 0"),
         ({"hidden_size": 66}, "model.hidden_size 66 is not a multiple"),
-        ({"hidden_size": 12}, "RoPE needs them even"),
+        ({"hidden_size": 12}, "RoPE needs an even number"),
         ({"num_query_groups": 3}, "not a multiple of model.num_query_groups 3"),
         ({"residual": "stale"}, "choose one of standard, ladder, parallel"),
         ({"ladder_layers": 5}, "0 to 4"),
@@ -91,7 +91,7 @@ def test_layouts_not_supported_yet_are_refused() -> None:
         (
             {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 8},
             8,
-            "8 layers first and even last",
+            r"\(first stage: 8, last stage: even\)",
         ),
         (
             {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 4},

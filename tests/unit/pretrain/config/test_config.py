@@ -84,12 +84,15 @@ def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
     ("options", "message"),
     [
         ("--schedule.train-steps 10 --schedule.train-tokens 10", "are both set"),
-        ("--schedule.train-steps 10 --schedule.warmup-steps 10", "warm-up takes 10 of 10 steps"),
+        (
+            "--schedule.train-steps 10 --schedule.warmup-steps 10",
+            "warm-up takes 10 steps, the whole run 10",
+        ),
         ("--data.seq-length 4096", "longer than model.max_position_embeddings"),
         ("--micro-batch-size 0", "micro_batch_size is 0"),
         ("--data.seq-length 0", "data.seq_length is 0"),
         ("--optimizer.lr -1", "optimizer.lr is -1.0: it must be at least 0"),
-        ("--schedule.min-lr-fraction 2", "shares from 0 to 1"),
+        ("--schedule.min-lr-fraction 2", "min_lr_fraction from 0 to 1"),
         ("--model.residual parallel --model.ladder-layers 2", "model.residual is parallel"),
         ("--parallel.context-parallel-size 2", "not supported yet"),
         ("--parallel.virtual-pipeline-model-parallel-size 2", "there are no stages to divide"),
@@ -98,7 +101,7 @@ def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
             "data.seq_length 63 is not divisible",
         ),
         ("--model.hidden-dropout 1", "a share from 0 up to 1"),
-        ("--adapt.gradual-steps 3", "change a model that exists: give --init-from RUN"),
+        ("--adapt.gradual-steps 3", "need a model to start from: give --init-from RUN"),
         ("--model.num-layrs 4", "--model.num-layers"),  # the suggestion
         ("--precision fp8", "fp32"),
         ("--model.num-layers many", "num-layers"),
@@ -130,9 +133,9 @@ def test_interleaved_stages_need_micro_batches_in_groups() -> None:
 
 def test_adapting_needs_a_model_that_exists() -> None:
     for preset in ("adapt", "adapt-control"):
-        with pytest.raises(UserError, match=f"--preset {preset} trains a model that exists"):
+        with pytest.raises(UserError, match=f"--preset {preset} starts from the weights"):
             parse_train(["--preset", preset])
-    with pytest.raises(UserError, match="auto:2 chooses among the layers of a model that exists"):
+    with pytest.raises(UserError, match="auto:2 chooses among the layers of an existing model"):
         parse_train(["--preset", "debug", "--ladder-layers", "auto:2"])
 
 
@@ -148,8 +151,11 @@ def test_ladder_layers_of_a_new_model() -> None:
     [
         (AdaptConfig(gradual_steps=-1), "gradual_steps is -1"),
         (AdaptConfig(gradual_steps=21), "more than the run's 20"),
-        (AdaptConfig(distillation_weight=1.5), "distillation_weight 1.5 is a share"),
-        (AdaptConfig(distillation_temperature=0), "distillation_temperature 0 is above 0"),
+        (
+            AdaptConfig(distillation_weight=1.5),
+            r"distillation_weight must be from 0 to 1 \(it is 1.5\)",
+        ),
+        (AdaptConfig(distillation_temperature=0), r"distillation_temperature above 0 \(it is 0\)"),
     ],
 )
 def test_bad_adaptation(adapt: AdaptConfig, said: str) -> None:
@@ -170,7 +176,7 @@ def test_an_unknown_preset_is_named_with_what_is_near() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "does not exist"), ("{", "is not JSON"), ("[]", "holds no object")],
+    [(None, "does not exist"), ("{", "is not JSON"), ("[]", "must hold one JSON object")],
 )
 def test_a_file_that_is_no_configuration_is_refused(text, message, tmp_path: Path) -> None:
     file = tmp_path / "config.json"

@@ -169,12 +169,21 @@ def test_an_index_that_disagrees_with_the_files(model: Path, refused) -> None:
     index = model / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": right | {"model.extra.weight": "a.safetensors"}}))
     said = refused()
-    assert f"a.safetensors has model.extra.weight by {index}, but not by {model}/a.safe" in said
+    assert (
+        f"a.safetensors has model.extra.weight according to {index}, but not according to {model}/a.safe"
+        in said
+    )
     index.write_text(json.dumps({"weight_map": {k: v for k, v in right.items() if k != names[9]}}))
     said = refused()
-    assert f"b.safetensors has {names[9]} by {model}/b.safetensors, but not by {index}" in said
+    assert (
+        f"b.safetensors has {names[9]} according to {model}/b.safetensors, but not according to {index}"
+        in said
+    )
     index.write_text(json.dumps({"weight_map": right | {names[0]: "b.safetensors"}}))
-    assert f"a.safetensors has {names[0]} by {model}/a.safetensors, but not by {index}" in refused()
+    assert (
+        f"a.safetensors has {names[0]} according to {model}/a.safetensors, but not according to {index}"
+        in refused()
+    )
 
 
 def test_folders_that_are_no_models(model: Path, tmp_path: Path, refused) -> None:

@@ -255,15 +255,15 @@ def test_index_files_are_made_again_for_another_plan(paths) -> None:
             [Phase(STEP, (1.0, 1.0))],
             r"phases\[0\]\.weights has 2 values, 1.0 1.0, for 3 data.paths",
         ),
-        ([Phase(STEP, (0.0, 0.0, 0.0))], "weights are 0 or more, and not all of them 0"),
-        ([Phase(STEP, (1.0, -1.0, 0.0))], "weights are 0 or more"),
+        ([Phase(STEP, (0.0, 0.0, 0.0))], "weights must be 0 or more, and not all of them 0"),
+        ([Phase(STEP, (1.0, -1.0, 0.0))], "weights must be 0 or more"),
         ([Phase(STEP, (1.0, float("nan"), 0.0))], "nan"),
         ([Phase(STEP, (1.0, "x", 0.0))], "has 3 values, 1.0 x 0.0, for 3"),
         ([Phase(0, (1.0, 1.0, 1.0))], "from_tokens is 0: give a whole number of tokens, 1 or more"),
         ([Phase(1.5, (1.0, 1.0, 1.0))], "from_tokens is 1.5: give a whole number"),
         ([Phase(2 * STEP, (1.0,) * 3), Phase(STEP, (1.0,) * 3)], r"phases\[1\].* at step 2, and"),
         ([Phase(9, (1.0,) * 3), Phase(10, (1.0,) * 3)], r"at least one step \(512 tokens\)"),
-        ([Phase(STEPS * STEP, (1.0,) * 3)], "at step 21, after the run's end: it has 20 steps"),
+        ([Phase(STEPS * STEP, (1.0,) * 3)], "at step 21, after the end of the run, which has 20"),
     ],
 )
 def test_phases_that_mean_nothing_are_refused(paths, phases, message) -> None:
@@ -322,16 +322,16 @@ def test_what_was_trained_on_may_not(stopped, paths, tmp_path: Path) -> None:
     ):
         resume(stopped, phases=(replace(first, from_tokens=5 * STEP), second))
     with refused(
-        match="now say 3 1 0 from step 1 on; 1 1 0 from step 7 on: a blend may change only"
+        match="now say 3 1 0 from step 1 on; 1 1 0 from step 7 on. A blend may change only"
     ):
         resume(stopped, phases=(replace(first, weights=(1.0, 1.0, 0.0)), second))
     with refused(match="now say 3 1 0 from step 1 on; 1 2 0 from step 7 on; 0 1 3 from step 10 on"):
         resume(stopped, phases=(first, replace(second, from_tokens=9 * STEP)))
     with refused(match="now say 2 1 0 from step 1 on"):
         resume(stopped, weights=(2.0, 1.0, 0.0))
-    with refused(match="keep them first and in their order"):
+    with refused(match="give these first and in this order"):
         resume(stopped, paths=paths[::-1])
-    with refused(match="keep them first"):
+    with refused(match="give these first"):
         resume(stopped, paths=paths[:2], weights=(3.0, 1.0), phases=())
 
 

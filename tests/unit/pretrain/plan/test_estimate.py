@@ -90,10 +90,10 @@ def test_units_are_named_and_what_does_not_fit_is_said() -> None:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({}, {"mfu": 40.0}, "MFU of 40.0: it is a share"),
-        ({}, {"time_limit_s": 400.0}, r"a job of 0\.1 h trains nothing: start-up takes 180 s"),
+        ({}, {"mfu": 40.0}, "MFU of 40.0: it must be above 0"),
+        ({}, {"time_limit_s": 400.0}, r"a job of 0\.1 h is too short: start-up takes 180 s"),
         ({}, {"ranks": 63}, "not a multiple of micro_batch_size 8 x data-parallel size 63"),
-        ({"precision": "fp32"}, {}, "not ladder in fp32: state an MFU"),
+        ({"precision": "fp32"}, {}, "not ladder in fp32: give an MFU"),
         ({"model": replace(CONFIG.model, residual="desync")}, {}, "not desync in bf16"),
         ({"model": replace(CONFIG.model, vocab_size=None)}, {}, "needs model.vocab_size"),
     ],
