@@ -125,7 +125,7 @@ def _check_folder(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} does not exist: give a folder made by `megatron-ladder export`")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        exported = config["model_type"] in ("ladder", "llama", "qwen2", "qwen3")
+        exported = config["model_type"] in ("ladder", "llama", "mistral", "qwen2", "qwen3")
     except (OSError, ValueError, KeyError):
         exported = False
     if not exported or not any((folder / name).is_file() for name in _WEIGHTS):

@@ -14,7 +14,7 @@ GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, and how many. Raises UserError when a value is out of range."""
+    """How tokens are chosen, and how many at most. Raises UserError when a value is out of range."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -68,19 +68,19 @@ class Request:
 
     @property
     def most_tokens(self) -> int:
-        """The prompt's tokens and the most that may follow."""
+        """The largest number of tokens that the request may have: the prompt's, and max_new_tokens."""
         return len(self.prompt_ids) + self.sampling.max_new_tokens
 
 
 @dataclass(frozen=True)
 class Output:
-    """The tokens that a step has added to a request."""
+    """The tokens that one step has added to a request."""
 
     id: int
     new_ids: tuple[int, ...]
-    """Without the token that ends the text."""
+    """The new tokens, without the token that ends the text."""
     finish_reason: Literal["stop", "length"] | None = None
-    """stop: a token has ended the text. length: it has its max_new_tokens. None: it goes on."""
+    """stop: a token has ended the text. length: max_new_tokens are generated. None: not finished."""
 
 
 def check_text(text: str) -> None:
@@ -97,7 +97,7 @@ def check_text(text: str) -> None:
 def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
     """Raises UserError when the model does not have one of these tokens."""
     if wrong := [i for i in ids if not 0 <= i < vocab_size]:
-        raise UserError(f"{name} holds the token {wrong[0]}: ids are 0 to {vocab_size - 1}")
+        raise UserError(f"{name} contains token id {wrong[0]}: ids go from 0 to {vocab_size - 1}")
 
 
 def check_prompt(request: Request, model: ModelConfig) -> None:

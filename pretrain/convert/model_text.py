@@ -78,10 +78,10 @@ def begin_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def load_tokenizer(file: Path) -> Tokenizer:
-    """A tokenizer.json, or a SentencePiece .model as the same kind of object.
+    """Loads a tokenizer.json, or a SentencePiece .model, as a `Tokenizer`.
 
     Raises:
-        UserError: it is neither.
+        UserError: the file is neither.
     """
     try:
         if file.suffix == ".json":
@@ -91,9 +91,12 @@ def load_tokenizer(file: Path) -> Tokenizer:
             return tokenizer
         proto = ModelProto.FromString(file.read_bytes())
     except Exception as error:  # tokenizers and protobuf raise nothing narrower
-        raise UserError(f"{file} is no tokenizer that can be read: {error}") from error
+        raise UserError(
+            f"{file} cannot be read as a tokenizer.json or a SentencePiece model: {error}"
+        ) from error
     tokenizer = sentencepiece_to_tokenizers(proto)
-    tokenizer.encode_special_tokens = True  # SentencePiece: text that spells "</s>" is text
+    # As in SentencePiece, the characters "</s>" in a text are text, not the special token.
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

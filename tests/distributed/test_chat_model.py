@@ -151,7 +151,7 @@ def test_fields_of_other_servers(client: openai.OpenAI, oracle: Oracle) -> None:
         ({"logprobs": True}, "logprobs is not supported"),
         ({"frequency_penalty": 0.1}, "frequency_penalty is not supported"),
         ({"max_token": 3}, "max_token is not supported"),
-        ({"stop_token_ids": [10**6]}, "stop_token_ids holds the token 1000000"),
+        ({"stop_token_ids": [10**6]}, "stop_token_ids contains token id 1000000"),
         ({"stop_token_ids": ["x"]}, "stop_token_ids.0"),
         ({"min_tokens": 30, "max_tokens": 20}, "min_tokens is 30"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0.0: it is 0.01 to 100"),

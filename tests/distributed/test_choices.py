@@ -130,9 +130,9 @@ def odd_values(model: ModelConfig, folder: Path) -> None:
     )
     assert len(static[0]) == 4
     engine = DynamicEngine(gpt, model, end_ids=())
-    with pytest.raises(UserError, match=f"prompt holds the token {VOCAB}"):
+    with pytest.raises(UserError, match=f"prompt contains token id {VOCAB}"):
         engine.add(Request(0, (1, VOCAB), Sampling(1)))
-    with pytest.raises(UserError, match="stop_token_ids holds the token -1"):
+    with pytest.raises(UserError, match="stop_token_ids contains token id -1"):
         engine.add(Request(0, (1,), Sampling(1, stop_ids=(-1,))))
 
 

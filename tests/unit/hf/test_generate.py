@@ -1,6 +1,8 @@
 """Generation from an exported folder."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -126,3 +128,15 @@ def test_a_temperature_that_is_almost_0_is_0(folder):
 def test_text_that_is_none(folder):
     with pytest.raises(UserError, match=r"no Unicode text: it holds '\\udcff' at character 1"):
         generate_text(folder, ["a\udcff"], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("pad", [None, -1, 10**6, 5])
+def test_any_token_fills_what_is_masked(folder, tmp_path, pad):
+    """Folders of others have no token to pad with, one that does not exist, or one that is text."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((copy / name).read_text()) | {"pad_token_id": pad}
+        (copy / name).write_text(json.dumps(fields))
+    assert generate_text(copy, PROMPTS, max_new_tokens=6) == generate_text(
+        folder, PROMPTS, max_new_tokens=6
+    )

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.tokenizer import write_tokenizer
+from pretrain import cli
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import DataConfig
 from pretrain.convert.model_text import text_of_run
@@ -18,6 +19,8 @@ from pretrain.data.fim import FillInTheMiddle
 from pretrain.data.folders import DataFolder, keep_facts, kept_facts, open_folder
 from pretrain.data.sample import check_tokenizer
 from pretrain.evaluation.documents import Texts, open_split
+from pretrain.start import initial
+from pretrain.start.initial import check_initial, initial_model
 from pretrain.start.past import check_same_data
 from tests import chat_models
 from tests.data_sets import write_data_set
@@ -133,3 +136,23 @@ def test_fill_in_the_middle_leaves_it_first() -> None:
         assert sorted(changed) == sorted([*text, -1, -2, -3])
         (middle,) = Sequences._filled_in(own, idx, [text[5:15]], [(0, 5, 10)])  # type: ignore[arg-type]
         assert middle[0] < 0
+
+
+def test_training_warns_of_texts_that_begin_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An imported model whose tokenizer puts BOS before a text, and data without it."""
+    model = chat_models.write_chat_model(tmp_path / "model")
+    assert cli.main(["import", str(model), str(tmp_path / "base")]) == 0
+    theirs = initial_model(tmp_path / "base")
+    config = replace(PRESETS["debug"](), model=theirs, init_from=tmp_path / "base")
+    file = model / "tokenizer.json"
+    plain, begun = (
+        data_set(tmp_path / name, file, bos, 301) for name, bos in (("plain", None), ("begun", 300))
+    )
+    said: list[str] = []
+    monkeypatch.setattr(initial.logger, "warning", lambda text, *of: said.append(text % of))
+    check_initial(config, [begun])
+    assert not said
+    check_initial(config, [plain])
+    assert "begin with the token 300" in said[0] and said[0].endswith("with --add-bos")
