@@ -55,13 +55,28 @@ def split(*patterns: str) -> dict[str, Any]:
 
 def tokenizers() -> list[dict[str, Any]]:
     """One for each way to cut text that gigatoken knows, with the normalizer that models use it with."""
-    gpt_2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    gpt_2 = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     byte_level = [gpt_2, *map(split, PATTERNS.values()), split(*DEEPSEEK)]
     with_nfc = [split(PATTERNS[name]) for name in ("Qwen 2 and 3", "Qwen 3.5")]
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     llama_2 = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space]}
-    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
-    gemma = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    metaspace = {
+        "type": "Metaspace",
+        "replacement": "\u2581",
+        "prepend_scheme": "first",
+        "split": False,
+    }
+    gemma = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
     with_bytes = [(llama_2, None), (None, metaspace), (space, gemma), (space, None)]
     model: dict[str, Any] = {"type": "BPE", "fuse_unk": False}
     return [
@@ -69,7 +84,11 @@ def tokenizers() -> list[dict[str, Any]]:
         for normalizer, cuts in ((None, byte_level), ({"type": "NFC"}, with_nfc))
         for cut in cuts
     ] + [
-        {"normalizer": n, "pre_tokenizer": p, "model": {**model, "byte_fallback": True, "fuse_unk": True}}
+        {
+            "normalizer": n,
+            "pre_tokenizer": p,
+            "model": {**model, "byte_fallback": True, "fuse_unk": True},
+        }
         for n, p in with_bytes
     ]
 

@@ -1,7 +1,7 @@
 """Characters that the fast engine reads otherwise than the reference: texts with one go to the reference.
 
-gigatoken and tokenizers have tables of different versions of Unicode. Which characters that concerns depends
-on their versions, the normalizer and the pre-tokenizer. characters.json has it for the usual ones
+gigatoken and tokenizers have tables of different versions of Unicode. Which characters that concerns
+depends on their versions, the normalizer and the pre-tokenizer. characters.json has it for the usual ones
 (`python scripts/characters.py` writes it); otherwise all characters are compared.
 """
 

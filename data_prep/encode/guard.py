@@ -1,9 +1,9 @@
 """Checks that the fast engine gives the reference's ids, before it is used.
 
 characters.py knows in which characters the two differ: texts that hold one go to the reference. Then both
-engines encode some hundred of the documents that are about to be tokenized, and two thousand made-up strings
-of the tokenizer's own pieces, white space, control characters and all of Unicode. Where they still differ,
-the reference does all the work.
+engines encode some hundred of the documents that are about to be tokenized, and two thousand made-up
+strings of the tokenizer's own pieces, white space, control characters and all of Unicode. Where they still
+differ, the reference does all the work.
 """
 
 import json
@@ -42,7 +42,7 @@ class Verdict:
     """The reference engine takes the texts that hold one of these strings: the fast one differs there."""
     report: str
     """A line to print: what was found."""
-    source: FastSource = FastSource(b"")
+    source: FastSource | None = None
     """The tokenizer as FastEngine takes it."""
     characters: str = ""
     """The reference engine takes the texts that hold one of these characters too."""

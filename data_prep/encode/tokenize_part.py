@@ -125,6 +125,7 @@ def make_engine(job: Job) -> Engine:
     reference = LazyReference(Path(job.tokenizer), job.eod_token)
     if not job.engine.fast:
         return reference.engine()
+    assert job.engine.source is not None
     return FastEngine(job.engine.source, job.engine.routed, reference, job.engine.characters)
 
 

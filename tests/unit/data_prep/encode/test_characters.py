@@ -37,10 +37,11 @@ SENTENCEPIECE: dict[str, dict[str, object]] = {
     "stripped": {"normalization_rule_name": "identity"},
     "as it is": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
 }
-# Unicode 17's letters and digits; marks, those of newer versions too; the parts of Hangul; what NFC and NFKC
-# change; joiners; white space; long s, which the patterns' (?i:'s) takes.
+# Unicode 17's letters and digits; marks, those of newer versions too; the parts of Hangul; what NFC and
+# NFKC change; joiners; white space; long s, which the patterns' (?i:'s) takes.
 ODD = (
-    "\U00011dd4\U00018dcb\U00033479\U00011de0\u088f\u0301\u0323\u0334\u0345\u1ac6\U0001e6e3\U000105d2\u0307"
+    "\U00011dd4\U00018dcb\U00033479\U00011de0\u088f\u0301\u0323\u0334\u0345"
+    "\u1ac6\U0001e6e3\U000105d2\u0307"
     "\u1100\u1161\u11a8\u1e9b\ufb01\u2126\u212b\u09af\u09bc\u09df\u200d\u200c\u3000\u0085\u00a0\u2581\u017f"
     "aA1 .'\r\n\t"
 )
@@ -137,7 +138,9 @@ def test_every_assigned_character_has_the_same_ids(engines, name: str) -> None:
     assert len(routed) < 6000
 
 
-def test_the_documents_with_such_a_character_alone_go_to_the_reference(engines, monkeypatch) -> None:
+def test_the_documents_with_such_a_character_alone_go_to_the_reference(
+    engines, monkeypatch
+) -> None:
     verdict, _, fast = engines["llama-3"]
     assert "\U00011dd4" in verdict.characters and "\U00018dcb" in verdict.characters
     assert f"one of {len(verdict.characters):,} rare characters" in verdict.report
