@@ -72,6 +72,13 @@ def pieces_of(values: Sequence[Any], chat: Chat) -> tuple[Pieces, str | None]:
     return ([], problem) if problem is not None else (_without_end(pieces, chat.eod_text), None)
 
 
+def without_nulls(value: Any) -> Any:
+    """A row's value as JSON lines would have it: in a table each object has the keys of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(v) for key, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
 def _prepared(message: Any, template: "Template") -> tuple["Message", str | None]:
     """A message as templates take it, and None; or why there is none. As in transformers, a key that is
     null is a key that is not there."""
@@ -79,7 +86,7 @@ def _prepared(message: Any, template: "Template") -> tuple["Message", str | None
         return {}, "a message that is no object"
     message = {key: value for key, value in message.items() if value is not None}
     if not isinstance(message.get("role"), str):
-        return {}, "a message without role or content"
+        return {}, f"a message without role or content: it has {', '.join(map(str, message))}"
     if "content" not in message:
         if not any(message.get(key) for key in INSTEAD_OF_CONTENT):
             return {}, "a message without role or content, or with content that is null"

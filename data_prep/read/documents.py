@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from data_prep.read.chat import without_nulls
 from data_prep.read.json_lines import read_json_lines
 from data_prep.read.parquet import read_rows
 from data_prep.read.plain_text import read_plain_text
@@ -49,6 +50,8 @@ def _rows(
         texts = []
         for row in batch:
             number += 1
+            if reading.chat:
+                row = {key: without_nulls(value) for key, value in row.items()}
             text, problem = text_of(row, reading)
             if problem is None and len(text) > reading.max_document_bytes:
                 problem = f"longer than --max-document-bytes {reading.max_document_bytes:,}"

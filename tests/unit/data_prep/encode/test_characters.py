@@ -3,6 +3,7 @@
 import json
 import random
 import runpy
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,22 @@ def test_every_assigned_character_has_the_same_ids(engines, name: str) -> None:
     routed = [chr(c) for c in codes if not fast.takes(chr(c))]
     assert same(lazy, fast, [f"a{c}a" for c in routed])
     assert len(routed) < 6000
+
+
+@pytest.mark.parametrize("name", ["nmt_nfkc", "nfkc_cf"])
+def test_decomposed_text_is_composed_as_sentencepiece_does_it(engines, name: str) -> None:
+    """Graphemes of six bytes and more, which gigatoken and tokenizers look up character by character."""
+    _, lazy, fast = engines[name]
+    texts = [
+        unicodedata.normalize("NFD", text)
+        for text in ("각", "Ầ", "プが", "ญี่ปุ่น", "क़ी", "ἐνθάδ\u1fbd ἵξομαι")
+    ]
+    assert same(lazy, fast, texts) and all(fast.takes(text) for text in texts)
+    # It is the same text as the composed one.
+    assert (
+        same(lazy, fast, ["각"])
+        and fast.encode([texts[0]])[0].tolist() == fast.encode(["각"])[0].tolist()
+    )
 
 
 def test_the_documents_with_such_a_character_alone_go_to_the_reference(

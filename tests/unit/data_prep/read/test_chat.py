@@ -291,6 +291,38 @@ def test_what_is_trained_on_is_what_the_template_marks(
     assert mask[-1] == mask[-2]
 
 
+def test_a_conversation_that_begins_with_the_assistant(tmp_path) -> None:
+    """transformers' mask goes on to the end where a marked text ends in the first token."""
+    talk = [{"role": "assistant", "content": "A"}, {"role": "user", "content": "and B"}]
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ '<|im_start|>' + m.content }}{% endif %}{% endfor %}"
+    )
+    pieces, _ = pieces_of([talk], chat_of(template, tmp_path))
+    assert pieces == [("A", True), ("<|im_start|>and B", False)]
+
+
+def test_rows_of_tables_are_read_as_json_lines(chat_tokenizer, tmp_path) -> None:
+    """In a table all calls have the arguments of all tools, and null for those of others."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    talks = []
+    for arguments in ({"town": "Graz"}, {"from": "EUR", "to": "USD"}):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        talks.append({"messages": [TALK[0], TALK[1], {"role": "assistant", "tool_calls": [call]}]})
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    lines.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    pq.write_table(pa.Table.from_pylist(talks), table)
+    template = tmp_path / "t.jinja"
+    template.write_text(TOOLS)
+    argv = ["--chat-field", "messages", "--chat-template", str(template)]
+    for file in (lines, table):
+        run(file, chat_tokenizer, tmp_path / file.suffix, *argv)
+    ids = [(tmp_path / end / "train.bin").read_bytes() for end in (".jsonl", ".parquet")]
+    assert ids[0] == ids[1]
+
+
 def test_marks_inside_what_a_template_keeps(tmp_path) -> None:
     """In a macro or in a variable, where transformers counts from the wrong place."""
     template = (
@@ -330,6 +362,7 @@ def test_messages_that_cannot_be_used(tmp_path) -> None:
         ([{"role": "user", "content": 4}, said], "neither text nor a list of parts"),
         ([{"role": None, "content": "x"}, said], "without role"),
         (["Hi", said], "no object"),
+        ([{"from": "human", "value": "x"}, said], "content: it has from, value"),
     ):
         for template in (LLAMA, PRINTS, PARTS):
             assert why in str(pieces_of([messages], chat_of(template, tmp_path))[1])
