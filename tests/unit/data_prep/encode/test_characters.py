@@ -119,11 +119,26 @@ def test_any_text_has_the_same_ids(engines, name: str, texts: list[str]) -> None
     assert same(lazy, fast, texts)
 
 
+# Blocks of thousands: Chinese characters, Hangul's syllables, private use and the like.
+ALIKE = (
+    range(0x3400, 0xA000),
+    range(0xAC00, 0xD7A4),
+    range(0x17000, 0x18D00),
+    range(0x20000, 0x323B0),
+)
+
+
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*BYTE_LEVEL, *SENTENCEPIECE])
-def test_every_assigned_character_has_the_same_ids(engines, name: str) -> None:
+def test_every_assigned_character_has_the_same_ids(engines, name: str, step: int) -> None:
+    """Of blocks whose characters are all alike, every 97th."""
     _, lazy, fast = engines[name]
     chance = random.Random(name)
-    codes = [c for c in (*range(1, 0x33500), *range(0xE0000, 0xE0200)) if not 0xD800 <= c < 0xE000]
+    codes = [
+        c
+        for c in (*range(1, 0x33500), *range(0xE0000, 0xE0200))
+        if not 0xD800 <= c < 0xE000 and (c % step == 0 or not any(c in block for block in ALIKE))
+    ]
     # Each by itself, so that those that go to the reference take no others with them.
     plain = [chr(c) for c in codes if fast.takes(chr(c))]
     chance.shuffle(plain)
@@ -137,6 +152,23 @@ def test_every_assigned_character_has_the_same_ids(engines, name: str) -> None:
     routed = [chr(c) for c in codes if not fast.takes(chr(c))]
     assert same(lazy, fast, [f"a{c}a" for c in routed])
     assert len(routed) < 6000
+
+
+def test_marks_in_a_row_are_put_in_the_same_order(engines) -> None:
+    """NFC sorts them by their classes, of which there are more than the table's neighbours show."""
+    _, lazy, fast = engines["qwen-3"]
+    chance = random.Random(0)
+    marks = [chr(c) for c in range(0x300, 0x20000) if unicodedata.category(chr(c))[0] == "M"]
+    marks = [mark for mark in marks if fast.takes(mark)]
+
+    def word() -> str:
+        common = marks[:112] if chance.random() < 0.5 else marks
+        some = [chance.choice(common) for _ in range(chance.choice((1, 2, 3, 40)))]
+        return chance.choice("aeiouEकবกあが한") + "".join(some)
+
+    texts = ["".join(word() for _ in range(5)) for _ in range(1000)]
+    assert all(fast.takes(text) for text in texts)
+    assert same(lazy, fast, texts)
 
 
 @pytest.mark.parametrize("name", ["nmt_nfkc", "nfkc_cf"])
