@@ -248,7 +248,7 @@ def test_versions_that_are_not_in_the_table(kinds, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(probe, "OTHERS", ())
     found = characters.characters_of(json.loads(kinds["llama-3"].read_text()))
     assert found == "\u088f"
-    assert "comparing gigatoken" in capsys.readouterr().err
+    assert "comparing all characters of gigatoken" in capsys.readouterr().err
 
 
 def test_ranges() -> None:
