@@ -13,6 +13,9 @@ Megatron-LM's own imports, which would add seconds.
 The text is the Linux kernel's source: Debian's linux-source-6.1, which is fetched unless --linux names an
 unpacked one. It is deduplicated and in the order of its hashes, so that both sizes have the same mixture.
 Tokenizers are trained on it, unless --sentencepiece and --bpe name some.
+
+Vocabularies of several sizes that cut text as Llama 3 does are compared with the reference in pairs, one
+after the other, on the smallest text: whichever vocabulary it is, the fast engine must be used.
 """
 
 import argparse
@@ -51,6 +54,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sentencepiece", type=Path, help="a BPE model with byte fallback")
     parser.add_argument("--bpe", type=Path, help="a tokenizer.json")
     parser.add_argument("--sizes-mb", type=float, nargs="+", default=[100, 620])
+    sizes = [32_000, 50_000, 64_000, 100_000]
+    parser.add_argument("--vocabularies", type=int, nargs="*", default=sizes, help="Llama 3's way")
+    parser.add_argument("--text", type=Path, help="JSONL instead of a kernel: pairs alone")
     parser.add_argument("--megatron-way", nargs=4, metavar=("IN", "TOKENIZER", "OUT", "WORKERS"))
     return parser.parse_args()
 
@@ -212,6 +218,67 @@ def tokenizers_of(args: argparse.Namespace, work: Path, text: Path) -> dict[str,
     return {"SentencePiece": sp, "BPE": bpe}
 
 
+def vocabularies(sizes: list[int], work: Path, text: Path) -> dict[int, Path]:
+    """Byte-level BPE with Llama 3's pattern. The merges of a small one are the first of the largest."""
+    import tokenizers
+    from tokenizers import pre_tokenizers as pre
+
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
+    split = pre.Split(tokenizers.Regex(pattern), "isolated")
+    model.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(False, use_regex=False)])
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = pre.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=max(sizes) - 1, initial_alphabet=alphabet, show_progress=False
+    )
+    lines = (orjson.loads(line)["text"] for line in text.open("rb").readlines()[::2])
+    model.train_from_iterator(lines, trainer)
+    whole = json.loads(model.to_str())
+    found = {}
+    for size in sizes:
+        some = json.loads(model.to_str())
+        in_order = sorted(whole["model"]["vocab"].items(), key=lambda item: item[1])
+        some["model"]["vocab"] = dict(in_order[: size - 1])
+        some["model"]["merges"] = whole["model"]["merges"][: size - 1 - len(alphabet)]
+        small = tokenizers.Tokenizer.from_str(json.dumps(some))
+        small.add_special_tokens(["<|end_of_text|>"])
+        found[size] = work / f"llama-3-{size}.json"
+        small.save(str(found[size]))
+    return found
+
+
+def in_pairs(
+    sizes: list[int], work: Path, text: Path, about: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Each vocabulary, ours beside the reference engine, twice."""
+    runs: list[dict[str, Any]] = []
+    for size, tokenizer in vocabularies(sizes, work, text).items():
+        rates: dict[str, list[float]] = {"ours": [], "ours, reference engine": []}
+        found = set()
+        for name in [*rates, *rates]:
+            out = work / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            run = measured(command_of(name, text, tokenizer, out, 1))
+            found.add(digests(out))
+            rates[name].append(about["bytes"] / 1e6 / run["cpu_s"])
+            facts = {"tokenizer": f"Llama 3's pattern, {size:,}", "name": name, "workers": 1}
+            runs.append({**about, **run, **facts, "mb_per_cpu_s": rates[name][-1]})
+        runs[-1]["identical"] = len(found) == 1
+        fast, reference = rates.values()
+        print(
+            f"  Llama 3's pattern, {size:7,}: {fast[0]:5.1f} and {fast[1]:5.1f} MB per CPU-second, "
+            f"reference {reference[0]:4.1f} and {reference[1]:4.1f}: "
+            f"{fast[0] / reference[0]:.1f} and {fast[1] / reference[1]:.1f} x, "
+            f"identical: {len(found) == 1}",
+            flush=True,
+        )
+    return runs
+
+
 def command_of(name: str, text: Path, tokenizer: Path, out: Path, workers: int) -> list[str]:
     if name == "Megatron's way":
         out.mkdir()
@@ -268,8 +335,15 @@ def main() -> None:
 
     work = args.work or Path(tempfile.mkdtemp(prefix="data-prep-"))
     work.mkdir(parents=True, exist_ok=True)
-    chosen = documents(args.linux or kernel(work))
     packages = ("gigatoken", "sentencepiece", "tokenizers", "orjson", "numpy")
+    if args.text:
+        about = {"documents": len(args.text.open("rb").readlines())}
+        runs = in_pairs(
+            args.vocabularies, work, args.text, {**about, "bytes": args.text.stat().st_size}
+        )
+        facts.write(args.json, {**facts.header("cpu", args, *packages), "runs": runs})
+        return
+    chosen = documents(args.linux or kernel(work))
     runs = []
     for size in sorted(args.sizes_mb):
         text = work / f"text-{size:.0f}.jsonl"
@@ -281,6 +355,8 @@ def main() -> None:
             lines.insert(3, ("Megatron's way", 1))
         for kind, tokenizer in tokenizers_of(args, work, text).items():
             runs += compare(lines, text, tokenizer, {**wrote, "tokenizer": kind})
+        if size == min(args.sizes_mb) and args.vocabularies:
+            runs += in_pairs(args.vocabularies, work, text, wrote)
     facts.write(args.json, {**facts.header("cpu", args, *packages), "runs": runs})
 
 

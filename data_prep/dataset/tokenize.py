@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from data_prep.parts.plan import Part, plan_parts, to_json
 from data_prep.parts.pool import about, usable_cores, work_through
 from data_prep.parts.workplace import Workplace, check_outside
 from data_prep.progress import Progress
-from data_prep.read.chat import Chat, load_template
+from data_prep.read.chat import Chat
 from data_prep.read.left_out import LeftOut
 from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import find_sources
@@ -63,7 +64,8 @@ class Tokenize:
     """Instruction data: the key of a list of messages ({"role": ..., "content": ...}). They are
     rendered by the tokenizer's chat template, and the assistant's turns alone are trained on."""
     chat_template: Path | None = None
-    """A file with the template; None: the one beside the tokenizer."""
+    """A file with the template, or a name, where the tokenizer has several; None: the one beside the
+    tokenizer, of several the one named default."""
     answer_field: str | None = None
     """Instruction data without a template: the answer, which alone is trained on; --text-field names
     the prompt before it."""
@@ -101,8 +103,9 @@ def tokenize(options: Tokenize) -> str:
     check_outside(options.output_dir, options.inputs)
     left_out = LeftOut()
     sources = find_sources(options.inputs, options.include, options.exclude, left_out)
-    manifest = _manifest(options, encoder)
     place = Workplace(options.output_dir)
+    reading = _reading(options, encoder, place)
+    manifest = _manifest(options, encoder, reading)
     if is_done(options.output_dir, manifest, sources):
         place.remove_what_is_left()
         return f"{options.output_dir}: already done from the same text, nothing to do"
@@ -120,13 +123,13 @@ def tokenize(options: Tokenize) -> str:
     if options.rank is not None:
         with place.held(alone=False):
             place.agree_on(plan, options.tokenizer)
-            summary = _work(options, place, encoder, fingerprint, mine)
+            summary = _work(options, place, encoder, reading, fingerprint, mine)
         return f"{summary}\nAll ranks done? megatron-ladder data merge {options.output_dir}"
     with place.held(alone=True):
         place.write_plan(plan, options.tokenizer)
         place.remove_parts_except({part.key(fingerprint) for part in parts})
         try:
-            summary = _work(options, place, encoder, fingerprint, mine)
+            summary = _work(options, place, encoder, reading, fingerprint, mine)
             return f"{summary}\n{join(place, plan)}\nData set: {options.output_dir}"
         except BaseException:
             if not any(place.parts.glob("*.json")):  # no part is done, so there is nothing to keep
@@ -135,10 +138,14 @@ def tokenize(options: Tokenize) -> str:
 
 
 def _work(
-    options: Tokenize, place: Workplace, encoder: Encoder, fingerprint: str, mine: list[Part]
+    options: Tokenize,
+    place: Workplace,
+    encoder: Encoder,
+    reading: Reading,
+    fingerprint: str,
+    mine: list[Part],
 ) -> str:
     """Tokenizes those parts of `mine` that are not done yet; returns a summary."""
-    reading = _reading(options, encoder)
     job = Job(
         folder=str(place.parts),
         fingerprint=fingerprint,
@@ -179,21 +186,21 @@ def _work(
         f"{job.engine.report}\n{text / 1e6:.1f} MB of text in {seconds:.1f} s: "
         f"{text / 1e6 / seconds:.1f} MB/s, {tokens / 1e6 / seconds:.2f}M tokens/s, at most "
         f"{max(result['peak_memory'] for result in results) / 1e6:.0f} MB of memory a process"
-        f"{again if len(left) < len(mine) else ''}"
+        f"{again if len(left) < len(mine) else ''}{_templates_left(options)}"
     )
 
 
-def _reading(options: Tokenize, encoder: Encoder) -> Reading:
+def _reading(options: Tokenize, encoder: Encoder, place: Workplace) -> Reading:
     return Reading(
         options.text_field,
         options.text_documents,
         options.invalid_utf8,
         options.max_document_bytes,
-        _chat(options, encoder),
+        _chat(options, encoder, place),
     )
 
 
-def _chat(options: Tokenize, encoder: Encoder) -> Chat | None:
+def _chat(options: Tokenize, encoder: Encoder, place: Workplace) -> Chat | None:
     eod_text = encoder.piece(encoder.eod_id)
     if options.chat_field is None:
         if options.chat_template is not None:
@@ -210,13 +217,36 @@ def _chat(options: Tokenize, encoder: Encoder) -> Chat | None:
             "--chat-field needs a tokenizer.json: the control tokens of chat templates are ordinary "
             "text to SentencePiece; give --text-field PROMPT --answer-field ANSWER"
         )
-    template = load_template(options.tokenizer, options.chat_template)
+    from data_prep.read.templates import load_template
+
+    day = _day_of(place) or date.today().isoformat()
+    template = load_template(options.tokenizer, options.chat_template, day)
     return Chat((options.chat_field,), template, eod_text)
 
 
-def _manifest(options: Tokenize, encoder: Encoder) -> dict[str, Any]:
+def _templates_left(options: Tokenize) -> str:
+    if options.chat_field is None:
+        return ""
+    from data_prep.read.templates import other_templates
+
+    others = other_templates(options.tokenizer, options.chat_template)
+    return f"\nThe tokenizer's other chat templates: {', '.join(others)}" if others else ""
+
+
+def _day_of(place: Workplace) -> str | None:
+    """The day that this data set's chat template had when the work began, which may be done on another."""
+    for path in (place.output_dir / "manifest.json", place.folder / "plan.json"):
+        try:
+            found = json.loads(path.read_text())
+            return json.loads(found.get("manifest", found)["options"]["chat"]["template"])[2]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return None
+
+
+def _manifest(options: Tokenize, encoder: Encoder, how: Reading) -> dict[str, Any]:
     """What is known of the manifest before the text is read."""
-    reading = asdict(_reading(options, encoder))
+    reading = asdict(how)
     del reading["id_field"]  # `data clean`'s
     return {
         "format": "megatron-ladder-data",

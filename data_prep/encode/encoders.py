@@ -54,6 +54,9 @@ class SentencePieceEncoder:
         # One thread, as there is a process for every core.
         return self._model.EncodeAsIds(texts, num_threads=1)
 
+    def normalize(self, text: str) -> str:
+        return self._model.Normalize(text)
+
     def decode(self, ids: list[int]) -> str:
         return self._model.DecodeIds(ids)
 

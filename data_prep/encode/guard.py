@@ -1,9 +1,12 @@
 """Checks that the fast engine gives the reference's ids, before it is used.
 
-Both engines encode some hundred of the documents that are about to be tokenized, and two thousand
-made-up strings of the tokenizer's own pieces, white space, control characters and all of Unicode.
+characters.py knows in which characters the two differ: texts that hold one go to the reference. Then both
+engines encode some hundred of the documents that are about to be tokenized, and two thousand made-up
+strings of the tokenizer's own pieces, white space, control characters and all of Unicode. Where they still
+differ, the reference does all the work.
 """
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.encode.characters import characters_of
 from data_prep.encode.encoders import Encoder
-from data_prep.encode.engines import FastEngine, LazyReference, ReferenceEngine, load_fast
+from data_prep.encode.engines import (
+    FastEngine,
+    FastSource,
+    LazyReference,
+    ReferenceEngine,
+    load_fast,
+)
 from data_prep.errors import UserError
 from data_prep.parts.plan import Part
 from data_prep.read.documents import read_segment
@@ -32,8 +42,10 @@ class Verdict:
     """The reference engine takes the texts that hold one of these strings: the fast one differs there."""
     report: str
     """A line to print: what was found."""
-    source: bytes = b""
+    source: FastSource | None = None
     """The tokenizer as FastEngine takes it."""
+    characters: str = ""
+    """The reference engine takes the texts that hold one of these characters too."""
 
 
 def judge(
@@ -42,9 +54,15 @@ def judge(
     """Compares the engines on a sample of the documents and on made-up strings."""
     reference = ReferenceEngine(encoder)
     groups = encoder.marks()
+    lazy = LazyReference(tokenizer, eod_token)
     try:
         source = load_fast(tokenizer)
-        fast = FastEngine(source, (), LazyReference(tokenizer, eod_token))
+        FastEngine(source, (), lazy)
+        # SentencePiece models have no tables of classes, and their normalization is SentencePiece's own.
+        characters = (
+            characters_of(json.loads(source.tokenizer)) if tokenizer.suffix == ".json" else ""
+        )
+        fast = FastEngine(source, (), lazy, characters)
     except (UserError, ImportError) as error:
         return Verdict(False, (), f"engine: {reference.name} ({error})")
     routed = tuple(
@@ -53,8 +71,9 @@ def judge(
         if differences(reference, fast, made_up(encoder, group))
         for mark in group
     )
+    fast = FastEngine(source, routed, lazy, characters)
     texts = [*sample(parts, reading), *made_up(encoder, ())]
-    plain = [text for text in texts if not any(mark in text for mark in routed)]
+    plain = [text for text in texts if fast.takes(text)]
     if different := differences(reference, fast, plain):
         return Verdict(
             False,
@@ -62,12 +81,16 @@ def judge(
             f"engine: {reference.name}; {fast.name} differs from it on {len(different):,} of "
             f"{len(plain):,} texts, such as {different[0][:60]!r}",
         )
-    with_marks = f"; texts with {_few(routed)} go to {reference.name}" if routed else ""
+    others = [_few(routed)] if routed else []
+    if characters:
+        others.append(f"one of {len(characters):,} rare characters")
+    to_reference = f"; texts with {' or '.join(others)} go to {reference.name}" if others else ""
     return Verdict(
         True,
         routed,
-        f"engine: {fast.name}, same ids as {reference.name} on {len(plain):,} texts{with_marks}",
+        f"engine: {fast.name}, same ids as {reference.name} on {len(plain):,} texts{to_reference}",
         source,
+        characters,
     )
 
 

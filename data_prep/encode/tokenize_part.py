@@ -126,7 +126,8 @@ def make_engine(job: Job) -> Engine:
     reference = LazyReference(Path(job.tokenizer), job.eod_token)
     if not job.engine.fast:
         return reference.engine()
-    return FastEngine(job.engine.source, job.engine.routed, reference)
+    assert job.engine.source is not None
+    return FastEngine(job.engine.source, job.engine.routed, reference, job.engine.characters)
 
 
 def start(job: Job, tally: Tally) -> Work:

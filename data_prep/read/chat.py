@@ -1,16 +1,17 @@
 """Instruction data: conversations, in which only the assistant's turns are trained on."""
 
-import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data_prep.errors import UserError
+if TYPE_CHECKING:  # jinja2 is imported where there is a template
+    from data_prep.read.templates import Message, Template
 
 Pieces = list[tuple[str, bool]]
-"""Texts that follow one another; of each, whether it is trained on. Each is encoded by itself."""
+"""Texts that follow one another; of each, whether it is trained on. Each is encoded by itself. What holds
+for the last one holds for the end of the document."""
+# What an assistant without content has instead: calls of tools, or reasoning.
+INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
 
 
 class Conversation(str):
@@ -52,98 +53,95 @@ def pieces_of(values: Sequence[Any], chat: Chat) -> tuple[Pieces, str | None]:
     (messages,) = values
     if not isinstance(messages, list) or not messages:
         return [], f"field {chat.fields[0]!r} is no list of messages"
+    from data_prep.read.templates import compiled
+
+    template = compiled(chat.template)
+    said = []
     for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            return [], "a message without role or content"
-    if not any(message["role"] == "assistant" for message in messages):
+        prepared, problem = _prepared(message, template)
+        if problem is not None:
+            return [], problem
+        said.append(prepared)
+    if not template.marks and not any(message["role"] == "assistant" for message in said):
         return [], "no message of the assistant: nothing to train on"
-    return _rendered(messages, chat)
-
-
-def _rendered(messages: list[dict[str, Any]], chat: Chat) -> tuple[Pieces, str | None]:
-    """Renders the conversation, and cuts the text where a turn of the assistant begins or ends."""
-    import jinja2
-
-    assert chat.template is not None
-    template = _compiled(chat.template)
     try:
-        whole = template.render(messages=messages, add_generation_prompt=False)
-        pieces: Pieces = []
-        at = 0
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = template.render(messages=messages[:number], add_generation_prompt=True)
-            after = template.render(messages=messages[: number + 1], add_generation_prompt=False)
-            if not (whole.startswith(after) and after.startswith(before) and len(before) >= at):
-                return [], "the chat template changes the text of a turn when other turns follow"
-            pieces += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
-            at = len(after)
-        pieces.append((whole[at:], False))
-    except jinja2.TemplateError as error:
-        return [], f"the chat template: {error}"
-    pieces = [piece for piece in pieces if piece[0]]
-    text, trained = pieces[-1]
-    pieces[-1] = (text.rstrip("\n").removesuffix(chat.eod_text), trained)
+        pieces, problem = _by_marks(said, template) if template.marks else _by_turns(said, template)
+    except Exception as error:  # a template is a program, and may fail in any way
+        kind = "" if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: "
+        return [], f"the chat template: {kind}{error}"
+    return ([], problem) if problem is not None else (_without_end(pieces, chat.eod_text), None)
+
+
+def without_nulls(value: Any) -> Any:
+    """A row's value as JSON lines would have it: in a table each object has the keys of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(v) for key, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _prepared(message: Any, template: "Template") -> tuple["Message", str | None]:
+    """A message as templates take it, and None; or why there is none. As in transformers, a key that is
+    null is a key that is not there."""
+    if not isinstance(message, dict):
+        return {}, "a message that is no object"
+    message = {key: value for key, value in message.items() if value is not None}
+    if not isinstance(message.get("role"), str):
+        return {}, f"a message without role or content: it has {', '.join(map(str, message))}"
+    if "content" not in message:
+        if not any(message.get(key) for key in INSTEAD_OF_CONTENT):
+            return {}, "a message without role or content, or with content that is null"
+    elif isinstance(message["content"], list):
+        texts = []
+        for part in message["content"]:
+            text = part.get("text") if isinstance(part, dict) else None
+            if not isinstance(text, str) or part.get("type", "text") != "text":
+                kind = part.get("type") if isinstance(part, dict) else part
+                return {}, f"a message with a part that is no text: {kind!r}"
+            texts.append(text)
+        parts = [{"type": "text", "text": text} for text in texts]
+        message["content"] = parts if template.takes_parts else "".join(texts)
+    elif not isinstance(message["content"], str):
+        return {}, "a message whose content is neither text nor a list of parts"
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((message[name] for name in names if name in message), None)
+    if reasoning is not None:  # templates read it under one of two names
+        message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return message, None
+
+
+def _by_marks(messages: list["Message"], template: "Template") -> tuple[Pieces, str | None]:
+    """What the template marks by {% generation %} is trained on, and nothing else."""
+    pieces = template.marked(messages)
+    if not any(text.strip("\n") for text, trained in pieces if trained):
+        return [], "the chat template marks nothing to train on"
     return pieces, None
 
 
-@functools.lru_cache(maxsize=1)
-def _compiled(template: str) -> Any:
-    """The template as transformers compiles it: it can use its own arguments only."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _by_turns(messages: list["Message"], template: "Template") -> tuple[Pieces, str | None]:
+    """The text is cut where a turn of the assistant begins or ends."""
+    whole = template.render(messages)
+    pieces: Pieces = []
+    at = 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = template.render(messages[:number], add_generation_prompt=True)
+        after = template.render(messages[: number + 1])
+        if not (whole.startswith(after) and after.startswith(before) and len(before) >= at):
+            return [], "the chat template changes the text of a turn when other turns follow"
+        pieces += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
+        at = len(after)
+    pieces.append((whole[at:], False))
+    if not any(text.strip("\n") for text, trained in pieces if trained):
+        return [], "the chat template gives the assistant no text"
+    return [piece for piece in pieces if piece[0]], None
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    source, tokens = json.loads(template)
-    environment.globals.update(tokens)
-    return environment.from_string(source)
-
-
-def load_template(tokenizer: Path, given: Path | None) -> str:
-    """A chat template and the special tokens that it may use, as JSON.
-
-    Args:
-        given: a file with the template; None: the one that lies beside the tokenizer, in
-            chat_template.jinja or tokenizer_config.json.
-
-    Raises:
-        UserError: there is no template, or it is not valid.
-    """
-    import jinja2
-
-    config_path = tokenizer.parent / "tokenizer_config.json"
-    try:
-        config = json.loads(config_path.read_text()) if config_path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{config_path} is no JSON: {error}") from error
-    beside = tokenizer.parent / "chat_template.jinja"
-    if given is not None and not given.is_file():
-        raise UserError(f"--chat-template {given} does not exist")
-    own = given or (beside if beside.is_file() else None)
-    source = own.read_text() if own else config.get("chat_template")
-    if not isinstance(source, str):
-        raise UserError(
-            f"{tokenizer} has no chat template beside it (chat_template.jinja, or in "
-            "tokenizer_config.json): give --chat-template FILE"
-        )
-    tokens = {
-        name: token["content"] if isinstance(token, dict) else token
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        if (token := config.get(name))
-    }
-    template = json.dumps([source, tokens])
-    try:
-        _compiled(template)
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"the chat template of {given or tokenizer} is not valid: {error}"
-        ) from error
-    return template
+def _without_end(pieces: Pieces, eod_text: str) -> Pieces:
+    """Cuts ends of lines, and the token that ends documents: every document gets one. It is trained on as
+    the text before it is."""
+    while True:
+        text, trained = pieces.pop()
+        if text := text.rstrip("\n"):
+            break
+    return [*pieces, (text.removesuffix(eod_text), trained)]

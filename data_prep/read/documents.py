@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from data_prep.read.chat import without_nulls
 from data_prep.read.json_lines import read_json
 from data_prep.read.parquet import read_rows
 from data_prep.read.plain_text import read_plain_text
@@ -57,6 +58,8 @@ def _rows(
                 if decoded is None:
                     continue
                 found = decoded
+            if problem is None and reading.chat:
+                found = [without_nulls(value) for value in found]
             if problem is None:
                 text, problem = text_of(found, reading)
             if problem is None and len(text) > reading.max_document_bytes:
