@@ -110,8 +110,21 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _check_index(index: Path, weight_map: dict[str, str], path: Path, names: set[str]) -> None:
-    """Raises UserError when a file does not contain exactly the tensors that the index names for it."""
+    """Raises UserError when a file does not contain exactly the tensors that the index names for it.
+
+    transformers needs neither RoPE's buffers nor the `lm_head.weight` of a tied model. Some trainers write
+    the index of the model that they began with, which names them. A model that needs its `lm_head.weight`
+    misses it later (convert.py).
+    """
     named = {name for name, file in weight_map.items() if file == path.name}
+    named, names = (
+        {
+            name
+            for name in some
+            if not _COMPUTED.search(name) and not name.endswith("lm_head.weight")
+        }
+        for some in (named, names)
+    )
     for wrong, where, not_where in (
         (sorted(named - names), index, path),
         (sorted(names - named), path, index),

@@ -29,6 +29,7 @@ from megatron_ladder.hf.output import check_unused, complete_or_absent
 from megatron_ladder.hf.stored import stored_tensors
 from megatron_ladder.mcore_compat import save_without_tensors
 from pretrain.config.train import DataConfig, TrainConfig, save_config
+from pretrain.convert.import_again import refuse_other_imports
 from pretrain.convert.import_tokenizer import folder_with_tokenizer
 from pretrain.convert.model_text import text_of_folder
 from pretrain.convert.plain_model import load_plain_model
@@ -56,7 +57,8 @@ def import_model(
 
     Args:
         source: a Hugging Face folder; from_hf.py lists the supported models.
-        output_dir: the folder to make; it is refused when it exists and is not empty.
+        output_dir: the folder to make. If it is this import already, nothing is done; if it holds
+            something else, it is refused.
         ladder_layers: the layers to make ladder layers, with the same weights (ladder_layers.py); None
             leaves the model as it is.
         sample: for `auto:N`, a data set made with the model's tokenizer, to measure the layers on.
@@ -70,7 +72,8 @@ def import_model(
     """
     if not source.is_dir():
         raise UserError(f"{source} does not exist: give a Hugging Face model's folder")
-    check_unused(output_dir)
+    if not (output_dir / "config.json").is_file():  # else it may be this import
+        check_unused(output_dir)
     hf_config = read_hf_config(source)
     model = to_model_config(hf_config, source / "config.json")
     with TemporaryDirectory() as scratch:
@@ -118,7 +121,11 @@ def _import(
         output_dir=output_dir,
         precision="bf16" if dtype == torch.bfloat16 else "fp32",
     )
-
+    if (output_dir / "config.json").is_file():
+        with TemporaryDirectory() as kept:
+            _keep_files(source, Path(kept), home, tokenizer)
+            refuse_other_imports(output_dir, source, chunks, config, Path(kept))
+        return f"{output_dir} is the import of {source}: nothing to do"
     with complete_or_absent(output_dir) as new:
         _write_checkpoint(new / "checkpoints" / "step_00000000", chunks, config)
         save_config(config, new / "config.json")

@@ -1,5 +1,6 @@
 """Weights as people have them: with buffers, with the names of wrapped modules, of several dtypes."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,34 @@ def test_transformers_reads_it_as_we_do(published: Path, tmp_path: Path, change)
         theirs = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
         ours = load_plain_model(folder).model(tokens).logits
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_index_that_names_what_is_not_needed(
+    published: Path, tmp_path: Path, capsys, listed: bool
+) -> None:
+    """The index of the model that training began with; or the files have what the index does not name."""
+    folder = changed(published, "tied", tmp_path / "model", lambda t: t)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    more = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    more["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    in_file, in_index = (tensors, tensors | more) if listed else (tensors | more, tensors)
+    save_file(in_file, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {
+        "metadata": {},
+        "weight_map": dict.fromkeys(in_index, "model-00001-of-00001.safetensors"),
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+        ours = load_plain_model(folder).model(tokens).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert main(["import", str(folder), str(tmp_path / "run")]) == (2 if listed else 0)
+    assert ("missing lm_head.weight" in capsys.readouterr().err) == listed
 
 
 def test_what_is_not_read_is_said(published: Path, tmp_path: Path, caplog) -> None:
