@@ -103,7 +103,9 @@ def load_tokenizer(file: Path) -> Tokenizer:
 def _theirs(folder: Path, file: Path) -> Tokenizer:
     """The tokenizer that transformers makes of a folder's files, or the file itself where it makes none."""
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded: Any = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
         tokenizer: Tokenizer = loaded.backend_tokenizer
     except Exception:  # of a folder without the other files; transformers raises all kinds
         return load_tokenizer(file)
