@@ -172,6 +172,7 @@ class Knows:
     """A model that is certain of every token but those at some places of a sequence."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(vocab_size=tiny.VOCAB + 1)
 
     def __init__(self, sequence: list[int], wrong: list[int]) -> None:
         self._next = torch.tensor(sequence[1:])
