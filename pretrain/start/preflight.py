@@ -8,6 +8,7 @@ from megatron_ladder.fp8 import check_machine
 from megatron_ladder.layers.attention_choice import check_attention
 from megatron_ladder.specs import resolve_impl
 from pretrain.config.optimizer import check_optimizer
+from pretrain.config.places import with_absolute_paths
 from pretrain.config.train import TrainConfig
 from pretrain.data.blends import describe
 from pretrain.data.checks import open_data, with_vocab_size
@@ -17,7 +18,7 @@ from pretrain.model.compiled import check_compile
 from pretrain.model.graphs import check_cuda_graph
 from pretrain.run.folder import check_free_space, check_output_dir
 from pretrain.start.initial import check_initial
-from pretrain.start.past import check_past, check_same_data
+from pretrain.start.past import check_past, same_data
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,8 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     """Checks a run's configuration against its data, its folder and the ranks it will have.
 
     Returns:
-        The configuration with the vocabulary filled in from the data, the data, and what will
-        happen to the output folder (empty: its run is finished).
+        The configuration with the vocabulary filled in from the data and with absolute paths, the data,
+        and what will happen to the output folder (empty: its run is finished).
 
     Raises:
         UserError: the first thing found wrong.
@@ -60,12 +61,12 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             "a damaged one"
         )
     plan = check_output_dir(config)
+    assert config.output_dir is not None
+    folders = same_data(config.output_dir, folders)
     check_past(config, folders)
     if plan and config.data.phases:
         plan = f"{plan}\n{describe(config, folders)}"
     check_free_space(config)
-    assert config.output_dir is not None
-    check_same_data(config.output_dir, folders)
     if config.wandb:
         try:
             import wandb  # noqa: F401
@@ -73,4 +74,4 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             raise UserError(
                 "--wandb: the wandb package is not installed: pip install wandb"
             ) from None
-    return config, folders, plan
+    return with_absolute_paths(config), folders, plan
