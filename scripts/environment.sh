@@ -25,8 +25,16 @@ make_environment() {
   [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return 0
 
   # An installation that was cut off leaves no stamp and may be half of a package: start afresh.
-  [ -n "$(ls "$VENV"/installed* 2>/dev/null)" ] || rm -rf "$VENV"
+  if [ -d "$VENV" ] && [ -z "$(ls "$VENV"/installed* 2>/dev/null)" ]; then
+    [ -e "$VENV/made-by-megatron-ladder" ] || {
+      echo "$VENV was not made by these scripts: move it away, or work in another checkout" >&2
+      return 2
+    }
+    rm -rf "$VENV"
+  fi
   echo "Installing into $VENV (a minute or two)"
+  mkdir -p "$VENV"
+  touch "$VENV/made-by-megatron-ladder"
   [ -x "$VENV/bin/python" ] || "$python" -m venv "${options[@]}" "$VENV"
   "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "${constraints[@]}" \
     --editable ".${extras:+[$extras]}"

@@ -165,6 +165,8 @@ def shown_otherwise(text: str) -> list[str]:
         if is_code:
             before, is_in_block = "", False
             continue
+        if r"\<" in re.sub(r"`[^`]*`", "", line):
+            wrong.append(f"line {number}: \\< begins an HTML tag on the site: write &lt;")
         if item and len(item.group(1)) % 4:
             wrong.append(f"line {number}: a list in a list is indented by 4")
         elif (_FIRST_ITEM.match(line) or is_row) and before and not is_in_block:

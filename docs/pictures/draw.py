@@ -84,8 +84,8 @@ def standard_vs_ladder() -> None:
     axes.text(
         -1.95,
         -0.6,
-        "Schematic. A ladder sub-module reads the residual stream from before the previous one's "
-        "sum arrives, so that sum flies while it computes.",
+        "Schematic. A ladder sub-module does not read the sum of the sub-module before it, so that "
+        "sum can run at the same time.",
         fontsize=9,
         color="#555555",
     )

@@ -41,7 +41,7 @@ def command_line() -> str:
         "Every command takes `-h` and `--help`. `...` after a type: several values, separated by spaces.\n"
         "A command ends with 0 when it has succeeded, with 2 when it refuses what was asked, and\n"
         "with 141 when nobody reads its output any more (`| head`). A training has more:\n"
-        "[a job's exit statuses](../guides/faults.md).",
+        "[exit statuses](../guides/faults.md#exit-statuses).",
         f"```text\n{USAGE}```",
     ]
     for name in COMMANDS:
@@ -255,7 +255,11 @@ def _prose(text: str) -> Iterator[str]:
 def _plain(text: str) -> str:
     """Text that Markdown leaves alone, but for `code`."""
     parts = re.split(r"(`[^`]*`)", text)
-    return "".join(p if p.startswith("`") else re.sub(r"([|*<\[\]])", r"\\\1", p) for p in parts)
+    # A backslash before < is shown on the site, and what follows is taken for HTML.
+    return "".join(
+        p if p.startswith("`") else re.sub(r"([|*\[\]])", r"\\\1", p).replace("<", "&lt;")
+        for p in parts
+    )
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

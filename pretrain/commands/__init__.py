@@ -1,1 +1,4 @@
-"""The subcommands, a file for each group: options in, exit status out. No torch at import."""
+"""The subcommands, a file for each group. Each takes options and returns an exit status.
+
+Importing these files does not import torch: `--help` works without it.
+"""

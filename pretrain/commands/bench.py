@@ -15,13 +15,13 @@ BENCH_USAGE = """usage: megatron-ladder bench trace|plan [options]     (--help s
 
 @for_users
 def bench(argv: list[str]) -> int:
-    """Measures or models the overlap."""
+    """Measures the overlap on this machine (`trace`), or models it on a cluster (`plan`)."""
     name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     prog = f"megatron-ladder bench {name}"
     if name == "trace":
         from pretrain.bench.trace import TraceOptions, main_trace
 
-        # As the options of `train`: refused before ranks start.
+        # The options are parsed here, so that mistakes in them are refused before ranks start.
         main_trace(tyro.cli(TraceOptions, args=rest, prog=prog), rest)
         return 0
     if name == "plan":

@@ -32,10 +32,12 @@ class ExportOptions:
 
 @for_users
 def export(argv: list[str]) -> int:
-    """Writes a run as a Hugging Face folder."""
+    """Writes a run's checkpoint as a Hugging Face folder, and uploads it if asked to."""
     options = tyro.cli(ExportOptions, args=argv, prog="megatron-ladder export")
     if options.private and options.push is None:
-        raise UserError("--private says how to --push: give --push USER/NAME too")
+        raise UserError(
+            "--private needs --push USER/NAME: it makes the repository that is pushed to private"
+        )
     from pretrain.convert.export import export_run
     from pretrain.convert.push import check_repository, push_folder
 
@@ -70,7 +72,7 @@ class ImportOptions:
 
 @for_users
 def import_(argv: list[str]) -> int:
-    """Converts a Hugging Face model into a checkpoint."""
+    """Makes a run's folder from a Hugging Face model."""
     options = tyro.cli(ImportOptions, args=argv, prog="megatron-ladder import")
     from pretrain.convert.import_model import import_model
 

@@ -14,7 +14,7 @@ class DoctorOptions:
 
 @for_users
 def doctor(argv: list[str]) -> int:
-    """Prints what this machine can do."""
+    """Prints what this machine can do, and what is missing."""
     tyro.cli(DoctorOptions, args=argv, prog="megatron-ladder doctor")
     from pretrain.start.doctor import run_doctor
 

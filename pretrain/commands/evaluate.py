@@ -7,7 +7,7 @@ from pretrain.commands.users import for_users
 
 @for_users
 def eval_(argv: list[str]) -> int:
-    """Measures a model."""
+    """Measures a model on data sets and tasks."""
     from pretrain.evaluation.options import EvalOptions
 
     options = tyro.cli(EvalOptions, args=argv, prog="megatron-ladder eval")

@@ -22,8 +22,9 @@ def generate(argv: list[str]) -> int:
     if is_hf_folder(options.model):
         if parallel.model_parallel_size > 1 or options.batching != "dynamic":
             raise UserError(
-                f"{options.model} is a folder, which transformers runs in one process: layouts and "
-                "batching are a run's (`serve` takes folders at any layout)"
+                f"{options.model} is a Hugging Face folder, which `generate` runs by transformers in one "
+                "process: leave out --tensor-model-parallel-size, --pipeline-model-parallel-size and "
+                "--batching, or use `serve`, which takes folders at any layout"
             )
         from megatron_ladder.hf.generate import generate_text
 
@@ -40,7 +41,7 @@ def generate(argv: list[str]) -> int:
         from pretrain.inference.loaded import find
 
         sampling = Sampling(options.max_new_tokens, **choice)
-        find(options.model, parallel, options.all_reduce)  # refused before ranks start
+        find(options.model, parallel, options.all_reduce)  # refuses mistakes before ranks start
         _start_ranks("generate", argv, parallel.model_parallel_size)
         texts = generate_from_run(
             options.model,
@@ -66,7 +67,8 @@ def serve(argv: list[str]) -> int:
     from pretrain.inference.serve import listen
     from pretrain.inference.serve import serve as serve_model
 
-    # Refused before ranks start; a rank would find the port in use by the first one.
+    # Mistakes are refused before ranks start. Ranks do not try the port: any rank but the first would find
+    # it in use by the first one.
     if options.parallel().model_parallel_size > 1 and "RANK" not in os.environ:
         find(options.model, options.parallel(), options.all_reduce)
         listen(options).close()
@@ -76,7 +78,10 @@ def serve(argv: list[str]) -> int:
 
 
 def _start_ranks(command: str, argv: list[str], ranks: int) -> None:
-    """Goes on as so many ranks, unless torchrun has started them."""
+    """Replaces this process by torchrun with `ranks` ranks of the same command.
+
+    Does nothing for one rank, or when torchrun has already started the ranks.
+    """
     if ranks > 1 and "RANK" not in os.environ:
         from pretrain.bench.ranks import become_torchrun
 

@@ -1,4 +1,4 @@
-"""`megatron-ladder report`, of runs and of the layers of a model."""
+"""`megatron-ladder report`: the report of runs, and of the layers of a model."""
 
 from dataclasses import dataclass
 from pathlib import Path

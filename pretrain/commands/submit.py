@@ -1,7 +1,7 @@
-"""`megatron-ladder submit`: the commands of a chain are checked here, then handed to `slurm`.
+"""`megatron-ladder submit`: checks the commands of a chain, and passes them to `slurm`.
 
-A mistake is answered now, not by a job that waited for its nodes for a day. What a job of the chain will
-have made when its turn comes cannot be checked: its options alone are.
+So a mistake is refused now, and not by a job that has waited for its nodes for a day. Files that earlier
+jobs of the chain will write cannot be checked yet; for later jobs only the options are checked.
 """
 
 from dataclasses import replace
@@ -61,7 +61,7 @@ def submit(argv: list[str]) -> int:
 def _estimates(
     commands: list[list[str]], ranks: int, options: Submit, limit_s: int | None
 ) -> list[str]:
-    """What each training of a chain will take."""
+    """A text for each training of the chain, with the estimate of what it will take."""
     from pretrain.plan.estimate import estimate, format_estimate, hardware_of
 
     hardware = hardware_of(options.device)
@@ -78,23 +78,25 @@ def _estimates(
         )
         texts.append(format_estimate(found))
     if not texts:
-        raise UserError("--estimate is of trainings: there is no `train` among the commands")
+        raise UserError("--estimate needs a `train` command: only trainings are estimated")
     return texts
 
 
 def _step(command: list[str], ranks: int, *, is_first: bool) -> Step:
-    """A command of the chain, its arguments checked as the command itself would."""
+    """A step of the chain. The command's arguments are checked as the command itself would check them."""
     command, tasks = take_tasks(command)
     name, arguments = command[0], command[1:]
     if {"-h", "--help"} & set(arguments):
-        raise UserError(f"--help is for `megatron-ladder {name} --help`")
+        raise UserError(
+            f"`submit` cannot submit --help: run `megatron-ladder {name} --help` instead"
+        )
     output: Any
     if name == "train":
         output = _check_train(arguments, ranks, is_first=is_first)
     elif name == "data":
         parsed: Any = tyro.cli(DataCommand, args=arguments, prog="megatron-ladder data")
         output = getattr(parsed, "output_dir", None) or getattr(parsed, "output", None)
-        output = output or parsed.data  # of commands that look at data sets
+        output = output or parsed.data  # commands that only read data sets have no output folder
         output = output[0] if isinstance(output, tuple) else output
     elif name in ("export", "import"):
         options: Any = ExportOptions if name == "export" else ImportOptions
@@ -111,20 +113,30 @@ def _step(command: list[str], ranks: int, *, is_first: bool) -> Step:
 
 
 def _check_train(arguments: list[str], ranks: int, *, is_first: bool) -> Path:
-    """The run's folder. Raises UserError on what would be refused when the job starts."""
+    """Checks the arguments of `train`, and returns the run's folder.
+
+    Args:
+        ranks: the number of ranks in all.
+        is_first: the job can start at once, so its data can be checked too.
+
+    Raises:
+        UserError: the job would be refused when it starts.
+    """
     config, asked = parse_train(arguments)
     if asked is not None:
-        raise UserError("--nproc-per-node is a machine's: give submit --nodes, --ranks-per-node")
+        raise UserError(
+            "--nproc-per-node is not for `submit`: give submit's own options --nodes and --ranks-per-node"
+        )
     if config.output_dir is None:
         raise UserError("no --output-dir: give the folder for the run's checkpoints and metrics")
-    # The machine that submits may have no GPU and no Transformer Engine; those that train have.
+    # The machine that submits may have no GPU and no Transformer Engine. The machines that train have them.
     is_here = config.transformer_impl != "transformer_engine" or find_spec("transformer_engine")
     if is_first and is_here:
         from pretrain.start.preflight import preflight
 
         preflight(config, ranks)
     else:
-        # Whatever the vocabulary, it is padded to what layouts divide.
+        # Any vocabulary size will do here: it is padded to a size that the layout divides.
         model = replace(config.model, vocab_size=config.model.vocab_size or 1)
         check_layout(model, config.parallel)
         config.num_microbatches(config.parallel.data_parallel_size(ranks))

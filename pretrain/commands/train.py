@@ -12,13 +12,13 @@ from pretrain.start.arguments import parse_train
 
 @for_users
 def train(argv: list[str]) -> int:
-    """Trains a run, or goes on with it; starts the local ranks it needs when torchrun has not."""
+    """Trains a run, or resumes it. Starts the local ranks that it needs, unless torchrun has done so."""
     if any(option.split("=")[0] == "--plan-only" for option in argv):
         from pretrain.start.plan_only import plan_only
 
         return plan_only(argv)
     config, asked = parse_train(argv)
-    set_queues(config)  # a look for a GPU may start CUDA
+    set_queues(config)  # before any search for a GPU: that may start CUDA
     if asked is not None and asked < 1:
         raise UserError(f"--nproc-per-node {asked}: start at least one rank")
     under_torchrun = "RANK" in os.environ
@@ -44,9 +44,11 @@ def train(argv: list[str]) -> int:
     with StopSignals() as signals:
         try:
             return run_training(config, folders, signals)
-        except ConnectionError:  # to another rank, which has ended
+        except ConnectionError:  # the connection to another rank, which has ended
             raise
-        except OSError as error:  # the disk's, not the user's: another start may do better
+        except (
+            OSError
+        ) as error:  # a failure of the disk, not the user's mistake: a new start may work
             what = f"{error.filename or 'the operating system'}: {error.strerror or error}"
             print(f"megatron-ladder train: {what}", file=sys.stderr)
             return 1

@@ -1,4 +1,4 @@
-"""What all commands share: mistakes are said in a line or two, and libraries keep quiet."""
+"""What all commands share: mistakes are reported in a line or two, and libraries log little."""
 
 import functools
 import logging
@@ -13,13 +13,13 @@ Command = Callable[[list[str]], int]
 
 
 def for_users(command: Command) -> Command:
-    """Says users' mistakes, and the machine's, in a line or two; exit status 2."""
+    """Makes a command report mistakes of users and failures of the machine in a line or two: status 2."""
 
     @functools.wraps(command)
     def wrapper(argv: list[str]) -> int:
         logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-        # megatron-core logs its whole configuration, and warns at every import of optional packages
-        # that are missing; `doctor` says that once.
+        # megatron-core logs its whole configuration, and at every import it warns of optional packages
+        # that are missing. `doctor` lists these.
         logging.getLogger("megatron").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", module="megatron")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
@@ -29,9 +29,9 @@ def for_users(command: Command) -> Command:
             return command(argv)
         except UserError as error:
             message = str(error)
-        except ConnectionError:  # to another rank, which has ended
+        except ConnectionError:  # the connection to another rank, which has ended
             raise
-        except OSError as error:  # no space, no permission, a file that went away
+        except OSError as error:  # no space, no permission, a file that is gone
             message = f"{error.filename or 'the operating system'}: {error.strerror or error}"
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""Between runs and Hugging Face folders: import, export, verify, push."""
+"""Conversion between runs and Hugging Face folders: import, export, verification, upload."""

@@ -1,4 +1,4 @@
-"""From a run's checkpoint to a Hugging Face folder."""
+"""Exports a run's checkpoint as a Hugging Face folder."""
 
 import json
 import logging
@@ -34,21 +34,21 @@ def export_run(
 ) -> Path:
     """Writes the newest checkpoint of a run (or the given one) as a Hugging Face folder.
 
-    The folder appears when its logits have been found to be the run's (verify_export.py).
+    The folder appears only after its logits were compared with the run's (verify_export.py).
 
     Args:
         run: the run's folder, or a checkpoint of it.
-        output_dir: made; refused when it holds something.
+        output_dir: the folder to make; it is refused when it exists and is not empty.
         dtype: "fp32", "bf16" or "fp16"; None keeps the checkpoint's.
-        max_shard_size: of one safetensors file, such as "5GB".
-        license: for the model card, as Hugging Face's hub names them, such as "apache-2.0".
+        max_shard_size: the largest size of one safetensors file, such as "5GB".
+        license: for the model card, as Hugging Face's hub names it, such as "apache-2.0".
 
     Returns:
         `output_dir`.
 
     Raises:
-        UserError: no such run or checkpoint, the output is in use, a size that is none, weights that are
-            NaN or infinite, or the folder does not give the run's logits.
+        UserError: there is no such run or checkpoint, the output is in use, the size or the license is
+            malformed, weights are NaN or infinite, or the folder's logits differ from the run's.
     """
     if not re.fullmatch(r"\d+[KMGT]?B", max_shard_size):
         raise UserError(f"--max-shard-size {max_shard_size}: give a size such as 500MB or 5GB")
@@ -64,7 +64,7 @@ def export_run(
     hf_config = to_hf_config(model, data.tokenizer["eod_id"])
     tokenizer = data.path / data.tokenizer["file"]
     imported = checkpoint.parents[1] / "imported"
-    if imported.is_dir():  # what another model's configuration and tokenizer say stays so
+    if imported.is_dir():  # an imported model keeps its own special tokens and tokenizer files
         original = json.loads((imported / "config.json").read_text(encoding="utf-8"))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, name, original.get(name))
@@ -87,13 +87,13 @@ def export_run(
 
 
 def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
-    """What the model card says of the run: where it came from, its data, figures at the exported step."""
+    """The facts for the model card: the run's origin, its data, and its figures at the exported step."""
     step = checkpoint_step(checkpoint)
     run_dir = checkpoint.parents[1]
     facts: dict[str, Any] = {"name": run_dir.resolve().name}
     if (original := run_dir / "imported" / "config.json").is_file():
         facts["origin"] = json.loads(original.read_text(encoding="utf-8"))["architectures"][0]
-    if not config.data.paths:  # as it was imported
+    if not config.data.paths:  # an imported model that was not trained since
         return facts
     # Other data sets may have joined the run after this checkpoint.
     folders = kept_facts(run_dir, config.data.paths)[: len(config.data.paths)]
@@ -115,7 +115,8 @@ def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
         "Tensor-parallel size": config.parallel.tensor_model_parallel_size,
     }
     for line in read_metrics(run_dir):
-        if line["kind"] == "validation" and line["step"] <= step:  # the last one stays
+        # Later lines replace earlier ones, so the last validation up to the step stays.
+        if line["kind"] == "validation" and line["step"] <= step:
             training[f"Validation loss ({line['dataset']})"] = (
                 f"{line['loss']:.4f} nats a token at step {line['step']}, "
                 f"perplexity {line['perplexity']:.2f}"

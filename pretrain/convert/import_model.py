@@ -1,7 +1,7 @@
-"""From a Hugging Face folder to a run's folder with a checkpoint that training starts from.
+"""Imports a Hugging Face folder: writes a run's folder with a checkpoint that training can start from.
 
-OUT/config.json, OUT/checkpoints/step_00000000    the model, at any layout
-OUT/data/0                                        its tokenizer, as of a data set
+OUT/config.json, OUT/checkpoints/step_00000000    the model, for any layout
+OUT/data/0                                        its tokenizer, in the form of a data set's
 OUT/imported                                      the folder's other files, for export
 OUT/staleness.json                                what --ladder-layers auto:N measured
 """
@@ -36,29 +36,31 @@ from pretrain.model.staleness import Staleness, measure_staleness, save_stalenes
 from pretrain.sizes import in_units
 from pretrain.start.ladder_layers import auto_count, is_auto, with_ladder_layers
 
-# What a model's folder holds beside weights, and export gives back.
+# The files beside the weights that are kept, so that export can write them again.
 KEPT = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 NOT_KEPT = ("*.safetensors.index.json", "pytorch_model*")
-# What `auto` measures layers on.
+# `auto:N` measures the layers on so many sequences of so many tokens.
 SAMPLE_SEQUENCES, SAMPLE_LENGTH = 32, 1024
 
 
 def import_model(
     source: Path, output_dir: Path, ladder_layers: str | None = None, sample: Path | None = None
 ) -> str:
-    """Converts a model, one tensor at a time; the folder appears when everything in it is complete.
+    """Converts a model, one tensor at a time. The output folder appears when it is complete.
 
     Args:
-        source: a Hugging Face folder; from_hf.py says of which models.
-        ladder_layers: these become ladder layers, with the same weights (ladder_layers.py); None
+        source: a Hugging Face folder; from_hf.py lists the supported models.
+        output_dir: the folder to make; it is refused when it exists and is not empty.
+        ladder_layers: the layers to make ladder layers, with the same weights (ladder_layers.py); None
             leaves the model as it is.
-        sample: with `auto:N`, the data set, made with the model's tokenizer, to measure layers on.
+        sample: for `auto:N`, a data set made with the model's tokenizer, to measure the layers on.
 
     Returns:
-        What was imported, to print.
+        A text to print that says what was imported.
 
     Raises:
-        UserError: the model is not supported, incomplete or damaged, or the output is in use.
+        UserError: the model is not supported, incomplete or damaged, the output is in use, or
+            `ladder_layers` or `sample` do not fit.
     """
     if not source.is_dir():
         raise UserError(f"{source} does not exist: give a Hugging Face model's folder")
@@ -117,11 +119,11 @@ def _measured(
 
 
 def _write_checkpoint(folder: Path, chunks: list[Chunk], config: TrainConfig) -> None:
-    """As megatron-core would write the weights alone."""
+    """Writes a checkpoint as megatron-core would, with weights only."""
     folder.mkdir(parents=True)
     cpu_platform.enable()
     alone = not dist.is_initialized()
-    if alone:  # megatron-core asks for a process group
+    if alone:  # megatron-core needs a process group
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         progress = {"progress": {"step": 0, "consumed_samples": 0}}
@@ -146,6 +148,7 @@ def _counted(chunk: Chunk, bar: Any) -> Chunk:
 
 
 def _keep_files(source: Path, new: Path, tokenizer: dict[str, Any]) -> None:
+    """Copies the tokenizer to NEW/data/0, and the files that export needs to NEW/imported."""
     data, imported = new / "data" / "0", new / "imported"
     data.mkdir(parents=True)
     imported.mkdir()

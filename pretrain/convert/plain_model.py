@@ -1,7 +1,7 @@
-"""A run's or a Hugging Face folder's model as one plain PyTorch module: to look into and to measure.
+"""Loads the model of a run or of a Hugging Face folder as one plain PyTorch module, to measure it.
 
-It is the modelling file that exports carry, for every residual kind and for the models of other
-projects, so that what is measured of a run is what its exported folder does.
+The module's code is the modelling file that exported folders contain. It serves every residual kind, and
+the models of other projects. So a measurement of a run also holds for its exported folder.
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ from pretrain.run.folder import find_checkpoint
 
 @dataclass(frozen=True)
 class PlainModel:
-    """A model in evaluation mode: on the GPU in its own dtype if there is one, else on the CPU in fp32."""
+    """A model in evaluation mode: on the GPU in its weights' dtype, or without a GPU on the CPU in fp32."""
 
     name: str
     path: Path
@@ -36,7 +36,7 @@ class PlainModel:
     config: ModelConfig
     model: LadderForCausalLM
     tokenizer: dict[str, Any]
-    """As a data set's manifest has it: file, sha256, vocab_size, eod_id."""
+    """The tokenizer's facts, as in a data set's manifest: file, sha256, vocab_size, eod_id."""
     tokenizer_file: Path
 
     @property
@@ -45,10 +45,10 @@ class PlainModel:
 
 
 def load_plain_model(path: Path) -> PlainModel:
-    """Reads a run (its newest checkpoint), one of its checkpoints, or a Hugging Face folder.
+    """Loads the model of a run (its newest checkpoint), of one checkpoint, or of a Hugging Face folder.
 
     Raises:
-        UserError: it is none of these, or its model is not supported.
+        UserError: `path` is none of these, or its model is not supported.
     """
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a run or a Hugging Face model's folder")
@@ -58,7 +58,7 @@ def load_plain_model(path: Path) -> PlainModel:
 
 
 def is_hf_folder(path: Path) -> bool:
-    """A run has a config.json too, but its weights lie elsewhere."""
+    """Whether `path` is a Hugging Face folder. A run has a config.json too, but no weights beside it."""
     has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
     return (path / "config.json").is_file() and has_weights
 
@@ -81,16 +81,20 @@ def _from_run(path: Path) -> PlainModel:
 
 
 def one_rank_model(model: ModelConfig, tensor_model_parallel_size: int, run: Path) -> ModelConfig:
-    """The model as one rank computes it. Raises UserError on desync models of several ranks."""
+    """The model as a single rank computes it.
+
+    Raises:
+        UserError: a desync model that was trained on several tensor-parallel ranks.
+    """
     if model.residual != "desync":
         return model
     if tensor_model_parallel_size > 1:
         raise UserError(
             f"{run} was trained with desync-{model.desync_interval} at tensor-parallel size "
-            f"{tensor_model_parallel_size}: its weights give that model on that many ranks only, and a "
-            "Hugging Face model runs on one. Take a standard, ladder or parallel model"
+            f"{tensor_model_parallel_size}: its weights work only on that many ranks, and a Hugging Face "
+            "model runs on one. Give a standard, ladder or parallel model"
         )
-    return replace(model, residual="standard")  # one rank parts from nobody
+    return replace(model, residual="standard")  # on one rank, desync leaves out no all-reduce
 
 
 def _from_hf(folder: Path) -> PlainModel:
@@ -116,7 +120,7 @@ def _build(model: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> LadderF
     device, dtype = ("cuda", None) if on_gpu else ("cpu", torch.float32)
     with torch.device("meta"):
         plain = LadderForCausalLM(to_hf_config(model))
-    # A view of a whole shard or of all layers would keep them all: copied where it is one.
+    # Each tensor is copied: it may be a view, which would keep a whole shard or all layers in memory.
     state = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors}
     missing, unknown = plain.load_state_dict(state, strict=False, assign=True)
     assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)

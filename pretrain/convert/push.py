@@ -1,10 +1,10 @@
-"""An exported folder to Hugging Face's hub."""
+"""Uploads an exported folder to Hugging Face's hub."""
 
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
-# HTTPError is its client's, httpx or httpx2 by version; lost connections are of this kind.
+# HTTPError belongs to the hub's HTTP client, httpx or httpx2 by version. Lost connections raise it too.
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
@@ -12,10 +12,10 @@ from megatron_ladder.errors import UserError
 
 
 def check_repository(name: str) -> None:
-    """Refuses what is no name of a repository, before work starts.
+    """Checks the name of a repository, before long work starts.
 
     Raises:
-        UserError: it is not USER/NAME.
+        UserError: `name` is not of the form USER/NAME.
     """
     try:
         validate_repo_id(name)
@@ -27,23 +27,23 @@ def check_repository(name: str) -> None:
 
 
 def push_folder(folder: Path, name: str, *, private: bool) -> str:
-    """Uploads a folder as a model, in one commit; the repository is made if it is not there.
+    """Uploads a folder as a model, in one commit. The repository is made if it does not exist.
 
     Args:
         name: USER/NAME.
-        private: of a repository that is made; one that is there stays as it is.
+        private: whether a repository that is made is private; an existing one stays as it is.
 
     Returns:
-        The commit's address.
+        The web address of the commit.
 
     Raises:
-        UserError: nobody is logged in, the hub refuses, or cannot be reached. The folder stays.
+        UserError: nobody is logged in, or the hub refuses, or it cannot be reached. The folder is kept.
     """
     again = f"{folder} is complete and stays; upload it later with `hf upload {name} {folder}`"
     if get_token() is None:
         raise UserError(
             f"--push {name}: not logged in to Hugging Face: run `hf auth login`, or set HF_TOKEN to a "
-            f"token that may write. {again}"
+            f"token with write access. {again}"
         )
     api = HfApi()
     try:

@@ -1,11 +1,11 @@
-"""Whether an exported folder is the run's model: the logits of both, compared.
+"""Checks that an exported folder holds the run's model, by comparing the logits of both.
 
-The exported side is the folder as it was written, its files of code included. The run's side is
-megatron-core's GPTModel with local layers. Both are in fp32, with the weights rounded as they were
-exported, so that a folder in bf16 is held to the same tolerance.
+The exported side is the folder as it was written, with the code in it. The run's side is megatron-core's
+GPTModel with local layers. Both compute in fp32, with the weights rounded to the exported dtype, so that
+the same tolerance serves for a folder in bf16.
 
-The exported side runs on the CPU. So does the run's side, unless there is a GPU: megatron-core's
-models then run on it.
+The exported side runs on the CPU. The run's side does too, unless there is a GPU: megatron-core's models
+then run on it.
 """
 
 import functools
@@ -39,11 +39,11 @@ from megatron_ladder.mcore_compat import (
 from pretrain.convert.weights import CheckpointTensor
 from pretrain.run.checkpoint import checkpoint_names
 
-# Of the logits' standard deviation. Measured: rounding in fp32 alone gives 4e-6 (the tests' models) to
-# 1e-5 (a 1.2 G model of 16 layers); a row of one matrix 5 % too large 7e-3, one layer that reads the
-# wrong state 3.
+# The largest difference of logits, in shares of their standard deviation. Measured: fp32 rounding alone
+# gives 4e-6 (the tests' models) to 1e-5 (a model of 1.2G parameters and 16 layers); one row of one matrix
+# that is 5 % too large gives 7e-3; one layer that reads the wrong state gives 3.
 TOLERANCE = 1e-4
-LENGTH = 64  # tokens, in one sequence
+LENGTH = 64  # tokens in the one sequence that is compared
 _PACKAGE = "exported_model"
 
 
@@ -53,20 +53,20 @@ def verify_export(
     model: ModelConfig,
     dtype: torch.dtype,
 ) -> str:
-    """Compares a folder that `export_folder` wrote with what it was written from.
+    """Compares a folder that `export_folder` wrote with the weights that it was written from.
 
-    The exported model is loaded whole where it fits: in fp32, within three quarters of the memory that
-    is available. Else, as the run's model always, it has one layer in memory at a time, beside the
-    vocabulary's tables.
+    The exported model is loaded as a whole if it fits, in fp32, into three quarters of the available
+    memory. If it does not fit, one layer at a time is in memory, beside the embedding and output tables.
+    The run's model is always run one layer at a time.
 
     Args:
-        folder: complete; its files are loaded, and code among them is run.
-        weights: of the checkpoint, by megatron-core's names.
-        model: of the run, with `vocab_size` set.
-        dtype: of the exported weights.
+        folder: the complete folder; its files are loaded, and the code in it is run.
+        weights: the checkpoint's weights, by megatron-core's names.
+        model: the run's model, with `vocab_size` set.
+        dtype: the dtype of the exported weights.
 
     Returns:
-        What was found, to print.
+        A text to print that says how large the difference is.
 
     Raises:
         UserError: the logits differ by more than TOLERANCE.
@@ -81,18 +81,21 @@ def verify_export(
         f"the largest difference of logits is {difference:.1e}, {relative:.1e} of their standard "
         f"deviation ({LENGTH} tokens, fp32, {how})"
     )
-    if not relative <= TOLERANCE:  # NaN is no agreement
+    if not relative <= TOLERANCE:  # written so that NaN fails too
         raise UserError(
-            f"the exported model gives other logits than the run: {found}; at most {TOLERANCE:.0e} is "
-            "rounding. Nothing was written. This is no mistake of yours: report it with the run's "
-            f"config.json, torch {torch.__version__} and transformers {transformers.__version__}; "
-            "another transformers version may do"
+            f"the exported model's logits differ from the run's: {found}; rounding gives at most "
+            f"{TOLERANCE:.0e}. Nothing was written. This is a bug, not your mistake: report it with the "
+            f"run's config.json, torch {torch.__version__} and transformers {transformers.__version__}. "
+            "Another version of transformers may work"
         )
     return f"verified: {found}"
 
 
 def sample(model: ModelConfig) -> Tensor:
-    """Token ids, [1, LENGTH] or the context if that is shorter; the same for every model of a size."""
+    """Random token ids: int64 [1, LENGTH], or shorter if the context is.
+
+    Models with the same vocabulary size and context get the same ids.
+    """
     assert model.vocab_size is not None
     length = min(LENGTH, model.max_position_embeddings)
     generator = torch.Generator().manual_seed(1)
@@ -101,10 +104,12 @@ def sample(model: ModelConfig) -> Tensor:
 
 @torch.no_grad()
 def exported_logits(folder: Path, tokens: Tensor, *, whole: bool) -> Tensor:
-    """Of the folder, [1, length, vocabulary], fp32.
+    """The logits of the exported model: fp32 [1, length, vocab_size].
 
     Args:
-        whole: loaded by `from_pretrained`; else its files are read a layer at a time.
+        folder: the exported folder.
+        tokens: int64 [1, length].
+        whole: load the model by `from_pretrained`; else read the weights one layer at a time.
     """
     transformers_logging.disable_progress_bar()
     with _model_class(folder) as model_class:
@@ -114,7 +119,7 @@ def exported_logits(folder: Path, tokens: Tensor, *, whole: bool) -> Tensor:
             config = model_class.config_class.from_pretrained(folder)
             with torch.device("meta"):
                 model = model_class(config)
-            # RoPE's frequencies: no file holds them.
+            # Modules with buffers are made again on the CPU: no file holds RoPE's frequencies.
             for name, module in list(model.named_modules()):
                 if any(True for _ in module.buffers(recurse=False)):
                     model.set_submodule(name, type(module)(config))
@@ -136,10 +141,19 @@ def run_logits(
     dtype: torch.dtype,
     tokens: Tensor,
 ) -> Tensor:
-    """Of megatron-core's GPTModel with weights rounded to `dtype`: [1, length, vocabulary], fp32."""
+    """The logits of megatron-core's GPTModel with weights rounded to `dtype`: fp32 [1, length, vocab_size].
+
+    Args:
+        weights: the checkpoint's weights, by megatron-core's names.
+        model: the run's model, with `vocab_size` set.
+        dtype: the dtype of the exported weights.
+        tokens: int64 [1, length].
+    """
     with _one_rank():
         config = transformer_config(model, ParallelConfig(), impl="local")
-        config.use_cpu_initialization = True  # else parameters are made on a GPU that is there
+        config.use_cpu_initialization = (
+            True  # otherwise parameters are made on the GPU, if there is one
+        )
         (gpt,) = build_gpt_model(model, config, "local", device=torch.device("meta"))
         device = torch.cuda.current_device()
         makes = {}
@@ -166,11 +180,12 @@ def _read(
 def _load_by_layers(
     model: nn.Module, layers: nn.ModuleList, prefix: str, makes: Mapping[str, Callable[[], Tensor]]
 ) -> None:
-    """Gives a model on meta its weights: a layer's when it runs, and only for then.
+    """Gives weights to a model on the meta device; each layer has its own only while it runs.
 
     Args:
-        prefix: of the layers' names in the model.
-        makes: what gives each parameter, by its name in the model.
+        layers: the layers, which are loaded one at a time.
+        prefix: the beginning of the layers' parameter names in the model.
+        makes: for each parameter's name in the model, a function that makes it.
     """
     outside = {name: make() for name, make in makes.items() if not name.startswith(prefix)}
     _assign(model, outside, [n for n, _ in model.named_parameters() if not n.startswith(prefix)])
@@ -189,7 +204,7 @@ def _load_by_layers(
 
 
 def _assign(module: nn.Module, weights: dict[str, Tensor], names: list[str]) -> None:
-    # Tied tables have two names, and named_parameters gives the first.
+    # A tied table has two names; named_parameters gives only the first.
     missing, unknown = set(names) - weights.keys(), weights.keys() - set(names)
     assert not missing and not unknown, (missing, unknown)
     module.load_state_dict(weights, strict=False, assign=True)
@@ -197,10 +212,10 @@ def _assign(module: nn.Module, weights: dict[str, Tensor], names: list[str]) -> 
 
 @contextmanager
 def _model_class(folder: Path) -> Iterator[Any]:
-    """The class that the folder's config.json names: transformers' own, or that of its files.
+    """The model class that the folder's config.json names: transformers' own, or one in the folder's files.
 
-    transformers' Auto classes would not run the folder's files in a process that has imported
-    `megatron_ladder.hf`, as this one; and they would copy them to the user's cache.
+    transformers' Auto classes are not used: in a process that has imported `megatron_ladder.hf`, such as
+    this one, they would not run the folder's files. And they would copy these to the user's cache.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "auto_map" not in config:
@@ -221,7 +236,7 @@ def _model_class(folder: Path) -> Iterator[Any]:
 
 @contextmanager
 def _one_rank() -> Iterator[None]:
-    """megatron-core's groups of one rank; those that are there already, or made for this."""
+    """Provides megatron-core's process groups of one rank: existing ones, or new ones for this block."""
     cpu_platform.enable()
     alone = not dist.is_initialized()
     if alone:

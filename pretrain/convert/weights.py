@@ -1,6 +1,6 @@
-"""A checkpoint's weights, a tensor or a layer of one at a time: for models larger than memory.
+"""Reads and writes a checkpoint's weights one tensor or one layer at a time, for models larger than memory.
 
-The format is torch's distributed checkpoint, as megatron-core writes it: any layout opens it.
+The format is torch's distributed checkpoint, as megatron-core writes it; a run can load it at any layout.
 """
 
 import io
@@ -41,15 +41,15 @@ from pretrain.run.checkpoint_files import refuse_damaged
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """A whole tensor in a checkpoint, whatever pieces it is stored in; indexing reads it."""
+    """A whole tensor in a checkpoint; it may be stored in several pieces. Indexing reads it from disk."""
 
     shape: torch.Size
     dtype: torch.dtype
     pieces: tuple[tuple[ChunkStorageMetadata, Path, int, int], ...]
-    """Place and size in the tensor; file, offset and length."""
+    """For each piece: its place and size in the tensor; its file, and its offset and length in the file."""
 
     def __getitem__(self, which: int | slice) -> Tensor:
-        """One layer, or `[:]` all of it."""
+        """Reads one layer (an index on axis 0), or with `[:]` the whole tensor."""
         assert isinstance(which, int) or which == slice(None)
         if isinstance(which, int):
             pieces = [p for p in self.pieces if _holds(p[0], which)]
@@ -75,12 +75,13 @@ def _holds(chunk: ChunkStorageMetadata, layer: int) -> bool:
 
 
 def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
-    """A checkpoint's weights by megatron-core's names, layers stacked on axis 0; they are read one by one.
+    """A checkpoint's weights by megatron-core's names. Layers are stacked on axis 0.
 
-    Needs no model, no process group and no GPU, whatever layout wrote it.
+    Nothing is read into memory until a weight is indexed. It needs no model, no process group and no GPU,
+    and takes checkpoints of any layout.
 
     Raises:
-        UserError: its files are not those that were written. All are read for that.
+        UserError: a file is damaged or missing. All files are read once to check that.
     """
     refuse_damaged(checkpoint, read=True)
     metadata = FileSystemReader(checkpoint).read_metadata()
@@ -98,21 +99,22 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
 
 
 def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
-    """Writes a checkpoint's tensors into a folder; each is made when it is its turn.
+    """Writes a checkpoint's tensors into a folder. Each tensor is made just before it is written.
 
-    Tensors are on disk when it returns; the caller makes sure of the index and the folder.
+    When it returns, the tensors are on disk (fsync); the caller must sync the index and the folder.
 
     Raises:
         What `Chunk.make` raises, and OSError.
     """
-    # One thread: torch loses the errors of others. A file for each: of one file, torch keeps tensors
-    # until all are written.
+    # One thread, since torch loses the errors of other threads. One file for each tensor, since torch
+    # keeps all tensors of a file in memory until the file is written.
     writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=1, sync_files=False)
     crc = get_crc32_options()
     set_crc32_options(False)  # torch.load does not read them
     try:
         with warnings.catch_warnings():
-            # That there are no ranks, and that megatron-core has begun the folder, is as it should be.
+            # torch warns that there are no ranks, and that the folder is not empty. Both are intended:
+            # megatron-core has begun the folder.
             warnings.simplefilter("ignore", UserWarning)
             with synced_behind() as sync:
                 writer.fs = _SyncedBehind(sync)
@@ -125,7 +127,7 @@ def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
 
 
 class _SyncedBehind(FileSystem):
-    """Has each file brought to disk when it is complete, while the next one is written."""
+    """Syncs each file to disk when it is complete, while the next one is written."""
 
     def __init__(self, sync: Callable[[Path], None]) -> None:
         super().__init__()
@@ -135,12 +137,12 @@ class _SyncedBehind(FileSystem):
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
         with super().create_stream(path, mode) as stream:
             yield stream
-        if "w" in mode and Path(path).suffix == ".distcp":  # the other, the index, is renamed
+        if "w" in mode and Path(path).suffix == ".distcp":  # not the index: torch renames it later
             self._sync(Path(path))
 
 
 class _OneAtATime(DefaultSavePlanner):
-    """A plan of tensors that do not exist yet; one is made while the one before it is written."""
+    """A plan to save tensors that do not exist yet. Each is made while the one before it is written."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         super().__init__(flatten_state_dict=False)

@@ -1,1 +1,1 @@
-"""What each layer of a model does, and what the model does without it: a page and pictures."""
+"""`report depth`: what each layer of a model does, and what changes without it; a page and pictures."""

@@ -25,7 +25,11 @@ class DepthOptions:
 
 
 def main_depth(options: DepthOptions) -> int:
-    """Writes the report of the layers. Raises UserError before work on what cannot be measured."""
+    """Writes the report of the layers and returns the exit status.
+
+    Raises:
+        UserError: before any measurement, when the model or the data cannot be measured.
+    """
     from pretrain.depth.report import write_depth_report
 
     page = write_depth_report(

@@ -1,4 +1,4 @@
-"""What each layer costs with its residual changed: standard to ladder, and ladder to standard."""
+"""The loss with the residual of single layers changed: from standard to ladder, or back to standard."""
 
 from dataclasses import dataclass
 
@@ -11,38 +11,40 @@ from pretrain.model.staleness import Staleness, loss_with_ladder_layers, measure
 
 @dataclass(frozen=True)
 class Rule:
-    """As many ladder layers, chosen in two ways. Losses in nats a token."""
+    """A number of ladder layers, chosen in two ways: by auto:N, and the last N. Losses in nats a token."""
 
     count: int
     chosen: tuple[int, ...]
-    """auto:N: those that stand it best alone."""
+    """The layers of auto:N: those whose change alone raises the loss least."""
     chosen_loss: float
+    """The loss with the layers of auto:N as ladder layers."""
     last_loss: float
-    """The last N are ladder layers (arXiv 2501.06589, section 4.2)."""
+    """The loss with the last N layers as ladder layers (arXiv 2501.06589, section 4.2)."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Losses in nats a token; the weights stay as they are."""
+    """The losses of a model with layers changed, in nats a token. The weights stay as they are."""
 
     to: str
-    """The residual that layers are given: "ladder" or "standard"."""
+    """The residual that the changed layers get: "ladder" or "standard"."""
     alone: dict[int, float]
-    """By layer, the loss when this one alone is changed."""
+    """For each layer that can be changed, the loss when only this layer is changed."""
     rules: list[Rule]
     staleness: Staleness | None
-    """Of a standard model, for `auto:N`."""
+    """What `auto:N` needs; None for a model that has ladder layers already."""
 
 
 def measure_conversion(model: LadderForCausalLM, sequences: Tensor, data: str) -> Conversion | None:
-    """Changes each layer once; None for a parallel model, whose layers have other weights.
+    """Changes one layer at a time and measures the loss; None for a parallel model.
 
-    A standard model's layers are made ladder layers. Of a model with ladder layers, these are made
-    standard: it has learned with the older state, so that is the change for it.
+    The layers of a parallel model have other weights, so they cannot be changed. The layers of a standard
+    model are made ladder layers. In a model with ladder layers, these are made standard: the model was
+    trained with the older state, so for it the standard state is the change.
 
     Args:
-        sequences: [count, length + 1] token ids, on the model's device.
-        data: where they come from, in words.
+        sequences: int64 [count, length + 1], token ids, on the model's device.
+        data: where the sequences come from, in words.
     """
     residuals = [layer.residual for layer in model.model.layers]
     if "parallel" in residuals:

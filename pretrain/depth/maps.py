@@ -1,4 +1,4 @@
-"""Linear maps between the layers of two models (arXiv 2505.13898): which do the same."""
+"""Linear maps between the layers of two models (arXiv 2505.13898): they show which layers do the same."""
 
 import torch
 from torch import Tensor
@@ -8,24 +8,32 @@ from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
 from pretrain.depth.measures import relative
 from pretrain.depth.states import run
 
-# Of the mean square of the states: keeps a channel that is always zero from making it unsolvable.
+# The ridge of the least-squares fit, in shares of the mean square of the states. Without it a channel that
+# is always zero would make the equations unsolvable.
 RIDGE = 1e-6
 
 
 def states_after_layers(model: LadderForCausalLM, sequences: Tensor) -> Tensor:
-    """[layers, count, length, hidden] in fp32, on the model's device, of [count, length + 1] token ids."""
+    """The residual stream after each layer.
+
+    Args:
+        sequences: int64 [count, length + 1], token ids; the last of each sequence is not read.
+
+    Returns:
+        fp32 [layers, count, length, hidden], on the model's device.
+    """
     found = [run(model, sequence[:-1]).states[1:] for sequence in sequences]
     return torch.stack(found, dim=1)
 
 
 def map_errors(states: Tensor, others: Tensor) -> list[list[float]]:
-    """How well layer i of a model is a linear map of layer j of another.
+    """How well a linear map f gives the state after layer i of one model from layer j of the other.
 
-    The map is the least-squares one on every other sequence; the error is measured on the rest.
+    f is fitted by least squares on every other sequence; the error is measured on the rest.
 
     Args:
-        states: [layers, count, length, hidden] of the model, count at least 2.
-        others: [layers', count, length, hidden'] of the other, of the same tokens.
+        states: the model's states h, fp32 [layers, count, length, hidden], with a count of at least 2.
+        others: the other model's states h' on the same tokens, fp32 [layers', count, length, hidden'].
 
     Returns:
         [i][j]: the mean over tokens of |h_i - f(h'_j)| / |h_i|.

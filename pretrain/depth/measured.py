@@ -1,4 +1,4 @@
-"""All that is measured of one model, and its figures as a table."""
+"""All measurements of one model, and tables of them."""
 
 from dataclasses import dataclass
 
@@ -17,29 +17,31 @@ from pretrain.model.staleness import mean_loss
 
 @dataclass(frozen=True)
 class Measured:
-    """Losses in nats a token, on the same sequences."""
+    """All measurements of one model, on the same sequences. Losses are in nats a token."""
 
     label: str
     path: str
     parameters: int
     residual: list[str]
-    """Of each layer: standard, ladder or parallel."""
+    """The residual of each layer: standard, ladder or parallel."""
     loss: float
     contributions: Contributions
     skipped: SkipEffects
-    """Everywhere, measured everywhere."""
+    """Layers are skipped at all positions; effects are measured at all positions."""
     skipped_before: SkipEffects
-    """In the first half of each sequence, measured in the second."""
+    """Layers are skipped in the first half of each sequence; effects are measured in the second half."""
     conversion: Conversion | None
     """None for a parallel model."""
 
 
 def measure(plain: PlainModel, label: str, sequences: Tensor, data: str) -> Measured:
-    """Measures a model; it is left as it was.
+    """Makes all measurements of a model. The model is not changed.
 
     Args:
-        sequences: [count, length + 1] token ids.
-        data: where they come from, in words.
+        plain: the model.
+        label: its name in the report.
+        sequences: int64 [count, length + 1], token ids, on any device.
+        data: where the sequences come from, in words.
     """
     model, sequences = plain.model, sequences.to(plain.device)
     contributions = measure_contributions(model, sequences)
@@ -58,11 +60,11 @@ def measure(plain: PlainModel, label: str, sequences: Tensor, data: str) -> Meas
 
 
 def layer_table(model: Measured) -> list[list[str]]:
-    """A line of column names and one for each layer."""
+    """The table of layers: a line of column names, and a line for each layer."""
     shares, all_, before = model.contributions, model.skipped, model.skipped_before
     lines = [
         ["layer", "residual", "|a|/|h|", "|m|/|h+a|", "|a+m|/|h|", "cos a", "cos m", "cos a+m"]
-        + ["skipped: loss", "output", "before: loss", "output"]
+        + ["skipped: loss", "output", "skipped earlier: loss", "output"]
         + ([f"made {model.conversion.to}: loss"] if model.conversion else [])
     ]
     if set(model.residual) == {"parallel"}:
@@ -82,10 +84,10 @@ def layer_table(model: Measured) -> list[list[str]]:
 
 
 def rule_table(model: Measured) -> list[list[str]]:
-    """A line of column names and one for each number of ladder layers; empty where none was tried."""
+    """The table of rules: column names, then a line for each number of ladder layers; [] without rules."""
     if model.conversion is None or not model.conversion.rules:
         return []
-    lines = [["ladder layers", "auto:N: loss", "last N: loss", "auto:N takes layers"]]
+    lines = [["ladder layers N", "auto:N: loss", "last N: loss", "layers of auto:N"]]
     for rule in model.conversion.rules:
         losses = [f"{loss - model.loss:+.4f}" for loss in (rule.chosen_loss, rule.last_loss)]
         lines.append([str(rule.count), *losses, " ".join(map(str, rule.chosen))])
@@ -93,7 +95,7 @@ def rule_table(model: Measured) -> list[list[str]]:
 
 
 def as_text(lines: list[list[str]]) -> str:
-    """Columns to the right, as a terminal shows them."""
+    """A table as text for a terminal, with columns aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))

@@ -14,10 +14,11 @@ from pretrain.depth.states import run
 
 @dataclass(frozen=True)
 class Contributions:
-    """By layer, the mean over tokens. h: the stream before the layer; a, m: what its attention and MLP add.
+    """What each layer adds, as means over tokens; each list has one figure a layer.
 
-    Each is compared with what it is added to, which in a ladder layer is not what it was computed
-    from. In a parallel layer attention and MLP are both added to h.
+    h is the residual stream before the layer; a and m are what its attention and its MLP add. Each is
+    compared with the stream that it is added to; a ladder layer computes it from an older state. In a
+    parallel layer, a and m are both added to h.
     """
 
     attention: list[float]
@@ -27,32 +28,37 @@ class Contributions:
     layer: list[float]
     """|a + m| / |h|."""
     attention_cosine: list[float]
-    """Of the angle between a and h."""
+    """The cosine of the angle between a and h."""
     mlp_cosine: list[float]
-    """Of the angle between m and h + a; and h in a parallel layer."""
+    """The cosine of the angle between m and h + a; between m and h in a parallel layer."""
     layer_cosine: list[float]
-    """Of the angle between a + m and h."""
+    """The cosine of the angle between a + m and h."""
 
 
 @dataclass(frozen=True)
 class SkipEffects:
-    """What skipping layer s, the first index, changes."""
+    """What changes when layer s is skipped; s is the first index."""
 
     later_max: list[list[float | None]]
-    """[s][l]: the change in what layer l adds, over what it adds, the largest of all tokens; None where
-    l does not follow s."""
+    """[s][l]: the size of the change in what layer l adds, divided by the size of what it adds; the maximum
+    over tokens. None where l does not follow s."""
     later_mean: list[list[float | None]]
-    """The same, the mean over tokens."""
+    """As later_max, but the mean over tokens."""
     output_max: list[float]
-    """L2 distance of the output probabilities, the largest of all tokens."""
+    """[s]: the L2 distance between the output probabilities, the maximum over tokens."""
     output_mean: list[float]
-    """The same, the mean over tokens."""
+    """As output_max, but the mean over tokens."""
     loss_increase: list[float]
-    """Of the cross-entropy, nats a token."""
+    """[s]: the increase of the cross-entropy, in nats a token."""
 
 
 def measure_contributions(model: LadderForCausalLM, sequences: Tensor) -> Contributions:
-    """Means over all tokens of [count, length + 1] token ids; the last of each is not read."""
+    """Measures what each layer adds, over all tokens.
+
+    Args:
+        sequences: int64 [count, length + 1], token ids, on the model's device; the last of each sequence
+            is not read.
+    """
     sums: dict[str, Any] = dict.fromkeys(Contributions.__dataclass_fields__, 0.0)
     both_to_h = torch.tensor(
         [layer.residual == "parallel" for layer in model.model.layers], device=sequences.device
@@ -75,19 +81,20 @@ def measure_contributions(model: LadderForCausalLM, sequences: Tensor) -> Contri
 
 
 def relative(x: Tensor, to: Tensor) -> Tensor:
-    """|x| / |to| over the last axis; 0 where both are zero."""
+    """|x| / |to|, norms over the last axis; 0 where both are zero."""
     return x.norm(dim=-1) / to.norm(dim=-1).clamp_min(torch.finfo(to.dtype).tiny)
 
 
 def measure_skips(model: LadderForCausalLM, sequences: Tensor) -> tuple[SkipEffects, SkipEffects]:
-    """Skips each layer once.
+    """Skips one layer at a time and measures what changes, in two ways.
 
     Args:
-        sequences: [count, length + 1] token ids, on the model's device.
+        sequences: int64 [count, length + 1], token ids, on the model's device.
 
     Returns:
-        Skipped at all positions and measured at all; skipped in the first half of each sequence and
-        measured in the second, where only what later positions read of the layer is missing.
+        The effects with layers skipped at all positions, measured at all positions; and the effects with
+        layers skipped in the first half of each sequence, measured in the second half. In the second half
+        nothing is skipped; only what later layers' attention reads of the skipped positions differs.
     """
     layers = len(model.model.layers)
     length = sequences.shape[1] - 1
@@ -111,7 +118,7 @@ def measure_skips(model: LadderForCausalLM, sequences: Tensor) -> tuple[SkipEffe
 
 
 class _Sums:
-    """What SkipEffects is made of, over the sequences so far."""
+    """The sums and maxima over the sequences so far, from which SkipEffects is made."""
 
     def __init__(self, layers: int, skipped: slice, measured: slice) -> None:
         self.skipped = skipped
@@ -124,7 +131,13 @@ class _Sums:
         self.loss_sum = torch.zeros(layers, dtype=torch.float64)
 
     def add(self, skip: int, change: Tensor, distance: Tensor, loss: Tensor) -> None:
-        """One sequence: change [layers, length], distance and loss [length]."""
+        """Adds one sequence, with layer `skip` skipped.
+
+        Args:
+            change: [layers, length], the relative change in what each layer adds.
+            distance: [length], between the output probabilities.
+            loss: [length], the increase of the cross-entropy.
+        """
         change, distance = change[:, self.measured].cpu(), distance[self.measured].cpu()
         self.later_max[skip] = torch.maximum(self.later_max[skip], change.amax(1))
         self.later_sum[skip] += change.sum(1, dtype=torch.float64)

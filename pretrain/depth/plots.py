@@ -1,4 +1,4 @@
-"""The pictures of `report depth`, as PNG bytes: a row, or a colour, for each model."""
+"""The pictures of `report depth`, as PNG bytes. Each model has a row of its own, or a colour of its own."""
 
 import math
 from typing import Any
@@ -12,11 +12,11 @@ from pretrain.pictures import COLOURS, GREY, png_bytes
 
 WIDTH = 8.6
 SUB_LAYERS = {"attention": "attention", "mlp": "MLP", "layer": "whole layer"}
-NUMBERS_UP_TO = 14  # layers: more, and numbers in the cells cannot be read
+NUMBERS_UP_TO = 14  # with more layers than this, numbers in the cells would be too small to read
 
 
 def draw_contributions(models: list[Measured]) -> bytes:
-    """Relative contribution and cosine by layer."""
+    """Relative contribution and cosine of each layer."""
     figure = Figure(figsize=(WIDTH, 0.6 + 2.9 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), 2, squeeze=False, sharey="col")
     for (left, right), model in zip(axes, models, strict=True):
@@ -26,8 +26,8 @@ def draw_contributions(models: list[Measured]) -> bytes:
                 (right, getattr(model.contributions, f"{name}_cosine")),
             ):
                 panel.plot(values, color=colour, marker="o", markersize=4, label=label)
-        _by_layer(left, f"{model.label}: size over what it is added to")
-        _by_layer(right, f"{model.label}: cosine with what it is added to")
+        _by_layer(left, f"{model.label}: size relative to the stream")
+        _by_layer(right, f"{model.label}: cosine with the stream")
         right.axhline(0, color=GREY, linewidth=1)
     axes[0, 0].set_yscale("log")  # the first layer adds to an embedding that may be tiny
     axes[0, 0].yaxis.set_major_formatter("{x:g}")
@@ -36,7 +36,7 @@ def draw_contributions(models: list[Measured]) -> bytes:
 
 
 def draw_skip_effects(models: list[Measured]) -> bytes:
-    """What skipping a layer changes in each later one; everywhere and in later positions only."""
+    """What skipping a layer changes in each later layer: at all positions, and at later positions only."""
     figure = Figure(figsize=(WIDTH, 0.4 + 3.9 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), 2, squeeze=False)
     every = [effects for model in models for effects in (model.skipped, model.skipped_before)]
@@ -50,12 +50,12 @@ def draw_skip_effects(models: list[Measured]) -> bytes:
             image = _heat_map(panel, effects.later_max, f"{model.label}: {where}", most / 100, most)
             panel.set_xlabel("changed layer")
         row[0].set_ylabel("skipped layer")
-    _colour_bar(figure, image, axes, "change over what the layer adds, largest of all tokens")
+    _colour_bar(figure, image, axes, "relative change of what the layer adds, maximum over tokens")
     return png_bytes(figure)
 
 
 def draw_skip_outputs(models: list[Measured]) -> bytes:
-    """What skipping each layer does to the output probabilities and to the loss."""
+    """What skipping each layer changes in the output probabilities and in the loss."""
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for model, colour in zip(models, COLOURS, strict=False):
@@ -65,7 +65,8 @@ def draw_skip_outputs(models: list[Measured]) -> bytes:
             (model.skipped_before, "--", "later positions"),
         ):
             options = {"color": colour, "linestyle": style, "marker": "o", "markersize": 4}
-            # The last layer is read by its own position alone: 0, which has no logarithm.
+            # Later positions do not read the last layer, so its distance there is 0, which a logarithmic
+            # axis cannot show.
             distances = [distance or math.nan for distance in effects.output_mean]
             left.plot(distances, label=name + where, **options)
             right.plot(effects.loss_increase, **options)
@@ -81,10 +82,10 @@ def draw_skip_outputs(models: list[Measured]) -> bytes:
 
 
 def draw_staleness(models: list[Measured]) -> bytes:
-    """The loss with each layer's residual changed.
+    """The increase of the loss when the residual of one layer is changed, for each layer.
 
     Args:
-        models: those with a conversion.
+        models: all of them must have a conversion.
     """
     figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
@@ -101,10 +102,10 @@ def draw_staleness(models: list[Measured]) -> bytes:
 
 
 def draw_rules(models: list[Measured]) -> bytes:
-    """Two ways to choose the ladder layers.
+    """The increase of the loss with two ways to choose N ladder layers: auto:N, and the last N.
 
     Args:
-        models: those with rules.
+        models: all of them must have a conversion with rules.
     """
     figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
@@ -129,14 +130,18 @@ def draw_rules(models: list[Measured]) -> bytes:
 
 
 def draw_maps(first: Measured, second: Measured, errors: list[list[float]]) -> bytes:
-    """How well each layer of the first model is a linear map of each of the second's."""
+    """The error of the best linear map to each layer of the first model from each layer of the second.
+
+    Args:
+        errors: [i][j], from `map_errors`.
+    """
     figure = Figure(figsize=(WIDTH * 0.7, WIDTH * 0.58), layout="constrained")
     axes = figure.subplots()
     flat = [error for row in errors for error in row]
     image = _heat_map(axes, errors, "", min(flat), max(flat), log=False)
     axes.set_ylabel(f"after layer, {first.label}")
     axes.set_xlabel(f"after layer, {second.label}")
-    _colour_bar(figure, image, axes, "error of the best linear map, relative")
+    _colour_bar(figure, image, axes, "relative error of the best linear map")
     return png_bytes(figure)
 
 
@@ -152,7 +157,7 @@ def _by_layer(axes: Any, title: str, label: str = "layer") -> None:
 def _heat_map(
     axes: Any, values: Any, title: str, least: float, most: float, log: bool = True
 ) -> Any:
-    """Squares, dark where values are large; None stays white."""
+    """Draws a square for each value, dark where the value is large; None stays white."""
     rows = [[float("nan") if value is None else value for value in row] for row in values]
     limits = {"norm": LogNorm(least, most, clip=True)} if log else {"vmin": least, "vmax": most}
     image = axes.imshow(rows, cmap="viridis_r", aspect="equal", **limits)

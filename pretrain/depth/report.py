@@ -1,4 +1,4 @@
-"""Measures the layers of one model, or of two side by side, and writes what was found."""
+"""Measures the layers of one model, or of two side by side, and writes the report."""
 
 import json
 from dataclasses import asdict
@@ -32,18 +32,18 @@ def write_depth_report(
 ) -> Path:
     """Writes index.html, PNGs and depth.json, and prints the table of layers.
 
-    A standard model's staleness is saved too: in the run's folder, or of a Hugging Face folder given
-    first in the output folder.
+    The staleness of a standard model is saved too, for `auto:N`: for a run in the run's folder, for a
+    Hugging Face folder in the output folder, if it is the first model.
 
     Args:
         paths: one model or two: runs, checkpoints or Hugging Face folders.
-        data: a data set of their tokenizer; the first run's own when None.
-        output_dir: `depth` in the first model's folder when None.
-        count: sequences to measure on; fewer if the held-out split has not as many.
-        length: tokens in each.
+        data: a data set made with their tokenizer; None: the first data set of the first model's run.
+        output_dir: None: `depth` in the first model's folder.
+        count: sequences to measure on; fewer if the held-out split has fewer.
+        length: tokens in each sequence; None: 256, or the shortest context of the models if that is less.
 
     Returns:
-        The page.
+        The path of index.html.
 
     Raises:
         UserError: a model or the data cannot be read, they do not fit each other, or there is too
@@ -83,16 +83,18 @@ def _data(plains: list[PlainModel], data: Path | None) -> DataFolder:
     for other in plains[1:]:
         if other.tokenizer["sha256"] != first.tokenizer["sha256"]:
             raise UserError(
-                f"{first.path} and {other.path} have different tokenizers: the same text is other "
-                "tokens to each, so their layers cannot be compared"
+                f"{first.path} and {other.path} have different tokenizers, so the same text gives "
+                "different tokens, and their layers cannot be compared: give models with the same tokenizer"
             )
     if data is None:
         own: tuple[Path, ...] = ()
         if not is_hf_folder(first.path):
             own = found_from(first.path, load_config(first.path / "config.json")).data.paths
         if not own or not own[0].is_dir():
-            why = f"its own, {own[0]}, is not there" if own else "it has none of its own"
-            raise UserError(f"no data to measure {first.path} on ({why}): give --data FOLDER")
+            why = f"its data set, {own[0]}, is not there" if own else "it has none of its own"
+            raise UserError(
+                f"there is no data to measure {first.path} on ({why}): give --data FOLDER"
+            )
         data = own[0]
     folder = open_folder(data)
     check_tokenizer(folder, first.tokenizer_file, first.path)
@@ -105,17 +107,19 @@ def _sequences(
     longest = min(plain.config.max_position_embeddings for plain in plains)
     length = min(DEFAULT_LENGTH, longest) if length is None else length
     if count < 1 or length < 2:
-        raise UserError("--sequences must be at least 1, --seq-length at least 2: it is halved")
+        raise UserError(
+            "--sequences must be at least 1, and --seq-length at least 2: a sequence is cut in two halves"
+        )
     if length > longest:
         raise UserError(
-            f"--seq-length {length} is longer than max_position_embeddings {longest}: lower it"
+            f"--seq-length {length} is longer than max_position_embeddings {longest}: give a smaller one"
         )
     sequences = sample_sequences(folder, count, length)
     if len(plains) > 1 and len(sequences) < 2:
         raise UserError(
-            f"one sequence of {length} tokens of {folder.path}: maps between two models are fitted on "
-            "one half of the sequences and measured on the other; raise --sequences, lower "
-            "--seq-length or give more text"
+            f"there is only one sequence of {length} tokens from {folder.path}, but maps between two "
+            "models are fitted on half of the sequences and measured on the others: raise --sequences, "
+            "lower --seq-length or give more text"
         )
     return sequences
 

@@ -1,8 +1,9 @@
-"""One forward pass with all that its sub-modules add to the residual stream, and with a layer skipped.
+"""One forward pass that keeps what each sub-module adds to the residual stream; a layer can be skipped.
 
-A layer is skipped where its two sub-modules add nothing: the residual stream after it is the one
-before it. That holds for every residual kind. Of a ladder model's pair of states both are then the
-stream before the layer, so the next layer's attention reads what its output is added to.
+A layer is skipped by making its two sub-modules add nothing. The residual stream after the layer is then
+the stream before it, for every residual kind. A ladder layer passes on a pair of states; when it is
+skipped, both are the stream before it, so the next layer's attention reads the same state that its output
+is added to.
 """
 
 from collections.abc import Callable
@@ -19,20 +20,20 @@ from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
 
 @dataclass(frozen=True)
 class Pass:
-    """What one sequence's forward pass computed; fp32."""
+    """The results of one sequence's forward pass, all in fp32."""
 
     states: Tensor
     """[layers + 1, length, hidden]: the residual stream before each layer, and after the last."""
     attention: Tensor
-    """[layers, length, hidden]: what the attentions add to it."""
+    """[layers, length, hidden]: what each layer's attention adds to the residual stream."""
     mlp: Tensor
-    """[layers, length, hidden]: what the MLPs add to it."""
+    """[layers, length, hidden]: what each layer's MLP adds to the residual stream."""
     logits: Tensor
     """[length, vocab_size]."""
 
     @property
     def layer(self) -> Tensor:
-        """[layers, length, hidden]: what the layers add to it."""
+        """[layers, length, hidden]: what each layer adds to the residual stream."""
         return self.attention + self.mlp
 
 
@@ -43,12 +44,12 @@ def run(
     skip: int | None = None,
     positions: slice = slice(None),
 ) -> Pass:
-    """Runs the model over one sequence; the model is left as it was.
+    """Runs the model over one sequence. The model is not changed.
 
     Args:
-        ids: [length], on the model's device.
+        ids: int64 [length], on the model's device.
         skip: the layer to skip; None skips none.
-        positions: where it is skipped.
+        positions: the positions of the sequence at which it is skipped.
     """
     states: list[Tensor] = []
     attention: list[Tensor] = []
@@ -67,11 +68,11 @@ def run(
 
         hook(model.model.embed_tokens, partial(_keep, states))
         for index, layer in enumerate(layers):
-            # The last matrices: their output is what is added, whatever is around them.
+            # The output of a sub-module's last matrix is what it adds, for every residual kind.
             parts = ((layer.self_attn.o_proj, attention), (layer.mlp.down_proj, mlp))
             for module, kept in parts:
                 if index == skip:
-                    hook(module, nothing)  # first, so that what is kept is what is added
+                    hook(module, nothing)  # before `_keep`, which must keep what is really added
                 hook(module, partial(_keep, kept))
             hook(layer, lambda pair: _keep(states, pair[1]))
         logits = model(ids[None], use_cache=False).logits[0].float()

@@ -1,4 +1,4 @@
-"""`megatron-ladder eval`: a model on data sets and tasks."""
+"""`megatron-ladder eval`: measures a model on data sets and on tasks."""
 
 import functools
 import time
@@ -24,14 +24,14 @@ from pretrain.run.versions import versions
 
 
 def evaluate(options: EvalOptions) -> Path:
-    """Measures, prints a table and writes a file, anew after each result.
+    """Measures the model, prints a table, and writes a file of results, again after each result.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        UserError: before anything is measured, when options, model and data do not fit; at the end, when
-            the data of some task of lm-evaluation-harness could not be loaded.
+        UserError: before any measurement, when options, model and data do not fit together; at the end,
+            when a task failed, such as one of lm-evaluation-harness whose data could not be loaded.
     """
     splits = [open_split(open_folder(path), options.split) for path in options.data_paths()]
     names = options.harness_tasks()
@@ -50,7 +50,7 @@ def evaluate(options: EvalOptions) -> Path:
     for measure in _measurements(options, plain, splits, seq_length, manager):
         try:
             results += measure()
-        except UserError as error:  # of one task, such as data that cannot be loaded
+        except UserError as error:  # one task failed, such as by data that cannot be loaded
             failed.append(str(error))
         else:
             save(file, facts, results)
@@ -65,14 +65,15 @@ def _seq_length(options: EvalOptions, plain: PlainModel) -> int:
     context = plain.config.max_position_embeddings
     if options.seq_length is not None and options.seq_length > context:
         raise UserError(
-            f"--seq-length {options.seq_length}: the context of {plain.path} is {context:,} tokens"
+            f"--seq-length {options.seq_length}: the context of {plain.path} is {context:,} tokens; "
+            "give at most as many"
         )
     return options.seq_length or context
 
 
 def _place(options: EvalOptions) -> tuple[Path, int | None]:
-    """Where results go unless said, and a run's step."""
-    if is_hf_folder(options.model):  # beside it: what is in it is what is published
+    """The folder that results go to without --output-dir, and the checkpoint's step (None: not a run)."""
+    if is_hf_folder(options.model):  # beside the model, since everything in its folder is published
         folder = options.model.resolve()
         return folder.with_name(f"{folder.name}-{FOLDER}"), None
     checkpoint = find_checkpoint(options.model)
@@ -101,7 +102,7 @@ def _measurements(
     seq_length: int,
     manager: Any,
 ) -> Iterator[Callable[[], list[Result]]]:
-    """What is asked for, one after another."""
+    """The measurements that the options ask for, as functions to call one after another."""
     batch_size, seed = options.batch_size, options.seed
     tokenizer, eod_id = load_tokenizer(plain.tokenizer_file), plain.tokenizer["eod_id"]
     text_model = TextModel(plain.model, tokenizer, eod_id, seq_length, batch_size)
@@ -132,7 +133,7 @@ def _measurements(
 
 
 def _report(results: list[Result]) -> str:
-    """The table, what perplexity was measured on, and an item of each task."""
+    """The table of results, what perplexity was measured on, and the first item of each task, as text."""
     parts = [table(results)]
     for result in results:
         if result["task"] == "perplexity":

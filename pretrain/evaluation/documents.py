@@ -1,4 +1,4 @@
-"""A data set's split by document: tokens, what of them is trained on, and text."""
+"""The documents of a data set's split: their tokens, which tokens are trained on, and their text."""
 
 import functools
 from collections.abc import Sequence
@@ -18,14 +18,15 @@ from pretrain.files import sha256
 
 @dataclass(frozen=True)
 class Documents:
-    """All of a split, or some of its documents. Nothing is read but what is asked for."""
+    """All documents of a split, or some of them. Tokens are read from disk only when they are asked for."""
 
     folder: DataFolder
     split: str
     numbers: np.ndarray
-    """Which of the split's documents, ascending."""
+    """The numbers of these documents in the split, ascending."""
     ends: np.ndarray
-    """Where each of the split's documents begins in .bin, in tokens, and the last one ends: int64."""
+    """int64 [documents of the split + 1]: where each document begins in .bin, in tokens; then the end of
+    the last one."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -36,14 +37,14 @@ class Documents:
 
     @property
     def tokens(self) -> int:
-        """Of these documents, EOD included."""
+        """The number of tokens of these documents, including each one's EOD."""
         return int(np.diff(self.ends)[self.numbers].sum())
 
     def at_most(self, tokens: int, seed: int) -> "Documents":
-        """Whole documents drawn at random that hold at most as many tokens; in the split's order.
+        """Whole documents, drawn at random, with at most `tokens` tokens together; in the split's order.
 
         Raises:
-            UserError: the first one that is drawn is longer.
+            UserError: the first document that is drawn has more tokens.
         """
         if self.tokens <= tokens:
             return self
@@ -52,20 +53,20 @@ class Documents:
         if count == 0:
             length = int(np.diff(self.ends)[order[0]])
             raise UserError(
-                f"{self.folder.path}: whole documents are taken, the first one drawn has {length:,} "
-                f"tokens: give --max-tokens of more than {tokens:,}"
+                f"{self.folder.path}: only whole documents are measured, and the first one that was drawn "
+                f"has {length:,} tokens, more than --max-tokens {tokens:,}: give at least as many"
             )
         return Documents(self.folder, self.split, np.sort(order[:count]), self.ends)
 
     def ids(self) -> np.ndarray:
-        """Documents one after another, each with its EOD: [tokens]."""
+        """The token ids of these documents, one document after another, each with its EOD: [tokens]."""
         data = np.memmap(
             self.folder.prefix(self.split) + ".bin", self.folder.manifest["dtype"], "r"
         )
         return self._of_each(data)
 
     def trained(self) -> np.ndarray | None:
-        """Of each of `ids` whether it is trained on, bool [tokens]; None: all are."""
+        """For each token of `ids` whether it is trained on: bool [tokens]. None: all are."""
         path = Path(self.folder.prefix(self.split) + ".mask")
         if not path.is_file():
             return None
@@ -77,7 +78,7 @@ class Documents:
         return np.concatenate([data[self.ends[n] : self.ends[n + 1]] for n in self.numbers])
 
     def text_bytes(self) -> int:
-        """UTF-8 bytes of the documents' text; of a whole split, as they were counted when it was made."""
+        """UTF-8 bytes of these documents' text; for a whole split, the count that its manifest holds."""
         if self.is_whole:
             return self.folder.manifest["splits"][self.split]["text_bytes"]
         texts = Texts(self)
@@ -92,7 +93,10 @@ class Texts(Sequence[str]):
         facts = documents.folder.tokenizer
         file = documents.folder.path / facts["file"]
         if not file.is_file() or sha256(file) != facts["sha256"]:
-            raise UserError(f"{file} is not the tokenizer the data set was made with")
+            raise UserError(
+                f"{file} is not the tokenizer the data set was made with: copy that file back, or make "
+                "the data set again"
+            )
         self._tokenizer = load_tokenizer(file)
         name = documents.folder.prefix(documents.split) + ".bin"
         self._data = np.memmap(name, documents.folder.manifest["dtype"], "r")
@@ -114,7 +118,7 @@ def open_split(folder: DataFolder, split: str) -> Documents:
     """All documents of a split.
 
     Raises:
-        UserError: there is no such split, or nothing in it.
+        UserError: there is no such split, or it is empty.
     """
     if not folder.tokens(split):
         there = [name for name in folder.manifest["splits"] if folder.tokens(name)]
@@ -122,16 +126,17 @@ def open_split(folder: DataFolder, split: str) -> Documents:
             f"{folder.path} has nothing in its {split} split: give --split "
             f"{' or '.join(there) or 'of another data set'}"
         )
-    index = IndexedDataset(folder.prefix(split))  # unmaps its arrays when it goes: copied before
+    # The lengths are copied here: IndexedDataset unmaps its arrays when it is deleted.
+    index = IndexedDataset(folder.prefix(split))
     ends = np.concatenate([[0], np.cumsum(index.sequence_lengths, dtype=np.int64)])
     return Documents(folder, split, np.arange(len(ends) - 1), ends)
 
 
 def load_tokenizer(file: Path) -> Tokenizer:
-    """A tokenizer.json, or a SentencePiece .model as the same kind of object.
+    """Loads a tokenizer.json, or a SentencePiece .model, as a `Tokenizer`.
 
     Raises:
-        UserError: it is neither.
+        UserError: the file is neither.
     """
     try:
         if file.suffix == ".json":
@@ -141,7 +146,10 @@ def load_tokenizer(file: Path) -> Tokenizer:
             return tokenizer
         proto = ModelProto.FromString(file.read_bytes())
     except Exception as error:  # tokenizers and protobuf raise nothing narrower
-        raise UserError(f"{file} is no tokenizer that can be read: {error}") from error
+        raise UserError(
+            f"{file} cannot be read as a tokenizer.json or a SentencePiece model: {error}"
+        ) from error
     tokenizer = sentencepiece_to_tokenizers(proto)
-    tokenizer.encode_special_tokens = True  # SentencePiece: text that spells "</s>" is text
+    # As in SentencePiece, the characters "</s>" in a text are text, not the special token.
+    tokenizer.encode_special_tokens = True
     return tokenizer

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (optional: package lm-eval), on the model in memory."""
+"""Runs tasks of lm-evaluation-harness (the optional package lm-eval) on a model in memory."""
 
 import difflib
 import importlib.metadata
@@ -17,10 +17,10 @@ from pretrain.evaluation.options import OFFLINE
 
 
 def find_tasks(names: Sequence[str], include_path: Path | None) -> Any:
-    """lm-eval's TaskManager, which knows all of `names`. No data is loaded.
+    """lm-eval's TaskManager, after checking that it knows all of `names`. No data is loaded.
 
     Args:
-        names: of tasks, groups and tags.
+        names: the names of tasks, groups and tags.
         include_path: a folder with YAML files of more tasks.
 
     Raises:
@@ -31,7 +31,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None) -> Any:
         hint = f"did you mean {near[0]}? Else install" if near else "install"
         raise UserError(
             f"task {names[0]} is none of {', '.join(OFFLINE)}, and lm-evaluation-harness, which has "
-            f"others, is not installed: {hint} it with `pip install 'megatron-ladder[eval]'`"
+            f"more tasks, is not installed: {hint} it with `pip install 'megatron-ladder[eval]'`"
         )
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"--include-path {include_path} is not a folder")
@@ -48,7 +48,10 @@ def find_tasks(names: Sequence[str], include_path: Path | None) -> Any:
 
 
 def wrap(plain: PlainModel, seq_length: int, batch_size: int) -> Any:
-    """The model as lm-eval's HFLM, with a Hugging Face folder's tokenizer as transformers loads it."""
+    """The model as lm-eval's HFLM.
+
+    The tokenizer of a Hugging Face folder is loaded by transformers; a run's tokenizer is loaded here.
+    """
     from lm_eval.models.huggingface import HFLM
 
     if is_hf_folder(plain.path):
@@ -67,7 +70,7 @@ def wrap(plain: PlainModel, seq_length: int, batch_size: int) -> Any:
 
 
 def run_harness_task(name: str, manager: Any, lm: Any, limit: int | None) -> list[dict[str, Any]]:
-    """A task's results, or those of a group's or tag's tasks.
+    """Runs a task, or all tasks of a group or tag, and returns one result for each.
 
     Raises:
         UserError: the task's data could not be loaded, for whatever reason.
@@ -76,7 +79,7 @@ def run_harness_task(name: str, manager: Any, lm: Any, limit: int | None) -> lis
 
     try:
         manager.load([name])
-    except Exception as error:  # of datasets, of the hub's client, of the task's own code
+    except Exception as error:  # from datasets, from the hub's client, or from the task's own code
         said = next(iter(str(error).splitlines()), "")
         raise UserError(
             f"task {name}: its data could not be loaded: {type(error).__name__}: {said}"

@@ -1,4 +1,4 @@
-"""What a model thinks of tokens and of text."""
+"""The losses that a model gives to tokens, and the likelihoods that it gives to texts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,24 +13,26 @@ from tqdm import tqdm
 
 from megatron_ladder.errors import UserError
 
-POSITIONS_AT_ONCE = 1024  # a position's fp32 logits take 0.5 MB at a vocabulary of 128 Ki
+POSITIONS_AT_ONCE = (
+    1024  # one position's fp32 logits take 0.5 MB with a vocabulary of 128 Ki tokens
+)
 
 
 @torch.no_grad()
 def token_losses(
     model: Any, sequences: Sequence[np.ndarray], batch_size: int, title: str
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each sequence's cross-entropies, the longest sequences first.
+    """The cross-entropy of each token of each sequence; the longest sequences come first.
 
     Args:
-        model: a causal language model of transformers' interface.
+        model: a causal language model with the interface of transformers.
         sequences: token ids, each [n + 1] with n >= 1.
         batch_size: sequences in one forward pass; shorter ones are padded on the right.
-        title: of the progress bar, which counts predicted tokens.
+        title: the title of the progress bar, which counts predicted tokens.
 
     Yields:
-        A sequence's number; nats of each token but its first, fp32 [n]; whether each of them is the
-        model's likeliest, bool [n]. On the CPU.
+        The index of a sequence; the cross-entropy in nats of each token but the first, fp32 [n]; whether
+        each of these tokens is the one that the model finds likeliest, bool [n]. Tensors are on the CPU.
     """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     total = sum(map(len, sequences)) - len(sequences)
@@ -55,7 +57,17 @@ def token_losses(
 
 
 def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, vocab_size] and [n] -> [n] and [n]; a part at a time, as fp32 logits are large."""
+    """The cross-entropy of each label, and whether it is the likeliest token; computed in parts.
+
+    In parts, since all logits in fp32 would take much memory.
+
+    Args:
+        logits: [n, vocab_size].
+        labels: int64 [n].
+
+    Returns:
+        fp32 [n] in nats, and bool [n], on the CPU.
+    """
     parts = []
     for some, these in zip(
         logits.split(POSITIONS_AT_ONCE), labels.split(POSITIONS_AT_ONCE), strict=True
@@ -67,30 +79,36 @@ def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of a text, after another."""
+    """The likelihood of a continuation after its context."""
 
     nats: float
-    """Minus the logarithm of its probability."""
+    """Minus the natural logarithm of the continuation's probability."""
     is_greedy: bool
-    """Whether taking the likeliest token each time would write it."""
+    """Whether greedy decoding would generate the continuation."""
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model with its tokenizer."""
+    """A model with its tokenizer; it measures texts."""
 
     model: Any
     tokenizer: Tokenizer
     eod_id: int
-    """Stands before every context: a document begins after one."""
+    """The token put before every context: in training, a document begins after it."""
     seq_length: int
     batch_size: int
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]], title: str) -> list[Likelihood]:
-        """Of each (context, continuation) the continuation's. Contexts too long lose their beginning.
+        """The likelihood of the continuation in each (context, continuation) pair, in the pairs' order.
+
+        The beginning of a context is cut off where both together are longer than seq_length tokens.
+
+        Args:
+            pairs: (context, continuation) texts.
+            title: the title of the progress bar.
 
         Raises:
-            UserError: a continuation takes more than seq_length tokens.
+            UserError: a continuation alone takes more than seq_length tokens.
         """
         sequences, counts = [], []
         for context, continuation in pairs:
@@ -98,7 +116,7 @@ class TextModel:
             if len(after) > self.seq_length:
                 raise UserError(
                     f"--seq-length {self.seq_length}: the continuation {continuation!r} has "
-                    f"{len(after)} tokens"
+                    f"{len(after)} tokens; give at least as many"
                 )
             ids = [self.eod_id, *before, *after][-self.seq_length - 1 :]
             sequences.append(np.array(ids))
@@ -111,11 +129,12 @@ class TextModel:
 
 
 def split_ids(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Tokens of both together, cut where the context ends.
+    """The tokens of context and continuation, tokenized together, then split where the context ends.
 
-    A token that reaches over the cut is what the context alone does not begin with: it counts as the
-    continuation's. (lm-evaluation-harness cuts after as many tokens as the context alone has, which
-    is the same where none reaches over.)
+    The first part is what the tokens of both texts and the tokens of the context alone have in common at
+    their beginning. So a token that covers the end of the context and the beginning of the continuation
+    belongs to the continuation. (lm-evaluation-harness splits after as many tokens as the context alone
+    has. The result is the same where no token covers the split.)
     """
     whole = tokenizer.encode(context + continuation, add_special_tokens=False).ids
     alone = tokenizer.encode(context, add_special_tokens=False).ids

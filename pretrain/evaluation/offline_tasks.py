@@ -1,7 +1,7 @@
-"""Two small tasks made of a data set's held-out text, so that a model can be compared without a hub.
+"""Two small tasks made from a data set's held-out text: they compare models without a download.
 
-Items are cut from text by its words (runs of characters that are no white space), so they are the same
-for any tokenizer, and depend on the documents and the seed alone.
+Items are cut from the text at words (runs of characters without white space). So they depend only on the
+documents and the seed, and are the same for every tokenizer.
 """
 
 import functools
@@ -19,7 +19,9 @@ from pretrain.evaluation.likelihood import Likelihood
 CONTEXT_WORDS = 64
 MIN_CONTEXT_WORDS = 8
 CONTINUATION_WORDS = 12
-CONTINUATION_CHARACTERS = 256  # encoded data has longer words than a context holds
+CONTINUATION_CHARACTERS = (
+    256  # the most: a "word" of encoded data can be longer than a model's context
+)
 CHOICES = 4
 ITEMS = 500
 
@@ -30,7 +32,7 @@ Likelihoods = Callable[[Sequence[tuple[str, str]], str], list[Likelihood]]
 
 @dataclass(frozen=True)
 class Item:
-    """A context, and what may follow it; `choices[answer]` does."""
+    """A context, and texts that may follow it; `choices[answer]` is the one that does."""
 
     context: str
     choices: tuple[str, ...]
@@ -39,7 +41,7 @@ class Item:
 
 @dataclass(frozen=True)
 class _Place:
-    """A word of a document, with enough words around it."""
+    """A place in a document: a word, with enough words before and after it."""
 
     document: int
     text: str
@@ -47,19 +49,20 @@ class _Place:
     number: int
 
     def context(self) -> str:
+        """The text before the word: at most CONTEXT_WORDS words."""
         first = self.words[max(self.number - CONTEXT_WORDS, 0)].start()
         return self.text[first : self.words[self.number - 1].end()]
 
     def white_space(self) -> str:
-        """Between the context and the word: it belongs to what follows, as in most tokens."""
+        """The white space before the word. It belongs to what follows, as in most tokenizers' tokens."""
         return self.text[self.words[self.number - 1].end() : self.words[self.number].start()]
 
 
 def last_word_items(texts: Sequence[str], count: int, seed: int) -> list[Item]:
-    """Passages whose last word is to be found: LAMBADA's form (arXiv 1606.06031), of any text.
+    """Passages whose last word the model must find, in LAMBADA's form (arXiv 1606.06031), from any text.
 
-    The word is of three letters or more and nothing else, after one space; it is not chosen to be easy
-    or hard.
+    The word has at least three characters, all letters, and stands after one space. Unlike LAMBADA's words,
+    it is not selected by its difficulty.
     """
     places = _places(texts, count, seed, 1, _is_plain_word)
     return [
@@ -69,8 +72,10 @@ def last_word_items(texts: Sequence[str], count: int, seed: int) -> list[Item]:
 
 
 def continuation_items(texts: Sequence[str], count: int, seed: int) -> list[Item]:
-    """Passages, how they go on and how three other documents do somewhere: HellaSwag's form (arXiv
-    1905.07830), without its filtering by other models."""
+    """Passages with four continuations: the true one, and pieces of three other documents.
+
+    The form is HellaSwag's (arXiv 1905.07830), without its filtering by other models.
+    """
     rng = np.random.default_rng([seed, 1])
     items = []
     for place in _places(texts, count, seed, CONTINUATION_WORDS, _is_short):
@@ -95,7 +100,10 @@ def _is_short(text: str, words: Words, i: int) -> bool:
 
 
 def _others(texts: Sequence[str], place: _Place, rng: np.random.Generator) -> list[str]:
-    """Pieces of other documents, no two alike and none like the true one; fewer when not found."""
+    """CHOICES - 1 pieces of other documents, all different and none equal to the true one.
+
+    Fewer where a hundred draws do not give as many.
+    """
     true = _piece(place.text, place.words, place.number)
     found: list[str] = []
     for number in rng.integers(len(texts), size=100):
@@ -120,17 +128,18 @@ def _piece(text: str, words: Words, first: int) -> str:
 def _places(
     texts: Sequence[str], count: int, seed: int, after: int, serves: Serves
 ) -> Iterator[_Place]:
-    """At most `count` places, from as many documents as there are.
+    """At most `count` places, from as many different documents as possible.
 
     Args:
-        after: words that must follow, the place's own included.
-        serves: whether a text's word of this number may be the place's.
+        after: the number of words that the document must have from the place on, the place's own included.
+        serves: says whether the word with this number may be a place.
     """
     rng = np.random.default_rng([seed, 0])
-    order = rng.permutation(len(texts))[: 20 * count].tolist()  # where most are too short, not all
-    places: dict[int, list[int]] = {}  # of each document, in random order
+    # Not all documents are tried: most may be too short, and reading them all would take long.
+    order = rng.permutation(len(texts))[: 20 * count].tolist()
+    places: dict[int, list[int]] = {}  # by document: numbers of words, in random order
     left = count
-    for turn in range(count):  # one of each document, then a second one, ...
+    for turn in range(count):  # one place of each document, then a second one of each, ...
         before = left
         for document in order:
             text = texts[document]
@@ -159,28 +168,30 @@ def _words(text: str) -> Words:
 def run_task(
     name: str, texts: Sequence[str], count: int, seed: int, likelihoods: Likelihoods
 ) -> dict[str, Any]:
-    """Makes a task's items and measures on them.
+    """Makes a task's items and measures a model on them.
 
     Args:
         name: last_word or continuation.
-        texts: documents.
-        count: of items at most.
-        likelihoods: of (context, continuation) pairs; and a title for the progress bar.
+        texts: the documents.
+        count: the most items to make.
+        seed: of the items' random choice.
+        likelihoods: the model: from (context, continuation) pairs, and a title for the progress bar, to
+            the likelihoods of the continuations.
 
     Returns:
-        What results.py writes: metrics with standard errors, the number of items, the first of them.
+        A result as results.py writes it: metrics with standard errors, the number of items, the first item.
 
     Raises:
-        UserError: the documents give no item.
+        UserError: no item can be made from the documents.
     """
     make = last_word_items if name == "last_word" else continuation_items
     items = make(texts, count, seed)
     if not items:
         least = MIN_CONTEXT_WORDS + (1 if name == "last_word" else CONTINUATION_WORDS)
         raise UserError(
-            f"task {name}: none of the documents that were looked at serves. It needs documents of "
-            f"{least} words between spaces or more"
-            + ("" if name == "last_word" else ", two of them or more")
+            f"task {name}: none of the documents that were tried can be used. Give a data set with "
+            f"documents of at least {least} words"
+            + ("" if name == "last_word" else ", and at least two such documents")
         )
     pairs = [(item.context, choice) for item in items for choice in item.choices]
     found = iter(likelihoods(pairs, name))
@@ -194,7 +205,7 @@ def run_task(
 def _last_word(items: list[Item], found: list[list[Likelihood]]) -> dict[str, float | None]:
     mean = sum(likelihood.nats for (likelihood,) in found) / len(found)
     return _accuracy([likelihood.is_greedy for (likelihood,) in found]) | {
-        "perplexity": math.exp(min(mean, 700.0))  # of a word
+        "perplexity": math.exp(min(mean, 700.0))  # per word
     }
 
 

@@ -1,4 +1,4 @@
-"""The options of `megatron-ladder eval`, refused where they do not fit each other; without torch."""
+"""The options of `megatron-ladder eval`, and checks that they fit together. This file imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +55,14 @@ class EvalOptions:
                 f"{', '.join(OFFLINE)} to --tasks"
             )
         if self.include_path is not None and not self.harness_tasks():
-            raise UserError("--include-path: name one of its tasks with --tasks")
+            raise UserError(
+                "--include-path: name one of its tasks with --tasks, or leave --include-path out"
+            )
         names = [path.name for path in self.data_paths()]
         if len(set(names)) < len(names):
             raise UserError(
-                f"--data: several folders are named {max(names, key=names.count)}: results go by "
-                "name, so measure them one after another"
+                f"--data: several folders are named {max(names, key=names.count)}, and results are "
+                "stored by the folder's name: measure them with one command each"
             )
 
     def data_paths(self) -> list[Path]:

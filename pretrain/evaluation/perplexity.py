@@ -1,4 +1,4 @@
-"""Loss of a model on a data set, in nats a token and in bits a byte."""
+"""Measures the loss of a model on a data set, in nats a token and in bits a byte."""
 
 import math
 import time
@@ -13,16 +13,18 @@ from pretrain.evaluation.likelihood import token_losses
 def measure_perplexity(
     model: Any, documents: Documents, seq_length: int, batch_size: int
 ) -> dict[str, Any]:
-    """Predicts every token of the documents once.
+    """Predicts every token of the documents once, and measures the loss.
 
-    The stream [EOD] document EOD document EOD ... is cut into windows of seq_length + 1 tokens, the last
-    of one being the first of the next: in a window, a token is predicted from those before it, as in
-    training. The last window may be shorter.
+    The stream [EOD] document EOD document EOD ... is cut into windows of seq_length + 1 tokens. The last
+    token of a window is the first of the next one, so that every token but the first EOD is predicted
+    once. A token is predicted from the tokens before it in its window, as in training. The last window may
+    be shorter.
 
     Returns:
-        What results.py writes. `loss` is a mean over tokens, EOD included; its standard error is that of a
-        mean over windows. `bits_per_byte` are those of all tokens over the bytes of the text alone.
-        With a mask, `trained_loss` is the mean over the tokens that are trained on.
+        A result as results.py writes it. `loss` is the mean over tokens, EOD included, in nats; its
+        standard error treats windows as independent. `bits_per_byte` is the loss of all tokens, EOD
+        included, divided by the bytes of the text. Where the data set has a mask, `trained_loss` is the
+        mean over the tokens that are trained on.
     """
     eod = np.array([documents.folder.tokenizer["eod_id"]])
     ids, trained = documents.ids(), documents.trained()
@@ -66,9 +68,14 @@ def measure_perplexity(
 
 
 def ratio_stderr(sums: np.ndarray, counts: np.ndarray) -> float | None:
-    """Standard error of sums' total over counts' total, their pairs being drawn independently.
+    """The standard error of sum(sums) / sum(counts), where the pairs are drawn independently.
 
-    None for one pair, which says nothing of others.
+    Args:
+        sums: [n], such as the summed loss of each window.
+        counts: [n], such as the number of tokens of each window.
+
+    Returns:
+        None for a single pair, which does not show how pairs vary.
     """
     number = len(sums)
     if number < 2:

@@ -1,7 +1,7 @@
-"""What was measured of models, as files; docs/reference/formats.md describes them.
+"""Files of evaluation results; docs/reference/formats.md describes them.
 
-Each command writes a file of its own: nothing that was there is touched, and commands that measure one
-run at the same time do not meet.
+Each command writes a file of its own. So it changes no earlier file, and several commands can measure the
+same run at the same time.
 """
 
 import json
@@ -20,7 +20,12 @@ Result = dict[str, Any]
 
 
 def new_file(folder: Path, step: int | None) -> Path:
-    """A name that no other command takes, in the order of time."""
+    """The path of a new file. No other command takes the same name; names sort by step, then by time.
+
+    Args:
+        folder: the folder of results; it is made.
+        step: the step of a run's checkpoint; None: the model is no run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     of_step = f"step_{step:08d}." if step is not None else ""
@@ -28,19 +33,19 @@ def new_file(folder: Path, step: int | None) -> Path:
 
 
 def save(path: Path, facts: dict[str, Any], results: list[Result]) -> None:
-    """Writes all results so far; called after each, so that none is lost."""
+    """Writes all results so far; called after each result, so that none is lost when a later one fails."""
     content = {"format": FORMAT, "version": 1, **facts, "results": results}
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def latest_results(run: Path) -> tuple[int, list[Result]] | None:
-    """What was measured last, of each task and data set, at the last step that was measured.
+    """The newest result of each task and data set, at the last step of the run that was measured.
 
     Returns:
         The step and the results; None when nothing was measured.
 
     Raises:
-        UserError: a file there is not one of these.
+        UserError: a file in the run's folder of evaluations is not a file of results.
     """
     files = []
     for path in sorted((run / FOLDER).glob("*.json")):
@@ -50,7 +55,9 @@ def latest_results(run: Path) -> tuple[int, list[Result]] | None:
                 raise KeyError("format")
             files.append((content["step"], content["unix_time"], content["results"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no file of `megatron-ladder eval`: {error!r}") from error
+            raise UserError(
+                f"{path} is no file of `megatron-ladder eval` ({error!r}): move it to another folder"
+            ) from error
     if not files:
         return None
     last = max(step for step, _, _ in files)
@@ -62,7 +69,7 @@ def latest_results(run: Path) -> tuple[int, list[Result]] | None:
 
 
 def cells(results: list[Result]) -> list[tuple[str, str, str, str, str]]:
-    """Task, data, metric, value with its standard error, and what it was measured on."""
+    """The table's lines: task, data, metric, value with its standard error, what it was measured on."""
     found = []
     for result in results:
         metrics = result["metrics"]
@@ -79,7 +86,7 @@ def cells(results: list[Result]) -> list[tuple[str, str, str, str, str]]:
 
 
 def _stderr_of(metric: str) -> str:
-    """ "acc,none" of lm-eval has "acc_stderr,none"."""
+    """The name of a metric's standard error. In lm-eval, that of "acc,none" is "acc_stderr,none"."""
     name, comma, filters = metric.partition(",")
     return f"{name}_stderr{comma}{filters}"
 
@@ -93,7 +100,7 @@ def _measured_on(result: Result, metric: str) -> str:
 
 
 def table(results: list[Result]) -> str:
-    """Aligned columns with a head."""
+    """The results as text: a line of column names, then aligned columns."""
     lines = [("task", "data", "metric", "value", "of"), *cells(results)]
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
     return "\n".join(

@@ -1,1 +1,1 @@
-"""Generation from runs and exported folders by megatron-core's engine, and an HTTP server of it."""
+"""Generation with megatron-core's engine, from runs and exported folders, and an HTTP server for it."""

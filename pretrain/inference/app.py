@@ -28,12 +28,12 @@ from pretrain.inference.text import TextStream
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
 DEFAULT_MAX_TOKENS = 16
-"""OpenAI's, of completions; chats go on to the context's end."""
+"""OpenAI's default for completions. A chat may go on to the end of the context."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """The model, as far as requests are made of it."""
+    """What a request needs to know about the model."""
 
     name: str
     tokenizer: Tokenizer
@@ -45,7 +45,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a choice has got."""
+    """The next part of a choice. (OpenAI calls each continuation in an answer a choice.)"""
 
     index: int
     text: str
@@ -54,7 +54,14 @@ class Piece:
 
 
 def make_app(served: Served, desk: FrontDesk, metrics: Metrics, max_body_bytes: int) -> Any:
-    """The application, for any ASGI server."""
+    """The application, to run in any ASGI server.
+
+    Args:
+        served: the model.
+        desk: takes the requests.
+        metrics: what /metrics shows.
+        max_body_bytes: larger request bodies are refused (413).
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     answers = _Answers(served, desk)
 
@@ -75,7 +82,9 @@ def make_app(served: Served, desk: FrontDesk, metrics: Metrics, max_body_bytes: 
 
     @app.exception_handler(Busy)
     async def _(_: Request, __: Busy) -> Response:
-        return error(429, "too many requests run and wait: try again", **{"Retry-After": "1"})
+        return error(
+            429, "too many requests are running and waiting: try again", **{"Retry-After": "1"}
+        )
 
     @app.exception_handler(Closing)
     async def _(_: Request, __: Closing) -> Response:
@@ -114,6 +123,8 @@ def make_app(served: Served, desk: FrontDesk, metrics: Metrics, max_body_bytes: 
 
 
 class _Answers:
+    """Answers requests for completions and chat completions."""
+
     def __init__(self, served: Served, desk: FrontDesk) -> None:
         self._served, self._desk = served, desk
 
@@ -121,7 +132,7 @@ class _Answers:
         self._check(body)
         texts = body.prompts()
         if not texts:
-            raise UserError("prompt is empty: give at least one")
+            raise UserError("prompt is empty: give at least one prompt")
         prompts = [self._ids(text) for text in texts]
         sampling = body.sampling(body.max_tokens or DEFAULT_MAX_TOKENS)
         echoed = [t if isinstance(t, str) else self._served.tokenizer.decode(t) for t in texts]
@@ -165,7 +176,7 @@ class _Answers:
             return self._served.tokenizer.encode(prompt, add_special_tokens=False).ids
         if wrong := [i for i in prompt if not 0 <= i < self._served.vocab_size]:
             raise UserError(
-                f"prompt holds the token {wrong[0]}: ids are 0 to {self._served.vocab_size - 1}"
+                f"prompt contains token id {wrong[0]}: ids go from 0 to {self._served.vocab_size - 1}"
             )
         return prompt
 
@@ -179,7 +190,13 @@ class _Answers:
         kind: str,
         choice: Any,
     ) -> Response:
-        """All at once, or as server-sent events."""
+        """The whole answer in one response, or as server-sent events where `body.stream` is set.
+
+        Args:
+            prefix: of the answer's id: "cmpl" or "chatcmpl".
+            kind: the answer's `object`.
+            choice: makes a choice of OpenAI's format from a Piece.
+        """
         n = body.n or 1
         choices = [prompt for prompt in prompts for _ in range(n)]
         facts = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
@@ -203,7 +220,7 @@ class _Answers:
             self._desk.release(admitted)
         whole = []
         for i, prompt in enumerate(choices):
-            # Decoded at once: bytes that are no character may change the text before them.
+            # All tokens are decoded together: an incomplete character may change the text before it.
             stream = TextStream(self._served.tokenizer, prompt, body.stops())
             whole.append(Piece(i, stream.push(ids[i], is_last=True), (), reasons[i]))
         listed = [choice(piece, is_whole=True, is_first=True) for piece in whole]
@@ -213,7 +230,7 @@ class _Answers:
     async def _pieces(
         self, admitted: Sequence[int], choices: Sequence[list[int]], stop: list[str]
     ) -> AsyncGenerator[Piece, None]:
-        """Of all choices, as they come."""
+        """The pieces of all choices, in the order in which they are generated."""
         ready: asyncio.Queue[Piece | None] = asyncio.Queue()
 
         async def one(index: int, prompt: list[int]) -> None:
@@ -234,7 +251,7 @@ class _Answers:
                 else:
                     yield piece
             for task in tasks:
-                task.result()  # raises what went wrong in it
+                task.result()  # raises the task's exception, if it had one
         finally:
             for task in tasks:
                 task.cancel()
@@ -249,7 +266,8 @@ class _Answers:
                 text = stream.push(output.new_ids, is_last=output.finish_reason is not None)
                 reason = "stop" if stream.stopped else output.finish_reason
                 if stream.stopped:
-                    self._desk.release([request_id])  # now: other choices may go on for long
+                    # At once, not when the answer is complete: other choices may go on for long.
+                    self._desk.release([request_id])
                 if text or reason or output.new_ids:
                     yield Piece(index, text, output.new_ids, reason)
                 if stream.stopped:
@@ -257,7 +275,7 @@ class _Answers:
 
 
 class _Events(StreamingResponse):
-    """Server-sent events. `ended` is called however they end, also when a client goes before the first."""
+    """Server-sent events. `ended` is called at the end, even if the client disconnects before the first."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], ended: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream")
@@ -273,7 +291,7 @@ class _Events(StreamingResponse):
 async def _while_connected(
     request: Request, pieces: AsyncGenerator[Piece, None]
 ) -> AsyncGenerator[Piece, None]:
-    """Ends `pieces` when the client goes away: there is nobody to answer."""
+    """Passes `pieces` on, and ends them when the client disconnects, since nobody would read the answer."""
     gone = asyncio.create_task(_disconnected(request))
     try:
         while True:
@@ -282,7 +300,7 @@ async def _while_connected(
             if not following.done():
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)
-                raise HTTPException(499, "the client has gone")
+                raise HTTPException(499, "the client has disconnected")
             if (piece := following.result()) is None:
                 return
             yield piece

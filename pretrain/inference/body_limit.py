@@ -1,4 +1,4 @@
-"""ASGI middleware: reads a body before the application sees it, refuses one that is too large, counts."""
+"""ASGI middleware: reads the whole body of a request, refuses one that is too large, counts requests."""
 
 from collections.abc import MutableMapping
 from typing import Any
@@ -7,14 +7,17 @@ from starlette.responses import JSONResponse
 
 from pretrain.inference.metrics import Metrics
 
-ASGI = Any  # an application, and what it is called with
+ASGI = Any  # an ASGI application, or its `receive` and `send`
 
 
 class BodyLimit:
-    """At most `max_bytes` of a request's body are held.
+    """Passes requests on to `app` if their body has at most `max_bytes` bytes; refuses others with 413.
 
     Args:
-        paths: by which requests are counted; the others are "other".
+        app: the application.
+        max_bytes: the most bytes of a request's body; no more of it is kept in memory.
+        metrics: where requests are counted.
+        paths: requests are counted for each of these paths; all other paths are counted as "other".
     """
 
     def __init__(self, app: ASGI, max_bytes: int, metrics: Metrics, paths: tuple[str, ...]) -> None:
@@ -35,7 +38,7 @@ class BodyLimit:
         if body is None:
             text = f"the body is larger than {self._max_bytes:,} bytes (--max-body-bytes)"
             content = {"error": {"message": text, "type": "invalid_request_error", "code": None}}
-            # What is still on its way is not read: the connection ends with the answer.
+            # The rest of the body is not read, so the connection must be closed after the answer.
             response = JSONResponse(content, 413, headers={"Connection": "close"})
             await response(scope, receive, counted)
             return
@@ -44,14 +47,14 @@ class BodyLimit:
         async def replay() -> dict[str, Any]:
             nonlocal given
             if given:
-                return await receive()  # a client that goes away
+                return await receive()  # the next message says that the client has disconnected
             given = True
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, replay, counted)
 
     async def _read(self, receive: ASGI) -> bytes | None:
-        """None: it is too large."""
+        """The whole body; None: it is too large."""
         body = b""
         while True:
             message = await receive()

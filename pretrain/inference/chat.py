@@ -1,4 +1,4 @@
-"""From a conversation to a prompt, by the chat template that comes with a model's tokenizer."""
+"""Makes a prompt from a conversation, by the chat template that comes with a model's tokenizer."""
 
 import json
 from collections.abc import Callable
@@ -11,10 +11,12 @@ Render = Callable[[list[dict[str, str]]], str]
 
 
 def chat_renderer(folder: Path) -> Render:
-    """What makes a prompt of messages; of a model without a template it refuses them.
+    """A function that makes a prompt from messages.
+
+    It raises UserError when the template refuses the messages, or when the model has no chat template.
 
     Args:
-        folder: with Hugging Face's tokenizer files; it may be missing.
+        folder: a folder with Hugging Face's tokenizer files; it may be missing.
     """
     if not _has_template(folder):
 
@@ -24,7 +26,7 @@ def chat_renderer(folder: Path) -> Render:
         return refuse
     from transformers import AutoTokenizer
 
-    # transformers renders in a sandbox: a template can compute text and nothing else.
+    # transformers renders templates in a sandbox: a template can only compute text.
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     def render(messages: list[dict[str, str]]) -> str:
@@ -32,9 +34,7 @@ def chat_renderer(folder: Path) -> Render:
             return tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except (
-            Exception
-        ) as error:  # a template's own complaint, as of two turns in a row of one role
+        except Exception as error:  # from the template, such as for two turns of one role in a row
             raise UserError(f"the chat template refuses these messages: {error}") from error
 
     return render

@@ -1,4 +1,4 @@
-"""The loop that drives the engine on all ranks: what comes in on the first one is told to the others."""
+"""The loop that drives the engine on all ranks. The first rank sends the requests it gets to the others."""
 
 import queue
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from megatron_ladder.inference.engine import DynamicEngine, Output, Request
 
 IDLE_S = 5.0
-"""Ranks without work hear of each other so often: a collective must not wait for ever."""
+"""When there is no work, ranks exchange a message every so many seconds: a collective that waits longer
+than its timeout fails."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Cancel:
 
 
 class Stop:
-    """Ends the loop, and all that runs."""
+    """Ends the loop, and all requests that are running."""
 
 
 Command = Request | Cancel | Stop
@@ -32,11 +33,13 @@ def drive(
     inbox: "queue.SimpleQueue[Command]",
     deliver: Callable[[list[Output]], None],
 ) -> None:
-    """Runs until a Stop comes. Called by every rank; `inbox` and `deliver` are the first one's.
+    """Runs the engine until a Stop comes. Every rank calls it.
 
     Args:
-        inbox: filled by other threads.
-        deliver: called after every step, also an idle one: to look at the engine's figures.
+        engine: this rank's engine.
+        inbox: requests and other commands from other threads; only the first rank's is read.
+        deliver: called on the first rank after every step with the new outputs, also after a step without
+            work, so that it can read the engine's figures.
     """
     is_first = dist.get_rank() == 0
     while True:
@@ -58,6 +61,7 @@ def drive(
 
 
 def _drain(inbox: "queue.SimpleQueue[Command]", *, wait: bool) -> list[Command]:
+    """All commands in the inbox. With `wait` and an empty inbox, it waits up to IDLE_S for the first."""
     commands = []
     try:
         if wait:

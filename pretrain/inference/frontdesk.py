@@ -1,4 +1,4 @@
-"""Between the server's event loop and the engine's thread: requests in, their tokens out."""
+"""Connects the server's event loop with the engine's thread: passes requests in and tokens out."""
 
 import asyncio
 import itertools
@@ -14,7 +14,7 @@ from pretrain.inference.metrics import Metrics
 
 
 class Busy(Exception):
-    """As many requests run and wait as may."""
+    """The limit of running and waiting requests is reached."""
 
 
 class Closing(Exception):
@@ -29,11 +29,15 @@ class _Open:
 
 
 class FrontDesk:
-    """All methods but `deliver` are called in the event loop. Who has admitted requests releases them.
+    """Admits requests, hands out their tokens, and releases them.
+
+    Call all methods but `deliver` in the event loop. Code that admits requests must release them.
 
     Args:
-        engine: for what can be asked of it from another thread: whether a request can ever run.
-        max_waiting: requests beyond those that run; more are refused.
+        engine: asked only what is safe from another thread: whether a request can ever run.
+        metrics: where times are recorded.
+        max_running: the number of requests that the engine runs at a time.
+        max_waiting: the number of requests that may wait besides; more are refused.
     """
 
     def __init__(
@@ -48,11 +52,19 @@ class FrontDesk:
         self.is_closing = False
 
     def admit(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[int]:
-        """Sends all of them to the engine, or none; their ids.
+        """Sends all prompts to the engine, or none of them.
+
+        Args:
+            prompts: token ids of each prompt.
+            sampling: the same for all.
+
+        Returns:
+            The ids of the requests.
 
         Raises:
-            UserError: one can never run.
-            Busy, Closing: they cannot now.
+            UserError: a request can never run.
+            Busy: too many requests are running and waiting now.
+            Closing: the server is being stopped.
         """
         if self.is_closing:
             raise Closing
@@ -60,7 +72,9 @@ class FrontDesk:
         for request in requests:
             self._engine.check(request)
         if len(requests) > self._most:
-            raise UserError(f"{len(requests)} prompts in one request: at most {self._most}")
+            raise UserError(
+                f"{len(requests)} prompts in one request: at most {self._most} are allowed"
+            )
         if len(self._open) + len(requests) > self._most:
             raise Busy
         self._loop = asyncio.get_running_loop()
@@ -70,7 +84,7 @@ class FrontDesk:
         return [request.id for request in requests]
 
     async def outputs(self, request_id: int) -> AsyncGenerator[Output, None]:
-        """Of a request that has been admitted, until it is over."""
+        """The outputs of an admitted request, until it is over."""
         mine = self._open[request_id]
         is_first = True
         while not mine.is_over:
@@ -82,7 +96,7 @@ class FrontDesk:
             yield output
 
     def release(self, request_ids: Sequence[int]) -> None:
-        """Makes room for others, and ends what still runs. Harmless the second time."""
+        """Makes room for other requests, and cancels those that still run. It may be called twice."""
         for request_id in request_ids:
             if mine := self._open.pop(request_id, None):
                 self._metrics.duration.observe(time.monotonic() - mine.began)
@@ -90,7 +104,7 @@ class FrontDesk:
                     self.inbox.put(Cancel(request_id))
 
     def close(self) -> None:
-        """Refuses what comes from now on."""
+        """Refuses all requests from now on."""
         self.is_closing = True
 
     def stop(self) -> None:
@@ -98,12 +112,12 @@ class FrontDesk:
         self.inbox.put(Stop())
 
     def deliver(self, outputs: list[Output]) -> None:
-        """Called by the engine's thread after a step."""
+        """Hands out the outputs of a step. The engine's thread calls it."""
         self._metrics.look_at(self._engine, sum(len(output.new_ids) for output in outputs))
         if outputs and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._hand_out, outputs)
 
     def _hand_out(self, outputs: list[Output]) -> None:
         for output in outputs:
-            if mine := self._open.get(output.id):  # else the client has gone
+            if mine := self._open.get(output.id):  # otherwise the request has been released
                 mine.outputs.put_nowait(output)

@@ -1,4 +1,4 @@
-"""`megatron-ladder generate RUN`: a run's newest checkpoint continues prompts, on ranks."""
+"""`megatron-ladder generate RUN`: continues prompts with a run's checkpoint, on one or more ranks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +28,18 @@ def generate_from_run(
     all_reduce: AllReduce = "exact",
     seed: int = 0,
 ) -> list[str]:
-    """Each prompt followed by its continuation, which stops where the model ends the document.
+    """Each prompt with its continuation, which stops where the model ends the document.
 
-    Called by every rank; all return the same.
+    Every rank calls it, and all get the same texts.
+
+    Args:
+        run: the run's folder, or a checkpoint of it.
+        prompts: the texts to continue.
+        parallel: the layout to run at.
+        sampling: how tokens are chosen, and how many at most.
+        batching: which of megatron-core's engines to use.
+        all_reduce: how outputs are summed over the tensor-parallel ranks.
+        seed: of the sampling.
 
     Raises:
         UserError: there is no such run, a prompt is empty or too long, or the layout does not fit.

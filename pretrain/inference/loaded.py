@@ -1,4 +1,4 @@
-"""A run's or a Hugging Face folder's model on this process's rank, at any layout."""
+"""Loads this rank's part of the model of a run or of a Hugging Face folder, at any layout."""
 
 import os
 from collections.abc import Iterator
@@ -34,13 +34,13 @@ from pretrain.evaluation.documents import load_tokenizer
 from pretrain.run.checkpoint import load_initial_weights
 from pretrain.run.folder import find_checkpoint
 
-# Ranks wait for each other no longer; while there is nothing to do they hear of it more often.
+# The timeout of collectives. Ranks without work exchange messages more often (engine_loop.IDLE_S).
 TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is to be loaded: looked at before ranks start."""
+    """A model that can be loaded: what `find` reads of it before ranks start."""
 
     name: str
     path: Path
@@ -50,15 +50,20 @@ class Found:
     eod_id: int
     tokenizer: Tokenizer
     templates: Path
-    """Where a chat template would be: a folder of Hugging Face's files."""
+    """The folder of Hugging Face's files that holds the chat template, if the model has one."""
 
 
 def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") -> Found:
-    """Reads what a model is, not its weights.
+    """Reads a model's configuration and tokenizer, but not its weights.
+
+    Args:
+        path: a run, one of its checkpoints, or a Hugging Face folder.
+        parallel: the layout to run at.
+        all_reduce: how outputs are summed over the tensor-parallel ranks.
 
     Raises:
-        UserError: it is no run and no folder of a supported model, or the layout cannot hold it, or
-            `all_reduce` is not for it.
+        UserError: `path` is neither a run nor a folder of a supported model, or the model cannot be laid
+            out so, or `all_reduce` does not fit the model or the layout.
     """
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a run or an exported folder")
@@ -76,7 +81,7 @@ def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") 
         if config.model.residual == "desync" and tp != parallel.tensor_model_parallel_size:
             raise UserError(
                 f"{path} was trained with desync-{config.model.desync_interval} at tensor-parallel "
-                f"size {tp}: its weights give that model on {tp} ranks only"
+                f"size {tp}, and its weights work only there: give --tensor-model-parallel-size {tp}"
             )
         data = kept_facts(run)[0]
         tokenizer = load_tokenizer(data.path / data.tokenizer["file"])
@@ -90,9 +95,13 @@ def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") 
 
 
 def load(found: Found, parallel: ParallelConfig, seed: int, all_reduce: AllReduce = "exact") -> Any:
-    """Joins torchrun's ranks, or makes a world of one, and builds this rank's part of the model.
+    """Starts torch.distributed, and builds and loads this rank's part of the model.
 
-    On GPUs in bf16, on CPUs in fp32.
+    Under torchrun it joins the other ranks; without it, the process is the only rank. On a GPU the model is
+    in bf16, on a CPU in fp32.
+
+    Raises:
+        UserError: the weights are damaged or do not fit the model.
     """
     precision: Precision
     if cpu_platform.enable():
@@ -120,7 +129,7 @@ def load_hf_weights(folder: Path, model: ModelConfig, chunk: Any) -> None:
     """Copies a folder's weights into this rank's part of the model, a tensor at a time.
 
     Raises:
-        UserError: tensors are missing, unknown or of other shapes.
+        UserError: tensors are missing or unknown, or have other shapes than the model's.
     """
     try:
         parts = hf_to_megatron_chunks(
@@ -139,9 +148,9 @@ def load_hf_weights(folder: Path, model: ModelConfig, chunk: Any) -> None:
 
 
 def _shards(chunk: Any) -> Iterator[ShardedTensor]:
-    """This rank's parameters as ranges of whole tensors; their data are the parameters' own."""
+    """This rank's parameters, each with its range in the whole tensor; `data` is the parameter itself."""
     state = chunk.sharded_state_dict()
-    apply_factories(state)  # a gate and an up projection, which are one parameter
+    apply_factories(state)  # splits the gate and the up projection, which are one parameter
     for value in nested_values(state):
         if isinstance(value, ShardedTensor):
             yield value

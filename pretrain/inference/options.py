@@ -1,4 +1,4 @@
-"""Options of `generate` and `serve`."""
+"""The options of `generate` and `serve`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,4 +77,4 @@ class ServeOptions(_Layout):
         ):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
-                raise UserError(f"--{option} {getattr(self, name)}: it is at least {least}")
+                raise UserError(f"--{option} {getattr(self, name)}: give at least {least}")

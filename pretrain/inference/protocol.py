@@ -1,4 +1,4 @@
-"""OpenAI's requests, as far as they are understood: what is not is refused rather than ignored."""
+"""The parts of OpenAI's requests that are supported; other parts that change the text are refused."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -13,21 +13,21 @@ MOST_CHOICES = 16
 
 
 class StreamOptions(BaseModel):
-    """What a stream says besides."""
+    """Options for streamed answers."""
 
     model_config = ConfigDict(extra="ignore")
     include_usage: bool = False
 
 
 class _Common(BaseModel):
-    # Fields of later versions of the protocol: harmless, as are those that only describe the caller.
+    # Unknown fields are ignored: those of later versions of the protocol, and those about the caller.
     model_config = ConfigDict(extra="ignore")
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1)] | None = None
-    """Not OpenAI's, but all other servers'."""
+    """Not a field of OpenAI's, but all other servers have it."""
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stop: Stop = None
     stream: bool | None = None
@@ -38,18 +38,18 @@ class _Common(BaseModel):
     logprobs: Any = None
 
     def stops(self) -> list[str]:
-        """Texts that end a continuation."""
+        """The texts that end a continuation."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [text for text in stop if text]
 
     def refuse_unsupported(self) -> None:
-        """Raises UserError on what would change the text and is not there."""
+        """Raises UserError for a field that would change the text but is not supported."""
         for name in ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs"):
             if getattr(self, name):
                 raise UserError(f"{name} is not supported: leave it out")
 
     def sampling(self, max_new_tokens: int) -> Sampling:
-        """OpenAI's default is to sample."""
+        """The sampling that the request asks for. As OpenAI's, the default temperature is 1: sampling."""
         temperature = 1.0 if self.temperature is None else self.temperature
         top_p = None if self.top_p is None or math.isclose(self.top_p, 1) else self.top_p
         return Sampling(max_new_tokens, temperature, self.top_k, top_p)
@@ -65,7 +65,7 @@ class CompletionRequest(_Common):
     best_of: int | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """Several; one is a list of one."""
+        """The prompts, as texts or token ids. A single prompt becomes a list of one."""
         given: Any = self.prompt
         is_one = isinstance(given, str) or (given and isinstance(given[0], int))
         return [given] if is_one else given
@@ -79,7 +79,7 @@ class CompletionRequest(_Common):
 
 
 class TextPart(BaseModel):
-    """A piece of a message."""
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: str
@@ -93,7 +93,7 @@ class Message(BaseModel):
     content: str | list[TextPart]
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """The message as chat templates take it: role and content, with the content as one text."""
         text = self.content
         if not isinstance(text, str):
             text = "".join(part.text for part in text)
@@ -114,4 +114,4 @@ class ChatRequest(_Common):
         if self.tools:
             raise UserError("tools are not supported: leave them out")
         if self.response_format and self.response_format.get("type") != "text":
-            raise UserError("response_format is not supported but for text: leave it out")
+            raise UserError("response_format is supported for type text only: leave it out")

@@ -1,4 +1,4 @@
-"""`megatron-ladder serve`: an OpenAI-compatible HTTP endpoint of a run or an exported folder."""
+"""`megatron-ladder serve`: serves a run or an exported folder over HTTP, compatible with OpenAI's API."""
 
 import logging
 import signal
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def serve(options: ServeOptions) -> None:
-    """Serves until a signal: then what runs is finished, and nothing new is taken.
+    """Serves until a stop signal; then it finishes the running requests and takes no new ones.
 
-    Called by every rank: the first one answers HTTP in a thread, all compute.
+    Every rank calls it. All ranks compute; the first rank also answers HTTP, in a thread.
 
     Raises:
-        UserError: no such model, a layout that does not fit, a port in use.
+        UserError: there is no such model, the layout does not fit, or the port is in use.
     """
     parallel = options.parallel()
     found = find(options.model, parallel, options.all_reduce)
@@ -49,7 +49,7 @@ def serve(options: ServeOptions) -> None:
     )
     if listening is None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # the first rank says when to stop
+            signal.signal(number, signal.SIG_IGN)  # this rank stops when the first rank says so
         drive(engine, desk.inbox, _nothing)
     else:
         _serve_http(options, found, engine, desk, metrics, listening)
@@ -80,7 +80,9 @@ def _serve_http(
     server = uvicorn.Server(config)
 
     def stop(number: int, _: object) -> None:
-        logger.info("%s: finishing what runs", signal.Signals(number).name)
+        logger.info(
+            "%s: finishing the running requests, then stopping", signal.Signals(number).name
+        )
         desk.close()
         server.should_exit = True
 
@@ -105,13 +107,19 @@ def _serve_http(
 
 
 def listen(options: ServeOptions) -> socket.socket:
-    """The socket to serve on. Raises UserError when the port is in use, or is none."""
+    """The socket to serve on.
+
+    Raises:
+        UserError: the host or the port cannot be used, such as a port that is in use.
+    """
     try:
         return socket.create_server((options.host, options.port), backlog=2048)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"--host {options.host} --port {options.port}: {why}") from error
+        raise UserError(
+            f"cannot listen on --host {options.host} --port {options.port}: {why}"
+        ) from error
 
 
 def _nothing(_: list[Output]) -> None:
-    """Of the ranks that have no clients."""
+    """For ranks other than the first, which have no clients: does nothing with the outputs."""

@@ -1,4 +1,4 @@
-"""From tokens that come one by one to text: whole characters only, and nothing of a stop sequence."""
+"""Turns tokens that come one by one into text: whole characters only, and no part of a stop sequence."""
 
 from collections.abc import Sequence
 
@@ -9,29 +9,36 @@ class TextStream:
     """The text of one continuation.
 
     Args:
-        prompt_ids: tokens before it, whose text is not given; some tokenizers drop a space at the start.
-        stop: texts that end it; none of them is given.
+        tokenizer: the model's.
+        prompt_ids: the tokens before the continuation. They are decoded with it, since some tokenizers drop
+            a space at the start of a text; but their own text is not returned.
+        stop: texts that end the continuation; they are not returned.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()
     ) -> None:
         self._tokenizer = tokenizer
-        # The last few are enough context for any tokenizer, and long prompts stay cheap.
+        # The last few tokens are enough context for any tokenizer, and decoding them is cheap.
         self._ids = list(prompt_ids)[-8:]
         self._before = self._decode()
         self._given = 0
         self._stop = [text for text in stop if text]
         self.stopped = False
-        """A stop sequence has come."""
+        """Whether a stop sequence has been found."""
 
     def push(self, ids: Sequence[int], *, is_last: bool = False) -> str:
-        """The text that these tokens add, as far as it is certain."""
+        """The text that these tokens add, without an end that later tokens may still change.
+
+        Args:
+            ids: the next tokens.
+            is_last: no more tokens follow, so all text is returned.
+        """
         if self.stopped:
             return ""
         self._ids += ids
         text = self._decode()
-        # A prompt that ends within a character: the text before it is another then.
+        # Where the prompt ends within a character, the new tokens change the end of the prompt's text.
         common = len(self._before) if text.startswith(self._before) else _common(text, self._before)
         text = text[common:]
         if ends := [found for stop in self._stop if (found := text.find(stop)) >= 0]:
@@ -43,8 +50,8 @@ class TextStream:
         return new
 
     def _uncertain(self, text: str) -> int:
-        """Characters at the end that later tokens may change, or that may begin a stop sequence."""
-        whole = text.rstrip("\ufffd")  # bytes of a character that is not complete
+        """The number of characters at the end that later tokens may change, or make a stop sequence."""
+        whole = text.rstrip("\ufffd")  # stands for the bytes of an incomplete character
         held = len(text) - len(whole)
         for stop in self._stop:
             for size in range(min(len(stop) - 1, len(whole)), 0, -1):
@@ -58,6 +65,7 @@ class TextStream:
 
 
 def _common(a: str, b: str) -> int:
+    """The number of characters at the beginning that both texts share."""
     count = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

@@ -1,1 +1,1 @@
-"""The training loop: steps, bad steps, saving, stopping, the log."""
+"""The training loop: steps, bad steps, saving of checkpoints, stop signals, the log."""

@@ -1,12 +1,13 @@
-"""Steps whose loss or gradients are bad: found before the update, written down, and passed over.
+"""Steps whose loss or gradients are bad: they are found before the update, recorded, and passed over.
 
-A step that is passed over keeps its number, its data and its learning rate; only the weights do not
-follow. What was decided is RUN/bad_steps/step_N.json, and a resumed run does as it says: it comes to
-the weights of a run that nothing stopped, also where the fault does not happen again.
+A step that is passed over keeps its number, its data and its learning rate; only the weights are not
+updated. The decision is written to RUN/bad_steps/step_N.json. A resumed run follows that file, so it
+reaches the same weights as a run that was never stopped, even if the fault does not happen again.
 
 megatron-core's rerun_state_machine is not used: it runs a step twice to tell a faulty GPU from a bad
-batch, and then ends the job; it neither skips nor goes back. Its optimizers leave an update out by
-themselves (found_inf) only with a loss scale, which fp32 and bf16 do not have, and look at no loss.
+batch, and then ends the job; it neither skips a step nor goes back to a checkpoint. megatron-core's
+optimizers leave out an update by themselves (found_inf) only with a loss scale, which fp32 and bf16 do
+not have, and they do not check the loss.
 """
 
 import json
@@ -37,20 +38,20 @@ logger = logging.getLogger(__name__)
 Verdict = tuple[str, BadStepPolicy]
 """What is wrong with a step, and the policy for it."""
 RECENT = 100
-"""Losses whose median a spike is measured against."""
+"""A spike is measured against the median of so many good losses before it, or fewer at a run's start."""
 AT_LEAST = 10
-"""Losses that must be known before one can be a spike."""
+"""No loss is a spike before so many losses are known."""
 NAMES = 20
-"""Parameters with bad gradients that a rank names."""
+"""The most parameters with bad gradients that each rank names."""
 
 
 class BadSteps:
-    """Judges every step, alike on all ranks.
+    """Decides for every step whether it is good. All ranks get the same answer.
 
     Args:
-        config: the run's.
-        saver: of the checkpoints to go back to.
-        recent_losses: of the last good steps before this start, from the checkpoint.
+        config: the run's configuration.
+        saver: gives the checkpoint to go back to.
+        recent_losses: the losses of the last good steps before this start, from the checkpoint.
     """
 
     def __init__(
@@ -65,14 +66,15 @@ class BadSteps:
             bad_steps_of(self._run_dir) if dist.get_rank() == 0 else None
         )
         self.found: BadStep | None = None
-        """What the last step judged was; None: good."""
+        """The bad step that `is_good` found last; None: the last step was good."""
 
     @property
     def recent_losses(self) -> tuple[float, ...]:
+        """The losses of the last good steps, for the checkpoint."""
         return tuple(self._recent)
 
     def decided(self, step: int) -> BadStep | None:
-        """Why a step is to be passed over, where an earlier start of the run decided so."""
+        """The decision to pass over this step, where one was made before; None: train the step."""
         for bad in self._known:
             if bad.passed_over and bad.passed_over[0] <= step <= bad.passed_over[1]:
                 return bad
@@ -81,16 +83,20 @@ class BadSteps:
     def is_good(
         self, step: int, loss: float, grad_norm: float, sums: list[Tensor], model: list[Any]
     ) -> bool:
-        """Judges a step. A bad one is written down, with what is to be done about it: `found`.
+        """Whether a step is good. A bad step is recorded in a file, and in `found` with the action to take.
+
+        Called by every rank, between backward and the update.
 
         Args:
-            loss: of the global batch.
+            loss: mean cross-entropy of the global batch, in nats a token.
             grad_norm: before clipping.
-            sums: of each micro-batch of this rank's, on the last stage: the loss's sum, its tokens.
+            sums: for each micro-batch of this rank, on the last stage: [2], the sum of the losses and the
+                number of trained tokens.
             model: chunks with their gradients.
         """
         verdict = self._verdict(loss, grad_norm)
-        # Both are sums over all ranks. Should one rank see others still, all must act alike.
+        # loss and grad_norm come from sums over all ranks, so ranks should agree. Where they do not, all
+        # ranks must still act alike: a step is bad when any rank finds it bad.
         is_bad = torch.tensor([float(verdict is not None)], device=torch.cuda.current_device())
         dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
         self.found = None
@@ -109,11 +115,11 @@ class BadSteps:
         return False
 
     def went_back(self, recent_losses: Iterable[float]) -> None:
-        """The weights are a checkpoint's again."""
+        """Call it when a checkpoint was loaded again; `recent_losses` come from that checkpoint."""
         self._recent = deque(recent_losses, maxlen=RECENT)
 
     def _verdict(self, loss: float, grad_norm: float) -> Verdict | None:
-        """What is wrong with a step, and the policy for it."""
+        """What is wrong with a step, and the policy for it; None: the step is good."""
         faults = self._config.faults
         if not math.isfinite(loss):
             return f"the loss is {loss}", faults.not_finite
@@ -130,18 +136,19 @@ class BadSteps:
     ) -> BadStep:
         limit = self._config.faults.max_bad_steps
         if sum(bad.action != "stop" for bad in self._known) >= limit and policy != "stop":
-            why = f"{reason}, after {limit} bad steps passed over (faults.max_bad_steps)"
+            why = f"{reason}, and {limit} bad steps were passed over before (faults.max_bad_steps)"
             return BadStep(step, why, "stop", None)
         if policy == "stop":
             return BadStep(step, reason, "stop", None)
         if policy == "rollback" and checkpoint:
             return BadStep(step, reason, "rollback", (checkpoint_step(checkpoint) + 1, step))
-        return BadStep(step, reason, "skip", (step, step))  # before the first checkpoint also
+        # Also for "rollback" before the first checkpoint: there is none to go back to.
+        return BadStep(step, reason, "skip", (step, step))
 
     def _details(
         self, step: int, loss: float, grad_norm: float, sums: list[Tensor], model: list[Any]
     ) -> dict[str, Any]:
-        """What a person wants to see of a bad step; called by all ranks."""
+        """The facts that help a person to find the cause of a bad step; called by all ranks."""
         ranks: list[Any] = [None] * dist.get_world_size()
         mine = self._micro_batches(step, sums), _bad_gradients(model)
         dist.all_gather_object(ranks, mine)
@@ -149,7 +156,7 @@ class BadSteps:
         return {
             "loss": _plain(loss),
             "grad_norm": _plain(grad_norm),
-            # By their positions in the order in which the run reads its data.
+            # Positions in the order in which the run reads its data: the first, and one after the last.
             "samples": [(step - 1) * size, step * size],
             "micro_batches": sorted(
                 (entry for entries, _ in ranks for entry in entries), key=lambda e: e["samples"]
@@ -162,7 +169,10 @@ class BadSteps:
         }
 
     def _micro_batches(self, step: int, sums: list[Tensor]) -> list[dict[str, Any]]:
-        """Each micro-batch's mean loss, by one rank for each; its samples: first, and one after last."""
+        """The mean loss of each micro-batch of this rank, and its samples: first, and one after the last.
+
+        Only the first tensor-parallel rank lists them, so that each micro-batch is listed once.
+        """
         if parallel_state.get_tensor_model_parallel_rank():
             return []
         width = self._config.micro_batch_size
@@ -181,18 +191,23 @@ class BadSteps:
         folder.mkdir(exist_ok=True)
         path = folder / f"step_{bad.step}.json"
         write_atomically(path, json.dumps({**asdict(bad), **details}, indent=2) + "\n")
-        logger.warning("step %d is bad: %s; %s. See %s", bad.step, bad.reason, bad.action, path)
+        logger.warning(
+            "step %d is bad: %s. Action: %s. Details: %s", bad.step, bad.reason, bad.action, path
+        )
 
 
 def _from_first_rank(value: Any) -> Any:
-    """The first rank's: it alone reads and writes, as what it wrote may be seen later by others."""
+    """The first rank's value, on all ranks.
+
+    Only the first rank reads and writes the files: other machines may see later what it has written.
+    """
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
 def _bad_gradients(model: list[Any]) -> list[str]:
-    """Parameters of this rank, as it names them, with a gradient that is not finite."""
+    """This rank's names of parameters whose gradients are not finite, at most NAMES of them."""
     return [
         name
         for chunk in model
@@ -202,5 +217,5 @@ def _bad_gradients(model: list[Any]) -> list[str]:
 
 
 def _plain(value: float) -> float | str:
-    """For JSON, which has no word for NaN."""
+    """The value as JSON can hold it: NaN and infinity, which JSON lacks, become text."""
     return value if math.isfinite(value) else str(value)

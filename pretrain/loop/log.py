@@ -1,4 +1,4 @@
-"""What the training loop reports: rank 0 turns it into metrics, the others do nothing."""
+"""What the training loop reports. Rank 0 writes metrics of it, and log lines; other ranks write nothing."""
 
 import logging
 import math
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Derives rates from steps and times them; validation and checkpoints are left out of rates.
+    """Times the steps and derives rates from them. The time of validation and checkpoints is left out.
 
     Args:
-        config: the run's, resolved.
+        config: the run's configuration, resolved.
         resume_step: the last step trained before this process started.
         device: "cpu" or the GPU's name.
-        status: told what the run is doing.
-        watchdog: started, and told when steps end.
+        status: gets what the run is doing.
+        watchdog: is started here, and gets the end of each step.
     """
 
     def __init__(
@@ -93,26 +93,28 @@ class RunLog:
         watchdog.start()
 
     def doing(self, state: State) -> None:
-        """Something else than training begins; the next step ends it."""
+        """Call it when something other than training begins; the end of the next step ends this state."""
         self._status.update(state)
         self._watchdog.allow_more()
 
     def built(self, mcore_config: LadderConfig) -> None:
-        """What the model runs on, and what it will hold in a GPU's memory."""
+        """Logs what each part of the model runs on, and the planned memory of the fullest GPU."""
         if self._log:
             found = choices(mcore_config, adam_class())
             if self._config.compile:
-                by = "each one graph, by torch.compile: of their parts below the linears alone are left"
+                by = "one graph a layer, by torch.compile; of the parts below, only linears stay as listed"
                 found.insert(0, Choice("layers", by, ""))
             if self._config.cuda_graph:
                 by = f"one CUDA graph, captured after {WARM_UP_STEPS} steps"
                 found.insert(0, Choice("forward and backward", by, ""))
             records = [asdict(choice) for choice in found]
-            words = f"built of\n{table(found)}"
+            words = f"what each part of the model runs on:\n{table(found)}"
             if not torch.cuda.is_available():
-                words = "built for the CPU; `megatron-ladder doctor` says of what"
+                words = "the model runs on the CPU; `megatron-ladder doctor` lists what each part runs on"
                 if mcore_config.core_attention.keeps_scores:
-                    words += f"; attention keeps scores: {mcore_config.core_attention.why}"
+                    words += (
+                        f"; attention keeps its scores in memory: {mcore_config.core_attention.why}"
+                    )
             self._log.note("built", words, choices=records)
             for problem in cudnn.problems() if torch.cuda.is_available() else []:
                 logger.warning(problem)
@@ -125,8 +127,11 @@ class RunLog:
                 self._log.note("memory_plan", words, **asdict(plan))
 
     def data(self, folders: list[DataFolder]) -> None:
-        """What a new run trains on, or what joins a resumed one, and what a model without context could
-        reach on it."""
+        """Copies the facts of the data sets into the run's folder, and records a baseline loss of each.
+
+        The baseline is the entropy of single tokens: a model that sees no context reaches no lower loss. A
+        resumed run records it for added data sets only.
+        """
         if self._log:
             assert self._config.output_dir is not None
             known = len(kept_facts(self._config.output_dir)) if self._is_resumed else 0
@@ -137,7 +142,12 @@ class RunLog:
                     self._log.baseline(dataset=label, unigram_loss=unigram_loss(folder))
 
     def train(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
-        """One step is done."""
+        """Call it when a step is done.
+
+        Args:
+            loss: mean cross-entropy of the global batch, in nats a token.
+            grad_norm: before clipping.
+        """
         seconds = time.perf_counter() - self._step_started
         self._pending_steps += 1
         self._pending_s += seconds
@@ -173,7 +183,11 @@ class RunLog:
         self._step_done(step)
 
     def passed_over(self, step: int, bad: BadStep) -> None:
-        """A step that is not in the weights: the time that it took does not count."""
+        """Call it for a step that is not in the weights. The time that it took is not counted.
+
+        Args:
+            bad: the bad step that decided this; its number may differ from `step` after a rollback.
+        """
         if self._log and step == bad.step:
             assert bad.passed_over is not None
             if bad.action == "rollback":
@@ -186,18 +200,19 @@ class RunLog:
         self._step_done(step)
 
     def slow_ranks(self, step: int, ranks: list[SlowRank]) -> None:
-        """Ranks that hold up the others."""
+        """Records slow ranks, which make the others wait."""
         for slow in ranks if self._log else []:
             assert self._log is not None
             self._log.note(
                 "slow_rank",
                 f"step {step}: rank {slow.rank} on {slow.host} is slow at {slow.what}: "
-                f"{slow.seconds:.3g} s, the median is {slow.median:.3g} s",
+                f"{slow.seconds:.3g} s, the median of all ranks is {slow.median:.3g} s",
                 step=step,
                 **asdict(slow),
             )
 
     def validation(self, step: int, dataset: str, loss: float) -> None:
+        """Call it when a data set has been validated on; `loss` is in nats a token."""
         if self._log:
             self._log.validation(
                 step=step,
@@ -210,22 +225,29 @@ class RunLog:
         self._step_started = time.perf_counter()
 
     def saved(self, step: int) -> None:
-        """A checkpoint is complete."""
+        """Call it when a checkpoint is complete."""
         logger.info("saved checkpoint of step %d", step)
         self._status.update(last_checkpoint=step)
 
     def saving_began(self) -> None:
-        """Training goes on; what beginning a checkpoint has taken does not count as a step's."""
+        """Call it when training goes on while a checkpoint is written.
+
+        The time that it took to begin the checkpoint is not counted in the next step.
+        """
         self._step_started = time.perf_counter()
 
     def save_failed(self, step: int, reason: str) -> None:
-        """Training goes on without this checkpoint."""
+        """Call it when a checkpoint could not be written; training goes on without it."""
         if self._log:
             logger.error("could not save a checkpoint of step %d: %s", step, reason)
             self._log.save_failed(step=step, reason=reason)
 
     def end(self, step: int, reason: str) -> None:
-        """Training ends in good order: finished, or stopped for another reason."""
+        """Call it when training ends without a failure.
+
+        Args:
+            reason: "finished" at the end of the schedule, else why the run stopped.
+        """
         self._compare_memory()
         if self._log:
             self._log.end(step=step, reason=reason)
@@ -235,6 +257,7 @@ class RunLog:
         )
 
     def _compare_memory(self) -> None:
+        """Records the planned and the measured memory of the fullest GPU, where memory was planned."""
         if self._planned is None:
             return
         peak = torch.tensor(_peak_memory_gib() * 2**30, device=torch.cuda.current_device())
@@ -250,7 +273,7 @@ class RunLog:
             )
 
     def _step_s(self) -> float:
-        """Of a usual step; 0 before the first."""
+        """Seconds of a usual step: the median of the last 100; 0 before the first."""
         return statistics.median(self._recent_s) if self._recent_s else 0.0
 
     def _step_done(self, step: int) -> None:
@@ -259,7 +282,7 @@ class RunLog:
 
 
 def _peak_memory_gib() -> float:
-    """The most this rank has held: device memory on a GPU, else the process's resident set."""
+    """The peak of this rank's memory: that of the GPU where there is one, else the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

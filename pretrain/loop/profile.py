@@ -1,4 +1,4 @@
-"""`train --profile.first-step N`: a trace of some steps, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
+"""`train --profile.first-step N`: traces some steps, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
 
 import contextlib
 import logging
@@ -26,7 +26,10 @@ class StepProfile:
 
     @contextlib.contextmanager
     def of(self, step: int) -> Iterator[None]:
-        """Around a step. What was begun is written when the last one ends, or is left out by a crash."""
+        """Traces the step inside the `with`, if it is one of those to trace.
+
+        The trace is written when the last of these steps ends; a crash before that loses it.
+        """
         if self._first is None or not self._first <= step < self._first + self._count:
             yield
             return
@@ -38,7 +41,7 @@ class StepProfile:
             self.close()
 
     def close(self) -> None:
-        """Writes what there is: training may end, or stop on a signal, in the middle."""
+        """Writes the trace so far: training may end, or stop on a signal, before the last step to trace."""
         if self._open is not None:
             opened, self._open = self._open, None
             opened.close()
@@ -53,7 +56,7 @@ class StepProfile:
 
 @contextlib.contextmanager
 def traced(path: Path) -> Iterator[None]:
-    """Writes a trace of its body, with the ranges of ranges.py, as Chrome's and Perfetto's JSON."""
+    """Traces the body of the `with`; writes JSON for Chrome and Perfetto, with the ranges of ranges.py."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)

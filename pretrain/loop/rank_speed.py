@@ -1,9 +1,9 @@
-"""Which rank holds up the others.
+"""Finds slow ranks, which make all other ranks wait.
 
-In a step all ranks take the same time, as each waits for the slowest. So two things are measured that
-involve no other rank: the time in which a rank gets its data, and, now and then, that of a fixed piece
-of computing between two steps. Both cost milliseconds. megatron-core's StragglerDetector times the step
-itself, waiting included, on GPUs only.
+In a step all ranks take the same time, since each waits for the slowest. So two things are measured that
+involve no other rank: the time that a rank needs to get its data and, from time to time, the time of a
+fixed computation between two steps. Both cost milliseconds. megatron-core's StragglerDetector times the
+step itself, including the waiting, and works on GPUs only.
 """
 
 import socket
@@ -21,21 +21,22 @@ from pretrain.data.batches import Batch
 
 Ability = Literal["computing", "reading data"]
 SLOW = 0.2
-"""How much more time than the median is slow; of reading data, in shares of the step."""
+"""A rank is slow when it takes more than the median by this share: of the median for computing, of the
+step's time for reading data."""
 REPEATS = 50
-"""Matrix products that are timed."""
+"""The number of matrix products that are timed."""
 
 
 @dataclass(frozen=True)
 class SlowRank:
-    """The slowest rank at one of two things, where it is much behind."""
+    """The slowest rank at computing or at reading data, where it is much slower than the median."""
 
     rank: int
     host: str
     what: Ability
     seconds: float
     median: float
-    """Of all ranks, in seconds."""
+    """The median of all ranks, in seconds."""
 
 
 class RankSpeed:
@@ -47,7 +48,7 @@ class RankSpeed:
         self._since = time.perf_counter()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; how long each took to come is counted."""
+        """Passes the batches on, and adds up the time that each took to arrive."""
         while True:
             started = time.perf_counter()
             batch = next(batches, None)
@@ -57,7 +58,10 @@ class RankSpeed:
             yield batch
 
     def slow_ranks(self, step: int) -> list[SlowRank]:
-        """Called by all ranks after a step. [] when none is slow, or it is not time to compare."""
+        """The slow ranks; [] when none is slow, or when this is no step to compare at.
+
+        Called by all ranks after every step.
+        """
         if not self._interval or step % self._interval or dist.get_world_size() == 1:
             return []
         now = time.perf_counter()
@@ -69,10 +73,11 @@ class RankSpeed:
 
 
 def compare(ranks: list[tuple[str, float, float, float]]) -> list[SlowRank]:
-    """The ranks to name.
+    """The slow ranks: at most one for computing and one for reading data.
 
     Args:
-        ranks: of each rank: host, seconds of computing, of reading a step's data, of a whole step.
+        ranks: for each rank its host, and the seconds of the fixed computation, of reading a step's data
+            and of a whole step.
     """
     hosts, computing, reading, steps = zip(*ranks, strict=True)
     slow = []
@@ -80,9 +85,10 @@ def compare(ranks: list[tuple[str, float, float, float]]) -> list[SlowRank]:
     measured = (("computing", computing), ("reading data", reading))
     for what, seconds in measured:
         slowest = max(range(len(ranks)), key=seconds.__getitem__)
-        # The lower one of two ranks in the middle: with two ranks the other one.
+        # Of two ranks in the middle the faster one: of two ranks, the one that is not the slowest.
         median = statistics.median_low(seconds)
-        # A slow reader whose data is there in no time holds up nobody.
+        # Reading is compared with the step: a rank that reads slowly, but in a time that is short beside
+        # the step, makes nobody wait.
         scale = median if what == "computing" else steps[slowest]
         if seconds[slowest] - median > SLOW * scale:
             slow.append(SlowRank(slowest, hosts[slowest], what, seconds[slowest], median))
@@ -90,11 +96,12 @@ def compare(ranks: list[tuple[str, float, float, float]]) -> list[SlowRank]:
 
 
 def _compute_s() -> float:
-    """Seconds that this rank takes for the same matrix products as any other."""
+    """Seconds that this rank takes for a fixed number of matrix products, the same on every rank."""
     on_gpu = torch.cuda.is_available()
     size, dtype = (2048, torch.bfloat16) if on_gpu else (256, torch.float32)
     x = torch.full((size, size), 1 / size, dtype=dtype, device=torch.cuda.current_device())
-    for repeats in (1, REPEATS):  # the first makes what is made once
+    # The first product is not in the result: in it, libraries make what they make only once.
+    for repeats in (1, REPEATS):
         if on_gpu:
             torch.cuda.synchronize()
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Checkpoints of a run that goes on: written in the background, visible when complete on all ranks."""
+"""Checkpoints, written in the background while training goes on; visible when all ranks have written."""
 
 import functools
 import logging
@@ -23,20 +23,21 @@ from pretrain.sizes import in_units
 
 logger = logging.getLogger(__name__)
 
-# In a row: then the run ends, since it would only lose more.
+# After so many failures in a row the run ends: training on without checkpoints would only lose more.
 MAX_FAILURES = 3
-# Between the trials of a save that training waits for.
+# The pause before another try of a save that training waits for.
 _PAUSE_S = 5.0
-# What rank 0 writes to see that it can: more than the small files that it writes alone.
+# Rank 0 writes so much to test the disk: more than the small files that only rank 0 writes.
 _PROBE = bytes(1 << 20)
 
 
 class CheckpointSaver:
     """Saves a run's checkpoints, and deletes old ones when a new one is complete.
 
-    Every method is called by every rank at the same step. The folder is written under a name that ends
-    in `.tmp`. A save that fails (no space, no permission, a broken disk) is said, its folder removed,
-    and training goes on; after MAX_FAILURES in a row it ends with exit status 1.
+    Every rank calls every method at the same step. A checkpoint's folder has a name that ends in `.tmp`
+    until it is complete. When a save fails (no space, no permission, a broken disk), the failure is
+    logged, the folder is removed, and training goes on. After MAX_FAILURES failures in a row the run ends
+    with exit status 1.
     """
 
     def __init__(self, config: TrainConfig, log: RunLog) -> None:
@@ -45,19 +46,19 @@ class CheckpointSaver:
         self._saving: BackgroundSave | None = None
         self._step = 0
         self._failures = 0
-        with no_stop_signals():  # nor for the process that this starts
+        with no_stop_signals():  # the process that this starts must not get stop signals either
             start_results_queue(functools.partial(die_with_parent, os.getpid()))
 
     def save(
         self, progress: Progress, model: list[Any], optimizer: Any, scheduler: Any, *, wait: bool
     ) -> None:
-        """Begins a checkpoint; everything a resumed run needs is copied when this returns.
+        """Begins a checkpoint. When it returns, everything that a resumed run needs has been copied.
 
         Args:
-            wait: return when it is complete; one that fails is tried again at once.
+            wait: return only when the checkpoint is complete; a save that fails is tried again.
         """
         self._log.doing("saving")
-        self.complete(wait=True)  # the one before, if that is still being written
+        self.complete(wait=True)  # the checkpoint before, if it is still being written
         while True:
             self._begin(progress, model, optimizer, scheduler)
             if not (wait or not self._config.async_save):
@@ -68,10 +69,13 @@ class CheckpointSaver:
         self._log.saving_began()
 
     def complete(self, *, wait: bool = False) -> bool:
-        """Makes the checkpoint that is being written visible, once all ranks have written it.
+        """Makes the checkpoint that is being written visible, if all ranks have written it.
+
+        Args:
+            wait: first wait until all ranks have written it.
 
         Returns:
-            Whether it has become visible by this call.
+            Whether this call has made a checkpoint visible.
         """
         if self._saving is None or not self._saving.is_written(wait=wait):
             return False
@@ -91,7 +95,7 @@ class CheckpointSaver:
         return True
 
     def newest(self) -> Path | None:
-        """The newest checkpoint to go back to, when what is being written is there."""
+        """The newest valid checkpoint; None: there is none. It waits for the one that is being written."""
         self.complete(wait=True)
         assert self._config.output_dir is not None
         return newest_valid(self._config.output_dir)
@@ -107,7 +111,7 @@ class CheckpointSaver:
 
     @property
     def _disk(self) -> Path:
-        """What certainly exists on the checkpoints' disk."""
+        """A folder that exists on the checkpoints' disk, to ask for its free space."""
         folder = self._final.parent
         return folder if folder.is_dir() else folder.parent
 
@@ -138,7 +142,7 @@ class CheckpointSaver:
 
     def _failed(self, error: str) -> None:
         if dist.get_rank() == 0:
-            # Said too, since torch does not always pass on why it could not write.
+            # The free space is added since torch does not always pass on why it could not write.
             error += f" ({in_units(shutil.disk_usage(self._disk).free, 'B')} free)"
             shutil.rmtree(self._temporary, ignore_errors=True)
         self._failures += 1
@@ -148,10 +152,10 @@ class CheckpointSaver:
             sys.exit(message if dist.get_rank() == 0 else 1)
 
     def _on_first_rank(self, function: Any, *args: Any) -> str:
-        """Runs what writes files on rank 0.
+        """Runs `function`, which writes files, on rank 0 only.
 
         Returns:
-            The error, on every rank; "" when there is none.
+            The text of the OSError that it raised, on every rank; "" when it raised none.
         """
         error = [""]
         if dist.get_rank() == 0:
@@ -164,9 +168,9 @@ class CheckpointSaver:
 
 
 def _prune(run_dir: Path, keep_last: int) -> None:
-    """Deletes all but the newest checkpoints, and what killed runs left half written or deleted."""
+    """Deletes all but the newest checkpoints, and what a killed run left half written or half deleted."""
     for old in checkpoints(run_dir)[:-keep_last]:
-        # Renamed first: a checkpoint half deleted must not look complete.
+        # Renamed first, since a checkpoint that is half deleted must not look complete.
         old.rename(old.with_name(old.name + ".tmp"))
     for leftover in (run_dir / "checkpoints").glob("*.tmp"):
         shutil.rmtree(leftover)

@@ -22,11 +22,14 @@ from pretrain.model.optimizer import gradient_norm, update
 def _masked_sum(
     config: TrainConfig, batch: Batch, output: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What is trained on, summed over a micro-batch, times the batch's `scale`, for backward; and for the
-    log what `_counted` returns.
+    """The loss of a micro-batch for backward, and the sums for the log.
 
     Args:
         output: each token's cross-entropy, [b, s]; with a teacher, logits [b, s, vocabulary / tp].
+
+    Returns:
+        The losses of the trained tokens, summed and multiplied by the batch's `scale`, a scalar; and what
+        `_counted` returns.
     """
     trained = cross_entropy = output
     if "teacher_logits" in batch:
@@ -43,7 +46,11 @@ def _masked_sum(
 
 
 def _counted(batch: Batch, cross_entropy: Tensor) -> Tensor:
-    """A micro-batch's summed cross-entropy, of each token [b, s], and its number of trained tokens. [2]"""
+    """The summed cross-entropy of a micro-batch's trained tokens, and their number: fp64 [2].
+
+    Args:
+        cross_entropy: of each token, [b, s], in nats.
+    """
     loss_mask = batch["loss_mask"]
     exact = (cross_entropy.detach().double() * loss_mask).sum()
     return torch.stack([exact, loss_mask.double().sum()])
@@ -58,16 +65,17 @@ def _logits(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """What a token does not attend to: what follows it, and other documents.
+    """The attention mask of documents: a token attends to itself and to earlier tokens of its document.
 
     Args:
-        documents: [micro_batch_size, seq_length], numbers that differ where documents do.
+        documents: [micro_batch_size, seq_length], a number for each token; it differs between documents.
 
     Returns:
-        bool [micro_batch_size, 1, seq_length, seq_length], queries before keys; True is masked out.
+        bool [micro_batch_size, 1, seq_length, seq_length]: queries, then keys; True is masked out.
 
-    Positions need not begin anew: rotary embeddings turn queries and keys by their positions, and the
-    score of two tokens depends on the difference alone (RoFormer, arXiv 2104.09864, equation 16).
+    Positions need not start again at 0 in each document: rotary embeddings rotate queries and keys by their
+    positions, and the score of two tokens depends only on the difference of their positions (RoFormer,
+    arXiv 2104.09864, equation 16).
     """
     length = documents.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
@@ -75,7 +83,11 @@ def document_mask(documents: Tensor) -> Tensor:
 
 
 def attention_mask(documents: Tensor, config: Any) -> Tensor:
-    """`document_mask`, as the core attention of a model of this `transformer_config` takes it."""
+    """`document_mask` in the form that the model's core attention takes: a bias for torch's, else bool.
+
+    Args:
+        config: the model's `transformer_config`.
+    """
     mask = document_mask(documents)
     return as_bias(mask, config.params_dtype) if config.core_attention.whose == "torch" else mask
 
@@ -83,8 +95,11 @@ def attention_mask(documents: Tensor, config: Any) -> Tensor:
 def _forward(
     reduce: Callable, wants_logits: bool, batches: Iterator[Batch], model: Any
 ) -> tuple[Tensor, Callable]:
-    """megatron-core's forward step. On the last stage: per-token losses [b, s], or logits, and the
-    function that sums them; on the others what goes to the next stage, and the function is not called.
+    """The forward step that megatron-core's schedules call.
+
+    Returns:
+        On the last stage, per-token losses [b, s], or logits [b, s, vocabulary / tp]; on other stages the
+        output for the next stage. And the function that sums the losses; only the last stage calls it.
     """
     batch = to_device(next(batches))
     mask = attention_mask(batch["documents"], model.config) if "documents" in batch else None
@@ -102,8 +117,10 @@ def _run_schedule(
     forward_only: bool,
     wants_logits: bool = False,
 ) -> list[dict[str, Tensor]]:
-    """All micro-batches through all stages. Returns what `reduce` logged: on the last stage one
-    entry a micro-batch, on the others none.
+    """Runs all micro-batches through all pipeline stages.
+
+    Returns:
+        What `reduce` returned for the log: on the last stage one entry a micro-batch, on others none.
     """
     return get_forward_backward_func()(
         forward_step_func=partial(_forward, reduce, wants_logits),
@@ -119,7 +136,7 @@ def _run_schedule(
 def forward_logits(
     model: list[Any], micro_batches: list[Batch], config: TrainConfig
 ) -> list[Tensor]:
-    """Logits of every micro-batch, [b, s, vocabulary / tp], on the last stage; on the others none."""
+    """The logits of every micro-batch, [b, s, vocabulary / tp], on the last stage; [] on other stages."""
     outputs = _run_schedule(
         model, micro_batches, config, _logits, forward_only=True, wants_logits=True
     )
@@ -127,7 +144,10 @@ def forward_logits(
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:
-    """Over data-parallel ranks, and over stages, of which all but the last hold zeros."""
+    """The sum of `x` over data-parallel ranks and pipeline stages, in place.
+
+    All stages but the last must hold zeros.
+    """
     torch.distributed.all_reduce(x, group=parallel_state.get_data_parallel_group())
     torch.distributed.all_reduce(x, group=parallel_state.get_pipeline_model_parallel_group())
     return x
@@ -146,14 +166,15 @@ def train_step(
     """Forward and backward of one global batch, then an update.
 
     Args:
-        add_teacher_logits: gives micro-batches what the model is to learn from (Teacher.add_logits).
-        is_good: asked before the update, which is left out otherwise (BadSteps.is_good); called on
-            every rank, and answers alike.
-        graph: of the run, where forward and backward are to be one CUDA graph (graphs.py).
+        add_teacher_logits: adds the teacher's logits to the micro-batches (Teacher.add_logits).
+        is_good: called before the update with the loss, the gradient norm, the sums and the model
+            (BadSteps.is_good). Where it returns False, the update is left out. Every rank calls it and
+            must get the same answer.
+        graph: the run's CUDA graph of forward and backward (graphs.py); None: they run without one.
 
     Returns:
-        (mean cross-entropy of the trained tokens of the global batch, gradient norm before clipping,
-        learning rate).
+        (mean cross-entropy of the trained tokens of the global batch in nats, gradient norm before
+        clipping, learning rate).
     """
     data_parallel_size = parallel_state.get_data_parallel_world_size()
     for chunk in model:
@@ -162,9 +183,10 @@ def train_step(
     count = config.num_microbatches(data_parallel_size)
     micro_batches = list(itertools.islice(batches, count))
     tokens = _trained_tokens(micro_batches)
-    # Each token counts the same, whichever micro-batch or rank it is in: divided by all of them
-    # here, times what the schedule (micro-batches) and DDP (ranks) divide by. A tensor, and among the
-    # inputs: what changes from step to step must not be a number in a graph. Filled: a copy would wait.
+    # Each token has the same weight, whichever micro-batch or rank it is in. So the sum is divided by the
+    # number of all tokens, and multiplied by what the schedule (micro-batches) and DDP (ranks) divide by.
+    # The scale is a tensor of the batch, since a number that changes from step to step cannot be part of
+    # a CUDA graph. `full` fills it on the device: a copy from the host would wait for the GPU.
     scale = torch.full((), count * data_parallel_size / tokens, device=torch.cuda.current_device())
     micro_batches = [{**batch, "scale": scale} for batch in micro_batches]
     if add_teacher_logits:
@@ -180,14 +202,14 @@ def train_step(
     outputs = (
         graph.run(forward_backward, micro_batches) if graph else forward_backward(micro_batches)
     )
-    scheduler.step(increment=1)  # before the update: step 1 trains at the rate of step 1, not of 0
+    scheduler.step(increment=1)  # before the update, so that step 1 has the learning rate of step 1
     learning_rate = optimizer.param_groups[0]["lr"]
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     for output in outputs:
         total += output["sum"]
     _sum_over_ranks(total)
-    # Here alone the host waits for the GPU. It would do so at each number that it reads of the GPU, and
-    # whatever is launched next would find the GPU idle.
+    # This is the only place where the host waits for the GPU. It waits at each number that it reads from
+    # the GPU, and until it launches more work the GPU is idle. So such reads are all made here.
     grad_norm = gradient_norm(optimizer)
     loss = total[0].item() / tokens
     sums = [output["sum"] for output in outputs]
@@ -197,17 +219,17 @@ def train_step(
 
 
 def pass_over(scheduler: Any, batches: Iterator[Batch], config: TrainConfig) -> None:
-    """A step without training: its data is left out, the learning rate goes on."""
+    """Does a step without training: its data is skipped, and the learning rate moves on by a step."""
     count = config.num_microbatches(parallel_state.get_data_parallel_world_size())
     collections.deque(itertools.islice(batches, count), maxlen=0)
     scheduler.step(increment=1)
 
 
 def _trained_tokens(micro_batches: list[Batch]) -> float:
-    """Of the global batch, the labels that are trained on; 1 when there are none.
+    """The number of labels of the global batch that are trained on; 1 when there are none.
 
-    Counted in the hosts' memory, where batches are, and summed by the hosts: their GPUs may still be at
-    the update before.
+    The hosts count and sum them, since the batches are in the hosts' memory and the GPUs may still be busy
+    with the update before.
     """
     count = torch.zeros((), dtype=torch.float64)
     for batch in micro_batches:
@@ -219,7 +241,7 @@ def _trained_tokens(micro_batches: list[Batch]) -> float:
 
 @torch.no_grad()
 def validate(model: list[Any], batches: list[Batch], config: TrainConfig) -> float:
-    """Mean cross-entropy, in nats a token, over all ranks' batches."""
+    """The mean cross-entropy over all ranks' batches, in nats a token. Every rank calls it and gets it."""
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     for chunk in model:
         chunk.eval()

@@ -1,8 +1,11 @@
-"""What ends a run before its schedule: a signal. The step under way is finished, or the one after it where
-the signal came after backward, then a checkpoint.
+"""Stop signals: how a run ends before the end of its schedule.
 
-A scheduler sends SIGUSR1 or SIGTERM some time before it kills; to one process, or to all that the job
-has: loader processes and those that write checkpoints among them, which must not mind.
+The run finishes the step that it is in, or the next one if the signal came after backward, and then saves
+a checkpoint.
+
+A scheduler sends SIGUSR1 or SIGTERM some time before it kills a job. It sends the signal to one process or
+to all processes of the job. These include loader processes and those that write checkpoints, which must
+go on.
 """
 
 import multiprocessing
@@ -18,14 +21,15 @@ import torch.distributed as dist
 
 from pretrain.processes import STOP_SIGNALS, shield_forked_children
 
-# A scheduler, its step daemon and a batch script may each pass the same signal on.
+# A second signal within this time is taken for the first one: a scheduler, its step daemon and a batch
+# script may each pass on the same signal.
 _SECOND_AFTER_S = 1.0
 
 
 class StopSignals:
-    """While entered, a stop signal is kept until `agreed` asks; a second one ends the process at once.
+    """Within the `with`, the first stop signal is kept for `agreed`; a second one ends the process at once.
 
-    SIGINT (Ctrl-C) stays what it was: the run ends where it is, and what helps it with it.
+    SIGINT (Ctrl-C) still interrupts the process where it is. Its child processes end with it.
     """
 
     def __enter__(self) -> "StopSignals":
@@ -33,8 +37,9 @@ class StopSignals:
         self._received = 0
         self._since = 0.0
         self._handlers = {n: signal.signal(n, _nothing) for n in STOP_SIGNALS}
-        # Python runs handlers between two instructions of the main thread, which may be in a
-        # collective whose other side is gone. The number of a signal is in this pipe at once.
+        # Python runs a signal handler only between two instructions of the main thread, and that thread
+        # may be stuck in a collective because another rank has ended. But the number of a signal is
+        # written to this pipe at once, and a thread reads it.
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -50,38 +55,42 @@ class StopSignals:
         traceback: TracebackType | None,
     ) -> None:
         if isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher passes it on once more
-            # A checkpoint that is being written would never become visible, and Python would wait for
-            # its writer, which would no longer find the process that it reports to.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher may pass Ctrl-C on once more
+            # At its exit Python would wait for the process that writes a checkpoint, and that process
+            # could no longer report its result. The checkpoint would never become visible anyway.
             for child in multiprocessing.active_children():
                 child.kill()
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
-            if signal.getsignal(number) is _nothing:  # not `ignore`d
+            if signal.getsignal(number) is _nothing:  # `ignore` has not been called
                 signal.signal(number, handler)
-        os.write(
-            self._write, bytes(1)
-        )  # its end: closing would not do, as children have it open too
+        # 0 ends the thread. Closing the pipe would not end it: child processes have it open too.
+        os.write(self._write, bytes(1))
         self._listener.join()
         os.close(self._write)
         os.close(self._read)
 
     def agreed(self) -> str:
-        """The name of a signal that some rank has got; "" when none has.
+        """The name of a stop signal that at least one rank has received; "" when no rank has.
 
-        Called by every rank at the same step, and the same on all.
+        Every rank calls it at the same step, and all get the same answer.
         """
         number = torch.tensor([self._received], dtype=torch.int, device=torch.cuda.current_device())
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return signal.Signals(int(number)).name if number else ""
 
     def ignore(self) -> None:
-        """All is saved: torchrun ends all ranks when one has ended, and shall not change their status."""
+        """Ignores stop signals from now on; call it when everything is saved.
+
+        When one rank has ended, torchrun sends SIGTERM to the others. That must not change their exit
+        status.
+        """
         if dist.get_world_size() > 1:
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
 
     def _listen(self) -> None:
+        """Reads the numbers of signals from the pipe, in a thread, until it reads 0."""
         while number := os.read(self._read, 1)[0]:
             if number not in STOP_SIGNALS:
                 continue
@@ -94,4 +103,4 @@ class StopSignals:
 
 
 def _nothing(*_: object) -> None:
-    """The handler of a signal that `_listen` reads of."""
+    """The handler of stop signals. It does nothing: `_listen` reads their numbers from the pipe."""

@@ -1,4 +1,4 @@
-"""The unmodified model, whose predictions a changed one is to keep: logit distillation."""
+"""The teacher of logit distillation: the unmodified model, whose predictions the changed model learns."""
 
 import torch
 
@@ -12,9 +12,10 @@ from pretrain.start.initial import original_model
 
 
 class Teacher:
-    """The model of `init_from` as it was, at the run's own layout; not trained.
+    """The unmodified model of `init_from`, at the run's layout. It is not trained.
 
-    Build it before a checkpoint is loaded: building draws from the random states that this restores.
+    Build it before a checkpoint is loaded: building a model draws random numbers, and loading the
+    checkpoint then restores the random states.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -40,10 +41,11 @@ class Teacher:
 
     @torch.no_grad()
     def add_logits(self, micro_batches: list[Batch]) -> None:
-        """Gives each micro-batch its `teacher_logits`, on ranks of the last stage.
+        """Adds `teacher_logits` to each micro-batch, on ranks of the last pipeline stage.
 
-        [micro_batch_size, seq_length, padded_vocab_size / tp]; all micro-batches of a step are held.
+        Their shape is [micro_batch_size, seq_length, padded_vocab_size / tp]. Those of all micro-batches of
+        a step are in memory at the same time.
         """
         logits = forward_logits(self._chunks, micro_batches, self._config)
-        for batch, mine in zip(micro_batches, logits, strict=False):  # other stages have none
+        for batch, mine in zip(micro_batches, logits, strict=False):  # [] on other stages
             batch["teacher_logits"] = mine

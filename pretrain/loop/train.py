@@ -45,24 +45,28 @@ from pretrain.start.launch import STOPPED
 def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) -> int:
     """Trains to the end of the schedule, from the newest checkpoint of the run if there is one.
 
-    Called by every rank, under torchrun. `config` and `folders` have been checked by preflight.py.
+    Called by every rank, under torchrun if there are several. preflight.py has checked `config` and
+    `folders`.
 
     Returns:
-        The exit status: 0, or STOPPED after a signal.
+        The exit status: 0; STOPPED after a signal; or 2 when a GPU's memory is full.
+
+    Raises:
+        UserError: the run does not fit in memory by the plan, or stops at a bad step.
     """
     run_dir = config.output_dir
     assert run_dir is not None
     if is_first_rank():
         held = lock(run_dir)
-        write_config(config)  # before anything else is there: the folder is this run's
-    attention: list[
-        Attention
-    ] = []  # asked once: with no memory left nothing more is asked of the GPU
+        write_config(config)  # first of all files: it marks the folder as this run's
+    # Found before training: when memory is full, the GPU can answer no more questions.
+    attention: list[Attention] = []
     try:
         with Status(config) as status, Watchdog(config) as watchdog:
             exit_status = _train(config, folders, signals, status, watchdog, attention)
     except torch.OutOfMemoryError as error:
-        # Said by whichever rank it was; starting again would not help: 2, as after a mistake.
+        # The rank whose memory is full says so. A new start would not help, so the exit status is 2, as
+        # for a user's mistake.
         said = out_of_memory(config, torch.distributed.get_world_size(), error, *attention)
         rank = torch.distributed.get_rank()
         print(f"megatron-ladder train: rank {rank}: {said}", file=sys.stderr)
@@ -82,7 +86,7 @@ def _train(
 ) -> int:
     run_dir = config.output_dir
     assert run_dir is not None
-    cache = IndexCache(config, folders)  # made meanwhile
+    cache = IndexCache(config, folders)  # made in the background while the model is built
     device = start_ranks(config)
     if is_planned(config) and resolve_impl(config.transformer_impl) == "transformer_engine":
         attention.append(kept_as(layers_config(config).core_attention))
@@ -120,17 +124,19 @@ def _train(
 
     def evaluate(step: int) -> None:
         log.doing("validating")
-        use_ladder_layers(model, config, None)  # the model that is to be, as an export is
+        use_ladder_layers(model, config, None)  # all ladder layers are on, as in an export
         for name, dataset in validations.items():
             held_out = validation_batches(dataset, config, **data_parallel)
             with gathered_parameters(model):
                 log.validation(step, name, validate(model, held_out, config))
 
     def answer(bad: BadStep) -> None:
+        """Stops the run at a bad step, or passes over the step, or goes back to a checkpoint."""
         if bad.action == "stop":
             raise UserError(
-                f"{bad.reason} at step {bad.step}: lower optimizer.lr, train in fp32, or pass such steps "
-                "over (faults.not_finite, faults.spike); the last checkpoint is untouched"
+                f"{bad.reason} at step {bad.step}. The last checkpoint is untouched: start again with a "
+                "lower optimizer.lr or in fp32, or let the run pass over such steps (faults.not_finite, "
+                "faults.spike)"
             )
         log.passed_over(bad.step, bad)
         if bad.action == "rollback":
@@ -144,14 +150,17 @@ def _train(
     signal = ""
 
     def is_good(step: int, *figures: Any) -> bool:
-        """Asked between backward and update, when the host has waited for the GPU: ranks agree there on all
-        they have to, as elsewhere each question would wait for all that is queued."""
+        """Whether a step is good; the ranks also agree on stop signals here.
+
+        Called between backward and the update, where the host has already waited for the GPU. At any other
+        place, an exchange between the ranks would wait for all work that is queued on the GPU.
+        """
         nonlocal signal
         signal = signals.agreed()
         return bad_steps.is_good(step, *figures)
 
     if progress.step == 0 and config.init_from:
-        evaluate(0)  # what changing the model costs before it is trained
+        evaluate(0)  # the loss of the changed model before it is trained
     for step in range(progress.step + 1, config.train_steps + 1):
         use_ladder_layers(model, config, step)
         if before := bad_steps.decided(step):
@@ -176,7 +185,8 @@ def _train(
 
         if last or (config.eval_interval and step % config.eval_interval == 0):
             evaluate(step)
-            signal = signal or signals.agreed()  # validation has waited for the GPU, and takes long
+            # Validation takes long, and after it the GPU has no queued work to wait for.
+            signal = signal or signals.agreed()
         saver.complete()
         if last or signal or step % config.save_interval == 0:
             with gathered_parameters(model):

@@ -1,9 +1,10 @@
-"""Ends a rank whose steps no longer end, when it has written down where it stands.
+"""Ends a rank that hangs, after writing its stacks to a file.
 
-Collectives wait for their slowest rank, so when one hangs, all do: each rank's own watchdog notices, at
-the same time, and no rank has to tell another. Whoever launched the ranks starts them again.
+Collectives wait for the slowest rank, so when one rank hangs, all do. The watchdog of each rank notices it
+at the same time, and no rank has to tell another. The launcher starts the ranks again.
 
-Stacks are Python's, by faulthandler; a GPU's collectives are from the recorder of torch's NCCL groups.
+The stacks are Python's, written by faulthandler. On GPUs, the list of the last collectives is written too;
+it comes from the flight recorder of torch's NCCL groups.
 """
 
 import contextlib
@@ -25,16 +26,18 @@ from pretrain.run.status import record_failure
 logger = logging.getLogger(__name__)
 
 FACTOR = 10.0
-"""A step that takes so many times the median hangs."""
+"""A step hangs when it takes so many times the median (and at least faults.hang_s)."""
 POLL_S = 1.0
 GRACE_S = 5.0
-"""Between a rank's stacks and its end, which ends the others: time for theirs."""
+"""Seconds from writing a rank's stacks to its end. Its end also ends the other ranks, which need this time
+to write theirs."""
 BACKSTOP_S = 60.0
-"""A watchdog that does not run for so long: something keeps Python's lock, or its file's disk hangs."""
+"""faulthandler ends the process when the watchdog has not done so in so many seconds after a deadline:
+something holds Python's lock, or the disk of the stacks' file hangs."""
 
 
 class Watchdog:
-    """A thread beside the training, from `start` to the end of the `with`."""
+    """A thread that watches the training, from `start` to the end of the `with`."""
 
     def __init__(self, config: TrainConfig) -> None:
         assert config.output_dir is not None
@@ -51,7 +54,7 @@ class Watchdog:
         return self
 
     def start(self) -> None:
-        """Steps are to begin. Not sooner: until then processes are forked."""
+        """Starts the thread; call it before the first step, but not while processes are still forked."""
         self.allow_more()
         if self._faults.hang_s:
             self._thread.start()
@@ -67,18 +70,18 @@ class Watchdog:
             self._thread.join()
 
     def step_ended(self, step: int, median_s: float) -> None:
-        """The next step may take as long as is usual, many times over."""
+        """Call it at the end of a step: the next one may take FACTOR times the median, or faults.hang_s."""
         self._step = step
         self._usual_s = max(self._faults.hang_s, FACTOR * median_s)
         self._expect(self._usual_s)
 
     def allow_more(self) -> None:
-        """What comes is not a usual step: the first one, a validation, a checkpoint."""
+        """Call it before what may take longer than a step: the first step, a validation, a checkpoint."""
         self._expect(max(self._faults.allowance_s, self._usual_s))
 
     def _expect(self, limit_s: float) -> None:
         now = time.monotonic()
-        # Assigned at once: the thread reads it at any time.
+        # Both in one assignment, since the thread may read them at any time.
         self._expected = (now, now + limit_s)
 
     def _watch(self) -> None:
@@ -87,7 +90,8 @@ class Watchdog:
             now = time.monotonic()
             if now >= deadline:
                 self._end(now - since)
-            # Set anew at each turn of this thread; it needs no lock of Python's and no disk.
+            # faulthandler's own timer, set again at each turn of this thread. It needs neither Python's
+            # lock nor a disk, so it also ends a process in which this thread cannot run.
             left = deadline - now + BACKSTOP_S
             faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__ or 2)
         faulthandler.cancel_dump_traceback_later()
@@ -95,8 +99,8 @@ class Watchdog:
     def _end(self, waited_s: float) -> None:
         folder = self._run_dir / "hangs"
         what = f"no sign of step {self._step + 1} for {waited_s:.0f} s"
-        logger.error("rank %d: %s: its stacks go to %s", self._rank, what, folder)
-        # Whatever cannot be written, or is not in this torch: the rank must end.
+        logger.error("rank %d: %s: writing its stacks to %s", self._rank, what, folder)
+        # The rank must end even if a file cannot be written, or this torch has no flight recorder.
         with contextlib.suppress(OSError, ImportError):
             folder.mkdir(exist_ok=True)
             name = f"step_{self._step + 1}.rank_{self._rank}"
@@ -112,7 +116,7 @@ class Watchdog:
 
 
 def _write_collectives(path: Path) -> None:
-    """The last collectives of this rank: which began, which ended."""
+    """Writes the last collectives of this rank, with the state of each: begun or ended."""
     from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
 
     path.write_bytes(_dump_fr_trace_json())

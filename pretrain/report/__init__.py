@@ -1,1 +1,1 @@
-"""Runs side by side: a page and its pictures."""
+"""The report of one run or of several side by side: an HTML page and its pictures."""

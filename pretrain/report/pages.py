@@ -1,4 +1,4 @@
-"""What the HTML pages share: one style, pictures inside, names that tell models apart."""
+"""What all HTML pages share: one style, pictures inside the page, labels that tell runs or models apart."""
 
 import base64
 from pathlib import Path
@@ -8,11 +8,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def render(template: str, **values: Any) -> str:
-    """A page that needs nothing else.
+    """The text of an HTML page that needs no other file.
 
     Args:
-        template: its path from `pretrain/`; it extends report/page.html.jinja. The filter `base64` makes
-            text of a picture's bytes.
+        template: the template's path, from `pretrain/`; it extends report/page.html.jinja. In it, the
+            filter `base64` turns a picture's bytes into text.
+        values: the template's variables.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parents[1]),
@@ -24,7 +25,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def labels(paths: list[Path]) -> list[str]:
-    """Folder names, with as many parents as it takes to tell them apart."""
+    """A label for each folder: its name, with as many parents as it takes to make the labels differ."""
     for parts in range(1, max(len(p.absolute().parts) for p in paths) + 1):
         found = ["/".join(p.absolute().parts[-parts:]) for p in paths]
         if len(set(found)) == len(found):

@@ -19,10 +19,10 @@ LABELS = {
 
 
 def draw_losses(runs: list[Run], against: str) -> bytes:
-    """Training loss (thin, and smoothed) and validation loss (dots) of every run.
+    """The losses of every run: training loss as a thin line and smoothed, validation loss as dots.
 
     Args:
-        against: "tokens" or "time".
+        against: the horizontal axis, "tokens" or "time".
     """
     scale, unit = 1.0, ""
     if against == "time":
@@ -67,7 +67,11 @@ def draw_losses(runs: list[Run], against: str) -> bytes:
 
 
 def draw_series(runs: list[Run], name: str) -> bytes:
-    """One value of the training lines against tokens, for every run."""
+    """One figure of the training metrics against tokens, for every run.
+
+    Args:
+        name: the figure, one of LABELS.
+    """
     figure, axes = _axes("tokens", LABELS[name], height=3.0)
     for run, colour in zip(runs, _colours(len(runs)), strict=True):
         x = [m["tokens"] for m in run.train]
@@ -98,12 +102,12 @@ def _colours(count: int) -> list[str]:
 
 
 def _finite(value: float) -> float:
-    """NaN makes a gap in the curve; so must infinity."""
+    """NaN in place of infinity: NaN makes a gap in the curve, and infinity must do so too."""
     return value if math.isfinite(value) else math.nan
 
 
 def _time_unit(longest_s: float) -> tuple[float, str]:
-    """Seconds in the unit that suits the longest time, and its name."""
+    """The unit that suits the longest time: its length in seconds, and its name."""
     for seconds, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if longest_s >= 2 * seconds:
             return seconds, name

@@ -1,4 +1,4 @@
-"""Draws runs side by side: an HTML page that needs nothing else, and the same pictures as PNGs."""
+"""Draws runs side by side: an HTML page that needs no other file, and its pictures as PNGs too."""
 
 import statistics
 from pathlib import Path
@@ -16,17 +16,17 @@ def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
     """Writes index.html and PNGs for one or several runs, finished or not.
 
     Args:
-        run_dirs: the first is the one that others are compared with.
-        output_dir: `report` in the first run's folder when None.
+        run_dirs: the runs' folders; all others are compared with the first.
+        output_dir: None: `report` in the first run's folder.
 
     Returns:
-        The page.
+        The path of index.html.
 
     Raises:
-        UserError: a folder is no run, or its metrics cannot be read.
+        UserError: no folder is given, a folder is no run, or its metrics cannot be read.
     """
     if not run_dirs:
-        raise UserError("no run: give one or several run folders")
+        raise UserError("no run is given: give one or several run folders")
     runs = [read_run(path, label) for path, label in zip(run_dirs, labels(run_dirs), strict=True)]
     output_dir = output_dir or run_dirs[0] / "report"
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:
-    """The table's rows for one run."""
+    """The table's rows for one run: name and value."""
     start = run.start
     rows = [
         ("residual", start["residual"]),
@@ -70,11 +70,16 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         rows.append((f"validation loss, {dataset}", f"{last['loss']:.4f}"))
         rows.append((f"perplexity, {dataset}", f"{last['perplexity']:.2f}"))
         if best is not last:
-            rows.append((f"best, {dataset}", f"{best['loss']:.4f} at step {best['step']:,}"))
+            rows.append(
+                (
+                    f"lowest validation loss, {dataset}",
+                    f"{best['loss']:.4f} at step {best['step']:,}",
+                )
+            )
         if dataset in run.unigram:
             unigram = run.unigram[dataset]
             rows.append((f"entropy of single tokens, {dataset}", f"{unigram:.4f}"))
-            rows.append((f"nats below it, {dataset}", f"{unigram - last['loss']:.4f}"))
+            rows.append((f"nats below that entropy, {dataset}", f"{unigram - last['loss']:.4f}"))
     if measured := latest_results(run.path):
         step, results = measured
         rows.append(("evaluated at step", f"{step:,}"))
@@ -87,19 +92,22 @@ def _summary(run: Run) -> list[tuple[str, str]]:
 
 
 def _trouble(run: Run) -> list[tuple[str, str]]:
-    """Rows of what a run lost, and what was wrong with its data and machines."""
+    """Rows on the time that a run lost, its bad steps and its slow ranks."""
     rows = []
     if good := run.goodput:
         rows += [
-            ("wall-clock since the first start", _duration(good.wall)),
-            ("of it in steps that counted (goodput)", f"{100 * good.share:.1f}%"),
-            ("starting, over all starts", _duration(good.starting)),
+            ("wall-clock time since the first start", _duration(good.wall)),
+            ("share of it in steps that count (goodput)", f"{100 * good.share:.1f}%"),
+            ("time from a start to its first step, all starts", _duration(good.starting)),
         ]
         if run.restarts:
             rows += [
-                ("restarted after", ", ".join(f"{n} x {end}" for end, n in good.ends.items())),
-                ("between starts", _duration(good.between)),
-                ("steps lost and done again", f"{good.steps_again:,}"),
+                (
+                    "how earlier starts ended",
+                    ", ".join(f"{n} x {end}" for end, n in good.ends.items()),
+                ),
+                ("time between starts", _duration(good.between)),
+                ("steps that were lost and trained again", f"{good.steps_again:,}"),
             ]
     if run.bad_steps:
         over = sum(last - first + 1 for first, last in (b["passed_over"] for b in run.bad_steps))
@@ -107,8 +115,8 @@ def _trouble(run: Run) -> list[tuple[str, str]]:
         rows.append(
             (
                 "bad steps",
-                f"{len(run.bad_steps)}, {over} steps not in the weights; "
-                f"the last at step {last['step']:,}: {last['reason']}",
+                f"{len(run.bad_steps)}, so {over} steps are not in the weights; "
+                f"the last bad step is {last['step']:,}: {last['reason']}",
             )
         )
     by_rank: dict[tuple[int, str, str], Lines] = {}
@@ -119,15 +127,15 @@ def _trouble(run: Run) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"slow at {what}: rank {rank} on {host}",
-                f"{len(lines)} times; {last['seconds']:.3g} s, median {last['median']:.3g} s, "
-                f"at step {last['step']:,}",
+                f"found {len(lines)} times; at step {last['step']:,} it took "
+                f"{last['seconds']:.3g} s, the median of all ranks was {last['median']:.3g} s",
             )
         )
     return rows
 
 
 def _comparison(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Rows of later runs' validation loss minus the first's: at the end, and at equal time."""
+    """Rows of the other runs' validation loss minus the first run's: at the end, and at equal time."""
     rows = []
     first = runs[0]
     for dataset in first.datasets():
@@ -144,8 +152,8 @@ def _comparison(runs: list[Run]) -> list[tuple[str, list[str]]]:
             at_time.append(
                 "-" if None in pair else f"{pair[0] - pair[1]:+.4f} at {_duration(seconds)}"  # type: ignore[operator]
             )
-        rows.append((f"loss minus {first.label}'s, last, {dataset}", at_end))
-        rows.append((f"the same at equal training time, {dataset}", at_time))
+        rows.append((f"last validation loss minus {first.label}'s, {dataset}", at_end))
+        rows.append((f"the same difference at equal training time, {dataset}", at_time))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""A run's metrics, read for the report."""
+"""Reads a run's metrics for the report."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ Lines = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Run:
-    """What one run's metrics say."""
+    """The metrics of one run, its lines sorted by kind."""
 
     path: Path
     label: str
@@ -22,10 +22,10 @@ class Run:
     train: Lines
     validation: Lines
     unigram: dict[str, float]
-    """By data set, in nats a token."""
+    """For each data set, the entropy of single tokens, in nats a token."""
     restarts: int
     goodput: Goodput | None
-    """None for a run of a version that did not note its starts."""
+    """None for a run of an older version, which did not record its starts."""
     bad_steps: Lines
     slow_ranks: Lines
     finished: bool
@@ -38,7 +38,10 @@ class Run:
         return [line for line in self.validation if line["dataset"] == dataset]
 
     def loss_at(self, dataset: str, seconds: float) -> float | None:
-        """Validation loss after that much training time, between two validations linearly."""
+        """Validation loss after `seconds` of training time, interpolated between two validations.
+
+        After the last validation it is that one's; None before the first, or where there is none.
+        """
         lines = self.validation_of(dataset)
         for before, after in itertools.pairwise(lines):
             if before["time"] <= seconds <= after["time"]:
@@ -48,7 +51,7 @@ class Run:
 
 
 def read_run(path: Path, label: str) -> Run:
-    """What the metrics of a run say. Raises UserError when it has none."""
+    """Reads the metrics of a run. Raises UserError when it has none."""
     metrics = read_metrics(path)
     by_kind: dict[str, Lines] = {}
     for line in metrics:

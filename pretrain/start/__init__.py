@@ -1,1 +1,1 @@
-"""From options to ranks that are ready: arguments, checks, initial weights, launch, doctor."""
+"""What happens before training: reading the arguments, checks, initial weights, launch, doctor."""

@@ -1,5 +1,8 @@
-"""The command line of `train`: a preset, a saved configuration or one on top of the other, then options
-that change it."""
+"""The command line of `train`.
+
+The user gives a preset, a saved configuration, or both: the configuration then replaces fields of the
+preset. All other options change single fields of the result.
+"""
 
 import argparse
 import difflib
@@ -17,13 +20,13 @@ from pretrain.start.ladder_layers import with_ladder_layers
 
 
 def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
-    """The configuration that `argv` asks for, and the local ranks if it says how many.
+    """The configuration that `argv` asks for, and the number of local ranks (None: not given).
 
     Raises:
         UserError: the preset or the saved configuration does not exist, or values do not fit.
-        SystemExit: `--help`, or an option that does not exist (tyro prints it and what is near).
+        SystemExit: `--help` was given, or an option does not exist (tyro prints it, with similar names).
     """
-    # Which defaults the options start from is read first; tyro then parses the rest.
+    # These options decide the defaults. They are read first; tyro then parses all the others.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--config", type=Path)
@@ -37,7 +40,8 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
         name = chosen.preset or ("debug" if {"-h", "--help"} & set(options) else "")
         if not name:
             raise UserError(
-                f"give --preset NAME ({', '.join(PRESETS)}) or --config FILE to start from"
+                "nothing says which defaults to start from: give --preset NAME "
+                f"({', '.join(PRESETS)}) or --config FILE"
             )
         if name not in PRESETS:
             near = difflib.get_close_matches(name, PRESETS, n=1)
@@ -49,19 +53,20 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
     if chosen.config and (run := run_of(chosen.config)):
         default = found_from(run, default)
     if chosen.init_from:
-        from pretrain.start.initial import starting_from  # brings torch, which --help does without
+        # Imported here because it imports torch, which --help does not need.
+        from pretrain.start.initial import starting_from
 
-        # Layers are chosen of the model as it was, not as `import` has changed it.
+        # --ladder-layers chooses among the layers of the original model, before `import` changed any.
         unmodified = chosen.preset == "adapt-control" or chosen.ladder_layers is not None
         default = starting_from(default, chosen.init_from, unmodified=unmodified)
     elif (chosen.preset or "").startswith("adapt") and not {"-h", "--help"} & set(options):
         raise UserError(
-            f"--preset {chosen.preset} trains a model that exists: give --init-from RUN, a run or what "
-            "`import` made"
+            f"--preset {chosen.preset} starts from the weights of an existing model: give "
+            "--init-from RUN, where RUN is a run or a folder that `import` wrote"
         )
     if chosen.ladder_layers:
         model = default.model
-        if not chosen.init_from:  # a preset's model is none yet: it may become what is asked for
+        if not chosen.init_from:  # a preset has no weights yet, so its residual kind may change
             model = replace(model, residual="standard", ladder_layers=None)
         model = with_ladder_layers(model, chosen.ladder_layers, chosen.init_from)
         default = replace(default, model=model)

@@ -1,4 +1,4 @@
-"""What this machine can do, and what is missing for GPU and FP8 use."""
+"""`megatron-ladder doctor`: what this machine can do, and what is missing for GPU and FP8 use."""
 
 import importlib.metadata
 import importlib.util
@@ -11,7 +11,7 @@ import psutil
 
 from pretrain.sizes import in_units
 
-# Package, what it is for, what to do without it.
+# Package, what it is needed for, how to install it.
 PACKAGES = (
     ("torch", "everything", "pip install torch"),
     ("megatron-core", "everything", "pip install megatron-core"),
@@ -36,15 +36,15 @@ def run_doctor() -> int:
     _row("python", platform.python_version())
     _row("cores, memory", f"{os.cpu_count()}, {psutil.virtual_memory().total / 2**30:.0f} GiB")
     _row("free disk here", in_units(shutil.disk_usage(Path.cwd()).free, "B"))
-    shm = Path("/dev/shm")  # noqa: S108 (its size is asked for, nothing is written)
+    shm = Path("/dev/shm")  # noqa: S108 (only its size is read, nothing is written)
     if shm.is_dir():
         size = shutil.disk_usage(shm).total
-        _row(str(shm), f"{size / 2**30:.1f} GiB (loader processes share it)")
+        _row(str(shm), f"{size / 2**30:.1f} GiB (memory that loader processes share)")
 
     print("\nPackages")
     for name, use, advice in PACKAGES:
         found = _version(name)
-        missing = f"missing; for {use}" + (f": {advice}" if advice else "")
+        missing = f"missing; needed for {use}" + (f": {advice}" if advice else "")
         _row(name, found or missing)
     _row("apex", apex_verdict())
     outside = _outside_supported_versions()
@@ -67,33 +67,34 @@ def run_doctor() -> int:
 
 
 def apex_verdict() -> str:
-    """What is known of `apex`, without importing it.
+    """Says which `apex` is installed, without importing it.
 
-    PyPI's project of that name is a web toolkit; NVIDIA's is built from source.
+    PyPI's project of that name is a web toolkit. NVIDIA's apex is built from source.
     """
     found = _version("apex")
     nvidia = _has_module("amp_C") or _has_module("apex.optimizers")
     if found is None and not nvidia:
         return (
-            "missing; optional (NVIDIA's, from source): TE's or torch's fused Adam serves as well"
+            "missing; optional (NVIDIA's, built from source): the fused Adam of Transformer Engine or "
+            "of torch does the same"
         )
     if nvidia:
         return f"{found or 'found'} (NVIDIA's)"
     return (
-        f"{found} is PyPI's `apex`, ANOTHER PROJECT than NVIDIA's: pip uninstall apex. NVIDIA's is "
-        "optional and built from source; TE's or torch's fused Adam serves as well"
+        f"{found} is PyPI's `apex`, ANOTHER PROJECT than NVIDIA's: run `pip uninstall apex`. NVIDIA's "
+        "is optional and built from source; the fused Adam of Transformer Engine or of torch does the same"
     )
 
 
 def _gpu() -> tuple[list[str], list[str]]:
-    """Prints what is there; returns what is missing for a GPU, and for FP8 besides."""
+    """Prints what there is of GPUs; returns what is missing for a GPU, and what FP8 needs in addition."""
     if _version("torch") is None:
         return ["torch"], []
     import torch
 
     _row("torch built for CUDA", torch.version.cuda or "no: install a CUDA build of torch")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    _row("GPUs", ", ".join(names) or "none found: the CPU stands in (gloo, local layers)")
+    _row("GPUs", ", ".join(names) or "none found: training runs on the CPU (gloo, local layers)")
     _row("collectives", ", ".join(_backends(torch)) or "none")
     connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "not set")
     _row("CUDA_DEVICE_MAX_CONNECTIONS", connections)
@@ -115,7 +116,7 @@ def _built_of() -> None:
     from megatron_ladder.mcore_compat import transformer_config
     from pretrain.model.fusions import adam_class, choices, table
 
-    # Heads and lengths as in the presets: attention's kernels are asked whether they take them.
+    # Which attention kernel is chosen depends on the heads and the length: they are as in the presets.
     model = ModelConfig(
         num_layers=1,
         hidden_size=1024,
@@ -127,13 +128,16 @@ def _built_of() -> None:
     config = transformer_config(model, ParallelConfig(), precision="bf16")
     print(
         "\nTraining here (bf16, deterministic off; attention of 16 heads of 64 channels, "
-        f"{config.num_query_groups} of keys, on {model.max_position_embeddings} tokens)"
+        f"{config.num_query_groups} key heads, {model.max_position_embeddings} tokens)"
     )
     print(table(choices(config, adam_class())))
 
 
 def _cudnn() -> list[str]:
-    """Prints which cuDNN is there, now that all who bring one are imported; returns what is missing."""
+    """Prints which cuDNN is loaded; returns what is missing.
+
+    Called last: by then all packages that bring a cuDNN of their own are imported.
+    """
     import torch
 
     from pretrain.model.cudnn import loaded, problems
@@ -190,7 +194,7 @@ def _version(package: str) -> str | None:
 def _has_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ImportError:  # its parent is not a package of that kind
+    except ImportError:  # the parent package is missing, or is no package
         return False
 
 

@@ -13,7 +13,7 @@ from pretrain.files import write_atomically
 from pretrain.run.checkpoint_files import written_files
 from pretrain.run.folder import INITIAL, find_checkpoint, latest_checkpoint, started_from
 
-# What may differ between the two models: no tensor depends on it.
+# Fields of the model that may differ from the saved model: no tensor's name or shape depends on them.
 FREE = (
     "residual",
     "ladder_layers",
@@ -26,17 +26,21 @@ FREE = (
 
 
 def initial_model(init_from: Path) -> ModelConfig:
-    """The model of a run or of a checkpoint. Raises UserError when it is none."""
+    """The model of a run or of a checkpoint. Raises UserError when `init_from` is neither."""
     return load_config(find_checkpoint(init_from) / "config.json").model
 
 
 def original_model(init_from: Path) -> ModelConfig:
-    """The same without the change that `import --ladder-layers` made of it."""
+    """The model of a run or of a checkpoint, without the change that `import --ladder-layers` made.
+
+    Raises:
+        UserError: `init_from` is neither a run nor a checkpoint.
+    """
     checkpoint = find_checkpoint(init_from)
     config = load_config(checkpoint / "config.json")
-    if config.data.paths:  # trained as it is
+    if config.data.paths:  # a trained run, not an import: this is the model it was trained as
         return config.model
-    # transformers' own architectures have neither field.
+    # The configurations of transformers' own architectures have neither field: they are standard models.
     saved = (checkpoint.parents[1] / "imported" / "config.json").read_text(encoding="utf-8")
     original = json.loads(saved)
     layers = original.get("ladder_layers")
@@ -48,7 +52,13 @@ def original_model(init_from: Path) -> ModelConfig:
 
 
 def starting_from(config: TrainConfig, init_from: Path, *, unmodified: bool) -> TrainConfig:
-    """A preset with the model of a run, whose context bounds the sequences."""
+    """`config` (a preset's) with the model of a run.
+
+    The sequence length is shortened to the model's context length where it is longer.
+
+    Args:
+        unmodified: take the model as it was before `import --ladder-layers` changed it.
+    """
     model = original_model(init_from) if unmodified else initial_model(init_from)
     length = min(config.data.seq_length, model.max_position_embeddings)
     return replace(
@@ -57,10 +67,10 @@ def starting_from(config: TrainConfig, init_from: Path, *, unmodified: bool) -> 
 
 
 def check_initial(config: TrainConfig, folders: list[DataFolder]) -> None:
-    """Refuses weights that do not fit the model, and data of another tokenizer.
+    """Refuses initial weights that do not fit the model, and data made with another tokenizer.
 
     Raises:
-        UserError: naming what differs.
+        UserError: the weights, the teacher or the tokenizer do not fit; it names what differs.
     """
     if config.init_from is None:
         return
@@ -76,25 +86,31 @@ def check_initial(config: TrainConfig, folders: list[DataFolder]) -> None:
         wrong["model.residual"] = (theirs.residual, config.model.residual)
     if wrong:
         detail = "; ".join(f"{name}: {a} there, {b} here" for name, (a, b) in wrong.items())
-        raise UserError(f"init_from {config.init_from} holds another model: {detail}")
+        raise UserError(
+            f"init_from {config.init_from} holds a model that differs from this run's: {detail}"
+        )
     if config.adapt.distillation_weight:
         teacher = original_model(config.init_from)
         if teacher.layer_residuals() == config.model.layer_residuals():
             raise UserError(
-                "adapt.distillation_weight: the model is the unmodified one that it would learn from; "
-                "choose layers to be ladder layers, --ladder-layers, or leave distillation out"
+                "adapt.distillation_weight: the model is the same as its teacher, the unmodified model: "
+                "change some layers with --ladder-layers, or leave distillation out"
             )
     source = kept_facts(_run_of(config.init_from))[0]
     if source.tokenizer["sha256"] != folders[0].tokenizer["sha256"]:
         raise UserError(
-            f"{folders[0].path} was tokenized with another tokenizer than that of {config.init_from}: "
-            f"ids mean different things; tokenize with {source.path / source.tokenizer['file']}"
+            f"{folders[0].path} was tokenized with another tokenizer than that of {config.init_from}, "
+            "so the same ids stand for different tokens: tokenize the text with "
+            f"{source.path / source.tokenizer['file']}"
         )
 
 
 def keep_initial(config: TrainConfig) -> None:
-    """Copies what an imported model's folder held into the run's, for export. Notes in RUN/initial.json
-    which weights the run started from: init_from may be moved, or get newer checkpoints."""
+    """Copies the files of an imported model (RUN/imported) into the new run's folder: export needs them.
+
+    Also notes in RUN/initial.json which weights the run started from: the folder of init_from may be moved,
+    or get newer checkpoints.
+    """
     assert config.output_dir is not None
     if config.init_from is None or not config.init_from.is_dir():
         return

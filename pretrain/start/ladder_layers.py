@@ -7,24 +7,25 @@ from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 
 Layers = int | tuple[int, ...] | None
-"""As ModelConfig.ladder_layers has them: the last N, a list from 0, or None for all."""
+"""A value for ModelConfig.ladder_layers: the last N, layer numbers from 0, or None for all layers."""
 
 
 def with_ladder_layers(model: ModelConfig, given: str, measured: Path | None) -> ModelConfig:
-    """A standard model whose layers are made ladder layers as `given`; no weight is changed.
+    """A standard model with the layers that `given` names made ladder layers; no weight is changed.
 
     Args:
-        given: `last:N`, `all`, layers from 0 (`0,2,5`), or `auto:N`: the N that stand it best.
-        measured: the run whose layers were measured, for `auto`.
+        given: `last:N`, `all`, layer numbers from 0 (`0,2,5`), or `auto:N`: the N layers whose change
+            alone raises the loss least.
+        measured: for `auto`, the run whose layers were measured.
 
     Raises:
-        UserError: it is none of these, nothing was measured, or the model is not standard.
+        UserError: `given` has none of these forms, nothing was measured, or the model is not standard.
     """
     layers = auto_layers(given, measured) if is_auto(given) else parse_layers(given)
     if set(model.layer_residuals()) != {"standard"}:
         raise UserError(
-            f"--ladder-layers {given}: the model's residual is {model.residual} already; a standard one "
-            "can be made ladder"
+            f"--ladder-layers {given}: the model's residual is {model.residual} already; only the layers "
+            "of a standard model can be made ladder layers"
         )
     return replace(model, residual="ladder", ladder_layers=layers)
 
@@ -37,26 +38,32 @@ def auto_count(given: str) -> int:
     """The N of `auto:N`. Raises UserError."""
     number = given.removeprefix("auto:")
     if not number.isdecimal() or int(number) < 1:
-        raise UserError(f"--ladder-layers {given}: give auto:N, the number of layers to choose")
+        raise UserError(
+            f"--ladder-layers {given}: give auto:N, where N is the number of layers to choose"
+        )
     return int(number)
 
 
 def auto_layers(given: str, measured: Path | None) -> tuple[int, ...]:
-    """The layers that `auto:N` chooses by what was measured of a run. Raises UserError."""
-    from pretrain.model.staleness import saved_staleness  # brings torch
+    """The layers that `auto:N` chooses, by the measurements saved in a run's folder.
+
+    Raises:
+        UserError: N is no positive number or too large, no run is given, or nothing was measured.
+    """
+    from pretrain.model.staleness import saved_staleness  # here, because it imports torch
     from pretrain.run.folder import find_checkpoint
 
     count = auto_count(given)
     if measured is None:
         raise UserError(
-            f"--ladder-layers {given} chooses among the layers of a model that exists: give "
+            f"--ladder-layers {given} chooses among the layers of an existing model: give "
             "--init-from RUN"
         )
     return saved_staleness(find_checkpoint(measured).parents[1]).choose(count)
 
 
 def parse_layers(given: str) -> Layers:
-    """`last:N`, `all`, or layers from 0. Raises UserError."""
+    """Reads `last:N`, `all`, or layer numbers from 0. Raises UserError on anything else."""
     try:
         if given == "all":
             return None
@@ -65,5 +72,5 @@ def parse_layers(given: str) -> Layers:
         return tuple(int(part) for part in given.split(","))
     except ValueError:
         raise UserError(
-            f"--ladder-layers {given}: give last:N, all, auto:N, or layers from 0 such as 4,5,7"
+            f"--ladder-layers {given}: give last:N, all, auto:N, or layer numbers from 0 such as 4,5,7"
         ) from None

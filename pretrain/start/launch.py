@@ -1,4 +1,4 @@
-"""From one command to as many local ranks as the run needs, by torchrun."""
+"""Starts as many local ranks as a run needs, by torchrun, and starts them again after a crash."""
 
 import logging
 import os
@@ -14,14 +14,18 @@ from pretrain.processes import STOP_SIGNALS
 from pretrain.run.folder import latest_checkpoint
 
 STOPPED = 75
-"""The exit status of a run that has stopped in good order: EX_TEMPFAIL, start it again and it goes on."""
+"""The exit status of a run that stopped in an orderly way. It is EX_TEMPFAIL: started again, it goes on."""
 
-# A crash is likely to come again when it came so often without a new checkpoint in between.
+# After so many crashes without a new checkpoint in between, the next start would probably crash too.
 _FRUITLESS_STARTS = 3
 
 
 def local_ranks(config: TrainConfig, asked: int | None) -> int:
-    """Ranks to start on this machine: those asked for, one a GPU, or on a CPU one copy's worth."""
+    """The number of ranks to start on this machine.
+
+    It is `asked` where that is given, else the number of GPUs, else (on a CPU) as many as one copy of the
+    model needs.
+    """
     if asked is not None:
         return asked
     import torch
@@ -30,24 +34,26 @@ def local_ranks(config: TrainConfig, asked: int | None) -> int:
 
 
 def launch(argv: list[str], ranks: int, run_dir: Path) -> int:
-    """Runs torchrun with `ranks` local processes of `python -m pretrain`, and again when one dies.
+    """Runs torchrun with `ranks` local processes of `python -m pretrain`; starts them again when one dies.
 
-    Stop signals (stopping.py) are passed on to the ranks. torchrun's own restarts (`--max-restarts`) do
-    not look at exit statuses: they would start a run again that was asked to stop.
+    Stop signals (stopping.py) are passed on to the ranks. torchrun's own restarts (`--max-restarts`) are
+    not used: they ignore exit statuses, so they would start a run again that was asked to stop.
 
     Returns:
-        The exit status: the ranks' own 0, 2 or 75, 128 + n after signal n, else that of a crash.
+        The exit status: the ranks' own 0, 2 or 75; 128 + n after signal n; else that of a crashed rank.
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # torchrun gives every rank one thread unless told otherwise.
+    # Where this variable is not set, torchrun gives every rank one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    # As variables, since a torch without one of the options refuses it: the other signals are ours.
+    # torchrun handles these signals; the others are handled below. Set by variables, since a version of
+    # torch that does not know an option refuses it.
     for name in ("PET_SIGNALS_TO_HANDLE", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
         os.environ[name] = "SIGINT,SIGHUP,SIGQUIT"
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a page a failure
+    # torchrun logs a page of text for each failure.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     received = 0
 
     def pass_on(number: int, _: FrameType | None) -> None:
@@ -81,17 +87,18 @@ def launch(argv: list[str], ranks: int, run_dir: Path) -> int:
             return _crash_status(statuses)
         where = f"from {after.name}" if after else "from the start: there is no checkpoint yet"
         what = ", ".join(map(str, sorted(statuses)))
-        print(f"ranks have ended with {what}: starting again {where}", file=sys.stderr)
+        print(f"ranks ended with exit status {what}: starting again {where}", file=sys.stderr)
 
 
 def _final_status(statuses: set[int], received: int) -> int | None:
-    """What the command ends with after these exit statuses of ranks; None: start them again.
+    """The exit status that the command ends with; None: start the ranks again.
 
     Args:
-        statuses: those other than 0; -n is a death by signal n.
+        statuses: the ranks' exit statuses other than 0; -n: signal n killed the rank.
         received: the stop signal that was passed on to the ranks, or 0.
     """
-    for decided in (2, STOPPED):  # the others may have failed because this one had gone
+    # One rank with such a status decides: the others may have failed only because it had ended.
+    for decided in (2, STOPPED):
         if decided in statuses:
             return decided
     if 130 in statuses:  # Ctrl-C
@@ -100,6 +107,6 @@ def _final_status(statuses: set[int], received: int) -> int | None:
 
 
 def _crash_status(statuses: set[int]) -> int:
-    # torchrun ends the other ranks by SIGTERM when one has failed.
+    # When one rank has failed, torchrun ends the others by SIGTERM: that is not the status to report.
     first = min(statuses - {-signal.SIGTERM} or statuses)
     return 128 - first if first < 0 else first

@@ -1,4 +1,5 @@
-"""What a run that is resumed has been trained on: that may not change.
+"""Checks of a resumed run: the data that it has been trained on so far may not change.
+
 
 Data sets are compared by their manifests. Their folders may have been moved, renamed or written otherwise.
 """
@@ -14,7 +15,13 @@ from pretrain.run.folder import checkpoint_step, latest_checkpoint
 
 
 def check_past(config: TrainConfig, folders: list[DataFolder]) -> None:
-    """Refuses to resume a run with blends other than those it has been trained on."""
+    """Refuses to resume a run with blends other than those it has been trained on.
+
+    A blend may change after the newest checkpoint's step.
+
+    Raises:
+        UserError: an earlier blend has changed.
+    """
     assert config.output_dir is not None
     saved = config.output_dir / "config.json"
     if not saved.is_file():
@@ -32,9 +39,9 @@ def check_past(config: TrainConfig, folders: list[DataFolder]) -> None:
         was = "; ".join(_words(Blend(b.first_step, (*b.weights, *joined))) for b in past)
         raise UserError(
             f"{config.output_dir} has been trained to step {step} ({step * config.tokens_per_step:,} "
-            f"tokens) with the weights {was}. data.weights and data.phases now say "
-            f"{'; '.join(map(_words, now))}: a blend may change only after that step; put a change into "
-            "data.phases, and leave what was before it"
+            f"tokens) with the weights {was}, but data.weights and data.phases now say "
+            f"{'; '.join(map(_words, now))}. A blend may change only after that step: undo the change, "
+            "and add the new blend to data.phases"
         )
 
 
@@ -43,7 +50,7 @@ def _words(blend: Blend) -> str:
 
 
 def same_data(run_dir: Path, folders: list[DataFolder]) -> list[DataFolder]:
-    """Refuses to go on with other data sets than those that the run began with, or in another order.
+    """Refuses to resume a run with other data sets than those that it began with, or in another order.
 
     Args:
         run_dir: the run's folder.
@@ -65,23 +72,24 @@ def same_data(run_dir: Path, folders: list[DataFolder]) -> list[DataFolder]:
     if kept[0].tokenizer["sha256"] != folders[0].tokenizer["sha256"]:
         raise UserError(
             f"{folders[0].path} was tokenized with another tokenizer than the run in {run_dir} was "
-            "started with: its ids mean different things; use the data set it was started with"
+            "started with, so the same ids stand for different tokens: use the data set that the run was "
+            "started with"
         )
     in_place = [_is_same(*pair) for pair in zip(kept, folders, strict=False)]
     here = [any(_is_same(before, now) for now in folders) for before in kept]
     if len(folders) < len(kept) or (all(here) and not all(in_place)):
         names = " ".join(map(str, paths or [before.name for before in kept]))
         raise UserError(
-            f"{run_dir} trains on data.paths {names}: keep them first and in their order, wherever they "
-            "are now. Others may follow them; a weight of 0 in a phase leaves one out"
+            f"{run_dir} has been trained on data.paths {names}: give these first and in this order, wherever "
+            "they are now. You may add others after them. To stop using one, give it a weight of 0 in a phase"
         )
     if not all(in_place):
         number = in_place.index(False)
         before, now = kept[number], folders[number]
         raise UserError(
             f"{now.path} holds other training text than {before.name}, which the run in {run_dir} began "
-            f"with ({before.tokens('train'):,} tokens then, {now.tokens('train'):,} now): a resumed run "
-            "would read some of it twice; use the data set it was started with"
+            f"with ({before.tokens('train'):,} tokens then, {now.tokens('train'):,} now), so a resumed run "
+            "would read some of the text twice: use the data set that the run was started with"
         )
     first_names = [before.name for before in kept] + [""] * (len(folders) - len(kept))
     return [replace(now, first_name=name) for now, name in zip(folders, first_names, strict=True)]

@@ -1,4 +1,4 @@
-"""`train --plan-only`: whether a run fits in a GPU's memory, said without starting it."""
+"""`train --plan-only`: says whether a run fits in a GPU's memory, without starting the run."""
 
 import argparse
 
@@ -20,16 +20,19 @@ from pretrain.start.launch import local_ranks
 
 
 def plan_only(argv: list[str]) -> int:
-    """Prints the plan of `train`'s options, the card, and what to turn where it does not fit.
+    """Prints the planned memory of a run, the GPU's memory, and which options to change if it does not fit.
 
-    Neither data nor a GPU need be there: `--plan-only h100` names one, model.vocab_size stands for the
-    data's tokenizer.
+    It needs neither data nor a GPU: `--plan-only h100` names the GPU, and model.vocab_size gives the
+    vocabulary size that the data's tokenizer would give.
+
+    Args:
+        argv: the options of `train`.
 
     Returns:
-        The exit status: 0 where it fits, 1 where it does not.
+        The exit status: 0 where the run fits, 1 where it does not.
 
     Raises:
-        UserError: what cannot be laid out or planned.
+        UserError: the model cannot be laid out on the ranks, or its memory cannot be planned.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plan-only", nargs="?")
@@ -40,18 +43,19 @@ def plan_only(argv: list[str]) -> int:
         raise UserError("--plan-only needs model.vocab_size: give it, or data sets")
     if not is_planned(config):
         raise UserError(
-            f"--plan-only: memory is planned in bf16, of all kinds but desync; this run is "
+            f"--plan-only: memory can be planned in bf16, for every residual kind but desync; this run is "
             f"{config.model.residual} in {config.precision}"
         )
     if config.transformer_impl == "local":
         raise UserError(
-            "--plan-only: memory is planned of Transformer Engine's layers, not of local ones"
+            "--plan-only: memory can be planned for Transformer Engine's layers only: leave out "
+            "--transformer-impl local"
         )
     check_layout(config.model, config.parallel)
     name, card_bytes = _card(chosen.plan_only)
     ranks = local_ranks(config, asked)
     dp = config.parallel.data_parallel_size(ranks)
-    # What `auto` takes, and TE has no fused attention for masks.
+    # `auto` takes torch's attention. TE has no fused attention that takes masks.
     masked = not config.data.attend_across_documents
     attention: Attention = "torch" if config.attention == "auto" else config.attention
     if masked and attention == "te":
@@ -61,8 +65,8 @@ def plan_only(argv: list[str]) -> int:
     if attention in ("te", "torch"):
         with_scores = memory_plan(config, dp, "te-unfused").total
         print(
-            f"With fused attention; {with_scores / 2**30:.2f} GiB without (`megatron-ladder doctor` says "
-            "which one it takes)."
+            f"That is with fused attention; without it {with_scores / 2**30:.2f} GiB. `megatron-ladder "
+            "doctor` says which attention this machine takes."
         )
     print(f"{name} has {card_in_words(card_bytes)}.")
     fits = plan.total <= room(card_bytes)
@@ -75,12 +79,19 @@ def plan_only(argv: list[str]) -> int:
 
 
 def _card(name: str | None) -> tuple[str, float]:
-    """A GPU's name and bytes of memory: the one here, or as its data sheet has it."""
+    """A GPU's name and its bytes of memory.
+
+    Args:
+        name: a name of DEVICES, whose memory is that of the data sheet; None: the GPU of this machine.
+
+    Raises:
+        UserError: there is no GPU here, or no such name.
+    """
     if name is None:
         import torch
 
         if not torch.cuda.is_available():
-            raise UserError(f"there is no GPU here: name one, --plan-only {'|'.join(DEVICES)}")
+            raise UserError(f"there is no GPU here: name one with --plan-only {'|'.join(DEVICES)}")
         return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     if name not in DEVICES:
         raise UserError(f"--plan-only {name}: choose one of {', '.join(DEVICES)}")

@@ -1,4 +1,4 @@
-"""Everything that can be refused before work starts."""
+"""All checks of a run that are made before it starts."""
 
 import logging
 
@@ -24,25 +24,26 @@ logger = logging.getLogger(__name__)
 
 
 def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[DataFolder], str]:
-    """Checks a run's configuration against its data, its folder and the ranks it will have.
+    """Checks a run's configuration against its data, its folder and the number of its ranks.
 
     Returns:
-        The configuration with the vocabulary filled in from the data and with absolute paths, the data,
-        and what will happen to the output folder (empty: its run is finished).
+        The configuration, with the vocabulary size filled in from the data and with absolute paths; the data
+        folders; and a text that says what will happen to the output folder (empty: its run is finished).
 
     Raises:
-        UserError: the first thing found wrong.
+        UserError: the first mistake that is found.
     """
     if config.model.residual == "no-comm":
         raise UserError(
-            "model.residual no-comm leaves out every tensor-parallel sum: its numbers are wrong, and "
-            "only its speed means something (benchmarks/overlap.py). Train another kind"
+            "model.residual no-comm leaves out every tensor-parallel all-reduce, so its results are "
+            "wrong: it is for measurements of speed only (benchmarks/overlap.py). Give another kind"
         )
     folders = open_data(config)
     given, config = config.model.vocab_size, with_vocab_size(config)
     if given is not None and given > folders[0].tokenizer["vocab_size"]:
         logger.warning(
-            "model.vocab_size is %d, the data's tokenizer has %d ids: the others are never trained on",
+            "model.vocab_size is %d, but the data's tokenizer has only %d ids: the model is never "
+            "trained on the other ids",
             given,
             folders[0].tokenizer["vocab_size"],
         )
@@ -57,8 +58,8 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     fill_in_the_middle(config, folders[0])
     if config.keep_last < 2:
         raise UserError(
-            f"keep_last is {config.keep_last}: keep at least 2 checkpoints, so that there is one before "
-            "a damaged one"
+            f"keep_last is {config.keep_last}: give at least 2, so that another checkpoint is left when "
+            "the newest one is damaged"
         )
     plan = check_output_dir(config)
     assert config.output_dir is not None
@@ -72,6 +73,6 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             import wandb  # noqa: F401
         except ImportError:
             raise UserError(
-                "--wandb: the wandb package is not installed: pip install wandb"
+                "--wandb: the wandb package is not installed: run `pip install wandb`"
             ) from None
     return with_absolute_paths(config), folders, plan

@@ -170,7 +170,7 @@ def test_openais_client_chats(client: openai.OpenAI, folder: Path) -> None:
     [
         ({"prompt": ""}, 400, "a prompt is empty"),
         ({"prompt": []}, 400, "prompt is empty"),
-        ({"prompt": [1, 99999]}, 400, "the token 99999"),
+        ({"prompt": [1, 99999]}, 400, "token id 99999"),
         ({"prompt": "x " * 400}, 400, "exceed the model's context of 512"),
         ({"max_tokens": 600}, 400, "exceed the model's context of 512"),
         ({"max_tokens": 0}, 400, "max_tokens"),

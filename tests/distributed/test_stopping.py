@@ -109,7 +109,7 @@ def test_a_killed_rank_is_started_again(data: Path, undisturbed: Path, tmp_path:
 
     status, output = run_disturbed(command(data, run, *tensor_parallel(2)), run, 6, kill)
     assert status == 0, output
-    assert re.search("ranks have ended with .*-9.*: starting again from step_000000", output)
+    assert re.search("ranks ended with exit status .*-9.*: starting again from step_000000", output)
     assert metrics(run, "start")[-1]["step"] in (5, 10, 15)
     assert_same(run, undisturbed)
 

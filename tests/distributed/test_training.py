@@ -294,7 +294,7 @@ def test_a_run_starts_from_another_with_some_layers_made_ladder(
     assert "model.residual: standard there, parallel here" in refused(
         *start, "--model.residual", "parallel"
     )
-    assert "is the unmodified one" in refused(*start, "--adapt.distillation-weight", "0.5")
+    assert "is the same as its teacher" in refused(*start, "--adapt.distillation-weight", "0.5")
     assert "does not exist" in refused("--init-from", str(tmp_path / "nothing"))
     assert "staleness.json does not exist" in refused(*start, "--ladder-layers", "auto:2")
     changed = ("--init-from", str(tmp_path / "ladder"), "--ladder-layers", "last:2")

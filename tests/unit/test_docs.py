@@ -170,6 +170,7 @@ def test_wide_tables_are_found() -> None:
         ("a - b\n- c", 1),
         ("A table:\n| a |\n|---|", 1),
         ("- a\n  - b", 1),
+        (r"such as \<name> here, and `\<name>`", 1),
         ("    code\n    - code", 0),
         ("```\ncode\n- code\n```\n- a", 0),
     ],

@@ -133,9 +133,9 @@ def test_interleaved_stages_need_micro_batches_in_groups() -> None:
 
 def test_adapting_needs_a_model_that_exists() -> None:
     for preset in ("adapt", "adapt-control"):
-        with pytest.raises(UserError, match=f"--preset {preset} trains a model that exists"):
+        with pytest.raises(UserError, match=f"--preset {preset} starts from the weights"):
             parse_train(["--preset", preset])
-    with pytest.raises(UserError, match="auto:2 chooses among the layers of a model that exists"):
+    with pytest.raises(UserError, match="auto:2 chooses among the layers of an existing model"):
         parse_train(["--preset", "debug", "--ladder-layers", "auto:2"])
 
 

@@ -102,7 +102,7 @@ def test_without_a_token_it_says_how_to_log_in(
         (["--push", "model"], "--push model: give USER/NAME"),
         (["--push", "a/b/c"], "--push a/b/c: give USER/NAME"),
         (["--push", "me/mo del"], "give USER/NAME"),
-        (["--private"], "give --push USER/NAME too"),
+        (["--private"], "--private needs --push USER/NAME"),
         (["--license", "Apache 2: yes"], "--license Apache 2: yes: give one of the hub's names"),
     ],
 )

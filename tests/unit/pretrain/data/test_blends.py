@@ -331,16 +331,16 @@ def test_what_was_trained_on_may_not(stopped, paths, tmp_path: Path) -> None:
     ):
         resume(stopped, phases=(replace(first, from_tokens=5 * STEP), second))
     with refused(
-        match="now say 3 1 0 from step 1 on; 1 1 0 from step 7 on: a blend may change only"
+        match="now say 3 1 0 from step 1 on; 1 1 0 from step 7 on. A blend may change only"
     ):
         resume(stopped, phases=(replace(first, weights=(1.0, 1.0, 0.0)), second))
     with refused(match="now say 3 1 0 from step 1 on; 1 2 0 from step 7 on; 0 1 3 from step 10 on"):
         resume(stopped, phases=(first, replace(second, from_tokens=9 * STEP)))
     with refused(match="now say 2 1 0 from step 1 on"):
         resume(stopped, weights=(2.0, 1.0, 0.0))
-    with refused(match="keep them first and in their order"):
+    with refused(match="give these first and in this order"):
         resume(stopped, paths=paths[::-1])
-    with refused(match="keep them first"):
+    with refused(match="give these first"):
         resume(stopped, paths=paths[:2], weights=(3.0, 1.0), phases=())
 
 

@@ -182,7 +182,9 @@ def test_a_data_set_made_again_is_not_resumed_with(data: Path, tmp_path: Path) -
     save_config(config_for(data), tmp_path / "run" / "config.json")
     shutil.rmtree(data)
     write_data_set(data, train_documents=61)
-    with pytest.raises(UserError, match=r"\(3,840 tokens then, 3,904 now\): a resumed run would"):
+    with pytest.raises(
+        UserError, match=r"\(3,840 tokens then, 3,904 now\), so a resumed run would"
+    ):
         same_data(tmp_path / "run", open_data(config_for(data)))
     joined = write_data_set(tmp_path / "joined")
     shutil.rmtree(data)

@@ -115,7 +115,7 @@ def test_documents_are_drawn_whole(documents: Documents) -> None:
     whole = stream(documents)[1:].reshape(11, 9)
     assert some.ids().tolist() == whole[some.numbers].reshape(-1).tolist()
     assert documents.at_most(99, seed=3) is documents
-    with pytest.raises(UserError, match=r"9 tokens: give --max-tokens of more than 8"):
+    with pytest.raises(UserError, match=r"9 tokens, more than --max-tokens 8"):
         documents.at_most(8, seed=3)
 
 

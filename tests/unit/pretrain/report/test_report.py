@@ -73,7 +73,13 @@ def test_one_run(tmp_path: Path) -> None:
     page = write_report([run])
     assert page == run / "report" / "index.html"
     html = page.read_text()
-    for text in ("3.5000", "nats below it, data", "2.5000", "finished", "Loss against tokens"):
+    for text in (
+        "3.5000",
+        "nats below that entropy, data",
+        "2.5000",
+        "finished",
+        "Loss against tokens",
+    ):
         assert text in html
     assert "http" not in html.replace("https://arxiv", "")  # nothing is fetched
     pictures = sorted(run.glob("report/*.png"))

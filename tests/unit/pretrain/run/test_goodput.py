@@ -63,8 +63,8 @@ def test_the_report_says_what_was_lost(tmp_path: Path) -> None:
         "6.7%",  # 20 s of 300
         "1 x killed while training",
         "0 min 50 s",
-        "1, 5 steps not in the weights; the last at step 15: the loss is nan",
+        "1, so 5 steps are not in the weights; the last bad step is 15: the loss is nan",
         "slow at computing: rank 3 on node1",
-        "1 times; 0.3 s, median 0.1 s, at step 10",
+        "found 1 times; at step 10 it took 0.3 s, the median of all ranks was 0.1 s",
     ):
         assert text in html, text

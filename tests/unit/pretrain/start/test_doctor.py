@@ -32,7 +32,7 @@ def test_what_is_missing_comes_with_what_to_install(monkeypatch, capsys) -> None
     monkeypatch.setattr(doctor, "_version", lambda name: None if "engine" in name else "1")
     doctor.run_doctor()
     output = capsys.readouterr().out
-    assert "missing; for GPU layers and FP8: pip install" in output
+    assert "missing; needed for GPU layers and FP8: pip install" in output
     assert "transformer-engine" in output.splitlines()[-1].split("Missing for FP8:")[1]
 
 

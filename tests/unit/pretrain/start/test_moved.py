@@ -104,7 +104,7 @@ def test_runs_of_older_versions_know_names_from_their_paths(place: Path) -> None
 def test_other_data_is_refused_wherever_it_is(place: Path) -> None:
     begin(config_for("web", "code"))
     for paths in (("code", "web"), ("web",), ("code",)):
-        with pytest.raises(UserError, match="keep them first and in their order"):
+        with pytest.raises(UserError, match="give these first and in this order"):
             resumed(*paths)
     # Another text with the same number of tokens, in the same place.
     shutil.rmtree("web")

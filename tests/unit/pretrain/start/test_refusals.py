@@ -24,7 +24,7 @@ def with_residual(residual: str, tp: int = 1):
 
 
 def test_no_comm_is_not_trained() -> None:
-    with pytest.raises(UserError, match="only its speed means something"):
+    with pytest.raises(UserError, match="for measurements of speed only"):
         preflight(with_residual("no-comm"), 1)
 
 

@@ -101,7 +101,7 @@ def test_an_estimate_submits_nothing(slurm: FakeSlurm, tmp_path: Path, capsys) -
     assert not slurm.calls("sbatch")
     assert not (tmp_path / "run").exists()
     refused = run(capsys, "submit", *options, *TOKENIZE, status=2)
-    assert "no `train` among the commands" in refused
+    assert "--estimate needs a `train` command" in refused
     assert "no device 'h101'" in run(
         capsys, "submit", *options, "--device", "h101", *train, status=2
     )
@@ -149,14 +149,20 @@ def test_mistakes_are_found_before_anything_is_submitted(slurm, tmp_path, capsys
         (*start, "--node", "2", *TRAIN): "--nodes",
         (*start, "--after", "x", *TRAIN): "--after x: give a job's number",
         (*start, *train, "no"): "does not exist",
-        (*start, *train, str(data), "--nproc-per-node", "2"): "--nproc-per-node is a machine's",
+        (
+            *start,
+            *train,
+            str(data),
+            "--nproc-per-node",
+            "2",
+        ): "--nproc-per-node is not for `submit`",
         (*start, "--nodes", "3", *train, str(data)): "global_batch_size 8 is not a multiple",
         (*start, *TOKENIZE, "then", *TRAIN, "--optimizer.l", "1"): "--optimizer.lr",
         (*start, "--nodes", "3", *TOKENIZE, "then", *TRAIN): "global_batch_size 8",
         (*start, "train", "--preset", "debug"): "no --output-dir",
         (*start, "export", "run", "a\\b"): "has a backslash",
         (*start, "export", "run"): "The folder to make",
-        (*start, "data", "tokenize", "--help"): "is for `megatron-ladder data --help`",
+        (*start, "data", "tokenize", "--help"): "run `megatron-ladder data --help`",
         ("submit", "--profile", "no.toml", *TRAIN): "--profile no.toml does not exist",
     }.items():
         output = run(capsys, *argv, status=2)
