@@ -16,7 +16,7 @@ from pretrain.config.train import (
     load_config,
     save_config,
 )
-from pretrain.ranks import is_first_rank
+from pretrain.ranks import is_first_rank, why_several
 from pretrain.run.checkpoint_files import damage, refuse_damaged, written_files
 from pretrain.sizes import in_units
 
@@ -184,6 +184,7 @@ def lock(run_dir: Path) -> IO[bytes]:
     except BlockingIOError:
         raise UserError(
             f"{run_dir}: another process is training in this folder: wait until it ends, or end it"
+            f"{why_several()}"
         ) from None
     return file
 

@@ -80,8 +80,9 @@ def same_data(run_dir: Path, folders: list[DataFolder]) -> list[DataFolder]:
     if len(folders) < len(kept) or (all(here) and not all(in_place)):
         names = " ".join(map(str, paths or [before.name for before in kept]))
         raise UserError(
-            f"{run_dir} has been trained on data.paths {names}: give these first and in this order, wherever "
-            "they are now. You may add others after them. To stop using one, give it a weight of 0 in a phase"
+            f"{run_dir} has been trained on data.paths {names}: give these first and in this order, "
+            "wherever they are now. You may add others after them. To stop using one, give it a weight of "
+            "0 in a phase"
         )
     if not all(in_place):
         number = in_place.index(False)

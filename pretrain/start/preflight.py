@@ -27,8 +27,9 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     """Checks a run's configuration against its data, its folder and the number of its ranks.
 
     Returns:
-        The configuration, with the vocabulary size filled in from the data and with absolute paths; the data
-        folders; and a text that says what will happen to the output folder (empty: its run is finished).
+        The configuration, with the vocabulary size filled in from the data and with absolute paths; the
+        data folders; and a text that says what will happen to the output folder (empty: its run is
+        finished).
 
     Raises:
         UserError: the first mistake that is found.
