@@ -1,4 +1,7 @@
-"""What a command does when nobody reads its output any more, as after `| head`: it ends, silently."""
+"""What a command does when nobody reads its output any more, as after `| head`: it ends, silently.
+
+All commands use it. It is in data_prep because `python -m data_prep` imports no other package.
+"""
 
 import os
 import select
@@ -18,20 +21,29 @@ def run(command: Callable[[], int]) -> int:
         try:
             status = command()
         except SystemExit:  # tyro's, after --help
-            sys.stdout.flush()
+            _flush()
             raise
         # Not left to the interpreter's end, which would complain.
-        sys.stdout.flush()
+        _flush()
         return status
     except BrokenPipeError:
-        unread = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+        # A stream is None when it was closed before Python started (`>&-`).
+        open_ones = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+        unread = [stream for stream in open_ones if _has_no_reader(stream)]
         if not unread:  # another pipe's, or a socket's
             raise
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in unread:  # what they still hold goes there
             os.dup2(nowhere, stream.fileno())
-        # A rank is at its end when it prints; of another status torchrun would print a page.
-        return 0 if "RANK" in os.environ else BROKEN_PIPE
+        # A rank prints its results when its work is done; for another status torchrun would print a page.
+        # But messages on stderr come in the middle of the work.
+        is_done = "RANK" in os.environ and sys.stdout in unread
+        return 0 if is_done else BROKEN_PIPE
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _has_no_reader(stream: TextIO) -> bool:

@@ -3,6 +3,7 @@
 
 def in_units(value: float, unit: str = "") -> str:
     """1234567 as "1.23 M", of bytes ("B") as "1.23 MB": three digits, units of 1000."""
+    value = float(f"{value:.3g}") if value >= 1000 else value  # 999,600 is "1.00 M", not "1000 k"
     for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             scaled = value / limit

@@ -5,6 +5,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -49,7 +50,7 @@ def command() -> str:
     """What was typed, without this machine's folders."""
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    words = [re.sub(r"[^=]*/(?=.)", "", word) for word in sys.argv[1:]]  # --json=/tmp/x, too
     return " ".join(["python", str(shown), *words])
 
 

@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 
-from pretrain.bench.ranks import become_torchrun, join
+from pretrain.bench.ranks import join
+from pretrain.start.launch import become_torchrun
 
 TP = 2
 

@@ -1,7 +1,6 @@
 """Ranks for benchmarks: torchrun's, or one rank of many through torch's fake process group."""
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -13,7 +12,6 @@ from pretrain.ranks import (
     launched_rank,
     local_rank,
     take_gpu,
-    without_torchrun_options,
     world_size,
 )
 
@@ -62,12 +60,3 @@ def _stay_on_own_core() -> None:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if 1 < world_size() <= len(cores):
         os.sched_setaffinity(0, {cores[local_rank()]})
-
-
-def become_torchrun(ranks: int, *target: str) -> None:
-    """Replaces this process by torchrun, with `ranks` local ranks that run `target`."""
-    environment = without_torchrun_options(dict(os.environ))
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc-per-node={ranks}", *target]
-    os.execve(sys.executable, command, environment)  # noqa: S606 (a list, no shell)

@@ -13,12 +13,13 @@ from megatron.core import parallel_state
 from megatron_ladder.config import ModelConfig, ParallelConfig, Recompute
 from megatron_ladder.errors import UserError
 from pretrain.bench.decoder import Decoder
-from pretrain.bench.ranks import become_torchrun, join
+from pretrain.bench.ranks import join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.timeline import Span, draw, table, write_chrome_trace
 from pretrain.bench.wire import over, own_seconds
 from pretrain.processes import die_with_parent
 from pretrain.ranks import launched_rank
+from pretrain.start.launch import become_torchrun
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,6 @@ def _start_ranks(command: str, argv: list[str], ranks: int) -> None:
     """
     if launched_rank() is None and ranks > 1:
         check_gpus(ranks, "ranks of the layout:")
-        from pretrain.bench.ranks import become_torchrun
+        from pretrain.start.launch import become_torchrun
 
         become_torchrun(ranks, "--module", "pretrain.cli", command, *argv)

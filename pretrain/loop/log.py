@@ -92,6 +92,10 @@ class RunLog:
         status.begin(resume_step, last_checkpoint=resume_step or None)
         watchdog.start()
 
+    def has_reader(self) -> bool:
+        """Whether this rank prints to a program that still reads, or prints nothing."""
+        return self._log is None or self._log.has_reader
+
     def doing(self, state: State) -> None:
         """Call it when something other than training begins; the end of the next step ends this state."""
         self._status.update(state)

@@ -8,6 +8,8 @@ to all processes of the job. These include loader processes and those that write
 go on.
 """
 
+import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -20,6 +22,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain.processes import STOP_SIGNALS, shield_forked_children
+
+logger = logging.getLogger(__name__)
 
 # A second signal within this time is taken for the first one: a scheduler, its step daemon and a batch
 # script may each pass on the same signal.
@@ -79,6 +83,12 @@ class StopSignals:
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return signal.Signals(int(number)).name if number else ""
 
+    def stop(self, why: str) -> None:
+        """Acts as if SIGTERM had come. Does nothing when a signal has come before: it is no second one."""
+        if not self._received:
+            self._received, self._since = signal.SIGTERM, time.monotonic()
+            logger.warning("%s: stopping after this step, with a checkpoint", why)
+
     def ignore(self) -> None:
         """Ignores stop signals from now on; call it when everything is saved.
 
@@ -97,7 +107,8 @@ class StopSignals:
             if not self._received:
                 self._received, self._since = number, time.monotonic()
                 name = signal.Signals(number).name
-                print(f"{name}: stopping after this step, with a checkpoint", file=sys.stderr)
+                with contextlib.suppress(OSError):  # nobody reads it: this thread must go on
+                    print(f"{name}: stopping after this step, with a checkpoint", file=sys.stderr)
             elif time.monotonic() - self._since >= _SECOND_AFTER_S:
                 os._exit(128 + number)
 

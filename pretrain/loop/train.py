@@ -162,6 +162,8 @@ def _train(
     if progress.step == 0 and config.init_from:
         evaluate(0)  # the loss of the changed model before it is trained
     for step in range(progress.step + 1, config.train_steps + 1):
+        if not log.has_reader():
+            signals.stop("the program that read the output has ended")
         use_ladder_layers(model, config, step)
         if before := bad_steps.decided(step):
             pass_over(scheduler, batches, config)

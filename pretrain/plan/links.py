@@ -40,13 +40,6 @@ class Link:
         (size, seconds), (next_size, next_seconds) = self.points[after - 1 : after + 1]
         return seconds + (nbytes - size) * (next_seconds - seconds) / (next_size - size)
 
-    def half_seconds(self, nbytes: float) -> float:
-        """Seconds of a reduce-scatter or an all-gather. `nbytes` is the size of the whole message.
-
-        Each moves half of what an all-reduce moves.
-        """
-        return self.all_reduce_seconds(nbytes) / 2
-
     def for_ranks(self, ranks: int) -> "Link":
         """The same link between another number of ranks.
 

@@ -5,7 +5,6 @@ docs/reference/formats.md describes the lines of metrics.jsonl.
 
 import json
 import os
-import signal
 import sys
 import time as clock
 from pathlib import Path
@@ -95,6 +94,8 @@ class MetricsLog:
         wandb: bool,
         config: dict[str, Any],
     ) -> None:
+        self.has_reader = True
+        """False when what reads the printed lines has ended: the run is to stop."""
         self._run_dir = run_dir
         self._train_steps = train_steps
         self._step_s: float | None = None  # smoothed
@@ -132,7 +133,7 @@ class MetricsLog:
     def baseline(self, *, dataset: str, unigram_loss: float) -> None:
         """Records the lowest loss of a model without context on a data set, in nats a token."""
         self._write({"kind": "baseline", "dataset": dataset, "unigram_loss": unigram_loss})
-        _say(f"{dataset}: entropy of single tokens {unigram_loss:.4f} nats (validation)")
+        self._say(f"{dataset}: entropy of single tokens {unigram_loss:.4f} nats (validation)")
 
     def train(self, **values: Any) -> None:
         """Records a step; docs/reference/formats.md lists the values."""
@@ -142,7 +143,7 @@ class MetricsLog:
             {f"train/{name}": values[name] for name in scalars if values[name] is not None},
             values["step"],
         )
-        _say(self._line(values))
+        self._say(self._line(values))
 
     def validation(
         self, *, step: int, tokens: int, time: float, dataset: str, loss: float, perplexity: float
@@ -151,7 +152,9 @@ class MetricsLog:
         values = {"step": step, "tokens": tokens, "time": time, "dataset": dataset}
         self._write({"kind": "validation", **values, "loss": loss, "perplexity": perplexity})
         self._scalars({f"validation/{dataset}": loss}, step)
-        _say(f"step {step}: validation loss on {dataset} {loss:.4f} (perplexity {perplexity:.2f})")
+        self._say(
+            f"step {step}: validation loss on {dataset} {loss:.4f} (perplexity {perplexity:.2f})"
+        )
 
     def save_failed(self, *, step: int, reason: str) -> None:
         """Records that a checkpoint could not be written."""
@@ -162,7 +165,7 @@ class MetricsLog:
     def note(self, kind: str, text: str, **values: Any) -> None:
         """Records another event as a line of this kind, and prints `text` on the console."""
         self._write({"kind": kind, **values})
-        _say(text)
+        self._say(text)
 
     def end(self, *, step: int, reason: str) -> None:
         """Records that training ends, and closes all outputs."""
@@ -191,6 +194,17 @@ class MetricsLog:
         if self._wandb:
             self._wandb.log(values, step=step)
 
+    def _say(self, text: str) -> None:
+        """Prints a line at once. A program that reads it may have ended (`| head`): see `has_reader`."""
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            self.has_reader = False
+            unread, nowhere = os.fstat(sys.stdout.fileno()), os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):
+                if os.path.samestat(os.fstat(stream.fileno()), unread):
+                    os.dup2(nowhere, stream.fileno())  # so that later lines raise no error
+
     def _line(self, values: dict[str, Any]) -> str:
         step, seconds = values["step"], values["time"]
         latest = (seconds - self._last[1]) / max(step - self._last[0], 1)
@@ -210,18 +224,6 @@ class MetricsLog:
         parts.append(f"mem {values['memory_gib']:.1f} GiB")
         parts.append(f"ETA {_duration((self._train_steps - step) * self._step_s)}")
         return " | ".join(parts)
-
-
-def _say(text: str) -> None:
-    """Prints a line at once. When the program that reads it has ended (`| head`), asks the run to stop."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        unread, nowhere = os.fstat(sys.stdout.fileno()), os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            if os.path.samestat(os.fstat(stream.fileno()), unread):
-                os.dup2(nowhere, stream.fileno())  # so that later lines raise no error
-        os.kill(os.getpid(), signal.SIGTERM)  # loop/stopping.py: all ranks stop after the same step
 
 
 def _appended(path: Path) -> BinaryIO:

@@ -34,6 +34,15 @@ def local_ranks(config: TrainConfig, asked: int | None) -> int:
     return torch.cuda.device_count() or config.parallel.model_parallel_size
 
 
+def become_torchrun(ranks: int, *target: str) -> None:
+    """Replaces this process by torchrun, with `ranks` local ranks that run `target`."""
+    environment = without_torchrun_options(dict(os.environ))
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, f"--nproc-per-node={ranks}", *target]
+    os.execve(sys.executable, command, environment)  # noqa: S606 (a list, no shell)
+
+
 def launch(argv: list[str], ranks: int, run_dir: Path) -> int:
     """Runs torchrun with `ranks` local processes of `python -m pretrain`; starts them again when one dies.
 

@@ -100,6 +100,32 @@ def test_a_training_saves_and_stops(tmp_path: Path, both: str) -> None:
     assert 1 < int(saved.name.removeprefix("step_")) < 100
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_were_closed_before_are_none_of_its_pipes(closed: str) -> None:
+    ended = head(f"{closed} </dev/null | cat")
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("unread", "status"), [("stdout", 0), ("stderr", SIGPIPE)])
+def test_a_rank_has_done_its_work_when_its_output_is_not_read(unread: str, status: int) -> None:
+    """torchrun and SLURM would take 0 of a rank that was cut off for a finished run."""
+    code = (
+        "import sys\n"
+        "from data_prep.broken_pipe import run\n"
+        f"sys.exit(run(lambda: print('a line', file=sys.{unread}, flush=True)))\n"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment(), "RANK": "0"},
+        timeout=60,
+        **{unread: write},  # type: ignore[call-overload]
+    )
+    os.close(write)
+    assert ended.returncode == status
+
+
 def test_another_broken_pipe_stays_an_error() -> None:
     code = (
         "import os\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("megatron_ladder", "pretrain", "data_prep", "slurm")
+PACKAGES = ("megatron_ladder", "pretrain", "data_prep", "slurm", "benchmarks/measuring")
 ROOMS = sorted(
     str(file.parent.relative_to(ROOT)) for p in PACKAGES for file in (ROOT / p).rglob("__init__.py")
 )
@@ -20,7 +20,7 @@ def test_a_room_says_what_is_in_it(room: str) -> None:
     assert len(said.splitlines()[0]) > 20
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "benchmarks"])
+@pytest.mark.parametrize("room", [*ROOMS, "benchmarks", "benchmarks/commands"])
 def test_a_room_is_small(room: str) -> None:
     files = sorted((ROOT / room).glob("*.py"))
     assert len(files) <= 14, f"{room} has {len(files)} Python files"
@@ -35,10 +35,20 @@ def test_every_python_file_is_in_a_package() -> None:
             assert str(file.parent.relative_to(ROOT)) in ROOMS, file
 
 
+def in_the_readme() -> set[str]:
+    """The folders in README's tree: a name below another has two more spaces before it."""
+    found, above = set(), list[str]()
+    tree = (ROOT / "README.md").read_text().partition("## Where things are")[2]
+    for spaces, name in re.findall(r"^ {4}((?:  )*)(\w+)/ +\S", tree, re.M):
+        above = [*above[: len(spaces) // 2], name]
+        found.add("/".join(above))
+    return found
+
+
 @pytest.mark.parametrize("room", [*ROOMS, "tests", "benchmarks", "docs", "scripts"])
 def test_a_room_has_its_line_in_the_readme(room: str) -> None:
-    """In the tree: indented by two spaces for each folder that it is in."""
-    tree = (ROOT / "README.md").read_text().partition("## Where things are")[2]
-    depth = room.count("/")
-    name = re.escape(Path(room).name)
-    assert re.search(rf"^ {{4}}{'  ' * depth}{name}/ +\S", tree, re.M), room
+    assert room in in_the_readme()
+
+
+def test_the_readme_has_no_other_rooms() -> None:
+    assert [room for room in in_the_readme() if not (ROOT / room).is_dir()] == []

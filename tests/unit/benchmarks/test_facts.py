@@ -85,10 +85,10 @@ def test_clock_and_power_are_asked_while_it_runs(
 
 
 def test_the_command_holds_no_folders_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--data", "/home/me/text", "--config", "/home/me/more.json", "--precision", "bf16"]
+    words = ["--data", "/home/me/text", "--config=/home/me/more.json", "--precision", "bf16"]
     script = facts.ROOT / "benchmarks/learning.py"
     monkeypatch.setattr(sys, "argv", [str(script), *words])
-    command = "python benchmarks/learning.py --data text --config more.json --precision bf16"
+    command = "python benchmarks/learning.py --data text --config=more.json --precision bf16"
     options = argparse.Namespace(data=[Path("/home/me/text")], json=Path("x"), steps=3)
     header = facts.header("cpu", options, "tokenizers")
     assert header["command"] == command

@@ -14,7 +14,8 @@ from pretrain.sizes import in_units
         (16_870_000_000, "16.9 GB"),
         (80e9, "80.0 GB"),
         (141e9, "141 GB"),
-        (9.996e12, "10.00 TB"),
+        (999_600, "1.00 MB"),
+        (9.996e12, "10.0 TB"),
     ],
 )
 def test_bytes_have_the_unit_that_fits(value: float, words: str) -> None:

@@ -37,6 +37,26 @@ def test_a_second_signal_ends_a_process_whatever_it_waits_for() -> None:
     assert "SIGUSR1: stopping after this step" in done.stderr
 
 
+ASKED_TOO = """
+import os, signal, time
+from pretrain.loop.stopping import StopSignals
+with StopSignals() as signals:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(1.2)
+    signals.stop("asked")
+    time.sleep(0.2)
+    print(signals._received == signal.SIGUSR1, flush=True)
+"""
+
+
+def test_a_run_that_asks_to_stop_is_no_second_signal() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED_TOO], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert "asked" not in done.stderr
+
+
 INTERRUPTED = """
 import multiprocessing, os, sys, time
 from multiprocessing.managers import SyncManager

@@ -132,7 +132,7 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_report_starts_without_torch() -> None:
-    code = "import sys, pretrain.report; print('torch' in sys.modules)"
+    code = "import sys, pretrain.report.report; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -1,4 +1,6 @@
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,30 @@ def test_lines_wait_for_a_disk_that_takes_them(
     assert len(read_metrics(tmp_path)) == 1
     log.end(step=200, reason="finished")
     assert [m["step"] for m in read_metrics(tmp_path)] == list(range(1, 201))
+
+
+UNREAD = """
+import os, sys
+from pathlib import Path
+from pretrain.run.metrics import MetricsLog
+log = MetricsLog(
+    Path(sys.argv[1]), resume_step=0, train_steps=3, tensorboard=False, wandb=False, config={}
+)
+read, write = os.pipe()
+os.dup2(write, 1)
+log.note("first", "read")
+os.close(read)
+assert log.has_reader
+log.note("second", "not read")
+assert not log.has_reader
+log.note("third", "not read either")
+"""
+
+
+def test_lines_that_nobody_reads_are_recorded_all_the_same(tmp_path: Path) -> None:
+    """And raise no signal: one that has come before would be followed by a second, which kills."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNREAD, str(tmp_path)], stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [m["kind"] for m in read_metrics(tmp_path)] == ["first", "second", "third"]
