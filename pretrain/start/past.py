@@ -75,8 +75,8 @@ def same_data(run_dir: Path, folders: list[DataFolder]) -> list[DataFolder]:
             "started with, so the same ids stand for different tokens: use the data set that the run was "
             "started with"
         )
-    in_place = [_is_same(*pair) for pair in zip(kept, folders, strict=False)]
-    here = [any(_is_same(before, now) for now in folders) for before in kept]
+    in_place = [is_same(*pair) for pair in zip(kept, folders, strict=False)]
+    here = [any(is_same(before, now) for now in folders) for before in kept]
     if len(folders) < len(kept) or (all(here) and not all(in_place)):
         names = " ".join(map(str, paths or [before.name for before in kept]))
         raise UserError(
@@ -96,7 +96,7 @@ def same_data(run_dir: Path, folders: list[DataFolder]) -> list[DataFolder]:
     return [replace(now, first_name=name) for now, name in zip(folders, first_names, strict=True)]
 
 
-def _is_same(one: DataFolder, other: DataFolder) -> bool:
+def is_same(one: DataFolder, other: DataFolder) -> bool:
     """Whether two data sets have the same training tokens, with the same meaning."""
     return (
         one.tokenizer["sha256"] == other.tokenizer["sha256"]

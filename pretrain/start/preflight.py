@@ -1,6 +1,7 @@
 """All checks of a run that are made before it starts."""
 
 import logging
+from itertools import combinations
 
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
@@ -18,7 +19,7 @@ from pretrain.model.compiled import check_compile
 from pretrain.model.graphs import check_cuda_graph
 from pretrain.run.folder import check_free_space, check_output_dir
 from pretrain.start.initial import check_initial
-from pretrain.start.past import check_past, same_data
+from pretrain.start.past import check_past, is_same, same_data
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,13 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             given,
             folders[0].tokenizer["vocab_size"],
         )
+    for one, other in combinations(folders, 2):
+        if is_same(one, other):
+            logger.warning(
+                "%s and %s hold the same training text: each sequence is trained on twice as often as data."
+                "weights say. Give it once, with the sum of the weights",
+                *(one.path, other.path),
+            )
     check_initial(config, folders)
     check_layout(config.model, config.parallel)
     check_machine(config.fp8, resolve_impl(config.transformer_impl))

@@ -22,6 +22,7 @@ from pretrain.run.folder import check_output_dir, find_checkpoint, write_config
 from pretrain.start.arguments import parse_train
 from pretrain.start.initial import check_initial, keep_initial
 from pretrain.start.past import same_data
+from pretrain.start.preflight import preflight
 from tests.data_sets import write_data_set
 from tests.runs import run_train
 
@@ -143,6 +144,15 @@ def test_data_sets_of_one_name_are_both_validated(place: Path, one_rank) -> None
     assert list(held_out) == labels(folders)
     assert not torch.equal(tokens[0], tokens[1])
     assert torch.equal(tokens[0], tokens[2])
+
+
+def test_one_data_set_given_twice_is_said(place: Path, caplog) -> None:
+    """A link, or a copy, is the same text: megatron-core draws its sequences in the same order again."""
+    shutil.copytree("web", "copy")
+    preflight(config_for("web", "code"), 1)
+    assert "same training text" not in caplog.text
+    preflight(config_for("web", "code", "copy"), 1)
+    assert "web and copy hold the same training text: each sequence" in caplog.text
 
 
 def parsed(*argv: str | Path) -> TrainConfig:
