@@ -12,17 +12,20 @@ import tyro
 
 from slurm.errors import UserError
 from slurm.submit.chain import split_chain
+from slurm.submit.placement import Placement
 from slurm.watch.cancel import cancel
 from slurm.watch.logs import show_logs
 from slurm.watch.status import status
 
 
-@dataclass(frozen=True)
-class Submit:
+@dataclass(frozen=True, kw_only=True)
+class Submit(Placement):
     """Submit COMMAND, what one types after `megatron-ladder`, to SLURM.
 
     `then` between two commands makes the second wait for the first: submit --profile P data tokenize ...
     --tasks 8 then train ... then export RUN OUT
+
+    Options that are also fields of the profile (--exclude, --reservation, ...) win over it.
     """
 
     profile: Path
@@ -86,7 +89,7 @@ def parse_submit(argv: list[str]) -> tuple[Submit, list[list[str]]]:
     """
     end = 0
     while end < len(argv) and argv[end].startswith("-"):
-        flags = ("--dry-run", "--estimate")
+        flags = ("--dry-run", "--estimate", "--exclusive")
         takes_value = "=" not in argv[end] and argv[end].replace("_", "-") not in flags
         end += 2 if takes_value and argv[end] not in ("-h", "--help") else 1
     config = (tyro.conf.FlagCreatePairsOff,)

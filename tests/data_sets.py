@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def _document(rng: np.random.Generator, vocab_size: int, length: int) -> np.ndar
     return tokens.astype(np.uint16)
 
 
-def _write_split(prefix: Path, documents: list[np.ndarray]) -> dict[str, int]:
+def _write_split(prefix: Path, documents: list[np.ndarray]) -> dict[str, Any]:
     lengths = np.array([len(d) for d in documents], dtype="<i4")
     pointers = np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64) * 2]).astype("<i8")
     binary = prefix.with_suffix(".bin")
@@ -64,10 +65,18 @@ def _write_split(prefix: Path, documents: list[np.ndarray]) -> dict[str, int]:
     header += np.array([len(documents), len(documents) + 1], "<u8").tobytes()
     document_index = np.arange(len(documents) + 1, dtype="<i8")
     index.write_bytes(header + lengths.tobytes() + pointers.tobytes() + document_index.tobytes())
+    part = {
+        "documents": len(documents),
+        "tokens": int(lengths.sum()),
+        "bin_bytes": binary.stat().st_size,
+        "sha256": hashlib.sha256(binary.read_bytes()).hexdigest(),
+    }
     return {
         "documents": len(documents),
         "tokens": int(lengths.sum()),
         "text_bytes": int(lengths.sum()) * 4,
         "bin_bytes": binary.stat().st_size,
         "idx_bytes": index.stat().st_size,
+        "idx_sha256": hashlib.sha256(index.read_bytes()).hexdigest(),
+        "parts": [part],
     }

@@ -8,6 +8,12 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_ladder import cpu_platform
+from pretrain.ranks import (
+    launched_rank,
+    local_rank,
+    take_gpu,
+    world_size,
+)
 
 
 def join(tensor_model_parallel_size: int, *, fake: bool = False) -> str:
@@ -24,9 +30,9 @@ def join(tensor_model_parallel_size: int, *, fake: bool = False) -> str:
     """
     on_cpu = cpu_platform.enable()
     if not on_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        take_gpu()
     else:
-        torch.set_num_threads(1 if "RANK" in os.environ else torch.get_num_threads())
+        torch.set_num_threads(1 if launched_rank() else torch.get_num_threads())
         _stay_on_own_core()
     if not dist.is_initialized():
         if fake:
@@ -52,5 +58,5 @@ def _stay_on_own_core() -> None:
     Otherwise the system may at times run two ranks on the same core, and all times would be noise.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if 1 < int(os.environ.get("WORLD_SIZE", "1")) <= len(cores):
-        os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"])]})
+    if 1 < world_size() <= len(cores):
+        os.sched_setaffinity(0, {cores[local_rank()]})

@@ -1,6 +1,5 @@
 """`megatron-ladder bench trace`: one step of a decoder, standard and ladder, as timelines."""
 
-import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pretrain.bench.recorder import Recorder
 from pretrain.bench.timeline import Span, draw, table, write_chrome_trace
 from pretrain.bench.wire import over, own_seconds
 from pretrain.processes import die_with_parent
+from pretrain.ranks import launched_rank
 from pretrain.start.launch import become_torchrun
 
 
@@ -68,7 +68,7 @@ def main_trace(options: TraceOptions, argv: list[str]) -> None:
             "bench trace records host times, which do not show a GPU's streams: hide the GPU "
             'with CUDA_VISIBLE_DEVICES="", or record a GPU with a profiler such as Nsight Systems'
         )
-    if "RANK" not in os.environ:
+    if launched_rank() is None:
         ranks = options.tensor_model_parallel_size
         become_torchrun(ranks, "--module", "pretrain.cli", "bench", "trace", *argv)
     die_with_parent()

@@ -1,12 +1,10 @@
 """`megatron-ladder generate` and `serve`."""
 
-import os
-
 import tyro
 
 from megatron_ladder.errors import UserError
 from pretrain.commands.users import for_users
-from pretrain.ranks import is_first_rank
+from pretrain.ranks import check_gpus, is_first_rank, launched_rank
 
 
 @for_users
@@ -69,7 +67,7 @@ def serve(argv: list[str]) -> int:
 
     # Mistakes are refused before ranks start. Ranks do not try the port: any rank but the first would find
     # it in use by the first one.
-    if options.parallel().model_parallel_size > 1 and "RANK" not in os.environ:
+    if options.parallel().model_parallel_size > 1 and launched_rank() is None:
         find(options.model, options.parallel(), options.all_reduce)
         listen(options).close()
     _start_ranks("serve", argv, options.parallel().model_parallel_size)
@@ -82,7 +80,8 @@ def _start_ranks(command: str, argv: list[str], ranks: int) -> None:
 
     Does nothing for one rank, or when torchrun has already started the ranks.
     """
-    if ranks > 1 and "RANK" not in os.environ:
+    if launched_rank() is None and ranks > 1:
+        check_gpus(ranks, "ranks of the layout:")
         from pretrain.start.launch import become_torchrun
 
         become_torchrun(ranks, "--module", "pretrain.cli", command, *argv)

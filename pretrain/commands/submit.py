@@ -4,7 +4,9 @@ So a mistake is refused now, and not by a job that has waited for its nodes for 
 jobs of the chain will write cannot be checked yet; for later jobs only the options are checked.
 """
 
-from dataclasses import replace
+import os
+import sys
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from pretrain.start.arguments import parse_train
 from slurm.cli import Submit, parse_submit
 from slurm.errors import UserError as SlurmError
 from slurm.submit.chain import Step, take_tasks
-from slurm.submit.profile import load_profile
+from slurm.submit.placement import Placement, from_environment, placed
+from slurm.submit.profile import Profile, load_profile
 from slurm.submit.render import Resources
 from slurm.submit.submit import dry_run
 from slurm.submit.submit import submit as submit_chain
@@ -33,7 +36,7 @@ def submit(argv: list[str]) -> int:
     """Submits a chain of commands."""
     try:
         options, commands = parse_submit(argv)
-        profile = load_profile(options.profile)
+        profile, notes = _profile(options)
         resources = Resources(
             options.nodes,
             options.ranks_per_node or profile.gpus_per_node or 1,
@@ -49,6 +52,8 @@ def submit(argv: list[str]) -> int:
             _step(command, ranks, is_first=i == 0 and options.after is None)
             for i, command in enumerate(commands)
         ]
+        for note in notes:
+            print(f"megatron-ladder submit: {note}", file=sys.stderr)
         if options.dry_run:
             dry_run(steps, profile, resources, options.after)
         else:
@@ -56,6 +61,18 @@ def submit(argv: list[str]) -> int:
         return 0
     except SlurmError as error:
         raise UserError(str(error)) from error
+
+
+def _profile(options: Submit) -> tuple[Profile, list[str]]:
+    """The profile with submit's own options and what the environment says; lines about the latter."""
+    profile = load_profile(options.profile)
+    asked = {field.name: getattr(options, field.name) for field in fields(Placement)}
+    if profile.launcher == "local":
+        given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value]
+        if given:
+            raise UserError(f'{", ".join(given)}: SLURM\'s, and the profile has launcher = "local"')
+        return profile, []
+    return from_environment(placed(profile, asked), os.environ)
 
 
 def _estimates(

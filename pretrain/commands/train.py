@@ -1,12 +1,12 @@
 """`megatron-ladder train`."""
 
 import logging
-import os
 import sys
 
 from megatron_ladder.errors import UserError
 from pretrain.commands.users import for_users
 from pretrain.model.queues import set_queues
+from pretrain.ranks import check_gpus, launched_rank
 from pretrain.start.arguments import parse_train
 
 
@@ -21,10 +21,12 @@ def train(argv: list[str]) -> int:
     set_queues(config)  # before any search for a GPU: that may start CUDA
     if asked is not None and asked < 1:
         raise UserError(f"--nproc-per-node {asked}: start at least one rank")
-    under_torchrun = "RANK" in os.environ
+    launched = launched_rank()
     from pretrain.start.launch import launch, local_ranks
 
-    ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun else local_ranks(config, asked)
+    ranks = launched.world_size if launched else local_ranks(config, asked)
+    if launched is None and asked is not None:
+        check_gpus(asked, "--nproc-per-node")
     from pretrain.start.preflight import preflight
 
     config, folders, plan = preflight(config, ranks)
@@ -34,7 +36,7 @@ def train(argv: list[str]) -> int:
             "%s: already trained to step %d, nothing to do", config.output_dir, config.train_steps
         )
         return 0
-    if not under_torchrun and ranks > 1:
+    if launched is None and ranks > 1:
         assert config.output_dir is not None
         return launch(argv, ranks, config.output_dir)
     log.info(plan)

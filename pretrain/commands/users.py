@@ -7,9 +7,12 @@ import warnings
 from collections.abc import Callable
 
 from megatron_ladder.errors import UserError
-from pretrain.ranks import is_first_rank
+from pretrain.ranks import RankError, is_first_rank
 
 Command = Callable[[list[str]], int]
+
+# Commands that may run as one of several ranks. For the others a RANK in the environment means nothing.
+ON_RANKS = ("train", "generate", "serve", "bench")
 
 
 def for_users(command: Command) -> Command:
@@ -23,10 +26,13 @@ def for_users(command: Command) -> Command:
         logging.getLogger("megatron").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", module="megatron")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-        if not is_first_rank():
+        says = is_first_rank() or command.__name__ not in ON_RANKS
+        if not says:
             logging.getLogger().setLevel(logging.ERROR)
         try:
             return command(argv)
+        except RankError as error:
+            message, says = str(error), True
         except UserError as error:
             message = str(error)
         except ConnectionError:  # the connection to another rank, which has ended
@@ -36,7 +42,7 @@ def for_users(command: Command) -> Command:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        if is_first_rank():
+        if says:
             print(f"megatron-ladder {command.__name__.rstrip('_')}: {message}", file=sys.stderr)
         return 2
 

@@ -22,7 +22,7 @@ from pretrain.convert.import_tokenizer import READ
 from pretrain.convert.plain_model import one_rank_model
 from pretrain.convert.verify_export import verify_export
 from pretrain.convert.weights import checkpoint_weights
-from pretrain.data.folders import DataFolder, kept_facts
+from pretrain.data.folders import DataFolder, kept_facts, labels
 from pretrain.files import sha256
 from pretrain.run.folder import checkpoint_step, find_checkpoint
 from pretrain.run.metrics import read_metrics
@@ -151,15 +151,16 @@ def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
     """The facts for the model card: the run's origin, its data, and its figures at the exported step."""
     step = checkpoint_step(checkpoint)
     run_dir = checkpoint.parents[1]
-    facts: dict[str, Any] = {"name": run_dir.name}
+    facts: dict[str, Any] = {"name": run_dir.resolve().name}
     if (original := run_dir / "imported" / "config.json").is_file():
         facts["origin"] = json.loads(original.read_text(encoding="utf-8"))["architectures"][0]
     if not config.data.paths:  # an imported model that was not trained since
         return facts
-    folders = kept_facts(run_dir)
+    # Other data sets may have joined the run after this checkpoint.
+    folders = kept_facts(run_dir, config.data.paths)[: len(config.data.paths)]
     data = {
-        path.name: f"{folder.tokens('train'):,} tokens for training, from {_sources(folder)}"
-        for path, folder in zip(config.data.paths, folders, strict=True)
+        label: f"{folder.tokens('train'):,} tokens for training, from {_sources(folder)}"
+        for label, folder in zip(labels(folders), folders, strict=True)
     }
     tokenizer = folders[0].tokenizer
     data["Tokenizer"] = (

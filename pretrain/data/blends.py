@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig
-from pretrain.data.folders import DataFolder
+from pretrain.data.folders import DataFolder, labels
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def describe(config: TrainConfig, folders: list[DataFolder]) -> str:
     lines = []
     for blend, end in zip(planned, ends(planned, config), strict=True):
         shares = ", ".join(
-            f"{folder.name} {share:.1%}"
-            for folder, share in zip(folders, blend.shares, strict=True)
+            f"{label} {share:.1%}"
+            for label, share in zip(labels(folders), blend.shares, strict=True)
             if share
         )
         lines.append(f"Blend of steps {blend.first_step} to {end}: {shares}")

@@ -19,6 +19,8 @@ class DataFolder:
 
     path: Path
     manifest: dict[str, Any]
+    first_name: str = ""
+    """In a run: the folder's name when the run began to train on it. "": not known."""
 
     @property
     def has_tokenizer(self) -> bool:
@@ -37,7 +39,7 @@ class DataFolder:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.first_name or self.path.name
 
     def tokens(self, split: str) -> int:
         return self.manifest["splits"].get(split, {}).get("tokens", 0)
@@ -52,10 +54,13 @@ def open_folder(path: Path) -> DataFolder:
     Raises:
         UserError: the folder does not exist, is not a data set, or its files do not fit the manifest.
     """
+    if path.name in ("", ".."):  # `.` and the like: it gets the folder's name
+        path = path.resolve()
     manifest_path = path / "manifest.json"
     if not path.is_dir():
         raise UserError(
-            f"data set {path} does not exist: make it with `megatron-ladder data tokenize`"
+            f"data set {path} does not exist: make it with `megatron-ladder data tokenize`, or give its "
+            "new folder if it has been moved"
         )
     if not manifest_path.is_file():
         raise UserError(
@@ -108,25 +113,51 @@ def _check_index(prefix: Path, facts: dict[str, Any], dtype: str) -> None:
 
 
 def keep_facts(run_dir: Path, folders: list[DataFolder]) -> None:
-    """Copies manifests and tokenizers into the run's folder, so that exporting needs no data sets."""
+    """Copies manifests and tokenizers into the run's folder, so that exporting needs no data sets.
+
+    The copy of the manifest has a field more, `name`: the data set keeps it when its folder is renamed.
+    """
     for number, folder in enumerate(folders):
         target = run_dir / "data" / str(number)
         target.mkdir(parents=True, exist_ok=True)
+        file = folder.tokenizer["file"]
+        write_atomically(target / file, (folder.path / file).read_bytes())
         # The manifest comes last: once it is there, the copy is complete.
-        for name in (folder.tokenizer["file"], "manifest.json"):
-            write_atomically(target / name, (folder.path / name).read_bytes())
+        manifest = {**folder.manifest, "name": folder.name}
+        write_atomically(target / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def kept_facts(run_dir: Path) -> list[DataFolder]:
+def kept_facts(run_dir: Path, paths: tuple[Path, ...] = ()) -> list[DataFolder]:
     """The copies that `keep_facts` made of each data set: manifest and tokenizer, no tokens.
+
+    Args:
+        run_dir: the run's folder.
+        paths: data.paths of the run's configuration. Older versions kept the names only there.
 
     Raises:
         UserError: there are none.
     """
-    paths = sorted((run_dir / "data").glob("*/manifest.json"), key=lambda p: int(p.parent.name))
-    if not paths:
+    files = sorted((run_dir / "data").glob("*/manifest.json"), key=lambda p: int(p.parent.name))
+    if not files:
         raise UserError(f"{run_dir} holds no data/0/manifest.json: is the run's folder complete?")
-    return [DataFolder(path.parent, json.loads(path.read_text())) for path in paths]
+    kept = []
+    for number, file in enumerate(files):
+        manifest = json.loads(file.read_text())
+        name = manifest.pop("name", paths[number].name if number < len(paths) else "")
+        kept.append(DataFolder(file.parent, manifest, name))
+    return kept
+
+
+def labels(folders: list[DataFolder]) -> list[str]:
+    """A name for each data set; of several with the same name the later ones get a number."""
+    found: list[str] = []
+    for folder in folders:
+        label, number = folder.name, 1
+        while label in found:
+            number += 1
+            label = f"{folder.name}-{number}"
+        found.append(label)
+    return found
 
 
 def unigram_loss(folder: DataFolder, split: str = "validation") -> float:

@@ -8,7 +8,7 @@ depends on the sequence's number and the seed alone, so that a resumed run reads
 import logging
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from pretrain.config.train import TrainConfig
 from pretrain.data.blends import blends
 from pretrain.data.fim import FillInTheMiddle, fill_in_the_middle
-from pretrain.data.folders import SPLITS, DataFolder
+from pretrain.data.folders import SPLITS, DataFolder, labels
 from pretrain.data.phased import PhasedSequences
 
 Blend = tuple[list[str], list[float] | None]
@@ -31,12 +31,14 @@ Blend = tuple[list[str], list[float] | None]
 
 @dataclass
 class SequencesConfig(GPTDatasetConfig):
-    """megatron-core's configuration, and two fields of this project."""
+    """megatron-core's configuration, and three fields of this project."""
 
     documents_apart: bool = False
     fim: FillInTheMiddle | None = None
     bos_id: int | None = None
     """What documents begin with; None: with their text."""
+    names: dict[str, str] = field(default_factory=dict)
+    """The data sets' names, by the path that megatron-core has of them."""
 
 
 class Sequences(GPTDataset):
@@ -115,7 +117,7 @@ class Sequences(GPTDataset):
         """
         fim = self.config.fim
         assert fim is not None
-        name = zlib.crc32(Path(self.dataset.path_prefix).parent.name.encode())
+        name = zlib.crc32(self.config.names[str(self.dataset.path_prefix)].encode())
         rng = np.random.default_rng((self.config.random_seed, name, idx))
         changed = []
         for text, (document, offset, count) in zip(texts, pieces, strict=True):
@@ -150,13 +152,13 @@ def train_sequences(config: TrainConfig, folders: list[DataFolder], cache: Path)
     ]
     blend = ([prefix for prefix, _ in weighed], [weight for _, weight in weighed])
     samples = config.train_steps * config.global_batch_size
-    start = _build(config, folders[0], "train", blend, samples, cache)
+    start = _build(config, folders, "train", blend, samples, cache)
     if not config.data.phases:
         return start
 
     def epoch(number: int, seed: int) -> Dataset:
         once = ([folders[number].prefix("train")], None)
-        return _build(replace(config, seed=seed), folders[number], "train", once, None, cache)
+        return _build(replace(config, seed=seed), [folders[number]], "train", once, None, cache)
 
     return PhasedSequences(start, planned, config, cache, epoch)
 
@@ -164,22 +166,22 @@ def train_sequences(config: TrainConfig, folders: list[DataFolder], cache: Path)
 def validation_sequences(
     config: TrainConfig, folders: list[DataFolder], cache: Path
 ) -> dict[str, Dataset]:
-    """Each data set's validation split, every sequence once, by the data set's name.
+    """Each data set's validation split, every sequence once, by the data set's label.
 
     Data sets without a validation split are left out.
     """
     return {
-        folder.name: _build(
-            config, folder, "validation", ([folder.prefix("validation")], None), None, cache
+        label: _build(
+            config, [folder], "validation", ([folder.prefix("validation")], None), None, cache
         )
-        for folder in folders
+        for label, folder in zip(labels(folders), folders, strict=True)
         if folder.tokens("validation")
     }
 
 
 def _build(
     config: TrainConfig,
-    folder: DataFolder,
+    folders: list[DataFolder],
     split: str,
     blend: Blend,
     samples: int | None,
@@ -191,14 +193,15 @@ def _build(
         sequence_length=config.data.seq_length,
         blend_per_split=[blend if i == index else None for i in range(3)],
         path_to_cache=str(cache),
-        tokenizer=_ManifestTokenizer(folder.tokenizer),
+        tokenizer=_ManifestTokenizer(folders[0].tokenizer),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
         documents_apart=not config.data.attend_across_documents,
-        fim=fill_in_the_middle(config, folder),
-        bos_id=folder.tokenizer.get("bos_id"),
+        fim=fill_in_the_middle(config, folders[0]),
+        bos_id=folders[0].tokenizer.get("bos_id"),
+        names={folder.prefix(split): folder.name for folder in folders},
     )
     sizes = [samples if i == index else None for i in range(3)]
     # Otherwise the builder logs its whole configuration for every split.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_ladder.errors import UserError
+from pretrain.config.places import found_from
 from pretrain.config.train import load_config
 from pretrain.convert.plain_model import PlainModel, is_hf_folder, load_plain_model
 from pretrain.data.checks import check_ids
@@ -87,7 +88,9 @@ def _data(plains: list[PlainModel], data: Path | None) -> DataFolder:
                 "different tokens, and their layers cannot be compared: give models with the same tokenizer"
             )
     if data is None:
-        own = () if is_hf_folder(first.path) else load_config(first.path / "config.json").data.paths
+        own: tuple[Path, ...] = ()
+        if not is_hf_folder(first.path):
+            own = found_from(first.path, load_config(first.path / "config.json")).data.paths
         if not own or not own[0].is_dir():
             why = f"its data set, {own[0]}, is not there" if own else "it has none of its own"
             raise UserError(

@@ -1,6 +1,5 @@
 """Loads this rank's part of the model of a run or of a Hugging Face folder, at any layout."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +29,7 @@ from pretrain.convert.model_text import ModelText, text_of_folder, text_of_run
 from pretrain.convert.plain_model import is_hf_folder
 from pretrain.data.folders import kept_facts
 from pretrain.data.tokenizer_facts import tokenizer_facts
+from pretrain.ranks import launched_rank, take_gpu
 from pretrain.run.checkpoint import load_initial_weights
 from pretrain.run.folder import find_checkpoint
 
@@ -101,9 +101,9 @@ def load(found: Found, parallel: ParallelConfig, seed: int, all_reduce: AllReduc
     if cpu_platform.enable():
         backend, precision = "gloo", "fp32"
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        take_gpu()
         backend, precision = "nccl", "bf16"
-    if "RANK" in os.environ:
+    if launched_rank():
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_ladder.mcore_compat import LadderConfig
 from pretrain.config.train import TrainConfig, to_dict
-from pretrain.data.folders import DataFolder, keep_facts, kept_facts, unigram_loss
+from pretrain.data.folders import DataFolder, keep_facts, kept_facts, labels, unigram_loss
 from pretrain.loop.rank_speed import SlowRank
 from pretrain.loop.watchdog import Watchdog
 from pretrain.model import cudnn
@@ -24,7 +24,7 @@ from pretrain.run.bad_step import BadStep
 from pretrain.run.metrics import MetricsLog, flops_per_token, peak_flops
 from pretrain.run.status import State, Status
 from pretrain.run.versions import versions
-from pretrain.start.initial import keep_imported
+from pretrain.start.initial import keep_initial
 
 logger = logging.getLogger(__name__)
 
@@ -140,10 +140,10 @@ class RunLog:
             assert self._config.output_dir is not None
             known = len(kept_facts(self._config.output_dir)) if self._is_resumed else 0
             keep_facts(self._config.output_dir, folders)
-            keep_imported(self._config)
-            for folder in folders[known:]:
+            keep_initial(self._config)
+            for label, folder in list(zip(labels(folders), folders, strict=True))[known:]:
                 if folder.tokens("validation"):
-                    self._log.baseline(dataset=folder.name, unigram_loss=unigram_loss(folder))
+                    self._log.baseline(dataset=label, unigram_loss=unigram_loss(folder))
 
     def train(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
         """Call it when a step is done.

@@ -21,6 +21,7 @@ from typing import Self
 import torch
 
 from pretrain.config.train import TrainConfig
+from pretrain.ranks import rank_number
 from pretrain.run.status import record_failure
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Watchdog:
         assert config.output_dir is not None
         self._run_dir = config.output_dir
         self._faults = config.faults
-        self._rank = int(os.environ.get("RANK", "0"))
+        self._rank = rank_number()
         self._step = 0
         self._usual_s = self._faults.hang_s
         self._ended = threading.Event()

@@ -19,6 +19,7 @@ from pretrain.model.compiled import compile_layers
 from pretrain.model.graphs import use_own_stream
 from pretrain.model.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.model.queues import set_queues
+from pretrain.ranks import launched_rank, take_gpu
 
 
 def start_ranks(config: TrainConfig) -> str:
@@ -31,17 +32,22 @@ def start_ranks(config: TrainConfig) -> str:
     if cpu_platform.enable():
         backend, device = "gloo", "cpu"
     else:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(local_rank)
+        take_gpu()
         if config.cuda_graph:
             use_own_stream()
-        backend, device = "nccl", torch.cuda.get_device_name(local_rank)
+        backend, device = "nccl", torch.cuda.get_device_name()
     # The number of collectives that torch's flight recorder keeps. The watchdog writes them to a file.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    if "RANK" in os.environ:
+    if launched_rank():
         # The longest time that a rank waits for the others, also when they have failed.
         timeout = timedelta(seconds=config.faults.allowance_s)
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:  # also a port that is in use
+            place = (
+                f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
+            )
+            raise OSError(None, f"the ranks did not meet: {error}", place) from error
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if config.deterministic:

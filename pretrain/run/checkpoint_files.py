@@ -40,6 +40,12 @@ def write_manifest(folder: Path, facts: Facts) -> None:
     sync(folder)
 
 
+def written_files(folder: Path) -> Facts | None:
+    """What a checkpoint's manifest says of its files; None: it has none."""
+    manifest = folder / MANIFEST
+    return json.loads(manifest.read_text())["files"] if manifest.is_file() else None
+
+
 def damage(folder: Path, *, read: bool, part: int = 0, parts: int = 1) -> str:
     """What is wrong with a checkpoint's files, in words; "" when nothing is.
 

@@ -1,12 +1,14 @@
 """A run's folder: finds its checkpoints, and checks whether a run may start or resume in it."""
 
 import fcntl
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megatron_ladder.errors import UserError
+from pretrain.config.places import with_absolute_paths
 from pretrain.config.train import (
     TrainConfig,
     differences,
@@ -14,9 +16,11 @@ from pretrain.config.train import (
     load_config,
     save_config,
 )
-from pretrain.ranks import is_first_rank
-from pretrain.run.checkpoint_files import damage, refuse_damaged
+from pretrain.ranks import is_first_rank, why_several
+from pretrain.run.checkpoint_files import damage, refuse_damaged, written_files
 from pretrain.sizes import in_units
+
+INITIAL = "initial.json"  # in a run's folder; docs/reference/formats.md
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -48,8 +52,11 @@ def find_checkpoint(run: Path) -> Path:
     """
     if not run.is_dir():
         raise UserError(f"run {run} does not exist")
-    is_checkpoint = run.parent.name == "checkpoints" and run in checkpoints(run.parents[1])
-    found = run if is_checkpoint else latest_checkpoint(run)
+    found = latest_checkpoint(run)
+    for path in (run, run.resolve()):  # a link, or a name within the folder of checkpoints
+        if path.parent.name == "checkpoints" and path in checkpoints(path.parents[1]):
+            found = path
+            break
     if found is None:
         raise UserError(f"{run} has no checkpoint: is it a run of `megatron-ladder train`?")
     refuse_damaged(found, read=False)  # checksums are compared when the weights are read
@@ -82,7 +89,10 @@ def check_output_dir(config: TrainConfig) -> str:
     if not saved.is_file():
         return f"New run in {run_dir}"
 
-    changed = differences(load_config(saved), config)
+    old = load_config(saved)
+    changed = differences(with_absolute_paths(old), with_absolute_paths(config))
+    if old.init_from and config.init_from and _same_start(run_dir, old.init_from, config.init_from):
+        changed.pop("init_from", None)
     unsafe = [name for name in changed if not is_safe_to_change(name)]
     if unsafe:
         detail = "; ".join(f"{n}: {changed[n][0]} -> {changed[n][1]}" for n in unsafe)
@@ -105,6 +115,20 @@ def check_output_dir(config: TrainConfig) -> str:
     where = f"step {checkpoint_step(latest)}" if latest else "the start: it has no checkpoint yet"
     what = ", ".join(f"{n}: {a} -> {b}" for n, (a, b) in changed.items() if n != "output_dir")
     return f"Resuming {run_dir} from {where}" + (f" (changed: {what})" if what else "")
+
+
+def started_from(run_dir: Path) -> dict[str, Any] | None:
+    """The checkpoint whose weights the run started from, by its name and its files; None: not noted."""
+    note = run_dir / INITIAL
+    return json.loads(note.read_text()) if note.is_file() else None
+
+
+def _same_start(run_dir: Path, old: Path, now: Path) -> bool:
+    """Whether two folders are the same one, or hold the same weights."""
+    if old.resolve() == now.resolve():
+        return True
+    kept = started_from(run_dir)
+    return kept is not None and kept["files"] == written_files(find_checkpoint(now))
 
 
 def _is_used(run_dir: Path) -> bool:
@@ -160,6 +184,7 @@ def lock(run_dir: Path) -> IO[bytes]:
     except BlockingIOError:
         raise UserError(
             f"{run_dir}: another process is training in this folder: wait until it ends, or end it"
+            f"{why_several()}"
         ) from None
     return file
 

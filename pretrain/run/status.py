@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
-from pretrain.ranks import is_first_rank
+from pretrain.ranks import is_first_rank, rank_number, world_size
 from pretrain.run.prometheus import device_figures, prometheus_text
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Status:
             "unix_time": time.time(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+            "world_size": world_size(),
             "job_id": os.environ.get("SLURM_JOB_ID"),
         }
         if is_first_rank():
@@ -134,7 +134,7 @@ def record_failure(run_dir: Path, reason: str) -> None:
     status = read_status(run_dir)
     if status is None or status["state"] == "failed":
         return
-    rank = os.environ.get("RANK", "0")
+    rank = rank_number()
     status |= {"state": "failed", "reason": reason, "unix_time": time.time()}
     # Several ranks may fail at the same time: each writes its own file, and the last rename wins. OSErrors
     # are ignored, because the disk may be the reason of the failure.

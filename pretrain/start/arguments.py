@@ -12,6 +12,7 @@ from pathlib import Path
 import tyro
 
 from megatron_ladder.errors import UserError
+from pretrain.config.places import found_from, run_of, with_names
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig, load_config
 from pretrain.ranks import is_first_rank
@@ -49,6 +50,8 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
         default = PRESETS[name]()
         if chosen.config:  # some of the fields, such as those that `data blend` writes
             default = load_config(chosen.config, onto=default)
+    if chosen.config and (run := run_of(chosen.config)):
+        default = found_from(run, default)
     if chosen.init_from:
         # Imported here because it imports torch, which --help does not need.
         from pretrain.start.initial import starting_from
@@ -76,7 +79,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
         description=_description(),
         console_outputs=is_first_rank(),
     )
-    return config, chosen.nproc_per_node
+    return with_names(config), chosen.nproc_per_node
 
 
 def _description() -> str:

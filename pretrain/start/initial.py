@@ -11,7 +11,9 @@ from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig, differences, load_config
 from pretrain.data.folders import DataFolder, kept_facts
 from pretrain.data.tokenizer_facts import has_ids_of
-from pretrain.run.folder import find_checkpoint
+from pretrain.files import write_atomically
+from pretrain.run.checkpoint_files import written_files
+from pretrain.run.folder import INITIAL, find_checkpoint, latest_checkpoint, started_from
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,11 @@ def check_initial(config: TrainConfig, folders: list[DataFolder]) -> None:
     """
     if config.init_from is None:
         return
+    resumed = config.output_dir is not None and latest_checkpoint(config.output_dir) is not None
+    if resumed and not config.adapt.distillation_weight and not config.init_from.exists():
+        return  # its weights are read no more
+    if resumed and config.adapt.distillation_weight:
+        _check_unchanged(config)
     theirs = initial_model(config.init_from)
     changed = differences(theirs, config.model)
     wrong = {f"model.{name}": pair for name, pair in changed.items() if name not in FREE}
@@ -121,17 +128,39 @@ def _warn_of_another_beginning(init_from: Path, source: DataFolder, data: DataFo
     )
 
 
-def keep_imported(config: TrainConfig) -> None:
-    """Copies the files of an imported model (RUN/imported) into the new run's folder: export needs them."""
+def keep_initial(config: TrainConfig) -> None:
+    """Copies the files of an imported model (RUN/imported) into the new run's folder: export needs them.
+
+    Also notes in RUN/initial.json which weights the run started from: the folder of init_from may be moved,
+    or get newer checkpoints.
+    """
     assert config.output_dir is not None
-    if config.init_from is None:
+    if config.init_from is None or not config.init_from.is_dir():
         return
-    imported, mine = _run_of(config.init_from) / "imported", config.output_dir / "imported"
+    checkpoint = find_checkpoint(config.init_from)
+    imported, mine = checkpoint.parents[1] / "imported", config.output_dir / "imported"
     if imported.is_dir() and not mine.is_dir():
         new = mine.with_name(".imported.tmp")
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(imported, new)
         new.rename(mine)
+    note, files = config.output_dir / INITIAL, written_files(checkpoint)
+    if files and not note.is_file():
+        facts = {"checkpoint": checkpoint.name, "files": files}
+        write_atomically(note, json.dumps(facts, indent=1) + "\n")
+
+
+def _check_unchanged(config: TrainConfig) -> None:
+    """Refuses a teacher that is not the one that a resumed run began with."""
+    assert config.output_dir is not None and config.init_from is not None
+    kept = started_from(config.output_dir)
+    now = find_checkpoint(config.init_from)
+    if kept and kept["files"] != written_files(now):
+        raise UserError(
+            f"init_from {config.init_from}: its newest checkpoint, {now.name}, has other weights than the "
+            f"teacher that the run in {config.output_dir} began with ({kept['checkpoint']}): give that "
+            "checkpoint's folder"
+        )
 
 
 def _run_of(init_from: Path) -> Path:

@@ -11,6 +11,7 @@ import psutil
 
 from pretrain.config.train import TrainConfig
 from pretrain.processes import STOP_SIGNALS
+from pretrain.ranks import without_torchrun_options
 from pretrain.run.folder import latest_checkpoint
 
 STOPPED = 75
@@ -35,7 +36,7 @@ def local_ranks(config: TrainConfig, asked: int | None) -> int:
 
 def become_torchrun(ranks: int, *target: str) -> None:
     """Replaces this process by torchrun, with `ranks` local ranks that run `target`."""
-    environment = dict(os.environ)
+    environment = without_torchrun_options(dict(os.environ))
     environment.setdefault("OMP_NUM_THREADS", "1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, f"--nproc-per-node={ranks}", *target]
@@ -55,6 +56,9 @@ def launch(argv: list[str], ranks: int, run_dir: Path) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    kept = without_torchrun_options(dict(os.environ))
+    for name in set(os.environ) - set(kept):
+        del os.environ[name]
     # Where this variable is not set, torchrun gives every rank one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     # torchrun handles these signals; the others are handled below. Set by variables, since a version of

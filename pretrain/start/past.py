@@ -1,5 +1,10 @@
-"""Checks of a resumed run: the data that it has been trained on so far may not change."""
+"""Checks of a resumed run: the data that it has been trained on so far may not change.
 
+
+Data sets are compared by their manifests. Their folders may have been moved, renamed or written otherwise.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_ladder.errors import UserError
@@ -10,30 +15,24 @@ from pretrain.run.folder import checkpoint_step, latest_checkpoint
 
 
 def check_past(config: TrainConfig, folders: list[DataFolder]) -> None:
-    """Refuses to resume a run with data sets or blends other than those it has been trained on.
+    """Refuses to resume a run with blends other than those it has been trained on.
 
-    Data sets may be added after the old ones, and a blend may change after the newest checkpoint's step.
+    A blend may change after the newest checkpoint's step.
 
     Raises:
-        UserError: old data sets are missing or in another order, or an earlier blend has changed.
+        UserError: an earlier blend has changed.
     """
     assert config.output_dir is not None
     saved = config.output_dir / "config.json"
     if not saved.is_file():
         return
     old = load_config(saved)
-    paths = old.data.paths
-    if config.data.paths[: len(paths)] != paths:
-        raise UserError(
-            f"{config.output_dir} has been trained on data.paths {' '.join(map(str, paths))}: give these "
-            "first and in this order. You may add others after them. To stop using one, give it a weight "
-            "of 0 in a phase"
-        )
+    known = len(old.data.paths)
     latest = latest_checkpoint(config.output_dir)
     step = checkpoint_step(latest) if latest else 0
-    past = [b for b in blends(old, folders[: len(paths)]) if b.first_step <= step]
+    past = [b for b in blends(old, folders[:known]) if b.first_step <= step]
     now = [b for b in blends(config, folders) if b.first_step <= step]
-    joined = (0.0,) * (len(folders) - len(paths))
+    joined = (0.0,) * (len(folders) - known)
     if [(b.first_step, (*b.shares, *joined)) for b in past] != [
         (b.first_step, b.shares) for b in now
     ]:
@@ -50,15 +49,26 @@ def _words(blend: Blend) -> str:
     return f"{' '.join(f'{w:.17g}' for w in blend.weights)} from step {blend.first_step} on"
 
 
-def check_same_data(run_dir: Path, folders: list[DataFolder]) -> None:
-    """Refuses to resume a run with data sets that were made again since the run began.
+def same_data(run_dir: Path, folders: list[DataFolder]) -> list[DataFolder]:
+    """Refuses to resume a run with other data sets than those that it began with, or in another order.
+
+    Args:
+        run_dir: the run's folder.
+        folders: of data.paths as they are given now.
+
+    Returns:
+        `folders`, with the names that they had when the run began: sequences depend on them
+        (fill-in-the-middle), and metrics go by them.
 
     Raises:
-        UserError: the tokenizer or the training text of a data set is not what it was.
+        UserError: a data set is missing, has moved to another place in the order, or holds other tokens.
     """
-    if not (run_dir / "data" / "0" / "manifest.json").is_file():
-        return  # the run has not started yet
-    kept = kept_facts(run_dir)
+    saved = run_dir / "config.json"
+    started = (run_dir / "data" / "0" / "manifest.json").is_file() or latest_checkpoint(run_dir)
+    if not saved.is_file() or not started:
+        return folders
+    paths = load_config(saved).data.paths
+    kept = kept_facts(run_dir, paths)
     if kept[0].tokenizer["sha256"] != folders[0].tokenizer["sha256"]:
         raise UserError(
             f"{folders[0].path} was tokenized with another tokenizer than the run in {run_dir} was "
@@ -71,10 +81,31 @@ def check_same_data(run_dir: Path, folders: list[DataFolder]) -> None:
             f"{'with' if 'bos_id' in kept[0].tokenizer else 'without'} a BOS token at their beginning, "
             f"those of {folders[0].path} are otherwise: use the data set it was started with"
         )
-    for before, now in zip(kept, folders, strict=False):
-        if before.manifest["splits"].get("train") != now.manifest["splits"].get("train"):
-            raise UserError(
-                f"{now.path} holds other training text than when the run in {run_dir} began "
-                f"({before.tokens('train'):,} tokens then, {now.tokens('train'):,} now), so a resumed run "
-                "would read some of the text twice: use the data set that the run was started with"
-            )
+    in_place = [is_same(*pair) for pair in zip(kept, folders, strict=False)]
+    here = [any(is_same(before, now) for now in folders) for before in kept]
+    if len(folders) < len(kept) or (all(here) and not all(in_place)):
+        names = " ".join(map(str, paths or [before.name for before in kept]))
+        raise UserError(
+            f"{run_dir} has been trained on data.paths {names}: give these first and in this order, "
+            "wherever they are now. You may add others after them. To stop using one, give it a weight of "
+            "0 in a phase"
+        )
+    if not all(in_place):
+        number = in_place.index(False)
+        before, now = kept[number], folders[number]
+        raise UserError(
+            f"{now.path} holds other training text than {before.name}, which the run in {run_dir} began "
+            f"with ({before.tokens('train'):,} tokens then, {now.tokens('train'):,} now), so a resumed run "
+            "would read some of the text twice: use the data set that the run was started with"
+        )
+    first_names = [before.name for before in kept] + [""] * (len(folders) - len(kept))
+    return [replace(now, first_name=name) for now, name in zip(folders, first_names, strict=True)]
+
+
+def is_same(one: DataFolder, other: DataFolder) -> bool:
+    """Whether two data sets have the same training tokens, with the same meaning."""
+    return (
+        one.tokenizer["sha256"] == other.tokenizer["sha256"]
+        and one.manifest["dtype"] == other.manifest["dtype"]
+        and one.manifest["splits"].get("train") == other.manifest["splits"].get("train")
+    )

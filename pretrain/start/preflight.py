@@ -1,6 +1,7 @@
 """All checks of a run that are made before it starts."""
 
 import logging
+from itertools import combinations
 
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
@@ -8,6 +9,7 @@ from megatron_ladder.fp8 import check_machine
 from megatron_ladder.layers.attention_choice import check_attention
 from megatron_ladder.specs import resolve_impl
 from pretrain.config.optimizer import check_optimizer
+from pretrain.config.places import with_absolute_paths
 from pretrain.config.train import TrainConfig
 from pretrain.data.blends import describe
 from pretrain.data.checks import open_data, with_vocab_size
@@ -17,7 +19,7 @@ from pretrain.model.compiled import check_compile
 from pretrain.model.graphs import check_cuda_graph
 from pretrain.run.folder import check_free_space, check_output_dir
 from pretrain.start.initial import check_initial
-from pretrain.start.past import check_past, check_same_data
+from pretrain.start.past import check_past, is_same, same_data
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +28,9 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     """Checks a run's configuration against its data, its folder and the number of its ranks.
 
     Returns:
-        The configuration, with the vocabulary size filled in from the data; the data folders; and a text
-        that says what will happen to the output folder (empty: its run is finished).
+        The configuration, with the vocabulary size filled in from the data and with absolute paths; the
+        data folders; and a text that says what will happen to the output folder (empty: its run is
+        finished).
 
     Raises:
         UserError: the first mistake that is found.
@@ -46,6 +49,13 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             given,
             folders[0].tokenizer["vocab_size"],
         )
+    for one, other in combinations(folders, 2):
+        if is_same(one, other):
+            logger.warning(
+                "%s and %s hold the same training text: each sequence is trained on twice as often as data."
+                "weights say. Give it once, with the sum of the weights",
+                *(one.path, other.path),
+            )
     check_initial(config, folders)
     check_layout(config.model, config.parallel)
     check_machine(config.fp8, resolve_impl(config.transformer_impl))
@@ -61,12 +71,12 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             "the newest one is damaged"
         )
     plan = check_output_dir(config)
+    assert config.output_dir is not None
+    folders = same_data(config.output_dir, folders)
     check_past(config, folders)
     if plan and config.data.phases:
         plan = f"{plan}\n{describe(config, folders)}"
     check_free_space(config)
-    assert config.output_dir is not None
-    check_same_data(config.output_dir, folders)
     if config.wandb:
         try:
             import wandb  # noqa: F401
@@ -74,4 +84,4 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             raise UserError(
                 "--wandb: the wandb package is not installed: run `pip install wandb`"
             ) from None
-    return config, folders, plan
+    return with_absolute_paths(config), folders, plan

@@ -16,9 +16,17 @@ ADVICE = {
     "invalid account": "`sacctmgr show assoc user=$USER` lists your accounts and partitions",
     "invalid qos": "`sacctmgr show assoc user=$USER format=account,qos` lists what you may use",
     "invalid feature": "`sinfo -o '%N %f'` lists the features that nodes have",
+    "reservation is invalid": "`scontrol show reservation` lists reservations and who may use them",
+    "access/permission denied": "you may not use this reservation: `scontrol show reservation`",
+    "invalid node name": "`sinfo -N` lists the nodes: correct nodelist or exclude",
+    "invalid license": "`scontrol show licenses` lists licenses",
+    "invalid number of nodes": (
+        "a job gets all nodes of nodelist, so give --nodes as many; commands other than train have one "
+        "node: submit them without nodelist, and train with --after"
+    ),
     "node configuration is not available": (
         "no node has so many GPUs, cores or so much memory: `sinfo -N -o '%N %c %m %G'` shows nodes; "
-        "lower gpus_per_node, cpus_per_task or memory, or --ranks-per-node"
+        "lower gpus_per_node, cpus_per_task or memory, or --ranks-per-node; or exclude leaves too few nodes"
     ),
     "more processors requested than permitted": "lower cpus_per_task or --ranks-per-node",
     "time limit": "`sinfo -o '%P %l'` lists the partitions' limits: lower --time",
@@ -49,7 +57,8 @@ class Facts:
 
 def environment() -> dict[str, str]:
     """The environment of SLURM's commands. It has no variables of a job that `submit` may run in, and none
-    that stand for options (SBATCH_PARTITION, SLURM_CPUS_PER_TASK): the profile decides."""
+    that stand for options (SBATCH_PARTITION, SLURM_CPUS_PER_TASK): submit/placement.py reads those that may
+    decide something."""
     return {
         name: value
         for name, value in os.environ.items()

@@ -6,7 +6,6 @@ values; all others are quoted when a script is rendered (render.py).
 
 import dataclasses
 import difflib
-import re
 import sys
 import tomllib
 import types
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slurm.errors import UserError
+from slurm.submit.placement import NAME, Placement, check
 
 # Set by the script itself for every rank (train.sh.jinja).
 OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -32,16 +32,11 @@ class Container:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Placement):
     """Where jobs run, and with what modules, variables, container and Python."""
 
     launcher: Literal["slurm", "local"] = "slurm"
     """local: the same script on this machine, in the background, without SLURM."""
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    """Features that nodes must have, as sbatch takes them: "a100&ib"."""
     gpus_per_node: int = 0
     """0: ranks train on the CPU."""
     cpus_per_task: int = 1
@@ -60,13 +55,12 @@ class Profile:
     `submit` runs on, or a container's `python`."""
 
     def __post_init__(self) -> None:
-        for name in ("partition", "account", "qos", "memory"):
-            _check(name, getattr(self, name), r"[A-Za-z0-9][A-Za-z0-9_.,+-]*")
-        _check("constraint", self.constraint, r"[A-Za-z0-9_(\[][A-Za-z0-9_.,+&|*()\[\]:-]*")
+        super().__post_init__()
+        check("memory", self.memory, NAME)
         for name in self.modules:
-            _check("modules", name, r"[A-Za-z0-9][A-Za-z0-9_.+/-]*")
+            check("modules", name, r"[A-Za-z0-9][A-Za-z0-9_.+/-]*")
         for name in self.environment:
-            _check("environment", name, r"[A-Za-z_][A-Za-z0-9_]*")
+            check("environment", name, r"[A-Za-z_][A-Za-z0-9_]*")
             if name in OURS:
                 raise UserError(
                     f"environment.{name}: the script sets it, for each rank to its own value"
@@ -76,13 +70,13 @@ class Profile:
                 f"gpus_per_node {self.gpus_per_node} must be at least 0, and cpus_per_task "
                 f"{self.cpus_per_task} at least 1"
             )
-        _check("python", self.python or None, r"[^-\x00][^\x00]*")
+        check("python", self.python or None, r"[^-\x00][^\x00]*")
         if self.mounts and self.container is None:
             raise UserError("mounts are a container's: give [container], or leave them out")
         for mount in self.mounts:  # pyxis separates mounts by commas, and both runtimes read colons
-            _check("mounts", mount, r"/[^:,\x00\n]*:/[^:,\x00\n]*(:[a-z+]+)?")
+            check("mounts", mount, r"/[^:,\x00\n]*:/[^:,\x00\n]*(:[a-z+]+)?")
         if self.container:
-            _check("container.image", self.container.image, r"[^-\x00\s][^\x00\n]*")
+            check("container.image", self.container.image, r"[^-\x00\s][^\x00\n]*")
             if self.launcher == "local" and self.container.runtime == "pyxis":
                 raise UserError(
                     "container.runtime pyxis needs SLURM: with launcher local, give apptainer"
@@ -147,16 +141,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(str, item, where) for item in value)
     if typing.get_origin(hint) is dict and isinstance(value, dict):
         return {name: _value(str, item, f"{where}.{name}") for name, item in value.items()}
-    if hint in (str, int) and type(value) is hint:
+    if hint in (str, int, bool) and type(value) is hint:
         if isinstance(value, str) and "\0" in value:
             raise UserError(f"{where} holds a NUL character, which no argument can")
         return value
-    wanted = {str: "a string", int: "a whole number"}.get(hint, "another kind of value")
+    kinds = {str: "a string", int: "a whole number", bool: "true or false"}
+    wanted = kinds.get(hint, "another kind of value")
     raise UserError(f"{where} is {value!r}: it must be {wanted} (see slurm/profiles/example.toml)")
-
-
-def _check(name: str, value: str | None, pattern: str) -> None:
-    if value is not None and not re.fullmatch(pattern, value):
-        raise UserError(
-            f"{name} {value!r} is not allowed: it must match the regular expression {pattern}"
-        )

@@ -109,6 +109,9 @@ def _job(
     log = "log.%a" if part.array else "log"
     # sbatch reads %j in --output as the job's number, and drops backslashes.
     argv = ["sbatch", "--parsable", f"--output={str(folder).replace('%', '%%')}/{log}"]
+    # Not in the script: sbatch reads quotes and backslashes of its lines its own way.
+    if profile.comment:
+        argv.append(f"--comment={profile.comment}")
     if part.array:
         argv.append(f"--array=0-{part.array.count - 1}")
     if waiting_for:

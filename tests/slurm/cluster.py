@@ -53,6 +53,7 @@ MessageTimeout=10
 TCPTimeout=2
 JobRequeue=1
 MailProg=/bin/true
+Licenses=matlab:2
 PropagateResourceLimits=NONE
 PartitionName=debug Nodes=node[0-{last}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes=node[0-{last}] MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF

@@ -20,11 +20,12 @@ from pretrain.config.train import DataConfig, Phase, TrainConfig, load_config, s
 from pretrain.data.batches import train_batches
 from pretrain.data.blends import check_blends, describe, interleave
 from pretrain.data.checks import open_data
+from pretrain.data.folders import keep_facts
 from pretrain.data.index_cache import _facts
 from pretrain.data.phased import PhasedSequences
 from pretrain.data.sequences import Sequences, train_sequences
 from pretrain.run.folder import write_config
-from pretrain.start.past import check_past
+from pretrain.start.past import check_past, same_data
 from tests.data_sets import write_data_set
 
 BATCH, LENGTH, STEPS = 8, 64, 20
@@ -287,18 +288,26 @@ def test_phases_are_saved_and_read_again(paths, tmp_path: Path) -> None:
         load_config(tmp_path / "some.json", onto=config)
 
 
+def began(config: TrainConfig) -> None:
+    """The folder of a run that has a checkpoint of step 10."""
+    assert config.output_dir is not None
+    write_config(config)
+    keep_facts(config.output_dir, open_data(config))
+    (config.output_dir / "checkpoints/step_00000010").mkdir(parents=True)
+
+
 @pytest.fixture
 def stopped(paths, tmp_path: Path) -> TrainConfig:
     """A run that has a checkpoint of step 10, in its second blend."""
     config = replace(config_for(paths), output_dir=tmp_path / "run")
-    write_config(config)
-    (tmp_path / "run/checkpoints/step_00000010").mkdir(parents=True)
+    began(config)
     return config
 
 
 def resume(config: TrainConfig, **data) -> None:
     config = replace(config, data=replace(config.data, **data))
-    folders = open_data(config)
+    assert config.output_dir is not None
+    folders = same_data(config.output_dir, open_data(config))
     check_past(config, folders)
 
 
@@ -338,8 +347,7 @@ def test_what_was_trained_on_may_not(stopped, paths, tmp_path: Path) -> None:
 def test_a_run_by_tokens_may_get_phases(paths, tmp_path: Path) -> None:
     """Its weights were none; they are said in the refusal, and what they are is the same."""
     config = replace(config_for(paths[:2], phases=(), weights=None), output_dir=tmp_path / "run")
-    write_config(config)
-    (tmp_path / "run/checkpoints/step_00000010").mkdir(parents=True)
+    began(config)
     resume(config, phases=(Phase(10 * STEP, (1.0, 1.0)),))
     later = {"paths": paths, "phases": (Phase(10 * STEP, (1.0, 1.0, 1.0)),)}
     with pytest.raises(UserError, match="with the weights 3200 960 0 from step 1 on"):

@@ -11,11 +11,11 @@ import torch
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import DataConfig
+from pretrain.config.train import DataConfig, save_config
 from pretrain.data.batches import train_batches, validation_batches
 from pretrain.data.checks import open_data
 from pretrain.data.folders import keep_facts, kept_facts, open_folder, unigram_loss
-from pretrain.start.past import check_same_data
+from pretrain.start.past import same_data
 from tests.data_sets import write_data_set
 
 
@@ -163,28 +163,30 @@ def test_weights_must_fit_the_paths(data: Path) -> None:
 def test_a_run_keeps_what_export_needs_and_refuses_another_tokenizer(data, tmp_path) -> None:
     run = tmp_path / "run"
     folders = open_data(config_for(data))
-    check_same_data(run, folders)  # nothing kept yet
+    same_data(run, folders)  # nothing kept yet
     with pytest.raises(UserError, match=r"holds no data/0/manifest\.json"):
         kept_facts(run)
     keep_facts(run, folders)
+    save_config(config_for(data), run / "config.json")
     (kept,) = kept_facts(run)
     assert kept.manifest == folders[0].manifest
     assert (kept.path / "tokenizer.model").read_bytes() == b"a tokenizer"
-    check_same_data(run, folders)
+    same_data(run, folders)
     other = open_data(config_for(write_data_set(tmp_path / "other", tokenizer=b"another")))
     with pytest.raises(UserError, match="was tokenized with another tokenizer than the run"):
-        check_same_data(run, other)
+        same_data(run, other)
 
 
 def test_a_data_set_made_again_is_not_resumed_with(data: Path, tmp_path: Path) -> None:
     keep_facts(tmp_path / "run", open_data(config_for(data)))
+    save_config(config_for(data), tmp_path / "run" / "config.json")
     shutil.rmtree(data)
     write_data_set(data, train_documents=61)
     with pytest.raises(
         UserError, match=r"\(3,840 tokens then, 3,904 now\), so a resumed run would"
     ):
-        check_same_data(tmp_path / "run", open_data(config_for(data)))
+        same_data(tmp_path / "run", open_data(config_for(data)))
     joined = write_data_set(tmp_path / "joined")
     shutil.rmtree(data)
     write_data_set(data)
-    check_same_data(tmp_path / "run", open_data(config_for(data, joined)))
+    same_data(tmp_path / "run", open_data(config_for(data, joined)))

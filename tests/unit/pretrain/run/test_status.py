@@ -85,6 +85,8 @@ def test_mistakes_and_crashes_end_in_failed_with_the_reason(config) -> None:
 
 def test_the_first_rank_to_fail_is_the_one_to_blame(config, monkeypatch) -> None:
     status = Status(config)
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
     monkeypatch.setenv("RANK", "1")
     other = Status(config)
     other.update("validating")  # only the first rank says what goes on

@@ -1,10 +1,12 @@
 """Profiles: what is read, and what is refused, with a word on what to do."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from slurm.errors import UserError
+from slurm.submit.placement import Placement
 from slurm.submit.profile import Container, Profile, load_profile
 from slurm.submit.render import Resources
 
@@ -32,14 +34,20 @@ def test_the_example_is_read() -> None:
 
 def test_all_of_the_example_is_read(tmp_path: Path) -> None:
     """What it shows as a comment as well."""
-    mounts, container = [], []
+    mounts, container, placement = [], [], []
     for line in EXAMPLE.read_text().splitlines():
         text = line.removeprefix("# ").strip()
         if text.startswith("mounts ="):
             mounts = [text]
         elif text.startswith(("[container]", "image =", "runtime =")):
             container.append(text)
-    profile = read(tmp_path, "\n".join([*mounts, EXAMPLE.read_text(), *container]))
+        elif (
+            text.startswith(tuple(f"{field.name} =" for field in fields(Placement)))
+            and text != line
+        ):
+            placement.append(text)
+    profile = read(tmp_path, "\n".join([*mounts, *placement, EXAMPLE.read_text(), *container]))
+    assert all(getattr(profile, field.name) for field in fields(Placement))
     assert profile.container == Container("nvcr.io#nvidia/pytorch:25.09-py3", "pyxis")
     assert profile.mounts == ("/shared:/shared", "/scratch:/scratch")
 
@@ -54,7 +62,7 @@ def test_all_of_the_example_is_read(tmp_path: Path) -> None:
         ),
         ("[container]\nimage='a'", "container.runtime is missing"),
         ("[container]\nimage='a'\nruntime='docker'", "it must be pyxis or apptainer"),
-        ('setup = "rm -rf x"', "no field setup: there are launcher, partition"),
+        ('setup = "rm -rf x"', "no field setup: there are partition, account"),
         ('gpus_per_node = "8"', "gpus_per_node is '8': it must be a whole number"),
         ("gpus_per_node = true", "it must be a whole number"),
         ("gpus_per_node = -1", "must be at least 0"),
@@ -69,6 +77,15 @@ def test_all_of_the_example_is_read(tmp_path: Path) -> None:
         ('launcher = "kubernetes"', "it must be slurm or local"),
         ("launcher='local'\n[container]\nimage='a'\nruntime='pyxis'", "pyxis needs SLURM"),
         ("partition = ", "is not TOML"),
+        ('exclusive = "yes"', "exclusive is 'yes': it must be true or false"),
+        ('exclud = "node1"', "no field exclud: did you mean exclude?"),
+        (
+            'mail_type = "END,SOMETIMES"',
+            "mail_type 'END,SOMETIMES' is not allowed: give NONE, BEGIN",
+        ),
+        ('mail_user = "me@example.org"', "mail_user is given without mail_type"),
+        ('comment = "two\\nlines"', "comment 'two\\nlines' is not allowed"),
+        ('exclude = "/etc/hosts"', "exclude '/etc/hosts' is not allowed"),
     ],
 )
 def test_mistakes_are_said(tmp_path: Path, text: str, message: str) -> None:

@@ -30,6 +30,19 @@ CLUSTER = Profile(
     environment={"HF_HOME": "/shared/hf"},
     python="/shared/venv/bin/python",
 )
+PLACED = Profile(
+    partition="gpu",
+    reservation="maint:1",
+    nodelist="node[01-02,04]",
+    exclude="node07,gpu[11-12]",
+    exclusive=True,
+    licenses="matlab:2,lumerical@server:1",
+    comment="not in the script: it's an option of sbatch",
+    wckey="physics",
+    mail_type="END,TIME_LIMIT_90",
+    mail_user="me+slurm@example.org",
+    python="python3",
+)
 PYXIS = Profile(
     gpus_per_node=4,
     container=Container("nvcr.io#nvidia/pytorch:25.09-py3", "pyxis"),
@@ -48,6 +61,7 @@ RUN, FOLDER = Path("/shared/runs/ladder"), Path("/shared/runs/ladder/slurm/1")
 DATA = ["data", "tokenize", "/text", "--tokenizer", "t.model", "--output-dir", "/tokens"]
 SCRIPTS = {
     "train": lambda: train_script(CLUSTER, Resources(4, 8, "24:00:00"), TRAIN, RUN, FOLDER),
+    "train-placed": lambda: train_script(PLACED, Resources(3, 1), TRAIN, RUN, FOLDER),
     "train-spare-pyxis": lambda: train_script(
         PYXIS, Resources(2, 4, "1-00:00:00", 1, 300), TRAIN, RUN, FOLDER
     ),
@@ -223,11 +237,25 @@ def test_hostile_strings_in_containers(text: str, place: Path) -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize(
-    "field", ["partition", "account", "qos", "constraint", "memory", "modules"]
+    "field",
+    [
+        *(
+            "partition",
+            "account",
+            "qos",
+            "constraint",
+            "memory",
+            "modules",
+            "reservation",
+            "nodelist",
+        ),
+        *("exclude", "licenses", "wckey", "mail_type", "mail_user"),
+    ],
 )
 def test_fields_of_sbatch_take_only_what_such_names_have(field: str, text: str) -> None:
-    with pytest.raises(UserError, match=f"{field} .* is not allowed"):
-        Profile(**{field: (text,) if field == "modules" else text})
+    more = {"mail_type": "END"} if field == "mail_user" else {}
+    with pytest.raises(UserError, match=f"(?s){field} .* is not allowed"):
+        Profile(**{field: (text,) if field == "modules" else text}, **more)
 
 
 def test_what_no_argument_can_hold_is_refused(place: Path) -> None:
