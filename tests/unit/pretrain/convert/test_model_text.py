@@ -12,7 +12,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.tokenizer import write_tokenizer
 from pretrain import cli
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import DataConfig
+from pretrain.config.train import DataConfig, save_config
 from pretrain.convert.model_text import text_of_run
 from pretrain.data.checks import open_data
 from pretrain.data.fim import FillInTheMiddle
@@ -21,7 +21,7 @@ from pretrain.data.sample import check_tokenizer
 from pretrain.evaluation.documents import Texts, open_split
 from pretrain.start import initial
 from pretrain.start.initial import check_initial, initial_model
-from pretrain.start.past import check_same_data
+from pretrain.start.past import same_data
 from tests import chat_models
 from tests.data_sets import write_data_set
 from tests.unit.hf.tiny import train_sentencepiece
@@ -104,9 +104,11 @@ def test_data_with_and_without_do_not_mix(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"begun begin with a BOS token, those of .*plain do not"):
         open_data(config)
     keep_facts(tmp_path / "run", [plain])
-    check_same_data(tmp_path / "run", [plain])
+    begun_with = replace(config, data=DataConfig(paths=(plain.path,), seq_length=64))
+    save_config(begun_with, tmp_path / "run/config.json")
+    same_data(tmp_path / "run", [plain])
     with pytest.raises(UserError, match="started with documents without a BOS token"):
-        check_same_data(tmp_path / "run", [begun])
+        same_data(tmp_path / "run", [begun])
 
 
 def test_texts_of_documents_have_no_bos(tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ def test_fill_in_the_middle_leaves_it_first() -> None:
     fim = FillInTheMiddle(rate=1.0, spm_rate=0.5, prefix=-1, middle=-2, suffix=-3)
     text = np.array([300, *range(10, 30), 301])
     own = SimpleNamespace(
-        config=SimpleNamespace(fim=fim, bos_id=300, random_seed=1),
+        config=SimpleNamespace(fim=fim, bos_id=300, random_seed=1, names={"a/train": "a"}),
         dataset=SimpleNamespace(path_prefix="a/train", sequence_lengths=[22]),
     )
     for idx in range(8):
