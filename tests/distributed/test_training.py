@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pretrain.cli import main
 from pretrain.convert.export import export_run
+from pretrain.files import sha256
 from pretrain.run.checkpoint import load_weights
 from pretrain.run.folder import checkpoints
 from tests.data_sets import write_data_set
@@ -161,6 +162,8 @@ def test_the_run_exports_and_its_card_has_its_figures(whole_run, tmp_path: Path)
     # The made-up data set's tokenizer is none; a real one of its vocabulary's size takes its place.
     manifest = json.loads((run / "data/0/manifest.json").read_text())
     train_sentencepiece(run / "data/0", "bpe", vocab_size=manifest["tokenizer"]["vocab_size"])
+    manifest["tokenizer"]["sha256"] = sha256(run / "data/0/tokenizer.model")
+    (run / "data/0/manifest.json").write_text(json.dumps(manifest))
     out = tmp_path / "model"
     export_run(run, out, dtype=None, max_shard_size="5GB")
     loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
