@@ -69,6 +69,7 @@ _COPIED = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
 _PIECE = 1 << 24  # how many elements are converted, checked and written at a time
@@ -130,9 +131,10 @@ def export_folder(
         named = dtype or config.dtype or main_dtype(tensors)
         _write_configs(config, named, folder, with_code=with_code)
         if Path(tokenizer).is_dir():
-            for name in _COPIED:
-                if (Path(tokenizer) / name).is_file():
-                    shutil.copyfile(Path(tokenizer) / name, folder / name)
+            for path in (path for name in _COPIED for path in Path(tokenizer).glob(name)):
+                copy = folder / path.relative_to(tokenizer)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
         else:
             write_tokenizer(
                 Path(tokenizer),

@@ -114,11 +114,12 @@ def _refuse_other_models(output_dir: Path, checkpoint: Path, export: Callable[..
         made = Path(scratch) / "model"
         try:
             export(made, compare_with=output_dir)
-            names = {path.name for path in made.iterdir()}
+            names = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
             refuse_others(output_dir, ((name, (made / name).read_bytes()) for name in names))
             names |= set(weight_files(made))
-            for path in output_dir.iterdir():
-                if path.name not in names and not path.name.startswith("."):
+            for path in (path for path in output_dir.rglob("*") if path.is_file()):
+                name = path.relative_to(output_dir)
+                if str(name) not in names and not name.parts[0].startswith("."):
                     raise UserError(f"{path} is not part of it")
         except UserError as error:
             raise UserError(
