@@ -124,7 +124,7 @@ def export_folder(
     facts = dict(model_card_facts or {})
     if unknown := facts.keys() - set(CARD_FACTS):
         raise ValueError(f"model_card_facts has {sorted(unknown)}: it may have {list(CARD_FACTS)}")
-    if config.eos_token_id is None:
+    if not several(config.eos_token_id):
         raise ValueError("config.eos_token_id is not set: it is the id that ends a document")
     with complete_or_absent(output_dir) as folder:
         with_code = needs_code(config, own_tokenizer=not Path(tokenizer).is_dir())

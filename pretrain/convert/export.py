@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.end_ids import end_ids, one_or_several
+from megatron_ladder.hf.end_ids import end_ids, one_or_several, several
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import complete_or_absent, refuse_others
@@ -77,7 +77,7 @@ def export_run(
         original = json.loads((imported / "config.json").read_text(encoding="utf-8"))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, name, original.get(name))
-        if hf_config.eos_token_id is None:  # generation_config.json has it
+        if not several(hf_config.eos_token_id):  # generation_config.json has it
             hf_config.eos_token_id = one_or_several(end_ids(imported))
         if not config.data.paths:  # as it was imported
             hf_config.dtype = _stated_dtype(original)

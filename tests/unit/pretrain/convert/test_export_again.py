@@ -150,3 +150,14 @@ def test_all_chat_templates_are_kept(folder: Path, capsys) -> None:
     other.write_text("")
     assert main(["export", str(folder / "chat"), str(folder / "exported")]) == 2
     assert f"{other} is not part of it" in capsys.readouterr().err
+
+
+def test_an_end_id_in_the_generation_config_alone(folder: Path) -> None:
+    """Older folders have -1 for none in config.json."""
+    path = folder / "published" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": -1}))
+    (folder / "published" / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert main(["import", str(folder / "published"), str(folder / "ends")]) == 0
+    assert main(["export", str(folder / "ends"), str(folder / "exported")]) == 0
+    assert load_plain_model(folder / "exported").text.end_ids == (2, 5)
+    assert json.loads((folder / "exported" / "config.json").read_text())["eos_token_id"] == [2, 5]
