@@ -18,7 +18,7 @@ from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import complete_or_absent, refuse_others
 from megatron_ladder.hf.stored import weight_files
 from pretrain.config.train import TrainConfig, load_config
-from pretrain.convert.import_tokenizer import READ
+from pretrain.convert.import_tokenizer import has_tokenizer
 from pretrain.convert.plain_model import one_rank_model
 from pretrain.convert.verify_export import verify_export
 from pretrain.convert.weights import checkpoint_weights
@@ -132,7 +132,7 @@ def _tokenizer(imported: Path, data: DataFolder) -> Path:
     """The other model's files, or the tokenizer of the data where these have none or are not there."""
     if not data.has_tokenizer:
         return imported
-    of_import = any((imported / name).is_file() for name in READ)
+    of_import = has_tokenizer(imported)
     file = (imported if of_import else data.path) / data.tokenizer["file"]
     if file.is_file() and sha256(file) != data.tokenizer["sha256"]:
         raise UserError(
