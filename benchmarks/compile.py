@@ -14,7 +14,6 @@ too. "Kept" counts the bytes that a forward pass keeps for backward.
 import argparse
 import gc
 import itertools
-import os
 import statistics
 import time
 from dataclasses import replace
@@ -32,6 +31,7 @@ from pretrain.config.train import DataConfig, TrainConfig
 from pretrain.data.batches import to_device
 from pretrain.loop.step import train_step
 from pretrain.model.setup import build, start_ranks
+from pretrain.ranks import world_size
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "unfused": {"attention": "unfused"},
@@ -65,7 +65,7 @@ def config_of(shape: str, kind: Any, precision: Any) -> TrainConfig:
     return TrainConfig(
         model=model,
         data=DataConfig(seq_length=seq_length),
-        parallel=ParallelConfig(tensor_model_parallel_size=int(os.environ.get("WORLD_SIZE", "1"))),
+        parallel=ParallelConfig(tensor_model_parallel_size=world_size()),
         micro_batch_size=batch,
         global_batch_size=batch,
         precision=precision,

@@ -1,10 +1,10 @@
 """Starts the ranks of a benchmark of tensor parallelism: real ones, or one that plays rank 0 of many."""
 
 import argparse
-import os
 import sys
 
 from pretrain.bench.ranks import join
+from pretrain.ranks import launched_rank
 from pretrain.start.launch import become_torchrun
 
 TP = 2
@@ -20,7 +20,7 @@ def start(args: argparse.Namespace) -> tuple[int, str]:
     Returns:
         The tensor-parallel size, and the device's name.
     """
-    if args.fake_tp is None and "RANK" not in os.environ:
+    if args.fake_tp is None and launched_rank() is None:
         become_torchrun(TP, *sys.argv)
     tp = args.fake_tp or TP
     return tp, join(tp, fake=args.fake_tp is not None)

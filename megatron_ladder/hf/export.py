@@ -69,6 +69,7 @@ _COPIED = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
 _PIECE = 1 << 24  # how many elements are converted, checked and written at a time
@@ -123,16 +124,17 @@ def export_folder(
     facts = dict(model_card_facts or {})
     if unknown := facts.keys() - set(CARD_FACTS):
         raise ValueError(f"model_card_facts has {sorted(unknown)}: it may have {list(CARD_FACTS)}")
-    if config.eos_token_id is None:
+    if not several(config.eos_token_id):
         raise ValueError("config.eos_token_id is not set: it is the id that ends a document")
     with complete_or_absent(output_dir) as folder:
         with_code = needs_code(config, own_tokenizer=not Path(tokenizer).is_dir())
         named = dtype or config.dtype or main_dtype(tensors)
         _write_configs(config, named, folder, with_code=with_code)
         if Path(tokenizer).is_dir():
-            for name in _COPIED:
-                if (Path(tokenizer) / name).is_file():
-                    shutil.copyfile(Path(tokenizer) / name, folder / name)
+            for path in (path for name in _COPIED for path in Path(tokenizer).glob(name)):
+                copy = folder / path.relative_to(tokenizer)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
         else:
             write_tokenizer(
                 Path(tokenizer),

@@ -77,12 +77,12 @@ def _remove_leftovers(parent: Path, prefix: str) -> None:
     for folder in parent.iterdir():
         if not folder.name.startswith(prefix) or not (folder / _LOCK).is_file():
             continue
-        with (folder / _LOCK).open("r+b") as file:
-            try:
+        try:
+            with (folder / _LOCK).open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                continue
-            shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # somebody holds it, has just removed it, or is another user
+            continue
 
 
 @contextmanager

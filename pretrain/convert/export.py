@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.end_ids import end_ids, one_or_several
+from megatron_ladder.hf.end_ids import end_ids, one_or_several, several
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import complete_or_absent, refuse_others
 from megatron_ladder.hf.stored import weight_files
 from pretrain.config.train import TrainConfig, load_config
-from pretrain.convert.import_tokenizer import READ
+from pretrain.convert.import_tokenizer import has_tokenizer
 from pretrain.convert.plain_model import one_rank_model
 from pretrain.convert.verify_export import verify_export
 from pretrain.convert.weights import checkpoint_weights
@@ -77,7 +77,7 @@ def export_run(
         original = json.loads((imported / "config.json").read_text(encoding="utf-8"))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, name, original.get(name))
-        if hf_config.eos_token_id is None:  # generation_config.json has it
+        if not several(hf_config.eos_token_id):  # generation_config.json has it
             hf_config.eos_token_id = one_or_several(end_ids(imported))
         if not config.data.paths:  # as it was imported
             hf_config.dtype = _stated_dtype(original)
@@ -114,11 +114,12 @@ def _refuse_other_models(output_dir: Path, checkpoint: Path, export: Callable[..
         made = Path(scratch) / "model"
         try:
             export(made, compare_with=output_dir)
-            names = {path.name for path in made.iterdir()}
+            names = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
             refuse_others(output_dir, ((name, (made / name).read_bytes()) for name in names))
             names |= set(weight_files(made))
-            for path in output_dir.iterdir():
-                if path.name not in names and not path.name.startswith("."):
+            for path in (path for path in output_dir.rglob("*") if path.is_file()):
+                name = path.relative_to(output_dir)
+                if str(name) not in names and not name.parts[0].startswith("."):
                     raise UserError(f"{path} is not part of it")
         except UserError as error:
             raise UserError(
@@ -131,7 +132,7 @@ def _tokenizer(imported: Path, data: DataFolder) -> Path:
     """The other model's files, or the tokenizer of the data where these have none or are not there."""
     if not data.has_tokenizer:
         return imported
-    of_import = any((imported / name).is_file() for name in READ)
+    of_import = has_tokenizer(imported)
     file = (imported if of_import else data.path) / data.tokenizer["file"]
     if file.is_file() and sha256(file) != data.tokenizer["sha256"]:
         raise UserError(

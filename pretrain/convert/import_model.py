@@ -44,7 +44,7 @@ from pretrain.sizes import in_units
 from pretrain.start.ladder_layers import auto_count, is_auto, with_ladder_layers
 
 # The files beside the weights that are kept, so that export can write them again.
-KEPT = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+KEPT = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "tokenizer.model")
 NOT_KEPT = ("*.safetensors.index.json", "pytorch_model*")
 # `auto:N` measures the layers on so many sequences of so many tokens.
 SAMPLE_SEQUENCES, SAMPLE_LENGTH = 32, 1024
@@ -204,7 +204,9 @@ def _keep_files(
     for pattern in KEPT:
         for path in source.glob(pattern):
             if not any(path.match(other) for other in NOT_KEPT):
-                shutil.copyfile(path, imported / path.name)
+                copy = imported / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
     if home is not None and tokenizer is not None:
         for folder in (data, imported):
             shutil.copyfile(home / tokenizer["file"], folder / tokenizer["file"])

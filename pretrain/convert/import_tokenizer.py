@@ -11,11 +11,16 @@ from pretrain.data.tokenizer_facts import added_to_pieces
 
 logger = logging.getLogger(__name__)
 
-READ = ("tokenizer.json", "tokenizer.model")
+_READ = ("tokenizer.json", "tokenizer.model")
 # Older folders of byte-level BPE models (GPT-2, Qwen2) have these two instead.
 _OLDER = ("vocab.json", "merges.txt")
 # Of tokenizers that are not read: Mistral's, Qwen's first, BERT's, T5's.
 _OTHERS = ("tekken.json", "*.tiktoken", "vocab.txt", "spiece.model", *_OLDER)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer in a form that is read as it is."""
+    return any((folder / name).is_file() for name in _READ)
 
 
 def folder_with_tokenizer(source: Path, scratch: Path) -> Path | None:
@@ -31,7 +36,7 @@ def folder_with_tokenizer(source: Path, scratch: Path) -> Path | None:
     Raises:
         UserError: transformers cannot make a tokenizer of the older files.
     """
-    if any((source / name).is_file() for name in READ) and not added_to_pieces(source):
+    if has_tokenizer(source) and not added_to_pieces(source):
         return source
     if (source / "tokenizer.model").is_file():
         _make(source, scratch, "tokenizer.model")

@@ -13,6 +13,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.end_ids import end_ids
 from megatron_ladder.hf.tokenizer import sentencepiece_to_tokenizers
 from megatron_ladder.inference.requests import check_text
+from pretrain.convert.import_tokenizer import has_tokenizer
 from pretrain.data.folders import DataFolder
 
 
@@ -55,17 +56,18 @@ def text_of_folder(folder: Path, file: str) -> ModelText:
 def text_of_run(run: Path, data: DataFolder) -> ModelText:
     """Of a run: as its data set was made; of an imported model's, as the folder that it came from says.
 
+    A folder without a tokenizer says only where a text ends.
+
     Args:
         data: what the run keeps of its first data set.
     """
-    eod_id, file = data.tokenizer["eod_id"], data.path / data.tokenizer["file"]
-    imported = run / "imported"
-    if imported.is_dir():
-        ids = (eod_id, *end_ids(imported))
-        return ModelText(_theirs(imported, file), tuple(dict.fromkeys(ids)))
+    file, imported = data.path / data.tokenizer["file"], run / "imported"
+    ends = tuple(dict.fromkeys((data.tokenizer["eod_id"], *end_ids(imported))))
+    if has_tokenizer(imported):
+        return ModelText(_theirs(imported, file), ends)
     tokenizer = load_tokenizer(file)
     _begin_with(tokenizer, data.tokenizer.get("bos_id"))
-    return ModelText(tokenizer, (eod_id,))
+    return ModelText(tokenizer, ends)
 
 
 def begin_ids(tokenizer: Tokenizer) -> list[int]:

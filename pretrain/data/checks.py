@@ -76,14 +76,17 @@ def check_ids(folders: list[DataFolder], vocab_size: int) -> None:
         return
     beyond = None
     if kind == "huggingface":
+        # Imported where needed: it imports transformers.
         from tokenizers import Tokenizer
 
-        from megatron_ladder.hf.tokenizer import (
-            added_beyond,
-        )  # with transformers: only where needed
+        from megatron_ladder.hf.tokenizer import added_beyond
 
         file = first.path / first.tokenizer["file"]
-        beyond = added_beyond(Tokenizer.from_file(str(file)), vocab_size)
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise UserError(f"{file} cannot be read ({error}): copy the data set again") from error
+        beyond = added_beyond(tokenizer, vocab_size)
     if beyond is None:
         raise UserError(
             f"{first.path} has a vocabulary of {size:,} ids, the model only "

@@ -58,12 +58,18 @@ def fill_in_the_middle(config: TrainConfig, folder: DataFolder) -> FillInTheMidd
     """The run's fill-in-the-middle with the tokens' ids; None when data.fim_rate is 0.
 
     Raises:
-        UserError: the tokenizer does not have the tokens.
+        UserError: the tokenizer does not have the tokens, or the model has no rows for them.
     """
-    data = config.data
+    data, size = config.data, config.model.vocab_size
     if not data.fim_rate:
         return None
     ids = find_tokens(folder.path / folder.tokenizer["file"], data.fim_tokens)
+    if size is not None and max(ids) >= size:
+        raise UserError(
+            f"data.fim_rate: its tokens have the ids {ids[0]}, {ids[1]} and {ids[2]}, "
+            f"the model's ids end at {size - 1} (model.vocab_size): give other --data.fim-tokens, or train "
+            "a model with more ids"
+        )
     return FillInTheMiddle(data.fim_rate, data.fim_spm_rate, *ids)
 
 

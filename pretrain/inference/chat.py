@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
+from pretrain.convert.import_tokenizer import has_tokenizer
 
 Render = Callable[[list[dict[str, str]], dict[str, Any]], str]
 """Of messages, and of what else the template takes."""
@@ -20,7 +21,7 @@ def chat_renderer(folder: Path) -> Render:
     Args:
         folder: a folder with Hugging Face's tokenizer files; it may be missing.
     """
-    if not _has_template(folder):
+    if not has_tokenizer(folder) or not _has_template(folder):
 
         def refuse(_: list[dict[str, str]], __: dict[str, Any]) -> str:
             raise UserError("this model has no chat template: use /v1/completions")

@@ -140,7 +140,7 @@ class RunLog:
             assert self._config.output_dir is not None
             known = len(kept_facts(self._config.output_dir)) if self._is_resumed else 0
             keep_facts(self._config.output_dir, folders)
-            keep_initial(self._config)
+            keep_initial(self._config, is_resumed=self._is_resumed)
             for label, folder in list(zip(labels(folders), folders, strict=True))[known:]:
                 if folder.tokens("validation"):
                     self._log.baseline(dataset=label, unigram_loss=unigram_loss(folder))

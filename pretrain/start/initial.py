@@ -128,11 +128,11 @@ def _warn_of_another_beginning(init_from: Path, source: DataFolder, data: DataFo
     )
 
 
-def keep_initial(config: TrainConfig) -> None:
+def keep_initial(config: TrainConfig, *, is_resumed: bool) -> None:
     """Copies the files of an imported model (RUN/imported) into the new run's folder: export needs them.
 
-    Also notes in RUN/initial.json which weights the run started from: the folder of init_from may be moved,
-    or get newer checkpoints.
+    Also notes in RUN/initial.json which weights the run starts from: the folder of init_from may be moved,
+    or get newer checkpoints. A resumed run of an older version has no such note: it is not known.
     """
     assert config.output_dir is not None
     if config.init_from is None or not config.init_from.is_dir():
@@ -144,10 +144,10 @@ def keep_initial(config: TrainConfig) -> None:
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(imported, new)
         new.rename(mine)
-    note, files = config.output_dir / INITIAL, written_files(checkpoint)
-    if files and not note.is_file():
+    files = written_files(checkpoint)
+    if files and not is_resumed:
         facts = {"checkpoint": checkpoint.name, "files": files}
-        write_atomically(note, json.dumps(facts, indent=1) + "\n")
+        write_atomically(config.output_dir / INITIAL, json.dumps(facts, indent=1) + "\n")
 
 
 def _check_unchanged(config: TrainConfig) -> None:

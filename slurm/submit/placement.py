@@ -74,11 +74,6 @@ class Placement:
                     f"mail_type {self.mail_type!r} is not allowed: give {', '.join(MAIL_TYPES)}, or "
                     "several of them, separated by commas"
                 )
-        if self.mail_user and not self.mail_type:
-            raise UserError(
-                "mail_user is given without mail_type, and SLURM would send no mail: give mail_type too, "
-                "such as END,FAIL"
-            )
 
 
 Kind = TypeVar("Kind", bound=Placement)
@@ -106,7 +101,7 @@ def from_environment(profile: Kind, environment: Mapping[str, str]) -> tuple[Kin
         The profile, and lines that say what was taken and what was not.
 
     Raises:
-        UserError: a value that is not allowed.
+        UserError: a value that is not allowed, or the whole asks for nothing.
     """
     names = {f"SBATCH_{field.name.upper()}": field.name for field in fields(Placement)}
     taken: dict[str, Any] = {}
@@ -126,9 +121,15 @@ def from_environment(profile: Kind, environment: Mapping[str, str]) -> tuple[Kin
             f"not used: {', '.join(unused)} of the environment: the profile and submit's options decide"
         )
     try:
-        return placed(profile, taken), lines
+        whole = placed(profile, taken)
     except UserError as error:
         raise UserError(f"SBATCH_* of the environment: {error}") from None
+    if whole.mail_user and not whole.mail_type:
+        raise UserError(
+            "mail_user is given without mail_type, and SLURM would send no mail: give mail_type too, such "
+            "as END,FAIL"
+        )
+    return whole, lines
 
 
 def check(name: str, value: str | None, pattern: str) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_ladder.errors import UserError
 from pretrain.cli import main
@@ -131,3 +132,32 @@ def test_a_flipped_bit_in_an_import_is_not_exported(folder: Path, capsys) -> Non
     flip_a_bit(tokenizer, 100)
     assert not (folder / "new").exists()
     assert main(["export", str(folder / "run"), str(folder / "new")]) == 0
+
+
+def test_all_chat_templates_are_kept(folder: Path, capsys) -> None:
+    """transformers has the default one in chat_template.jinja, others by name in a folder."""
+    templates = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer = AutoTokenizer.from_pretrained(folder / "published")
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(folder / "published")
+    assert (folder / "published" / "additional_chat_templates" / "tool_use.jinja").is_file()
+    assert main(["import", str(folder / "published"), str(folder / "chat")]) == 0
+    assert main(["export", str(folder / "chat"), str(folder / "exported")]) == 0
+    assert AutoTokenizer.from_pretrained(folder / "exported").chat_template == templates
+    assert main(["import", str(folder / "published"), str(folder / "chat")]) == 0
+    assert main(["export", str(folder / "chat"), str(folder / "exported")]) == 0
+    other = folder / "exported" / "additional_chat_templates" / "other.jinja"
+    other.write_text("")
+    assert main(["export", str(folder / "chat"), str(folder / "exported")]) == 2
+    assert f"{other} is not part of it" in capsys.readouterr().err
+
+
+def test_an_end_id_in_the_generation_config_alone(folder: Path) -> None:
+    """Older folders have -1 for none in config.json."""
+    path = folder / "published" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": -1}))
+    (folder / "published" / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert main(["import", str(folder / "published"), str(folder / "ends")]) == 0
+    assert main(["export", str(folder / "ends"), str(folder / "exported")]) == 0
+    assert load_plain_model(folder / "exported").text.end_ids == (2, 5)
+    assert json.loads((folder / "exported" / "config.json").read_text())["eos_token_id"] == [2, 5]

@@ -117,6 +117,10 @@ def test_added_tokens_may_lie_beyond_the_model(
     check_ids([unused], 280)
     with pytest.raises(UserError, match=r"train split holds the token \[PAD\] with the id 280"):
         check_ids([unused, used], 280)
+    (unused.path / "tokenizer.json").rename(unused.path / "elsewhere.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read .*: copy the data set"):
+        check_ids([unused], 280)
+    (unused.path / "elsewhere.json").rename(unused.path / "tokenizer.json")
     start = ["--preset", "adapt", "--init-from", str(run), "--data.seq-length", "32"]
     open_data(parse_train([*start, "--data.paths", str(unused.path)])[0])
     with pytest.raises(UserError, match="with the id 280, the model's ids end at 279"):

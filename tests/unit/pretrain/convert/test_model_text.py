@@ -19,6 +19,7 @@ from pretrain.data.fim import FillInTheMiddle
 from pretrain.data.folders import DataFolder, keep_facts, kept_facts, open_folder
 from pretrain.data.sample import check_tokenizer
 from pretrain.evaluation.documents import Texts, open_split
+from pretrain.inference.chat import chat_renderer
 from pretrain.start import initial
 from pretrain.start.initial import check_initial, initial_model
 from pretrain.start.past import same_data
@@ -89,6 +90,22 @@ def test_a_run_and_its_export_begin_texts_as_training_did(
     other.write_text(other.read_text().replace("eot_id", "eox_id"))
     with pytest.raises(UserError, match="was tokenized with another tokenizer"):
         check_tokenizer(data, other, tmp_path / "other")
+
+
+def test_a_run_of_weights_that_came_without_a_tokenizer(tmp_path: Path) -> None:
+    """Its tokenizer is the data's, and so is what texts begin with, as `export` writes it."""
+    file = tokenizer_file("begins", tmp_path / "tokenizer")
+    data = data_set(tmp_path / "data", file, None, 301)
+    keep_facts(tmp_path / "run", [data])
+    imported = tmp_path / "run" / "imported"
+    chat_models.write_tokenizer(imported, chat_models.tokenizer_json())  # with a chat template
+    (imported / "tokenizer.json").unlink()
+    (imported / "config.json").write_text('{"model_type": "llama", "eos_token_id": [301, 304]}')
+    text = text_of_run(tmp_path / "run", kept_facts(tmp_path / "run")[0])
+    assert text.begin_ids == [] and text.end_ids == (301, 304)
+    assert text.tokenizer.decode(text.prompt_ids(chat_models.PROMPT)) == chat_models.PROMPT
+    with pytest.raises(UserError, match="no chat template"):
+        chat_renderer(imported)([], {})
 
 
 def test_data_with_and_without_do_not_mix(tmp_path: Path) -> None:

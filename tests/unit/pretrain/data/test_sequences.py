@@ -16,7 +16,7 @@ from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import DataConfig
 from pretrain.data.checks import open_data
-from pretrain.data.fim import FillInTheMiddle, find_tokens
+from pretrain.data.fim import FillInTheMiddle, fill_in_the_middle, find_tokens
 from pretrain.data.sequences import Sequences, train_sequences, validation_sequences
 from tests.data_sets import write_data_set
 
@@ -177,6 +177,19 @@ def test_sequences_are_filled_in_and_always_the_same(with_fim: Path) -> None:
     config = config_for(with_fim, fim_rate=1.0)
     held_out = validation_sequences(config, open_data(config), with_fim.parent / "cache")["data"]
     assert not {190, 191, 192} & set(held_out[0]["tokens"].tolist()[:20])
+
+
+def test_tokens_for_which_the_model_has_no_row_are_refused(with_fim: Path) -> None:
+    """A tokenizer may have added tokens beyond the model's rows; padding rows would be trained instead."""
+    config = config_for(with_fim, fim_rate=1.0)
+    folder = open_data(config)[0]
+    for size, fits in ((193, True), (192, False)):
+        sized = replace(config, model=replace(config.model, vocab_size=size))
+        if fits:
+            assert fill_in_the_middle(sized, folder)
+        else:
+            with pytest.raises(UserError, match="190, 191 and 192, the model's ids end at 191"):
+                fill_in_the_middle(sized, folder)
 
 
 def test_documents_stay_whole(with_fim: Path) -> None:

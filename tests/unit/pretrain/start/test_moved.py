@@ -17,8 +17,8 @@ from pretrain.config.train import AdaptConfig, DataConfig, TrainConfig, load_con
 from pretrain.data.checks import open_data
 from pretrain.data.folders import DataFolder, keep_facts, kept_facts, labels, open_folder
 from pretrain.data.sequences import train_sequences, validation_sequences
-from pretrain.run.checkpoint_files import write_manifest
-from pretrain.run.folder import check_output_dir, find_checkpoint, write_config
+from pretrain.run.checkpoint_files import write_manifest, written_files
+from pretrain.run.folder import check_output_dir, find_checkpoint, started_from, write_config
 from pretrain.start.arguments import parse_train
 from pretrain.start.initial import check_initial, keep_initial
 from pretrain.start.past import same_data
@@ -255,7 +255,7 @@ def write_weights(checkpoint: Path, text: str) -> None:
 def test_the_model_a_run_started_from_may_be_moved(place: Path, base: Path) -> None:
     config = replace(config_for("web"), init_from=Path("base"))
     begin(config)
-    keep_initial(config)
+    keep_initial(config, is_resumed=False)
     (place / "link").symlink_to("base")
     for path in (base, Path("./base"), Path("link")):
         assert "Resuming" in check_output_dir(replace(config, init_from=path))
@@ -273,7 +273,7 @@ def test_a_teacher_that_was_trained_on_is_refused(place: Path, base: Path) -> No
     model = replace(config_for().model, residual="standard")
     config = replace(config_for("web"), model=model, init_from=base, adapt=adapt)
     begin(config)
-    keep_initial(config)
+    keep_initial(config, is_resumed=False)
     check_initial(config, open_data(config))
     newer = base / "checkpoints/step_00000020"
     shutil.copytree(base / "checkpoints/step_00000010", newer)
@@ -283,6 +283,19 @@ def test_a_teacher_that_was_trained_on_is_refused(place: Path, base: Path) -> No
     older = replace(config, init_from=base / "checkpoints/step_00000010")
     check_initial(older, open_data(older))
     assert "Resuming" in check_output_dir(older)
+
+
+def test_what_a_run_started_from_is_noted_at_its_first_step_only(place: Path, base: Path) -> None:
+    """A resumed run of an older version has no note, and the model may have been trained on since."""
+    config = replace(config_for("web"), init_from=base)
+    begin(config)
+    keep_initial(config, is_resumed=True)
+    assert started_from(place / "run") is None
+    for text in ("ten", "other"):  # a start that ended before its first checkpoint is made again
+        write_weights(base / "checkpoints/step_00000010", text)
+        keep_initial(config, is_resumed=False)
+        kept = started_from(place / "run")
+        assert kept and kept["files"] == written_files(base / "checkpoints/step_00000010")
 
 
 def train(place: Path, *argv: str) -> None:

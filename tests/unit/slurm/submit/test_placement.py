@@ -32,6 +32,14 @@ def test_a_submission_wins_over_the_profile(slurm: FakeSlurm, tmp_path: Path, ca
     assert read_job(tmp_path / "tokens-slurm/1").asked["profile"]["exclude"] == "node[1-2]"
 
 
+def test_mail_may_be_said_in_two_places(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    (tmp_path / "p.toml").write_text('mail_type = "FAIL"\n')
+    options = ["--mail-user", "me@example.org"]
+    run(capsys, "submit", "--profile", "p.toml", *options, *TOKENIZE)
+    found = directives(tmp_path / "tokens-slurm/1/job.sh")
+    assert {"--mail-type=FAIL", "--mail-user=me@example.org"} <= set(found)
+
+
 @pytest.mark.parametrize("text", [text for text in HOSTILE if text.isprintable() and text])
 def test_a_comment_is_any_text(slurm: FakeSlurm, capsys, text: str) -> None:
     run(capsys, "submit", "--profile", "p.toml", f"--comment={text}", *TOKENIZE)
@@ -48,6 +56,8 @@ def test_mistakes_are_said(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
         ("--mail-user", "me@example.org"): "mail_user is given without mail_type",
     }.items():
         assert message in run(capsys, *start, *options, *TOKENIZE, status=2)
+    (tmp_path / "p.toml").write_text('mail_user = "me@example.org"')
+    assert "mail_user is given without mail_type" in run(capsys, *start, *TOKENIZE, status=2)
     (tmp_path / "p.toml").write_text('launcher = "local"')
     options = ["--exclude", "node1", "--exclusive"]
     refused = run(capsys, *start, *options, *TRAIN, status=2)

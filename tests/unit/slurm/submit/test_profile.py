@@ -83,7 +83,6 @@ def test_all_of_the_example_is_read(tmp_path: Path) -> None:
             'mail_type = "END,SOMETIMES"',
             "mail_type 'END,SOMETIMES' is not allowed: give NONE, BEGIN",
         ),
-        ('mail_user = "me@example.org"', "mail_user is given without mail_type"),
         ('comment = "two\\nlines"', "comment 'two\\nlines' is not allowed"),
         ('exclude = "/etc/hosts"', "exclude '/etc/hosts' is not allowed"),
     ],
