@@ -47,6 +47,7 @@ def join(place: Workplace, plan: dict[str, Any]) -> str:
     parts = from_json(plan["parts"], [Source(**facts) for facts in plan["sources"]])
     check_tiling(parts)
     results = _results(place, plan, parts)
+    _check_counts(results)
     try:
         chosen = _choose_splits(results, plan)
     except UserError:
@@ -150,6 +151,27 @@ def _join_split(
         "idx_sha256": digest,
         "parts": [{key: facts[key] for key in PART_KEYS if key in facts} for _, facts in stems],
     }
+
+
+MOST_DOCUMENTS = 2**31 - 1
+"""megatron-core numbers the documents of a split in 32 bits. Higher numbers would wrap, in silence."""
+
+
+def _check_counts(results: list[tuple[str, dict[str, Any]]]) -> None:
+    """Refuses a data set whose documents megatron-core could not number. The parts are kept.
+
+    Raises:
+        UserError: it says how to cut the data set.
+    """
+    for split in SPLITS:
+        count = sum(r["splits"][split]["documents"] for _, r in results if split in r["splits"])
+        if count > MOST_DOCUMENTS:
+            raise UserError(
+                f"the {split} split would have {count:,} documents, megatron-core numbers at most "
+                f"{MOST_DOCUMENTS:,} of a data set. Make {-(-count // MOST_DOCUMENTS)} data sets or more: "
+                "run `megatron-ladder data tokenize` once for each, with some of the input files and an "
+                "--output-dir of its own, and give all of them to `megatron-ladder train --data.paths`"
+            )
 
 
 def _sources(

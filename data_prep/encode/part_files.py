@@ -9,7 +9,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep.encode.split import SPLITS, Fractions, sizes_and_splits
+from data_prep.errors import UserError
 from data_prep.files import sync_folder
+
+MOST_TOKENS = 2**31 - 1
+"""Of a document: its length is stored in 32 bits."""
 
 
 @dataclass
@@ -91,7 +95,13 @@ class PartFiles:
         if trained is not None and end_trained is not None:
             mask = np.zeros(len(tokens), np.uint8)
             mask[text], mask[eods] = trained, end_trained[kept]
-        counts = (lengths[kept] + 1 + begins).astype("<i4")
+        counts = lengths[kept] + 1 + begins
+        if len(counts) and counts.max() > MOST_TOKENS:
+            raise UserError(
+                f"a document has {counts.max():,} tokens, a data set holds at most {MOST_TOKENS:,} of each "
+                "(lower --max-document-bytes to leave such documents out)"
+            )
+        counts = counts.astype("<i4")
         sizes, numbers = sizes_and_splits(
             (t for t, keep in zip(texts, kept, strict=True) if keep), self._fractions
         )
