@@ -1,11 +1,10 @@
 """A run's folder: finds its checkpoints, and checks whether a run may start or resume in it."""
 
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_ladder.errors import UserError
 from pretrain.config.places import with_absolute_paths
@@ -16,8 +15,8 @@ from pretrain.config.train import (
     load_config,
     save_config,
 )
-from pretrain.ranks import is_first_rank, why_several
 from pretrain.run.checkpoint_files import damage, refuse_damaged, written_files
+from pretrain.run.lock import lock
 from pretrain.sizes import in_units
 
 INITIAL = "initial.json"  # in a run's folder; docs/reference/formats.md
@@ -64,11 +63,11 @@ def find_checkpoint(run: Path) -> Path:
 
 
 def check_output_dir(config: TrainConfig) -> str:
-    """Checks that this run may write to its folder. Called by every rank.
+    """Checks that this run may write to its folder. Called by one process for all ranks.
 
     Returns:
         What will happen, for the log: a new run, or a resumed one and what has changed. "" when the run in
-        the folder is finished.
+        the folder is finished. Its last checkpoint has the sizes that were written; it is not read.
 
     Raises:
         UserError: no folder is given, it cannot be written to, it holds something else or another run, or
@@ -107,10 +106,9 @@ def check_output_dir(config: TrainConfig) -> str:
             f"parallel.tensor_model_parallel_size {tp[0]}: its ranks' residual states differ between "
             f"two sums, so at {tp[1]} the same weights would be a different model. Keep {tp[0]}"
         )
-    if is_first_rank():  # this rank will hold the lock
-        lock(run_dir).close()  # raises UserError while another process trains here
+    lock(run_dir).close()  # raises UserError while another process trains here
     latest = latest_checkpoint(run_dir)
-    if latest and checkpoint_step(latest) >= config.train_steps and not damage(latest, read=True):
+    if latest and checkpoint_step(latest) >= config.train_steps and not damage(latest, read=False):
         return ""
     where = f"step {checkpoint_step(latest)}" if latest else "the start: it has no checkpoint yet"
     what = ", ".join(f"{n}: {a} -> {b}" for n, (a, b) in changed.items() if n != "output_dir")
@@ -165,28 +163,6 @@ def check_free_space(config: TrainConfig) -> None:
             f"and the one being written take about {in_units(needed, 'B')}: free space, lower keep_last, "
             "or choose another disk"
         )
-
-
-def lock(run_dir: Path) -> IO[bytes]:
-    """Locks a run's folder, so that only this process trains in it.
-
-    Returns:
-        The open lock file. Keep it open: closing it releases the lock. When the process ends, for whatever
-        reason, the system releases the lock.
-
-    Raises:
-        UserError: another process holds the lock.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = (run_dir / "lock").open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"{run_dir}: another process is training in this folder: wait until it ends, or end it"
-            f"{why_several()}"
-        ) from None
-    return file
 
 
 def write_config(config: TrainConfig) -> None:

@@ -12,9 +12,9 @@ from pretrain.run.folder import (
     check_output_dir,
     checkpoints,
     latest_checkpoint,
-    lock,
     write_config,
 )
+from pretrain.run.lock import lock
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pretrain.ranks import (
     launched_rank,
     take_gpu,
 )
-from pretrain.run.folder import lock
+from pretrain.run.lock import lock
 from pretrain.start import launch as starting
 from tests.data_sets import write_data_set
 
