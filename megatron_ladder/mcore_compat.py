@@ -49,10 +49,10 @@ TORCHS = CoreAttention("torch", "")
 def initialize_model_parallel(
     parallel: ParallelConfig, seed: int, *, for_graphs: bool = False
 ) -> None:
-    """Makes megatron-core's process groups and seeds its random states.
+    """Makes megatron-core's process groups, on a GPU NCCL's alone, and seeds its random states.
 
-    torch.distributed must be initialised. Raises UserError when the world size does not fit the layout.
-    Call `destroy_model_parallel` before you set another layout.
+    torch.distributed must be initialised, and no layout set (`destroy_model_parallel`). Raises UserError
+    when the world size does not fit the layout.
 
     Args:
         seed: for weights and dropout. A pipeline stage adds 100 times its number.
@@ -64,9 +64,9 @@ def initialize_model_parallel(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        create_gloo_process_groups=False,
     )
-    # Stages draw different weights and dropout. Tensor-parallel ranks share the default random state; each
-    # also has a random state of its own in megatron-core's tracker.
+    # Stages draw different numbers. Tensor-parallel ranks share the default state, and have one each, too.
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(

@@ -2,12 +2,18 @@
 
 import logging
 import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from megatron_ladder.errors import UserError
 from pretrain.commands.users import for_users
+from pretrain.config.train import TrainConfig
 from pretrain.model.queues import set_queues
-from pretrain.ranks import check_gpus, launched_rank
+from pretrain.ranks import Rank, check_gpus, launched_rank
 from pretrain.start.arguments import parse_train
+from pretrain.start.first_rank import by_first_rank, first_words
+from pretrain.start.open_files import raise_limit
 
 
 @for_users
@@ -17,26 +23,27 @@ def train(argv: list[str]) -> int:
         from pretrain.start.plan_only import plan_only
 
         return plan_only(argv)
-    config, asked = parse_train(argv)
+    raise_limit()
+    rank, store = launched_rank(), None
+    if rank:
+        from pretrain.model.setup import meet
+
+        try:
+            store = meet()
+        except OSError as error:
+            return _failed(error)
+    checked = by_first_rank(store, rank, "checks", partial(_checked, argv, rank))
+    config, ranks, plan = checked.config, checked.ranks, checked.plan
     set_queues(config)  # before any search for a GPU: that may start CUDA
-    if asked is not None and asked < 1:
-        raise UserError(f"--nproc-per-node {asked}: start at least one rank")
-    launched = launched_rank()
-    from pretrain.start.launch import launch, local_ranks
-
-    ranks = launched.world_size if launched else local_ranks(config, asked)
-    if launched is None and asked is not None:
-        check_gpus(asked, "--nproc-per-node")
-    from pretrain.start.preflight import preflight
-
-    config, folders, plan = preflight(config, ranks)
     log = logging.getLogger(__name__)
-    if not plan:
+    if not plan and not (plan := _damage_of_the_last(config, rank, store)):
         log.info(
             "%s: already trained to step %d, nothing to do", config.output_dir, config.train_steps
         )
         return 0
-    if launched is None and ranks > 1:
+    if rank is None and ranks > 1:
+        from pretrain.start.launch import launch
+
         assert config.output_dir is not None
         return launch(argv, ranks, config.output_dir)
     log.info(plan)
@@ -45,12 +52,60 @@ def train(argv: list[str]) -> int:
 
     with StopSignals() as signals:
         try:
-            return run_training(config, folders, signals)
+            return run_training(config, checked.folders, signals, store)
         except ConnectionError:  # the connection to another rank, which has ended
             raise
-        except (
-            OSError
-        ) as error:  # a failure of the disk, not the user's mistake: a new start may work
-            what = f"{error.filename or 'the operating system'}: {error.strerror or error}"
-            print(f"megatron-ladder train: {what}", file=sys.stderr)
-            return 1
+        except OSError as error:
+            return _failed(error)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What one process has read and checked, for all ranks."""
+
+    config: TrainConfig
+    folders: list[Any]
+    plan: str
+    """"": the run is finished."""
+    ranks: int
+
+
+def _checked(argv: list[str], rank: Rank | None) -> _Checked:
+    config, asked = parse_train(argv)
+    set_queues(config)  # before any search for a GPU: that may start CUDA
+    if asked is not None and asked < 1:
+        raise UserError(f"--nproc-per-node {asked}: start at least one rank")
+    from pretrain.start.launch import local_ranks
+    from pretrain.start.preflight import preflight
+
+    ranks = rank.world_size if rank else local_ranks(config, asked)
+    if rank is None and asked is not None:
+        check_gpus(asked, "--nproc-per-node")
+    config, folders, plan = preflight(config, ranks)
+    return _Checked(config, folders, plan, ranks)
+
+
+def _damage_of_the_last(config: TrainConfig, rank: Rank | None, store: Any) -> str:
+    """What the last checkpoint of a finished run lacks, for the log; "" when it is whole.
+
+    All ranks read it, each a part.
+    """
+    from pretrain.run.checkpoint_files import damage
+    from pretrain.run.folder import latest_checkpoint
+
+    assert config.output_dir is not None
+    last = latest_checkpoint(config.output_dir)
+    assert last is not None
+    if rank is None:
+        what = damage(last, read=True)
+    else:
+        mine = damage(last, read=True, part=rank.number, parts=rank.world_size)
+        what = first_words(store, rank, "damage", mine)
+    return what and f"{last} is damaged: {what}"
+
+
+def _failed(error: OSError) -> int:
+    """A failure of the disk or of the network, not the user's mistake: a new start may work."""
+    what = f"{error.filename or 'the operating system'}: {error.strerror or error}"
+    print(f"megatron-ladder train: {what}", file=sys.stderr)
+    return 1

@@ -47,6 +47,9 @@ def train_batches(
         num_workers=config.data.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
+        # Otherwise it would draw from the default generator, and only on ranks that read: ranks of a
+        # tensor-parallel group would no longer draw the same dropout.
+        generator=torch.Generator().manual_seed(config.seed),
         worker_init_fn=obey_parent_alone,
     )
     return iter(loader)
@@ -67,17 +70,35 @@ def validation_batches(
     Returns:
         Micro-batches on the CPU, as in `train_batches`; [] when no sequence is left for this rank.
     """
-    count = min(len(dataset), config.eval_sequences or len(dataset))
-    samples = [dataset[i] for i in range(data_parallel_rank, count, data_parallel_size)]
+    mine = held_out_sequences(
+        len(dataset),
+        config,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+    )
+    samples = [dataset[i] for i in mine]
     if not samples:
         return []
-    multiple = config.micro_batch_size * config.parallel.pipeline_model_parallel_size
     padding = {**samples[0], "loss_mask": torch.zeros_like(samples[0]["loss_mask"])}
-    samples += [padding] * (-len(samples) % multiple)
+    full = held_out_micro_batches(len(samples), config) * config.micro_batch_size
+    samples += [padding] * (full - len(samples))
     return [
         torch.utils.data.default_collate(samples[start : start + config.micro_batch_size])
         for start in range(0, len(samples), config.micro_batch_size)
     ]
+
+
+def held_out_sequences(
+    count: int, config: TrainConfig, *, data_parallel_rank: int, data_parallel_size: int
+) -> range:
+    """The numbers of this rank's sequences of a validation split that has `count`."""
+    return range(data_parallel_rank, min(count, config.eval_sequences or count), data_parallel_size)
+
+
+def held_out_micro_batches(sequences: int, config: TrainConfig) -> int:
+    """The number of micro-batches that hold so many sequences: a multiple of the pipeline's stages."""
+    stages = config.parallel.pipeline_model_parallel_size
+    return stages * -(-sequences // (stages * config.micro_batch_size))
 
 
 class _Sampler:

@@ -1,5 +1,6 @@
 """Opens a run's data sets, and checks that they fit each other, the model and the sequence length."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +11,22 @@ from pretrain.data.blends import check_blends
 from pretrain.data.folders import DataFolder, open_folder
 from pretrain.ranks import is_first_rank
 
+MOST_DATA_SETS = 32_766
+"""megatron-core numbers the data sets of a blend in 16 bits."""
+MOST_DOCUMENTS = 2**31 - 1
+"""It numbers the documents of a split in 32 bits. Higher numbers would wrap, without a message."""
 
-def with_vocab_size(config: TrainConfig) -> TrainConfig:
-    """The configuration with model.vocab_size: where it is not given, that of the first data set."""
+
+def with_vocab_size(config: TrainConfig, folders: Sequence[DataFolder] = ()) -> TrainConfig:
+    """The configuration with model.vocab_size: where it is not given, that of the first data set.
+
+    Args:
+        folders: the data sets, where they are open already.
+    """
     if config.model.vocab_size is not None or not config.data.paths:
         return config
-    vocab_size = open_folder(config.data.paths[0]).tokenizer["vocab_size"]
+    first = folders[0] if folders else open_folder(config.data.paths[0])
+    vocab_size = first.tokenizer["vocab_size"]
     return replace(config, model=replace(config.model, vocab_size=vocab_size))
 
 
@@ -29,7 +40,14 @@ def open_data(config: TrainConfig) -> list[DataFolder]:
     if not config.data.paths:
         raise UserError("no data: give --data.paths FOLDER made by `megatron-ladder data tokenize`")
     check_blends(config)
+    if len(config.data.paths) > MOST_DATA_SETS:
+        raise UserError(
+            f"data.paths has {len(config.data.paths):,} data sets, megatron-core blends at most "
+            f"{MOST_DATA_SETS:,}: make fewer and larger ones"
+        )
     folders = [open_folder(path) for path in config.data.paths]
+    for folder in folders:
+        _check_counts(folder)
     first = folders[0]
     for other in folders[1:]:
         if other.tokenizer["sha256"] != first.tokenizer["sha256"]:
@@ -59,6 +77,18 @@ def open_data(config: TrainConfig) -> list[DataFolder]:
                 "validation fraction or lower data.seq_length"
             )
     return folders
+
+
+def _check_counts(folder: DataFolder) -> None:
+    for name, facts in folder.manifest["splits"].items():
+        if facts["documents"] > MOST_DOCUMENTS:
+            sets = -(-facts["documents"] // MOST_DOCUMENTS)
+            raise UserError(
+                f"{folder.path}: the {name} split has {facts['documents']:,} documents, megatron-core "
+                f"numbers at most {MOST_DOCUMENTS:,}. Make {sets} data sets of it: run `megatron-ladder "
+                "data tokenize` once for each, with some of the input files and a folder of its own, and "
+                "give all of them to --data.paths"
+            )
 
 
 def check_ids(folders: list[DataFolder], vocab_size: int) -> None:

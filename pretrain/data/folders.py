@@ -41,8 +41,12 @@ class DataFolder:
     def name(self) -> str:
         return self.first_name or self.path.name
 
+    def split(self, name: str) -> dict[str, Any]:
+        """What the manifest says of a split; {} when the data set has none of that name."""
+        return self.manifest["splits"].get(name, {})
+
     def tokens(self, split: str) -> int:
-        return self.manifest["splits"].get(split, {}).get("tokens", 0)
+        return self.split(split).get("tokens", 0)
 
     def prefix(self, split: str) -> str:
         return str(self.path / split)
@@ -105,6 +109,12 @@ def _check_index(prefix: Path, facts: dict[str, Any], dtype: str) -> None:
     if header[:9] != b"MMIDIDX\x00\x00" or header[17] != codes.get(dtype):
         raise UserError(f"{prefix}.idx is not the index of {dtype} tokens: tokenize again")
     tokens, width = int(lengths.sum(dtype=np.int64)), np.dtype(dtype).itemsize
+    if sequences != facts["documents"] or tokens != facts["tokens"]:
+        # Ranks that read the data set take both numbers from the manifest (sequences.py).
+        raise UserError(
+            f"{prefix}.idx has {sequences:,} documents and {tokens:,} tokens, the manifest says "
+            f"{facts['documents']:,} and {facts['tokens']:,}: copy or tokenize the data set again"
+        )
     if len(lengths) != sequences or tokens * width != facts["bin_bytes"]:
         raise UserError(
             f"{prefix}.idx describes {tokens:,} tokens but {prefix}.bin holds "

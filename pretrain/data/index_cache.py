@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pretrain.config.train import TrainConfig
 from pretrain.data.folders import DataFolder
-from pretrain.data.sequences import train_sequences, validation_sequences
+from pretrain.data.sequences import MADE, train_sequences, validation_sequences
 from pretrain.files import write_atomically
 from pretrain.ranks import is_first_rank
 
@@ -75,7 +75,7 @@ def _make(config: TrainConfig, folders: list[DataFolder], path: Path) -> None:
     for file in sorted(new.iterdir()):
         file.replace(path / file.name)
     new.rmdir()
-    write_atomically(path / "made.json", json.dumps(_facts(config, folders)) + "\n")
+    write_atomically(path / MADE, json.dumps(_facts(config, folders)) + "\n")
 
 
 def _end_with_parent() -> None:
@@ -87,7 +87,7 @@ def _end_with_parent() -> None:
 
 def _is_made(path: Path, facts: dict[str, Any]) -> bool:
     try:
-        return json.loads((path / "made.json").read_text()) == facts
+        return json.loads((path / MADE).read_text()) == facts
     except (OSError, ValueError):
         return False
 

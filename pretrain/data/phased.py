@@ -33,6 +33,8 @@ class PhasedSequences(Dataset):
         config: TrainConfig,
         cache: Path,
         epoch: Callable[[int, int], Any],
+        *,
+        made: bool = False,
     ) -> None:
         """
         Args:
@@ -41,6 +43,7 @@ class PhasedSequences(Dataset):
             config: the run's configuration.
             cache: the folder of index files; the order is saved there too.
             epoch: called with a data set's number and a seed; returns that data set's sequences, each once.
+            made: the order is saved already.
         """
         used = [i for i, share in enumerate(planned[0].shares) if share]
         blended = isinstance(start, BlendedDataset)
@@ -49,7 +52,7 @@ class PhasedSequences(Dataset):
         facts += [config.global_batch_size, [blend.shares for blend in planned]]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         path, path_to_taken = cache / f"{name}-phases.npy", cache / f"{name}-taken.npy"
-        if not path.is_file():
+        if not made and not path.is_file():
             places, taken = _places(start, used, planned, config)
             np.save(path_to_taken, taken)
             np.save(path, places)

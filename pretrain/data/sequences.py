@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
@@ -28,10 +30,13 @@ from pretrain.data.phased import PhasedSequences
 
 Blend = tuple[list[str], list[float] | None]
 
+MADE = "made.json"
+"""In the folder of index files; written last: all files are there, and from what they were made."""
+
 
 @dataclass
 class SequencesConfig(GPTDatasetConfig):
-    """megatron-core's configuration, and three fields of this project."""
+    """megatron-core's configuration, and fields of this project."""
 
     documents_apart: bool = False
     fim: FillInTheMiddle | None = None
@@ -39,6 +44,8 @@ class SequencesConfig(GPTDatasetConfig):
     """What documents begin with; None: with their text."""
     names: dict[str, str] = field(default_factory=dict)
     """The data sets' names, by the path that megatron-core has of them."""
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the manifests say of the split, and `dtype`, by the same path."""
 
 
 class Sequences(GPTDataset):
@@ -50,6 +57,26 @@ class Sequences(GPTDataset):
     """
 
     config: SequencesConfig
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
+        """megatron-core's reader of a split. Once the index files are made, it opens two files, and reads
+        nothing: what it needs to know of them is in the manifest."""
+        assert isinstance(config, SequencesConfig)
+        if not config.fast_cache_load:
+            return GPTDataset.build_low_level_dataset(dataset_path, config)
+        facts = config.splits[dataset_path]
+        return IndexedDataset(
+            dataset_path,
+            fast_cache_load=True,
+            sequences_per_dataset=(facts["documents"], facts["documents"] + 1),
+            dtype_code=DType.code_from_dtype(np.dtype(facts["dtype"]).type),
+        )
+
+    def _get_num_tokens_per_epoch(self) -> int:
+        """megatron-core would read the lengths of all documents, at each call of `len`."""
+        assert self.dataset_path is not None
+        return self.config.splits[self.dataset_path]["tokens"]
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         assert idx is not None
@@ -84,6 +111,9 @@ class Sequences(GPTDataset):
 
         Each is (document, its first token in the document, number of tokens).
         """
+        if self.shuffle_index is None:  # defer_npy_index_mmap: mapped where and when they are used
+            for name in ("document_index", "sample_index", "shuffle_index"):
+                setattr(self, name, _mapped(getattr(self, f"path_to_{name}")))
         place = self.shuffle_index[idx]
         (first, begin), (last, end) = self.sample_index[place], self.sample_index[place + 1]
         pieces = []
@@ -129,6 +159,15 @@ class Sequences(GPTDataset):
         return changed
 
 
+def _mapped(path: str) -> np.ndarray:
+    """An index file. Where it has been deleted, the next start makes the files again."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        (Path(path).parent / MADE).unlink(missing_ok=True)
+        raise
+
+
 class _ManifestTokenizer:
     """What megatron-core's GPTDataset needs of a tokenizer. It encodes nothing: the data is tokens."""
 
@@ -140,11 +179,26 @@ class _ManifestTokenizer:
         self.unique_identifiers = OrderedDict(sha256=facts["sha256"])
 
 
-def train_sequences(config: TrainConfig, folders: list[DataFolder], cache: Path) -> Dataset:
+class _Builder(BlendedMegatronDatasetBuilder):
+    """Opens data sets whose index files are made. megatron-core's class has all ranks wait for each other
+    for each data set; here only some ranks open any."""
+
+    @staticmethod
+    def build_generic_dataset(
+        cls: Any, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any
+    ) -> Any:
+        return cls(*args)
+
+
+def train_sequences(
+    config: TrainConfig, folders: list[DataFolder], cache: Path, *, made: bool = False
+) -> Dataset:
     """The sequences of the whole run, blended, in the order of training.
 
     Args:
-        cache: the folder of index files; the first rank makes those that are missing.
+        cache: the folder of index files.
+        made: the index files are there: nothing is looked up or made, and any rank may call it alone.
+            Otherwise the files that are missing are made; all ranks of torch's process group call it.
     """
     planned = blends(config, folders)
     weighed = [
@@ -152,15 +206,19 @@ def train_sequences(config: TrainConfig, folders: list[DataFolder], cache: Path)
     ]
     blend = ([prefix for prefix, _ in weighed], [weight for _, weight in weighed])
     samples = config.train_steps * config.global_batch_size
-    start = _build(config, folders, "train", blend, samples, cache)
+    start = _build(config, folders, "train", blend, samples, cache, made)
+    if made and isinstance(start, BlendedDataset):
+        for name in ("dataset_index", "dataset_sample_index"):
+            setattr(start, name, _mapped(getattr(start, f"path_to_{name}")))
     if not config.data.phases:
         return start
 
     def epoch(number: int, seed: int) -> Dataset:
         once = ([folders[number].prefix("train")], None)
-        return _build(replace(config, seed=seed), [folders[number]], "train", once, None, cache)
+        seeded = replace(config, seed=seed)
+        return _build(seeded, [folders[number]], "train", once, None, cache, made)
 
-    return PhasedSequences(start, planned, config, cache, epoch)
+    return PhasedSequences(start, planned, config, cache, epoch, made=made)
 
 
 def validation_sequences(
@@ -171,12 +229,18 @@ def validation_sequences(
     Data sets without a validation split are left out.
     """
     return {
-        label: _build(
-            config, [folder], "validation", ([folder.prefix("validation")], None), None, cache
-        )
+        label: validation_split(config, folder, cache, made=False)
         for label, folder in zip(labels(folders), folders, strict=True)
         if folder.tokens("validation")
     }
+
+
+def validation_split(
+    config: TrainConfig, folder: DataFolder, cache: Path, *, made: bool
+) -> Dataset:
+    """A data set's validation split, every sequence once. `made`: as in `train_sequences`."""
+    once = ([folder.prefix("validation")], None)
+    return _build(config, [folder], "validation", once, None, cache, made)
 
 
 def _build(
@@ -186,6 +250,7 @@ def _build(
     blend: Blend,
     samples: int | None,
     cache: Path,
+    made: bool,
 ) -> Dataset:
     index = SPLITS.index(split)
     dataset_config = SequencesConfig(
@@ -198,14 +263,19 @@ def _build(
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        fast_cache_load=made,
+        defer_npy_index_mmap=made,
         documents_apart=not config.data.attend_across_documents,
         fim=fill_in_the_middle(config, folders[0]),
         bos_id=folders[0].tokenizer.get("bos_id"),
         names={folder.prefix(split): folder.name for folder in folders},
+        splits={
+            folder.prefix(split): {**folder.split(split), "dtype": folder.manifest["dtype"]}
+            for folder in folders
+        },
     )
     sizes = [samples if i == index else None for i in range(3)]
     # Otherwise the builder logs its whole configuration for every split.
     logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
-    return BlendedMegatronDatasetBuilder(Sequences, sizes, lambda: True, dataset_config).build()[
-        index
-    ]
+    builder = _Builder if made else BlendedMegatronDatasetBuilder
+    return builder(Sequences, sizes, lambda: True, dataset_config).build()[index]

@@ -42,7 +42,9 @@ class SlowRank:
 class RankSpeed:
     """Compares the ranks every `faults.straggler_interval` steps."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, reads: bool = True) -> None:
+        """`reads`: whether this rank reads data; of the others only computing is compared."""
+        self._reads = reads
         self._interval = config.faults.straggler_interval
         self._read_s = 0.0
         self._since = time.perf_counter()
@@ -67,26 +69,28 @@ class RankSpeed:
         now = time.perf_counter()
         step_s, read_s = ((t / self._interval) for t in (now - self._since, self._read_s))
         ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (socket.gethostname(), _compute_s(), read_s, step_s))
+        mine = (socket.gethostname(), _compute_s(), read_s if self._reads else None, step_s)
+        dist.all_gather_object(ranks, mine)
         self._read_s, self._since = 0.0, time.perf_counter()
         return compare(ranks)
 
 
-def compare(ranks: list[tuple[str, float, float, float]]) -> list[SlowRank]:
+def compare(ranks: list[tuple[str, float, float | None, float]]) -> list[SlowRank]:
     """The slow ranks: at most one for computing and one for reading data.
 
     Args:
         ranks: for each rank its host, and the seconds of the fixed computation, of reading a step's data
-            and of a whole step.
+            and of a whole step. None for reading: the rank reads none.
     """
     hosts, computing, reading, steps = zip(*ranks, strict=True)
     slow = []
-    measured: tuple[tuple[Ability, tuple[float, ...]], ...]
+    measured: tuple[tuple[Ability, tuple[float | None, ...]], ...]
     measured = (("computing", computing), ("reading data", reading))
-    for what, seconds in measured:
-        slowest = max(range(len(ranks)), key=seconds.__getitem__)
+    for what, all_seconds in measured:
+        seconds = {rank: s for rank, s in enumerate(all_seconds) if s is not None}
+        slowest = max(seconds, key=seconds.__getitem__)
         # Of two ranks in the middle the faster one: of two ranks, the one that is not the slowest.
-        median = statistics.median_low(seconds)
+        median = statistics.median_low(seconds.values())
         # Reading is compared with the step: a rank that reads slowly, but in a time that is short beside
         # the step, makes nobody wait.
         scale = median if what == "computing" else steps[slowest]

@@ -103,8 +103,9 @@ def _forward(
     """
     batch = to_device(next(batches))
     mask = attention_mask(batch["documents"], model.config) if "documents" in batch else None
-    labels = None if wants_logits else batch["labels"]
-    output = model(batch["tokens"], batch["position_ids"], mask, labels=labels)
+    # A stage between the first and the last one has no tokens (data/reading.py): it gets hidden states.
+    labels = None if wants_logits else batch.get("labels")
+    output = model(batch.get("tokens"), batch.get("position_ids"), mask, labels=labels)
     return output, partial(reduce, batch)
 
 
@@ -186,8 +187,8 @@ def train_step(
     # Each token has the same weight, whichever micro-batch or rank it is in. So the sum is divided by the
     # number of all tokens, and multiplied by what the schedule (micro-batches) and DDP (ranks) divide by.
     # The scale is a tensor of the batch, since a number that changes from step to step cannot be part of
-    # a CUDA graph. `full` fills it on the device: a copy from the host would wait for the GPU.
-    scale = torch.full((), count * data_parallel_size / tokens, device=torch.cuda.current_device())
+    # a CUDA graph.
+    scale = (count * data_parallel_size / tokens).float()
     micro_batches = [{**batch, "scale": scale} for batch in micro_batches]
     if add_teacher_logits:
         add_teacher_logits(micro_batches)
@@ -211,7 +212,8 @@ def train_step(
     # This is the only place where the host waits for the GPU. It waits at each number that it reads from
     # the GPU, and until it launches more work the GPU is idle. So such reads are all made here.
     grad_norm = gradient_norm(optimizer)
-    loss = total[0].item() / tokens
+    loss_sum, counted = total.tolist()
+    loss = loss_sum / max(counted, 1.0)
     sums = [output["sum"] for output in outputs]
     if is_good is None or is_good(loss, grad_norm, sums, model):
         update(optimizer, grad_norm)
@@ -225,18 +227,18 @@ def pass_over(scheduler: Any, batches: Iterator[Batch], config: TrainConfig) -> 
     scheduler.step(increment=1)
 
 
-def _trained_tokens(micro_batches: list[Batch]) -> float:
-    """The number of labels of the global batch that are trained on; 1 when there are none.
+def _trained_tokens(micro_batches: list[Batch]) -> Tensor:
+    """The number of labels of the global batch that are trained on; 1 when there are none: fp64, a scalar.
 
-    The hosts count and sum them, since the batches are in the hosts' memory and the GPUs may still be busy
-    with the update before.
+    It is 1 on stages that have no labels, which compute no loss. Nothing waits for the device: labels on
+    the host are counted there, and the sum over the ranks is queued behind the update before.
     """
-    count = torch.zeros((), dtype=torch.float64)
+    count = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
     for batch in micro_batches:
-        count += batch["loss_mask"].sum()
-    if parallel_state.get_data_parallel_world_size() > 1:
-        torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group_gloo())
-    return max(count.item(), 1.0)
+        if "loss_mask" in batch:
+            count += batch["loss_mask"].sum()
+    torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    return count.clamp(min=1.0)
 
 
 @torch.no_grad()

@@ -7,8 +7,7 @@ from pretrain.config.train import TrainConfig
 from pretrain.data.batches import Batch
 from pretrain.loop.step import forward_logits
 from pretrain.run.checkpoint import load_initial_weights
-from pretrain.run.folder import find_checkpoint
-from pretrain.start.initial import original_model
+from pretrain.start.initial import initial_checkpoint, original_model
 
 
 class Teacher:
@@ -36,7 +35,7 @@ class Teacher:
         for chunk in self._chunks:
             chunk.eval().requires_grad_(False)
         named = {str(number): chunk for number, chunk in enumerate(self._chunks)}
-        load_initial_weights(find_checkpoint(config.init_from), named)
+        load_initial_weights(initial_checkpoint(config.init_from), named)
         self._config = config
 
     @torch.no_grad()

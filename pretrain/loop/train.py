@@ -5,15 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.specs import resolve_impl
 from pretrain.config.train import TrainConfig
-from pretrain.data.batches import train_batches, validation_batches
 from pretrain.data.folders import DataFolder
 from pretrain.data.index_cache import IndexCache
-from pretrain.data.sequences import train_sequences, validation_sequences
+from pretrain.data.reading import RankBatches
 from pretrain.loop.bad_steps import BadSteps
 from pretrain.loop.log import RunLog
 from pretrain.loop.profile import StepProfile
@@ -37,16 +35,23 @@ from pretrain.run.checkpoint import (
     model_chunks,
     newest_valid,
 )
-from pretrain.run.folder import checkpoint_at, find_checkpoint, lock, write_config
+from pretrain.run.folder import checkpoint_at, write_config
+from pretrain.run.lock import lock
 from pretrain.run.status import Status
+from pretrain.start.initial import initial_checkpoint
 from pretrain.start.launch import STOPPED
 
 
-def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) -> int:
+def train(
+    config: TrainConfig, folders: list[DataFolder], signals: StopSignals, store: Any = None
+) -> int:
     """Trains to the end of the schedule, from the newest checkpoint of the run if there is one.
 
     Called by every rank, under torchrun if there are several. preflight.py has checked `config` and
     `folders`.
+
+    Args:
+        store: where the ranks have met; None: they have not, or there is one rank.
 
     Returns:
         The exit status: 0; STOPPED after a signal; or 2 when a GPU's memory is full.
@@ -63,7 +68,7 @@ def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) 
     attention: list[Attention] = []
     try:
         with Status(config) as status, Watchdog(config) as watchdog:
-            exit_status = _train(config, folders, signals, status, watchdog, attention)
+            exit_status = _train(config, folders, signals, status, watchdog, attention, store)
     except torch.OutOfMemoryError as error:
         # The rank whose memory is full says so. A new start would not help, so the exit status is 2, as
         # for a user's mistake.
@@ -83,11 +88,12 @@ def _train(
     status: Status,
     watchdog: Watchdog,
     attention: list[Attention],
+    store: Any = None,
 ) -> int:
     run_dir = config.output_dir
     assert run_dir is not None
     cache = IndexCache(config, folders)  # made in the background while the model is built
-    device = start_ranks(config)
+    device = start_ranks(config, store)
     if is_planned(config) and resolve_impl(config.transformer_impl) == "transformer_engine":
         attention.append(kept_as(layers_config(config).core_attention))
         check_memory(config, torch.distributed.get_world_size(), smallest_card(), *attention)
@@ -98,22 +104,11 @@ def _train(
     if checkpoint := newest_valid(run_dir):
         progress = load_checkpoint(checkpoint, model, optimizer, scheduler)
     elif config.init_from:
-        load_initial_weights(find_checkpoint(config.init_from), model_chunks(model))
+        load_initial_weights(initial_checkpoint(config.init_from), model_chunks(model))
         optimizer.reload_model_params()
-    data_parallel = {
-        "data_parallel_rank": parallel_state.get_data_parallel_rank(),
-        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
-    }
-    validations = validation_sequences(config, folders, cache.ready())
-    speed = RankSpeed(config)
-    batches = speed.timed(
-        train_batches(
-            train_sequences(config, folders, cache.path),
-            config,
-            consumed_samples=progress.consumed_samples,
-            **data_parallel,
-        )
-    )
+    data = RankBatches(config, folders, cache.ready())
+    speed = RankSpeed(config, reads=data.reads)
+    batches = data.received(speed.timed(data.training(progress.consumed_samples)))
     log = RunLog(config, progress.step, device, status, watchdog)
     saver = CheckpointSaver(config, log)
     profile = StepProfile(config)
@@ -125,8 +120,7 @@ def _train(
     def evaluate(step: int) -> None:
         log.doing("validating")
         use_ladder_layers(model, config, None)  # all ladder layers are on, as in an export
-        for name, dataset in validations.items():
-            held_out = validation_batches(dataset, config, **data_parallel)
+        for name, held_out in data.validation():
             with gathered_parameters(model):
                 log.validation(step, name, validate(model, held_out, config))
 

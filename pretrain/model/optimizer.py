@@ -109,7 +109,10 @@ def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -
         exp_avg_sq_dtype=moments,
     )
     optimizer = get_megatron_optimizer(
-        optimizer_config, model, config_overrides=get_standard_config_overrides(optimizer_config)
+        optimizer_config,
+        model,
+        config_overrides=get_standard_config_overrides(optimizer_config),
+        use_gloo_process_groups=False,
     )
     use_fused_kernel(optimizer)
     return optimizer

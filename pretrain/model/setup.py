@@ -21,9 +21,32 @@ from pretrain.model.optimizer import build_optimizer, build_scheduler, wrap_data
 from pretrain.model.queues import set_queues
 from pretrain.ranks import launched_rank, take_gpu
 
+# The longest time between the start of the first rank and that of the last one.
+_MEETING = timedelta(hours=1)
 
-def start_ranks(config: TrainConfig) -> str:
+
+def meet() -> Any:
+    """Waits until all ranks that torchrun or srun has started are there. Called by every rank, once.
+
+    Returns:
+        The store that they share, for `start_ranks`.
+
+    Raises:
+        OSError: they did not meet.
+    """
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=_MEETING))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:  # also a port that is in use
+        place = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
+        raise OSError(None, f"the ranks did not meet: {error}", place) from error
+    return store
+
+
+def start_ranks(config: TrainConfig, store: Any = None) -> str:
     """Joins the ranks that torchrun started, or makes a world of one rank, and megatron-core's groups.
+
+    Args:
+        store: of `meet`, where it has been called.
 
     Returns:
         The device's name: "cpu", or the GPU's.
@@ -38,16 +61,18 @@ def start_ranks(config: TrainConfig) -> str:
         backend, device = "nccl", torch.cuda.get_device_name()
     # The number of collectives that torch's flight recorder keeps. The watchdog writes them to a file.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    if launched_rank():
+    if rank := launched_rank():
         # The longest time that a rank waits for the others, also when they have failed.
         timeout = timedelta(seconds=config.faults.allowance_s)
-        try:
-            dist.init_process_group(backend, timeout=timeout)
-        except (dist.DistNetworkError, dist.DistStoreError) as error:  # also a port that is in use
-            place = (
-                f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
-            )
-            raise OSError(None, f"the ranks did not meet: {error}", place) from error
+        store = store or meet()
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("ranks", store),
+            rank=rank.number,
+            world_size=rank.world_size,
+            timeout=timeout,
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if config.deterministic:

@@ -5,6 +5,7 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
@@ -53,6 +54,26 @@ def original_model(init_from: Path) -> ModelConfig:
         residual=original.get("residual", "standard"),
         ladder_layers=tuple(layers) if isinstance(layers, list) else layers,
     )
+
+
+def initial_checkpoint(init_from: Path) -> Path:
+    """`find_checkpoint` by rank 0 for all: it looks at each file of the checkpoint. Called by all ranks.
+
+    Raises:
+        UserError: on every rank: there is no checkpoint, or it is damaged.
+    """
+    from torch.distributed import broadcast_object_list, get_rank
+
+    found: list[Any] = [None]
+    if get_rank() == 0:
+        try:
+            found = [find_checkpoint(init_from)]
+        except UserError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
 
 
 def starting_from(config: TrainConfig, init_from: Path, *, unmodified: bool) -> TrainConfig:

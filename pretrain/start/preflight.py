@@ -19,6 +19,7 @@ from pretrain.model.compiled import check_compile
 from pretrain.model.graphs import check_cuda_graph
 from pretrain.run.folder import check_free_space, check_output_dir
 from pretrain.start.initial import check_initial
+from pretrain.start.open_files import check_open_files
 from pretrain.start.past import check_past, is_same, same_data
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             "wrong: it is for measurements of speed only (benchmarks/overlap.py). Give another kind"
         )
     folders = open_data(config)
-    given, config = config.model.vocab_size, with_vocab_size(config)
+    check_open_files(folders, world_size)
+    given, config = config.model.vocab_size, with_vocab_size(config, folders)
     if given is not None and given > folders[0].tokenizer["vocab_size"]:
         logger.warning(
             "model.vocab_size is %d, but the data's tokenizer has only %d ids: the model is never "

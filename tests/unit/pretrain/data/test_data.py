@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 import shutil
@@ -7,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import DataConfig, save_config
+from pretrain.data import checks
 from pretrain.data.batches import train_batches, validation_batches
 from pretrain.data.checks import open_data
 from pretrain.data.folders import keep_facts, kept_facts, open_folder, unigram_loss
@@ -190,3 +194,29 @@ def test_a_data_set_made_again_is_not_resumed_with(data: Path, tmp_path: Path) -
     shutil.rmtree(data)
     write_data_set(data)
     same_data(tmp_path / "run", open_data(config_for(data, joined)))
+
+
+def test_counts_that_megatron_core_cannot_number_are_refused(data: Path, monkeypatch) -> None:
+    config = config_for(data)
+    monkeypatch.setattr(checks, "MOST_DOCUMENTS", 59)
+    with pytest.raises(
+        UserError, match=r"train split has 60 .* at most 59. Make 2 data sets of it"
+    ):
+        open_data(config)
+    monkeypatch.setattr(checks, "MOST_DOCUMENTS", 60)
+    open_data(config)
+    monkeypatch.setattr(checks, "MOST_DATA_SETS", 0)
+    with pytest.raises(
+        UserError, match=r"data\.paths has 1 data sets, megatron-core blends at most"
+    ):
+        open_data(config)
+
+
+def test_the_bounds_are_megatron_cores() -> None:
+    assert np.iinfo(np.int32).max == checks.MOST_DOCUMENTS
+    source = inspect.getsource(BlendedMegatronDatasetBuilder)
+    assert "numpy.arange(start=beg, stop=end, step=1, dtype=numpy.int32)" in source
+    # What that does with too many documents, in 16 bits: 32768 becomes a number below 0.
+    assert np.arange(0, 40_000, 1, dtype=np.int16)[2**15] == -(2**15)
+    source = inspect.getsource(BlendedDataset.__init__)
+    assert f"len(datasets) < {checks.MOST_DATA_SETS + 1}" in source

@@ -1,0 +1,116 @@
+"""Which ranks read the data sets, and how the other ranks get their batches.
+
+Of a tensor-parallel group, whose ranks all need the same batch, the first one reads and broadcasts. A
+pipeline stage between the first and the last one needs no tokens, unless documents are apart: each stage
+builds their mask. Ranks that do not read open no file of any data set.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from pretrain.config.train import TrainConfig
+from pretrain.data.batches import (
+    Batch,
+    held_out_micro_batches,
+    held_out_sequences,
+    train_batches,
+    validation_batches,
+)
+from pretrain.data.folders import DataFolder, labels
+from pretrain.data.sequences import train_sequences, validation_split
+
+
+class RankBatches:
+    """This rank's batches of training and validation, read or received. megatron-core's groups must exist.
+
+    Every rank calls every method, and takes as many batches as the others.
+    """
+
+    def __init__(self, config: TrainConfig, folders: list[DataFolder], cache: Path) -> None:
+        """
+        Args:
+            cache: the folder of index files, all of which are made.
+        """
+        self._config = config
+        self._folders = folders
+        self._cache = cache
+        self._data_parallel: dict[str, int] = {
+            "data_parallel_rank": parallel_state.get_data_parallel_rank(),
+            "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+        }
+        self._needs = (
+            parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+            or parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            or not config.data.attend_across_documents
+        )
+        self.reads = self._needs and parallel_state.get_tensor_model_parallel_rank() == 0
+        """Whether this rank opens the data sets."""
+
+    def training(self, consumed_samples: int) -> Iterator[Batch]:
+        """What this rank reads, from a position in the run to its end: one item a micro-batch.
+
+        Returns:
+            As `train_batches`; empty items on a rank that does not read. `received` makes batches of them.
+        """
+        config = self._config
+        if self.reads:
+            sequences = train_sequences(config, self._folders, self._cache, made=True)
+            return train_batches(
+                sequences, config, consumed_samples=consumed_samples, **self._data_parallel
+            )
+        together = config.micro_batch_size * self._data_parallel["data_parallel_size"]
+        end = config.train_steps * config.global_batch_size
+        return iter([{}] * len(range(consumed_samples, end, together)))
+
+    def received(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro-batches of `training`, on every rank that needs them; {} on the others."""
+        return map(self._received, batches)
+
+    def validation(self) -> Iterator[tuple[str, list[Batch]]]:
+        """Each data set's label and this rank's share of its validation split, as in `validation_batches`.
+
+        A data set is open only while it is read. Those without a validation split are left out.
+        """
+        for label, folder in zip(labels(self._folders), self._folders, strict=True):
+            if tokens := folder.tokens("validation"):
+                # As many as megatron-core cuts of a split: each takes one token more, its last label.
+                count = (tokens - 1) // self._config.data.seq_length
+                yield label, list(map(self._received, self._held_out(folder, count)))
+
+    def _held_out(self, folder: DataFolder, count: int) -> list[Batch]:
+        mine = held_out_sequences(count, self._config, **self._data_parallel)
+        if not mine:
+            return []
+        if not self.reads:
+            return [{}] * held_out_micro_batches(len(mine), self._config)
+        split = validation_split(self._config, folder, self._cache, made=True)
+        return validation_batches(split, self._config, **self._data_parallel)
+
+    def _received(self, batch: Batch) -> Batch:
+        """Passes a batch on within the tensor-parallel group, on the device: nothing waits for the host."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        if not self._needs or group.size() == 1:
+            return batch
+        device: Any = torch.cuda.current_device()
+        names = ["tokens", "labels", "loss_mask"]
+        if not self._config.data.attend_across_documents:
+            names.append("documents")
+        length = self._config.data.seq_length
+        shape = (len(names), self._config.micro_batch_size, length)
+        packed = torch.empty(shape, dtype=torch.int32, device=device)
+        if self.reads:
+            for row, name in zip(packed, names, strict=True):
+                # To the device first: a copy that converts waits for the GPU.
+                row.copy_(batch[name].to(device, non_blocking=True))
+        dist.broadcast(packed, parallel_state.get_tensor_model_parallel_src_rank(), group)
+        received = dict(zip(names, packed, strict=True))
+        received["tokens"], received["labels"] = packed[0].long(), packed[1].long()
+        received["loss_mask"] = packed[2].float()
+        positions = torch.arange(length, device=device)
+        received["position_ids"] = positions.repeat(self._config.micro_batch_size, 1)
+        return received

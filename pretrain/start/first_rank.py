@@ -1,0 +1,80 @@
+"""What one rank finds out for all, before torch has process groups: by the store through which ranks meet.
+
+A file system that a thousand nodes share answers one rank quickly, and four thousand that ask the same at
+the same time slowly.
+"""
+
+import pickle
+import zlib
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from megatron_ladder.errors import UserError
+from pretrain.ranks import Rank
+
+Found = TypeVar("Found")
+
+# Reading and comparing a checkpoint of terabytes may take long; a dead first rank is noticed at once.
+_PATIENCE_S = 3600
+_LOOK_S = 10
+
+
+def by_first_rank(store: Any, rank: Rank | None, name: str, find_out: Callable[[], Found]) -> Found:
+    """Calls a function on rank 0 only. Called by every rank, with the same name.
+
+    Args:
+        store: where the ranks have met (`meet` in model/setup.py).
+        rank: this process's; None: it is the only one.
+        name: of what is found out; used once.
+
+    Returns:
+        What the function returned, on every rank.
+
+    Raises:
+        Exception: what the function raised, on every rank: a mistake, a failure of the disk, an exit. Where
+            rank 0 raised anything else, it has said so, and the other ranks end with status 1.
+    """
+    if rank is None:
+        return find_out()
+    if rank.number > 0:
+        answer, error = pickle.loads(zlib.decompress(_wait(store, name)))  # noqa: S301 (rank 0's own)
+        if error is not None:
+            raise error
+        return answer
+    try:
+        answer = find_out()
+    except BaseException as raised:
+        known = isinstance(raised, UserError | OSError | SystemExit)
+        _tell(store, name, (None, raised if known else SystemExit(1)))
+        raise
+    _tell(store, name, (answer, None))
+    return answer
+
+
+def first_words(store: Any, rank: Rank, name: str, mine: str) -> str:
+    """The first text that is not "" of those that the ranks give, on every rank. Called by every rank."""
+    store.set(f"{name}/{rank.number}", mine)
+
+    def all_words() -> str:
+        said = (_wait(store, f"{name}/{number}").decode() for number in range(rank.world_size))
+        return next(filter(None, list(said)), "")
+
+    return by_first_rank(store, rank, name, all_words)
+
+
+def _tell(store: Any, name: str, content: tuple[Any, BaseException | None]) -> None:
+    # A thousand manifests are a megabyte, and each of four thousand ranks gets them from one machine.
+    store.set(name, zlib.compress(pickle.dumps(content)))
+
+
+def _wait(store: Any, name: str) -> bytes:
+    from torch.distributed import DistStoreError
+
+    for _ in range(_PATIENCE_S // _LOOK_S):
+        try:
+            store.wait([name], timedelta(seconds=_LOOK_S))  # short: Ctrl-C is noticed in between
+        except DistStoreError:
+            continue
+        return store.get(name)
+    raise OSError(None, f"the first rank has not answered within {_PATIENCE_S} s", "the ranks")

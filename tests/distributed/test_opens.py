@@ -1,0 +1,59 @@
+"""What each rank asks the file system for at a start: bounds that hold for any number of data sets.
+
+A thousand nodes share the file system, so what every rank does is done thousands of times.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opens import back_to_the_first_step, make_data_set, started
+
+SETS = 5
+A_RUN = 12
+"""Opens, or stats, that any rank may do in the run's folder: it reads its part of the checkpoint."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data sets, and a run that has trained a step: its index files are made."""
+    place = tmp_path_factory.mktemp("opens")
+    for number in range(SETS):
+        make_data_set(place / "sets" / f"set{number}", number)
+    started(place, SETS, 1, 120)
+    back_to_the_first_step(place / "run")
+    return place
+
+
+def test_a_start_of_two_tensor_parallel_ranks(place: Path) -> None:
+    first, second = started(place, SETS, 2, 120)
+    ours: dict[str, Any] = first["to_first_step"]["data"]
+    # The first rank checks (manifest, .idx; is there, and how large?), keeps manifest and tokenizer,
+    # reads the validation split's tokens once, and opens tokens and .idx.
+    assert ours["opens"] <= 8 * SETS
+    assert ours["stats"] <= 12 * SETS
+    assert first["descriptors"] <= 6 * SETS
+    # The other gets its batches from the first.
+    for until in ("to_first_step", "to_end"):
+        assert set(second[until]["data"].values()) == {0}
+    assert second["descriptors"] <= 0
+    assert second["to_first_step"]["run"]["opens"] <= A_RUN
+    assert second["to_first_step"]["run"]["stats"] <= A_RUN
+
+
+def test_a_rank_that_reads_opens_two_files_of_a_data_set(place: Path) -> None:
+    back_to_the_first_step(place / "run")
+    ranks = started(place, SETS, 8, 240)
+    reading = [
+        2,
+        4,
+        6,
+    ]  # of two tensor-parallel ranks the first; two stages, both of which need tokens
+    for number, rank in list(enumerate(ranks))[1:]:
+        found = rank["to_first_step"]
+        assert found["data"]["opens"] == (2 * SETS if number in reading else 0)
+        assert found["data"]["stats"] == 0
+        assert found["run"]["opens"] <= A_RUN
+        assert found["run"]["stats"] <= A_RUN
+        assert rank["descriptors"] <= 3 * SETS

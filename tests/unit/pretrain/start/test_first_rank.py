@@ -1,0 +1,81 @@
+"""One rank finds out for all: results, mistakes and crashes arrive at every rank, and are made once."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_ladder.errors import UserError
+from pretrain.ranks import Rank
+from pretrain.start import first_rank
+from pretrain.start.first_rank import by_first_rank, first_words
+
+RANKS = 4
+
+
+def on_ranks(function: Callable[[Any, Rank], Any]) -> list[Any]:
+    """What each rank's call returned or raised. Threads, which share a store."""
+    store, results = dist.HashStore(), [None] * RANKS
+
+    def run(number: int) -> None:
+        try:
+            results[number] = function(store, Rank(number, RANKS, number))
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in reversed(range(RANKS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_a_result_is_found_out_once() -> None:
+    calls = []
+
+    def find_out() -> dict[str, int]:
+        calls.append(threading.current_thread())
+        return {"number": 3}
+
+    assert on_ranks(lambda s, r: by_first_rank(s, r, "x", find_out)) == [{"number": 3}] * RANKS
+    assert len(calls) == 1
+    assert by_first_rank(None, None, "x", find_out) == {"number": 3}  # the only rank
+
+
+@pytest.mark.parametrize(
+    ("raised", "elsewhere"),
+    [
+        (UserError("a mistake"), UserError("a mistake")),
+        (
+            FileNotFoundError(2, "No such file", "DATA"),
+            FileNotFoundError(2, "No such file", "DATA"),
+        ),
+        (SystemExit(2), SystemExit(2)),  # what tyro does with an unknown option
+        (KeyError("ours"), SystemExit(1)),
+        (KeyboardInterrupt(), SystemExit(1)),
+    ],
+)
+def test_what_it_raises_is_raised_by_all(raised: BaseException, elsewhere: BaseException) -> None:
+    def find_out() -> None:
+        raise raised
+
+    first, *others = on_ranks(lambda s, r: by_first_rank(s, r, "x", find_out))
+    assert first is raised
+    for other in others:
+        assert (type(other), other.args) == (type(elsewhere), elsewhere.args)
+        assert getattr(other, "filename", None) == getattr(elsewhere, "filename", None)
+
+
+def test_a_first_rank_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_rank, "_PATIENCE_S", 2)
+    monkeypatch.setattr(first_rank, "_LOOK_S", 1)
+    with pytest.raises(OSError, match="the first rank has not answered within 2 s"):
+        by_first_rank(dist.HashStore(), Rank(1, 2, 1), "x", lambda: None)
+
+
+@pytest.mark.parametrize(("said", "found"), [(["", "", "", ""], ""), (["", "b", "", "d"], "b")])
+def test_the_first_word_of_all_ranks(said: list[str], found: str) -> None:
+    assert on_ranks(lambda s, r: first_words(s, r, "x", said[r.number])) == [found] * RANKS
