@@ -4,6 +4,7 @@ A file system that a thousand nodes share answers one rank quickly, and four tho
 the same time slowly.
 """
 
+import contextlib
 import pickle
 import zlib
 from collections.abc import Callable
@@ -18,6 +19,7 @@ Found = TypeVar("Found")
 # Reading and comparing a checkpoint of terabytes may take long; a dead first rank is noticed at once.
 _PATIENCE_S = 3600
 _LOOK_S = 10
+_HEARD_S = 60
 
 
 def by_first_rank(store: Any, rank: Rank | None, name: str, find_out: Callable[[], Found]) -> Found:
@@ -39,6 +41,8 @@ def by_first_rank(store: Any, rank: Rank | None, name: str, find_out: Callable[[
         return find_out()
     if rank.number > 0:
         answer, error = pickle.loads(zlib.decompress(_wait(store, name)))  # noqa: S301 (rank 0's own)
+        if store.add(f"{name}/heard", 1) == rank.world_size - 1:
+            store.set(f"{name}/heard by all", "")
         if error is not None:
             raise error
         return answer
@@ -46,9 +50,9 @@ def by_first_rank(store: Any, rank: Rank | None, name: str, find_out: Callable[[
         answer = find_out()
     except BaseException as raised:
         known = isinstance(raised, UserError | OSError | SystemExit)
-        _tell(store, name, (None, raised if known else SystemExit(1)))
+        _tell(store, rank, name, (None, raised if known else SystemExit(1)))
         raise
-    _tell(store, name, (answer, None))
+    _tell(store, rank, name, (answer, None))
     return answer
 
 
@@ -63,18 +67,23 @@ def first_words(store: Any, rank: Rank, name: str, mine: str) -> str:
     return by_first_rank(store, rank, name, all_words)
 
 
-def _tell(store: Any, name: str, content: tuple[Any, BaseException | None]) -> None:
+def _tell(store: Any, rank: Rank, name: str, content: tuple[Any, BaseException | None]) -> None:
     # A thousand manifests are a megabyte, and each of four thousand ranks gets them from one machine.
     store.set(name, zlib.compress(pickle.dumps(content)))
+    if rank.world_size > 1:
+        # This process may be about to end, and the store ends with it. A rank that is gone hears nothing.
+        with contextlib.suppress(OSError):
+            _wait(store, f"{name}/heard by all", _HEARD_S)
 
 
-def _wait(store: Any, name: str) -> bytes:
+def _wait(store: Any, name: str, patience_s: int | None = None) -> bytes:
     from torch.distributed import DistStoreError
 
-    for _ in range(_PATIENCE_S // _LOOK_S):
+    patience_s = patience_s or _PATIENCE_S
+    for _ in range(0, patience_s, _LOOK_S):
         try:
             store.wait([name], timedelta(seconds=_LOOK_S))  # short: Ctrl-C is noticed in between
         except DistStoreError:
             continue
         return store.get(name)
-    raise OSError(None, f"the first rank has not answered within {_PATIENCE_S} s", "the ranks")
+    raise OSError(None, f"no answer within {patience_s} s", "the ranks")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from opens import back_to_the_first_step, make_data_set, started
+from commands.opens import back_to_the_first_step, make_data_set, started
 
 SETS = 5
-A_RUN = 12
-"""Opens, or stats, that any rank may do in the run's folder: it reads its part of the checkpoint."""
+A_RUN = 16
+"""Opens, or stats, that any rank may do in the run's folder: it reads the checkpoint, maps the blend."""
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("opens")
     for number in range(SETS):
         make_data_set(place / "sets" / f"set{number}", number)
-    started(place, SETS, 1, 120)
+    started(place, SETS, 1, 400)
     back_to_the_first_step(place / "run")
     return place
 
 
 def test_a_start_of_two_tensor_parallel_ranks(place: Path) -> None:
-    first, second = started(place, SETS, 2, 120)
+    first, second = started(place, SETS, 2, 400)
     ours: dict[str, Any] = first["to_first_step"]["data"]
     # The first rank checks (manifest, .idx; is there, and how large?), keeps manifest and tokenizer,
     # reads the validation split's tokens once, and opens tokens and .idx.
@@ -44,7 +44,7 @@ def test_a_start_of_two_tensor_parallel_ranks(place: Path) -> None:
 
 def test_a_rank_that_reads_opens_two_files_of_a_data_set(place: Path) -> None:
     back_to_the_first_step(place / "run")
-    ranks = started(place, SETS, 8, 240)
+    ranks = started(place, SETS, 8, 400)
     reading = [
         2,
         4,
@@ -57,3 +57,21 @@ def test_a_rank_that_reads_opens_two_files_of_a_data_set(place: Path) -> None:
         assert found["run"]["opens"] <= A_RUN
         assert found["run"]["stats"] <= A_RUN
         assert rank["descriptors"] <= 3 * SETS
+
+
+def test_a_finished_run_s_checkpoint_is_read_once(place: Path) -> None:
+    last = place / "run" / "checkpoints" / "step_00000002"
+    files = [path for path in last.iterdir() if path.name != "manifest.json"]
+    ranks = started(place, SETS, 2, 400)
+    assert not any("to_first_step" in rank for rank in ranks)  # nothing to do
+    opens = [rank["to_end"]["run"]["opens"] for rank in ranks]
+    assert opens[1] <= len(files) // 2 + 1  # its share, and the manifest
+    assert ranks[1]["to_end"]["data"]["opens"] == 0
+    shard = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[-1000] ^= 1
+    shard.write_bytes(content)
+    ranks = started(place, SETS, 2, 400)
+    assert all("to_first_step" in rank for rank in ranks)  # set aside, and trained again
+    assert last.with_name("step_00000002.damaged").is_dir()
+    assert last.is_dir()

@@ -72,8 +72,30 @@ def test_what_it_raises_is_raised_by_all(raised: BaseException, elsewhere: BaseE
 def test_a_first_rank_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_rank, "_PATIENCE_S", 2)
     monkeypatch.setattr(first_rank, "_LOOK_S", 1)
-    with pytest.raises(OSError, match="the first rank has not answered within 2 s"):
+    with pytest.raises(OSError, match="no answer within 2 s"):
         by_first_rank(dist.HashStore(), Rank(1, 2, 1), "x", lambda: None)
+
+
+def test_the_first_rank_waits_until_all_have_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the store, and may end after a mistake."""
+    order, store = [], dist.HashStore()
+
+    def first() -> None:
+        by_first_rank(store, Rank(0, 3, 0), "x", lambda: 1)
+        order.append("first")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    by_first_rank(store, Rank(1, 3, 1), "x", lambda: 1)
+    order.append("second")
+    thread.join(0.1)
+    by_first_rank(store, Rank(2, 3, 2), "x", lambda: 1)
+    thread.join()
+    assert order == ["second", "first"]
+    # One that is gone is not waited for for ever.
+    monkeypatch.setattr(first_rank, "_HEARD_S", 1)
+    monkeypatch.setattr(first_rank, "_LOOK_S", 1)
+    assert by_first_rank(store, Rank(0, 2, 0), "y", lambda: 1) == 1
 
 
 @pytest.mark.parametrize(("said", "found"), [(["", "", "", ""], ""), (["", "b", "", "d"], "b")])

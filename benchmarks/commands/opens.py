@@ -1,6 +1,6 @@
 """How many files does each rank open and look up (stat) when a run is started again?
 
-    python benchmarks/opens.py --json benchmarks/results/opens.json
+    python benchmarks/commands/opens.py --json benchmarks/results/opens.json
 
 Small data sets are made, and a run of the preset debug is trained for two steps, which makes the index
 files. Its last checkpoint is deleted, and it is started again, at `--ranks` ranks: 2 are tensor-parallel; 8
@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
 
 from measuring import facts
 from measuring.file_calls import FileCalls
@@ -67,7 +69,11 @@ def make_data_set(path: Path, number: int) -> None:
         }
     facts_of = {"kind": "sentencepiece", "file": "tokenizer.model", "vocab_size": 200, "eod_id": 2}
     manifest = {
-        **{"format": "megatron-ladder-data", "version": 1, "created_by": "benchmarks/opens.py"},
+        **{
+            "format": "megatron-ladder-data",
+            "version": 1,
+            "created_by": "benchmarks/commands/opens.py",
+        },
         "tokenizer": {**facts_of, "sha256": hashlib.sha256(tokenizer).hexdigest()},
         **{"dtype": "uint16", "splits": splits, "sources": [], "options": {}},
     }
