@@ -19,28 +19,24 @@ after the other, on the smallest text: whichever vocabulary it is, the fast engi
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import orjson
-import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
 
 from measuring.options import parser_of
-from measuring.processes import resident
+from measuring.processes import measured
+from measuring.vocabularies import digests, vocabularies
 
 ENDINGS = (".c", ".h", ".S", ".rst", ".txt", ".dts", ".dtsi", ".yaml", ".py", ".json")
 MAX_DOCUMENT_BYTES = 16 << 20  # data_prep's own limit
@@ -111,54 +107,6 @@ def megatron_way(source: str, tokenizer: str, out: str, workers: int) -> None:
     builder.finalize(f"{out}.idx")
 
 
-# --- measuring ---
-
-
-class Watch(threading.Thread):
-    """The most memory that any process below this one has had."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak: dict[int, tuple[int, bool]] = {}
-        self._over = threading.Event()
-
-    def run(self) -> None:
-        me = psutil.Process()
-        while not self._over.wait(0.05):
-            for child in me.children(recursive=True):
-                with contextlib.suppress(OSError, IndexError, ValueError, psutil.Error):
-                    below = child.ppid() != me.pid
-                    self.peak[child.pid] = (resident("VmHWM", child.pid), below)
-
-    def stop(self) -> tuple[int, int]:
-        """Of the process that was started, and the largest of those it started."""
-        self._over.set()
-        self.join()
-        parents = [peak for peak, below in self.peak.values() if not below]
-        workers = [peak for peak, below in self.peak.values() if below]
-        return max(parents, default=0), max(workers, default=0)
-
-
-def measured(command: list[str]) -> dict[str, float]:
-    watch = Watch()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    begin = time.perf_counter()
-    watch.start()
-    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
-    wall = time.perf_counter() - begin
-    parent, worker = watch.stop()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": wall, "cpu_s": cpu, "parent_bytes": parent, "worker_bytes": worker}
-
-
-def digests(folder: Path) -> tuple[str, ...]:
-    names = ("train.bin", "train.idx")
-    return tuple(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names)
-
-
 # --- text and tokenizers ---
 
 
@@ -216,39 +164,6 @@ def tokenizers_of(args: argparse.Namespace, work: Path, text: Path) -> dict[str,
         model.train_from_iterator(lines, vocab_size=100_000, special_tokens=["<|endoftext|>"])
         model.save(str(bpe))
     return {"SentencePiece": sp, "BPE": bpe}
-
-
-def vocabularies(sizes: list[int], work: Path, text: Path) -> dict[int, Path]:
-    """Byte-level BPE with Llama 3's pattern. The merges of a small one are the first of the largest."""
-    import tokenizers
-    from tokenizers import pre_tokenizers as pre
-
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
-    split = pre.Split(tokenizers.Regex(pattern), "isolated")
-    model.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(False, use_regex=False)])
-    model.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = pre.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=max(sizes) - 1, initial_alphabet=alphabet, show_progress=False
-    )
-    lines = (orjson.loads(line)["text"] for line in text.open("rb").readlines()[::2])
-    model.train_from_iterator(lines, trainer)
-    whole = json.loads(model.to_str())
-    found = {}
-    for size in sizes:
-        some = json.loads(model.to_str())
-        in_order = sorted(whole["model"]["vocab"].items(), key=lambda item: item[1])
-        some["model"]["vocab"] = dict(in_order[: size - 1])
-        some["model"]["merges"] = whole["model"]["merges"][: size - 1 - len(alphabet)]
-        small = tokenizers.Tokenizer.from_str(json.dumps(some))
-        small.add_special_tokens(["<|end_of_text|>"])
-        found[size] = work / f"llama-3-{size}.json"
-        small.save(str(found[size]))
-    return found
 
 
 def in_pairs(

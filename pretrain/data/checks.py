@@ -1,5 +1,6 @@
 """Opens a run's data sets, and checks that they fit each other, the model and the sequence length."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,8 +9,10 @@ import numpy as np
 from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig
 from pretrain.data.blends import check_blends
-from pretrain.data.folders import DataFolder, open_folder
+from pretrain.data.folders import DataFolder, open_folder, same_ids
 from pretrain.ranks import is_first_rank
+
+logger = logging.getLogger(__name__)
 
 MOST_DATA_SETS = 32_766
 """megatron-core numbers the data sets of a blend in 16 bits."""
@@ -50,7 +53,7 @@ def open_data(config: TrainConfig) -> list[DataFolder]:
         _check_counts(folder)
     first = folders[0]
     for other in folders[1:]:
-        if other.tokenizer["sha256"] != first.tokenizer["sha256"]:
+        if not same_ids(first, other):
             raise UserError(
                 f"{other.path} and {first.path} were tokenized with different tokenizers: the same id "
                 "means different tokens in them. Tokenize one of them again"
@@ -70,11 +73,11 @@ def open_data(config: TrainConfig) -> list[DataFolder]:
                 f"{folder.path}: the train split has {folder.tokens('train'):,} tokens, one sequence "
                 f"takes data.seq_length + 1 = {needed:,}: add text or lower data.seq_length"
             )
-        if 0 < folder.tokens("validation") < needed:
-            raise UserError(
-                f"{folder.path}: the validation split has {folder.tokens('validation'):,} tokens, one "
-                f"sequence takes data.seq_length + 1 = {needed:,}: tokenize with a larger "
-                "validation fraction or lower data.seq_length"
+        if 0 < folder.tokens("validation") < needed and is_first_rank():
+            logger.warning(
+                "%s: no validation. Its validation split has %s tokens, one sequence takes data.seq_length "
+                "+ 1 = %s. For one, tokenize with a larger --validation-fraction, or lower data.seq_length",
+                *(folder.path, f"{folder.tokens('validation'):,}", f"{needed:,}"),
             )
     return folders
 

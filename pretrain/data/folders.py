@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ladder.errors import UserError
-from pretrain.files import write_atomically
+from pretrain.files import sha256, write_atomically
 
 SPLITS = ("train", "validation", "test")
 
@@ -47,6 +47,10 @@ class DataFolder:
 
     def tokens(self, split: str) -> int:
         return self.split(split).get("tokens", 0)
+
+    def validates(self, seq_length: int) -> bool:
+        """Whether the validation split has a sequence of `seq_length` tokens and the one after them."""
+        return self.tokens("validation") > seq_length
 
     def prefix(self, split: str) -> str:
         return str(self.path / split)
@@ -120,6 +124,34 @@ def _check_index(prefix: Path, facts: dict[str, Any], dtype: str) -> None:
             f"{prefix}.idx describes {tokens:,} tokens but {prefix}.bin holds "
             f"{facts['bin_bytes'] // width:,}: the files are of different data sets, tokenize again"
         )
+
+
+def has_ids_of(data: DataFolder, file: Path) -> bool:
+    """Whether a data set was made with this tokenizer.
+
+    A tokenizer.json may put another token before a text than the data set's does: `export` writes what
+    training began documents with. The text's own ids are the same.
+    """
+    if data.tokenizer["sha256"] == sha256(file):
+        return True
+    theirs = data.path / data.tokenizer["file"]
+    if not theirs.is_file() or {file.suffix, theirs.suffix} != {".json"}:
+        return False
+    return _text_alone(theirs) == _text_alone(file)
+
+
+def same_ids(one: DataFolder, other: DataFolder) -> bool:
+    """Whether the same id stands for the same token in two data sets."""
+    if one.tokenizer["sha256"] == other.tokenizer["sha256"]:
+        return True
+    file = other.path / other.tokenizer["file"]
+    ends_alike = one.tokenizer["eod_id"] == other.tokenizer["eod_id"]
+    return ends_alike and file.is_file() and has_ids_of(one, file)
+
+
+def _text_alone(path: Path) -> dict[str, Any]:
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    return {k: v for k, v in fields.items() if k not in ("post_processor", "padding", "truncation")}
 
 
 def keep_facts(run_dir: Path, folders: list[DataFolder]) -> None:

@@ -74,12 +74,14 @@ class RankBatches:
     def validation(self) -> Iterator[tuple[str, list[Batch]]]:
         """Each data set's label and this rank's share of its validation split, as in `validation_batches`.
 
-        A data set is open only while it is read. Those without a validation split are left out.
+        A data set is open only while it is read. Those whose validation split has no whole sequence are
+        left out.
         """
+        length = self._config.data.seq_length
         for label, folder in zip(labels(self._folders), self._folders, strict=True):
-            if tokens := folder.tokens("validation"):
+            if folder.validates(length):
                 # As many as megatron-core cuts of a split: each takes one token more, its last label.
-                count = (tokens - 1) // self._config.data.seq_length
+                count = (folder.tokens("validation") - 1) // length
                 yield label, list(map(self._received, self._held_out(folder, count)))
 
     def _held_out(self, folder: DataFolder, count: int) -> list[Batch]:

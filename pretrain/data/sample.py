@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_ladder.errors import UserError
-from pretrain.data.folders import DataFolder
-from pretrain.data.tokenizer_facts import has_ids_of
+from pretrain.data.folders import DataFolder, has_ids_of
 
 
 def check_tokenizer(folder: DataFolder, tokenizer_file: Path, model: Path) -> None:

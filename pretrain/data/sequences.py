@@ -226,12 +226,12 @@ def validation_sequences(
 ) -> dict[str, Dataset]:
     """Each data set's validation split, every sequence once, by the data set's label.
 
-    Data sets without a validation split are left out.
+    Data sets whose validation split has no whole sequence are left out.
     """
     return {
         label: validation_split(config, folder, cache, made=False)
         for label, folder in zip(labels(folders), folders, strict=True)
-        if folder.tokens("validation")
+        if folder.validates(config.data.seq_length)
     }
 
 

@@ -10,7 +10,6 @@ import sentencepiece
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.end_ids import end_ids
-from pretrain.data.folders import DataFolder
 from pretrain.files import sha256
 
 logger = logging.getLogger(__name__)
@@ -60,6 +59,11 @@ def tokenizer_facts(folder: Path, config: Any, model_folder: Path | None = None)
             raise UserError(
                 f"{folder}: neither config.json nor generation_config.json has an eos_token_id: add the id "
                 "of the token that ends a text"
+            )
+        if eos >= config.vocab_size:
+            raise UserError(
+                f"{model_folder or folder}: the eos_token_id {eos:,} is none of the model's "
+                f"{config.vocab_size:,} ids: correct it in config.json or generation_config.json"
             )
         return {
             "kind": "huggingface" if name.endswith(".json") else "sentencepiece",
@@ -111,25 +115,6 @@ def some_of(tokens: dict[str, int]) -> str:
     """The first tokens with their ids, and how many more there are."""
     first = ", ".join(f"{token} ({i})" for token, i in list(tokens.items())[:5])
     return first + (f" and {len(tokens) - 5} more" if len(tokens) > 5 else "")
-
-
-def has_ids_of(data: DataFolder, file: Path) -> bool:
-    """Whether a data set was made with this tokenizer.
-
-    A tokenizer.json may put another token before a text than the data set's does: `export` writes what
-    training began documents with. The text's own ids are the same.
-    """
-    if data.tokenizer["sha256"] == sha256(file):
-        return True
-    theirs = data.path / data.tokenizer["file"]
-    if not theirs.is_file() or {file.suffix, theirs.suffix} != {".json"}:
-        return False
-    return _text_alone(theirs) == _text_alone(file)
-
-
-def _text_alone(path: Path) -> dict[str, Any]:
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    return {k: v for k, v in fields.items() if k not in ("post_processor", "padding", "truncation")}
 
 
 def _size(path: Path, vocab_size: int) -> tuple[int, dict[str, int] | None]:

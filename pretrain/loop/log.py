@@ -142,7 +142,7 @@ class RunLog:
             keep_facts(self._config.output_dir, folders)
             keep_initial(self._config, is_resumed=self._is_resumed)
             for label, folder in list(zip(labels(folders), folders, strict=True))[known:]:
-                if folder.tokens("validation"):
+                if folder.validates(self._config.data.seq_length):
                     self._log.baseline(dataset=label, unigram_loss=unigram_loss(folder))
 
     def train(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig, differences, load_config
-from pretrain.data.folders import DataFolder, kept_facts
-from pretrain.data.tokenizer_facts import has_ids_of
+from pretrain.data.folders import DataFolder, has_ids_of, kept_facts
 from pretrain.files import write_atomically
 from pretrain.run.checkpoint_files import written_files
 from pretrain.run.folder import INITIAL, find_checkpoint, latest_checkpoint, started_from

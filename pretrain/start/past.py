@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig, load_config
 from pretrain.data.blends import Blend, blends
-from pretrain.data.folders import DataFolder, kept_facts
+from pretrain.data.folders import DataFolder, kept_facts, same_ids
 from pretrain.run.folder import checkpoint_step, latest_checkpoint
 
 
@@ -69,7 +69,7 @@ def same_data(run_dir: Path, folders: list[DataFolder]) -> list[DataFolder]:
         return folders
     paths = load_config(saved).data.paths
     kept = kept_facts(run_dir, paths)
-    if kept[0].tokenizer["sha256"] != folders[0].tokenizer["sha256"]:
+    if not same_ids(kept[0], folders[0]):
         raise UserError(
             f"{folders[0].path} was tokenized with another tokenizer than the run in {run_dir} was "
             "started with, so the same ids stand for different tokens: use the data set that the run was "
@@ -105,7 +105,7 @@ def same_data(run_dir: Path, folders: list[DataFolder]) -> list[DataFolder]:
 def is_same(one: DataFolder, other: DataFolder) -> bool:
     """Whether two data sets have the same training tokens, with the same meaning."""
     return (
-        one.tokenizer["sha256"] == other.tokenizer["sha256"]
+        same_ids(one, other)
         and one.manifest["dtype"] == other.manifest["dtype"]
         and one.manifest["splits"].get("train") == other.manifest["splits"].get("train")
     )

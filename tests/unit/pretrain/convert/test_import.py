@@ -106,6 +106,8 @@ def test_a_model_that_names_no_end(model: Path, refused) -> None:
     assert "neither config.json nor generation_config.json has an eos_token_id" in refused()
     (model / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
     assert "generation_config.json cannot be read: eos_token_id is ['</s>']" in refused()
+    (model / "generation_config.json").write_text('{"eos_token_id": 100000}')
+    assert "the eos_token_id 100,000 is none of the model's" in refused()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -19,6 +19,7 @@ from pretrain.data import checks
 from pretrain.data.batches import train_batches, validation_batches
 from pretrain.data.checks import open_data
 from pretrain.data.folders import keep_facts, kept_facts, open_folder, unigram_loss
+from pretrain.data.sequences import validation_sequences
 from pretrain.start.past import same_data
 from tests.data_sets import write_data_set
 
@@ -153,9 +154,18 @@ def test_too_little_data_for_the_sequence_length_is_refused(tmp_path: Path) -> N
     short = write_data_set(tmp_path / "short", train_documents=1, document_length=30)
     with pytest.raises(UserError, match="the train split has 30 tokens, one sequence takes"):
         open_data(config_for(short))
+
+
+def test_a_validation_split_without_a_whole_sequence_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     uneven = write_data_set(tmp_path / "uneven", validation_documents=1, document_length=30)
-    with pytest.raises(UserError, match="the validation split has 30 tokens"):
-        open_data(config_for(uneven))
+    config = config_for(uneven)
+    (folder,) = open_data(config)
+    assert "uneven: no validation. Its validation split has 30 tokens" in caplog.text
+    assert validation_sequences(config, [folder], tmp_path / "cache") == {}
+    assert not folder.validates(30)
+    assert folder.validates(29)
 
 
 def test_weights_must_fit_the_paths(data: Path) -> None:
@@ -179,6 +189,36 @@ def test_a_run_keeps_what_export_needs_and_refuses_another_tokenizer(data, tmp_p
     other = open_data(config_for(write_data_set(tmp_path / "other", tokenizer=b"another")))
     with pytest.raises(UserError, match="was tokenized with another tokenizer than the run"):
         same_data(run, other)
+
+
+def test_a_tokenizer_that_begins_texts_otherwise_gives_the_same_ids(tmp_path: Path) -> None:
+    """`export` writes into the tokenizer what training began documents with."""
+    text = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}}
+    files = {
+        "plain": {**text, "post_processor": None},
+        "with-bos": {**text, "post_processor": {"type": "TemplateProcessing"}},
+        "other": {**text, "model": {**text["model"], "vocab": {"a": 1, "b": 0}}},
+    }
+    paths = {}
+    for name, content in files.items():
+        raw = json.dumps(content).encode()
+        paths[name] = write_data_set(tmp_path / name, tokenizer=raw)
+        (paths[name] / "tokenizer.model").rename(paths[name] / "tokenizer.json")
+        manifest = json.loads((paths[name] / "manifest.json").read_text())
+        manifest["tokenizer"] |= {"kind": "huggingface", "file": "tokenizer.json"}
+        (paths[name] / "manifest.json").write_text(json.dumps(manifest))
+    folders = open_data(config_for(paths["plain"], paths["with-bos"]))
+    keep_facts(tmp_path / "run", folders)
+    save_config(config_for(paths["plain"], paths["with-bos"]), tmp_path / "run" / "config.json")
+    same_data(tmp_path / "run", folders)
+    moved = paths["plain"].rename(tmp_path / "again")  # its tokenizer is now the exported one
+    shutil.copy(paths["with-bos"] / "tokenizer.json", moved)
+    shutil.copy(paths["with-bos"] / "manifest.json", moved)
+    same_data(tmp_path / "run", open_data(config_for(moved, paths["with-bos"])))
+    with pytest.raises(UserError, match="were tokenized with different tokenizers"):
+        open_data(config_for(moved, paths["other"]))
+    with pytest.raises(UserError, match="was tokenized with another tokenizer than the run"):
+        same_data(tmp_path / "run", [open_folder(paths["other"])])
 
 
 def test_a_data_set_made_again_is_not_resumed_with(data: Path, tmp_path: Path) -> None:
