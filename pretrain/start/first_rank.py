@@ -6,9 +6,9 @@ the same time slowly.
 
 import contextlib
 import pickle
+import time
 import zlib
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 from megatron_ladder.errors import UserError
@@ -17,9 +17,9 @@ from pretrain.ranks import Rank
 Found = TypeVar("Found")
 
 # Reading and comparing a checkpoint of terabytes may take long; a dead first rank is noticed at once.
-_PATIENCE_S = 3600
-_LOOK_S = 10
-_HEARD_S = 60
+_PATIENCE_S = 3600.0
+_HEARD_S = 60.0
+_LONGEST_PAUSE_S = 1.0
 
 
 def by_first_rank(store: Any, rank: Rank | None, name: str, find_out: Callable[[], Found]) -> Found:
@@ -76,14 +76,22 @@ def _tell(store: Any, rank: Rank, name: str, content: tuple[Any, BaseException |
             _wait(store, f"{name}/heard by all", _HEARD_S)
 
 
-def _wait(store: Any, name: str, patience_s: int | None = None) -> bytes:
-    from torch.distributed import DistStoreError
+def _wait(store: Any, name: str, patience_s: float | None = None) -> bytes:
+    """What the store has under a name, as soon as it is there.
+
+    It is asked for again and again: torch's own wait writes warnings when its time is over, and does not
+    notice Ctrl-C before.
+    """
+    from torch.distributed import DistNetworkError
 
     patience_s = patience_s or _PATIENCE_S
-    for _ in range(0, patience_s, _LOOK_S):
-        try:
-            store.wait([name], timedelta(seconds=_LOOK_S))  # short: Ctrl-C is noticed in between
-        except DistStoreError:
-            continue
+    began, pause_s = time.monotonic(), 0.01
+    try:
+        while not store.check([name]):
+            if time.monotonic() - began > patience_s:
+                raise OSError(None, f"no answer within {patience_s:.0f} s", "the ranks")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         return store.get(name)
-    raise OSError(None, f"no answer within {patience_s} s", "the ranks")
+    except DistNetworkError:  # the first rank, which holds the store, has ended, and has said why
+        raise SystemExit(1) from None

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
@@ -70,9 +71,8 @@ def test_what_it_raises_is_raised_by_all(raised: BaseException, elsewhere: BaseE
 
 
 def test_a_first_rank_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_rank, "_PATIENCE_S", 2)
-    monkeypatch.setattr(first_rank, "_LOOK_S", 1)
-    with pytest.raises(OSError, match="no answer within 2 s"):
+    monkeypatch.setattr(first_rank, "_PATIENCE_S", 0.1)
+    with pytest.raises(OSError, match="no answer within 0 s"):
         by_first_rank(dist.HashStore(), Rank(1, 2, 1), "x", lambda: None)
 
 
@@ -93,11 +93,17 @@ def test_the_first_rank_waits_until_all_have_heard(monkeypatch: pytest.MonkeyPat
     thread.join()
     assert order == ["second", "first"]
     # One that is gone is not waited for for ever.
-    monkeypatch.setattr(first_rank, "_HEARD_S", 1)
-    monkeypatch.setattr(first_rank, "_LOOK_S", 1)
+    monkeypatch.setattr(first_rank, "_HEARD_S", 0.1)
     assert by_first_rank(store, Rank(0, 2, 0), "y", lambda: 1) == 1
 
 
 @pytest.mark.parametrize(("said", "found"), [(["", "", "", ""], ""), (["", "b", "", "d"], "b")])
 def test_the_first_word_of_all_ranks(said: list[str], found: str) -> None:
     assert on_ranks(lambda s, r: first_words(s, r, "x", said[r.number])) == [found] * RANKS
+
+
+def test_a_first_rank_that_has_ended() -> None:
+    store = Mock()
+    store.check.side_effect = dist.DistNetworkError("Connection reset by peer")
+    with pytest.raises(SystemExit, match="1"):
+        by_first_rank(store, Rank(1, 2, 1), "x", lambda: None)
