@@ -48,6 +48,9 @@ def train_batches(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
         worker_init_fn=obey_parent_alone,
+        # The loader draws a number when it starts. Were it of the default generator, a resumed run would
+        # drop other activations than one that was never stopped.
+        generator=torch.Generator(),
     )
     return iter(loader)
 
