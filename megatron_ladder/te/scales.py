@@ -5,6 +5,8 @@ scaling could be resumed only with an environment variable that lets any pickle 
 recipes keep nothing from one step to the next. Imported only where Transformer Engine is installed.
 """
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -28,6 +30,32 @@ def store_scales_as_numbers(model: Any) -> None:
         elif isinstance(module, TransformerEngineBaseModule | BasicOperation):
             module.get_extra_state = _nothing
             module.set_extra_state = _ignore
+
+
+@contextlib.contextmanager
+def scales_kept(chunks: list[Any]) -> Iterator[None]:
+    """Within the `with`, forward passes leave no trace in the scales and their histories.
+
+    Transformer Engine notes the maxima of every forward pass, also where there is no backward.
+    """
+    linears = [
+        m for chunk in chunks for m in chunk.modules() if isinstance(m, Linear | LayerNormLinear)
+    ]
+    before = {
+        linear: [x.clone() for x in _scales(linear)]
+        for linear in linears
+        if "scaling_fwd" in linear.fp8_meta
+    }
+    yield
+    for linear in linears:
+        if "scaling_fwd" not in linear.fp8_meta:
+            continue
+        # One that had none before, before the first step, begins with scales of 1 and empty histories.
+        fresh = [
+            (torch.ones_like, torch.zeros_like)[i % 2](x) for i, x in enumerate(_scales(linear))
+        ]
+        for x, kept in zip(_scales(linear), before.get(linear, fresh), strict=True):
+            x.copy_(kept)
 
 
 def _nothing() -> Tensor:

@@ -123,7 +123,7 @@ class TrainConfig:
     cuda_graph: bool = False
     """Forward and backward of a step as one CUDA graph: without Python's time for launching kernels."""
     deterministic: bool = False
-    """Bitwise repeatable kernels on a GPU; the CPU is repeatable anyway."""
+    """Bitwise repeatable kernels and sums of NCCL on GPUs; the CPU is repeatable anyway."""
     seed: int = 1234
     eval_interval: int = 100
     """Steps between validations; 0 validates only at the end."""

@@ -47,8 +47,9 @@ def train_batches(
         num_workers=config.data.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
-        # Otherwise it would draw from the default generator, and only on ranks that read: ranks of a
-        # tensor-parallel group would no longer draw the same dropout.
+        # Otherwise it would draw from the default generator when it starts, and only on ranks that read. So
+        # ranks of a tensor-parallel group would drop different activations, and a resumed run other ones
+        # than a run that was never stopped.
         generator=torch.Generator().manual_seed(config.seed),
         worker_init_fn=obey_parent_alone,
     )

@@ -161,12 +161,15 @@ def keep_facts(run_dir: Path, folders: list[DataFolder]) -> None:
     """
     for number, folder in enumerate(folders):
         target = run_dir / "data" / str(number)
+        manifest = json.dumps({**folder.manifest, "name": folder.name}, indent=2) + "\n"
+        copy = target / "manifest.json"
+        if copy.is_file() and copy.read_text() == manifest:
+            continue  # a start before has made it
         target.mkdir(parents=True, exist_ok=True)
         file = folder.tokenizer["file"]
         write_atomically(target / file, (folder.path / file).read_bytes())
         # The manifest comes last: once it is there, the copy is complete.
-        manifest = {**folder.manifest, "name": folder.name}
-        write_atomically(target / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        write_atomically(copy, manifest)
 
 
 def kept_facts(run_dir: Path, paths: tuple[Path, ...] = ()) -> list[DataFolder]:

@@ -5,7 +5,7 @@ pipeline stage between the first and the last one needs no tokens, unless docume
 builds their mask. Ranks that do not read open no file of any data set.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +68,25 @@ class RankBatches:
         return iter([{}] * len(range(consumed_samples, end, together)))
 
     def received(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The micro-batches of `training`, on every rank that needs them; {} on the others."""
+        """The micro-batches of `training` or `validation`, on every rank that needs them; {} on others."""
         return map(self._received, batches)
 
-    def validation(self) -> Iterator[tuple[str, list[Batch]]]:
-        """Each data set's label and this rank's share of its validation split, as in `validation_batches`.
+    def validation(self, done: Collection[str] = ()) -> Iterator[tuple[str, list[Batch]]]:
+        """Each data set's label and what this rank reads of its validation split, as in
+        `validation_batches`; empty items on a rank that does not read. `received` makes batches of them.
 
         A data set is open only while it is read. Those whose validation split has no whole sequence are
         left out.
+
+        Args:
+            done: labels that are left out.
         """
         length = self._config.data.seq_length
         for label, folder in zip(labels(self._folders), self._folders, strict=True):
-            if folder.validates(length):
+            if label not in done and folder.validates(length):
                 # As many as megatron-core cuts of a split: each takes one token more, its last label.
                 count = (folder.tokens("validation") - 1) // length
-                yield label, list(map(self._received, self._held_out(folder, count)))
+                yield label, self._held_out(folder, count)
 
     def _held_out(self, folder: DataFolder, count: int) -> list[Batch]:
         mine = held_out_sequences(count, self._config, **self._data_parallel)

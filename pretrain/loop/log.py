@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from megatron_ladder.mcore_compat import LadderConfig
 from pretrain.config.train import TrainConfig, to_dict
-from pretrain.data.folders import DataFolder, keep_facts, kept_facts, labels, unigram_loss
+from pretrain.data.baselines import Baselines
+from pretrain.data.folders import DataFolder, keep_facts
 from pretrain.loop.rank_speed import SlowRank
 from pretrain.loop.watchdog import Watchdog
 from pretrain.model import cudnn
@@ -54,6 +55,7 @@ class RunLog:
         self._world_size = dist.get_world_size()
         self._is_resumed = resume_step > 0
         self._log: MetricsLog | None = None
+        self._baselines: Baselines | None = None
         self._planned: float | None = None
         if dist.get_rank() == 0:
             assert config.output_dir is not None
@@ -130,20 +132,17 @@ class RunLog:
                 words = f"memory of the fullest GPU: planned {in_words(plan)}"
                 self._log.note("memory_plan", words, **asdict(plan))
 
-    def data(self, folders: list[DataFolder]) -> None:
-        """Copies the facts of the data sets into the run's folder, and records a baseline loss of each.
+    def data(self, folders: list[DataFolder], baselines: Baselines) -> None:
+        """Copies the facts of the data sets into the run's folder.
 
-        The baseline is the entropy of single tokens: a model that sees no context reaches no lower loss. A
-        resumed run records it for added data sets only.
+        Args:
+            baselines: of the data sets. Each is recorded once, at the end of the step in which it is there.
         """
         if self._log:
             assert self._config.output_dir is not None
-            known = len(kept_facts(self._config.output_dir)) if self._is_resumed else 0
             keep_facts(self._config.output_dir, folders)
             keep_initial(self._config, is_resumed=self._is_resumed)
-            for label, folder in list(zip(labels(folders), folders, strict=True))[known:]:
-                if folder.validates(self._config.data.seq_length):
-                    self._log.baseline(dataset=label, unigram_loss=unigram_loss(folder))
+            self._baselines = baselines
 
     def train(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
         """Call it when a step is done.
@@ -215,6 +214,15 @@ class RunLog:
                 **asdict(slow),
             )
 
+    def validated(self, step: int) -> list[str]:
+        """The data sets whose validation of the step that training began with is recorded. Every rank
+        calls it and gets them."""
+        recorded = [self._log.validated(step) if self._log else []]
+        dist.broadcast_object_list(recorded)
+        if self._is_resumed and not recorded[0]:
+            logger.info("step %d was saved, and not validated: validating it now", step)
+        return recorded[0]
+
     def validation(self, step: int, dataset: str, loss: float) -> None:
         """Call it when a data set has been validated on; `loss` is in nats a token."""
         if self._log:
@@ -227,6 +235,11 @@ class RunLog:
                 perplexity=math.exp(min(loss, 700.0)),
             )
         self._step_started = time.perf_counter()
+
+    def wait_for_lines(self) -> None:
+        """Waits until the lines so far are in metrics.jsonl. Any thread may call it."""
+        if self._log:
+            self._log.wait()
 
     def saved(self, step: int) -> None:
         """Call it when a checkpoint is complete."""
@@ -253,9 +266,10 @@ class RunLog:
             reason: "finished" at the end of the schedule, else why the run stopped.
         """
         self._compare_memory()
+        finished = reason == "finished"
+        self._record_baselines(wait=finished)  # a run that stops will go on: its next start counts
         if self._log:
             self._log.end(step=step, reason=reason)
-        finished = reason == "finished"
         self._status.update(
             "finished" if finished else "stopped", step=step, reason="" if finished else reason
         )
@@ -280,7 +294,13 @@ class RunLog:
         """Seconds of a usual step: the median of the last 100; 0 before the first."""
         return statistics.median(self._recent_s) if self._recent_s else 0.0
 
+    def _record_baselines(self, *, wait: bool = False) -> None:
+        if self._log and self._baselines:
+            for dataset, loss in self._baselines.arrived(wait=wait):
+                self._log.baseline(dataset=dataset, unigram_loss=loss)
+
     def _step_done(self, step: int) -> None:
+        self._record_baselines()
         self._watchdog.step_ended(step, self._step_s())
         self._step_started = time.perf_counter()
 

@@ -2,7 +2,9 @@
 
 import collections
 import itertools
+import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -241,16 +243,54 @@ def _trained_tokens(micro_batches: list[Batch]) -> Tensor:
     return count.clamp(min=1.0)
 
 
+PART = 8
+"""Micro-batches a pipeline stage that a validation does before all ranks look at the checkpoint."""
+
+
 @torch.no_grad()
-def validate(model: list[Any], batches: list[Batch], config: TrainConfig) -> float:
-    """The mean cross-entropy over all ranks' batches, in nats a token. Every rank calls it and gets it."""
-    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+def validate(
+    model: list[Any],
+    batches: list[Batch],
+    config: TrainConfig,
+    between: Callable[[], object] | None = None,
+    received: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
+) -> float:
+    """The mean cross-entropy over all ranks' batches, in nats a token. Every rank calls it and gets it.
+
+    Args:
+        between: called after each part of the batches, by every rank equally often: a checkpoint that is
+            being written must not wait for the end of a long validation (CheckpointSaver.complete).
+        received: makes micro-batches of what this rank has read (RankBatches.received).
+    """
+    here = torch.cuda.current_device()
+    total = torch.zeros(2, dtype=torch.float64, device=here)
+    width = PART * config.parallel.pipeline_model_parallel_size
+    parts = torch.tensor(math.ceil(len(batches) / width), device=here)
+    torch.distributed.all_reduce(parts, torch.distributed.ReduceOp.MAX)
     for chunk in model:
         chunk.eval()
-    if batches:
-        for output in _run_schedule(model, batches, config, _measured, forward_only=True):
-            total += output["sum"]
+    with _scales_kept(model, config):
+        for start in range(0, int(parts) * width, width):
+            # Received a part at a time: the whole split may not fit in the GPU's memory.
+            if part := list(received(iter(batches[start : start + width]))):
+                for output in _run_schedule(model, part, config, _measured, forward_only=True):
+                    total += output["sum"]
+            if between:
+                between()
     for chunk in model:
         chunk.train()
     _sum_over_ranks(total)
     return (total[0] / total[1]).item()
+
+
+def _scales_kept(model: list[Any], config: TrainConfig) -> AbstractContextManager[None]:
+    """Within the `with`, forward passes do not change the scales of FP8 that training goes on with.
+
+    A run that goes on after a validation, and one that is resumed from a checkpoint before it, must be the
+    same.
+    """
+    if config.fp8.recipe != "delayed":
+        return nullcontext()
+    from megatron_ladder.te.scales import scales_kept
+
+    return scales_kept(model)

@@ -1,14 +1,17 @@
 """The training loop."""
 
 import sys
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.specs import resolve_impl
 from pretrain.config.train import TrainConfig
+from pretrain.data.baselines import Baselines
 from pretrain.data.folders import DataFolder
 from pretrain.data.index_cache import IndexCache
 from pretrain.data.reading import RankBatches
@@ -27,6 +30,7 @@ from pretrain.model.optimizer import gathered_parameters
 from pretrain.model.setup import build, layers_config, smallest_card, start_ranks, stop_ranks
 from pretrain.plan.memory import Attention, check_memory, is_planned, kept_as, out_of_memory
 from pretrain.ranks import is_first_rank
+from pretrain.run import random_states
 from pretrain.run.bad_step import BadStep
 from pretrain.run.checkpoint import (
     Progress,
@@ -93,6 +97,7 @@ def _train(
     run_dir = config.output_dir
     assert run_dir is not None
     cache = IndexCache(config, folders)  # made in the background while the model is built
+    baselines = Baselines(config, folders)
     device = start_ranks(config, store)
     if is_planned(config) and resolve_impl(config.transformer_impl) == "transformer_engine":
         attention.append(kept_as(layers_config(config).core_attention))
@@ -115,17 +120,29 @@ def _train(
     bad_steps = BadSteps(config, saver, progress.recent_losses)
     graph = StepGraph(model) if config.cuda_graph else None
     log.built(model[0].config)
-    log.data(folders)
+    log.data(folders, baselines)
 
-    def evaluate(step: int) -> None:
+    def validates(step: int) -> bool:
+        if step == 0:  # the loss of the changed model before it is trained
+            return config.init_from is not None
+        return step == config.train_steps or bool(
+            config.eval_interval and step % config.eval_interval == 0
+        )
+
+    def evaluate(step: int, done: Collection[str] = ()) -> None:
         log.doing("validating")
         use_ladder_layers(model, config, None)  # all ladder layers are on, as in an export
-        for name, held_out in data.validation():
+        for name, held_out in data.validation(done):
             with gathered_parameters(model):
-                log.validation(step, name, validate(model, held_out, config))
+                loss = validate(model, held_out, config, saver.complete, data.received)
+            log.validation(step, name, loss)
 
-    def answer(bad: BadStep) -> None:
-        """Stops the run at a bad step, or passes over the step, or goes back to a checkpoint."""
+    def answer(bad: BadStep, drawn: dict[str, Tensor]) -> None:
+        """Stops the run at a bad step, or passes over the step, or goes back to a checkpoint.
+
+        Args:
+            drawn: the random states before the step.
+        """
         if bad.action == "stop":
             raise UserError(
                 f"{bad.reason} at step {bad.step}. The last checkpoint is untouched: start again with a "
@@ -133,6 +150,8 @@ def _train(
                 "faults.spike)"
             )
         log.passed_over(bad.step, bad)
+        if bad.action == "skip":  # a resumed run passes over the step, and draws nothing for it
+            random_states.restore(drawn)
         if bad.action == "rollback":
             assert bad.passed_over
             checkpoint = checkpoint_at(run_dir, bad.passed_over[0] - 1)
@@ -153,46 +172,58 @@ def _train(
         signal = signals.agreed()
         return bad_steps.is_good(step, *figures)
 
-    if progress.step == 0 and config.init_from:
-        evaluate(0)  # the loss of the changed model before it is trained
-    for step in range(progress.step + 1, config.train_steps + 1):
-        if not log.has_reader():
-            signals.stop("the program that read the output has ended")
-        use_ladder_layers(model, config, step)
-        if before := bad_steps.decided(step):
-            pass_over(scheduler, batches, config)
-            signal = signals.agreed()
-            log.passed_over(step, before)
-        else:
-            with profile.of(step):
-                figures = train_step(
-                    *(model, optimizer, scheduler, batches, config),
-                    teacher.add_logits if teacher else None,
-                    partial(is_good, step),
-                    graph,
-                )
-            if bad_steps.found:
-                answer(bad_steps.found)
+    def save(*, wait: bool) -> None:
+        with gathered_parameters(model):
+            saver.save(progress, model, optimizer, scheduler, wait=wait)
+
+    if validates(progress.step):
+        # A step is saved before it is validated, so a run may have ended between the two.
+        evaluate(progress.step, done=log.validated(progress.step))
+    with saver:
+        for step in range(progress.step + 1, config.train_steps + 1):
+            if not log.has_reader():
+                signals.stop("the program that read the output has ended")
+            use_ladder_layers(model, config, step)
+            if before := bad_steps.decided(step):
+                pass_over(scheduler, batches, config)
+                signal = signals.agreed()
+                log.passed_over(step, before)
             else:
-                log.train(step, *figures)
-        log.slow_ranks(step, speed.slow_ranks(step))
-        progress = Progress(step, step * config.global_batch_size, bad_steps.recent_losses)
-        last = step == config.train_steps
+                drawn = random_states.states()
+                with profile.of(step):
+                    figures = train_step(
+                        *(model, optimizer, scheduler, batches, config),
+                        teacher.add_logits if teacher else None,
+                        partial(is_good, step),
+                        graph,
+                    )
+                if bad_steps.found:
+                    answer(bad_steps.found, drawn)
+                else:
+                    log.train(step, *figures)
+            log.slow_ranks(step, speed.slow_ranks(step))
+            progress = Progress(step, step * config.global_batch_size, bad_steps.recent_losses)
+            last = step == config.train_steps
 
-        if last or (config.eval_interval and step % config.eval_interval == 0):
-            evaluate(step)
-            # Validation takes long, and after it the GPU has no queued work to wait for.
-            signal = signal or signals.agreed()
-        saver.complete()
-        if last or signal or step % config.save_interval == 0:
-            with gathered_parameters(model):
-                saver.save(progress, model, optimizer, scheduler, wait=last or bool(signal))
-        if signal and not last:
-            break
+            saver.complete()
+            if last or signal or step % config.save_interval == 0:
+                save(wait=last or bool(signal))
+            if signal and not last:
+                break  # the next start validates, where a validation is due
+            if validates(step):
+                evaluate(step)  # after saving: it may be killed for taking long
+                # Validation takes long, and after it the GPU has no queued work to wait for.
+                signal = signals.agreed()
+                if signal and not last:
+                    save(wait=True)
+                    break
 
-    profile.close()
-    finished = progress.step == config.train_steps
-    log.end(progress.step, "finished" if finished else f"signal {signal}")
+        profile.close()
+        finished = progress.step == config.train_steps
+        log.end(progress.step, "finished" if finished else f"signal {signal}")
+        if finished:
+            saver.wait_for_deletion()
+
     signals.ignore()
     stop_ranks()
     return 0 if finished else STOPPED

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ladder import cpu_platform
+from megatron_ladder.errors import UserError
 from megatron_ladder.mcore_compat import (
     LadderConfig,
     build_gpt_model,
@@ -20,6 +21,8 @@ from pretrain.model.graphs import use_own_stream
 from pretrain.model.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.model.queues import set_queues
 from pretrain.ranks import launched_rank, take_gpu
+
+_ORDERED = ("Ring", "Tree")  # NCCL's algorithms that add in an order of their own
 
 # The longest time between the start of the first rank and that of the last one.
 _MEETING = timedelta(hours=1)
@@ -52,6 +55,8 @@ def start_ranks(config: TrainConfig, store: Any = None) -> str:
         The device's name: "cpu", or the GPU's.
     """
     set_queues(config)
+    if config.deterministic:
+        make_repeatable()
     if cpu_platform.enable():
         backend, device = "gloo", "cpu"
     else:
@@ -75,13 +80,28 @@ def start_ranks(config: TrainConfig, store: Any = None) -> str:
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if config.deterministic:
-        # cuBLAS needs a workspace of fixed size for bitwise repeatable sums.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-        torch.use_deterministic_algorithms(True)
     initialize_model_parallel(config.parallel, config.seed, for_graphs=config.cuda_graph)
     return device
+
+
+def make_repeatable() -> None:
+    """Asks CUDA's libraries for sums that are the same each time. Call it before they start.
+
+    Raises:
+        UserError: the environment asks NCCL for an algorithm whose sums may differ.
+    """
+    # cuBLAS needs a workspace of fixed size for bitwise repeatable sums.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    # NVLS lets the switch add, in the order in which the GPUs' data arrive.
+    given = os.environ.setdefault("NCCL_ALGO", ",".join(_ORDERED))
+    names = {name.strip().lower() for name in given.split(",")}
+    if not names <= {name.lower() for name in _ORDERED} and given != "^NVLS":
+        raise UserError(
+            f"--deterministic: NCCL_ALGO is {given} in the environment, and the order of its sums may "
+            f"change. Unset it, or give {' or '.join(_ORDERED)}"
+        )
+    torch.use_deterministic_algorithms(True)
 
 
 def smallest_card() -> int:

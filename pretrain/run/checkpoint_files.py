@@ -27,16 +27,18 @@ def sums(paths: Iterable[Path]) -> Facts:
 
 
 def write_manifest(folder: Path, facts: Facts) -> None:
-    """Writes a checkpoint's manifest.json, then waits until all files are on disk.
+    """Waits until a checkpoint's files are on disk, then writes its manifest.json.
 
     Args:
-        facts: of files whose checksums are known from writing them. The other files are read here.
+        facts: of files whose checksums are known from writing them. Who wrote them has synced them. The
+            other files are read and synced here.
     """
-    others = sums(path for path in sorted(folder.iterdir()) if path.name not in facts)
+    paths = [path for path in sorted(folder.iterdir()) if path.name not in facts]
+    others = sums(paths)
+    for path in paths:
+        sync(path)
     content = {**_FORMAT, "files": dict(sorted((facts | others).items()))}
     write_atomically(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
-    for file in folder.iterdir():
-        sync(file)
     sync(folder)
 
 

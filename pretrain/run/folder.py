@@ -17,6 +17,7 @@ from pretrain.config.train import (
 )
 from pretrain.run.checkpoint_files import damage, refuse_damaged, written_files
 from pretrain.run.lock import lock
+from pretrain.run.metrics import has_finished
 from pretrain.sizes import in_units
 
 INITIAL = "initial.json"  # in a run's folder; docs/reference/formats.md
@@ -108,7 +109,10 @@ def check_output_dir(config: TrainConfig) -> str:
         )
     lock(run_dir).close()  # raises UserError while another process trains here
     latest = latest_checkpoint(run_dir)
-    if latest and checkpoint_step(latest) >= config.train_steps and not damage(latest, read=False):
+    is_trained = latest is not None and checkpoint_step(latest) >= config.train_steps
+    # Without its last validation the run goes on, if only for that.
+    has_ended = is_trained and has_finished(run_dir, config.train_steps)
+    if latest and has_ended and not damage(latest, read=False):
         return ""
     where = f"step {checkpoint_step(latest)}" if latest else "the start: it has no checkpoint yet"
     what = ", ".join(f"{n}: {a} -> {b}" for n, (a, b) in changed.items() if n != "output_dir")

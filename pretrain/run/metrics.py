@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time as clock
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +32,9 @@ PEAK_FLOPS = (
     ("RTX 4090", 165e12),
 )
 
+# So many values of TensorBoard wait for its thread before training does. Its own number is 10.
+_TENSORBOARD_QUEUE = 10_000
+
 
 def peak_flops(device_name: str) -> float | None:
     """Peak dense bf16 FLOP/s of a GPU; None when the GPU is not in PEAK_FLOPS."""
@@ -47,6 +51,14 @@ def flops_per_token(
     MFU counts only the operations that the model needs.
     """
     return 6.0 * matmul_parameters + 12.0 * num_layers * hidden_size * seq_length
+
+
+def has_finished(run_dir: Path, train_steps: int) -> bool:
+    """Whether the run has come to the end of its schedule, with the validation after the last save."""
+    return any(
+        line["kind"] == "end" and line["reason"] == "finished" and line["step"] >= train_steps
+        for line in _existing(run_dir)
+    )
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -73,7 +85,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Writes a run's metrics. Only rank 0 makes one.
+    """Writes a run's metrics. Only rank 0 makes one. Lines are written in a thread, one after another, so
+    that training does not wait for the disk.
 
     Args:
         run_dir: the run's folder. Lines of steps after `resume_step` are removed first.
@@ -99,6 +112,9 @@ class MetricsLog:
         self._run_dir = run_dir
         self._train_steps = train_steps
         self._step_s: float | None = None  # smoothed
+        self._thread = ThreadPoolExecutor(1, "metrics")
+        self._baselines: set[str] = set()
+        self._validated: dict[int, list[str]] = {}
         self._file = _appended(run_dir / "metrics.jsonl")
         self.go_back(resume_step)
         self._tensorboard: Any = None
@@ -107,7 +123,9 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(
-                str(run_dir / "tensorboard"), purge_step=resume_step + 1
+                str(run_dir / "tensorboard"),
+                purge_step=resume_step + 1,
+                max_queue=_TENSORBOARD_QUEUE,
             )
         if wandb:
             import wandb as wandb_package
@@ -116,10 +134,14 @@ class MetricsLog:
 
     def go_back(self, step: int) -> None:
         """Removes the lines of steps after `step`: training continues from that step's checkpoint."""
+        self.wait()
         kept = [m for m in _existing(self._run_dir) if _is_kept(m, step)]
         self.time_so_far: float = max(
             (m["time"] for m in kept if m["kind"] == "train"), default=0.0
         )
+        self._baselines = {m["dataset"] for m in kept if m["kind"] == "baseline"}
+        last = [m for m in kept if m["kind"] == "validation" and m["step"] == step]
+        self._validated = {step: [m["dataset"] for m in last]}
         path = self._run_dir / "metrics.jsonl"
         self._file.close()
         write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept))
@@ -130,8 +152,18 @@ class MetricsLog:
         """Records that training starts or is resumed."""
         self._write({"kind": "start", **facts, "unix_time": clock.time()})
 
+    def validated(self, step: int) -> list[str]:
+        """The data sets whose validation of the step that training continues from is recorded."""
+        return self._validated.get(step, [])
+
     def baseline(self, *, dataset: str, unigram_loss: float) -> None:
-        """Records the lowest loss of a model without context on a data set, in nats a token."""
+        """Records the lowest loss of a model without context on a data set, in nats a token.
+
+        Does nothing when it is recorded already.
+        """
+        if dataset in self._baselines:
+            return
+        self._baselines.add(dataset)
         self._write({"kind": "baseline", "dataset": dataset, "unigram_loss": unigram_loss})
         self._say(f"{dataset}: entropy of single tokens {unigram_loss:.4f} nats (validation)")
 
@@ -170,14 +202,26 @@ class MetricsLog:
     def end(self, *, step: int, reason: str) -> None:
         """Records that training ends, and closes all outputs."""
         self._write({"kind": "end", "step": step, "unix_time": clock.time(), "reason": reason})
+        self._thread.shutdown()
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
 
+    def wait(self) -> None:
+        """Waits until the thread has written all lines so far."""
+        self._thread.submit(int).result()
+
     def _write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values).encode() + b"\n")
+        self._thread.submit(self._append, json.dumps(values).encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        try:
+            self._file.write(line)
+        except OSError as error:  # more lines than the file's buffer holds are waiting
+            print(f"metrics.jsonl: a line is lost: {error}: {line.decode()}", file=sys.stderr)
+            return
         try:
             self._file.flush()
         except OSError as error:

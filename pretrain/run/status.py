@@ -12,6 +12,8 @@ import math
 import os
 import socket
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -34,14 +36,17 @@ INTERVAL_S = 1.0
 class Status:
     """The status of this start of a run. As a context manager it records a failure of the code inside.
 
-    Every rank makes one, after the first rank has taken the run's lock.
+    Every rank makes one, after the first rank has taken the run's lock. The first rank writes in a thread,
+    so that training does not wait for the disk. A slow disk gets the newest status and not all.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         assert config.output_dir is not None
         self._run_dir = config.output_dir
         self._tokens_per_step = config.tokens_per_step
-        self._written = -math.inf
+        self._changed = -math.inf
+        self._newest: deque[dict[str, Any]] = deque(maxlen=1)  # the thread has not written it yet
+        self._thread = ThreadPoolExecutor(1, "status")
         self._facts: dict[str, Any] = {
             "state": "starting",
             "step": 0,
@@ -61,7 +66,7 @@ class Status:
         }
         if is_first_rank():
             self._note_start()
-            self._write()
+            self.update("starting")
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +79,8 @@ class Status:
     ) -> None:
         if isinstance(error, KeyboardInterrupt):
             self.update("stopped", reason="interrupted")
-        elif isinstance(error, Exception):
+        self._thread.shutdown()
+        if isinstance(error, Exception):
             what = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             record_failure(self._run_dir, what + str(error))
 
@@ -86,7 +92,7 @@ class Status:
         self.update("training", step=step, tokens=tokens, last_checkpoint=last_checkpoint)
 
     def update(self, state: State | None = None, **facts: Any) -> None:
-        """Updates the status. It is written at once when the state or the newest checkpoint changes,
+        """Updates the status. The thread gets it at once when the state or the newest checkpoint changes,
         otherwise at most once a second.
 
         Args:
@@ -95,22 +101,40 @@ class Status:
         """
         if not is_first_rank():
             return
+        now = time.monotonic()
         changed = state not in (None, self._facts["state"]) or "last_checkpoint" in facts
         self._facts |= facts
         if state is not None:
             self._facts["state"] = state
-        if changed or time.monotonic() - self._written >= INTERVAL_S:
-            self._write()
+        if changed or now - self._changed >= INTERVAL_S:
+            self._changed = now
+            # The time of the news, not of its writing: of a rank that hangs nothing newer is written.
+            self._facts["unix_time"] = time.time()
+            self._newest.append(dict(self._facts))
+            self._thread.submit(self._write)
+
+    def wait(self) -> None:
+        """Waits until the thread has written the newest status."""
+        self._thread.submit(self._write).result()
 
     def _write(self) -> None:
-        self._written = time.monotonic()
-        self._facts["unix_time"] = time.time()
-        text = prometheus_text(self._run_dir.name, self._facts, device_figures())
         try:
-            write_atomically(self._run_dir / "status.json", json.dumps(self._facts) + "\n")
-            write_atomically(self._run_dir / "metrics.prom", text)
+            facts = self._newest.popleft()
+        except IndexError:  # while an older one was written, this one has been written too
+            return
+        text = prometheus_text(self._run_dir.name, facts, device_figures())
+        try:
+            if not self._has_failed(facts):
+                write_atomically(self._run_dir / "status.json", json.dumps(facts) + "\n")
+                write_atomically(self._run_dir / "metrics.prom", text)
         except OSError as error:  # the run must continue
             logger.warning("%s: the run's status could not be written: %s", self._run_dir, error)
+
+    def _has_failed(self, facts: dict[str, Any]) -> bool:
+        """Whether another rank has written that it failed, which is to stay."""
+        written = read_status(self._run_dir) or {}
+        same = all(written.get(name) == facts[name] for name in ("host", "pid", "starts"))
+        return same and written["state"] == "failed"
 
     def _note_start(self) -> None:
         """Adds this start, and how the start before it ended, to RUN/starts.jsonl."""

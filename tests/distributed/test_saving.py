@@ -1,6 +1,7 @@
 """Checkpoints of real runs: written in the background, on disks that fail, damaged afterwards."""
 
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,60 @@ def slow(*args, **kwargs):
     return write_item(*args, **kwargs)
 
 filesystem_async._write_item = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+# A run each of whose fsyncs takes several steps. Rank 0's training thread may not call it at all.
+SLOW_FSYNC = """
+import os, re, sys, threading
+from pretrain.loop import train as loop
+from pretrain.cli import main
+
+LAST = 20
+fsync, train_step, rank_0, steps, moved = os.fsync, loop.train_step, os.getpid(), 0, threading.Condition()
+
+def counted(*args, **kwargs):
+    global steps
+    figures = train_step(*args, **kwargs)
+    with moved:
+        steps += 1
+        moved.notify_all()
+    return figures
+
+def slow(descriptor):
+    if os.getpid() == rank_0 and 0 < steps < LAST:
+        if threading.current_thread() is threading.main_thread():
+            os._exit(9)
+        of_step = re.search(r"step_(\\d+)", os.readlink(f"/proc/self/fd/{descriptor}"))
+        until = min(int(of_step[1]) + 3, LAST) if of_step else 3
+        with moved:
+            moved.wait_for(lambda: steps >= until)
+    fsync(descriptor)
+
+os.fsync, loop.train_step = slow, counted
+sys.exit(main(sys.argv[1:]))
+"""
+
+# A run that is killed in a validation, as soon as the checkpoint that was begun before it is complete.
+SLOW_VALIDATION = """
+import os, signal, sys, time
+from pathlib import Path
+from pretrain.cli import main
+from pretrain.loop import step, train
+
+checkpoint = Path(sys.argv.pop(1))
+step.PART = 1
+run_schedule, validate = step._run_schedule, train.validate
+
+def slow(*args, **options):
+    if options["forward_only"]:
+        time.sleep(0.05)
+        if checkpoint.is_dir():
+            os.kill(os.getpid(), signal.SIGKILL)
+    return run_schedule(*args, **options)
+
+step._run_schedule = slow
+train.validate = lambda model, batches, *rest: validate(model, batches * 1000, *rest)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -116,6 +171,44 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert [m["step"] for m in metrics(run, "start")] == [0, 5]
     assert not list(run.glob("checkpoints/*.tmp"))
     assert_same(run, undisturbed)
+
+
+def test_steps_do_not_wait_for_a_slow_disk(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The checkpoint of step 5 is complete after step 8, and training has gone on."""
+    run = tmp_path / "run"
+    status, output = run_for_status(patched(SLOW_FSYNC, data, run))
+    assert status == 0, output
+    for step in (5, 10, 15):
+        later = output.index(f"saved checkpoint of step {step}\n")
+        assert later > output.index(f"step {step + 2:>2}/{STEPS}"), output
+    assert [c.name for c in checkpoints(run)] == ["step_00000015", "step_00000020"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        *("step_00000015", "step_00000020")
+    ]
+    assert all(damage(checkpoint, read=True) == "" for checkpoint in checkpoints(run))
+    assert [m["dataset"] for m in metrics(run, "baseline")] == ["data"]
+    assert_same(run, undisturbed)
+
+
+@pytest.mark.parametrize(("step", "interval"), [(10, "10"), (STEPS, "0")])
+def test_a_run_killed_in_a_validation_has_saved_before(
+    step: int, interval: str, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """And the next start makes up for the validation: also where nothing else is left to do."""
+    run = tmp_path / "run"
+    arguments = patched(SLOW_VALIDATION, data, run, "--eval-interval", interval)
+    arguments.insert(3, str(run / f"checkpoints/step_{step:08d}"))
+    status, output = run_for_status(arguments)
+    assert status == -signal.SIGKILL, output
+    assert not metrics(run, "validation")
+    output = train(data, run, *ONE_RANK, "--eval-interval", interval)
+    assert f"step {step} was saved, and not validated" in output
+    assert [m["step"] for m in metrics(run, "start")] == [0, step]
+    expected = {m["step"]: m["loss"] for m in metrics(undisturbed, "validation")}
+    validated = [(m["step"], m["loss"]) for m in metrics(run, "validation")]
+    assert validated == [(s, expected[s]) for s in (10, 20) if s >= step]
+    assert_same(run, undisturbed)
+    assert "nothing to do" in train(data, run, *ONE_RANK, "--eval-interval", interval)
 
 
 def test_a_damaged_checkpoint_is_passed_over(data: Path, undisturbed: Path, tmp_path: Path) -> None:

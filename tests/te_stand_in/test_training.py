@@ -25,7 +25,8 @@ def losses(run: Path) -> list[float]:
 def train(data: Path, run: Path, *options: str) -> None:
     arguments = ["--preset", "debug", "--data.paths", str(data), "--output-dir", str(run)]
     arguments += ["--nproc-per-node", "1", "--schedule.train-steps", "6", "--save-interval", "3"]
-    arguments += ["--precision", "bf16", *options]
+    # A validation between the two saves: it must not change the scales that training goes on with.
+    arguments += ["--precision", "bf16", "--eval-interval", "3", *options]
     command = [sys.executable, "-m", "tests.te_stand_in.train", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

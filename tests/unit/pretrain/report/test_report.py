@@ -144,6 +144,7 @@ def test_a_resumed_run_drops_what_its_checkpoint_has_not(tmp_path: Path) -> None
     log = open_log(run, resume_step=5)
     assert log.time_so_far == 5.0
     write_step(log, 6, 1.0)
+    log.wait()
     steps = [m["step"] for m in read_metrics(run) if m["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert [m for m in read_metrics(run) if m["kind"] == "end"] == []

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def test_a_run_is_resumed_or_finished(config) -> None:
     add_checkpoint(config, "step_00000010")
     assert "from step 10" in check_output_dir(config)
     add_checkpoint(config, "step_00000020")
+    assert "from step 20" in check_output_dir(config)  # its last validation may be missing
+    end = {"kind": "end", "step": 20, "reason": "finished"}
+    (config.output_dir / "metrics.jsonl").write_text(json.dumps(end) + "\n")
     assert check_output_dir(config) == ""
 
 

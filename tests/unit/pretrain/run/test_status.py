@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def now(config) -> dict:
 
 def test_a_start_is_said_before_anything_else(config, monkeypatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "123")
-    Status(config)
+    Status(config).wait()
     said = now(config)
     assert set(said) == FIELDS
     assert (said["state"], said["starts"], said["job_id"]) == ("starting", 1, "123")
@@ -51,18 +53,54 @@ def test_a_change_of_state_is_written_at_once_and_steps_once_a_second(config, mo
     clock = [0.0]
     monkeypatch.setattr(status_file.time, "monotonic", lambda: clock[0])
     status = Status(config)
+
+    def written() -> dict:
+        status.wait()
+        return now(config)
+
     status.begin(10, last_checkpoint=10)
-    assert now(config)["tokens"] == 10 * 8 * 64
+    assert written()["tokens"] == 10 * 8 * 64
     clock[0] = 0.9
     status.update("training", step=11)
-    assert now(config)["step"] == 10
+    assert written()["step"] == 10
     status.update("saving")
-    assert (now(config)["state"], now(config)["step"]) == ("saving", 11)
+    assert (written()["state"], written()["step"]) == ("saving", 11)
     status.update("training", step=12)
-    assert now(config)["step"] == 12
+    assert written()["step"] == 12
     clock[0] = 2.0
     status.update("training", step=13)
-    assert now(config)["step"] == 13
+    assert written()["step"] == 13
+
+
+def test_a_slow_disk_gets_the_newest_status(config, monkeypatch) -> None:
+    """Training goes on meanwhile, and what was written last is what came last."""
+    write, free, written = status_file.write_atomically, threading.Event(), []
+
+    def slow(path: Path, content: str) -> None:
+        free.wait()
+        if path.name == "status.json":
+            written.append(json.loads(content)["step"])
+        write(path, content)
+
+    monkeypatch.setattr(status_file, "write_atomically", slow)
+    with Status(config) as status:
+        for step in range(1, 100):
+            status.update("training", step=step, last_checkpoint=step)  # each is news
+        free.set()
+    assert now(config)["step"] == 99 and written[-1] == 99
+    assert len(written) <= 2
+    assert now(config)["unix_time"] <= time.time()
+
+
+def test_the_failure_of_another_rank_stays(config) -> None:
+    status = Status(config)
+    status.wait()
+    record_failure(config.output_dir, "rank 5: no disk")
+    status.update("training", step=3, last_checkpoint=3)
+    status.wait()
+    assert (now(config)["state"], now(config)["reason"]) == ("failed", "rank 5: no disk")
+    Status(config).wait()  # another start
+    assert now(config)["state"] == "starting"
 
 
 def test_mistakes_and_crashes_end_in_failed_with_the_reason(config) -> None:
@@ -78,6 +116,7 @@ def test_mistakes_and_crashes_end_in_failed_with_the_reason(config) -> None:
     # Whoever exits has said why.
     status = Status(config)
     status.update("stopped", reason="signal SIGUSR1")
+    status.wait()
     with pytest.raises(SystemExit), status:
         raise SystemExit(75)
     assert now(config)["reason"] == "signal SIGUSR1"
@@ -85,6 +124,7 @@ def test_mistakes_and_crashes_end_in_failed_with_the_reason(config) -> None:
 
 def test_the_first_rank_to_fail_is_the_one_to_blame(config, monkeypatch) -> None:
     status = Status(config)
+    status.wait()
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "2")
     monkeypatch.setenv("RANK", "1")
@@ -105,12 +145,14 @@ def test_the_first_rank_to_fail_is_the_one_to_blame(config, monkeypatch) -> None
 
 
 def test_starts_are_counted_and_say_how_the_one_before_ended(config) -> None:
-    Status(config).begin(0, last_checkpoint=None)
+    with Status(config) as first:
+        first.begin(0, last_checkpoint=None)
     with (config.output_dir / "starts.jsonl").open("a") as file:
         file.write('{"kind": "tra')  # cut short by a kill
     status = Status(config)
     status.update("stopped", step=7, reason="signal SIGTERM")
-    Status(config)
+    status.wait()
+    Status(config).wait()
     starts = [line for line in read_starts(config.output_dir) if line["kind"] == "start"]
     assert [s["before"] and s["before"]["reason"] for s in starts] == [
         None,
@@ -125,19 +167,22 @@ def test_what_cannot_be_written_or_read_ends_no_run(config, monkeypatch, caplog)
     assert read_status(config.output_dir) is None
     record_failure(config.output_dir, "before it began")
     status = Status(config)
+    status.wait()
 
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(status_file, "write_atomically", no_space)
     status.update("training", step=1)
+    status.wait()
     assert "No space left" in caplog.text
     record_failure(config.output_dir, "crash")
     assert now(config)["state"] == "starting"
 
 
 def test_prometheus_text_is_valid(config) -> None:
-    Status(config).update("training", step=3, loss=2.5)
+    with Status(config) as status:
+        status.update("training", step=3, loss=2.5)
     text = (config.output_dir / "metrics.prom").read_text()
     values = {
         sample.name: (sample.value, sample.labels)
@@ -150,7 +195,7 @@ def test_prometheus_text_is_valid(config) -> None:
 
 
 def test_prometheus_text_by_the_letter(config) -> None:
-    Status(config)
+    Status(config).wait()
     text = prometheus_text('a"b\\', now(config), [{"memory_used_bytes": 2.0}, {}])
     assert '# TYPE megatron_ladder_step gauge\nmegatron_ladder_step{run="a\\"b\\\\"} 0.0\n' in text
     assert 'megatron_ladder_gpu_memory_used_bytes{run="a\\"b\\\\",gpu="0"} 2.0\n' in text

@@ -1,0 +1,146 @@
+"""Checkpoints written in the background, by the asynchronous saving of megatron-core 0.16 and 0.19."""
+
+import contextlib
+import functools
+import inspect
+import io
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterator
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+
+def start_results_queue(initializer: Callable[[], None]) -> None:
+    """Starts the process that passes on the results of checkpoint writers, unless it runs already.
+
+    The new process calls `initializer`. megatron-core would start it without one.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer)
+        filesystem_async._results_queue = manager.Queue()
+
+
+class BackgroundSave:
+    """Saves a checkpoint in the background. All ranks make it, and call its methods, in the same order.
+
+    The tensors are copied, or the writing process is forked, when this returns. It is megatron-core's own
+    asynchronous saving, except for rank 0's small files: `write_index` writes them. megatron-core writes
+    them while all ranks wait, and hangs when it cannot.
+
+    Args:
+        state: megatron-core's sharded state dict.
+        folder: an existing, empty folder.
+        content_metadata: stored in the checkpoint, for loading.
+        then: called in a rank's writing process with the files it has written; `result` returns its value.
+    """
+
+    def __init__(
+        self,
+        state: dict[str, Any],
+        folder: Path,
+        content_metadata: dict[str, Any],
+        then: Callable[[list[Path]], dict[str, Any]],
+    ) -> None:
+        self._folder = folder
+        self._strategy = _IndexLater("torch_dist", 1)
+        self._error = ""
+        options: dict[str, Any] = {}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19
+            options["async_strategy"] = "mcore"
+            # It logs that nvidia-resiliency-ext will replace this strategy. A user need not act on that.
+            logging.getLogger(TorchDistSaveShardedStrategy.__module__).setLevel(logging.ERROR)
+        with _common_state_kept() as self._common:
+            request = dist_checkpointing.save(
+                state,
+                str(folder),
+                sharded_strategy=self._strategy,
+                async_sharded_save=True,
+                content_metadata=content_metadata,
+                **options,
+            )
+        request.finalize_fns.pop()  # it writes metadata.json; here `write_index` does that
+        self._receiver, sender = multiprocessing.Pipe(duplex=False)
+        self._writes = request.async_fn is not None
+        if self._writes:
+            write = functools.partial(_write, request.async_fn, then, sender)
+            request = request._replace(async_fn=write)
+        self._queue = AsyncCallsQueue()
+        self._queue.schedule_async_request(request)
+
+    def is_written(self, *, wait: bool) -> bool:
+        """Whether all ranks' writing processes have ended, with or without error. `wait`: wait for them."""
+        try:
+            return bool(self._queue.maybe_finalize_async_calls(blocking=wait))
+        except CheckpointException as failure:  # all ranks raise it; only rank 0 has the reasons
+            reasons = [str(error) for error, _ in failure.failures.values()]
+            self._error = "; ".join(reasons) or "another rank could not write"
+            return True
+
+    def result(self) -> tuple[str, dict[str, Any]]:
+        """This rank's error ("" for none), and the result of `then`. Call it once, after `is_written`."""
+        if self._error or not self._writes:
+            return self._error, {}
+        if not self._receiver.poll():
+            return "a process that writes checkpoints has ended early", {}
+        return "", self._receiver.recv()
+
+    def write_index(self) -> None:
+        """Writes the files that rank 0 writes for all, when no rank has an error. Raises OSError."""
+        for name, content in self._common.items():
+            (self._folder / name).write_bytes(content)
+        self._strategy.write_index()
+        save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
+
+
+def _write(
+    write: Callable, then: Callable, sender: Any, rank: int, buckets: list[Any], queue: Any
+) -> None:
+    write(rank, buckets, queue)
+    sender.send(then([Path(path) for path, *_ in buckets]))
+
+
+class _IndexLater(TorchDistSaveShardedStrategy):
+    """Keeps rank 0's last write, the tensors' index, for later."""
+
+    write_index: Callable[[], None]
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, *args: Any) -> Any:
+        finish = writer.finish
+
+        def keep(*results: Any) -> None:
+            self.write_index = functools.partial(finish, *results)
+
+        writer.finish = keep
+        return super()._get_save_and_finalize_callbacks(writer, *args)
+
+
+@contextlib.contextmanager
+def _common_state_kept() -> Iterator[dict[str, bytes]]:
+    """Keeps, by its name, the file that 0.16 writes before the tensors. 0.19 has none."""
+    kept: dict[str, bytes] = {}
+    strategy = getattr(common, "TorchCommonSaveStrategy", None)
+    if strategy is None:
+        yield kept
+        return
+
+    def keep(_: Any, state: Any, folder: str) -> None:
+        content = io.BytesIO()
+        torch.save(state, content)
+        kept["common.pt"] = content.getvalue()
+
+    before, strategy.save_common = strategy.save_common, keep
+    try:
+        yield kept
+    finally:
+        strategy.save_common = before
