@@ -146,21 +146,43 @@ def train_sequences(config: TrainConfig, folders: list[DataFolder], cache: Path)
     Args:
         cache: the folder of index files; the first rank makes those that are missing.
     """
-    planned = blends(config, folders)
-    weighed = [
-        (f.prefix("train"), w) for f, w in zip(folders, planned[0].weights, strict=True) if w
-    ]
-    blend = ([prefix for prefix, _ in weighed], [weight for _, weight in weighed])
-    samples = config.train_steps * config.global_batch_size
-    start = _build(config, folders, "train", blend, samples, cache)
+    start = first_blend(config, folders, cache, made=False)
     if not config.data.phases:
         return start
 
     def epoch(number: int, seed: int) -> Dataset:
-        once = ([folders[number].prefix("train")], None)
-        return _build(replace(config, seed=seed), [folders[number]], "train", once, None, cache)
+        one = (replace(config, seed=seed), folders[number], "train", None, cache)
+        return one_split(*one, made=False)
 
-    return PhasedSequences(start, planned, config, cache, epoch)
+    return PhasedSequences(start, blends(config, folders), config, cache, epoch)
+
+
+def first_blend(
+    config: TrainConfig, folders: list[DataFolder], cache: Path, *, made: bool
+) -> Dataset:
+    """The sequences of the whole run, if it kept the blend that it begins with.
+
+    Args:
+        made: nothing is made or looked up: the index files are there when the first sequence is read.
+    """
+    weights = blends(config, folders)[0].weights
+    weighed = [(f.prefix("train"), w) for f, w in zip(folders, weights, strict=True) if w]
+    blend = ([prefix for prefix, _ in weighed], [weight for _, weight in weighed])
+    samples = config.train_steps * config.global_batch_size
+    return _build(config, folders, "train", blend, samples, cache, made)
+
+
+def one_split(
+    config: TrainConfig,
+    folder: DataFolder,
+    split: str,
+    samples: int | None,
+    cache: Path,
+    *,
+    made: bool,
+) -> Dataset:
+    """At least so many sequences of a data set's split; None: every sequence once. `made` as above."""
+    return _build(config, [folder], split, ([folder.prefix(split)], None), samples, cache, made)
 
 
 def validation_sequences(
@@ -171,9 +193,7 @@ def validation_sequences(
     Data sets without a validation split are left out.
     """
     return {
-        label: _build(
-            config, [folder], "validation", ([folder.prefix("validation")], None), None, cache
-        )
+        label: one_split(config, folder, "validation", None, cache, made=False)
         for label, folder in zip(labels(folders), folders, strict=True)
         if folder.tokens("validation")
     }
@@ -186,6 +206,7 @@ def _build(
     blend: Blend,
     samples: int | None,
     cache: Path,
+    made: bool,
 ) -> Dataset:
     index = SPLITS.index(split)
     dataset_config = SequencesConfig(
@@ -198,6 +219,8 @@ def _build(
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        fast_cache_load=made,
+        defer_npy_index_mmap=made,
         documents_apart=not config.data.attend_across_documents,
         fim=fill_in_the_middle(config, folders[0]),
         bos_id=folders[0].tokenizer.get("bos_id"),
