@@ -8,11 +8,9 @@ import atexit
 import contextlib
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -26,9 +24,6 @@ from pretrain.data.index_files import Maker, Progress
 from pretrain.files import write_atomically
 from pretrain.ranks import is_first_rank
 
-logger = logging.getLogger(__name__)
-
-SAY_EVERY_S = 30.0
 _LOOK_S = 10.0
 _POLL_S = 1.0
 _MOST_BYTES, _FAILED = 4096, "failed: "
@@ -118,18 +113,15 @@ def make_index(
     rank: int | None = None,
     world_size: int = 1,
 ) -> Iterator[Progress]:
-    """Makes all index files that are missing, or a job array's task's share of them, and logs the progress.
+    """Makes all index files that are missing, or a job array's task's share of them.
 
     Gives the progress whenever there is some.
 
     Raises:
         OSError: they could not be made.
     """
-    said, work = time.monotonic(), -1.0
+    work = -1.0
     for progress in Maker(config, folders, path, rank=rank, world_size=world_size).make():
-        if time.monotonic() - said >= SAY_EVERY_S:
-            said = time.monotonic()
-            logger.info("%s", progress.words)
         if progress.work > work:
             work = progress.work
             yield progress

@@ -1,4 +1,4 @@
-"""Index files: made in parts by several processes, whole or not at all, and byte for byte megatron-core's."""
+"""Index files: made in parts by processes, whole or not at all, and byte for byte megatron-core's."""
 
 import errno
 import multiprocessing
@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import DataConfig, Phase, TrainConfig
-from pretrain.data import index_cache, index_files, index_parts
+from pretrain.data import index_files, index_parts
 from pretrain.data.checks import open_data
-from pretrain.data.index_cache import IndexCache, is_made, make_index
+from pretrain.data.index_cache import is_made, make_index
 from pretrain.data.index_parts import OrderPart, SplitPart
 from pretrain.data.sequences import train_sequences, validation_sequences
 from tests.data_sets import write_data_set
@@ -54,9 +54,7 @@ def config_for(paths: tuple[Path, ...], folder: Path, **data: object) -> TrainCo
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {
-        file.name: file.read_bytes() for file in folder.iterdir() if file.name != "made.json"
-    }
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "made.json"}
 
 
 def by_megatron(config: TrainConfig, target: Path) -> dict[str, bytes]:
@@ -72,7 +70,10 @@ def by_megatron(config: TrainConfig, target: Path) -> dict[str, bytes]:
 VARIANTS = {
     "one data set": {"paths": 1, "weights": (1.0,)},
     "a blend": {},
-    "one data set of two has weight": {"phases": (Phase(6 * STEP, (1, 2, 1)),), "weights": (1, 0, 0)},
+    "one data set of two has weight": {
+        "phases": (Phase(6 * STEP, (1, 2, 1)),),
+        "weights": (1, 0, 0),
+    },
     "phases": {"phases": (Phase(6 * STEP, (1.0, 2.0, 0.0)), Phase(13 * STEP, (0.0, 1.0, 3.0)))},
 }
 

@@ -1,4 +1,4 @@
-"""How a job with spare nodes chooses those that it uses: the script's own lines, with stand-ins for SLURM."""
+"""How a job with spare nodes chooses its nodes: the script's own lines, with stand-ins for SLURM."""
 
 import os
 import re
@@ -12,8 +12,8 @@ NODES = 512
 ALL = [f"node{number}" for number in range(NODES + 2)]
 SQUEUE = '#!/bin/bash\necho "$LEFT"\n'
 SCONTROL = '#!/bin/bash\ntr " " "\\n" <<< "${@: -1}"\n'
-# As SLURM's: it refuses a step that names a node which it has taken from the job; at a dead node the step fails,
-# and those that it has reached have answered.
+# As SLURM's: it refuses a step that names a node which it has taken from the job. At a dead node the step
+# fails, and those that it has reached have answered.
 SRUN = """#!/bin/bash
 for word in "$@"; do case $word in --nodelist=*) names=${word#*=} ;; esac; done
 echo "$names" >> sruns
