@@ -11,8 +11,8 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from pretrain.data.index_files import Maker, Progress
 from pretrain.files import write_atomically
 from pretrain.ranks import is_first_rank
 
-_LOOK_S = 10.0
+_LOOK_S = 2.0
 _POLL_S = 1.0
 _MOST_BYTES, _FAILED = 4096, "failed: "
-_WORDS, _READY = "index_files/words", "index_files/ready"  # in the store of the ranks
+_SAID = "index_files"  # in the store of the ranks: what rank 0 said last; empty: they are there
 
 
 class IndexCache:
@@ -62,15 +62,15 @@ class IndexCache:
             OSError: they could not be made.
         """
         store = dist.distributed_c10d._get_default_store() if dist.get_world_size() > 1 else None
-        if dist.get_rank() == 0:
-            for progress in self._said_by_maker():
-                if store:
-                    store.set(_WORDS, json.dumps([progress.words, progress.work]))
-                yield progress
-            if store:
-                store.set(_READY, "")
-        else:
+        if dist.get_rank() > 0:
             yield from _said_by_rank_0(store)
+            return
+        for progress in self._said_by_maker():
+            if store:
+                store.set(_SAID, json.dumps([progress.words, progress.work]))
+            yield progress
+        if store:
+            store.set(_SAID, "")
 
     def _said_by_maker(self) -> Iterator[Progress]:
         before = ""
@@ -93,17 +93,14 @@ class IndexCache:
 
 
 def _said_by_rank_0(store: Any) -> Iterator[Progress]:
-    before = None
-    while True:
-        try:
-            store.wait([_READY], timedelta(seconds=_LOOK_S))
-        except dist.DistStoreError:  # not yet
-            now = json.loads(store.get(_WORDS)) if store.check([_WORDS]) else None
-            if now and now != before:
-                before = now
-                yield Progress(*now)
-            continue
-        return
+    before, pause_s = None, 0.05
+    # Looked up again and again: torch prints a warning for each wait in a store that gets no answer.
+    while (now := store.get(_SAID) if store.check([_SAID]) else None) != b"":
+        if now is not None and now != before:
+            before = now
+            yield Progress(*json.loads(now))
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LOOK_S)  # thousands of ranks ask one store
 
 
 def make_index(

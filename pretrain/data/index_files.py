@@ -27,6 +27,7 @@ from pretrain.files import sync
 from pretrain.sizes import in_units
 
 POLL_S = 1.0
+_SMALL = 1 << 30  # tokens
 _LAST = ("-description.txt", "-phases.npy")  # each stands for the files that are made with it
 
 
@@ -96,60 +97,77 @@ class Maker:
     def _work(self, parts: list[Part], folder: Path) -> Iterator[Progress]:
         left = [part for part in parts if not is_whole(part)]
         report = _Report(parts, left)
-        running: dict[Any, tuple[Part, Any]] = {}
+        running: dict[Any, tuple[list[Part], Any]] = {}
         room, cores = memory_here() // 2, len(os.sched_getaffinity(0))
+        # A process makes several small parts, but each has some turns: one may be slower than it seems.
+        together = min(_SMALL, sum(part.tokens for part in left) // (8 * cores))
         fork = multiprocessing.get_context("fork")  # all modules are imported already
         reasons = fork.SimpleQueue()
         try:
             while left or running:
-                used = sum(part.memory for part, _ in running.values())
                 while left and len(running) < cores:
-                    fits = (p for p in left if used + p.memory <= room)
-                    part = next(fits, None if running else left[0])
-                    if part is None:
+                    used = sum(max(p.memory for p in some) for some, _ in running.values())
+                    some = _next(left, room - used, together, must=not running)
+                    if not some:
                         break
-                    left.remove(part)
-                    used += part.memory
-                    if isinstance(part, OrderPart):
-                        part.begin()
-                    process = fork.Process(target=self._make_part, args=(part, folder, reasons))
+                    process = fork.Process(target=self._make_some, args=(some, folder, reasons))
                     process.start()
-                    running[process.sentinel] = (part, process)
+                    running[process.sentinel] = (some, process)
                 for ended in connection.wait(list(running), POLL_S):
-                    part, process = running.pop(ended)
+                    some, process = running.pop(ended)
                     process.join()
                     if process.exitcode:
-                        raise OSError(
-                            None, _reason(process, reasons), f"index files of {part.what}"
-                        )
-                    report.done(part)
+                        raise OSError(None, *_reason(process, reasons, some))
+                    report.done(some)
                 yield report.now([process for _, process in running.values()])
         finally:
             for _, process in running.values():
                 process.kill()
                 process.join()
 
-    def _make_part(self, part: Part, folder: Path, reasons: Any) -> None:
-        try:
-            target = Path(tempfile.mkdtemp(dir=folder))
-            if isinstance(part, PhasesPart):  # megatron-core finds the other parts' files here
-                for file in self._path.iterdir():
-                    (target / file.name).symlink_to(file.absolute())
-            part.make(self._config, self._folders, target)
-            made = [file for file in target.iterdir() if not file.is_symlink()]
-            assert not part.files or {f.name for f in made} == {f.name for f in part.files}
-            made.sort(key=lambda file: file.name.endswith(_LAST))
-            for file in made:
-                sync(file)
-            for file in made:
-                file.replace(self._path / file.name)
-            sync(self._path)
-            shutil.rmtree(target)
-        except OSError as error:
-            reasons.put(
-                f"{error.strerror or error}" + f" ({error.filename})" * bool(error.filename)
-            )
-            raise SystemExit(1) from None
+    def _make_some(self, parts: list[Part], folder: Path, reasons: Any) -> None:
+        for part in parts:
+            try:
+                self._make_part(part, folder)
+            except OSError as error:
+                where = f" ({error.filename})" if error.filename else ""
+                reasons.put((f"{error.strerror or error}{where}", part.what))
+                raise SystemExit(1) from None
+
+    def _make_part(self, part: Part, folder: Path) -> None:
+        target = Path(tempfile.mkdtemp(dir=folder))
+        if isinstance(part, PhasesPart):  # megatron-core finds the other parts' files here
+            for file in self._path.iterdir():
+                (target / file.name).symlink_to(file.absolute())
+        part.make(self._config, self._folders, target)
+        made = [file for file in target.iterdir() if not file.is_symlink()]
+        assert not part.files or {f.name for f in made} == {f.name for f in part.files}
+        made.sort(key=lambda file: file.name.endswith(_LAST))
+        for file in made:
+            sync(file)
+        for file in made:
+            file.replace(self._path / file.name)
+        sync(self._path)
+        shutil.rmtree(target)
+
+
+def _next(left: list[Part], room: int, together: int, *, must: bool) -> list[Part]:
+    """Takes from `left` what a process makes next: the first part that has room in memory, and small ones
+    that follow it. [] when none has room, unless there `must` be one."""
+    some: list[Part] = []
+    tokens = 0
+    for part in list(left):
+        if part.memory > room and not (must and not some):
+            continue
+        tokens += part.tokens
+        if some and tokens > together:
+            break
+        left.remove(part)
+        some.append(part)
+        if isinstance(part, OrderPart):
+            part.begin()
+            break
+    return some
 
 
 def is_whole(part: Part) -> bool:
@@ -157,12 +175,14 @@ def is_whole(part: Part) -> bool:
     return bool(part.files) and all(file.is_file() for file in part.files)
 
 
-def _reason(process: Any, reasons: Any) -> str:
+def _reason(process: Any, reasons: Any, parts: list[Part]) -> tuple[str, str]:
+    """Why a process has failed, and at what."""
+    reason, what = "the process failed: see the error above", parts[0].what
     if not reasons.empty():
-        return reasons.get()
-    if process.exitcode < 0:
-        return f"the process was ended by signal {-process.exitcode}: was memory full?"
-    return "the process failed: see the error above"
+        reason, what = reasons.get()
+    elif process.exitcode < 0:
+        reason = f"the process was ended by signal {-process.exitcode}: was memory full?"
+    return reason, f"index files of {what}"
 
 
 class _Report:
@@ -176,10 +196,10 @@ class _Report:
         self._began = time.monotonic()
         self._order_ended = False
 
-    def done(self, part: Part) -> None:
-        self._done += 1
-        self._done_tokens += part.tokens
-        self._order_ended |= part is self._order
+    def done(self, parts: list[Part]) -> None:
+        self._done += len(parts)
+        self._done_tokens += sum(part.tokens for part in parts)
+        self._order_ended |= self._order in parts
 
     def now(self, processes: list[Any]) -> Progress:
         for process in processes:

@@ -80,7 +80,7 @@ def test_each_phase_is_named(where, name, phase, data: Path, tmp_path: Path, mon
     codes, output = start(data, tmp_path, ranks=1)
     assert codes == [1], output
     stacks = (tmp_path / "run/hangs/start.rank_0.txt").read_text()
-    assert f"the start hangs at {phase}: no progress for {LIMIT_S}" in stacks
+    assert f"the start hangs at {phase}: no progress for " in stacks
 
 
 def test_the_status_has_the_phases(data: Path, tmp_path: Path, monkeypatch) -> None:

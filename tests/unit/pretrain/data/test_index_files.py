@@ -210,6 +210,22 @@ def test_no_more_parts_at_a_time_than_memory_has_room_for(
     assert len(list(tmp_path.glob("most-*"))) > 1
 
 
+def test_a_process_makes_several_small_parts(
+    paths: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(paths, tmp_path)
+    parts = index_parts.index_parts(config, open_data(config), tmp_path / "cache")
+    order = next(part for part in parts if isinstance(part, OrderPart))
+    splits = [part for part in parts if part is not order]
+    left, room = [order, *splits], 1 << 40
+    assert index_files._next(left, room, 1 << 40, must=False) == [order]
+    together = sum(part.tokens for part in splits[:3])
+    assert index_files._next(left, room, together, must=False) == splits[:3]
+    assert index_files._next(left, 0, together, must=False) == []
+    assert index_files._next(left, 0, together, must=True) == splits[3:4]
+    assert left == splits[4:]
+
+
 def test_progress_says_rate_and_time_left(
     paths: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +239,7 @@ def test_progress_says_rate_and_time_left(
     order.begin()
     report = index_files._Report(parts, parts)
     clock += 10
-    report.done(splits[0])
+    report.done(splits[:1])
     numbers = np.frombuffer(order.shared, np.int16)
     numbers[: len(numbers) // 4] = 1
     first, words = splits[0].tokens, report.now([]).words

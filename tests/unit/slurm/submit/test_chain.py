@@ -29,7 +29,13 @@ def test_tasks_are_submits(tmp_path: Path) -> None:
         (*TOKENIZE, "--tasks"): "give the number of tasks",
         (*TOKENIZE, "--tasks", "8", "--rank", "1"): "--rank: --tasks gives each task its own",
         (*TOKENIZE, "--tasks", "8", "--world_size=1"): "--world-size: --tasks gives",
-        ("data", "verify", "x", "--tasks", "8"): "only `data tokenize` and `index` are cut into tasks",
+        (
+            "data",
+            "verify",
+            "x",
+            "--tasks",
+            "8",
+        ): "only `data tokenize` and `index` are cut into tasks",
     }.items():
         with pytest.raises(UserError, match=message):
             take_tasks(list(command))
