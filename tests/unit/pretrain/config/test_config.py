@@ -65,9 +65,9 @@ def test_the_number_of_options_stays_small() -> None:
     # with other projects' models: four of what they are made of, and where to start from; with adapting
     # them: gradually, and by distillation (two); blends that change (phases); for what goes wrong: two
     # policies, a spike's size, how many of them, hangs of steps and of starts, slow ranks; saves in the
-    # background. FP8: the recipe, which layers it leaves out (two), weights in it; a trace: from which step,
-    # how many; Adam's moments; compile, a CUDA graph; whose attention, which no default can know of every
-    # machine.
+    # background. FP8: the recipe, which layers it leaves out (two), weights in it; a trace: from which
+    # step, how many; Adam's moments; compile, a CUDA graph; whose attention, which no default can know of
+    # every machine.
     assert count(to_dict(PRESETS["debug"]())) <= 87
 
 
