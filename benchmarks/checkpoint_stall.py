@@ -64,7 +64,7 @@ class Training:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.parts = build(config)
-        log = RunLog(config, 0, "cpu", Status(config), Watchdog(config))
+        log = RunLog(config, 0, "cpu", Status(config), Watchdog())
         self.saver = CheckpointSaver(config, log)
         self.step_number = 0
 

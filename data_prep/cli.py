@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             Command,
             args=argv,
             prog="megatron-ladder data",
-            description="Text to data sets.",
+            description="Text to data sets. (`megatron-ladder index` makes a training's index files.)",
         )
         match options:
             case TrainTokenizer():

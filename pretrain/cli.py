@@ -10,6 +10,7 @@ from data_prep.broken_pipe import run
 USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says more)
 
   data      clean, train-tokenizer, tokenize, merge, inspect, verify, stats, blend: text to data sets
+  index     make a training's index files before it, as a job of its own
   train     pretrain a model on data sets
   import    make a run's folder of a Hugging Face model
   export    write a run's checkpoint as a Hugging Face folder
@@ -53,6 +54,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
             from data_prep.cli import main as data
 
             return data
+        case "index":
+            from pretrain.commands.index import index
+
+            return index
         case "train":
             from pretrain.commands.train import train
 

@@ -17,9 +17,10 @@ from data_prep.cli import Command as DataCommand
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
 from pretrain.commands.convert import ExportOptions, ImportOptions
+from pretrain.commands.index import parse_index
 from pretrain.commands.report import ReportOptions
 from pretrain.commands.users import for_users
-from pretrain.data.checks import with_vocab_size
+from pretrain.data.checks import open_data, with_vocab_size
 from pretrain.start.arguments import parse_train
 from slurm.cli import Submit, parse_submit
 from slurm.errors import UserError as SlurmError
@@ -110,6 +111,8 @@ def _step(command: list[str], ranks: int, *, is_first: bool) -> Step:
     output: Any
     if name == "train":
         output = _check_train(arguments, ranks, is_first=is_first)
+    elif name == "index":
+        output = _check_index(arguments, is_first=is_first)
     elif name == "data":
         parsed: Any = tyro.cli(DataCommand, args=arguments, prog="megatron-ladder data")
         output = getattr(parsed, "output_dir", None) or getattr(parsed, "output", None)
@@ -125,8 +128,20 @@ def _step(command: list[str], ranks: int, *, is_first: bool) -> Step:
 
         output = tyro.cli(EvalOptions, args=arguments, prog="megatron-ladder eval").model
     else:
-        raise UserError(f"submit {name}: submit takes train, data, import, export, eval and report")
+        raise UserError(
+            f"submit {name}: submit takes train, index, data, import, export, eval and report"
+        )
     return Step(tuple(command), Path(output).absolute(), tasks)
+
+
+def _check_index(arguments: list[str], *, is_first: bool) -> Path:
+    """Checks the arguments of `index`, and the data if they are there; returns the run's folder."""
+    config, _, _ = parse_index(arguments)
+    if is_first:
+        open_data(config)
+    if config.output_dir is None:
+        raise UserError("no --output-dir: give the folder of the run that will train")
+    return config.output_dir
 
 
 def _check_train(arguments: list[str], ranks: int, *, is_first: bool) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_ladder.errors import UserError
 from pretrain.commands.users import for_users
 from pretrain.config.train import TrainConfig
+from pretrain.loop.watchdog import Watchdog
 from pretrain.model.queues import set_queues
 from pretrain.ranks import Rank, check_gpus, launched_rank
 from pretrain.start.arguments import parse_train
@@ -24,16 +25,24 @@ def train(argv: list[str]) -> int:
 
         return plan_only(argv)
     raise_limit()
+    with Watchdog() as watchdog:  # from the first second, as a file system may hang already
+        return _train(argv, watchdog)
+
+
+def _train(argv: list[str], watchdog: Watchdog) -> int:
     rank, store = launched_rank(), None
     if rank:
+        watchdog.phase("meeting the other ranks")
         from pretrain.model.setup import meet
 
         try:
             store = meet()
         except OSError as error:
             return _failed(error)
-    checked = by_first_rank(store, rank, "checks", partial(_checked, argv, rank))
+    watchdog.phase("checking the configuration, the data sets and the run's folder")
+    checked = by_first_rank(store, rank, "checks", partial(_checked, argv, rank, watchdog))
     config, ranks, plan = checked.config, checked.ranks, checked.plan
+    watchdog.know(config)
     set_queues(config)  # before any search for a GPU: that may start CUDA
     log = logging.getLogger(__name__)
     if not plan and not (plan := _damage_of_the_last(config, rank, store)):
@@ -45,14 +54,16 @@ def train(argv: list[str]) -> int:
         from pretrain.start.launch import launch
 
         assert config.output_dir is not None
+        watchdog.stop()  # each rank has its own
         return launch(argv, ranks, config.output_dir)
     log.info(plan)
+    watchdog.phase("importing the libraries")
     from pretrain.loop.stopping import StopSignals
     from pretrain.loop.train import train as run_training
 
     with StopSignals() as signals:
         try:
-            return run_training(config, checked.folders, signals, store)
+            return run_training(config, checked.folders, signals, watchdog, store)
         except ConnectionError:  # the connection to another rank, which has ended
             raise
         except OSError as error:
@@ -70,8 +81,9 @@ class _Checked:
     ranks: int
 
 
-def _checked(argv: list[str], rank: Rank | None) -> _Checked:
+def _checked(argv: list[str], rank: Rank | None, watchdog: Watchdog) -> _Checked:
     config, asked = parse_train(argv)
+    watchdog.know(config)
     set_queues(config)  # before any search for a GPU: that may start CUDA
     if asked is not None and asked < 1:
         raise UserError(f"--nproc-per-node {asked}: start at least one rank")

@@ -23,12 +23,15 @@ class FaultConfig:
     """Skipped and rolled back in the whole run, before it stops."""
     hang_s: float = 300.0
     """Seconds without a step, and 10 times the median step, after which stacks are written and the run
-    ends; 12 times as long for the first step, a validation and a checkpoint; 0: never."""
+    ends; 12 times as long for a validation and a checkpoint; 0: never."""
+    start_s: float = 3600.0
+    """Seconds without progress in one phase of the start (reading a checkpoint, making index files, the
+    first step, ...), after which stacks are written and the run ends; 0: never."""
     straggler_interval: int = 100
     """Steps between comparisons of the ranks' speed; 0: never."""
 
     def __post_init__(self) -> None:
-        for name in ("spike_factor", "max_bad_steps", "hang_s", "straggler_interval"):
+        for name in ("spike_factor", "max_bad_steps", "hang_s", "start_s", "straggler_interval"):
             if (value := getattr(self, name)) < 0:
                 raise UserError(f"faults.{name} is {value}: it must be at least 0")
         if 0 < self.spike_factor <= 1:

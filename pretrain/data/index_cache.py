@@ -1,17 +1,18 @@
-"""Makes megatron-core's index files in RUN/dataset_cache: they say which documents each sequence holds.
+"""The index files of a run, in RUN/dataset_cache: they say which documents each sequence holds.
 
-For 10^8 documents this takes minutes. A process that the first rank starts makes them once for a run, while
-the ranks build the model and read the checkpoint. Then all ranks map the files into memory. The files are
-written to a temporary folder and moved one by one, so that RUN/dataset_cache never has a half-written file.
+A process that the first rank starts makes those that are missing, while the ranks build the model and read
+the checkpoint; `megatron-ladder index` makes them before. Then all ranks map the files into memory.
 """
 
+import atexit
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
-import shutil
-import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,63 +20,124 @@ import torch.distributed as dist
 
 from pretrain.config.train import TrainConfig
 from pretrain.data.folders import DataFolder
-from pretrain.data.sequences import MADE, train_sequences, validation_sequences
+from pretrain.data.index_files import Maker, Progress
+from pretrain.data.sequences import MADE
 from pretrain.files import write_atomically
 from pretrain.ranks import is_first_rank
 
+_LOOK_S = 2.0
+_POLL_S = 1.0
+_MOST_BYTES, _FAILED = 4096, "failed: "
+_SAID = "index_files"  # in the store of the ranks: what rank 0 said last; empty: they are there
+
 
 class IndexCache:
-    """Makes the index files in the background; `ready` waits until they are complete."""
+    """Makes the index files in the background; `wait` ends when they are complete."""
 
     def __init__(self, config: TrainConfig, folders: list[DataFolder]) -> None:
         """Called by every rank before torch.distributed starts; the first rank holds the run's lock."""
         assert config.output_dir is not None
         self.path = config.output_dir / "dataset_cache"
         self._process: Any = None
-        if is_first_rank() and not _is_made(self.path, _facts(config, folders)):
+        if is_first_rank() and not is_made(self.path, config, folders):
             # A forked process has all modules imported already. Forking is safe here, because CUDA and NCCL
             # have not started.
-            self._process = multiprocessing.get_context("fork").Process(
-                target=_make,
-                args=(config, folders, self.path),
-                daemon=True,  # when the run is refused, it ends without waiting for this process
+            fork = multiprocessing.get_context("fork")
+            # Memory that both see, and no pipe: the maker must not wait for a reader that builds a model.
+            self._said = fork.RawArray("c", _MOST_BYTES)
+            self._process = fork.Process(
+                target=_make, args=(config, folders, self.path, self._said)
             )
             self._process.start()
+            # It has processes of its own, so it cannot be multiprocessing's `daemon`: when the run is
+            # refused, it ends without waiting for this process.
+            atexit.register(self._process.kill)
 
-    def ready(self) -> Path:
-        """Waits until all files are made; called by all ranks.
+    def wait(self) -> Iterator[Progress]:
+        """Gives the progress whenever there is some, until all files are made; called by all ranks.
 
-        Returns:
-            The folder of the files.
+        The others do not wait in a collective, whose time may be over before: rank 0 says how far it is, in
+        the store where the ranks have met.
 
         Raises:
-            RuntimeError: the process that makes them failed.
+            OSError: they could not be made.
         """
-        if self._process is not None:
-            self._process.join()
+        store = dist.distributed_c10d._get_default_store() if dist.get_world_size() > 1 else None
+        if dist.get_rank() > 0:
+            yield from _said_by_rank_0(store)
+            return
+        for progress in self._said_by_maker():
+            if store:
+                store.set(_SAID, json.dumps([progress.words, progress.work]))
+            yield progress
+        if store:
+            store.set(_SAID, "")
+
+    def _said_by_maker(self) -> Iterator[Progress]:
+        before = ""
+        while self._process is not None:
+            self._process.join(_POLL_S)
+            now = self._said.value.decode()
             if self._process.exitcode:
-                raise RuntimeError(
-                    "the data sets' index files could not be made: see the error above"
+                reason = now if now.startswith(_FAILED) else f"{_FAILED}the process was ended"
+                raise OSError(
+                    None, reason.removeprefix(_FAILED), "making the data sets' index files"
                 )
-        dist.barrier()
-        return self.path
+            if self._process.exitcode == 0:
+                return
+            if now != before:
+                before = now
+                with contextlib.suppress(
+                    ValueError
+                ):  # half of a new text: the next look finds it whole
+                    yield Progress(*json.loads(now))
 
 
-def _make(config: TrainConfig, folders: list[DataFolder], path: Path) -> None:
+def _said_by_rank_0(store: Any) -> Iterator[Progress]:
+    before, pause_s = None, 0.05
+    # Looked up again and again: torch prints a warning for each wait in a store that gets no answer.
+    while (now := store.get(_SAID) if store.check([_SAID]) else None) != b"":
+        if now is not None and now != before:
+            before = now
+            yield Progress(*json.loads(now))
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LOOK_S)  # thousands of ranks ask one store
+
+
+def make_index(
+    config: TrainConfig,
+    folders: list[DataFolder],
+    path: Path,
+    rank: int | None = None,
+    world_size: int = 1,
+) -> Iterator[Progress]:
+    """Makes all index files that are missing, or a job array's task's share of them.
+
+    Gives the progress whenever there is some.
+
+    Raises:
+        OSError: they could not be made.
+    """
+    work = -1.0
+    for progress in Maker(config, folders, path, rank=rank, world_size=world_size).make():
+        if progress.work > work:
+            work = progress.work
+            yield progress
+    if rank is None:
+        write_atomically(path / MADE, json.dumps(_facts(config, folders)) + "\n")
+
+
+def _make(config: TrainConfig, folders: list[DataFolder], path: Path, said: Any) -> None:
     # This process shares the run's lock. It must end with the run, or a killed run would stay locked.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # megatron-core's builder needs an initialized process group.
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    for left in path.parent.glob(f".{path.name}.*"):  # left behind by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    train_sequences(config, folders, new)
-    validation_sequences(config, folders, new)
-    path.mkdir(exist_ok=True)
-    for file in sorted(new.iterdir()):
-        file.replace(path / file.name)
-    new.rmdir()
-    write_atomically(path / MADE, json.dumps(_facts(config, folders)) + "\n")
+    try:
+        for progress in make_index(config, folders, path):
+            said.value = json.dumps([progress.words, progress.work]).encode()
+    except OSError as error:
+        said.value = f"{_FAILED}{error.filename}: {error.strerror or error}".encode()[
+            : _MOST_BYTES - 1
+        ]
+        raise SystemExit(1) from None
 
 
 def _end_with_parent() -> None:
@@ -85,9 +147,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _is_made(path: Path, facts: dict[str, Any]) -> bool:
+def is_made(path: Path, config: TrainConfig, folders: list[DataFolder]) -> bool:
+    """Whether all index files of the run are there."""
     try:
-        return json.loads((path / MADE).read_text()) == facts
+        return json.loads((path / MADE).read_text()) == _facts(config, folders)
     except (OSError, ValueError):
         return False
 

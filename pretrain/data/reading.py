@@ -22,7 +22,7 @@ from pretrain.data.batches import (
     validation_batches,
 )
 from pretrain.data.folders import DataFolder, labels
-from pretrain.data.sequences import train_sequences, validation_split
+from pretrain.data.sequences import one_split, train_sequences
 
 
 class RankBatches:
@@ -94,7 +94,7 @@ class RankBatches:
             return []
         if not self.reads:
             return [{}] * held_out_micro_batches(len(mine), self._config)
-        split = validation_split(self._config, folder, self._cache, made=True)
+        split = one_split(self._config, folder, "validation", None, self._cache, made=True)
         return validation_batches(split, self._config, **self._data_parallel)
 
     def _received(self, batch: Batch) -> Batch:

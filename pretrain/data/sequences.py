@@ -200,13 +200,7 @@ def train_sequences(
         made: the index files are there: nothing is looked up or made, and any rank may call it alone.
             Otherwise the files that are missing are made; all ranks of torch's process group call it.
     """
-    planned = blends(config, folders)
-    weighed = [
-        (f.prefix("train"), w) for f, w in zip(folders, planned[0].weights, strict=True) if w
-    ]
-    blend = ([prefix for prefix, _ in weighed], [weight for _, weight in weighed])
-    samples = config.train_steps * config.global_batch_size
-    start = _build(config, folders, "train", blend, samples, cache, made)
+    start = first_blend(config, folders, cache, made=made)
     if made and isinstance(start, BlendedDataset):
         for name in ("dataset_index", "dataset_sample_index"):
             setattr(start, name, _mapped(getattr(start, f"path_to_{name}")))
@@ -214,11 +208,38 @@ def train_sequences(
         return start
 
     def epoch(number: int, seed: int) -> Dataset:
-        once = ([folders[number].prefix("train")], None)
-        seeded = replace(config, seed=seed)
-        return _build(seeded, [folders[number]], "train", once, None, cache, made)
+        one = (replace(config, seed=seed), folders[number], "train", None, cache)
+        return one_split(*one, made=made)
 
-    return PhasedSequences(start, planned, config, cache, epoch, made=made)
+    return PhasedSequences(start, blends(config, folders), config, cache, epoch, made=made)
+
+
+def first_blend(
+    config: TrainConfig, folders: list[DataFolder], cache: Path, *, made: bool
+) -> Dataset:
+    """The sequences of the whole run, if it kept the blend that it begins with.
+
+    Args:
+        made: nothing is made or looked up: the index files are there when the first sequence is read.
+    """
+    weights = blends(config, folders)[0].weights
+    weighed = [(f.prefix("train"), w) for f, w in zip(folders, weights, strict=True) if w]
+    blend = ([prefix for prefix, _ in weighed], [weight for _, weight in weighed])
+    samples = config.train_steps * config.global_batch_size
+    return _build(config, folders, "train", blend, samples, cache, made)
+
+
+def one_split(
+    config: TrainConfig,
+    folder: DataFolder,
+    split: str,
+    samples: int | None,
+    cache: Path,
+    *,
+    made: bool,
+) -> Dataset:
+    """At least so many sequences of a data set's split; None: every sequence once. `made` as above."""
+    return _build(config, [folder], split, ([folder.prefix(split)], None), samples, cache, made)
 
 
 def validation_sequences(
@@ -229,18 +250,10 @@ def validation_sequences(
     Data sets whose validation split has no whole sequence are left out.
     """
     return {
-        label: validation_split(config, folder, cache, made=False)
+        label: one_split(config, folder, "validation", None, cache, made=False)
         for label, folder in zip(labels(folders), folders, strict=True)
         if folder.validates(config.data.seq_length)
     }
-
-
-def validation_split(
-    config: TrainConfig, folder: DataFolder, cache: Path, *, made: bool
-) -> Dataset:
-    """A data set's validation split, every sequence once. `made`: as in `train_sequences`."""
-    once = ([folder.prefix("validation")], None)
-    return _build(config, [folder], "validation", once, None, cache, made)
 
 
 def _build(

@@ -38,7 +38,7 @@ class RunLog:
         resume_step: the last step trained before this process started.
         device: "cpu" or the GPU's name.
         status: gets what the run is doing.
-        watchdog: is started here, and gets the end of each step.
+        watchdog: gets the end of each step.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class RunLog:
         self._pending_s = 0.0
         self._recent_s: deque[float] = deque(maxlen=100)
         status.begin(resume_step, last_checkpoint=resume_step or None)
-        watchdog.start()
+        watchdog.phase("the first step")
 
     def has_reader(self) -> bool:
         """Whether this rank prints to a program that still reads, or prints nothing."""

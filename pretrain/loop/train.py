@@ -20,6 +20,7 @@ from pretrain.loop.log import RunLog
 from pretrain.loop.profile import StepProfile
 from pretrain.loop.rank_speed import RankSpeed
 from pretrain.loop.saving import CheckpointSaver
+from pretrain.loop.starting import Starting
 from pretrain.loop.step import pass_over, train_step, validate
 from pretrain.loop.stopping import StopSignals
 from pretrain.loop.teacher import Teacher
@@ -47,7 +48,11 @@ from pretrain.start.launch import STOPPED
 
 
 def train(
-    config: TrainConfig, folders: list[DataFolder], signals: StopSignals, store: Any = None
+    config: TrainConfig,
+    folders: list[DataFolder],
+    signals: StopSignals,
+    watchdog: Watchdog,
+    store: Any = None,
 ) -> int:
     """Trains to the end of the schedule, from the newest checkpoint of the run if there is one.
 
@@ -65,13 +70,14 @@ def train(
     """
     run_dir = config.output_dir
     assert run_dir is not None
+    watchdog.phase("taking the run's folder")
     if is_first_rank():
         held = lock(run_dir)
         write_config(config)  # first of all files: it marks the folder as this run's
     # Found before training: when memory is full, the GPU can answer no more questions.
     attention: list[Attention] = []
     try:
-        with Status(config) as status, Watchdog(config) as watchdog:
+        with Status(config) as status:
             exit_status = _train(config, folders, signals, status, watchdog, attention, store)
     except torch.OutOfMemoryError as error:
         # The rank whose memory is full says so. A new start would not help, so the exit status is 2, as
@@ -96,22 +102,32 @@ def _train(
 ) -> int:
     run_dir = config.output_dir
     assert run_dir is not None
+    starting = Starting(watchdog, status)
     cache = IndexCache(config, folders)  # made in the background while the model is built
     baselines = Baselines(config, folders)
+    starting.phase("joining the other ranks")
     device = start_ranks(config, store)
     if is_planned(config) and resolve_impl(config.transformer_impl) == "transformer_engine":
         attention.append(kept_as(layers_config(config).core_attention))
         check_memory(config, torch.distributed.get_world_size(), smallest_card(), *attention)
 
+    starting.phase("building the model")
     model, optimizer, scheduler = build(config)
     teacher = Teacher(config) if config.adapt.distillation_weight else None
     progress = Progress(step=0, consumed_samples=0)
+    starting.phase("checking the newest checkpoint")
     if checkpoint := newest_valid(run_dir):
+        starting.phase(f"reading the checkpoint {checkpoint.name}")
         progress = load_checkpoint(checkpoint, model, optimizer, scheduler)
     elif config.init_from:
+        starting.phase("reading the initial weights")
         load_initial_weights(initial_checkpoint(config.init_from), model_chunks(model))
         optimizer.reload_model_params()
-    data = RankBatches(config, folders, cache.ready())
+    starting.phase("making the data sets' index files")
+    for how_far in cache.wait():
+        starting.progress(how_far)
+    starting.phase("opening the data sets")
+    data = RankBatches(config, folders, cache.path)
     speed = RankSpeed(config, reads=data.reads)
     batches = data.received(speed.timed(data.training(progress.consumed_samples)))
     log = RunLog(config, progress.step, device, status, watchdog)

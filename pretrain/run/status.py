@@ -49,6 +49,7 @@ class Status:
         self._thread = ThreadPoolExecutor(1, "status")
         self._facts: dict[str, Any] = {
             "state": "starting",
+            "phase": "",
             "step": 0,
             "train_steps": config.train_steps,
             "tokens": 0,
@@ -89,11 +90,12 @@ class Status:
         if is_first_rank():
             _append(self._run_dir, {"kind": "train", "unix_time": time.time(), "step": step})
         tokens = step * self._tokens_per_step
-        self.update("training", step=step, tokens=tokens, last_checkpoint=last_checkpoint)
+        facts = {"step": step, "tokens": tokens, "last_checkpoint": last_checkpoint}
+        self.update("training", phase="", **facts)
 
     def update(self, state: State | None = None, **facts: Any) -> None:
-        """Updates the status. The thread gets it at once when the state or the newest checkpoint changes,
-        otherwise at most once a second.
+        """Updates the status. The thread gets it at once when the state, the phase of the start or the
+        newest checkpoint changes, otherwise at most once a second.
 
         Args:
             state: the new state; None keeps it.
@@ -102,7 +104,8 @@ class Status:
         if not is_first_rank():
             return
         now = time.monotonic()
-        changed = state not in (None, self._facts["state"]) or "last_checkpoint" in facts
+        important = {"last_checkpoint", "phase"} & {*facts}
+        changed = state not in (None, self._facts["state"]) or important
         self._facts |= facts
         if state is not None:
             self._facts["state"] = state

@@ -6,6 +6,7 @@ from pathlib import Path
 from slurm.errors import UserError
 
 THEN = "then"
+IN_TASKS = (("data", "tokenize"), ("index",))
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Step:
     output: Path
     """The folder that it makes or works on; users give it to `status`, `logs` and `cancel`."""
     tasks: int | None = None
-    """Only for `data tokenize`: the tasks of its job array."""
+    """Only for commands of `IN_TASKS`: the tasks of the job array."""
 
 
 def split_chain(words: list[str]) -> list[list[str]]:
@@ -38,7 +39,7 @@ def split_chain(words: list[str]) -> list[list[str]]:
 
 
 def take_tasks(command: list[str]) -> tuple[list[str], int | None]:
-    """Takes `--tasks N`, an option of `submit`, out of `data tokenize`; returns the command and N.
+    """Takes `--tasks N`, an option of `submit`, out of a command of `IN_TASKS`; returns the command and N.
 
     Raises:
         UserError: N is no number, another command has --tasks, or --rank or --world-size are given too.
@@ -47,7 +48,10 @@ def take_tasks(command: list[str]) -> tuple[list[str], int | None]:
     words = iter(command)
     for word in words:
         name, _, value = word.partition("=")
-        if name != "--tasks" or command[0] != "data":  # eval has a --tasks of its own
+        if name != "--tasks" or command[0] not in (
+            "data",
+            "index",
+        ):  # eval has a --tasks of its own
             rest.append(word)
             continue
         value = value or next(words, "")
@@ -55,9 +59,10 @@ def take_tasks(command: list[str]) -> tuple[list[str], int | None]:
             raise UserError(f"--tasks {value}: give the number of tasks, 1 or more")
         tasks = int(value)
     if tasks is not None:
-        if command[:2] != ["data", "tokenize"]:
+        if not any(command[: len(words)] == [*words] for words in IN_TASKS):
+            cut = " and ".join(f"`{' '.join(words)}`" for words in IN_TASKS)
             raise UserError(
-                f"--tasks: only `data tokenize` is cut into tasks, not `{' '.join(command[:2])}`"
+                f"--tasks: only {cut} are cut into tasks, not `{' '.join(command[:2])}`"
             )
         options = {word.partition("=")[0].replace("_", "-") for word in rest}
         if given := options & {"--rank", "--world-size"}:
@@ -88,8 +93,9 @@ class Part:
 def stages(steps: list[Step], max_array_size: int) -> list[list[Part]]:
     """The chain's jobs. The jobs of a stage run at the same time, after those of the stage before.
 
-    `data tokenize` with --tasks makes two stages: its arrays, and the command that joins their parts. An
-    array's tasks have numbers from 0 to below `max_array_size`: more tasks need several arrays.
+    A command with --tasks makes two stages: its arrays, and the command that joins their parts, which of
+    `index` is itself. An array's tasks have numbers from 0 to below `max_array_size`: more tasks need
+    several arrays.
     """
     result = []
     for step in steps:
@@ -99,5 +105,6 @@ def stages(steps: list[Step], max_array_size: int) -> list[list[Part]]:
         offsets = range(0, step.tasks, max_array_size)
         arrays = [Array(o, min(max_array_size, step.tasks - o), step.tasks) for o in offsets]
         result.append([Part(step.command, step.output, array) for array in arrays])
-        result.append([Part(("data", "merge", str(step.output)), step.output)])
+        merge = ("data", "merge", str(step.output))
+        result.append([Part(step.command if step.command[0] == "index" else merge, step.output)])
     return result

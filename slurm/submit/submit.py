@@ -91,7 +91,7 @@ def _stages(
         raise UserError(
             '--nodes, --spare-nodes, --time and --after need SLURM: the profile has launcher = "local"'
         )
-    # One process of `data tokenize` uses all cores and joins the parts.
+    # One process of `data tokenize` or `index` uses all cores and joins the parts.
     return stages([replace(step, tasks=None) for step in steps], 1)
 
 

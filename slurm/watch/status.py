@@ -76,7 +76,8 @@ def _read_status(run: Path) -> dict[str, Any] | None:
 
 def _run_lines(said: dict[str, Any], facts: list[list[Facts] | None]) -> list[str]:
     state, step, of = said.get("state"), said.get("step") or 0, said.get("train_steps")
-    head = f"{state}, step {step:,}" + (f" of {of:,} ({step / of:.1%})" if of else "")
+    doing = f"{state} ({phase})" if state == "starting" and (phase := said.get("phase")) else state
+    head = f"{doing}, step {step:,}" + (f" of {of:,} ({step / of:.1%})" if of else "")
     if (loss := said.get("loss")) is not None:
         head += f", loss {loss:.4f}"
     # A killed process could not write that it ended: SLURM knows it, or the local process is missing.

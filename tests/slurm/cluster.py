@@ -12,6 +12,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
+
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 # As in a crash: nothing on the node is told, and SLURM learns of it after SlurmdTimeout.
 CONFIG = """
@@ -111,6 +113,13 @@ class Cluster:
     def crash(self, node: int) -> None:
         """Kills a node with all that runs on it."""
         self._kill(f"node{node}")
+
+    def freeze(self, node: int) -> psutil.Process:
+        """Stops a node's daemon: it takes connections and never answers. What runs on the node goes on."""
+        below = psutil.Process(self._processes[f"node{node}"].pid).children(recursive=True)
+        daemon = next(process for process in below if process.name() == "slurmd")
+        daemon.suspend()
+        return daemon
 
     def wait_for_nodes(self, count: int, timeout_s: float = 60) -> None:
         """Until so many nodes are idle."""

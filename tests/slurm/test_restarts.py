@@ -228,6 +228,21 @@ def test_a_spare_node_stands_in(cluster, submit, profile, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_a_spare_node_stands_in_for_one_that_hangs(cluster, submit, profile, tmp_path) -> None:
+    plan = {"step_s": 0.3, "crash_at": 12}
+    job = Job(cluster, submit, profile, tmp_path / "run", "--spare-nodes", 1, **plan)
+    job.wait_for_step(3)
+    daemon = cluster.freeze(1)
+    try:
+        job.wait_for("COMPLETED", 120)
+    finally:
+        daemon.resume()
+    assert losses(job.run) == undisturbed()
+    starts = [h for h in history(job.run) if h[0] == "start"]
+    assert [h[3:] for h in starts] == [["on", "node0", "node1"], ["on", "node0", "node2"]]
+
+
+@pytest.mark.slow
 def test_when_spare_nodes_are_spent_it_is_queued_again(cluster, submit, profile, tmp_path) -> None:
     job = Job(cluster, submit, profile, tmp_path / "run", "--spare-nodes", 1, step_s=0.3)
     job.wait_for_step(7)

@@ -100,6 +100,7 @@ def test_exported_modelling_files_need_only_torch_and_transformers() -> None:
         "data_prep.cli",
         "slurm.cli",
         "pretrain.cli",
+        "pretrain.commands.index",
         "pretrain.commands.train",
         "pretrain.commands.submit",
     ],

@@ -17,6 +17,7 @@ from pretrain.run.status import Status, read_starts, read_status, record_failure
 FIELDS = {
     *(
         "state",
+        "phase",
         "step",
         "train_steps",
         "tokens",
@@ -47,6 +48,15 @@ def test_a_start_is_said_before_anything_else(config, monkeypatch) -> None:
     assert set(said) == FIELDS
     assert (said["state"], said["starts"], said["job_id"]) == ("starting", 1, "123")
     assert said["loss"] is None and said["train_steps"] == 20
+
+
+def test_phases_of_the_start_are_written_at_once_until_training_begins(config) -> None:
+    status = Status(config)
+    for phase in ("building the model", "reading the checkpoint"):
+        status.update(phase=phase)
+        assert (now(config)["state"], now(config)["phase"]) == ("starting", phase)
+    status.begin(0, last_checkpoint=None)
+    assert (now(config)["state"], now(config)["phase"]) == ("training", "")
 
 
 def test_a_change_of_state_is_written_at_once_and_steps_once_a_second(config, monkeypatch) -> None:

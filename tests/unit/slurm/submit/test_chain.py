@@ -22,13 +22,20 @@ def test_chains_are_split() -> None:
 def test_tasks_are_submits(tmp_path: Path) -> None:
     assert take_tasks([*TOKENIZE, "--tasks", "8"]) == (TOKENIZE, 8)
     assert take_tasks([*TOKENIZE, "--tasks=8"]) == (TOKENIZE, 8)
+    assert take_tasks(["index", "--preset", "x", "--tasks", "8"]) == (["index", "--preset", "x"], 8)
     assert take_tasks(["eval", "run", "--tasks", "perplexity"])[1] is None
     for command, message in {
         (*TOKENIZE, "--tasks", "0"): "give the number of tasks",
         (*TOKENIZE, "--tasks"): "give the number of tasks",
         (*TOKENIZE, "--tasks", "8", "--rank", "1"): "--rank: --tasks gives each task its own",
         (*TOKENIZE, "--tasks", "8", "--world_size=1"): "--world-size: --tasks gives",
-        ("data", "verify", "x", "--tasks", "8"): "only `data tokenize`",
+        (
+            "data",
+            "verify",
+            "x",
+            "--tasks",
+            "8",
+        ): "only `data tokenize` and `index` are cut into tasks",
     }.items():
         with pytest.raises(UserError, match=message):
             take_tasks(list(command))
@@ -40,6 +47,27 @@ def test_arrays_stay_below_the_clusters_limit() -> None:
     assert [part.array for part in arrays] == [Array(0, 4, 10), Array(4, 4, 10), Array(8, 2, 10)]
     assert merge == [Part(("data", "merge", "out"), Path("out"))]
     assert export == [Part(("export",), Path("model"))]
+
+
+def test_index_ends_with_itself() -> None:
+    command = ("index", "--preset", "debug")
+    array, last = stages([Step(command, Path("run"), tasks=2)], max_array_size=4)
+    assert array == [Part(command, Path("run"), Array(0, 2, 2))]
+    assert last == [Part(command, Path("run"))]
+
+
+def test_index_files_before_a_training(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    write_data_set(tmp_path / "tokens", vocab_size=400)
+    chain = ["index", *TRAIN[1:], "--tasks", "2", "then", *TRAIN]
+    output = run(capsys, "submit", "--profile", "p.toml", "--dry-run", *chain)
+    array = "pretrain.cli index --preset debug --data.paths tokens --output-dir run"
+    assert output.count(array) == 2
+    assert "--rank $((0 + SLURM_ARRAY_TASK_ID)) --world-size 2" in output
+    for command, message in {
+        ("index", *TRAIN[1:3], "--output-dir", "run"): "no data: give --data.paths",
+        ("index", *TRAIN[1:-2]): "no --output-dir",
+    }.items():
+        assert message in run(capsys, "submit", "--profile", "p.toml", *command, status=2)
 
 
 def test_submits_own_options_end_at_the_command() -> None:

@@ -32,6 +32,10 @@ def test_status_of_a_run(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
         "RUNNING on node[0-1], 1:02 of 1:00:00",
     ):
         assert part in text
+    starting = {**STATUS, "state": "starting", "phase": "index files: 3 of 9 parts"}
+    (run_dir / "status.json").write_text(json.dumps(starting))
+    assert "starting (index files: 3 of 9 parts), step 1,200" in run(capsys, "status", "run")
+    (run_dir / "status.json").write_text(json.dumps(STATUS))
     # Killed: it could not say so.
     (slurm.folder / "SQUEUE").write_text("101|NODE_FAIL|NodeDown|1:02|1:00:00|node[0-1]\n")
     text = run(capsys, "status", "run")

@@ -79,13 +79,31 @@ ended_by_slurm() { # whether scancel, scontrol requeue or preemption ends the jo
   job=$(timeout 60 scontrol --oneliner show job "$SLURM_JOB_ID") || return 1
   [[ $job != *JobState=RUNNING* || $job =~ PreemptTime=[0-9] ]]
 }
+answering() { # runs a step on the nodes that it is given, and prints the names of those on which it starts
+  timeout --kill-after=10 60 srun --mpi=none --input=none --overlap --no-kill --nodes=$# --ntasks=$# \
+    --ntasks-per-node=1 --nodelist="$(IFS=,; echo "$*")" printenv SLURMD_NODENAME
+}
 choose_hosts() {
-  # Takes the first nodes on which a step starts.
-  local host
+  # Takes the first nodes that answer. SLURM refuses a step that names a node which it has taken from the job:
+  # squeue has the others.
+  local host left answered
+  left=$(timeout 60 squeue --noheader --jobs="$SLURM_JOB_ID" --format=%N)
+  mapfile -t left < <(scontrol show hostnames "${left:-$SLURM_JOB_NODELIST}")
+  # One step for all nodes: SLURM's controller has one to make, and a dead node does not keep the others waiting.
+  mapfile -t answered < <(answering "${left[@]}")
+  if [ "${#answered[@]}" -lt "$nodes" ]; then
+    # A node that hangs holds up those to which it passes the step on. Each gets a step, 16 at a time.
+    export -f answering
+    mapfile -t -O "${#answered[@]}" answered < <(
+      printf '%s\n' "${left[@]}" | grep --fixed-strings --line-regexp --invert-match \
+        --file=<(printf '%s\n' "${answered[@]}") |
+        timeout --kill-after=10 60 xargs --max-procs=16 --replace=HOST bash -c 'answering HOST'
+    )
+  fi
   hosts=()
-  for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+  for host in "${left[@]}"; do
     [ "${#hosts[@]}" -lt "$nodes" ] || return 0
-    timeout 60 srun --overlap --nodes=1 --ntasks=1 --nodelist="$host" true && hosts+=("$host")
+    [[ " ${answered[*]} " != *" $host "* ]] || hosts+=("$host")
   done
   [ "${#hosts[@]}" = "$nodes" ]
 }
