@@ -1,12 +1,15 @@
 """`megatron-ladder train`."""
 
 import logging
-import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from megatron_ladder.errors import UserError
-from pretrain.commands.users import for_users
+from pretrain.commands.users import failed, for_users, of_the_system
+from pretrain.config.train import TrainConfig
 from pretrain.model.queues import set_queues
-from pretrain.ranks import check_gpus, launched_rank
+from pretrain.ranks import RankError, check_gpus, is_first_rank, launched_rank
+from pretrain.run.ends import Crash
 from pretrain.start.arguments import parse_train
 
 
@@ -17,10 +20,39 @@ def train(argv: list[str]) -> int:
         from pretrain.start.plan_only import plan_only
 
         return plan_only(argv)
-    config, asked = parse_train(argv)
+    config, asked = _on_this_rank(parse_train, argv)
     set_queues(config)  # before any search for a GPU: that may start CUDA
     if asked is not None and asked < 1:
         raise UserError(f"--nproc-per-node {asked}: start at least one rank")
+    try:
+        return _train(argv, config, asked)
+    except Exception as error:
+        return failed("train", error, run_dir=config.output_dir)
+
+
+Found = TypeVar("Found")
+
+
+def _on_this_rank(check: Callable[..., Found], *given: Any) -> Found:
+    """What a check that every rank makes of the same options gives.
+
+    Raises:
+        UserError, OSError: a mistake of the user's.
+        Crash: another rank than the first one finds it. If it is a mistake of the user's, the first one
+            finds it too, and its 2 decides. Else it is this machine's: a disk that is not mounted, say.
+    """
+    try:
+        return check(*given)
+    except RankError:
+        raise
+    except (UserError, OSError) as error:
+        if is_first_rank():
+            raise
+        said = str(error) if isinstance(error, UserError) else of_the_system(error)
+        raise Crash(said) from error
+
+
+def _train(argv: list[str], config: TrainConfig, asked: int | None) -> int:
     launched = launched_rank()
     from pretrain.start.launch import launch, local_ranks
 
@@ -29,7 +61,7 @@ def train(argv: list[str]) -> int:
         check_gpus(asked, "--nproc-per-node")
     from pretrain.start.preflight import preflight
 
-    config, folders, plan = preflight(config, ranks)
+    config, folders, plan = _on_this_rank(preflight, config, ranks)
     log = logging.getLogger(__name__)
     if not plan:
         log.info(
@@ -48,9 +80,9 @@ def train(argv: list[str]) -> int:
             return run_training(config, folders, signals)
         except ConnectionError:  # the connection to another rank, which has ended
             raise
-        except (
-            OSError
-        ) as error:  # a failure of the disk, not the user's mistake: a new start may work
-            what = f"{error.filename or 'the operating system'}: {error.strerror or error}"
-            print(f"megatron-ladder train: {what}", file=sys.stderr)
-            return 1
+        except OSError as error:  # a failure of the disk: a new start may work
+            raise Crash(of_the_system(error)) from error
+        except SystemExit as ended:  # checkpoints cannot be written: the first rank says why
+            if isinstance(ended.code, str):
+                raise Crash(ended.code) from None
+            raise

@@ -1,6 +1,5 @@
 """The training loop."""
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,7 @@ from pretrain.model.graphs import StepGraph
 from pretrain.model.optimizer import gathered_parameters
 from pretrain.model.setup import build, layers_config, smallest_card, start_ranks, stop_ranks
 from pretrain.plan.memory import Attention, check_memory, is_planned, kept_as, out_of_memory
-from pretrain.ranks import is_first_rank
+from pretrain.ranks import is_first_rank, world_size
 from pretrain.run.bad_step import BadStep
 from pretrain.run.checkpoint import (
     Progress,
@@ -37,6 +36,7 @@ from pretrain.run.checkpoint import (
     model_chunks,
     newest_valid,
 )
+from pretrain.run.ends import leave
 from pretrain.run.folder import checkpoint_at, find_checkpoint, lock, write_config
 from pretrain.run.status import Status
 from pretrain.start.launch import STOPPED
@@ -49,10 +49,10 @@ def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) 
     `folders`.
 
     Returns:
-        The exit status: 0; STOPPED after a signal; or 2 when a GPU's memory is full.
+        The exit status: 0, or STOPPED after a signal.
 
     Raises:
-        UserError: the run does not fit in memory by the plan, or stops at a bad step.
+        UserError: the run does not fit in memory, by the plan or in a step, or stops at a bad step.
     """
     run_dir = config.output_dir
     assert run_dir is not None
@@ -61,16 +61,12 @@ def train(config: TrainConfig, folders: list[DataFolder], signals: StopSignals) 
         write_config(config)  # first of all files: it marks the folder as this run's
     # Found before training: when memory is full, the GPU can answer no more questions.
     attention: list[Attention] = []
-    try:
-        with Status(config) as status, Watchdog(config) as watchdog:
+    with Status(config) as status, Watchdog(config) as watchdog:
+        try:
             exit_status = _train(config, folders, signals, status, watchdog, attention)
-    except torch.OutOfMemoryError as error:
-        # The rank whose memory is full says so. A new start would not help, so the exit status is 2, as
-        # for a user's mistake.
-        said = out_of_memory(config, torch.distributed.get_world_size(), error, *attention)
-        rank = torch.distributed.get_rank()
-        print(f"megatron-ladder train: rank {rank}: {said}", file=sys.stderr)
-        return 2
+        except torch.OutOfMemoryError as error:
+            # A new start would not help: this is as a user's mistake.
+            raise UserError(out_of_memory(config, world_size(), error, *attention)) from error
     if is_first_rank():
         held.close()
     return exit_status
@@ -200,5 +196,7 @@ def _train(
     finished = progress.step == config.train_steps
     log.end(progress.step, "finished" if finished else f"signal {signal}")
     signals.ignore()
+    if is_first_rank() and not finished:
+        leave(STOPPED, "")  # srun kills ranks that take long to end, and would return their 137
     stop_ranks()
     return 0 if finished else STOPPED

@@ -39,7 +39,7 @@ def spoil_losses() -> None:
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "-u"]  # torchrun's
+    words = [word for word in sys.argv[1:] if word not in ("-u", "-P")]
     assert words[0] == "-m"
     if words[1] == "pretrain" and os.environ.get("RANK") == "1":
         spoil_losses()

@@ -178,6 +178,7 @@ def test_options_of_another_torchrun_are_not_taken(monkeypatch, caplog, tmp_path
 
     monkeypatch.setattr("torch.distributed.run.run", run)
     monkeypatch.setattr(starting.signal, "signal", lambda *_: None)
+    give(monkeypatch, MEGATRON_LADDER_ENDS="")  # which `launch` sets
     assert starting.launch(["--preset", "debug"], 2, tmp_path) == 0
     assert seen == [("1:1", "2", 0)]
     assert "PET_MAX_RESTARTS, PET_NNODES, PET_NODE_RANK in the environment: not used" in caplog.text
