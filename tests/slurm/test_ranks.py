@@ -1,5 +1,6 @@
 """One rank fails and the others wait for it: srun kills them, and its status is theirs, 137."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,18 +43,16 @@ def test_a_node_without_its_mount_is_named(cluster, submit, profile, tmp_path: P
         def status() -> dict:
             return read_status(run) or {}
 
-        wait_until(lambda: status().get("state") == "failed", 90, explain)
-        assert status()["reason"].startswith("rank 2 on node1: ") or status()["reason"].startswith(
-            "rank 3 on node1: "
-        ), explain()
+        wait_until(lambda: status().get("state") == "failed", 150, explain)
+        assert re.match(r"rank [23] on node1: ", status()["reason"]), explain()
         assert str(data) in status()["reason"]
     finally:
         cluster.show(1, data)
     job = job_ids(run)[0]
-    wait_until(lambda: history(run)[-1][:2] == ["end", "0"], 120, explain)
+    wait_until(lambda: history(run)[-1][:2] == ["end", "0"], 200, explain)
     text = log(run)
-    assert text.count("megatron-ladder train: rank") == 1, text  # two ranks are on the node
-    assert text.count("Traceback") <= 1
+    # Two ranks are on the node. Ranks that had waited for them may say that a connection is closed.
+    assert len(re.findall(r"megatron-ladder train: rank \d on node1: ", text)) == 1, text
     assert [h[:2] for h in history(run)] == [
         ["start", "1"],
         ["end", "1"],  # its own status, not srun's 137
@@ -61,7 +60,7 @@ def test_a_node_without_its_mount_is_named(cluster, submit, profile, tmp_path: P
         ["end", "0"],
     ]
     (folder,) = job_folders(run)
-    assert [p.name[:2] for p in (folder / "ends" / "0.1").iterdir()] == ["1."]
+    assert {p.name[:2] for p in (folder / "ends" / "0.1").iterdir()} == {"1."}
     assert not (folder / "ends" / "0.2").exists()
     wait_until(lambda: "COMPLETED" in said(run), 20, explain)
     assert job in said(run)
