@@ -1,20 +1,31 @@
 """`megatron-ladder train`."""
 
 import logging
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from megatron_ladder.errors import UserError
-from pretrain.commands.users import for_users
+from pretrain.commands.users import failed, for_users, of_the_system
 from pretrain.config.train import TrainConfig
 from pretrain.loop.watchdog import Watchdog
 from pretrain.model.queues import set_queues
 from pretrain.ranks import Rank, check_gpus, launched_rank
+from pretrain.run.ends import Crash
 from pretrain.start.arguments import parse_train
 from pretrain.start.first_rank import by_first_rank, first_words
 from pretrain.start.open_files import raise_limit
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What one process has read and checked, for all ranks."""
+
+    config: TrainConfig
+    folders: list[Any]
+    plan: str
+    """"": the run is finished."""
+    ranks: int
 
 
 @for_users
@@ -38,11 +49,21 @@ def _train(argv: list[str], watchdog: Watchdog) -> int:
         try:
             store = meet()
         except OSError as error:
-            return _failed(error)
+            raise Crash(of_the_system(error)) from error
     watchdog.phase("checking the configuration, the data sets and the run's folder")
     checked = by_first_rank(store, rank, "checks", partial(_checked, argv, rank, watchdog))
+    watchdog.know(checked.config)
+    try:
+        return _run(argv, checked, rank, store, watchdog)
+    except Exception as error:
+        # From here on the folder is this run's: a failure is this run's failure.
+        return failed("train", error, run_dir=checked.config.output_dir)
+
+
+def _run(
+    argv: list[str], checked: _Checked, rank: Rank | None, store: Any, watchdog: Watchdog
+) -> int:
     config, ranks, plan = checked.config, checked.ranks, checked.plan
-    watchdog.know(config)
     set_queues(config)  # before any search for a GPU: that may start CUDA
     log = logging.getLogger(__name__)
     if not plan and not (plan := _damage_of_the_last(config, rank, store)):
@@ -66,19 +87,12 @@ def _train(argv: list[str], watchdog: Watchdog) -> int:
             return run_training(config, checked.folders, signals, watchdog, store)
         except ConnectionError:  # the connection to another rank, which has ended
             raise
-        except OSError as error:
-            return _failed(error)
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """What one process has read and checked, for all ranks."""
-
-    config: TrainConfig
-    folders: list[Any]
-    plan: str
-    """"": the run is finished."""
-    ranks: int
+        except OSError as error:  # a failure of the disk: a new start may work
+            raise Crash(of_the_system(error)) from error
+        except SystemExit as ended:  # checkpoints cannot be written: the first rank says why
+            if isinstance(ended.code, str):
+                raise Crash(ended.code) from None
+            raise
 
 
 def _checked(argv: list[str], rank: Rank | None, watchdog: Watchdog) -> _Checked:
@@ -114,10 +128,3 @@ def _damage_of_the_last(config: TrainConfig, rank: Rank | None, store: Any) -> s
         mine = damage(last, read=True, part=rank.number, parts=rank.world_size)
         what = first_words(store, rank, "damage", mine)
     return what and f"{last} is damaged: {what}"
-
-
-def _failed(error: OSError) -> int:
-    """A failure of the disk or of the network, not the user's mistake: a new start may work."""
-    what = f"{error.filename or 'the operating system'}: {error.strerror or error}"
-    print(f"megatron-ladder train: {what}", file=sys.stderr)
-    return 1

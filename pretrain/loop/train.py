@@ -1,6 +1,5 @@
 """The training loop."""
 
-import sys
 from collections.abc import Collection
 from functools import partial
 from typing import Any
@@ -30,7 +29,7 @@ from pretrain.model.graphs import StepGraph
 from pretrain.model.optimizer import gathered_parameters
 from pretrain.model.setup import build, layers_config, smallest_card, start_ranks, stop_ranks
 from pretrain.plan.memory import Attention, check_memory, is_planned, kept_as, out_of_memory
-from pretrain.ranks import is_first_rank
+from pretrain.ranks import is_first_rank, world_size
 from pretrain.run import random_states
 from pretrain.run.bad_step import BadStep
 from pretrain.run.checkpoint import (
@@ -40,6 +39,7 @@ from pretrain.run.checkpoint import (
     model_chunks,
     newest_valid,
 )
+from pretrain.run.ends import leave
 from pretrain.run.folder import checkpoint_at, write_config
 from pretrain.run.lock import lock
 from pretrain.run.status import Status
@@ -63,10 +63,10 @@ def train(
         store: where the ranks have met; None: they have not, or there is one rank.
 
     Returns:
-        The exit status: 0; STOPPED after a signal; or 2 when a GPU's memory is full.
+        The exit status: 0, or STOPPED after a signal.
 
     Raises:
-        UserError: the run does not fit in memory by the plan, or stops at a bad step.
+        UserError: the run does not fit in memory, by the plan or in a step, or stops at a bad step.
     """
     run_dir = config.output_dir
     assert run_dir is not None
@@ -76,16 +76,12 @@ def train(
         write_config(config)  # first of all files: it marks the folder as this run's
     # Found before training: when memory is full, the GPU can answer no more questions.
     attention: list[Attention] = []
-    try:
-        with Status(config) as status:
+    with Status(config) as status:
+        try:
             exit_status = _train(config, folders, signals, status, watchdog, attention, store)
-    except torch.OutOfMemoryError as error:
-        # The rank whose memory is full says so. A new start would not help, so the exit status is 2, as
-        # for a user's mistake.
-        said = out_of_memory(config, torch.distributed.get_world_size(), error, *attention)
-        rank = torch.distributed.get_rank()
-        print(f"megatron-ladder train: rank {rank}: {said}", file=sys.stderr)
-        return 2
+        except torch.OutOfMemoryError as error:
+            # A new start would not help: this is as a user's mistake.
+            raise UserError(out_of_memory(config, world_size(), error, *attention)) from error
     if is_first_rank():
         held.close()
     return exit_status
@@ -241,5 +237,7 @@ def _train(
             saver.wait_for_deletion()
 
     signals.ignore()
+    if is_first_rank() and not finished:
+        leave(STOPPED, "")  # srun kills ranks that take long to end, and would return their 137
     stop_ranks()
     return 0 if finished else STOPPED

@@ -1,6 +1,7 @@
 """What a run is doing, for people and monitors: RUN/status.json, RUN/metrics.prom, RUN/starts.jsonl.
 
-The first rank writes these files; another rank only writes to status.json that it failed.
+The first rank writes these files; another rank only writes to status.json that it failed. A rank that fails
+before the first one has written leaves a file (ends.py), which the first one reads.
 docs/reference/formats.md describes the files. Training makes no decision from them, because the clock and
 the host's name in them may be wrong.
 """
@@ -22,6 +23,7 @@ from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
 from pretrain.ranks import is_first_rank, rank_number, world_size
+from pretrain.run.ends import ENDS, is_watched, left
 from pretrain.run.prometheus import device_figures, prometheus_text
 
 logger = logging.getLogger(__name__)
@@ -64,12 +66,15 @@ class Status:
             "pid": os.getpid(),
             "world_size": world_size(),
             "job_id": os.environ.get("SLURM_JOB_ID"),
+            "ends": os.environ.get(ENDS),
         }
         if is_first_rank():
             self._note_start()
             self.update("starting")
 
     def __enter__(self) -> Self:
+        if is_first_rank() and (ends := left()):  # failed while this one was starting
+            record_failure(self._run_dir, ends[0].in_words())
         return self
 
     def __exit__(
@@ -81,7 +86,8 @@ class Status:
         if isinstance(error, KeyboardInterrupt):
             self.update("stopped", reason="interrupted")
         self._thread.shutdown()
-        if isinstance(error, Exception):
+        # Of ranks that leave files, the first of those that fail alike records it (commands/users.py).
+        if isinstance(error, Exception) and (is_first_rank() or not is_watched()):
             what = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             record_failure(self._run_dir, what + str(error))
 
@@ -157,9 +163,13 @@ class Status:
 
 
 def record_failure(run_dir: Path, reason: str) -> None:
-    """Sets the run's state to "failed", unless it is that already. Any rank may call this at any time."""
+    """Sets the run's state to "failed", unless it is that already. Any rank may call this at any time.
+
+    Does nothing when the status is that of another start: the one before, or one that holds the run's lock
+    now.
+    """
     status = read_status(run_dir)
-    if status is None or status["state"] == "failed":
+    if status is None or status["state"] == "failed" or status.get("ends") != os.environ.get(ENDS):
         return
     rank = rank_number()
     status |= {"state": "failed", "reason": reason, "unix_time": time.time()}

@@ -4,6 +4,8 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import MutableMapping
 from pathlib import Path
 from types import FrameType
 
@@ -12,6 +14,7 @@ import psutil
 from pretrain.config.train import TrainConfig
 from pretrain.processes import STOP_SIGNALS
 from pretrain.ranks import without_torchrun_options
+from pretrain.run.ends import ENDS
 from pretrain.run.folder import latest_checkpoint
 
 STOPPED = 75
@@ -38,6 +41,8 @@ def become_torchrun(ranks: int, *target: str) -> None:
     """Replaces this process by torchrun, with `ranks` local ranks that run `target`."""
     environment = without_torchrun_options(dict(os.environ))
     environment.setdefault("OMP_NUM_THREADS", "1")
+    if target[0] == "--module":
+        _import_nothing_from_here(environment)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, f"--nproc-per-node={ranks}", *target]
     os.execve(sys.executable, command, environment)  # noqa: S606 (a list, no shell)
@@ -59,6 +64,7 @@ def launch(argv: list[str], ranks: int, run_dir: Path) -> int:
     kept = without_torchrun_options(dict(os.environ))
     for name in set(os.environ) - set(kept):
         del os.environ[name]
+    _import_nothing_from_here(os.environ)
     # Where this variable is not set, torchrun gives every rank one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     # torchrun handles these signals; the others are handled below. Set by variables, since a version of
@@ -85,7 +91,10 @@ def launch(argv: list[str], ranks: int, run_dir: Path) -> int:
         before = latest_checkpoint(run_dir)
         options = ["--standalone", f"--nproc-per-node={ranks}", "--module", "pretrain"]
         try:
-            torchrun.run(torchrun.parse_args([*options, *argv]))
+            # Ranks that fail alike say it once (run/ends.py). Their statuses come from torchrun.
+            with tempfile.TemporaryDirectory(prefix="megatron-ladder-") as folder:
+                os.environ[ENDS] = str(Path(folder) / "ends")
+                torchrun.run(torchrun.parse_args([*options, *argv]))
             return 0
         except SignalException as ended:
             return STOPPED if ended.sigval in STOP_SIGNALS else 128 + ended.sigval
@@ -101,6 +110,13 @@ def launch(argv: list[str], ranks: int, run_dir: Path) -> int:
         where = f"from {after.name}" if after else "from the start: there is no checkpoint yet"
         what = ", ".join(map(str, sorted(statuses)))
         print(f"ranks ended with exit status {what}: starting again {where}", file=sys.stderr)
+
+
+def _import_nothing_from_here(environment: MutableMapping[str, str]) -> None:
+    """Makes `python -m`, by which ranks start, not import what lies in the current folder: any torch.py."""
+    is_checkout = Path.cwd() == Path(__file__).parents[2]  # not installed, it is found only there
+    if not is_checkout:
+        environment["PYTHONSAFEPATH"] = "1"
 
 
 def _final_status(statuses: set[int], received: int) -> int | None:

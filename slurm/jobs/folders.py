@@ -2,10 +2,12 @@
 folder must not exist before it runs.
 
     job.sh          the script, as submitted
-    profile.toml    the profile, as it was
+    profile.toml    the profile, as it was (for the user alone)
+    environment     the profile's variables, read by the job (for the user alone)
     job.json        the command and what was asked for, resolved; the job's id
     log, log.7      what the job, or task 7 of an array, wrote
     history         the starts and ends of a training
+    ends/0.1/       what ranks have left that failed in start 1, before the job was queued again (0 times)
     pid, exit       with launcher "local": the running script, its exit status
 """
 

@@ -18,7 +18,9 @@ from slurm.errors import UserError
 from slurm.submit.placement import NAME, Placement, check
 
 # Set by the script itself for every rank (train.sh.jinja).
-OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MEGATRON_LADDER_ENDS")
+# A shell lets nobody set these.
+OF_THE_SHELL = ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Profile(Placement):
     modules: tuple[str, ...] = ()
     """Loaded by `module load` before anything else."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the commands."""
+    """Environment variables of the commands. They may be secret: they are on no command line, and in files
+    that only the user may read."""
     python: str = ""
     """An interpreter, or a virtual environment's folder, that has this package. "": the one that
     `submit` runs on, or a container's `python`."""
@@ -65,6 +68,8 @@ class Profile(Placement):
                 raise UserError(
                     f"environment.{name}: the script sets it, for each rank to its own value"
                 )
+            if name in OF_THE_SHELL:
+                raise UserError(f"environment.{name}: a shell sets it, and no other can")
         if self.gpus_per_node < 0 or self.cpus_per_task < 1:
             raise UserError(
                 f"gpus_per_node {self.gpus_per_node} must be at least 0, and cpus_per_task "
@@ -145,6 +150,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) and "\0" in value:
             raise UserError(f"{where} holds a NUL character, which no argument can")
         return value
+    if where.startswith("environment"):  # it may be secret
+        wanted = "a string" if "." in where else 'a table: [environment], then lines NAME = "VALUE"'
+        raise UserError(f"{where} must be {wanted}")
     kinds = {str: "a string", int: "a whole number", bool: "true or false"}
     wanted = kinds.get(hint, "another kind of value")
     raise UserError(f"{where} is {value!r}: it must be {wanted} (see slurm/profiles/example.toml)")

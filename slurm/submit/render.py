@@ -88,6 +88,7 @@ def task_script(
     time: str | None,
     command: list[str],
     name: Path,
+    folder: Path,
     *,
     gpus: int = 0,
     array: Array | None = None,
@@ -96,12 +97,14 @@ def task_script(
 
     Args:
         command: what one types after `megatron-ladder`.
+        folder: the job's.
         array: the job array whose tasks run the script.
     """
     return _render(
         "task.sh.jinja",
         profile,
         name=name,
+        folder=folder,
         nodes=1,
         ranks_per_node=1,
         gpus=gpus,
@@ -109,6 +112,12 @@ def task_script(
         words=["pretrain.cli", *command],
         array=array,
     )
+
+
+def environment_file(profile: Profile) -> str:
+    """The profile's variables, for the shell that starts Python. They may be secret: only the user may read
+    the file, and they are on no command line."""
+    return "".join(f"export {name}={_quoted(v)}\n" for name, v in profile.environment.items())
 
 
 def job_name(path: Path) -> str:
@@ -138,5 +147,5 @@ def _render(template: str, profile: Profile, *, name: Path, **values: Any) -> st
 def _quoted(value: Any) -> str:
     text = str(value)
     if "\0" in text:
-        raise UserError(f"{text!r} holds a NUL character, which no argument can")
+        raise UserError("a value holds a NUL character, which no argument can")
     return shlex.quote(text)

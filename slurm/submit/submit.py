@@ -1,5 +1,6 @@
 """Makes jobs of a chain of commands: renders, keeps and submits a script for each."""
 
+import os
 import shlex
 import shutil
 import sys
@@ -8,12 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from slurm.errors import UserError
-from slurm.files import write_atomically
+from slurm.files import write_atomically, write_privately
 from slurm.jobs import client, local
 from slurm.jobs.folders import Job, make_folder, next_folder, place_of, write_job
 from slurm.submit.chain import Part, Step, stages
 from slurm.submit.profile import Profile
-from slurm.submit.render import Resources, task_script, train_script
+from slurm.submit.render import Resources, environment_file, task_script, train_script
 
 ON_A_GPU = ("eval", "generate")  # if there is one; the other commands compute little, or on the CPU
 
@@ -36,7 +37,10 @@ def submit(
                 folder = make_folder(place_of(part.command, part.output))
                 job = _job(part, profile, resources, folder, waiting_for)
                 made.append((folder, job))
-                shutil.copyfile(profile_file, folder / "profile.toml")
+                write_privately(folder / "profile.toml", profile_file.read_bytes())
+                if profile.environment:
+                    variables = os.fsencode(environment_file(profile))
+                    write_privately(folder / "environment", variables)
                 write_atomically(folder / "job.sh", _script(part, profile, resources, folder))
                 if profile.launcher == "slurm":
                     job = replace(job, job_id=_sbatch(job.submitted_by))
@@ -100,7 +104,9 @@ def _script(part: Part, profile: Profile, resources: Resources, folder: Path) ->
     if command[0] == "train":
         return train_script(profile, resources, command[1:], part.output, folder)
     gpus = min(profile.gpus_per_node, 1 if command[0] in ON_A_GPU else 0)
-    return task_script(profile, resources.time, command, part.output, gpus=gpus, array=part.array)
+    return task_script(
+        profile, resources.time, command, part.output, folder, gpus=gpus, array=part.array
+    )
 
 
 def _job(
@@ -120,7 +126,11 @@ def _job(
         command=list(part.command),
         workdir=str(Path.cwd()),
         launcher=profile.launcher,
-        asked={"profile": asdict(profile), "resources": asdict(resources)},
+        # The values of variables may be secret.
+        asked={
+            "profile": asdict(profile) | {"environment": list(profile.environment)},
+            "resources": asdict(resources),
+        },
         submitted_by=[*argv, str(folder / "job.sh")] if profile.launcher == "slurm" else [],
         unix_time=time.time(),
         after=waiting_for,

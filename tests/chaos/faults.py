@@ -26,6 +26,8 @@ class Kind:
     damage: Callable[[Path, random.Random], str] | None = None
     """Done before to a file of the newest checkpoint."""
     only_on: Literal["slurm", "local", "own disk", ""] = ""
+    says: str = ""
+    """A part of the line "rank N on HOST: ..." that the log must have once more when training goes on."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,64 @@ def _fill_disk(place: Place, run: Path, _: random.Random) -> str:
     return "a save failed"
 
 
+def _unmount(place: Place, run: Path, _: random.Random) -> str:
+    """A rank is killed, and the next start finds no data on its node. A later start does."""
+    before = place.sentences(run, "/data")
+    with place.unmounted_data(place.nodes(run)[1]):
+        place.ranks(run)[1].kill()
+        end = time.monotonic() + 240
+        while place.sentences(run, "/data") == before:
+            assert time.monotonic() < end, "nobody has said that the data are missing"
+            time.sleep(0.2)
+    return "of rank 1"
+
+
+def _raise(place: Place, run: Path, rng: random.Random) -> str:
+    number = rng.randrange(2)
+    (place.faults / f"raise.{number}").touch()
+    return f"rank {number}"
+
+
+def _slow_fsync(place: Place, run: Path, _: random.Random) -> str:
+    """Until a checkpoint was written so."""
+    before, fault = newest(run), place.faults / "slow"
+    fault.write_text("0.5")
+    end = time.monotonic() + 120
+    while newest(run) == before:
+        assert time.monotonic() < end, "no checkpoint was written"
+        time.sleep(0.1)
+    fault.unlink()
+    return "0.5 s each"
+
+
+def _stall(place: Place, run: Path, _: random.Random) -> str:
+    (place.faults / "stalled").write_text("30")
+    end = time.monotonic() + 60
+    while not (place.faults / "has stalled").exists():
+        assert time.monotonic() < end, "nothing was synced"
+        time.sleep(0.1)
+    (place.faults / "has stalled").unlink()
+    return "one fsync of rank 0"
+
+
+def _link_the_lock(place: Place, run: Path, _: random.Random) -> str:
+    """The next start must refuse the link and leave its target alone. Then the link is removed by hand."""
+    precious = place.folder / "precious"
+    precious.write_text("of somebody else")
+    (run / "lock").unlink()
+    (run / "lock").symlink_to(precious)
+    _kill_rank(place, run, random.Random(1))
+    end = time.monotonic() + 240
+    while place.state(run) != "FAILED":
+        assert precious.read_text() == "of somebody else", "the link's target was changed"
+        assert time.monotonic() < end, "the link was not refused"
+        time.sleep(1)
+    assert precious.read_text() == "of somebody else", "the link's target was changed"
+    (run / "lock").unlink()
+    place.submit_again()
+    return "refused, submitted again"
+
+
 def _nothing(*_: object) -> str:
     """rank.py does it."""
     return ""
@@ -172,4 +232,11 @@ KINDS = {
     "disk full": Kind("none", _fill_disk, only_on="own disk"),
     "NaN": Kind("none", _nothing),
     "a rank hangs": Kind("crash", _hang),
+    "a mount missing on one node": Kind("crash", _unmount, only_on="slurm", says="/data"),
+    "a rank fails by itself": Kind("crash", _raise, says="RuntimeError: a fault of chaos"),
+    "slow fsync": Kind("none", _slow_fsync),
+    # Needs a writer thread: training must not wait for the disk (hang_s is 6 s here).
+    "a disk that answers after 30 s": Kind("none", _stall),
+    # Needs a lock that does not follow links.
+    "a link at the lock's path": Kind("crash", _link_the_lock),
 }

@@ -46,12 +46,17 @@ class Place:
         self._python.write_text(f"#!{sys.executable}\n{source}")
         self._python.chmod(0o755)
         self._returning: list[threading.Timer] = []
+        self._argv: list[str] = []
+        self.faults = folder / "faults"  # rank.py reads them
+        self.faults.mkdir()
+        (folder / "empty").mkdir()
 
     def submit(self, run: Path, steps: int, nan_steps: list[int]) -> None:
         """Submits a training of two ranks, on two nodes where there are nodes."""
         environment = {
             "PYTHONPATH": ROOT,
             "CHAOS_NAN": " ".join(map(str, nan_steps)),
+            "CHAOS_FOLDER": self.faults,
             "PYTHON_EXEC": self._python,  # for torchrun
         }
         profile = self.folder / f"{run.name}.toml"
@@ -64,12 +69,16 @@ class Place:
         where = "--nodes 2 --spare-nodes 1" if self.cluster else "--ranks-per-node 2"
         train = f"train {OPTIONS} --schedule.train-steps {steps}"
         paths = ["--data.paths", str(self._data), "--output-dir", str(run)]
-        argv = ["submit", "--profile", str(profile), *where.split(), *train.split(), *paths]
-        assert cli.main(argv) == 0
+        self._argv = ["submit", "--profile", str(profile), *where.split(), *train.split(), *paths]
+        self.submit_again()
+
+    def submit_again(self) -> None:
+        """The newest submission once more, which goes on with its run."""
+        assert cli.main(self._argv) == 0
 
     def state(self, run: Path) -> str:
-        """Of the run's job, in SLURM's words; "" while SLURM does not answer."""
-        (folder,) = job_folders(run)
+        """Of the run's newest job, in SLURM's words; "" while SLURM does not answer."""
+        folder = job_folders(run)[-1]
         facts = facts_of([folder])[folder]
         return facts[0].state if facts else ""
 
@@ -93,12 +102,12 @@ class Place:
     def warn_of_time_limit(self, run: Path) -> None:
         """As SLURM does at --signal's time."""
         assert self.cluster
-        (folder,) = job_folders(run)
+        folder = job_folders(run)[-1]
         self.cluster.call("scancel", "--batch", "--signal=USR1", str(read_job(folder).job_id))
 
     def nodes(self, run: Path) -> list[int]:
         """Where ranks are."""
-        (folder,) = job_folders(run)
+        folder = job_folders(run)[-1]
         lines = [line.split() for line in (folder / "history").read_text().splitlines()]
         hosts = next(line[5:] for line in reversed(lines) if line[1] == "start")
         return [int(host.removeprefix("node")) for host in hosts]
@@ -109,6 +118,23 @@ class Place:
         self.cluster.crash(node)
         self._returning.append(threading.Timer(away_s, self.cluster.start_node, [node]))
         self._returning[-1].start()
+
+    @contextlib.contextmanager
+    def unmounted_data(self, node: int) -> Iterator[None]:
+        """Meanwhile one node does not see the data set."""
+        assert self.cluster
+        self.cluster.hide(node, self._data, self.folder / "empty")
+        try:
+            yield
+        finally:
+            self.cluster.show(node, self._data)
+
+    def sentences(self, run: Path, words: str) -> int:
+        """How often a rank has said in the jobs' logs why it failed, with these words."""
+        files = [folder / "log" for folder in job_folders(run)]
+        texts = [f.read_text(errors="replace") for f in files if f.exists()]
+        lines = [line for text in texts for line in text.splitlines()]
+        return sum("megatron-ladder train: rank " in line and words in line for line in lines)
 
     def fill(self, left: int) -> Path:
         """A file that takes all of the disk but so many bytes; called again, it takes what was freed."""

@@ -123,6 +123,7 @@ class Chaos:
             assert damaged
             detail = kind.damage(file_of(damaged, self._rng), self._rng)
         valid, before, step = newest_valid(run), len(resumptions(run)), last_step(run)
+        said = self._place.sentences(run, kind.says)
         begun = time.monotonic()
         detail = ", ".join(filter(None, [detail, kind.strike(self._place, run, self._rng)]))
         for rank in ranks:
@@ -155,6 +156,8 @@ class Chaos:
         assert valid <= starts[0] <= reached, f"{fault}: went on from {starts[0]} of {reached}"
         if damaged:
             assert starts[0] != checkpoint_step(damaged), f"{fault}: the damaged one was used"
+        if kind.says:
+            assert self._place.sentences(run, kind.says) > said, f"{fault}: {self._place.logs(run)}"
         if kind.effect == "stop":
             assert lost == 0, f"{fault}: {lost} steps are lost"
         return Outcome(

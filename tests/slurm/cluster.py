@@ -121,6 +121,19 @@ class Cluster:
         daemon.suspend()
         return daemon
 
+    def hide(self, node: int, folder: Path, empty: Path) -> None:
+        """On one node there is nothing in `folder` any more, as where a disk is not mounted."""
+        self._on(node, "mount", "--bind", str(empty), str(folder))
+
+    def show(self, node: int, folder: Path) -> None:
+        """What `hide` has hidden is there again."""
+        self._on(node, "umount", str(folder))
+
+    def _on(self, node: int, *argv: str) -> None:
+        target = f"--target={self._processes[f'node{node}'].pid}"
+        user = [] if os.getuid() == 0 else ["--user", "--preserve-credentials"]
+        subprocess.run(["nsenter", target, *user, "--mount", *argv], check=True, timeout=30)
+
     def wait_for_nodes(self, count: int, timeout_s: float = 60) -> None:
         """Until so many nodes are idle."""
         end = time.monotonic() + timeout_s

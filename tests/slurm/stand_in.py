@@ -1,4 +1,4 @@
-"""Stands in for the interpreter of a profile: `stand_in.py -m pretrain ...` is a training that keeps the
+"""Stands in for the interpreter of a profile: `stand_in.py -P -m pretrain ...` is a training that keeps the
 contract of the real one (docs/guides/slurm.md) without its seconds of start-up.
 
 Ranks meet at MASTER_ADDR:MASTER_PORT and wait for each other at every step. The loss is a hash of all
@@ -35,6 +35,10 @@ def main(argv: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         if PLAN.get("always_crash_at") == step + 1:
             return 1
+        if PLAN.get("alone"):  # one rank ends, and the others wait for it
+            if rank < world_size - 1:
+                time.sleep(600)
+            return leave(PLAN["alone"])
         if PLAN.get("mistake"):
             print("a user's mistake", flush=True)
             return 2
@@ -81,6 +85,14 @@ def agree(ranks: list[socket.socket], rank: int, mine: bool) -> bool:
     return stop
 
 
+def leave(status: int) -> int:
+    """As pretrain/run/ends.py."""
+    place = Path(os.environ["MEGATRON_LADDER_ENDS"])
+    place.mkdir(parents=True)
+    (place / f"{status}.0123abcd.json").touch()
+    return status
+
+
 def receive(other: socket.socket) -> bytes:
     byte = other.recv(1)
     if not byte:
@@ -107,5 +119,5 @@ def once(run: Path, name: str) -> bool:
 
 
 if __name__ == "__main__":
-    assert sys.argv[1:3] == ["-m", "pretrain"], sys.argv
-    sys.exit(main(sys.argv[3:]))
+    assert sys.argv[1:4] == ["-P", "-m", "pretrain"], sys.argv
+    sys.exit(main(sys.argv[4:]))

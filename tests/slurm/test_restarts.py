@@ -182,21 +182,25 @@ def test_a_killed_rank_is_started_again_in_the_job(cluster, submit, profile, tmp
 
 def test_a_killed_srun_leaves_no_ranks_behind(cluster, submit, profile, tmp_path) -> None:
     """With its helper, which would otherwise end the step; the run's folder is locked while ranks live."""
-    job = Job(cluster, submit, profile, tmp_path / "run", step_s=0.5)
+    job = Job(cluster, submit, profile, tmp_path / "run", step_s=0.5, steps=30)
     job.wait_for_step(7)
     found = psutil.process_iter(["name", "cmdline"])
     ours = [p for p in found if str(job.run) in (p.info["cmdline"] or [])]
     sruns = [p for p in ours if p.info["name"] == "srun"]
     ranks = [p for p in ours if p.info["cmdline"][0] == sys.executable]
     assert len(sruns) == len(ranks) == 2
+    # STAND_IN stands for a secret of the profile's environment: on no command line, of srun neither.
+    assert '{"steps":' in ranks[0].environ()["STAND_IN"]
+    words = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+    assert not [text for text in words if '{"steps":' in text]
     for srun in sruns:
         srun.suspend()
     for srun in sruns:
         srun.kill()
-    _, left = psutil.wait_procs(ranks, timeout=4)  # they have more steps than that before them
+    _, left = psutil.wait_procs(ranks, timeout=9)  # they have more steps than that before them
     assert not left
     job.wait_for("COMPLETED", 90)
-    assert losses(job.run) == undisturbed()
+    assert losses(job.run) == undisturbed(30)
 
 
 @pytest.mark.slow

@@ -308,7 +308,7 @@ def test_advice_is_of_this_run(config: TrainConfig) -> None:
 
 
 def test_out_of_memory_says_what_to_turn(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pretrain.loop import train
 
@@ -319,19 +319,19 @@ def test_out_of_memory_says_what_to_turn(
         )
 
     monkeypatch.setattr(train, "_train", run_out)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    monkeypatch.setattr(train, "world_size", lambda: 8)
     parallel = ParallelConfig(tensor_model_parallel_size=8)
     config = replace(config, parallel=parallel, output_dir=tmp_path / "run")
     (tmp_path / "run").mkdir()
-    assert train.train(config, [], None) == 2
-    said = capsys.readouterr().err
-    for part in ("rank 3: CUDA out of memory", "2.00 GiB", "Planned for the fullest GPU: "):
+    with pytest.raises(UserError) as refused:
+        train.train(config, [], None)
+    said = str(refused.value)
+    for part in ("CUDA out of memory", "2.00 GiB", "Planned for the fullest GPU: "):
         assert part in said
     assert "--recompute full" in said
     assert "Including" not in said
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["state"] == "failed"
+    assert (status["state"], status["reason"]) == ("failed", said)
 
 
 def test_moments_in_bf16_take_four_bytes_less(config: TrainConfig) -> None:

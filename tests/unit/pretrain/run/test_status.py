@@ -27,7 +27,7 @@ FIELDS = {
         "host",
         "pid",
     ),
-    *("last_checkpoint", "starts", "reason", "unix_time", "world_size", "job_id"),
+    *("last_checkpoint", "starts", "reason", "unix_time", "world_size", "job_id", "ends"),
 }
 
 

@@ -1,5 +1,6 @@
 """The variables of ranks: incomplete, wrong, mixed. All tests of several ranks use whole ones."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -178,9 +179,27 @@ def test_options_of_another_torchrun_are_not_taken(monkeypatch, caplog, tmp_path
 
     monkeypatch.setattr("torch.distributed.run.run", run)
     monkeypatch.setattr(starting.signal, "signal", lambda *_: None)
+    give(monkeypatch, MEGATRON_LADDER_ENDS="")  # which `launch` sets
     assert starting.launch(["--preset", "debug"], 2, tmp_path) == 0
     assert seen == [("1:1", "2", 0)]
     assert "PET_MAX_RESTARTS, PET_NNODES, PET_NODE_RANK in the environment: not used" in caplog.text
+
+
+def test_ranks_import_nothing_from_the_folder_one_is_in(monkeypatch, tmp_path: Path) -> None:
+    """`python -m` would take any torch.py. A checkout is an exception: it may not be installed."""
+    give(monkeypatch, MEGATRON_LADDER_ENDS="", OMP_NUM_THREADS="1", PYTHONSAFEPATH="")
+    seen = []
+    monkeypatch.setattr(
+        "torch.distributed.run.run", lambda _: seen.append(os.environ["PYTHONSAFEPATH"])
+    )
+    monkeypatch.setattr(os, "execve", lambda _, __, given: seen.append(given["PYTHONSAFEPATH"]))
+    monkeypatch.setattr(starting.signal, "signal", lambda *_: None)
+    for folder in (tmp_path, Path(__file__).parents[4]):
+        monkeypatch.chdir(folder)
+        starting.launch([], 2, tmp_path)
+        starting.become_torchrun(2, "--module", "pretrain.cli", "serve")
+        monkeypatch.setenv("PYTHONSAFEPATH", "")
+    assert seen == ["1", "1", "", ""]
 
 
 def test_tasks_of_srun_that_are_no_ranks(monkeypatch, tmp_path: Path) -> None:

@@ -71,9 +71,11 @@ def test_a_chain_runs_here(chain, tmp_path: Path, capsys) -> None:
     assert "COMPLETED, exit status 0; started 2 times; last: finished" in said(capsys, "run")
     assert cli.main(["logs", "-f", "run"]) == 0
     log = capsys.readouterr().out
-    assert log.count(f"SAW -m pretrain.cli train --nproc-per-node 1 {' '.join(TRAIN[1:])}\n") == 2
+    assert (
+        log.count(f"SAW -P -m pretrain.cli train --nproc-per-node 1 {' '.join(TRAIN[1:])}\n") == 2
+    )
     assert cli.main(["logs", "model"]) == 0
-    assert capsys.readouterr().out == "SAW -m pretrain.cli export run model\n"
+    assert capsys.readouterr().out == "SAW -P -m pretrain.cli export run model\n"
 
 
 def test_cancel_stops_the_chain(chain, tmp_path: Path, capsys) -> None:

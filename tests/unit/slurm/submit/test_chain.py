@@ -1,11 +1,13 @@
 """What a chain of commands becomes, and what SLURM is told; with programs in place of SLURM's."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from slurm.cli import parse_submit
 from slurm.errors import UserError
+from slurm.jobs import local
 from slurm.jobs.folders import job_folders, read_job
 from slurm.submit.chain import Array, Part, Step, split_chain, stages, take_tasks
 from tests.data_sets import write_data_set
@@ -108,6 +110,30 @@ def test_a_dry_run_makes_nothing(slurm: FakeSlurm, tmp_path: Path, capsys) -> No
     assert "--dependency=afterok:JOB1" in output
     assert sorted(tmp_path.rglob("*")) == before
     assert not slurm.calls("sbatch")
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "local"])
+def test_secrets_are_in_files_for_the_user_alone(
+    launcher: str, slurm: FakeSlurm, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "start_chain", lambda _: [1, 0.0])
+    text = f'launcher = "{launcher}"\n[environment]\nWANDB_API_KEY = "it\'s s3cret"\n'
+    (tmp_path / "p.toml").write_text(text)
+    (tmp_path / "p.toml").chmod(0o600)
+    before = os.umask(0)
+    try:
+        printed = run(capsys, "submit", "--profile", "p.toml", "--dry-run", *TOKENIZE)
+        printed += run(capsys, "submit", "--profile", "p.toml", *TOKENIZE, "then", *TRAIN)
+    finally:
+        os.umask(before)
+    assert "s3cret" not in printed
+    assert "WANDB_API_KEY" in printed  # in a comment
+    assert "s3cret" not in str(slurm.calls("sbatch"))
+    files = [f for f in tmp_path.rglob("*") if f.is_file() and b"s3cret" in f.read_bytes()]
+    of_two_jobs = ["environment", "environment", "p.toml", "profile.toml", "profile.toml"]
+    assert sorted(f.name for f in files) == of_two_jobs
+    assert {f.stat().st_mode & 0o777 for f in files} == {0o600}
+    assert read_job(tmp_path / "run/slurm/1").asked["profile"]["environment"] == ["WANDB_API_KEY"]
 
 
 def test_an_estimate_submits_nothing(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:

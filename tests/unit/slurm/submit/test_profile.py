@@ -67,8 +67,11 @@ def test_all_of_the_example_is_read(tmp_path: Path) -> None:
         ("gpus_per_node = true", "it must be a whole number"),
         ("gpus_per_node = -1", "must be at least 0"),
         ("cpus_per_task = 0", "at least 1"),
-        ("environment = 3", "it must be another kind of value"),
-        ("[environment]\nA = 1", "environment.A is 1: it must be a string"),
+        ("mounts = 3", "mounts is 3: it must be another kind of value"),
+        ("environment = 'KEY=1'", "environment must be a table: [environment], then lines NAME"),
+        ("[environment]\nA = 1", "environment.A must be a string"),
+        ('[environment]\nUID = "1"', "environment.UID: a shell sets it"),
+        ('[environment]\nMEGATRON_LADDER_ENDS = "1"', "the script sets it"),
         ('[environment]\n"A-B" = "1"', "environment 'A-B' is not allowed"),
         ('[environment]\n"A=1; id" = "1"', "is not allowed"),
         ('[environment]\nRANK = "1"', "environment.RANK: the script sets it"),
@@ -89,6 +92,24 @@ def test_all_of_the_example_is_read(tmp_path: Path) -> None:
 )
 def test_mistakes_are_said(tmp_path: Path, text: str, message: str) -> None:
     assert message in refused(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "environment = 'KEY=s3cret'",
+        "environment = ['KEY=s3cret']",
+        "[environment]\nKEY = ['s3cret']",
+        "[environment.KEY]\nvalue = 's3cret'",
+        "[environment]\nKEY = 's3cret\\u0000'".replace("'", '"'),
+        "KEY = 's3cret'",
+        "[environment]\nKEY = s3cret",
+        "[environment]\nKEY = 's3cret\nMORE = 1",
+        "[environment]\nUID = 's3cret'",
+    ],
+)
+def test_a_refusal_does_not_repeat_a_secret(tmp_path: Path, text: str) -> None:
+    assert "s3cret" not in refused(tmp_path, text)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

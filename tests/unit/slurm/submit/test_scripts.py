@@ -15,7 +15,7 @@ import pytest
 from slurm.errors import UserError
 from slurm.submit.chain import Array
 from slurm.submit.profile import Container, Profile
-from slurm.submit.render import Resources, task_script, train_script
+from slurm.submit.render import Resources, environment_file, task_script, train_script
 
 GOLDEN = Path(__file__).parent / "golden"
 CLUSTER = Profile(
@@ -66,9 +66,14 @@ SCRIPTS = {
         PYXIS, Resources(2, 4, "1-00:00:00", 1, 300), TRAIN, RUN, FOLDER
     ),
     "train-local": lambda: train_script(LOCAL, Resources(1, 2), TRAIN, RUN, FOLDER),
-    "array": lambda: task_script(CLUSTER, "1:00:00", DATA, Path("/tokens"), array=Array(4, 4, 10)),
+    "array": lambda: task_script(
+        *(CLUSTER, "1:00:00", DATA, Path("/tokens"), Path("/tokens-slurm/1")),
+        array=Array(4, 4, 10),
+    ),
     "eval-apptainer": lambda: task_script(
-        APPTAINER, None, ["eval", "runs/ladder", "--data", "/data"], Path("/runs/ladder"), gpus=1
+        *(APPTAINER, None, ["eval", "runs/ladder", "--data", "/data"], Path("/runs/ladder")),
+        Path("/runs/ladder-slurm/1"),
+        gpus=1,
     ),
 }
 
@@ -154,7 +159,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_script(
-    script: str, place: Path, **environment: str
+    script: str, place: Path, *, status: int = 0, **environment: str
 ) -> list[tuple[list[str], dict[str, str]]]:
     """What reaches Python, for each time it is started: arguments and environment."""
     file = place / "job.sh"
@@ -167,7 +172,7 @@ def run_script(
         timeout=60,
         env={"PATH": path, "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node7", **environment},
     )
-    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert done.returncode == status, (done.stdout, done.stderr)
     # What arrived may be anything but a line's beginning.
     seen = [line for line in done.stdout.decode().splitlines() if line.startswith("SAW ")]
     assert not list(place.rglob("pwned"))
@@ -182,12 +187,12 @@ def test_hostile_strings_reach_the_ranks_unchanged(launcher: str, place: Path) -
         environment={f"V{i}": text for i, text in enumerate(HOSTILE)}
         | {"IFS": "x", "PS4": "$(id)"},
     )
-    script = train_script(
-        profile, Resources(1, 1), HOSTILE, place / "run", place / "run" / "slurm" / "1"
-    )
+    folder = place / "run" / "slurm" / "1"
+    script = train_script(profile, Resources(1, 1), HOSTILE, place / "run", folder)
+    (folder / "environment").write_text(environment_file(profile))
     ((arguments, environment),) = run_script(script, place)
-    start = ["-m", "pretrain.cli", "train", "--nproc-per-node", "1"]
-    assert arguments == [*(["-m", "pretrain"] if launcher == "slurm" else start), *HOSTILE]
+    start = ["-P", "-m", "pretrain.cli", "train", "--nproc-per-node", "1"]
+    assert arguments == [*(["-P", "-m", "pretrain"] if launcher == "slurm" else start), *HOSTILE]
     for i, text in enumerate(HOSTILE):
         assert environment[f"V{i}"] == text
     assert (environment["IFS"], environment["PS4"]) == ("x", "$(id)")
@@ -208,12 +213,13 @@ def test_hostile_strings_in_paths(text: str, place: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "cwd", lambda: work)
     folder = place / name / "run" / "slurm" / "1"
     folder.mkdir(parents=True)
-    profile = Profile(python=str(python))
+    profile = Profile(python=str(python), environment={"A": text})
+    (folder / "environment").write_text(environment_file(profile))
     odd = os.fsdecode(b"\xff\xfe")
     script = train_script(profile, Resources(1, 1), ["a", odd], folder.parents[1], folder)
     ((arguments, environment),) = run_script(script, place)
-    assert arguments == ["-m", "pretrain", "a", odd]
-    assert environment["PWD"] == str(work)
+    assert arguments == ["-P", "-m", "pretrain", "a", odd]
+    assert (environment["PWD"], environment["A"]) == (str(work), text)
     assert "end 0 none" in (folder / "history").read_text()
     # A job's name is SLURM's to show: other characters are replaced.
     assert "#SBATCH --job-name=ladder-" in script.splitlines()[3]
@@ -229,9 +235,10 @@ def test_hostile_strings_in_containers(text: str, place: Path) -> None:
     shutil.copy(place / "bin" / "python", apptainer)
     mounts = () if set(text) & set(":,") else (f"/{text}:/{text}",)
     profile = Profile(container=Container(text, "apptainer"), mounts=mounts)
-    ((arguments, _),) = run_script(task_script(profile, None, ["eval", text], Path("/x")), place)
+    script = task_script(profile, None, ["eval", text], Path("/x"), place)
+    ((arguments, _),) = run_script(script, place)
     bind = ["--bind", *mounts] if mounts else []
-    inner = ["python", "-m", "pretrain.cli", "eval", text]
+    inner = ["python", "-P", "-m", "pretrain.cli", "eval", text]
     assert arguments == ["exec", "--pwd", str(place / "work"), *bind, text, *inner]
 
 
@@ -268,6 +275,81 @@ def test_what_no_argument_can_hold_is_refused(place: Path) -> None:
 
 def test_a_task_of_an_array_takes_its_share(place: Path) -> None:
     profile = Profile(python=str(place / "bin" / "python"))
-    script = task_script(profile, None, DATA, Path("/tokens"), array=Array(4, 4, 10))
+    script = task_script(profile, None, DATA, Path("/tokens"), place, array=Array(4, 4, 10))
     ((arguments, _),) = run_script(script, place, SLURM_ARRAY_TASK_ID="3")
-    assert arguments[2:] == [*DATA, "--rank", "7", "--world-size", "10"]
+    assert arguments[3:] == [*DATA, "--rank", "7", "--world-size", "10"]
+
+
+FOREIGN = """
+import pathlib
+pathlib.Path("pwned").touch()
+"""
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "local"])
+def test_what_lies_in_the_folder_one_submits_in_is_not_imported(launcher: str, place: Path) -> None:
+    """`python -m` would take torch from there, or the command itself."""
+    for name in ("torch.py", "json.py", "pretrain.py", "sitecustomize.py"):
+        (place / "work" / name).write_text(FOREIGN)
+    profile = Profile(launcher=launcher, python=sys.executable)  # type: ignore[arg-type]
+    script = task_script(profile, None, ["train", "--help"], Path("/x"), place)
+    root = str(Path(__file__).parents[4])
+    assert run_script(script, place, PYTHONPATH=root) == []  # which looks for what they would make
+
+
+# A rank that leaves a status, as pretrain/run/ends.py does, and is killed: srun says 137.
+LEAVING = """#!/bin/bash
+echo "SAW [\\"${{MEGATRON_LADDER_ENDS##*/}}\\", []]"
+leave() {{
+  sleep "$LATE_S"
+  mkdir -p "$MEGATRON_LADDER_ENDS"
+  echo > "$MEGATRON_LADDER_ENDS/$1.1a2b3c4d.json"
+}}
+for status in $LEAVES; do
+  leave "$status" > /dev/null 2>&1 &
+  [ "$LATE_S" != 0 ] || wait $!
+done
+kill -9 $$
+"""
+
+
+@pytest.mark.parametrize(
+    ("leaves", "late_s", "status", "starts"),
+    [
+        ("2", "0", 2, 1),
+        ("1 75", "0", 75, 4),  # nobody has asked: it is started again
+        ("1 75 2", "0", 2, 1),
+        ("2", "1", 2, 1),  # the file is seen a second later
+        ("1", "0", 1, 4),
+        ("", "0", 137, 4),
+    ],
+)
+def test_a_rank_s_own_status_decides(
+    leaves: str, late_s: str, status: int, starts: int, place: Path
+) -> None:
+    (place / "bin" / "python").write_text(LEAVING.format())
+    # The job goes on, for SLURM: the script may start its ranks again.
+    (place / "bin" / "scontrol").write_text('#!/bin/bash\necho "node7 JobState=RUNNING"\n')
+    folder = place / "run" / "slurm" / "1"
+    # Of another start of the job, before it was queued again: nobody looks there.
+    for old in ("0.1", "0.2", "0.3", "0.4"):
+        (folder / "ends" / old).mkdir(parents=True)
+        (folder / "ends" / old / "2.0f0f0f0f.json").touch()
+    script = train_script(
+        Profile(python=str(place / "bin" / "python")), Resources(1, 1), [], place / "run", folder
+    )
+    script = script.replace("sleep 2 #", "#")
+    if late_s == "0":
+        script = script.replace("|| sleep 1\n", "|| sleep 0.1\n")
+    seen = run_script(
+        *(script, place),
+        status=status if starts == 1 else 1,
+        LEAVES=leaves,
+        LATE_S=late_s,
+        SLURM_RESTART_COUNT="1",
+    )
+    assert [name for name, _ in seen] == [f"1.{i + 1}" for i in range(starts)]
+    ends = [
+        line.split()[2] for line in (folder / "history").read_text().splitlines() if " end " in line
+    ]
+    assert ends == [str(status)] * starts

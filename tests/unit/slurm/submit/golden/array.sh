@@ -27,9 +27,9 @@ export PYTHONUNBUFFERED=1 # lines reach the log at once
 export OMP_NUM_THREADS=12 # a thread for each core of the rank, not of the node
 
 command=(
-  env
-  HF_HOME=/shared/hf
-  /shared/venv/bin/python -m pretrain.cli data tokenize /text --tokenizer t.model --output-dir /tokens
+  # The profile's HF_HOME: not here, as all may read a command line.
+  sh -c '. "$0" && exec "$@"' /tokens-slurm/1/environment
+  /shared/venv/bin/python -P -m pretrain.cli data tokenize /text --tokenizer t.model --output-dir /tokens
 )
 srun=(
   srun --mpi=none --input=none # ranks meet through torch's store, not through MPI

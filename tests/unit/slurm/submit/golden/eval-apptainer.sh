@@ -21,9 +21,9 @@ command=(
   apptainer exec --nv --pwd "$PWD"
   --bind /shared:/shared
   /shared/pytorch.sif
-  env
-  A=1
-  python -m pretrain.cli eval runs/ladder --data /data
+  # The profile's A: not here, as all may read a command line.
+  sh -c '. "$0" && exec "$@"' /runs/ladder-slurm/1/environment
+  python -P -m pretrain.cli eval runs/ladder --data /data
 )
 srun=(
   srun --mpi=none --input=none # ranks meet through torch's store, not through MPI

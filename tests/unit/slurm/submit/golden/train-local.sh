@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED=1 # lines reach the log at once
 export OMP_NUM_THREADS=1 # a thread for each core of the rank, not of the node
 
 command=(
-  python3 -m pretrain.cli train --nproc-per-node 2 --preset paper-1b --data.paths /data --output-dir runs/ladder
+  python3 -P -m pretrain.cli train --nproc-per-node 2 --preset paper-1b --data.paths /data --output-dir runs/ladder
 )
 
 run=/shared/runs/ladder

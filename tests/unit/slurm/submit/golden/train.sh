@@ -30,9 +30,9 @@ export PYTHONUNBUFFERED=1 # lines reach the log at once
 export OMP_NUM_THREADS=12 # a thread for each core of the rank, not of the node
 
 command=(
-  env
-  HF_HOME=/shared/hf
-  /shared/venv/bin/python -m pretrain --preset paper-1b --data.paths /data --output-dir runs/ladder
+  # The profile's HF_HOME: not here, as all may read a command line.
+  sh -c '. "$0" && exec "$@"' /shared/runs/ladder/slurm/1/environment
+  /shared/venv/bin/python -P -m pretrain --preset paper-1b --data.paths /data --output-dir runs/ladder
 )
 srun=(
   srun --mpi=none --input=none # ranks meet through torch's store, not through MPI
@@ -89,6 +89,24 @@ choose_hosts() {
 }
 # A task of a step is a rank. torch reads these variables. exec: srun's child is the rank itself.
 as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
+# A rank that fails leaves its status here (pretrain/run/ends.py). The name is that of no earlier start.
+ends() { echo "$folder/ends/${SLURM_RESTART_COUNT:-0}.$starts"; }
+decided() { # prints a start's exit status: a rank's own, where one has left it, else that of srun, given as $1
+  # srun has one status for all ranks: when one has failed it kills the others, and says 137. A rank that was
+  # killed leaves none. The first look may come too early: another node has written the file.
+  local place left look
+  place=$(ends)
+  for look in 1 2 3 4; do
+    [ "$look" = 1 ] || sleep 1
+    left=" $(cd "$place" 2>/dev/null && echo [0-9]*.json)"
+    case $left in # 2 and 75 decide: others may have failed only because that rank had ended
+    *" 2."*) echo 2 && return ;;
+    *" 75."*) echo 75 && return ;;
+    *" "[0-9]*) left=${left# } && echo "${left%%.*}" && return ;;
+    esac
+  done
+  echo "$1"
+}
 # The port where ranks meet. It depends on job and start, as jobs may share a node. Linux's own begin at 32768.
 port() { echo $((12000 + (SLURM_JOB_ID * 8 + starts) % 20000)); }
 start() {
@@ -98,7 +116,8 @@ start() {
     queue_again # SLURM gives it other nodes, or these when they are back
   fi
   MASTER_ADDR=${hosts[0]} MASTER_PORT=$(port)
-  export MASTER_ADDR MASTER_PORT
+  MEGATRON_LADDER_ENDS=$(ends)
+  export MASTER_ADDR MASTER_PORT MEGATRON_LADDER_ENDS
   note "start $starts $(newest_checkpoint) on ${hosts[*]}"
   # block: ranks with neighbouring numbers share a node. cores: a rank stays on its own cores. --gpu-bind=none: a
   # rank sees all GPUs of its node, as NCCL reads their memory; LOCAL_RANK picks the rank's own. --wait: when one
@@ -131,6 +150,7 @@ while true; do
     status=$?
   done
   ranks=""
+  [ "$status" = 0 ] || status=$(decided "$status")
   newest=$(newest_checkpoint)
   note "end $status $newest $asked"
   if [ "$status" != 0 ] && ended_by_slurm; then
