@@ -130,7 +130,8 @@ def limited() -> Iterator[None]:
     is_timed = threading.current_thread() is threading.main_thread()
     if is_timed:
         before = signal.signal(signal.SIGVTALRM, _too_late)
-        signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_S)
+        # Again and again: what is raised while Python collects garbage is lost.
+        signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_S, 0.1)
         signal.setitimer(signal.ITIMER_PROF, RENDER_S + 1)
     try:
         yield

@@ -19,7 +19,7 @@ import orjson
 from megatron_ladder.errors import UserError
 
 RENDER_S = 10.0
-"""Seconds for one conversation."""
+"""Seconds of computing for one conversation."""
 MEMORY = 512 << 20
 """Bytes that rendering may take, beside what the process has when it starts."""
 MOST_CHARACTERS = 16 << 20
@@ -91,16 +91,17 @@ def _watch(rendering: Rendering, asked: Connection) -> None:
 
 
 def _answer_all(rendering: Rendering, asked: Connection) -> None:
-    signal.signal(signal.SIGALRM, _too_late)
+    signal.signal(signal.SIGVTALRM, _too_late)
     while True:
         try:
             given = orjson.loads(asked.recv_bytes())
         except EOFError:
             return
         text, problem = None, None
-        # The alarm ends what Python does. What Python cannot end, such as a power of large numbers, the
-        # kernel ends together with the process.
-        signal.setitimer(signal.ITIMER_REAL, RENDER_S)
+        # The alarm ends what Python does. What Python cannot end, such as comparing two lists of a million
+        # million numbers, the kernel ends together with the process.
+        # Again and again, as what is raised while Python collects garbage is lost.
+        signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_S, 0.1)
         signal.setitimer(signal.ITIMER_PROF, RENDER_S + 1)
         try:
             text = rendering(given)
@@ -118,7 +119,7 @@ def _answer_all(rendering: Rendering, asked: Connection) -> None:
         except Exception as error:  # such as for two turns of one role in a row
             problem = f"the chat template refuses these messages: {str(error)[:500]}"
         finally:
-            for timer in (signal.ITIMER_REAL, signal.ITIMER_PROF):
+            for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
                 signal.setitimer(timer, 0)
         _answer(asked, text, problem)
 

@@ -25,11 +25,11 @@ def rendering(given: dict[str, Any]) -> str:
         while True:
             pass
     if kind == "loop that Python cannot end":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGVTALRM})
         while True:
             pass
     if kind == "memory":
-        return "a" * (template_process.MEMORY + 1)
+        return "a" * (2 * template_process.MEMORY)
     if kind == "long":
         return "a" * (template_process.MOST_CHARACTERS + 1)
     if kind == "half a character":
