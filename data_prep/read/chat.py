@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from data_prep.errors import UserError
+
 if TYPE_CHECKING:  # jinja2 is imported where there is a template
     from data_prep.read.templates import Message, Template
 
@@ -53,8 +55,22 @@ def pieces_of(values: Sequence[Any], chat: Chat) -> tuple[Pieces, str | None]:
     (messages,) = values
     if not isinstance(messages, list) or not messages:
         return [], f"field {chat.fields[0]!r} is no list of messages"
+    from data_prep.read.templates import limited
+
+    try:
+        with limited():
+            return _rendered(messages, chat)
+    except UserError:
+        raise
+    except Exception as error:  # a template is a program, and may fail in any way
+        kind = "" if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: "
+        return [], f"the chat template: {kind}{str(error)[:500]}"
+
+
+def _rendered(messages: list[Any], chat: Chat) -> tuple[Pieces, str | None]:
     from data_prep.read.templates import compiled
 
+    assert chat.template is not None
     template = compiled(chat.template)
     said = []
     for message in messages:
@@ -64,11 +80,7 @@ def pieces_of(values: Sequence[Any], chat: Chat) -> tuple[Pieces, str | None]:
         said.append(prepared)
     if not template.marks and not any(message["role"] == "assistant" for message in said):
         return [], "no message of the assistant: nothing to train on"
-    try:
-        pieces, problem = _by_marks(said, template) if template.marks else _by_turns(said, template)
-    except Exception as error:  # a template is a program, and may fail in any way
-        kind = "" if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: "
-        return [], f"the chat template: {kind}{error}"
+    pieces, problem = _by_marks(said, template) if template.marks else _by_turns(said, template)
     return ([], problem) if problem is not None else (_without_end(pieces, chat.eod_text), None)
 
 

@@ -1,10 +1,14 @@
 """Chat templates, rendered as transformers renders them (`apply_chat_template`), without importing it."""
 
+import contextlib
 import functools
 import json
 import re
+import resource
+import signal
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,17 @@ Message = dict[str, Any]
 
 # Around what a template marks by {% generation %} in rendered text. Nobody's text holds them.
 _BEGIN, _END = (f"\ufdd0{uuid.uuid4().hex}\ufdd0" for _ in range(2))
+
+RENDER_S = 30.0
+"""Seconds of computing for one conversation."""
+MEMORY = 2 << 30
+"""Bytes that one conversation may take."""
+MOST_CHARACTERS = 64 << 20
+"""Of a conversation's text."""
+
+
+class TooMuch(BaseException):
+    """A template takes too long. No `except Exception` keeps it."""
 
 
 class Generation(Extension):
@@ -39,7 +54,11 @@ class Generation(Extension):
 
 
 class Template:
-    """A chat template. It can use its own arguments only, and compute text and nothing else."""
+    """A chat template. It can use its own arguments only, and compute text and nothing else.
+
+    The sandbox keeps it from files and from code, but not from `{% for %}` in `{% for %}` or from
+    `"a" * 10 ** 10`: compile and render it within `limited`.
+    """
 
     def __init__(self, source: str, tokens: dict[str, str], day: str | None) -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -70,13 +89,16 @@ class Template:
         return pieces
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        return self._template.render(
+        text = self._template.render(
             messages=messages,
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **self._tokens,
         )
+        if len(text) > MOST_CHARACTERS:
+            raise jinja2.TemplateError(f"it writes more than {MOST_CHARACTERS:,} characters")
+        return text
 
     @functools.cached_property
     def takes_parts(self) -> bool:
@@ -88,6 +110,46 @@ class Template:
             )
         except Exception:
             return False
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """What is done in it may take RENDER_S seconds and MEMORY bytes.
+
+    What Python cannot end, such as comparing two lists of a million million numbers, the kernel ends a
+    second later, with the process. Other threads than the main one have no limit of time.
+
+    Raises:
+        UserError: it takes more.
+    """
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + MEMORY
+    if soft == resource.RLIM_INFINITY or most < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    is_timed = threading.current_thread() is threading.main_thread()
+    if is_timed:
+        before = signal.signal(signal.SIGVTALRM, _too_late)
+        # Again and again: what is raised while Python collects garbage is lost.
+        signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_S, 0.1)
+        signal.setitimer(signal.ITIMER_PROF, RENDER_S + 1)
+    try:
+        yield
+    except (TooMuch, MemoryError) as error:
+        raise UserError(
+            f"the chat template takes more than {RENDER_S:.0f} seconds or {MEMORY >> 20} MiB for one "
+            "conversation: look at it, or give another (--chat-template FILE)"
+        ) from error
+    finally:
+        if is_timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _too_late(*_: object) -> None:
+    raise TooMuch
 
 
 def _refuse(message: str) -> None:
@@ -129,10 +191,15 @@ def load_template(tokenizer: Path, given: Path | None, day: str) -> str:
     source = _source(tokenizer, given, config)
     template = json.dumps([source, _tokens(config), *([day] if "strftime_now" in source else [])])
     try:
-        compiled(template)
-    except jinja2.TemplateError as error:
+        with limited():  # constants are computed here
+            compiled(template)
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # SyntaxError and RecursionError among others: Python compiles it too
         raise UserError(
-            f"the chat template of {given or tokenizer} is not valid: {error}"
+            f"the chat template of {given or tokenizer} is not valid: {str(error)[:500]}"
         ) from error
     return template
 
@@ -149,7 +216,7 @@ def _source(tokenizer: Path, given: Path | None, config: dict[str, Any]) -> str:
     names = ", ".join(sorted(named))
     if given is not None:
         if given.is_file():
-            return given.read_text(encoding="utf-8")
+            return _text(given)
         if str(given) in named:
             return named[str(given)]
         beside = f", and {tokenizer} has no template of this name: it has {names}" if named else ""
@@ -172,17 +239,20 @@ def _named(tokenizer: Path, config: dict[str, Any]) -> dict[str, str]:
     folder = tokenizer.parent
     files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     if (default := folder / "chat_template.jinja").is_file():
-        return {f.stem: f.read_text(encoding="utf-8") for f in files} | {
-            "default": default.read_text(encoding="utf-8")
-        }
+        return {f.stem: _text(f) for f in files} | {"default": _text(default)}
     if files:
-        return {f.stem: f.read_text(encoding="utf-8") for f in files}
+        return {f.stem: _text(f) for f in files}
     own = config.get("chat_template")
     if isinstance(own, str):
         return {"default": own}
     try:
         # A list of {"name": ..., "template": ...}, or an object
-        return dict(own) if isinstance(own, dict) else {t["name"]: t["template"] for t in own or []}
+        named = (
+            dict(own) if isinstance(own, dict) else {t["name"]: t["template"] for t in own or []}
+        )
+        if not all(isinstance(text, str) for pair in named.items() for text in pair):
+            raise TypeError("a template or its name is no text")
+        return named
     except (TypeError, KeyError) as error:
         raise UserError(
             f"{folder / 'tokenizer_config.json'}: chat_template is neither text nor a list of named "
@@ -193,9 +263,19 @@ def _named(tokenizer: Path, config: dict[str, Any]) -> dict[str, str]:
 def _config(tokenizer: Path) -> dict[str, Any]:
     path = tokenizer.parent / "tokenizer_config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no object of JSON")
+    return config
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UserError(f"{file} is no text in UTF-8: {error}") from error
 
 
 def _tokens(config: dict[str, Any]) -> dict[str, str]:

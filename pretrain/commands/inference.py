@@ -62,8 +62,8 @@ def serve(argv: list[str]) -> int:
 
     options = tyro.cli(ServeOptions, args=argv, prog="megatron-ladder serve")
     from pretrain.inference.loaded import find
-    from pretrain.inference.serve import listen
-    from pretrain.inference.serve import serve as serve_model
+    from pretrain.inference.server.serve import listen
+    from pretrain.inference.server.serve import serve as serve_model
 
     # Mistakes are refused before ranks start. Ranks do not try the port: any rank but the first would find
     # it in use by the first one.

@@ -40,7 +40,7 @@ ROOMS = {
     "megatron_ladder": "errors one_cudnn config fp8 cpu_platform distillation collectives te layers "
     "te.layers inference specs mcore_compat mcore_saving megatron_lm hf vllm",
     "pretrain": "files processes ranks pictures sizes config data model run plan start loop convert "
-    "evaluation report inference depth bench commands cli __main__",
+    "evaluation report inference inference.server depth bench commands cli __main__",
     "data_prep": "errors version files progress broken_pipe read parts encode dataset clean cli __main__",
     "slurm": "errors files jobs submit watch cli",
 }

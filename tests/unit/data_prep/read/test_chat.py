@@ -12,6 +12,7 @@ from data_prep import cli
 from data_prep.dataset import tokenize
 from data_prep.errors import UserError
 from data_prep.parts import plan
+from data_prep.read import templates
 from data_prep.read.chat import Chat, pieces_of
 from data_prep.read.templates import load_template
 
@@ -472,3 +473,68 @@ def test_a_template_that_asks_for_the_date(
     from datetime import datetime
 
     assert today == "Today: " + datetime.now().strftime("%d %b %Y")
+
+
+TWICE = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TWICE + TEMPLATE,
+        "{{ 10 ** (10 ** messages | length) }}" + TEMPLATE,
+        "{{ 'a' * (10 ** messages | length) }}" + TEMPLATE,
+        "{{ messages | length | string | center(10 ** 10) }}" + TEMPLATE,
+        "{% set x = namespace(y='aaaa') %}{% for i in range(99) %}{% set x.y = x.y ~ x.y %}{% endfor %}",
+    ],
+)
+def test_a_template_without_end_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "RENDER_S", 0.2)
+    chat = Chat(("messages",), json.dumps([template, {}]), "")
+    with pytest.raises(UserError, match="the chat template takes more than"):
+        pieces_of([TALK * 2], chat)
+    pieces, problem = pieces_of([TALK], Chat(("messages",), json.dumps([TEMPLATE, {}]), ""))
+    assert problem is None and pieces
+
+
+def test_a_text_that_is_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "MOST_CHARACTERS", 100)
+    chat = Chat(("messages",), json.dumps([TEMPLATE + "{{ 'a' * 99 }}", {}]), "")
+    assert pieces_of([TALK], chat) == ([], "the chat template: it writes more than 100 characters")
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("{{ 9 ** (9 ** 9) }}", "takes more than"),  # constants are computed when it is compiled
+        ("{% for i in x %}" * 30 + "{% endfor %}" * 30, "is not valid: too many"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "is not valid: maximum recursion"),
+        ("{% if %}", "is not valid: "),
+    ],
+)
+def test_a_template_that_cannot_be_compiled(
+    source: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "RENDER_S", 0.2)
+    file = tmp_path / "template.jinja"
+    file.write_text(source)
+    with pytest.raises(UserError, match=says):
+        load_template(tmp_path / "tokenizer.json", file, "2026-11-27")
+
+
+def test_files_of_a_template_that_are_something_else(tmp_path: Path) -> None:
+    config = tmp_path / "tokenizer_config.json"
+    for text, says in (
+        ("[1]", "is no object of JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ('{"chat_template": 5}', "neither text nor a list"),
+        ('{"chat_template": [{"name": "default", "template": 5}]}', "neither text nor a list"),
+        ('{"chat_template": {"default": [1]}}', "neither text nor a list"),
+    ):
+        config.write_text(text)
+        with pytest.raises(UserError, match=says):
+            load_template(tmp_path / "tokenizer.json", None, "2026-11-27")
+    config.write_text("{}")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match="is no text in UTF-8"):
+        load_template(tmp_path / "tokenizer.json", None, "2026-11-27")

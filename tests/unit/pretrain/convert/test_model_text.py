@@ -1,5 +1,6 @@
 """What prompts of a run, and of the folder made of it, begin with: what its training data began with."""
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from pretrain.data.fim import FillInTheMiddle
 from pretrain.data.folders import DataFolder, keep_facts, kept_facts, open_folder
 from pretrain.data.sample import check_tokenizer
 from pretrain.evaluation.documents import Texts, open_split
-from pretrain.inference.chat import chat_renderer
+from pretrain.inference.server.chat import chat_renderer
 from pretrain.start import initial
 from pretrain.start.initial import check_initial, initial_model
 from pretrain.start.past import same_data
@@ -105,7 +106,7 @@ def test_a_run_of_weights_that_came_without_a_tokenizer(tmp_path: Path) -> None:
     assert text.begin_ids == [] and text.end_ids == (301, 304)
     assert text.tokenizer.decode(text.prompt_ids(chat_models.PROMPT)) == chat_models.PROMPT
     with pytest.raises(UserError, match="no chat template"):
-        chat_renderer(imported)([], {})
+        asyncio.run(chat_renderer(imported)([], {}))
 
 
 def test_data_with_and_without_do_not_mix(tmp_path: Path) -> None:

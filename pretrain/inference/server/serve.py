@@ -1,5 +1,6 @@
 """`megatron-ladder serve`: serves a run or an exported folder over HTTP, compatible with OpenAI's API."""
 
+import functools
 import logging
 import signal
 import socket
@@ -12,13 +13,14 @@ import uvicorn
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.engine import DynamicEngine
 from megatron_ladder.inference.requests import Output
-from pretrain.inference.app import Served, make_app
-from pretrain.inference.chat import chat_renderer
 from pretrain.inference.engine_loop import drive
-from pretrain.inference.frontdesk import FrontDesk
 from pretrain.inference.loaded import Found, find, load
-from pretrain.inference.metrics import Metrics
 from pretrain.inference.options import ServeOptions
+from pretrain.inference.server.app import Served, make_app
+from pretrain.inference.server.chat import Render, chat_renderer
+from pretrain.inference.server.connections import Connection, most_connections
+from pretrain.inference.server.frontdesk import FrontDesk
+from pretrain.inference.server.metrics import Metrics
 from pretrain.ranks import is_first_rank
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ def serve(options: ServeOptions) -> None:
     """
     parallel = options.parallel()
     found = find(options.model, parallel, options.all_reduce)
+    # A process is made for templates, so it comes before ports, threads and GPUs.
+    render = chat_renderer(found.templates) if is_first_rank() else None
     listening = listen(options) if is_first_rank() else None
     chunk = load(found, parallel, options.seed, options.all_reduce)
     engine = DynamicEngine(
@@ -48,12 +52,12 @@ def serve(options: ServeOptions) -> None:
     desk = FrontDesk(
         engine, metrics, max_running=options.max_requests, max_waiting=options.max_waiting
     )
-    if listening is None:
+    if listening is None or render is None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # this rank stops when the first rank says so
         drive(engine, desk.inbox, _nothing)
     else:
-        _serve_http(options, found, engine, desk, metrics, listening)
+        _serve_http(options, found, engine, desk, metrics, render, listening)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -64,6 +68,7 @@ def _serve_http(
     engine: DynamicEngine,
     desk: FrontDesk,
     metrics: Metrics,
+    render: Render,
     listening: socket.socket,
 ) -> None:
     served = Served(
@@ -76,12 +81,19 @@ def _serve_http(
             if token.special
         },
         context_length=found.model.max_position_embeddings,
-        render=chat_renderer(found.templates),
+        render=render,
         created=int(time.time()),
     )
     app = make_app(served, desk, metrics, options.max_body_bytes, options.allow_origins)
+    most = most_connections(options.max_requests + options.max_waiting)
     config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=options.shutdown_s, lifespan="off"
+        app,
+        http=functools.partial(Connection, most=most),  # type: ignore[arg-type]
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_level="error",  # a warning for each wrong request would fill the log
+        timeout_graceful_shutdown=options.shutdown_s,
     )
     server = uvicorn.Server(config)
 

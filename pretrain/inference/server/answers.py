@@ -1,35 +1,36 @@
-"""The HTTP side of `serve`: OpenAI's completions and chat completions, health, metrics."""
+"""Answers to requests for completions and chat completions: whole, or as server-sent events."""
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
-from fastapi import FastAPI, HTTPException
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.inference.requests import Sampling, check_ids
+from megatron_ladder.inference.requests import Sampling
 from pretrain.convert.model_text import ModelText
-from pretrain.inference.body_limit import BodyLimit
-from pretrain.inference.chat import Render
-from pretrain.inference.frontdesk import Busy, Closing, FrontDesk
-from pretrain.inference.metrics import Metrics
-from pretrain.inference.protocol import ChatRequest, CompletionRequest
+from pretrain.inference.server.chat import Render
+from pretrain.inference.server.frontdesk import Busy, Closing, FrontDesk
+from pretrain.inference.server.prompts import encode
+from pretrain.inference.server.protocol import Asked, ChatRequest, CompletionRequest, parse
 from pretrain.inference.text import TextStream
 
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for completions. A chat may go on to the end of the context."""
+THREADS = 2
+"""They parse bodies and encode prompts. Each holds what one body becomes, so there are few."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,136 +57,54 @@ class Piece:
     finish_reason: str | None
 
 
-def make_app(
-    served: Served,
-    desk: FrontDesk,
-    metrics: Metrics,
-    max_body_bytes: int,
-    allow_origins: Sequence[str] = (),
-) -> Any:
-    """The application, to run in any ASGI server.
-
-    Args:
-        served: the model.
-        desk: takes the requests.
-        metrics: what /metrics shows.
-        max_body_bytes: larger request bodies are refused (413).
-        allow_origins: origins of web pages whose scripts may send requests; "*": all.
-    """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    answers = _Answers(served, desk)
-    model = {
-        "id": served.name,
-        "object": "model",
-        "created": served.created,
-        "owned_by": "megatron-ladder",
-        "max_model_len": served.context_length,
-    }
-
-    def error(status: int, message: str, **headers: str) -> Response:
-        kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-        content = {"error": {"message": message, "type": kind, "param": None, "code": None}}
-        return JSONResponse(content, status, headers=headers or None)
-
-    @app.exception_handler(UserError)
-    async def _(_: Request, problem: UserError) -> Response:
-        return error(400, str(problem))
-
-    @app.exception_handler(RequestValidationError)
-    async def _(_: Request, problem: RequestValidationError) -> Response:
-        # A field that may be one of several things has an error for each; some say only that it is another.
-        errors = problem.errors()
-        first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
-        where = ".".join(str(part) for part in first["loc"][1:])
-        said = first["msg"].removeprefix("Value error, ")
-        return error(400, f"{where}: {said}" if where else said)
-
-    @app.exception_handler(Busy)
-    async def _(_: Request, __: Busy) -> Response:
-        return error(
-            429, "too many requests are running and waiting: try again", **{"Retry-After": "1"}
-        )
-
-    @app.exception_handler(Closing)
-    async def _(_: Request, __: Closing) -> Response:
-        return error(503, "the server is being stopped", **{"Retry-After": "10"})
-
-    @app.exception_handler(StarletteHTTPException)
-    async def _(_: Request, problem: StarletteHTTPException) -> Response:
-        return error(problem.status_code, str(problem.detail))
-
-    @app.get("/health")
-    async def _() -> Response:
-        return (
-            error(503, "the server is being stopped")
-            if desk.is_closing
-            else JSONResponse({"status": "ok"})
-        )
-
-    @app.get("/metrics")
-    async def _() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
-
-    @app.get("/v1/models")
-    async def _() -> Any:
-        return {"object": "list", "data": [model]}
-
-    @app.get("/v1/models/{name:path}")
-    async def _(name: str) -> Any:
-        answers.check_name(name)
-        return model
-
-    @app.post("/v1/completions")
-    async def _(body: CompletionRequest, request: Request) -> Response:
-        return await answers.completion(body, request)
-
-    @app.post("/v1/chat/completions")
-    async def _(body: ChatRequest, request: Request) -> Response:
-        return await answers.chat(body, request)
-
-    limited = BodyLimit(app, max_body_bytes, metrics, PATHS)
-    if not allow_origins:
-        return limited
-    # Outside: a page may read refusals too.
-    return CORSMiddleware(
-        limited, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"]
-    )
-
-
-class _Answers:
+class Answers:
     """Answers requests for completions and chat completions."""
 
     def __init__(self, served: Served, desk: FrontDesk) -> None:
         self._served, self._desk = served, desk
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prompts")
 
-    async def completion(self, body: CompletionRequest, request: Request) -> Response:
-        self._check(body)
+    async def completion(self, request: Request) -> Response:
+        body = await self._parsed(CompletionRequest, request)
         texts = body.prompts()
         if not texts:
             raise UserError("prompt is empty: give at least one prompt")
-        prompts = [self._ids(text) for text in texts]
-        sampling = body.sampling(body.max_tokens or DEFAULT_MAX_TOKENS, self._stop_ids(body))
-        echoed = [t if isinstance(t, str) else self._served.text.tokenizer.decode(t) for t in texts]
         n = body.n or 1
-        before = [text if body.echo else "" for text in echoed for _ in range(n)]
+        sampling = body.sampling(body.max_tokens or DEFAULT_MAX_TOKENS, self._stop_ids(body))
+        # Before anything is encoded: few of many prompts may have a place.
+        held = self._desk.hold(len(texts) * n)
+        try:
+            prompts, before = await self._in_thread(self._encode, texts, sampling, bool(body.echo))
+        except BaseException:
+            self._desk.release(held)
+            raise
+        del texts
 
         def choice(piece: Piece, *, is_whole: bool, is_first: bool) -> dict[str, Any]:
-            text = (before[piece.index] if is_first else "") + piece.text
+            text = (before[piece.index // n] if body.echo and is_first else "") + piece.text
             facts = {"index": piece.index, "text": text, "logprobs": None}
             return {**facts, "finish_reason": piece.finish_reason}
 
         return await self._answer(
-            *(request, body, prompts, sampling, "cmpl", "text_completion", choice)
+            *(request, body, held, prompts, sampling, "cmpl", "text_completion", choice)
         )
 
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
-        self._check(body)
-        messages = [message.plain() for message in body.messages]
-        text = self._served.render(messages, body.chat_template_kwargs or {})
-        prompt = self._served.text.prompt_ids(text, is_rendered=True)
-        most = body.max_completion_tokens or body.max_tokens
-        left = max(1, self._served.context_length - len(prompt))
-        sampling = body.sampling(most or left, self._stop_ids(body))
+    async def chat(self, request: Request) -> Response:
+        body = await self._parsed(ChatRequest, request)
+        held = self._desk.hold(body.n or 1)
+        try:
+            messages = [message.plain() for message in body.messages]
+            more = body.chat_template_kwargs or {}
+            text = await self._served.render(messages, more)
+            del messages, more
+            prompt = await self._in_thread(self._ids, text, is_rendered=True)
+            most = body.max_completion_tokens or body.max_tokens
+            left = max(1, self._served.context_length - len(prompt))
+            sampling = body.sampling(most or left, self._stop_ids(body))
+            await self._in_thread(self._desk.check, prompt, sampling)
+        except BaseException:
+            self._desk.release(held)
+            raise
 
         def choice(piece: Piece, *, is_whole: bool, is_first: bool) -> dict[str, Any]:
             said: dict[str, Any] = {"content": piece.text}
@@ -195,21 +114,49 @@ class _Answers:
             return {**facts, "message" if is_whole else "delta": said}
 
         return await self._answer(
-            *(request, body, [prompt], sampling, "chatcmpl", "chat.completion", choice)
+            *(request, body, held, [prompt], sampling, "chatcmpl", "chat.completion", choice)
         )
 
-    def _check(self, body: CompletionRequest | ChatRequest) -> None:
+    async def _parsed(self, kind: type[Asked], request: Request) -> Asked:
+        """The request, if there is a place for at least one prompt."""
+        if self._desk.is_closing:
+            raise Closing
+        if self._desk.is_full:
+            raise Busy
+        said = request.headers.get("content-type", "")
+        if said.partition(";")[0].strip().lower() != "application/json":
+            # Pages of other origins may send other types without asking first.
+            raise UserError("the body is no JSON: send Content-Type: application/json")
+        whole = b"".join([part async for part in request.stream()])
+        body = await self._in_thread(parse, kind, whole)
         self.check_name(body.model)
-        body.refuse_unsupported()
+        return body
+
+    async def _in_thread(self, work: Callable[..., T], *given: Any, **named: Any) -> T:
+        """So that the event loop can answer others meanwhile."""
+        call = functools.partial(work, *given, **named)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def check_name(self, name: str) -> None:
         if name != self._served.name:
-            raise HTTPException(404, f"no model {name!r}: {self._served.name!r} is served")
+            raise HTTPException(404, f"no model {name[:200]!r}: {self._served.name!r} is served")
 
-    def _ids(self, prompt: str | list[int]) -> list[int]:
+    def _encode(
+        self, texts: list[str] | list[list[int]], sampling: Sampling, is_echoed: bool
+    ) -> tuple[list[list[int]], list[str]]:
+        """The ids of all prompts; and their texts, if they are `echo`ed."""
+        prompts = []
+        for text in texts:
+            prompts.append(self._ids(text))
+            self._desk.check(prompts[-1], sampling)
+        decode = self._served.text.tokenizer.decode
+        echoed = [text if isinstance(text, str) else decode(text) for text in texts if is_echoed]
+        return prompts, echoed
+
+    def _ids(self, prompt: str | list[int], *, is_rendered: bool = False) -> list[int]:
         if isinstance(prompt, str):
-            return self._served.text.prompt_ids(prompt)
-        check_ids("prompt", prompt, self._served.vocab_size)
+            most = self._served.context_length
+            return encode(self._served.text, prompt, most, is_rendered=is_rendered)
         return prompt
 
     def _stop_ids(self, body: CompletionRequest | ChatRequest) -> tuple[int, ...]:
@@ -221,6 +168,7 @@ class _Answers:
         self,
         request: Request,
         body: CompletionRequest | ChatRequest,
+        held: Sequence[int],
         prompts: Sequence[list[int]],
         sampling: Sampling,
         prefix: str,
@@ -230,6 +178,7 @@ class _Answers:
         """The whole answer in one response, or as server-sent events where `body.stream` is set.
 
         Args:
+            held: the desk's places, one for each of `body.n` choices of each prompt.
             prefix: of the answer's id: "cmpl" or "chatcmpl".
             kind: the answer's `object`.
             choice: makes a choice of OpenAI's format from a Piece.
@@ -239,13 +188,13 @@ class _Answers:
         facts = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
         facts["model"] = self._served.name
         prompt_tokens = sum(map(len, prompts))
-        admitted = self._desk.admit(choices, sampling)
-        pieces = self._pieces(admitted, choices, body.stops())
+        self._desk.start(held, choices, sampling)
+        pieces = self._pieces(held, choices, body.stops())
         if body.stream:
             facts["object"] = "chat.completion.chunk" if prefix == "chatcmpl" else kind
             include = body.stream_options is not None and body.stream_options.include_usage
             events = _events(pieces, facts, choice, prompt_tokens if include else None)
-            return _Events(events, lambda: self._desk.release(admitted))
+            return _Events(events, lambda: self._desk.release(held))
         ids: list[list[int]] = [[] for _ in choices]
         reasons: list[str | None] = [None for _ in choices]
         try:
@@ -254,7 +203,7 @@ class _Answers:
                     ids[piece.index] += piece.ids
                     reasons[piece.index] = piece.finish_reason
         finally:
-            self._desk.release(admitted)
+            self._desk.release(held)
         whole = []
         for i, prompt in enumerate(choices):
             # All tokens are decoded together: an incomplete character may change the text before it.
@@ -265,14 +214,14 @@ class _Answers:
         return JSONResponse({**facts, "object": kind, "choices": listed, "usage": usage})
 
     async def _pieces(
-        self, admitted: Sequence[int], choices: Sequence[list[int]], stop: list[str]
+        self, held: Sequence[int], choices: Sequence[list[int]], stop: list[str]
     ) -> AsyncGenerator[Piece, None]:
         """The pieces of all choices, in the order in which they are generated."""
         ready: asyncio.Queue[Piece | None] = asyncio.Queue()
 
         async def one(index: int, prompt: list[int]) -> None:
             try:
-                async with aclosing(self._choice(admitted[index], index, prompt, stop)) as mine:
+                async with aclosing(self._choice(held[index], index, prompt, stop)) as mine:
                     async for piece in mine:
                         ready.put_nowait(piece)
             finally:

@@ -8,8 +8,8 @@ import pytest
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.requests import Output, Request, Sampling
 from pretrain.inference.engine_loop import Cancel
-from pretrain.inference.frontdesk import Busy, Closing, FrontDesk
-from pretrain.inference.metrics import Metrics
+from pretrain.inference.server.frontdesk import Busy, Closing, FrontDesk
+from pretrain.inference.server.metrics import Metrics
 
 SAMPLING = Sampling(max_new_tokens=4)
 
@@ -34,22 +34,31 @@ def sent(desk: FrontDesk) -> list[Any]:
     return [desk.inbox.get_nowait() for _ in range(desk.inbox.qsize())]
 
 
+def admit(desk: FrontDesk, prompts: list[list[int]]) -> list[int]:
+    ids = desk.hold(len(prompts))
+    desk.start(ids, prompts, SAMPLING)
+    return ids
+
+
 def test_the_bound_holds_before_any_output_is_asked_for() -> None:
     async def arrivals() -> None:
         front = desk()
-        first = front.admit([[1], [2]], SAMPLING)
+        first = admit(front, [[1], [2]])
         with pytest.raises(Busy):
-            front.admit([[3], [4]], SAMPLING)  # all of a request, or nothing
-        third = front.admit([[5]], SAMPLING)
+            front.hold(2)  # all of a request, or nothing
+        assert not front.is_full
+        third = front.hold(1)
+        assert front.is_full  # before the third has a prompt
         with pytest.raises(Busy):
-            front.admit([[6]], SAMPLING)
+            front.hold(1)
+        front.start(third, [[5]], SAMPLING)
         assert [request.prompt_ids for request in sent(front)] == [(1,), (2,), (5,)]
         front.release(first)
         front.release(first)
         assert sent(front) == [Cancel(first[0]), Cancel(first[1])]
-        assert front.admit([[7], [8]], SAMPLING)
+        assert admit(front, [[7], [8]])
         front.release(third)
-        front.admit([[9]], SAMPLING)
+        admit(front, [[9]])
 
     asyncio.run(arrivals())
 
@@ -58,14 +67,15 @@ def test_what_is_refused_leaves_no_place_taken() -> None:
     async def arrivals() -> None:
         front = desk()
         with pytest.raises(UserError, match="too long"):
-            front.admit([[1], [0] * 11], SAMPLING)
+            front.check([0] * 11, SAMPLING)
         with pytest.raises(UserError, match="4 prompts in one request: at most 3"):
-            front.admit([[1]] * 4, SAMPLING)
+            front.hold(4)
+        front.release(front.hold(3))  # they were refused before they had prompts: nothing to cancel
         assert front.inbox.empty()
-        front.admit([[1]] * 3, SAMPLING)
+        admit(front, [[1]] * 3)
         front.close()
         with pytest.raises(Closing):
-            front.admit([[1]], SAMPLING)
+            front.hold(1)
 
     asyncio.run(arrivals())
 
@@ -73,7 +83,7 @@ def test_what_is_refused_leaves_no_place_taken() -> None:
 def test_outputs_reach_their_request_and_one_that_is_over_is_not_cancelled() -> None:
     async def generation() -> None:
         front = desk()
-        one, two = front.admit([[1], [2]], SAMPLING)
+        one, two = admit(front, [[1], [2]])
         front.deliver([Output(two, (7,)), Output(one, (8,))])
         front.deliver([Output(one, (9,), "length")])
         assert [output.new_ids async for output in front.outputs(one)] == [(8,), (9,)]

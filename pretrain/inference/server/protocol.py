@@ -5,15 +5,38 @@ and all others, which are refused, because a field that changes the text must no
 """
 
 import math
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.requests import Sampling
 
-Stop = StrictStr | Annotated[list[StrictStr], Field(max_length=4)] | None
 MOST_CHOICES = 16
+MOST_MESSAGES = 10_000
+"""Of a conversation, and the most text parts of a message."""
+MOST_PROMPTS = 10_000
+MOST_STOP_CHARACTERS = 1000
+MOST_STRUCTURES = 100_000
+"""Lists and objects of a body: an empty one takes some hundred bytes of memory."""
+# To the end of the text where there is no closing quote, so that it takes time in proportion to the text.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+
+# `fail_fast`: a list ends at its first mistake. An error for each of a million items would take gigabytes.
+StopText = Annotated[StrictStr, Field(max_length=MOST_STOP_CHARACTERS)]
+Stop = StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=4)] | None
+Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+TokenId = Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 
 # They describe the caller, or how the answer is stored, sent or billed. `seed`: docs/guides/serve.md.
 HARMLESS = frozenset(
@@ -74,11 +97,11 @@ class _Common(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Not OpenAI's, but those of all other servers:
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
     """-1 and 0: no limit."""
-    stop_token_ids: Annotated[list[StrictInt], Field(max_length=128)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=128)] | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     repetition_penalty: float | None = None
 
     def stops(self) -> list[str]:
@@ -119,8 +142,13 @@ class _Common(BaseModel):
 class CompletionRequest(_Common):
     """POST /v1/completions"""
 
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    prompt: (
+        StrictStr
+        | Annotated[list[StrictStr], Field(fail_fast=True, max_length=MOST_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MOST_PROMPTS)]
+    )
+    max_tokens: Count | None = None
     echo: bool | None = None
     best_of: int | None = None
 
@@ -151,7 +179,9 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: (
+        str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MOST_MESSAGES)] | None
+    ) = None
     name: str | None = None
 
     @model_validator(mode="before")
@@ -180,11 +210,51 @@ class Message(BaseModel):
 class ChatRequest(_Common):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[
+        list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)
+    ]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     """What the model's template takes beside the messages, such as Qwen3's enable_thinking."""
 
     def _neutral(self) -> dict[str, tuple[Any, ...]]:
         return NEUTRAL | NEUTRAL_OF_CHAT
+
+
+Asked = TypeVar("Asked", bound=_Common)
+
+
+def parse(kind: type[Asked], body: bytes) -> Asked:
+    """The request that a body holds, without the fields that change nothing.
+
+    Raises:
+        UserError: the body is no JSON, or no such request, or asks for what is not supported.
+    """
+    if (
+        _structures(body) > MOST_STRUCTURES
+        and _structures(_STRING.sub(b"", body)) > MOST_STRUCTURES
+    ):
+        raise UserError(f"the body has more than {MOST_STRUCTURES:,} lists and objects")
+    try:
+        # From bytes: no Python object is made of what a field does not take.
+        asked = kind.model_validate_json(body)
+    except ValidationError as problem:
+        raise UserError(_said(problem)) from problem
+    asked.refuse_unsupported()
+    if asked.model_extra:
+        asked.model_extra.clear()
+    return asked
+
+
+def _structures(text: bytes) -> int:
+    return text.count(b"[") + text.count(b"{")
+
+
+def _said(problem: ValidationError) -> str:
+    # A field that may be one of several things has an error for each; some say only that it is another.
+    errors = problem.errors(include_url=False, include_context=False, include_input=False)
+    first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
+    where = ".".join(str(part) for part in first["loc"])
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {said}" if where else said

@@ -1,29 +1,33 @@
 """Makes a prompt from a conversation, by the chat template that comes with a model's tokenizer."""
 
+import asyncio
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
 from pretrain.convert.import_tokenizer import has_tokenizer
+from pretrain.inference.server.template_process import TemplateProcess
 
-Render = Callable[[list[dict[str, str]], dict[str, Any]], str]
+Render = Callable[[list[dict[str, str]], dict[str, Any]], Awaitable[str]]
 """Of messages, and of what else the template takes."""
 
 
 def chat_renderer(folder: Path) -> Render:
-    """A function that makes a prompt from messages.
+    """A function that makes a prompt from messages. Call it before this process has threads.
 
-    It raises UserError when the template refuses the messages, or when the model has no chat template.
+    The function raises UserError when the template refuses the messages, or takes too long, or when the
+    model has no chat template.
 
     Args:
         folder: a folder with Hugging Face's tokenizer files; it may be missing.
     """
     if not has_tokenizer(folder) or not _has_template(folder):
 
-        def refuse(_: list[dict[str, str]], __: dict[str, Any]) -> str:
+        async def refuse(_: list[dict[str, str]], __: dict[str, Any]) -> str:
             raise UserError("this model has no chat template: use /v1/completions")
 
         return refuse
@@ -31,18 +35,21 @@ def chat_renderer(folder: Path) -> Render:
 
     # transformers renders templates in a sandbox: a template can only compute text.
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
     ours = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
 
-    def render(messages: list[dict[str, str]], more: dict[str, Any]) -> str:
+    def rendering(given: dict[str, Any]) -> str:
+        return tokenizer.apply_chat_template(
+            given["messages"], tokenize=False, add_generation_prompt=True, **given["more"]
+        )
+
+    process = TemplateProcess(rendering)
+    thread = ThreadPoolExecutor(1, thread_name_prefix="template")  # a process renders one at a time
+
+    async def render(messages: list[dict[str, str]], more: dict[str, Any]) -> str:
         if taken := ours & more.keys():
             raise UserError(f"chat_template_kwargs: {min(taken)} is not supported: leave it out")
-        try:
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **more
-            )
-        except Exception as error:  # from the template, such as for two turns of one role in a row
-            raise UserError(f"the chat template refuses these messages: {error}") from error
+        given = {"messages": messages, "more": more}
+        return await asyncio.get_running_loop().run_in_executor(thread, process.render, given)
 
     return render
 

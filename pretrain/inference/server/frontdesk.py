@@ -11,7 +11,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.inference.engine import DynamicEngine
 from megatron_ladder.inference.requests import Output, Request, Sampling
 from pretrain.inference.engine_loop import Cancel, Command, Stop
-from pretrain.inference.metrics import Metrics
+from pretrain.inference.server.metrics import Metrics
 
 
 class Busy(Exception):
@@ -26,13 +26,14 @@ class Closing(Exception):
 class _Open:
     outputs: "asyncio.Queue[Output]" = field(default_factory=asyncio.Queue)
     began: float = field(default_factory=time.monotonic)
-    is_over: bool = False
+    is_over: bool = True
+    """Whether the engine has nothing to do for it: it has ended, or has not started."""
 
 
 class FrontDesk:
     """Admits requests, hands out their tokens, and releases them.
 
-    Call all methods but `deliver` in the event loop. Code that admits requests must release them.
+    Call all methods but `deliver` and `check` in the event loop. Code that holds places must release them.
 
     Args:
         engine: asked only what is safe from another thread: whether a request can ever run.
@@ -52,37 +53,51 @@ class FrontDesk:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.is_closing = False
 
-    def admit(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[int]:
-        """Sends all prompts to the engine, or none of them.
+    @property
+    def is_full(self) -> bool:
+        """Whether not one request more may run or wait."""
+        return len(self._open) >= self._most
 
-        Args:
-            prompts: token ids of each prompt.
-            sampling: the same for all.
+    def hold(self, count: int) -> list[int]:
+        """Keeps places for so many requests, or for none of them. It costs little: call it before prompts
+        are encoded.
 
         Returns:
             The ids of the requests.
 
         Raises:
-            UserError: a request can never run.
+            UserError: they can never run together.
             Busy: too many requests are running and waiting now.
             Closing: the server is being stopped.
         """
         if self.is_closing:
             raise Closing
-        requests = [Request(next(self._ids), tuple(prompt), sampling) for prompt in prompts]
-        for request in requests:
-            self._engine.check(request)
-        if len(requests) > self._most:
-            raise UserError(
-                f"{len(requests)} prompts in one request: at most {self._most} are allowed"
-            )
-        if len(self._open) + len(requests) > self._most:
+        if count > self._most:
+            raise UserError(f"{count} prompts in one request: at most {self._most} are allowed")
+        if len(self._open) + count > self._most:
             raise Busy
+        ids = [next(self._ids) for _ in range(count)]
+        self._open.update((request_id, _Open()) for request_id in ids)
+        return ids
+
+    def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Raises UserError when a request can never run. Any thread may call it."""
+        self._engine.check(Request(-1, tuple(prompt), sampling))
+
+    def start(
+        self, ids: Sequence[int], prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> None:
+        """Sends requests to the engine, of which `check` has nothing to say.
+
+        Args:
+            ids: from `hold`.
+            prompts: token ids, a prompt for each of the ids.
+            sampling: the same for all.
+        """
         self._loop = asyncio.get_running_loop()
-        for request in requests:
-            self._open[request.id] = _Open()
-            self.inbox.put(request)
-        return [request.id for request in requests]
+        for request_id, prompt in zip(ids, prompts, strict=True):
+            self._open[request_id].is_over = False
+            self.inbox.put(Request(request_id, tuple(prompt), sampling))
 
     async def outputs(self, request_id: int) -> AsyncGenerator[Output, None]:
         """The outputs of an admitted request, until it is over."""
