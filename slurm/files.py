@@ -1,7 +1,50 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files that a stranger may have written."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from slurm.errors import UserError
+
+MOST_BYTES = 16 << 20
+
+
+def read_bounded(path: Path) -> str:
+    """A small file's text.
+
+    Raises:
+        UserError: it is larger than 16 MiB, or not UTF-8.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise UserError(f"it has more than {MOST_BYTES:,} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"it is not UTF-8 (byte {error.start})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a small JSON file holds. Its fields may still have any values.
+
+    Raises:
+        UserError: it is no such file.
+        OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(read_bounded(path))
+    except RecursionError:
+        raise UserError("it has too many levels, one inside the other") from None
+    except UserError:
+        raise
+    except ValueError as error:  # no JSON, or a number of thousands of digits
+        raise UserError(str(error)) from None
+    if not isinstance(value, dict):
+        raise UserError("it must hold one JSON object")
+    return value
 
 
 def write_atomically(path: Path, text: str) -> None:

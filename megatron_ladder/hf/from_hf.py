@@ -1,6 +1,5 @@
 """Translates the config.json of a Hugging Face folder to a training configuration."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,8 @@ from transformers import AutoConfig
 import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.fields import check_fields
+from megatron_ladder.json_files import in_words, is_word, read_json, short
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -17,6 +18,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "LadderForCausalLM",
 )
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "ladder")
 # The constants of Llama 3's RoPE scaling in megatron-core. All Llama 3 models have these numbers.
 LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -40,21 +42,29 @@ def read_hf_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a Hugging Face model's folder: it holds no config.json")
-    try:
-        architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or [
-            "none"
-        ]
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a model's configuration: {error}") from error
-    if architectures[0] not in ARCHITECTURES:
+    values = read_json(path, "a model's configuration")
+    architecture = architecture_of(values)
+    if architecture not in ARCHITECTURES:
         raise UserError(
-            f"{path}: architecture {architectures[0]} is not supported; these are: "
+            f"{path}: architecture {architecture} is not supported; these are: "
             f"{', '.join(ARCHITECTURES)}"
         )
+    check_fields(values, path)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} is not a model's configuration: {error}") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises all kinds
+        raise UserError(f"{path} is not a model's configuration: {in_words(error)}") from error
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(f"{path}: model_type {config.model_type} does not go with {architecture}")
+    return config
+
+
+def architecture_of(values: dict[str, Any]) -> str:
+    """What a config.json names first, or "none"; for comparisons and messages."""
+    architectures = values.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return "none"
+    return architectures[0] if is_word(architectures[0]) else short(architectures[0])
 
 
 def to_model_config(config: Any, where: Path) -> ModelConfig:

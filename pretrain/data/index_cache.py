@@ -17,8 +17,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import read_json
 from pretrain.config.train import TrainConfig
 from pretrain.data.folders import DataFolder
+from pretrain.data.manifests import MOST_BYTES
 from pretrain.data.sequences import train_sequences, validation_sequences
 from pretrain.files import write_atomically
 from pretrain.ranks import is_first_rank
@@ -87,8 +90,8 @@ def _end_with_parent() -> None:
 
 def _is_made(path: Path, facts: dict[str, Any]) -> bool:
     try:
-        return json.loads((path / "made.json").read_text()) == facts
-    except (OSError, ValueError):
+        return read_json(path / "made.json", "a note", MOST_BYTES) == facts
+    except (OSError, UserError):
         return False
 
 

@@ -11,7 +11,8 @@ import zstandard
 from data_prep.errors import UserError
 from data_prep.read import streams
 from data_prep.read.sources import find_sources
-from data_prep.read.streams import read_chunks, zstd_frames
+from data_prep.read.streams import read_chunks
+from data_prep.read.zstd import zstd_frames
 
 
 def test_zstd_frames_of_damaged_files(tmp_path) -> None:

@@ -176,7 +176,11 @@ def test_an_unknown_preset_is_named_with_what_is_near() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "does not exist"), ("{", "is not JSON"), ("[]", "must hold one JSON object")],
+    [
+        (None, "does not exist"),
+        ("{", "is not a run's config.json: Expecting"),
+        ("[]", "must hold one JSON object"),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_refused(text, message, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
