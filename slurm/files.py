@@ -53,8 +53,13 @@ def write_atomically(path: Path, text: str) -> None:
     Arguments of the command line that were not UTF-8 are written as the bytes that they were.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with open(temporary, "wb", opener=_not_linked) as file:
         file.write(os.fsencode(text))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _not_linked(path: str, flags: int) -> int:
+    """A link in the file's place, which a stranger's folder may have, is not followed: OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -9,7 +9,7 @@ import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.fields import check_fields
-from megatron_ladder.json_files import in_words, is_word, read_json, short
+from megatron_ladder.json_files import in_words, is_word, named, read_json, short
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -55,7 +55,9 @@ def read_hf_config(folder: Path) -> Any:
     except Exception as error:  # transformers raises all kinds
         raise UserError(f"{path} is not a model's configuration: {in_words(error)}") from error
     if config.model_type not in MODEL_TYPES:
-        raise UserError(f"{path}: model_type {config.model_type} does not go with {architecture}")
+        raise UserError(
+            f"{path}: model_type {named(str(config.model_type))} does not go with {architecture}"
+        )
     return config
 
 
@@ -120,7 +122,7 @@ def to_model_config(config: Any, where: Path) -> ModelConfig:
 def _unsupported(config: Any) -> list[str]:
     found = []
     if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
-        found.append(f"hidden_act is {config.hidden_act}")
+        found.append(f"hidden_act is {named(str(config.hidden_act))}")
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
             found.append(f"{name} is set")
@@ -135,9 +137,14 @@ def _unsupported(config: Any) -> list[str]:
     rope = dict(config.rope_parameters or {})
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ("default", "linear", "llama3"):
-        found.append(f"rope_type is {rope_type}")
+        found.append(f"rope_type is {named(str(rope_type))}")
     if rope_type == "llama3":
-        found += [f"{k} is {rope.get(k)}, not {v}" for k, v in LLAMA3.items() if rope.get(k) != v]
+        found += [
+            f"{k} is {short(rope.get(k))}, not {v}" for k, v in LLAMA3.items() if rope.get(k) != v
+        ]
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        found.append(f"partial_rotary_factor is {rope['partial_rotary_factor']}")
+        found.append(f"partial_rotary_factor is {short(rope['partial_rotary_factor'])}")
+    for name in ("rope_theta", *(("factor",) if rope_type in ("linear", "llama3") else ())):
+        if type(rope.get(name, 1.0 if name == "rope_theta" else None)) not in (int, float):
+            found.append(f"{name} is {short(rope.get(name))}")
     return found

@@ -175,3 +175,13 @@ def test_facts_are_written_into_the_runs_folder(data: Path, tmp_path: Path) -> N
     (tmp_path / "run" / "data" / "0x" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="0x is no folder of a run"):
         kept_facts(tmp_path / "run")
+
+
+def test_a_link_is_not_written_through(data: Path, tmp_path: Path) -> None:
+    """A stranger's run may have a link where a file is made: what it points to stays as it is."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run" / "data" / "0").mkdir(parents=True)
+    (tmp_path / "run" / "data" / "0" / "tokenizer.model.tmp").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="symbolic"):
+        keep_facts(tmp_path / "run", [open_folder(data)])
+    assert (tmp_path / "mine").read_text() == "mine"
