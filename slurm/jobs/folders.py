@@ -90,7 +90,10 @@ def _wrong(job: Job) -> str | None:
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             return name
     right = {
-        "command": bool(job.command),
+        # Its first words are printed, and are names of ours.
+        "command": bool(job.command)
+        and all(word.isprintable() for word in job.command[:1])
+        and (job.command[0] != "data" or all(word.isprintable() for word in job.command[:2])),
         "workdir": isinstance(job.workdir, str),
         "launcher": job.launcher in ("slurm", "local"),
         "asked": isinstance(job.asked, dict),

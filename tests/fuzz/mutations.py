@@ -87,7 +87,7 @@ def _changed(rng: random.Random, value: Any) -> Any:
     elif chance < 0.8 and type(old) in (int, float):
         holder[key] = rng.choice((old + 1, old - 1, -old, old * 1000, str(old), [old], float(old)))
     elif chance < 0.85:
-        holder[key] = nested(rng.choice((10, 99, 101, 400)))
+        holder[key] = nested(rng.choice((10, 99, 101, 150)))
     elif chance < 0.93 and isinstance(holder, dict):
         holder[rng.choice(("x", "", "../x", "a\0", "\ud800", "\x1b[2J", "y" * 300))] = old
     else:

@@ -29,6 +29,7 @@ JOB = {
         ({"job_id": "--me"}, "job_id is '--me'"),  # `scancel --me` ends all of a user's jobs
         ({"command": []}, r"command is \[\]"),
         ({"command": "train"}, "command is 'train'"),
+        ({"command": ["\ud800"]}, r"command is \['.ud800'\]"),
         ({"unix_time": "x"}, "unix_time is 'x'"),
         ({"unix_time": float("nan")}, "unix_time is nan"),
         ({"runner": [-1, 0]}, r"runner is \[-1, 0\]"),
