@@ -3,6 +3,7 @@
 `mcore_compat.transformer_config` is the one place that translates these to megatron-core's configuration.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,6 +21,8 @@ AllReduce = Literal["exact", "int8"]
 # The rows of the vocabulary are padded to a multiple of this in every layout, so that a checkpoint's shapes
 # do not depend on the tensor-parallel size of the training.
 VOCAB_MULTIPLE = 128
+# No model has more. Beyond them lie numbers that nobody meant, for which lists and shapes have no room.
+MOST_LAYERS, MOST_SIZE, MOST_PARAMETERS = 10_000, (1 << 31) - 1, 10**15
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,16 @@ class ModelConfig:
             "max_position_embeddings",
             "desync_interval",
         ):
+            value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else MOST_SIZE
+            if value is not None and not 1 <= value <= most:
+                raise UserError(
+                    f"model.{name} is {value}: it must be at least 1"
+                    + (f" and at most {most:,}" if value > most else "")
+                )
+        for name in ("rotary_base", "rope_scaling_factor", "layernorm_epsilon", "init_method_std"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"model.{name} is {value}: it must be at least 1")
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"model.{name} is {value}: it must be a number of 0 or more")
         if self.residual not in get_args(Residual):
             raise UserError(
                 f"model.residual is {self.residual!r}: choose one of {', '.join(get_args(Residual))}"
@@ -98,6 +108,10 @@ class ModelConfig:
             raise UserError(
                 f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"model.num_query_groups {self.kv_heads}"
+            )
+        if (count := self.num_parameters(embeddings=False)) > MOST_PARAMETERS:
+            raise UserError(
+                f"model: these sizes make {count:,} parameters; at most {MOST_PARAMETERS:,} are possible"
             )
         for name in ("attention_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:

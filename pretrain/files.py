@@ -9,13 +9,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes `content` (text as UTF-8): readers find the old file or the whole new one.
 
     The content goes into a temporary file in the same folder. That file is synced to disk, then renamed.
+    A link in its place, which a stranger's folder may have, is not followed: OSError.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with open(temporary, "wb", opener=_not_linked) as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _not_linked(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync(path: Path) -> None:

@@ -1,7 +1,50 @@
-"""Files that appear whole or not at all, and files for the user alone."""
+"""Files that appear whole or not at all, files for the user alone, and files of strangers."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from slurm.errors import UserError
+
+MOST_BYTES = 16 << 20
+
+
+def read_bounded(path: Path) -> str:
+    """A small file's text.
+
+    Raises:
+        UserError: it is larger than 16 MiB, or not UTF-8.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise UserError(f"it has more than {MOST_BYTES:,} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"it is not UTF-8 (byte {error.start})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a small JSON file holds. Its fields may still have any values.
+
+    Raises:
+        UserError: it is no such file.
+        OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(read_bounded(path))
+    except RecursionError:
+        raise UserError("it has too many levels, one inside the other") from None
+    except UserError:
+        raise
+    except ValueError as error:  # no JSON, or a number of thousands of digits
+        raise UserError(str(error)) from None
+    if not isinstance(value, dict):
+        raise UserError("it must hold one JSON object")
+    return value
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -10,7 +53,7 @@ def write_atomically(path: Path, text: str) -> None:
     Arguments of the command line that were not UTF-8 are written as the bytes that they were.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with open(temporary, "wb", opener=_not_linked) as file:
         file.write(os.fsencode(text))
         file.flush()
         os.fsync(file.fileno())
@@ -25,3 +68,8 @@ def write_privately(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(descriptor)
+
+
+def _not_linked(path: str, flags: int) -> int:
+    """A link in the file's place, which a stranger's folder may have, is not followed: OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -27,11 +27,11 @@ from data_prep.clean.quality import Quality, make_judge
 from data_prep.clean.report import choose_samples, make_report, summarize
 from data_prep.errors import UserError
 from data_prep.files import sync_folder, write_durably
+from data_prep.left_out import LeftOut
 from data_prep.parts.plan import Part, plan_parts
 from data_prep.parts.pool import Start, about, usable_cores, work_through
 from data_prep.parts.workplace import Workplace, check_outside
 from data_prep.progress import Progress
-from data_prep.read.left_out import LeftOut
 from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import DROPPED, REPORT, Source, find_sources
 from data_prep.version import VERSION

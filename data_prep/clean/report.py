@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.clean.passes import SAMPLES, Job, place_name
+from data_prep.left_out import summary as left_out_summary
 from data_prep.parts.plan import Part
-from data_prep.read.left_out import summary as left_out_summary
 from data_prep.read.reading import EXAMPLES
 
 

@@ -1,15 +1,16 @@
 """Opens a data set's folder. docs/reference/formats.md describes its files."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.dataset.shards import HEADER_BYTES
+from data_prep.dataset.manifest import MOST_BYTES, check_manifest
+from data_prep.dataset.shards import HEADER_BYTES, index_bytes
 from data_prep.encode.encoders import Encoder, open_encoder, sha256
 from data_prep.errors import UserError
+from data_prep.json_files import read_json, short
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class DataSet:
                     problems.append(f"{file} is missing")
                 elif (size := file.stat().st_size) != wanted:
                     problems.append(f"{file} has {size:,} bytes, the manifest says {wanted:,}")
+            count = facts["documents"]
+            if facts["idx_bytes"] != (wanted := index_bytes(count)):
+                file = self.file(split, "idx")
+                problems.append(f"{file}: {count:,} documents take {wanted:,} bytes of index")
         return problems
 
     def lengths(self, split: str) -> np.ndarray:
@@ -79,16 +84,11 @@ def open_data_set(path: Path) -> DataSet:
     file = path / "manifest.json"
     if not file.is_file():
         raise UserError(f"{path} is not a data set: it holds no manifest.json")
-    try:
-        manifest = json.loads(file.read_text())
-        for key in ("file", "kind", "vocab_size", "eod_id", "sha256"):
-            manifest["tokenizer"][key]
-        manifest["created_by"], manifest["sources"]
-        if manifest["dtype"] not in ("uint16", "int32"):
-            raise KeyError("dtype")
-        for split in manifest["splits"].values():
-            for key in ("documents", "tokens", "text_bytes", "bin_bytes", "idx_bytes"):
-                split[key] + 0
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not a data set's manifest: {error!r}") from error
+    manifest = read_json(file, "a data set's manifest", MOST_BYTES)
+    if manifest.get("format") != "megatron-ladder-data" or manifest.get("version") != 1:
+        raise UserError(
+            f"{file} is not a data set's manifest of version 1: its format is "
+            f"{short(manifest.get('format'))}, version {short(manifest.get('version'))}"
+        )
+    check_manifest(manifest, str(file))
     return DataSet(path, manifest)

@@ -13,9 +13,9 @@ from data_prep.dataset.shards import append_files, write_index
 from data_prep.encode.split import DEFAULT_VALIDATION, SPLITS
 from data_prep.errors import UserError
 from data_prep.files import sync_file, sync_folder, write_durably
+from data_prep.left_out import summary as left_out_summary
 from data_prep.parts.plan import Part, check_tiling, from_json
 from data_prep.parts.workplace import Workplace
-from data_prep.read.left_out import summary as left_out_summary
 from data_prep.read.sources import Source
 
 

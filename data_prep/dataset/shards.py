@@ -18,6 +18,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data_prep.errors import UserError
+
 DTYPE_CODES = {"int32": 4, "uint16": 8}
 HEADER_BYTES = 34
 DOCUMENTS_AT_ONCE = 1 << 20
@@ -96,18 +98,29 @@ def _append(out: BinaryIO, file: BinaryIO, size: int) -> None:
         shutil.copyfileobj(file, out, 1 << 20)
 
 
+def index_bytes(documents: int) -> int:
+    """The size of an .idx."""
+    return HEADER_BYTES + 12 * documents + 8 * (documents + 1)
+
+
 def read_document(prefix: Path, number: int, dtype: str, documents: int) -> np.ndarray:
-    """The ids of one document, its EOD included."""
+    """The ids of one document, its EOD included.
+
+    Raises:
+        UserError: the index does not say where in .bin it is.
+    """
     index = np.memmap(prefix.with_suffix(".idx"), mode="r", dtype=np.uint8)
     start = HEADER_BYTES
     lengths = index[start : start + 4 * documents].view("<i4")
     offsets = index[start + 4 * documents : start + 12 * documents].view("<i8")
-    return np.fromfile(
-        prefix.with_suffix(".bin"),
-        dtype=np.dtype(dtype).newbyteorder("<"),
-        count=int(lengths[number]),
-        offset=int(offsets[number]),
-    )
+    tokens, kind = prefix.with_suffix(".bin"), np.dtype(dtype).newbyteorder("<")
+    count, offset = int(lengths[number]), int(offsets[number])
+    end = offset + count * kind.itemsize
+    if count < 1 or not 0 <= offset < end <= tokens.stat().st_size:
+        raise UserError(
+            f"{prefix}.idx: document {number:,} is not in {tokens.name}: see `megatron-ladder data verify`"
+        )
+    return np.fromfile(tokens, dtype=kind, count=count, offset=offset)
 
 
 def _durable(file: BinaryIO) -> None:

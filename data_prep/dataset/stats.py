@@ -85,6 +85,10 @@ def measure(data: DataSet, split: str) -> Figures:
     """Reads all of the split, a little at a time."""
     facts = data.manifest["splits"][split]
     lengths = np.asarray(data.lengths(split))  # four bytes a document
+    if lengths.min() < 1 or lengths.sum(dtype=np.int64) != facts["tokens"]:
+        raise UserError(
+            f"{data.file(split, 'idx')} does not describe {facts['tokens']:,} tokens: see `data verify`"
+        )
     order = np.sort(lengths)
     edges = length_edges(int(order[-1]))
     cuts = np.searchsorted(order, edges)
@@ -93,13 +97,13 @@ def measure(data: DataSet, split: str) -> Figures:
     progress = Progress(facts["bin_bytes"], "counting")
     with data.file(split, "bin").open("rb") as file:
         while len(ids := np.fromfile(file, data.dtype, TOKENS_AT_ONCE)):
-            some = np.bincount(ids, minlength=len(counts))
-            if len(some) > len(counts):
-                raise UserError(
-                    f"{data.file(split, 'bin')} holds token id {len(some) - 1}, above the vocabulary's "
-                    f"{len(counts):,}: see `data verify`"
-                )
-            counts += some
+            for wrong in (int(ids.min()), int(ids.max())):  # before a table of that size is made
+                if not 0 <= wrong < len(counts):
+                    raise UserError(
+                        f"{data.file(split, 'bin')} holds token id {wrong}, not one of the vocabulary's "
+                        f"{len(counts):,}: see `data verify`"
+                    )
+            counts += np.bincount(ids, minlength=len(counts))
             progress.add(ids.nbytes)
     progress.close()
     shares = counts[counts > 0] / max(counts.sum(), 1)

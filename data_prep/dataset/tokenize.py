@@ -20,12 +20,12 @@ from data_prep.encode.guard import Verdict, judge
 from data_prep.encode.split import DEFAULT_VALIDATION, Fractions
 from data_prep.encode.tokenize_part import BadFiles, Job, start
 from data_prep.errors import UserError
+from data_prep.left_out import LeftOut
 from data_prep.parts.plan import Part, plan_parts, to_json
 from data_prep.parts.pool import about, usable_cores, work_through
 from data_prep.parts.workplace import Workplace, check_outside
 from data_prep.progress import Progress
 from data_prep.read.chat import Chat
-from data_prep.read.left_out import LeftOut
 from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import find_sources
 from data_prep.version import VERSION

@@ -16,9 +16,9 @@ import tyro
 
 from data_prep.encode.split import hash_fraction
 from data_prep.errors import UserError
+from data_prep.left_out import LeftOut, summary
 from data_prep.progress import Progress
 from data_prep.read.documents import read_documents
-from data_prep.read.left_out import LeftOut, summary
 from data_prep.read.reading import BadLines, Reading, TextDocuments
 from data_prep.read.sources import Source, find_sources
 

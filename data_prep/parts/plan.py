@@ -14,7 +14,7 @@ from data_prep.errors import UserError
 from data_prep.read.parquet import row_groups
 from data_prep.read.reading import TextDocuments
 from data_prep.read.sources import Segment, Source
-from data_prep.read.streams import zstd_frames
+from data_prep.read.zstd import zstd_frames
 
 # At most a few thousand parts, so that their folder stays small. Parts of a small input are small, so
 # that a laptop's cores can share it. Memory does not depend on a part's size.

@@ -10,7 +10,14 @@ import orjson
 
 from data_prep.errors import UserError
 from data_prep.read.json_values import HEAD_BYTES, JsonValues, Shape, shape_of
-from data_prep.read.lines import BLOCK_BYTES, naming, numbered_lines, taken_out, until_damage
+from data_prep.read.lines import (
+    BLOCK_BYTES,
+    LINE_BYTES,
+    naming,
+    numbered_lines,
+    taken_out,
+    until_damage,
+)
 from data_prep.read.reading import BadLines, NoTextField, Reading, TooManyBadLines, replaces
 from data_prep.read.records import fields_of, in_utf8, text_of, without_surrogates
 from data_prep.read.sources import Segment
@@ -18,6 +25,8 @@ from data_prep.read.streams import Chunk, read_head
 
 # When none of this many first records has the text field, its name is taken to be wrong.
 RECORDS_BEFORE_GIVING_UP = 10
+# Of the names of fields, kept for a message, so many, and of each so many characters.
+NAMES = 100
 
 Records = Iterator[tuple[int, bytes]]
 """JSON values with their numbers, or those of their lines."""
@@ -61,8 +70,8 @@ def read_json(
                 texts.append(text)
                 continue
             seen += 1
-            if isinstance(value, dict):
-                others |= set(value)
+            if isinstance(value, dict) and len(others) < NAMES:
+                others |= {name[:NAMES] for name in itertools.islice(value, NAMES)}
             try:
                 bad.add(where(number), problem)
             except TooManyBadLines:
@@ -140,7 +149,7 @@ def _cut_out(
     for chunk, _ in until_damage(chunks, damage):
         values, rest = cut.feed(chunk)
         block += checked(values, number + len(block))
-        held += len(chunk)
+        held += len(chunk) + LINE_BYTES * len(values)
         if held >= BLOCK_BYTES or cut.ended:
             after = number + len(block)
             yield where, taken_out(number, block)

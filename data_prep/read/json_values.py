@@ -43,7 +43,7 @@ class JsonValues:
         self._longest = longest
         self._depth = 0
         self._in_string = False
-        self._value: list[bytes] = []
+        self._value = bytearray()
         self._bytes = 0
         self._held = b""
         self.newlines = 0
@@ -78,7 +78,7 @@ class JsonValues:
             elif mark in b"[{":
                 self._depth += 1
                 if self._depth == 1 and self._array:  # the array begins here
-                    self._value, self._bytes, begin = [], 0, at
+                    self._value, self._bytes, begin = bytearray(), 0, at
             elif mark in b"]}":
                 self._depth -= 1
                 if self._array and self._depth <= 0:
@@ -110,13 +110,13 @@ class JsonValues:
     def _add(self, data: bytes) -> None:
         self._bytes += len(data)
         if self._bytes <= self._longest:
-            self._value.append(data)
+            self._value += data
         else:
-            self._value.clear()
+            self._value = bytearray()
 
     def _end(self, data: bytes) -> list[bytes | None]:
         """The value that ends with these bytes; none between two commas, or after the last."""
         self._add(data)
-        value = b"".join(self._value).strip() if self._bytes <= self._longest else None
-        self._value, self._bytes = [], 0
+        value = bytes(self._value.strip()) if self._bytes <= self._longest else None
+        self._value, self._bytes = bytearray(), 0
         return [] if value == b"" else [value]

@@ -10,6 +10,8 @@ from data_prep.read.streams import Chunk
 
 # Lines are handed on in blocks of about this many bytes.
 BLOCK_BYTES = 2 << 20
+# What a line takes in memory beside its bytes: a megabyte may be a million lines.
+LINE_BYTES = 64
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UTF16 = "it is UTF-16: write it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
 
@@ -28,7 +30,7 @@ def line_blocks(
         longest: a line of more bytes becomes None, and is not held in memory.
     """
     lines: list[bytes | None] = []
-    rest: list[bytes] = []
+    rest = bytearray()  # of the line that has not ended yet; it may come in very small chunks
     rest_bytes = held = 0
     first = 1
     damage: list[UserError] = []
@@ -48,16 +50,16 @@ def line_blocks(
         head, *others = chunk.split(b"\n")
         rest_bytes += len(head)
         if rest_bytes <= longest:
-            rest.append(head)
+            rest += head
         else:
-            rest.clear()
+            rest = bytearray()
         if others:
-            lines.append(b"".join(rest) if rest_bytes <= longest else None)
-            held += rest_bytes
+            lines.append(bytes(rest) if rest_bytes <= longest else None)
+            held += rest_bytes + LINE_BYTES * len(others)
             *whole, tail = others
             lines += [line if len(line) <= longest else None for line in whole]
             held += len(chunk) - len(head)
-            rest, rest_bytes = [tail], len(tail)
+            rest, rest_bytes = bytearray(tail), len(tail)
         if done:
             break
         if held >= block_bytes:
@@ -66,7 +68,7 @@ def line_blocks(
             first, lines, held = after, [], 0
     else:
         if rest_bytes and not inside and not damage:
-            lines.append(b"".join(rest) if rest_bytes <= longest else None)
+            lines.append(bytes(rest) if rest_bytes <= longest else None)
     if lines:
         yield first, lines
     if damage:

@@ -10,7 +10,8 @@ from data_prep.errors import UserError
 from data_prep.read.reading import Reading
 from data_prep.read.sources import Source, open_source
 
-ROWS = 64  # at once: a row may be long
+# At once: fewer where they are long on average.
+ROWS, ROWS_BYTES = 64, 4 << 20
 ARROW_FILE = b"ARROW1\0\0"
 
 
@@ -51,8 +52,9 @@ def read_rows(
     read = _parquet_batches if source.kind == "parquet" else _arrow_batches
     try:
         for batch in read(source, reading, begin, end, progress):
-            for start in range(0, batch.num_rows, ROWS):
-                yield _values(batch.slice(start, ROWS))
+            rows = max(1, min(ROWS, ROWS_BYTES * max(1, batch.num_rows) // max(1, batch.nbytes)))
+            for start in range(0, batch.num_rows, rows):
+                yield _values(batch.slice(start, rows))
     except (pa.ArrowException, OSError) as error:
         if source.remote and isinstance(error, OSError):
             raise
@@ -110,8 +112,15 @@ def _parquet_batches(
         _check_columns(source, reading, file.schema_arrow)
         count = file.num_row_groups if end is None else end
         for group in range(begin, count):
-            yield from file.iter_batches(ROWS, row_groups=[group], columns=list(reading.columns))
+            rows = _rows_at_once(file.metadata.row_group(group))
+            yield from file.iter_batches(rows, row_groups=[group], columns=list(reading.columns))
             progress(source.bytes // max(1, file.num_row_groups))
+
+
+def _rows_at_once(group: Any) -> int:
+    """A batch of so many rows takes about `ROWS_BYTES`."""
+    text = sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
+    return max(1, min(ROWS, ROWS_BYTES * max(1, group.num_rows) // max(1, text)))
 
 
 def _arrow_batches(

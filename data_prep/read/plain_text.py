@@ -24,19 +24,19 @@ def read_plain_text(
 def _whole_file(path: str, chunks: Iterator[Chunk], reading: Reading, bad: BadLines) -> list[str]:
     """The file as one document; none when it is too long."""
     limit = reading.max_document_bytes
-    parts: list[bytes] = []
+    held = bytearray()
     size = 0
     for chunk, _ in chunks:
         size += len(chunk)
         if size <= limit:
-            parts.append(chunk)
+            held += chunk
         else:
-            parts.clear()
+            held = bytearray()
     if size > limit:
         hint = "--text-documents paragraph or line cuts it into smaller documents"
         bad.add(path, f"{size:,} bytes, more than --max-document-bytes {limit:,}: {hint}")
         return []
-    whole = b"".join(parts).removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
+    whole = bytes(held.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n"))
     return list(_decoded(whole, lambda: path, reading, bad))
 
 
@@ -44,20 +44,19 @@ def _paragraphs(
     segment: Segment, chunks: Iterator[Chunk], reading: Reading, bad: BadLines
 ) -> Iterator[list[str]]:
     path, limit = segment.source.path, reading.max_document_bytes
-    paragraph: list[bytes] = []
-    size = 0
+    paragraph = bytearray()
+    size = count = 0
 
     def ended(after: int) -> list[str]:
         # `after` is the number of the line after the paragraph.
-        first = after - len(paragraph)
+        first = after - count
         if size > limit:
             bad.add(
                 f"{path}:{first}",
                 f"a paragraph of {size:,} bytes, more than --max-document-bytes {limit:,}",
             )
             return []
-        data = b"".join(paragraph)
-        return list(_decoded(data, lambda: f"{path}:{first}", reading, bad))
+        return list(_decoded(bytes(paragraph), lambda: f"{path}:{first}", reading, bad))
 
     number = 0
     for lines in numbered_lines(segment, chunks, reading, bad):
@@ -66,12 +65,16 @@ def _paragraphs(
             if line.strip():
                 line = line.removesuffix(b"\r")
                 size += len(line) + 1
-                paragraph.append(line + b"\n" if size <= limit else b"")
-            elif paragraph:
+                count += 1
+                if size <= limit:
+                    paragraph += line + b"\n"
+                else:
+                    paragraph = bytearray()
+            elif count:
                 texts += ended(number)
-                paragraph, size = [], 0
+                paragraph, size, count = bytearray(), 0, 0
         yield texts
-    if paragraph:
+    if count:
         yield ended(number + 1)
 
 

@@ -61,7 +61,7 @@ class BadLines:
         """Raises UserError when there are more than `limit`."""
         self.count += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(f"{where}: {why}")
+            self.examples.append(f"{where}: {why:.500}")  # `why` may quote a document
         self.check()
 
     def check(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from data_prep.errors import UserError
-from data_prep.read.left_out import LeftOut, ending_of
+from data_prep.left_out import LeftOut, ending_of
 
 COMPRESSION = {
     ".gz": "gzip",

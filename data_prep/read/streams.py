@@ -2,22 +2,18 @@
 
 import bz2
 import lzma
-import mmap
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
-import zstandard
-
 from data_prep.errors import UserError
+from data_prep.read import zstd
 from data_prep.read.sources import Source, open_source
 
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MAGIC = {
     "gzip": re.compile(rb"\x1f\x8b"),
-    "zstd": re.compile(re.escape(ZSTD_MAGIC)),
+    "zstd": re.compile(re.escape(zstd.MAGIC)),
     "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
     "xz": re.compile(rb"\xfd7zXZ\0"),
 }
@@ -28,16 +24,18 @@ DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
 }
 CHUNK_BYTES = 1 << 20
-# Bytes may decompress to a thousand times as many, so the decompressor gets few at once.
-COMPRESSED_BYTES = 16 << 10
-ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
+BEHIND_BYTES = 16 << 10  # of what is behind a range, where its last line ends soon
 
 Chunk = tuple[bytes, bool]
 """Bytes, and whether they lie in the range. Those behind it may hold the end of its last line."""
 
 
 def read_chunks(
-    source: Source, begin: int, end: int | None, progress: Callable[[int], None]
+    source: Source,
+    begin: int,
+    end: int | None,
+    progress: Callable[[int], None],
+    block_bytes: int = 4 << 20,
 ) -> Iterator[Chunk]:
     """The bytes of a range of the file; then, if the caller goes on, the bytes behind it.
 
@@ -45,15 +43,21 @@ def read_chunks(
         begin, end: offsets in the stored file, in a zstd file those of frames. Files of other
             compressions are read whole. None is the file's end.
         progress: called with the number of bytes of the range read since the last call.
+        block_bytes: a remote file is asked for so many at once.
 
     Raises:
         UserError: the file is not what its name says, is damaged or is cut short.
     """
-    with open_source(source) as file:
+    with open_source(source, block_bytes) as file:
         if source.compression is None:
             yield from _plain(source, file, begin, end, progress)
         elif source.compression == "zstd":
-            yield from _zstd(source, file, begin, end, progress)
+            if begin:
+                file.seek(begin)
+            stored = zstd.Stored(file, begin)
+            if begin == 0 and (first := stored.peek(16)):
+                _check_magic(source, first)
+            yield from zstd.unpacked(source.path, stored, end, progress)
         else:
             yield from _members(source, file, progress)
 
@@ -64,19 +68,14 @@ def read_head(source: Source, count: int) -> bytes:
     Raises:
         UserError: the file is damaged in them.
     """
-    head = b""
-    with open_source(source, block_bytes=count) as file:
-        if source.compression is None:
+    if source.compression is None:
+        with open_source(source, block_bytes=count) as file:
             return file.read(count)
-        chunks = (
-            _zstd(source, file, 0, None, lambda _: None)
-            if source.compression == "zstd"
-            else _members(source, file, lambda _: None)
-        )
-        for chunk, _ in chunks:
-            head += chunk
-            if len(head) >= count:
-                break
+    head = b""
+    for chunk, _ in read_chunks(source, 0, None, lambda _: None, block_bytes=count):
+        head += chunk
+        if len(head) >= count:
+            break
     return head[:count]
 
 
@@ -89,7 +88,7 @@ def _check_magic(source: Source, first: bytes) -> None:
         found = magic.match(first) is not None
         if found == (source.compression == name):
             continue
-        if name == "zstd" and source.compression == name and _skippable(first):
+        if name == "zstd" and source.compression == name and zstd.skippable(first):
             continue
         what = f"is {name} data" if found else f"is not {name} data"
         raise UserError(f"{source.path} {what}, which its name does not say: rename it")
@@ -110,7 +109,7 @@ def _plain(
         position += len(chunk)
         progress(len(chunk))
         yield chunk, True
-    while chunk := file.read(COMPRESSED_BYTES):
+    while chunk := file.read(BEHIND_BYTES):
         yield chunk, False
 
 
@@ -144,106 +143,3 @@ def _members(source: Source, file: BinaryIO, progress: Callable[[int], None]) ->
                 at_end = not chunk
     if not at_end:
         raise UserError(f"{source.path} is cut short: its {source.compression} data has no end")
-
-
-def _zstd(
-    source: Source, file: BinaryIO, begin: int, end: int | None, progress: Callable[[int], None]
-) -> Iterator[Chunk]:
-    # --long frames need windows of up to 2 GB; memory is taken only as a frame asks for it.
-    context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    if begin:
-        file.seek(begin)
-    position, frame_begin = begin, begin
-    decompressor: Any = None
-    buffer = b""
-    while True:
-        if not buffer:
-            buffer = file.read(COMPRESSED_BYTES)
-            if not buffer:
-                break
-            if position == 0:
-                _check_magic(source, buffer)
-            position += len(buffer)
-            if end is None or position <= end:
-                progress(len(buffer))
-        if decompressor is None:
-            buffer = _after_skippable(source, file, buffer)
-            position = file.tell()
-            if not buffer:
-                continue
-            frame_begin = position - len(buffer)
-            decompressor = context.decompressobj()
-        try:
-            data = decompressor.decompress(buffer)
-        except zstandard.ZstdError as error:
-            raise UserError(f"{source.path} is damaged: {error}") from error
-        if data:
-            yield data, end is None or frame_begin < end
-        buffer = b""
-        if decompressor.eof:
-            buffer, decompressor = decompressor.unused_data, None
-    if decompressor is not None:
-        raise UserError(f"{source.path} is cut short: its zstd data has no end")
-
-
-def _after_skippable(source: Source, file: BinaryIO, buffer: bytes) -> bytes:
-    """Skips a frame without text, if `buffer` begins with one (a "skippable frame" in zstd's words)."""
-    while len(buffer) < 8 and (more := file.read(8 - len(buffer))):
-        buffer += more
-    if not _skippable(buffer):
-        return buffer
-    length = 8 + int.from_bytes(buffer[4:8], "little")
-    if length > len(buffer):
-        rest = length - len(buffer)
-        while rest and (skipped := file.read(min(rest, CHUNK_BYTES))):
-            rest -= len(skipped)
-        if rest:
-            raise UserError(f"{source.path} is cut short: its zstd data has no end")
-    return buffer[length:]
-
-
-def _skippable(data: bytes) -> bool:
-    return int.from_bytes(data[:4], "little") in ZSTD_SKIPPABLE
-
-
-def zstd_frames(path: str) -> list[int]:
-    """Offsets of the frames of a local file. Headers are read, and none of the data.
-
-    Raises:
-        UserError: the file is damaged or cut short.
-    """
-    offsets = []
-    with Path(path).open("rb") as file:
-        if not file.seek(0, 2):
-            return []
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            at = 0
-            while at < len(data):
-                magic = int.from_bytes(data[at : at + 4], "little")
-                if magic in ZSTD_SKIPPABLE:
-                    at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
-                else:
-                    if data[at : at + 4] != ZSTD_MAGIC:
-                        raise UserError(f"{path} is damaged: no zstd frame begins at byte {at}")
-                    offsets.append(at)
-                    at = _frame_end(data, at + 4)
-                if at > len(data):
-                    raise UserError(f"{path} is cut short: its zstd data has no end")
-    return offsets
-
-
-def _frame_end(data: mmap.mmap, at: int) -> int:
-    """The end of the frame whose descriptor is at `at` (RFC 8878, 3.1.1)."""
-    if at >= len(data):
-        return len(data) + 1
-    descriptor = data[at]
-    single, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
-    at += 1 + (1 - single) + (0, 1, 2, 4)[descriptor & 3] + (single, 2, 4, 8)[descriptor >> 6]
-    last = False
-    while not last:
-        if at + 3 > len(data):
-            return len(data) + 1
-        header = int.from_bytes(data[at : at + 3], "little")
-        last = bool(header & 1)
-        at += 3 + (1 if header >> 1 & 3 == 1 else header >> 3)
-    return at + 4 * checksum

@@ -1,10 +1,11 @@
 """Where the texts of a Hugging Face folder's model end."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from megatron_ladder.config import MOST_SIZE
 from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import is_whole, read_json, short
 
 
 def end_ids(folder: Path) -> tuple[int, ...]:
@@ -24,8 +25,8 @@ def end_ids(folder: Path) -> tuple[int, ...]:
 def several(value: Any) -> list[int]:
     """Of a field that may be null, an id, or a list of ids."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int for i in ids):
-        raise ValueError(f"eos_token_id is {value!r}: a token id, or a list of them")
+    if not all(is_whole(i, -1, MOST_SIZE) for i in ids):
+        raise ValueError(f"eos_token_id is {short(value)}: a token id, or a list of them")
     return [i for i in ids if i >= 0]  # -1 stands for none in older folders
 
 
@@ -38,6 +39,8 @@ def _named(path: Path) -> list[int]:
     if not path.is_file():
         return []
     try:
-        return several(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
-    except (OSError, ValueError, AttributeError) as error:
+        return several(read_json(path, "a configuration").get("eos_token_id"))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error

@@ -35,6 +35,7 @@ from megatron_ladder.hf.end_ids import one_or_several, several
 from megatron_ladder.hf.output import complete_or_absent, refuse_others, synced_behind
 from megatron_ladder.hf.stored import bytes_of, is_finite, safetensors_header
 from megatron_ladder.hf.tokenizer import write_tokenizer
+from megatron_ladder.json_files import read_json
 
 _HERE = Path(__file__).parent
 _MODELLING_FILES = ("configuration_ladder.py", "modeling_ladder.py")
@@ -250,7 +251,7 @@ def _write_configs(
 def _name_ends(folder: Path, more: Sequence[int]) -> None:
     """All end tokens in generation_config.json, where transformers and vLLM look for them."""
     path = folder / "generation_config.json"
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields = read_json(path, "a model's settings for generation")
     ends = tuple(dict.fromkeys((*named_ends(folder), *more)))
     if set(several(fields.get("eos_token_id"))) != set(ends):
         fields["eos_token_id"] = one_or_several(ends)

@@ -1,6 +1,5 @@
 """Translates the config.json of a Hugging Face folder to a training configuration."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,8 @@ from transformers import AutoConfig
 import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.fields import check_fields
+from megatron_ladder.json_files import in_words, is_word, named, read_json, short
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -17,6 +18,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "LadderForCausalLM",
 )
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "ladder")
 # The constants of Llama 3's RoPE scaling in megatron-core. All Llama 3 models have these numbers.
 LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -40,21 +42,31 @@ def read_hf_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a Hugging Face model's folder: it holds no config.json")
-    try:
-        architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or [
-            "none"
-        ]
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a model's configuration: {error}") from error
-    if architectures[0] not in ARCHITECTURES:
+    values = read_json(path, "a model's configuration")
+    architecture = architecture_of(values)
+    if architecture not in ARCHITECTURES:
         raise UserError(
-            f"{path}: architecture {architectures[0]} is not supported; these are: "
+            f"{path}: architecture {architecture} is not supported; these are: "
             f"{', '.join(ARCHITECTURES)}"
         )
+    check_fields(values, path)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} is not a model's configuration: {error}") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises all kinds
+        raise UserError(f"{path} is not a model's configuration: {in_words(error)}") from error
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(
+            f"{path}: model_type {named(str(config.model_type))} does not go with {architecture}"
+        )
+    return config
+
+
+def architecture_of(values: dict[str, Any]) -> str:
+    """What a config.json names first, or "none"; for comparisons and messages."""
+    architectures = values.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return "none"
+    return architectures[0] if is_word(architectures[0]) else short(architectures[0])
 
 
 def to_model_config(config: Any, where: Path) -> ModelConfig:
@@ -110,7 +122,7 @@ def to_model_config(config: Any, where: Path) -> ModelConfig:
 def _unsupported(config: Any) -> list[str]:
     found = []
     if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
-        found.append(f"hidden_act is {config.hidden_act}")
+        found.append(f"hidden_act is {named(str(config.hidden_act))}")
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
             found.append(f"{name} is set")
@@ -125,9 +137,14 @@ def _unsupported(config: Any) -> list[str]:
     rope = dict(config.rope_parameters or {})
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ("default", "linear", "llama3"):
-        found.append(f"rope_type is {rope_type}")
+        found.append(f"rope_type is {named(str(rope_type))}")
     if rope_type == "llama3":
-        found += [f"{k} is {rope.get(k)}, not {v}" for k, v in LLAMA3.items() if rope.get(k) != v]
+        found += [
+            f"{k} is {short(rope.get(k))}, not {v}" for k, v in LLAMA3.items() if rope.get(k) != v
+        ]
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        found.append(f"partial_rotary_factor is {rope['partial_rotary_factor']}")
+        found.append(f"partial_rotary_factor is {short(rope['partial_rotary_factor'])}")
+    for name in ("rope_theta", *(("factor",) if rope_type in ("linear", "llama3") else ())):
+        if type(rope.get(name, 1.0 if name == "rope_theta" else None)) not in (int, float):
+            found.append(f"{name} is {short(rope.get(name))}")
     return found

@@ -1,6 +1,5 @@
 """Continues prompts with the model of an exported folder."""
 
-import json
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -13,7 +12,9 @@ from transformers.utils import logging as transformers_logging
 import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.end_ids import end_ids
+from megatron_ladder.hf.from_hf import read_hf_config
 from megatron_ladder.inference.requests import Sampling, check_text
+from megatron_ladder.json_files import in_words
 
 _FILL = 0
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -53,9 +54,12 @@ def generate_text(
     folder = Path(folder)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p)  # refuses what is out of range
     config = _check_folder(folder)
-    context, vocab_size = config["max_position_embeddings"], config["vocab_size"]
+    context, vocab_size = config.max_position_embeddings, config.vocab_size
     ends = end_ids(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises all kinds
+        raise UserError(f"{folder}: its tokenizer cannot be read: {in_words(error)}") from error
     for prompt in prompts:
         check_text(prompt)
     encoded = [tokenizer.encode(p, verbose=False) for p in prompts]
@@ -119,20 +123,16 @@ def _continuation(tokenizer: Any, prompt_ids: list[int], new_ids: list[int]) -> 
     return tokenizer.decode(new_ids, skip_special_tokens=True)
 
 
-def _check_folder(folder: Path) -> dict[str, Any]:
-    """Checks that a folder has all files that generation needs. Returns its config.json."""
+def _check_folder(folder: Path) -> Any:
+    """Checks that a folder has all files that generation needs. Returns its configuration."""
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: give a folder made by `megatron-ladder export`")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        exported = config["model_type"] in ("ladder", "llama", "mistral", "qwen2", "qwen3")
-    except (OSError, ValueError, KeyError):
-        exported = False
-    if not exported or not any((folder / name).is_file() for name in _WEIGHTS):
+    has_config = (folder / "config.json").is_file()
+    if not has_config or not any((folder / name).is_file() for name in _WEIGHTS):
         raise UserError(
             f"{folder} is not an exported model: make one with `megatron-ladder export RUN OUT`"
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no tokenizer ({name}): copy the model's there")
-    return config
+    return read_hf_config(folder)

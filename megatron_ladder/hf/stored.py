@@ -13,9 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import is_word, read_json
 
 logger = logging.getLogger(__name__)
 
+MOST_INDEX_BYTES = 256 << 20  # it lists every tensor
 INDEX = "model.safetensors.index.json"
 # safetensors' names of the dtypes of weights that are not quantized.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -157,9 +159,17 @@ def weight_files(folder: Path) -> list[str]:
     """The names of the files that a folder's index names; without an index there is one file."""
     if not (folder / INDEX).is_file():
         return ["model.safetensors"]
-    return sorted(
-        set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    )
+    return sorted(set(_weight_map(folder / INDEX).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    found = read_json(index, "an index of safetensors files", MOST_INDEX_BYTES).get("weight_map")
+    if not isinstance(found, dict) or not all(is_word(name) for name in found.values()):
+        raise UserError(
+            f"{index} is not an index of safetensors files: it needs a weight_map of tensors to files"
+        )
+    return found
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -180,11 +190,8 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
                 f"model-*.safetensors and {INDEX} of the same model there"
             )
         raise UserError(f"{folder} has no weights: no model.safetensors and no {INDEX}")
-    try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        files = sorted({folder / str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not an index of safetensors files: {error!r}") from error
+    weight_map = _weight_map(index)
+    files = sorted({folder / name for name in weight_map.values()})
     for file in files:
         if file.parent != folder or not file.is_file():
             raise UserError(f"{file}, which {index.name} names, is missing")

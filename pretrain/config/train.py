@@ -3,10 +3,7 @@
 start/arguments.py makes the command line from these classes: each field is an option.
 """
 
-import dataclasses
 import json
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +18,11 @@ from megatron_ladder.config import (
 )
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config, check_fp8
+from megatron_ladder.json_files import read_json
 from pretrain.config.faults import FaultConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.profile import ProfileConfig
+from pretrain.config.values import from_dict, to_dict
 from pretrain.files import write_atomically
 
 
@@ -320,50 +319,6 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain JSON values; `from_dict` is the inverse."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return str(value)
-        if isinstance(value, tuple):
-            return [plain(v) for v in value]
-        return to_dict(value) if dataclasses.is_dataclass(value) else value
-
-    return {f.name: plain(v) for f in dataclasses.fields(config) for v in [getattr(config, f.name)]}
-
-
-def from_dict(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
-    """A `cls` made from `to_dict`'s output. Raises UserError on a field that `cls` does not have."""
-    if not isinstance(values, dict):
-        raise UserError(f"{where} is {values!r}: it must be an object of {cls.__name__}'s fields")
-    hints = typing.get_type_hints(cls)
-    if unknown := sorted(set(values) - set(hints)):
-        raise UserError(f"{where}: unknown field {', '.join(unknown)}")
-    try:
-        return cls(**{k: _restore(hints[k], v, f"{where}.{k}") for k, v in values.items()})
-    except TypeError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def _restore(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
-    options = (
-        typing.get_args(hint)
-        if typing.get_origin(hint) in (types.UnionType, typing.Union)
-        else (hint,)
-    )
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if isinstance(value, list) and typing.get_origin(option) is tuple:
-            return tuple(_restore(typing.get_args(option)[0], v, where) for v in value)
-        if option is Path and isinstance(value, str):
-            return Path(value)
-    return value
-
-
 def save_config(config: TrainConfig, path: Path) -> None:
     write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
 
@@ -375,13 +330,9 @@ def load_config(path: Path, onto: TrainConfig | None = None) -> TrainConfig:
         UserError: the file does not exist, or does not hold a configuration.
     """
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path, "a run's config.json")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a config.json saved by a run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a run's config.json: it must hold one JSON object")
     if onto is not None:
         values = _merged(to_dict(onto), values)
     elif "model" not in values:

@@ -1,7 +1,6 @@
 """Exports a run's checkpoint as a Hugging Face folder."""
 
 import functools
-import json
 import logging
 import re
 from collections.abc import Callable
@@ -14,9 +13,12 @@ import torch
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.end_ids import end_ids, one_or_several, several
 from megatron_ladder.hf.export import export_folder
+from megatron_ladder.hf.fields import check_fields
+from megatron_ladder.hf.from_hf import architecture_of
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import complete_or_absent, refuse_others
 from megatron_ladder.hf.stored import weight_files
+from megatron_ladder.json_files import read_json
 from pretrain.config.train import TrainConfig, load_config
 from pretrain.convert.import_tokenizer import has_tokenizer
 from pretrain.convert.plain_model import one_rank_model
@@ -74,7 +76,8 @@ def export_run(
     hf_config.bos_token_id = begins_with
     imported = checkpoint.parents[1] / "imported"
     if imported.is_dir():  # an imported model keeps its own special tokens and tokenizer files
-        original = json.loads((imported / "config.json").read_text(encoding="utf-8"))
+        original = read_json(imported / "config.json", "a model's configuration")
+        check_fields(original, imported / "config.json")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(hf_config, name, original.get(name))
         if not several(hf_config.eos_token_id):  # generation_config.json has it
@@ -154,7 +157,7 @@ def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
     run_dir = checkpoint.parents[1]
     facts: dict[str, Any] = {"name": run_dir.resolve().name}
     if (original := run_dir / "imported" / "config.json").is_file():
-        facts["origin"] = json.loads(original.read_text(encoding="utf-8"))["architectures"][0]
+        facts["origin"] = architecture_of(read_json(original, "a model's configuration"))
     if not config.data.paths:  # an imported model that was not trained since
         return facts
     # Other data sets may have joined the run after this checkpoint.

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import read_json, short
+from pretrain.data.index_file import check_index
+from pretrain.data.manifests import MOST_BYTES, check_manifest
 from pretrain.files import sha256, write_atomically
-
-SPLITS = ("train", "validation", "test")
+from pretrain.ranks import is_first_rank
 
 
 @dataclass(frozen=True)
@@ -75,55 +77,41 @@ def open_folder(path: Path) -> DataFolder:
             f"{path} holds no manifest.json: it is not a finished data set of "
             "`megatron-ladder data tokenize`"
         )
-    try:
-        manifest = json.loads(manifest_path.read_text())
-        if manifest["format"] != "megatron-ladder-data" or manifest["version"] != 1:
+    manifest = read_json(manifest_path, "a data set's manifest", MOST_BYTES)
+    if manifest.get("format") != "megatron-ladder-data" or manifest.get("version") != 1:
+        raise UserError(
+            f"{manifest_path} is not a data set's manifest of version 1: its format is "
+            f"{short(manifest.get('format'))}, version {short(manifest.get('version'))}: tokenize again"
+        )
+    check_manifest(manifest, str(manifest_path))
+    folder = DataFolder(path, manifest)
+    for split, facts in manifest["splits"].items():
+        for ending in ("bin", "idx", "mask"):
+            if ending == "mask" and "mask_bytes" not in facts:
+                continue
+            file = path / f"{split}.{ending}"
+            size = file.stat().st_size if file.is_file() else -1
+            if size != facts[f"{ending}_bytes"]:
+                found = "is missing" if size < 0 else f"has {size:,} bytes"
+                raise UserError(
+                    f"{file} {found}; the manifest says {facts[f'{ending}_bytes']:,} bytes: the "
+                    "data set is damaged, copy or tokenize it again"
+                )
+        if facts.get("mask_bytes", facts["tokens"]) != facts["tokens"]:
             raise UserError(
-                f"{manifest_path}: this version of megatron-ladder cannot read format "
-                f"{manifest['format']} version {manifest['version']}: tokenize again"
+                f"{path / split}.mask has {facts['mask_bytes']:,} bytes, one for each of "
+                f"{facts['tokens']:,} tokens is needed: tokenize again"
             )
-        folder = DataFolder(path, manifest)
-        manifest["tokenizer"]["sha256"], manifest["tokenizer"]["eod_id"]  # must be there
+    if is_first_rank():  # these files are read from start to end
+        file = path / folder.tokenizer["file"]
+        if not file.is_file() or sha256(file) != folder.tokenizer["sha256"]:
+            raise UserError(
+                f"{file} is not the tokenizer that the data set was made with, or is missing: copy the "
+                "data set again"
+            )
         for split, facts in manifest["splits"].items():
-            for ending in ("bin", "idx", "mask"):
-                if ending == "mask" and "mask_bytes" not in facts:
-                    continue
-                file = path / f"{split}.{ending}"
-                size = file.stat().st_size if file.is_file() else -1
-                if size != facts[f"{ending}_bytes"]:
-                    found = "is missing" if size < 0 else f"has {size:,} bytes"
-                    raise UserError(
-                        f"{file} {found}; the manifest says {facts[f'{ending}_bytes']:,} bytes: the "
-                        "data set is damaged, copy or tokenize it again"
-                    )
-            _check_index(path / split, facts, manifest["dtype"])
-        return folder
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest_path} is not a data set's manifest: {error!r}") from error
-
-
-def _check_index(prefix: Path, facts: dict[str, Any], dtype: str) -> None:
-    """Refuses an .idx that does not describe its .bin (docs/reference/formats.md has the layout)."""
-    with prefix.with_suffix(".idx").open("rb") as file:
-        header = file.read(34)
-        sequences = int.from_bytes(header[18:26], "little")
-        file.seek(34)
-        lengths = np.fromfile(file, dtype="<i4", count=sequences)
-    codes = {"int32": 4, "uint16": 8}
-    if header[:9] != b"MMIDIDX\x00\x00" or header[17] != codes.get(dtype):
-        raise UserError(f"{prefix}.idx is not the index of {dtype} tokens: tokenize again")
-    tokens, width = int(lengths.sum(dtype=np.int64)), np.dtype(dtype).itemsize
-    if sequences != facts["documents"] or tokens != facts["tokens"]:
-        # Ranks that read the data set take both numbers from the manifest (sequences.py).
-        raise UserError(
-            f"{prefix}.idx has {sequences:,} documents and {tokens:,} tokens, the manifest says "
-            f"{facts['documents']:,} and {facts['tokens']:,}: copy or tokenize the data set again"
-        )
-    if len(lengths) != sequences or tokens * width != facts["bin_bytes"]:
-        raise UserError(
-            f"{prefix}.idx describes {tokens:,} tokens but {prefix}.bin holds "
-            f"{facts['bin_bytes'] // width:,}: the files are of different data sets, tokenize again"
-        )
+            check_index(path / split, facts, manifest["dtype"])
+    return folder
 
 
 def has_ids_of(data: DataFolder, file: Path) -> bool:
@@ -150,7 +138,7 @@ def same_ids(one: DataFolder, other: DataFolder) -> bool:
 
 
 def _text_alone(path: Path) -> dict[str, Any]:
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields = read_json(path, "a tokenizer.json", MOST_BYTES)
     return {k: v for k, v in fields.items() if k not in ("post_processor", "padding", "truncation")}
 
 
@@ -182,15 +170,23 @@ def kept_facts(run_dir: Path, paths: tuple[Path, ...] = ()) -> list[DataFolder]:
     Raises:
         UserError: there are none.
     """
-    files = sorted((run_dir / "data").glob("*/manifest.json"), key=lambda p: int(p.parent.name))
+    files = sorted((run_dir / "data").glob("[0-9]*/manifest.json"), key=_number)
     if not files:
         raise UserError(f"{run_dir} holds no data/0/manifest.json: is the run's folder complete?")
     kept = []
     for number, file in enumerate(files):
-        manifest = json.loads(file.read_text())
+        manifest = read_json(file, "a data set's manifest", MOST_BYTES)
+        check_manifest(manifest, str(file), kept=True)
         name = manifest.pop("name", paths[number].name if number < len(paths) else "")
         kept.append(DataFolder(file.parent, manifest, name))
     return kept
+
+
+def _number(manifest: Path) -> int:
+    name = manifest.parent.name
+    if not (name.isascii() and name.isdigit() and len(name) < 10):
+        raise UserError(f"{manifest.parent} is no folder of a run: remove it")
+    return int(name)
 
 
 def labels(folders: list[DataFolder]) -> list[str]:
@@ -213,6 +209,12 @@ def unigram_loss(folder: DataFolder, split: str = "validation") -> float:
     tokens = np.memmap(folder.prefix(split) + ".bin", dtype=folder.manifest["dtype"], mode="r")
     counts = np.zeros(folder.tokenizer["vocab_size"], dtype=np.int64)
     for start in range(0, len(tokens), 1 << 24):  # 16M tokens at a time
-        counts += np.bincount(tokens[start : start + (1 << 24)], minlength=len(counts))
+        some = tokens[start : start + (1 << 24)]
+        if len(some) and not 0 <= int(some.min()) <= int(some.max()) < len(counts):
+            raise UserError(
+                f"{folder.prefix(split)}.bin holds ids that are not in the vocabulary of "
+                f"{len(counts):,}: see `megatron-ladder data verify {folder.path}`"
+            )
+        counts += np.bincount(some, minlength=len(counts))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())

@@ -18,9 +18,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import read_json
 from pretrain.config.train import TrainConfig
 from pretrain.data.folders import DataFolder
 from pretrain.data.index_files import Maker, Progress
+from pretrain.data.manifests import MOST_BYTES
 from pretrain.data.sequences import MADE
 from pretrain.files import write_atomically
 from pretrain.ranks import is_first_rank
@@ -150,8 +153,8 @@ def _end_with_parent() -> None:
 def is_made(path: Path, config: TrainConfig, folders: list[DataFolder]) -> bool:
     """Whether all index files of the run are there."""
     try:
-        return json.loads((path / MADE).read_text()) == _facts(config, folders)
-    except (OSError, ValueError):
+        return read_json(path / MADE, "a note", MOST_BYTES) == _facts(config, folders)
+    except (OSError, UserError):
         return False
 
 

@@ -25,7 +25,8 @@ from torch.utils.data import Dataset
 from pretrain.config.train import TrainConfig
 from pretrain.data.blends import blends
 from pretrain.data.fim import FillInTheMiddle, fill_in_the_middle
-from pretrain.data.folders import SPLITS, DataFolder, labels
+from pretrain.data.folders import DataFolder, labels
+from pretrain.data.manifests import SPLITS
 from pretrain.data.phased import PhasedSequences
 
 Blend = tuple[list[str], list[float] | None]

@@ -1,7 +1,6 @@
 """Describes the tokenizer of a Hugging Face folder as a data set's manifest does."""
 
 import base64
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,13 @@ import sentencepiece
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.end_ids import end_ids
+from megatron_ladder.json_files import is_whole, read_json, short
+from pretrain.data.manifests import MOST_IDS
 from pretrain.files import sha256
 
 logger = logging.getLogger(__name__)
+
+MOST_BYTES = 256 << 20  # of a tokenizer.json
 
 _MAKE = (
     "`megatron-ladder import` makes a tokenizer.json; or make it with transformers: "
@@ -96,16 +99,21 @@ def added_to_pieces(folder: Path) -> dict[str, int]:
     except RuntimeError:  # `_size` says so
         return {}
     added: dict[str, int] = {}
-    try:
-        if (config := folder / "tokenizer_config.json").is_file():
-            fields = (
-                json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+    if (config := folder / "tokenizer_config.json").is_file():
+        fields = (
+            read_json(config, "a tokenizer's file", MOST_BYTES).get("added_tokens_decoder") or {}
+        )
+        try:
+            added |= {str(facts["content"]): int(i) for i, facts in fields.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{config} is not a tokenizer's file: {error!r:.200}") from error
+    if (config := folder / "added_tokens.json").is_file():
+        added |= read_json(config, "a tokenizer's file", MOST_BYTES)
+    for token, number in added.items():
+        if not is_whole(number, 0, MOST_IDS):
+            raise UserError(
+                f"{config} is not a tokenizer's file: the token {short(token)} has the id {short(number)}"
             )
-            added |= {facts["content"]: int(i) for i, facts in fields.items()}
-        if (config := folder / "added_tokens.json").is_file():
-            added |= json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{config} is not a tokenizer's file: {error!r}") from error
     size = model.vocab_size()
     new = {t: i for t, i in added.items() if i >= size or model.IdToPiece(i) != t}
     return dict(sorted(new.items(), key=lambda item: item[1]))

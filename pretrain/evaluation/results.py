@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import is_whole, is_word, read_json, short
 from pretrain.files import write_atomically
 
 FOLDER = "evaluations"
+MOST_BYTES, MOST = 256 << 20, (1 << 63) - 1
 FORMAT = "megatron-ladder-evaluation"
 
 Result = dict[str, Any]
@@ -49,15 +51,12 @@ def latest_results(run: Path) -> tuple[int, list[Result]] | None:
     """
     files = []
     for path in sorted((run / FOLDER).glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT or content["version"] != 1:
-                raise KeyError("format")
-            files.append((content["step"], content["unix_time"], content["results"]))
-        except (ValueError, KeyError, TypeError) as error:
+        content = read_json(path, "a file of `megatron-ladder eval`", MOST_BYTES)
+        if wrong := _wrong(content):
             raise UserError(
-                f"{path} is no file of `megatron-ladder eval` ({error!r}): move it to another folder"
-            ) from error
+                f"{path} is not a file of `megatron-ladder eval` ({wrong}): move it to another folder"
+            )
+        files.append((content["step"], content["unix_time"], content["results"]))
     if not files:
         return None
     last = max(step for step, _, _ in files)
@@ -66,6 +65,37 @@ def latest_results(run: Path) -> tuple[int, list[Result]] | None:
         for result in results:
             latest[result["task"], result.get("data"), result.get("split")] = result
     return last, list(latest.values())
+
+
+def _wrong(content: dict[str, Any]) -> str:
+    """Which field is missing or has another type than docs/reference/formats.md says; "" where none is."""
+    step, results = content.get("step"), content.get("results")
+    if content.get("format") != FORMAT or content.get("version") != 1:
+        return "format"
+    if not is_whole(step, 0, MOST) or type(content.get("unix_time")) not in (int, float):
+        return "step or unix_time"
+    if not isinstance(results, list):
+        return "results"
+    for result in results:
+        if not (isinstance(result, dict) and _is_result(result)):
+            return f"a result is {short(result)}"
+    return ""
+
+
+def _is_result(result: Result) -> bool:
+    metrics = result.get("metrics")
+    if not isinstance(metrics, dict) or ("data" in result) != ("split" in result):
+        return False
+    names = [result.get("task"), *metrics, *(result[k] for k in ("data", "split") if k in result)]
+    counts = [result.get(key) for key in ("tokens", "trained_tokens", "items")]
+    counts += [value for value in metrics.values() if type(value) is int]
+    needs = "trained_loss" not in metrics or result.get("trained_tokens") is not None
+    return (
+        needs
+        and all(map(is_word, names))
+        and all(n is None or is_whole(n, -MOST, MOST) for n in counts)
+        and result.get("tokens", 0) is not None
+    )
 
 
 def cells(results: list[Result]) -> list[tuple[str, str, str, str, str]]:

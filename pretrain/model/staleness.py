@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+from megatron_ladder.json_files import read_json
+from pretrain.config.values import from_dict
 from pretrain.files import write_atomically
 
 FILE = "staleness.json"
@@ -118,5 +120,5 @@ def saved_staleness(run: Path) -> Staleness:
             f"{path} does not exist: measure the layers first, with `megatron-ladder report depth {run} "
             "--data DATA`"
         )
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    return Staleness(**facts | {"alone": tuple(facts["alone"])})
+    staleness: Staleness = from_dict(Staleness, read_json(path, "measured layers"), str(path))
+    return staleness

@@ -1,10 +1,11 @@
 """The record of a bad step and of what was done about it: RUN/bad_steps/step_N.json."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from megatron_ladder.json_files import read_json
 from pretrain.config.faults import BadStepPolicy
+from pretrain.config.values import from_dict
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ def bad_steps_of(run_dir: Path) -> list[BadStep]:
     """The bad steps of earlier starts of the run, except those that stopped it."""
     found = []
     for path in sorted((run_dir / "bad_steps").glob("step_*.json")):
-        values = json.loads(path.read_text())
-        over = values["passed_over"]
-        if over:
-            first, last = over
-            found.append(BadStep(values["step"], values["reason"], values["action"], (first, last)))
+        values = read_json(path, "the record of a bad step")
+        known = {field.name: values.get(field.name) for field in fields(BadStep)}
+        bad: BadStep = from_dict(BadStep, known, str(path))
+        if bad.passed_over:
+            found.append(bad)
     return found

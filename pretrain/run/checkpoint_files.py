@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import is_whole, read_json
 from pretrain.files import sync, write_atomically
 
 MANIFEST = "manifest.json"
+MOST_BYTES = 256 << 20  # it lists every file: a few for each rank
 _FORMAT = {"format": "megatron-ladder-checkpoint", "version": 1}
 
 Facts = dict[str, dict[str, Any]]
@@ -45,7 +47,24 @@ def write_manifest(folder: Path, facts: Facts) -> None:
 def written_files(folder: Path) -> Facts | None:
     """What a checkpoint's manifest says of its files; None: it has none."""
     manifest = folder / MANIFEST
-    return json.loads(manifest.read_text())["files"] if manifest.is_file() else None
+    return _files(manifest) if manifest.is_file() else None
+
+
+def _files(manifest: Path) -> Facts:
+    """Raises UserError when it is no manifest, or names files elsewhere."""
+    files = read_json(manifest, "a checkpoint's manifest", MOST_BYTES).get("files")
+    right = isinstance(files, dict) and all(
+        Path(name).name == name
+        and isinstance(facts, dict)
+        and is_whole(facts.get("bytes"), 0, 1 << 62)
+        and isinstance(facts.get("sha256"), str)
+        for name, facts in files.items()
+    )
+    if not right:
+        raise UserError(
+            f"{manifest} is not a manifest: `files` must have sizes and checksums by name"
+        )
+    return files  # type: ignore[return-value]
 
 
 def damage(folder: Path, *, read: bool, part: int = 0, parts: int = 1) -> str:
@@ -60,7 +79,7 @@ def damage(folder: Path, *, read: bool, part: int = 0, parts: int = 1) -> str:
     """
     manifest = folder / MANIFEST
     try:
-        files: Facts = json.loads(manifest.read_text())["files"]
+        files = _files(manifest)
         for name, facts in sorted(files.items())[part::parts]:
             size = (folder / name).stat().st_size
             if size != facts["bytes"]:
@@ -72,8 +91,8 @@ def damage(folder: Path, *, read: bool, part: int = 0, parts: int = 1) -> str:
         return "" if missing == manifest else f"{missing.name} is missing"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} is not a manifest: {error!r}"
+    except UserError as error:
+        return f"{MANIFEST} is not a manifest: {error}"
     return ""
 
 

@@ -1,12 +1,12 @@
 """A run's folder: finds its checkpoints, and checks whether a run may start or resume in it."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import is_word, read_json
 from pretrain.config.places import with_absolute_paths
 from pretrain.config.train import (
     TrainConfig,
@@ -122,7 +122,14 @@ def check_output_dir(config: TrainConfig) -> str:
 def started_from(run_dir: Path) -> dict[str, Any] | None:
     """The checkpoint whose weights the run started from, by its name and its files; None: not noted."""
     note = run_dir / INITIAL
-    return json.loads(note.read_text()) if note.is_file() else None
+    if not note.is_file():
+        return None
+    found = read_json(note, "what a run started from")
+    if not isinstance(found.get("files"), dict) or not is_word(found.get("checkpoint")):
+        raise UserError(
+            f"{note} is not what a run started from: it names no checkpoint and its files"
+        )
+    return found
 
 
 def _same_start(run_dir: Path, old: Path, now: Path) -> bool:

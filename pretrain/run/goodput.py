@@ -46,12 +46,12 @@ def read_goodput(run_dir: Path, counted: float) -> Goodput | None:
     for line in lines:
         if line["kind"] == "start":
             start = line
-            if before := line["before"]:
+            if before := line.get("before"):
                 between += max(0.0, line["unix_time"] - before["unix_time"])
                 ends[before["reason"] or before["state"]] += 1
         else:
             starting += max(0.0, line["unix_time"] - start["unix_time"])
-            if start["before"]:
+            if start.get("before"):
                 again += max(0, start["before"]["step"] - line["step"])
     wall = max(0.0, status["unix_time"] - lines[0]["unix_time"])
     return Goodput(wall, counted, starting, between, again, ends)

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import MOST_BYTES as MOST_LINE_BYTES
+from megatron_ladder.json_files import parse_json
 from pretrain.files import write_atomically
+from pretrain.run.lines import check_metrics
 
 # Dense bf16 peaks in FLOP/s, from the vendor's data sheets, by a part of the device's name.
 # The first part that is in the name counts.
@@ -72,15 +75,17 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{run_dir} holds no metrics.jsonl: is it a run of `megatron-ladder train`?"
         )
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     metrics = []
-    # Text after the last newline is an incomplete line.
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            metrics.append(json.loads(line))
-            metrics[-1]["kind"]
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number} is not a line of metrics: {error!r}") from error
+    with path.open("rb") as file:
+        number = 0
+        # Text after the last newline is an incomplete line.
+        while (line := file.readline(MOST_LINE_BYTES)).endswith(b"\n"):
+            number += 1
+            where = f"{path}:{number} is not a line of metrics"
+            metrics.append(parse_json(line, where))
+            check_metrics(metrics[-1], where)
+        if len(line) == MOST_LINE_BYTES:
+            raise UserError(f"{path}:{number + 1} is not a line of metrics: it is too long")
     return metrics
 
 

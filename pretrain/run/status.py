@@ -20,10 +20,12 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import parse_json, read_json
 from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
 from pretrain.ranks import is_first_rank, rank_number, world_size
 from pretrain.run.ends import ENDS, is_watched, left
+from pretrain.run.lines import is_start, is_status
 from pretrain.run.prometheus import device_figures, prometheus_text
 
 logger = logging.getLogger(__name__)
@@ -184,9 +186,10 @@ def record_failure(run_dir: Path, reason: str) -> None:
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """The fields of RUN/status.json; None when it does not exist or cannot be read."""
     try:
-        return json.loads((run_dir / "status.json").read_text())
-    except (OSError, ValueError):
+        status = read_json(run_dir / "status.json", "a run's status")
+    except (OSError, UserError):
         return None
+    return status if is_status(status) else None
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
@@ -195,8 +198,9 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     found = []
     for line in lines:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
+        with contextlib.suppress(UserError):
+            if is_start(start := parse_json(line.encode(), "a line")):
+                found.append(start)
     return found
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.fields import check_fields
+from megatron_ladder.json_files import read_json
 from pretrain.config.train import TrainConfig, differences, load_config
 from pretrain.data.folders import DataFolder, has_ids_of, kept_facts
 from pretrain.files import write_atomically
@@ -45,8 +47,9 @@ def original_model(init_from: Path) -> ModelConfig:
     if config.data.paths:  # a trained run, not an import: this is the model it was trained as
         return config.model
     # The configurations of transformers' own architectures have neither field: they are standard models.
-    saved = (checkpoint.parents[1] / "imported" / "config.json").read_text(encoding="utf-8")
-    original = json.loads(saved)
+    path = checkpoint.parents[1] / "imported" / "config.json"
+    original = read_json(path, "a model's configuration")
+    check_fields(original, path)
     layers = original.get("ladder_layers")
     return replace(
         config.model,

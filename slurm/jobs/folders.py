@@ -12,12 +12,13 @@ folder must not exist before it runs.
 """
 
 import json
-from dataclasses import asdict, dataclass
+import reprlib
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from slurm.errors import UserError
-from slurm.files import write_atomically
+from slurm.files import read_json, write_atomically
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,55 @@ def write_job(folder: Path, job: Job) -> None:
 
 def read_job(folder: Path) -> Job:
     try:
-        return Job(**json.loads((folder / "job.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        values = read_json(folder / "job.json")
+    except (OSError, UserError) as error:
         raise UserError(f"{folder}/job.json cannot be read: {error}") from None
+    known = {field.name: field for field in fields(Job)}
+    needed = {name for name, field in known.items() if field.default is MISSING}
+    if wrong := sorted(values.keys() - known.keys() | needed - values.keys()):
+        raise UserError(
+            f"{folder}/job.json is not of a submitted job: see its field {reprlib.repr(wrong[0])}"
+        )
+    job = Job(**values)
+    if name := _wrong(job):
+        value = reprlib.repr(getattr(job, name))
+        raise UserError(f"{folder}/job.json is not of a submitted job: {name} is {value}")
+    return job
+
+
+def _wrong(job: Job) -> str | None:
+    """A field whose value no submitted job has. SLURM's own commands get the id as an argument."""
+    words = {"command": job.command, "submitted_by": job.submitted_by, "after": job.after}
+    for name, value in words.items():
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            return name
+    right = {
+        # Its first words are printed, and are names of ours.
+        "command": bool(job.command)
+        and all(word.isprintable() for word in job.command[:1])
+        and (job.command[0] != "data" or all(word.isprintable() for word in job.command[:2])),
+        "workdir": isinstance(job.workdir, str),
+        "launcher": job.launcher in ("slurm", "local"),
+        "asked": isinstance(job.asked, dict),
+        "unix_time": _is_number(job.unix_time),
+        "job_id": job.job_id is None or _is_job_id(job.job_id),
+        "runner": job.runner is None
+        or (
+            isinstance(job.runner, list)
+            and len(job.runner) == 2
+            and all(map(_is_number, job.runner))
+            and 0 < job.runner[0] < 1 << 31
+        ),
+    }
+    return next((name for name, is_right in right.items() if not is_right), None)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e15 < value < 1e15  # NaN is neither
+
+
+def _is_job_id(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20
 
 
 def job_folders(output: Path) -> list[Path]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from slurm.files import write_atomically
+from slurm.errors import UserError
+from slurm.files import read_bounded, write_atomically
 from slurm.jobs.client import Facts
 from slurm.jobs.folders import Job
 
@@ -54,9 +55,10 @@ def run_chain(folders: list[Path]) -> None:
 def local_facts(folder: Path, job: Job) -> Facts:
     """What is known of a job, in SLURM's words."""
     try:
-        status = (folder / "exit").read_text().strip()
-        return Facts("COMPLETED" if status == "0" else "FAILED", f"exit status {status}")
-    except FileNotFoundError:
+        status = read_bounded(folder / "exit").strip()
+        shown = status if status.isprintable() else "unknown"
+        return Facts("COMPLETED" if status == "0" else "FAILED", f"exit status {shown:.20}")
+    except (FileNotFoundError, UserError):
         pass
     if _running_pid(folder) is not None:
         return Facts("RUNNING")
@@ -83,10 +85,11 @@ def stop(folder: Path, *, in_good_order: bool) -> bool:
 
 def _running_pid(folder: Path) -> int | None:
     try:
-        pid, created = (folder / "pid").read_text().split()
+        pid, created = read_bounded(folder / "pid").split()
+        number, when = int(pid), float(created)
     except (FileNotFoundError, ValueError):
         return None
-    return int(pid) if _is_alive(int(pid), float(created)) else None
+    return number if 0 < number < 1 << 31 and _is_alive(number, when) else None
 
 
 def _is_alive(pid: int, created: float) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slurm.errors import UserError
+from slurm.files import read_bounded
 from slurm.submit.placement import NAME, Placement, check
 
 # Set by the script itself for every rank (train.sh.jinja).
@@ -102,14 +103,16 @@ def load_profile(path: Path) -> Profile:
         UserError: the file is missing, is no TOML, or has a field or a value that does not exist.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_bounded(path))
     except FileNotFoundError:
         raise UserError(
             f"--profile {path} does not exist: copy {Path(__file__).parents[1]}/profiles/example.toml"
         ) from None
     except IsADirectoryError:
         raise UserError(f"--profile {path} is a folder: give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"--profile {path} is not TOML: too many levels") from None
+    except ValueError as error:  # no TOML, not UTF-8, or a number of thousands of digits
         raise UserError(f"--profile {path} is not TOML: {error}") from None
     try:
         profile: Profile = _from_table(Profile, values, "")

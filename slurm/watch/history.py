@@ -1,8 +1,14 @@
 """A training's history: its script writes a line for every start and every end."""
 
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+
+from slurm.errors import UserError
+from slurm.files import read_bounded
+
+_STATUS = re.compile(r"[0-9]{1,3}( |$)")
 
 
 @dataclass(frozen=True)
@@ -18,14 +24,15 @@ def read_history(folder: Path) -> History:
     """Lines are `TIME start NUMBER CHECKPOINT on HOSTS`, `TIME end STATUS CHECKPOINT ASKED` and
     `TIME stop WHY`."""
     try:
-        lines = [line.split(maxsplit=2) for line in (folder / "history").read_text().splitlines()]
-    except FileNotFoundError:
+        text = read_bounded(folder / "history")
+    except (FileNotFoundError, UserError):
         return History(0, "")
+    lines = [line.split(maxsplit=2) for line in text.splitlines()]
     starts = sum(line[1:2] == ["start"] for line in lines)
     last = lines[-1] if lines else []
-    if last[1:2] == ["stop"]:
+    if last[1:2] == ["stop"] and len(last) == 3:
         return History(starts, last[2])
-    if last[1:2] == ["end"]:
+    if last[1:2] == ["end"] and len(last) == 3 and _STATUS.match(last[2]):
         return History(starts, _in_words(last[2].split()))
     return History(starts, "")
 

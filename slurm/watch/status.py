@@ -3,12 +3,13 @@
 A run writes RUN/status.json, which is read without SLURM; of jobs, only their folders are then known.
 """
 
-import json
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from slurm.errors import UserError
+from slurm.files import read_json
 from slurm.jobs import client
 from slurm.jobs.client import Facts
 from slurm.jobs.folders import Job, job_folders, read_job
@@ -67,11 +68,22 @@ def _paragraph(output: Path) -> str:
 
 
 def _read_status(run: Path) -> dict[str, Any] | None:
+    """What status.json says; a field of another type than it must have is as if it were not there."""
     try:
-        said = json.loads((run / "status.json").read_text())
-    except (OSError, ValueError):
+        said = read_json(run / "status.json")
+    except (OSError, UserError):
         return None
-    return said if isinstance(said, dict) else None
+    return {name: value for name, value in said.items() if _is_right(name, value)}
+
+
+def _is_right(name: str, value: Any) -> bool:
+    if name in ("state", "reason"):
+        return isinstance(value, str) and value.isprintable()
+    if name in ("step", "train_steps", "last_checkpoint", "starts"):
+        return type(value) is int and 0 <= value < 1 << 63
+    if name in ("loss", "tokens_per_second", "eta_s", "unix_time"):
+        return type(value) in (int, float) and -1e15 < value < 1e15
+    return False
 
 
 def _run_lines(said: dict[str, Any], facts: list[list[Facts] | None]) -> list[str]:

@@ -37,11 +37,12 @@ MAY_IMPORT_OF_OURS = {
 # The rooms of each package, and the files that are in none, from the lowest to the highest: each imports
 # only what stands before it.
 ROOMS = {
-    "megatron_ladder": "errors one_cudnn config fp8 cpu_platform distillation collectives te layers "
-    "te.layers inference specs mcore_compat mcore_saving megatron_lm hf vllm",
+    "megatron_ladder": "errors json_files one_cudnn config fp8 cpu_platform distillation collectives te "
+    "layers te.layers inference specs mcore_compat mcore_saving megatron_lm hf vllm",
     "pretrain": "files processes ranks pictures sizes config data model run plan start loop convert "
     "evaluation report inference inference.server depth bench commands cli __main__",
-    "data_prep": "errors version files progress broken_pipe read parts encode dataset clean cli __main__",
+    "data_prep": "errors version files json_files left_out progress broken_pipe read parts encode dataset "
+    "clean cli __main__",
     "slurm": "errors files jobs submit watch cli",
 }
 # The one command's dispatcher, and what checks commands of all packages before they are submitted.

@@ -113,7 +113,7 @@ def test_errors(folder, tmp_path):
         (broken / name).unlink()
         fails(message, broken)
     (broken / "config.json").write_text('{"model_type": "bert"}')
-    fails("is not an exported model", broken)
+    fails("architecture none is not supported", broken)
 
 
 def test_a_temperature_that_is_almost_0_is_0(folder):

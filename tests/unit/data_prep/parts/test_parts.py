@@ -25,7 +25,7 @@ from data_prep.errors import UserError
 from data_prep.parts import plan
 from data_prep.parts.plan import check_tiling, from_json, plan_parts, to_json
 from data_prep.read.sources import Segment, Source, find_sources
-from data_prep.read.streams import zstd_frames
+from data_prep.read.zstd import zstd_frames
 
 OPTIONS = ("--validation-fraction", "0.2")
 

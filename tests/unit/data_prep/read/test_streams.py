@@ -9,9 +9,11 @@ import pytest
 import zstandard
 
 from data_prep.errors import UserError
-from data_prep.read import streams
+from data_prep.read import streams, zstd
+from data_prep.read.lines import line_blocks
 from data_prep.read.sources import find_sources
-from data_prep.read.streams import read_chunks, zstd_frames
+from data_prep.read.streams import read_chunks
+from data_prep.read.zstd import zstd_frames
 
 
 def test_zstd_frames_of_damaged_files(tmp_path) -> None:
@@ -59,3 +61,74 @@ def test_members_and_zeros_wherever_chunks_end(
         read(whole.rstrip(b"\0")[:-1])
     with pytest.raises(UserError, match="is damaged"):
         read(whole + b"no member begins so")
+
+
+PACKED = {
+    "zst": lambda data: zstandard.compress(data),
+    "gz": lambda data: gzip.compress(data),
+    "bz2": lambda data: bz2.compress(data),
+    "xz": lambda data: lzma.compress(data),
+}
+
+
+@pytest.mark.parametrize("ending", PACKED)
+@pytest.mark.parametrize("byte", [b"a", b"\n"])
+def test_text_that_expands_comes_in_small_chunks(ending: str, byte: bytes, tmp_path) -> None:
+    """2 kB of zstd became one chunk of 64 MB."""
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(PACKED[ending](byte * (64 << 20)))
+    (source,) = find_sources((path,))
+    sizes = [len(chunk) for chunk, _ in read_chunks(source, 0, None, lambda _: None)]
+    assert sum(sizes) == 64 << 20
+    assert max(sizes) <= (1 << 20) + zstd.BLOCK_BYTES
+
+
+def test_a_million_empty_lines_are_handed_on_in_blocks() -> None:
+    """100 MB of them were one list, of 3 GB."""
+    chunks = ((b"\n" * (1 << 20), True) for _ in range(8))
+    counts = [len(lines) for _, lines in line_blocks(chunks, inside=False, longest=100)]
+    assert sum(counts) == 8 << 20
+    assert max(counts) <= 1 << 20
+
+
+def zstd_blocks(blocks: list[tuple[int, int, bytes]], checksum: int = 0) -> bytes:
+    """A frame of blocks: of each its kind (0: as it is, 1: one byte repeated), size and bytes."""
+    frame = zstd.MAGIC + bytes([checksum << 2, 0x38])  # a window of 128 kB
+    for number, (kind, size, data) in enumerate(blocks):
+        last = number == len(blocks) - 1
+        frame += (last | kind << 1 | size << 3).to_bytes(3, "little") + data
+    return frame
+
+
+def test_blocks_of_any_kind_give_the_same_text(tmp_path) -> None:
+    repeated = [(1, 128 << 10, b"x")] * 40
+    tiny = [(0, 1, b"%d" % (i % 10)) for i in range(3000)]
+    skipped = (0x184D2A53).to_bytes(4, "little") + (3).to_bytes(4, "little") + b"no!"
+    level19 = zstandard.ZstdCompressor(level=19, write_checksum=True).compress(
+        os.urandom(100) * 5000
+    )
+    parts = [
+        (zstd_blocks(repeated), b"x" * (40 * (128 << 10))),
+        (zstd_blocks(tiny), b"0123456789" * 300),
+        (skipped, b""),
+        (level19, zstandard.decompress(level19)),
+        (zstd_blocks([(0, 0, b"")]), b""),
+        (skipped * 3, b""),
+    ]
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(b"".join(packed for packed, _ in parts))
+    (source,) = find_sources((path,))
+    counted: list[int] = []
+    chunks = list(read_chunks(source, 0, None, counted.append))
+    assert b"".join(chunk for chunk, _ in chunks) == b"".join(text for _, text in parts)
+    assert max(len(chunk) for chunk, _ in chunks) <= (1 << 20) + zstd.BLOCK_BYTES
+    assert all(owned for _, owned in chunks)
+    # A range that ends inside the second frame owns two frames.
+    end = len(parts[0][0]) + 5
+    owned_text = b"".join(c for c, owned in read_chunks(source, 0, end, lambda _: None) if owned)
+    assert owned_text == parts[0][1] + parts[1][1]
+    for cut in (len(parts[0][0]) - 1, len(parts[0][0]) + 3, end, path.stat().st_size - 1):
+        (tmp_path / "cut.txt.zst").write_bytes(path.read_bytes()[:cut])
+        (short,) = find_sources((tmp_path / "cut.txt.zst",))
+        with pytest.raises(UserError, match=r"is cut short|is damaged"):
+            list(read_chunks(short, 0, None, lambda _: None))

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,7 +178,11 @@ def test_an_unknown_preset_is_named_with_what_is_near() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "does not exist"), ("{", "is not JSON"), ("[]", "must hold one JSON object")],
+    [
+        (None, "does not exist"),
+        ("{", "is not a run's config.json: Expecting"),
+        ("[]", "must hold one JSON object"),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_refused(text, message, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
@@ -226,3 +231,43 @@ def test_a_configuration_saved_before_there_were_fault_options_is_read() -> None
     values = to_dict(PRESETS["debug"]())
     del values["faults"]
     assert from_dict(TrainConfig, values) == PRESETS["debug"]()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_layers": "2"}, r"model\.num_layers is '2': it must be a whole number"),
+        ({"num_layers": True}, r"model\.num_layers is True"),
+        ({"num_layers": 10**12}, r"model\.num_layers is 1000000000000: .* at most 10,000"),
+        ({"num_layers": 10**40}, r"model\.num_layers is 1000"),
+        ({"hidden_size": 0}, r"model\.hidden_size is 0"),
+        ({"hidden_size": 64.0}, r"model\.hidden_size is 64\.0"),
+        ({"hidden_size": 1 << 30, "ffn_hidden_size": 1 << 30}, "parameters; at most"),
+        ({"num_attention_heads": [4]}, r"num_attention_heads is \[4\]"),
+        ({"num_query_groups": 0}, r"num_query_groups is 0"),
+        ({"rotary_base": float("nan")}, r"rotary_base is nan"),
+        ({"rotary_base": float("inf")}, r"rotary_base is inf"),
+        ({"residual": "ladders"}, "residual is 'ladders': it must be standard or ladder or"),
+        ({"ladder_layers": [[1]]}, r"ladder_layers\[0\] is \[1\]"),
+        (
+            {"ladder_layers": {}},
+            r"ladder_layers is {}: it must be a whole number or a list or null",
+        ),
+    ],
+)
+def test_absurd_models_are_refused_in_a_sentence(fields, said: str, tmp_path: Path) -> None:
+    model = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
+    load_config(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps({"model": model | fields}))
+    with pytest.raises(UserError, match=said):
+        load_config(tmp_path / "config.json")
+
+
+def test_numbers_of_old_configurations_are_kept(tmp_path: Path) -> None:
+    """A whole number for a float, and a limit that is off."""
+    values = to_dict(PRESETS["debug"]())
+    values["optimizer"] |= {"lr": 1, "clip_grad": float("inf")}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = load_config(tmp_path / "config.json")
+    assert (config.optimizer.lr, config.optimizer.clip_grad) == (1, float("inf"))

@@ -284,7 +284,7 @@ def test_phases_are_saved_and_read_again(paths, tmp_path: Path) -> None:
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == config
     (tmp_path / "some.json").write_text('{"data": {"phases": [5]}}')
-    with pytest.raises(UserError, match=r"data\.phases is 5: it must be an object of Phase's"):
+    with pytest.raises(UserError, match=r"data\.phases\[0\] is 5: it must be an object of Phase's"):
         load_config(tmp_path / "some.json", onto=config)
 
 

@@ -1,0 +1,79 @@
+"""Whether what a run has written about itself has the fields that are read: the run may be a stranger's.
+
+docs/reference/formats.md lists all fields.
+"""
+
+from typing import Any
+
+from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import is_whole, is_word, short
+
+MOST = (1 << 63) - 1
+WHOLE = ("step", "tokens", "train_steps", "world_size", "tokens_per_step", "rank")
+# Losses may be NaN.
+NUMBERS = (
+    *("time", "unix_time", "loss", "grad_norm", "learning_rate", "tokens_per_second"),
+    *("tflops_per_gpu", "memory_gib", "perplexity", "unigram_loss", "seconds", "median"),
+)
+WORDS = ("dataset", "reason", "what", "host", "name", "residual", "device", "state")
+# By the kind of a line of metrics.jsonl.
+NEEDED = {
+    "start": ("step", "residual", "train_steps", "device"),
+    "baseline": ("dataset", "unigram_loss"),
+    "train": ("step", "tokens", "time", "loss", "tokens_per_second", "tflops_per_gpu"),
+    "validation": ("step", "tokens", "time", "dataset", "loss", "perplexity"),
+    "bad_step": ("step", "reason", "action", "passed_over"),
+    "slow_rank": ("step", "rank", "host", "what", "seconds", "median"),
+    "end": ("step", "reason"),
+}
+STATUS = ("state", "step", "unix_time", "reason")
+
+
+def check_metrics(line: dict[str, Any], where: str) -> None:
+    """Refuses a line of metrics.jsonl that has no kind, or lacks a field, or has one of another type.
+
+    Raises:
+        UserError: the first that is found. `where` begins the message.
+    """
+    kind = line.get("kind")
+    if not is_word(kind):
+        raise UserError(f"{where}: it has no kind")
+    for name in NEEDED.get(str(kind), ()):
+        if name not in line:
+            raise UserError(f"{where}: {name} is missing")
+    if wrong := _wrong(line):
+        raise UserError(f"{where}: {wrong} is {short(line[wrong])}")
+
+
+def is_status(values: dict[str, Any]) -> bool:
+    """Whether the fields of status.json that are read are there."""
+    return all(name in values for name in STATUS) and _wrong(values) is None
+
+
+def is_start(line: dict[str, Any]) -> bool:
+    """Whether it is a line of starts.jsonl: a start, or the beginning of its training."""
+    if "unix_time" not in line or _wrong(line) is not None:
+        return False
+    before = line.get("before")
+    if line.get("kind") == "start":
+        return before is None or (isinstance(before, dict) and is_status(before))
+    return line.get("kind") == "train" and "step" in line
+
+
+def _wrong(values: dict[str, Any]) -> str | None:
+    """The name of a field that does not have its type."""
+    for name in values.keys() & {*WHOLE, *NUMBERS, *WORDS, "passed_over", "mfu"}:
+        value = values[name]
+        if name in WHOLE:
+            right = is_whole(value, 0, MOST)
+        elif name in WORDS:
+            right = is_word(value)
+        elif name == "passed_over":
+            ends = value if isinstance(value, list) and len(value) == 2 else [value]
+            right = value is None or (len(ends) == 2 and all(is_whole(i, 0, MOST) for i in ends))
+        else:
+            right = is_whole(value, -MOST, MOST) or type(value) is float
+            right = right or (name in ("mfu", "loss", "tokens_per_second") and value is None)
+        if not right:
+            return name
+    return None
