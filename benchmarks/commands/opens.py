@@ -36,14 +36,9 @@ from measuring import facts
 from measuring.file_calls import FileCalls
 from measuring.options import parser_of
 
-LAYOUTS = {
-    1: [],
-    2: ["--parallel.tensor-model-parallel-size", "2"],
-    8: [
-        *("--parallel.tensor-model-parallel-size", "2"),
-        *("--parallel.pipeline-model-parallel-size", "2"),
-    ],
-}
+TENSOR = ["--parallel.tensor-model-parallel-size", "2"]
+STAGES = ["--parallel.pipeline-model-parallel-size", "2"]
+LAYOUTS: dict[int, list[str]] = {1: [], 2: TENSOR, 4: TENSOR + STAGES, 8: TENSOR + STAGES}
 DOCUMENTS, LENGTH, SEQUENCE = 12, 64, 32
 
 
@@ -179,7 +174,7 @@ def _descriptors() -> int:
 
 
 def back_to_the_first_step(run: Path) -> None:
-    shutil.rmtree(run / "checkpoints" / "step_00000002")
+    shutil.rmtree(run / "checkpoints" / "step_00000002", ignore_errors=True)
 
 
 def row(count: int, ranks: int, rank: int, found: dict[str, Any]) -> dict[str, Any]:
