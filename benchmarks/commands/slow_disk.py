@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
 from measuring import facts
 from measuring.options import parser_of
 
-STEPS, SAVES, LOG = 60, 20, re.compile(r"step +(\d+)/\d+ \|")
+STEPS, SAVES, LOG = 60, 30, re.compile(r"step +(\d+)/\d+ \|")
 FSYNCS = re.compile(r"\b(?:fsync|fdatasync)\(")
 
 
@@ -52,7 +52,7 @@ def train(work: Path, name: str, delay_s: float) -> dict[str, float]:
     options = (
         f"--preset debug --schedule.train-steps {STEPS} --save-interval {SAVES} --nproc-per-node 1"
     )
-    options += " --eval-interval 0 --data.num-workers 0 --log-interval 1"
+    options += " --eval-interval 0 --data.num-workers 0 --log-interval 1 --global-batch-size 64"
     places = ["--data.paths", str(work / "data"), "--output-dir", str(run)]
     command = [*strace, sys.executable, "-m", "pretrain.cli", "train", *options.split(), *places]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
