@@ -68,7 +68,7 @@ def test_mistakes_are_said(options: list[str], tmp_path: Path, capsys) -> None:
     held = lock(tmp_path / "run")
     run(*options, status=2)
     held.close()
-    assert "another process is training in this folder" in capsys.readouterr().err
+    assert "is training in this folder" in capsys.readouterr().err
 
 
 def test_help_names_the_options(capsys) -> None:
