@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ladder.mcore_compat import BackgroundSave, start_results_queue
+from megatron_ladder.mcore_checkpoints import BackgroundSave, SharedSaving, start_results_queue
 from pretrain.config.train import TrainConfig, save_config
 from pretrain.files import sync
 from pretrain.loop.log import RunLog
@@ -44,6 +44,7 @@ class CheckpointSaver:
         self._config = config
         self._log = log
         self._saving: BackgroundSave | None = None
+        self._shared = SharedSaving()
         self._step = 0
         self._failures = 0
         with no_stop_signals():  # the process that this starts must not get stop signals either
@@ -121,7 +122,7 @@ class CheckpointSaver:
             self._failed(error)
             return
         state, metadata = checkpoint_state(progress, model, optimizer, scheduler)
-        self._saving = BackgroundSave(state, self._temporary, metadata, then=sums)
+        self._saving = BackgroundSave(state, self._temporary, metadata, sums, self._shared)
 
     def _make_folder(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)

@@ -38,7 +38,7 @@ MAY_IMPORT_OF_OURS = {
 # only what stands before it.
 ROOMS = {
     "megatron_ladder": "errors one_cudnn config fp8 cpu_platform distillation collectives te layers "
-    "te.layers inference specs mcore_compat megatron_lm hf vllm",
+    "te.layers inference specs mcore_compat mcore_checkpoints megatron_lm hf vllm",
     "pretrain": "files processes ranks pictures sizes config data model run plan start loop convert "
     "evaluation report inference depth bench commands cli __main__",
     "data_prep": "errors version files progress broken_pipe read parts encode dataset clean cli __main__",
