@@ -17,7 +17,7 @@ from pretrain.config.train import (
     save_config,
 )
 from pretrain.ranks import is_first_rank, why_several
-from pretrain.run.checkpoint_files import damage, refuse_damaged, written_files
+from pretrain.run.checkpoint_files import damage, refuse_damaged, refuse_newer, written_files
 from pretrain.sizes import in_units
 
 INITIAL = "initial.json"  # in a run's folder; docs/reference/formats.md
@@ -59,6 +59,7 @@ def find_checkpoint(run: Path) -> Path:
             break
     if found is None:
         raise UserError(f"{run} has no checkpoint: is it a run of `megatron-ladder train`?")
+    refuse_newer(found)
     refuse_damaged(found, read=False)  # checksums are compared when the weights are read
     return found
 
@@ -110,6 +111,8 @@ def check_output_dir(config: TrainConfig) -> str:
     if is_first_rank():  # this rank will hold the lock
         lock(run_dir).close()  # raises UserError while another process trains here
     latest = latest_checkpoint(run_dir)
+    if latest:
+        refuse_newer(latest)
     if latest and checkpoint_step(latest) >= config.train_steps and not damage(latest, read=True):
         return ""
     where = f"step {checkpoint_step(latest)}" if latest else "the start: it has no checkpoint yet"

@@ -27,9 +27,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 from torch.distributed.checkpoint import load as dcp_load
 
+from megatron_ladder.mcore_checkpoints import BackgroundSave, SharedSaving
 from pretrain.config.train import TrainConfig
 from pretrain.model.optimizer import gathered_parameters
 from pretrain.run.checkpoint import Progress, checkpoint_state, load_checkpoint, model_chunks
+from pretrain.run.checkpoint_files import sums
 from tests.distributed.layouts import Layout, configuration, start
 from tests.ranks import run_ranks
 
@@ -66,7 +68,10 @@ def write_layout(name: str, folder: Path, shared: bool, forms: tuple[str, ...]) 
     parts = start(small(LAYOUTS[name], shared=shared))
     step_at_random(*parts)
     for form in forms:
-        save(parts, folder / form / name, gathered=form == "gathered")
+        if form == "shards":
+            save_as_runs_do(parts, folder / form / name)
+        else:
+            save(parts, folder / form / name, gathered_state)
     if dist.get_rank() == 0:
         torch.save(whole(folder / forms[0] / name), folder / f"{name}.pt")
     dist.barrier()
@@ -99,12 +104,26 @@ def step_at_random(model: list[Any], optimizer: Any, _scheduler: Any) -> None:
     optimizer.step()
 
 
-def save(parts: tuple[Any, Any, Any], folder: Path, *, gathered: bool = False) -> None:
+def save_as_runs_do(parts: tuple[Any, Any, Any], folder: Path) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
     with gathered_parameters(parts[0]):
-        state, metadata = (gathered_state if gathered else checkpoint_state)(Progress(1, 8), *parts)
+        state, metadata = checkpoint_state(Progress(1, 8), *parts)
+        saving = BackgroundSave(state, folder, metadata, sums, SharedSaving())
+        saving.is_written(wait=True)
+    error, _ = saving.result()
+    assert not error, error
+    dist.barrier()
+
+
+def save(parts: tuple[Any, Any, Any], folder: Path, of: Any = checkpoint_state) -> None:
+    """Waits for it, and needs no process beside the ranks."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    with gathered_parameters(parts[0]):
+        state, metadata = of(Progress(1, 8), *parts)
         dist_checkpointing.save(state, str(folder), content_metadata=metadata)
     dist.barrier()
 
