@@ -5,8 +5,8 @@
 The optimizer's state of Llama 3's 8B at TP 8 is cut as the project cuts it, at 64 and 512 data-parallel
 ranks. No data is made. torch's distributed checkpointing gets every rank's list of pieces in one process.
 It makes and checks the list of all, as rank 0 does at each save while training waits. Left out are
-gathering the lists over a network, and the weights (a few hundred pieces for each tensor rank). Times are processor
-time.
+gathering the lists over a network, and the weights (a few hundred pieces for each tensor rank). Times are
+processor time.
 """
 
 import math
