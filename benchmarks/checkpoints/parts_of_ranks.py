@@ -3,7 +3,7 @@
     python benchmarks/checkpoints/parts_of_ranks.py --json benchmarks/results/checkpoint-ranks.json
 
 At 1, 2 and 4 data-parallel ranks a model in bf16 is saved and loaded in two ways, in turns: as the project
-does (each rank its own part of the optimizer's state, and a part of the weights), and as releases until 0.9
+does (each rank its own part of the optimizer's state, and a part of the weights), and as earlier versions
 did ("gathered": megatron-core gathers the optimizer's state on every rank, rank 0 writes all, every rank
 reads all). Loaded state is compared with what was saved, bit by bit. Times are medians; the page cache is
 warm, and the ranks share the machine's cores.
@@ -80,7 +80,7 @@ def gathered_state(
     *,
     is_loading: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A checkpoint's state as releases until 0.9 made it, without random states."""
+    """A checkpoint's state as earlier versions made it, without random states."""
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
     group = {"dp_cp_group": parallel_state.get_data_parallel_group(True)}
     weights = {

@@ -4,7 +4,7 @@
     python -m tests.distributed.resharding read FOLDER --json FILE
 
 `write` trains a small model one step on random gradients at each layout. It saves a checkpoint as the
-project does, and another as releases until 0.9 did ("gathered": megatron-core gathers the optimizer's state
+project does, and another as earlier versions did ("gathered": megatron-core gathers the optimizer's state
 and rank 0 writes it). `read` opens each at each layout, saves it there, and compares all tensors, bit by
 bit. The two may run with different versions of megatron-core.
 """
@@ -131,7 +131,7 @@ def save(parts: tuple[Any, Any, Any], folder: Path, of: Any = checkpoint_state) 
 def gathered_state(
     progress: Progress, model: list[Any], optimizer: Any, scheduler: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What releases until 0.9 saved. megatron-core gathers the optimizer's state."""
+    """What earlier versions saved. megatron-core gathers the optimizer's state."""
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
     group = {"dp_cp_group": parallel_state.get_data_parallel_group(True)}
     weights = {
