@@ -1,18 +1,18 @@
-"""Those parts of megatron-core that change: its configuration, its model class. mcore_saving.py has saving.
+"""Those parts of megatron-core that change between versions: its configuration and its model class.
 
-Works with megatron-core 0.16.1 (Python 3.11) and 0.19.2 (Python 3.12 and later).
+Saving and loading are in mcore_checkpoints.py. Works with megatron-core 0.16.1 (Python 3.11) and 0.19.2
+(Python 3.12 and later).
 """
 
 import contextlib
 import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -254,31 +254,3 @@ def _rope_scaling(model: ModelConfig) -> dict[str, Any]:
     if model.rope_scaling_type == "linear":
         return {"seq_len_interpolation_factor": model.rope_scaling_factor}
     return {"rope_scaling": True, "rope_scaling_factor": model.rope_scaling_factor}
-
-
-def align_checkpoint_ranges(ddp: Any) -> None:
-    """Corrects megatron-core's reshardable checkpoints. Call it before the optimizer is built.
-
-    Saving joins the buckets of a gradient buffer without the padding at their ends, but cuts parameters
-    out at offsets that include the padding. With several buckets (from a shared embedding on two pipeline
-    stages) Adam's moments and the master weights are saved shifted. Here padding counts as data: it stays.
-    """
-    for buffer in ddp.buffers:
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-        buffer.numel_unpadded = buffer.numel
-
-
-def save_without_tensors(
-    state: dict[str, Any], content_metadata: dict[str, Any], folder: str
-) -> None:
-    """Writes all of a checkpoint but its tensors, which torch's distributed checkpointing (DCP) writes.
-
-    0.19 stores this data among the tensors, but DCP writes their index anew. So common.pt holds the data,
-    as in 0.16; 0.19 reads that file too.
-    """
-    # A copy, because saving adds to the dictionary.
-    dist_checkpointing.save(dict(state), folder, content_metadata=content_metadata)
-    common = Path(folder) / "common.pt"
-    if not common.exists():
-        torch.save({**state, "content_metadata": content_metadata}, common)

@@ -27,7 +27,7 @@ from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import check_unused, complete_or_absent
 from megatron_ladder.hf.stored import stored_tensors
-from megatron_ladder.mcore_compat import save_without_tensors
+from megatron_ladder.mcore_checkpoints import save_without_tensors
 from pretrain.config.train import DataConfig, TrainConfig, save_config
 from pretrain.convert.import_again import refuse_other_imports
 from pretrain.convert.import_tokenizer import folder_with_tokenizer

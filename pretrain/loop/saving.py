@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from megatron_ladder.mcore_saving import BackgroundSave, start_results_queue
+from megatron_ladder.mcore_checkpoints import BackgroundSave, SharedSaving, start_results_queue
 from pretrain.config.train import TrainConfig, save_config
 from pretrain.files import sync
 from pretrain.loop.log import RunLog
@@ -55,6 +55,7 @@ class CheckpointSaver:
         self._saving: BackgroundSave | None = None
         self._is_completing = False
         self._completed: Future[str] | None = None  # of the first rank
+        self._shared = SharedSaving()
         self._step = 0
         self._visible: int | None = None  # the step of the last checkpoint that was completed
         self._failures = 0
@@ -157,7 +158,7 @@ class CheckpointSaver:
             self._failed(error)
             return
         state, metadata = checkpoint_state(progress, model, optimizer, scheduler)
-        self._saving = BackgroundSave(state, self._temporary, metadata, then=sums)
+        self._saving = BackgroundSave(state, self._temporary, metadata, sums, self._shared)
 
     def _make_folder(self, hurry: bool) -> str:
         # A run that saves faster than it deletes would fill the disk. And a folder of this name, which a

@@ -16,7 +16,6 @@ from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ladder.mcore_compat import align_checkpoint_ranges
 from pretrain.config.train import TrainConfig
 from pretrain.model.torch_adam import use_fused_kernel
 
@@ -52,7 +51,6 @@ def wrap_data_parallel(
         for number, chunk in enumerate(chunks)
     ]
     for chunk in model:
-        align_checkpoint_ranges(chunk)
         for module in chunk.modules():
             # Lets Transformer Engine's GEMMs add weight gradients directly to DDP's fp32 buffer.
             # megatron-core's own flag for this also requires apex, for the output layer.

@@ -4,7 +4,7 @@ It is used when neither Transformer Engine nor apex is installed.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ def loading_optimizer(optimizer: Any) -> Iterator[None]:
     """Load a checkpoint into the optimizer inside this block: it corrects megatron-core for AdamW.
 
     AdamW keeps a `step` tensor for every parameter. megatron-core's distributed optimizer reads it before
-    it exists, then does not find it among the loaded tensors, and then makes one tensor that all parameters
-    share. With TE's or apex's fused Adam this block changes nothing.
+    it exists, and then makes one tensor that all parameters share. With TE's or apex's fused Adam this
+    block changes nothing.
     """
     adams = _adams(optimizer)
     for chained in adams:
@@ -38,10 +38,8 @@ def loading_optimizer(optimizer: Any) -> Iterator[None]:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-        chained._set_main_param_and_optimizer_states = _keeping_step(chained)
     yield
     for chained in adams:
-        del chained._set_main_param_and_optimizer_states
         for parameter, state in chained.optimizer.state.items():
             # AdamW adds 1 in place: a shared tensor would grow by 1 for every parameter. The fused kernel
             # reads `step` on the parameter's device.
@@ -51,14 +49,3 @@ def loading_optimizer(optimizer: Any) -> Iterator[None]:
 
 def _adams(optimizer: Any) -> list[Any]:
     return [o for o in optimizer.chained_optimizers if isinstance(o.optimizer, torch.optim.AdamW)]
-
-
-def _keeping_step(chained: Any) -> Callable[[Any, dict[str, Any]], None]:
-    """The optimizer's setter of one parameter's state, changed so that `step` keeps its value."""
-    set_states = chained._set_main_param_and_optimizer_states
-
-    def set_states_but_step(model_param: Any, tensors: dict[str, Any]) -> None:
-        step = chained._get_main_param_and_optimizer_states(model_param)["step"]
-        set_states(model_param, {"step": step, **tensors})
-
-    return set_states_but_step

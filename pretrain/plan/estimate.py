@@ -17,6 +17,11 @@ from pretrain.run.metrics import flops_per_token
 from pretrain.sizes import in_units
 
 BYTES_OF_A_WEIGHT = {"bf16": 2, "fp32": 4}
+STORAGE_BYTES_PER_S = 2e9
+# While a checkpoint is begun, training waits. Both are assumed: a GPU's copy to host memory, and rank 0's
+# work on the list of what each rank writes (3 s for 4,096 ranks: docs/results/resharding.md).
+HOST_COPY_BYTES_PER_S = 5e9
+PLANNING_S_PER_RANK = 1e-3
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,13 @@ class Estimate:
     validation_s: float
     """The time of all validations on one data set; 0 when eval_sequences does not give its length."""
     saving_s: float
-    """The time of writing checkpoints if training waits for each of them, which is the upper bound."""
+    """The time that training waits for checkpoints."""
+    write_s: float
+    """The time in which one checkpoint is written, in the background if the run says so."""
+    too_slow: bool
+    """Writing takes longer than the steps between two checkpoints, so training waits for it."""
     starting_s: float
-    """The time that all jobs take to start, and all but the first to read a checkpoint."""
+    """The time that all jobs take to start, and all but the first to check and to read a checkpoint."""
     jobs: int
     """The number of jobs with the time limit, one after another; 1 without a limit."""
     parameters: int
@@ -85,12 +94,14 @@ def estimate(
     time_limit_s: float | None = None,
     lead_s: float = 300.0,
     start_up_s: float = 180.0,
-    storage_bytes_per_s: float = 2e9,
+    storage_bytes_per_s: float = STORAGE_BYTES_PER_S,
 ) -> Estimate:
     """Plans a run as a chain of jobs, each with a time limit.
 
-    A job starts, which takes `start_up_s`, and reads its checkpoint. It trains until `lead_s` before its
-    limit, and then writes a last checkpoint.
+    A job starts, which takes `start_up_s`, reads its checkpoint to check it, and reads it again to load it.
+    It trains until `lead_s` before its limit, and then writes a last checkpoint, for which training waits.
+    Other checkpoints are written while training goes on (config.async_save): training waits until each GPU
+    has copied its part, and for a checkpoint before that is not written yet.
 
     Args:
         config: the run; model.vocab_size must be given.
@@ -118,16 +129,21 @@ def estimate(
     training_s = config.train_steps * step_s
     validation_s = _validations(config) * _sequences_s(config, step_s)
     checkpoint = checkpoint_bytes(config)
-    save_s = checkpoint / storage_bytes_per_s
-    saves = -(-config.train_steps // config.save_interval)
-    work_s = training_s + validation_s + saves * save_s
+    write_s = checkpoint / storage_bytes_per_s
+    read_s = 2 * write_s
+    begin_s = checkpoint / ranks / HOST_COPY_BYTES_PER_S + ranks * PLANNING_S_PER_RANK
+    waited_s = begin_s + write_s
+    not_yet_s = max(0.0, waited_s - config.save_interval * step_s)
+    usual_s = begin_s + not_yet_s if config.async_save else waited_s
+    saves_s = (-(-config.train_steps // config.save_interval) - 1) * usual_s + waited_s
+    work_s = training_s + validation_s + saves_s
     jobs = 1
     if time_limit_s is not None:
-        useful_s = time_limit_s - start_up_s - save_s - lead_s
+        useful_s = time_limit_s - start_up_s - read_s - lead_s
         if useful_s < step_s:
             raise UserError(
                 f"a job of {_hours(time_limit_s)} is too short: start-up takes {start_up_s:.0f} s and "
-                f"reading a checkpoint {save_s:.0f} s, the job stops {lead_s:.0f} s before its limit, and "
+                f"reading a checkpoint {read_s:.0f} s, the job stops {lead_s:.0f} s before its limit, and "
                 f"one step takes {step_s:.1f} s. Ask for longer jobs"
             )
         jobs = math.ceil(work_s / useful_s)
@@ -145,8 +161,10 @@ def estimate(
         tokens=config.train_steps * config.tokens_per_step,
         training_s=training_s,
         validation_s=validation_s,
-        saving_s=(saves + jobs - 1) * save_s,
-        starting_s=jobs * start_up_s + (jobs - 1) * save_s,
+        saving_s=saves_s + (jobs - 1) * waited_s,
+        write_s=write_s,
+        too_slow=config.async_save and not_yet_s > 0,
+        starting_s=jobs * start_up_s + (jobs - 1) * read_s,
         jobs=jobs,
         parameters=config.model.num_parameters(),
         memory_bytes=memory_plan(config, dp).total if config.precision == "bf16" else None,
@@ -196,11 +214,16 @@ def format_estimate(found: Estimate) -> str:
         f"{found.tokens:,} tokens in {found.train_steps:,} steps of {found.step_s:.2f} s on "
         f"{found.ranks} x {found.device} (MFU {found.mfu:.1%}; {found.step_source})",
         f"Time      {found.hours:,.1f} hours, {found.gpu_hours:,.0f} GPU-hours, in {found.jobs} "
-        f"{'job' if found.jobs == 1 else 'jobs'}; {_hours(lost)} of it starting and writing "
+        f"{'job' if found.jobs == 1 else 'jobs'}; {_hours(lost)} of it starting and waiting for "
         f"checkpoints, {_hours(found.validation_s)} validating",
         f"Storage   {in_units(found.stored_bytes, 'B')} for checkpoints of "
-        f"{in_units(found.checkpoint_bytes, 'B')}; exported {in_units(found.exported_bytes, 'B')}",
+        f"{in_units(found.checkpoint_bytes, 'B')}, each written in {found.write_s:,.0f} s; exported "
+        f"{in_units(found.exported_bytes, 'B')}",
     ]
+    if found.too_slow:
+        lines.append(
+            "          WRITING TAKES LONGER THAN THE STEPS BETWEEN TWO CHECKPOINTS: raise save_interval"
+        )
     if found.memory_bytes is not None:
         fits = found.memory_bytes <= found.memory_limit_bytes
         lines.append(

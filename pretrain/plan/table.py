@@ -13,7 +13,7 @@ from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
-from pretrain.plan.estimate import estimate, format_estimate
+from pretrain.plan.estimate import STORAGE_BYTES_PER_S, estimate, format_estimate
 from pretrain.plan.links import network_of
 from pretrain.plan.planner import DEVICES, Hardware, Row
 from pretrain.plan.search import search
@@ -35,6 +35,8 @@ class PlanOptions:
     """Between tensor-parallel ranks; None: nvswitch up to 8 of them, two-nodes beyond."""
     network_gbit_per_s: float = 400.0
     """Of each GPU's NIC, for pipeline stages and data parallelism."""
+    storage_gb_per_s: float = STORAGE_BYTES_PER_S / 1e9
+    """At which all ranks together write and read checkpoints."""
     fp8: bool = False
     """The layers' GEMMs in fp8."""
     top: int = 3
@@ -51,8 +53,11 @@ def main_plan(options: PlanOptions) -> int:
         near = difflib.get_close_matches(options.preset, PRESETS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"no preset {options.preset!r}{hint}: choose one of {', '.join(PRESETS)}")
-    if options.gpus < 1 or options.top < 1 or options.network_gbit_per_s <= 0:
-        raise UserError("--gpus, --top and --network-gbit-per-s must be more than 0")
+    rates = (options.network_gbit_per_s, options.storage_gb_per_s)
+    if options.gpus < 1 or options.top < 1 or min(rates) <= 0:
+        raise UserError(
+            "--gpus, --top, --network-gbit-per-s and --storage-gb-per-s must be more than 0"
+        )
     config = PRESETS[options.preset]()
     model, data = config.model, config.data
     if options.seq_length is not None:
@@ -82,7 +87,9 @@ def main_plan(options: PlanOptions) -> int:
     kind: Residual = model.residual if model.residual in found else "standard"
     chosen = laid_out(replace(config, model=replace(model, residual=kind)), found[kind][0])
     print(f"\nThe preset's run with the first {kind} layout:")
-    print(format_estimate(estimate(chosen, ranks=options.gpus, hardware=hardware)))
+    storage = options.storage_gb_per_s * 1e9
+    found_run = estimate(chosen, ranks=options.gpus, hardware=hardware, storage_bytes_per_s=storage)
+    print(format_estimate(found_run))
     if options.json:
         rows = {kind: [dataclasses.asdict(r) for r in rows] for kind, rows in found.items()}
         write_atomically(options.json, json.dumps(rows, indent=1) + "\n")

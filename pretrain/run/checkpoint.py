@@ -1,7 +1,10 @@
 """The content of checkpoints, and reading them. loop/saving.py writes them.
 
 A checkpoint is a folder RUN/checkpoints/step_00000100 in megatron-core's distributed format. The format
-stores each tensor under its global name; a rank's shard is a range of it. So any layout can read it.
+stores each tensor under its global name; a rank's shard is a part of it. So any layout can read it.
+
+Data-parallel ranks share the work. Each saves and loads its own part of the optimizer's state
+(optimizer_shards.py). Of the weights, which they all have, each writes and reads a part.
 """
 
 import logging
@@ -9,24 +12,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.random import convert_cuda_rng_state
 from torch import Tensor
 
 from megatron_ladder import cpu_platform
 from megatron_ladder.errors import UserError
+from megatron_ladder.mcore_checkpoints import load_in_parallel
 from pretrain.model.torch_adam import loading_optimizer
+from pretrain.run import random_states
 from pretrain.run.checkpoint_files import damage, damaged_message, refuse_damaged, set_aside
 from pretrain.run.folder import latest_checkpoint
+from pretrain.run.optimizer_shards import FORM, optimizer_shards
 
 logger = logging.getLogger(__name__)
 
-# The optimizer's state is stored as tensors of the parameters' shapes, which any TP and DP can read.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_METADATA = {"distrib_optim_sharding_type": FORM}
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,15 @@ def checkpoint_state(
     Returns:
         The sharded state, and metadata that `load_checkpoint` reads first.
     """
-    state = _state_dict(model, optimizer, scheduler, is_loading=False)
-    state["rng"] = _rng_object(_rng_state())
-    state["progress"] = asdict(progress)
-    return state, {**_METADATA, "world_size": dist.get_world_size()}
+    weights = _weights(model)
+    state = {
+        **weights,
+        "optimizer": optimizer_shards(optimizer, weights, is_loading=False).state(),
+        "scheduler": scheduler.state_dict(),
+        "rng": random_states.sharded_states(),
+        "progress": asdict(progress),
+    }
+    return state, {**_METADATA, "rng": random_states.kinds()}
 
 
 def newest_valid(run_dir: Path) -> Path | None:
@@ -83,25 +90,30 @@ def _damage(checkpoint: Path) -> str:
 def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> Progress:
     """Restores model, optimizer, scheduler and random states from a checkpoint, in place.
 
-    The checkpoint may have been written at another layout. Called by all ranks.
+    The checkpoint may have been written at another layout. Random states belong to a layout: at another
+    one, or where the checkpoint does not say to which they belong, they are seeded anew. In training only
+    dropout draws from them. Called by all ranks.
     """
     saved = dist_checkpointing.load_content_metadata(str(path))
-    # Each rank has its own random states. At another world size they cannot be matched to ranks. They are
-    # not loaded then: the states that the seed gave remain. In training only dropout draws from them.
-    same_ranks = saved["world_size"] == dist.get_world_size()
+    same_layout = saved.get("rng") == random_states.kinds()
+    weights = _weights(model)
     with loading_optimizer(optimizer):
-        state = _state_dict(model, optimizer, scheduler, is_loading=True)
-        if same_ranks:
-            state["rng"] = _rng_object(None)
-        loaded = dist_checkpointing.load(state, str(path))
-        optimizer.load_state_dict(loaded["optimizer"])
+        shards = optimizer_shards(optimizer, weights, is_loading=True)
+        state = {**weights, "optimizer": shards.state()}
+        if same_layout:
+            state["rng"] = random_states.sharded_states()
+        loaded = load_in_parallel(state, path)
+        shards.restore(loaded["optimizer"])
     for name, chunk in model_chunks(model).items():
         chunk.load_state_dict(loaded[name])
     scheduler.num_steps = 0  # loading adds to it, and a rollback loads into a scheduler in use
     scheduler.load_state_dict(loaded["scheduler"])
-    if same_ranks:
-        _restore_rng(loaded["rng"])
-    return Progress(**loaded["progress"])
+    progress = Progress(**loaded["progress"])
+    if same_layout:
+        random_states.restore(loaded["rng"])
+    else:
+        random_states.reseed(progress.step)
+    return progress
 
 
 def load_initial_weights(checkpoint: Path, chunks: dict[str, Any]) -> None:
@@ -118,7 +130,7 @@ def load_initial_weights(checkpoint: Path, chunks: dict[str, Any]) -> None:
     if what := _damage(checkpoint):
         raise UserError(damaged_message(checkpoint, what))
     state = {name: _sharded_weights(chunk) for name, chunk in chunks.items()}
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    loaded = load_in_parallel(state, checkpoint)
     for name, chunk in chunks.items():
         missing, unknown = chunk.load_state_dict(loaded[name], strict=False)
         assert not unknown and all(key.endswith("_extra_state") for key in missing), missing
@@ -160,7 +172,7 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         entries = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-        weights = {k: v for k, v in entries.items() if not k.startswith("optimizer.")}
+        weights = {k: v for k, v in entries.items() if not k.startswith(("optimizer.", "rng."))}
         # A copy, because loading removes entries from the dictionary that it is given.
         loaded = dist_checkpointing.load(
             dict(weights), str(checkpoint), validate_access_integrity=False
@@ -181,48 +193,9 @@ def model_chunks(model: list[Any]) -> dict[str, Any]:
     return {f"model{i}": chunk.module for i, chunk in enumerate(model)}
 
 
-def _state_dict(
-    model: list[Any], optimizer: Any, scheduler: Any, *, is_loading: bool
-) -> dict[str, Any]:
+def _weights(model: list[Any]) -> dict[str, Any]:
     metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
-    weights = {
+    return {
         name: chunk.sharded_state_dict(metadata=metadata)
         for name, chunk in model_chunks(model).items()
     }
-    return {
-        **weights,
-        "optimizer": optimizer.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=metadata
-        ),
-        "scheduler": scheduler.state_dict(),
-    }
-
-
-def _rng_state() -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "cpu": torch.get_rng_state(),
-        "tracker": {
-            name: convert_cuda_rng_state(state)
-            for name, state in get_cuda_rng_tracker().get_states().items()
-        },
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    tracker = get_cuda_rng_tracker()
-    if tracker.use_cudagraphable_rng:  # a CUDA graph refers to these generators: keep the objects
-        for name, generator in tracker.get_states().items():
-            generator.set_state(state["tracker"][name])
-    else:
-        tracker.set_states(state["tracker"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _rng_object(state: dict[str, Any] | None) -> ShardedObject:
-    """This rank's random states, stored as one of as many objects as there are ranks."""
-    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,31 @@ def refuse_damaged(folder: Path, *, read: bool) -> None:
     """Raises UserError when a checkpoint's files are not those that were written."""
     if what := damage(folder, read=read):
         raise UserError(damaged_message(folder, what))
+
+
+def refuse_newer(folder: Path) -> None:
+    """Raises UserError when the installed megatron-core is too old for a checkpoint.
+
+    megatron-core 0.19 and later write no common.pt. Older ones cannot open a checkpoint without it. (One
+    that is missing although it was written is damage.)
+    """
+    installed = version("megatron-core")
+    written = _manifest_names(folder)
+    newer = "metadata.json" in written and "common.pt" not in written
+    if newer and tuple(map(int, installed.split(".")[:2])) < (0, 19):
+        raise UserError(
+            f"{folder} was written with megatron-core 0.19 or later; {installed}, which is installed, "
+            "cannot open it: use the environment that wrote it (Python 3.12 or later). Newer versions open "
+            "the checkpoints of older ones"
+        )
+
+
+def _manifest_names(folder: Path) -> set[str]:
+    """The files that a manifest names; none where it cannot be read, which `damage` says."""
+    try:
+        return set(written_files(folder) or {})
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def damaged_message(folder: Path, what: str) -> str:

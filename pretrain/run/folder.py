@@ -15,7 +15,7 @@ from pretrain.config.train import (
     load_config,
     save_config,
 )
-from pretrain.run.checkpoint_files import damage, refuse_damaged, written_files
+from pretrain.run.checkpoint_files import damage, refuse_damaged, refuse_newer, written_files
 from pretrain.run.lock import lock
 from pretrain.run.metrics import has_finished
 from pretrain.sizes import in_units
@@ -59,6 +59,7 @@ def find_checkpoint(run: Path) -> Path:
             break
     if found is None:
         raise UserError(f"{run} has no checkpoint: is it a run of `megatron-ladder train`?")
+    refuse_newer(found)
     refuse_damaged(found, read=False)  # checksums are compared when the weights are read
     return found
 
@@ -109,6 +110,8 @@ def check_output_dir(config: TrainConfig) -> str:
         )
     lock(run_dir).close()  # raises UserError while another process trains here
     latest = latest_checkpoint(run_dir)
+    if latest:
+        refuse_newer(latest)
     is_trained = latest is not None and checkpoint_step(latest) >= config.train_steps
     # Without its last validation the run goes on, if only for that.
     has_ended = is_trained and has_finished(run_dir, config.train_steps)

@@ -155,6 +155,18 @@ def test_a_checkpoint_continues_at_other_layouts(
     assert losses(run) == pytest.approx(losses(whole), abs=1e-4)
 
 
+def test_a_killed_run_goes_on_with_fewer_data_parallel_ranks(
+    whole_run, data: Path, tmp_path: Path
+) -> None:
+    """As after the death of a node: the newest checkpoint is one of those that come at intervals."""
+    _, whole = whole_run
+    run = tmp_path / "run"
+    kill_at_step(7, data, run, *ONE, "--nproc-per-node", "2")
+    train(data, run, *ONE, "--nproc-per-node", "1")
+    assert metrics(run, "start")[-1]["step"] >= 5
+    assert losses(run) == pytest.approx(losses(whole), abs=1e-4)
+
+
 def test_the_run_exports_and_its_card_has_its_figures(whole_run, tmp_path: Path) -> None:
     tp, whole = whole_run
     run = tmp_path / "run"

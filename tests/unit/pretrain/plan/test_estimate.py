@@ -18,6 +18,7 @@ H100 = hardware_of("h100")
 PARAMETERS = 40 * (9_437_184 + 18_874_368 + 3_072) + 1_536 + 75_497_472
 # 6 a weight that multiplies, and 12 x 40 layers x 1536 x 2048 for attention.
 FLOPS_PER_TOKEN = 6 * 1_207_959_552 + 1_509_949_440
+BEGIN_S = 16_913_175_552 / 64 / 5e9 + 64 * 1e-3
 STEP_S = 4_194_304 * FLOPS_PER_TOKEN / (64 * 989e12 * 0.4)
 
 
@@ -32,9 +33,12 @@ def test_time_by_hand() -> None:
     assert found.training_s == pytest.approx(25_000 * 1.4508, rel=1e-4)
     # 50 times 4096 sequences, forward alone: twice a step's sequences at a third of the work.
     assert found.validation_s == pytest.approx(50 * 2 * STEP_S / 3)
-    assert found.saving_s == pytest.approx(50 * 16.913175552)
+    # 50 times 64 ranks copy a 64th each and are listed; the last time all of it is waited for.
+    assert pytest.approx(0.0529 + 0.064, abs=1e-4) == BEGIN_S
+    assert found.saving_s == pytest.approx(50 * BEGIN_S + 16.913175552)
+    assert (found.write_s, found.too_slow) == (16.913175552, False)
     assert (found.jobs, found.starting_s) == (1, 100.0)
-    seconds = 25_000 * STEP_S + 100 * STEP_S / 3 + 845.6587776 + 100
+    seconds = 25_000 * STEP_S + 100 * STEP_S / 3 + 50 * BEGIN_S + 16.913175552 + 100
     assert found.hours == pytest.approx(seconds / 3600)
     assert found.gpu_hours == pytest.approx(64 * seconds / 3600)
 
@@ -51,13 +55,30 @@ def test_sizes_by_hand() -> None:
 
 
 def test_jobs_by_hand() -> None:
-    """Of 2 hours, 100 s are the start, 17 s reading a checkpoint, and 300 s before the end it stops."""
+    """Of 2 hours, 100 s are the start, 34 s reading a checkpoint twice, 300 s before the end it stops."""
     found = paper_1b(time_limit_s=7200, start_up_s=100, lead_s=300, storage_bytes_per_s=1e9)
-    work_s = 25_000 * STEP_S + 100 * STEP_S / 3 + 50 * 16.913175552
-    assert work_s / (7200 - 100 - 300 - 16.913175552) == pytest.approx(5.4790, abs=1e-4)
+    work_s = 25_000 * STEP_S + 100 * STEP_S / 3 + 50 * BEGIN_S + 16.913175552
+    assert work_s / (7200 - 100 - 300 - 33.826351104) == pytest.approx(5.3711, abs=1e-4)
     assert found.jobs == 6
-    assert found.starting_s == pytest.approx(6 * 100 + 5 * 16.913175552)
-    assert found.saving_s == pytest.approx(55 * 16.913175552)
+    assert found.starting_s == pytest.approx(6 * 100 + 5 * 33.826351104)
+    assert found.saving_s == pytest.approx(55 * BEGIN_S + 6 * 16.913175552)
+
+
+def test_training_waits_for_storage_that_is_too_slow() -> None:
+    """500 steps take 725 s, a checkpoint at 20 MB/s 846 s."""
+    found = paper_1b(storage_bytes_per_s=2e7)
+    between = CONFIG.save_interval * STEP_S
+    late = BEGIN_S + 16_913_175_552 / 2e7 - between
+    assert late == pytest.approx(120.4, abs=0.1)
+    assert found.saving_s == pytest.approx(49 * (BEGIN_S + late) + between + late)
+    assert "raise save_interval" in format_estimate(found)
+    assert "raise save_interval" not in format_estimate(paper_1b())
+
+
+def test_training_waits_for_each_checkpoint_without_async_save() -> None:
+    waiting = replace(CONFIG, async_save=False)
+    found = estimate(waiting, ranks=64, hardware=H100, mfu=0.4, storage_bytes_per_s=1e9)
+    assert found.saving_s == pytest.approx(50 * (BEGIN_S + 16.913175552))
 
 
 def test_the_planner_gives_step_and_memory() -> None:
@@ -81,7 +102,7 @@ def test_units_are_named_and_what_does_not_fit_is_said() -> None:
         "GPU-hours, in 6 jobs",
     ):
         assert words in text
-    assert "50.7 GB for checkpoints of 16.9 GB; exported 2.42 GB" in text
+    assert "50.7 GB for checkpoints of 16.9 GB, each written in 8 s; exported 2.42 GB" in text
     assert "FIT" not in text
     large = replace(PRESETS["llama-3-70b"](), parallel=ParallelConfig(tensor_model_parallel_size=8))
     assert "IT DOES NOT FIT" in format_estimate(estimate(large, ranks=8, hardware=H100, mfu=0.4))

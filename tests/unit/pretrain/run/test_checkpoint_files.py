@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from megatron_ladder.errors import UserError
 from pretrain.convert.weights import checkpoint_weights
+from pretrain.run import checkpoint_files
 from pretrain.run.checkpoint import load_weights, newest_valid
 from pretrain.run.checkpoint_files import damage, refuse_damaged, sums, write_manifest
 from pretrain.run.folder import checkpoints, find_checkpoint
@@ -113,3 +114,21 @@ def test_a_checkpoint_of_before_there_were_manifests_is_used(
     folder = make_checkpoint(tmp_path, 1)
     (folder / "manifest.json").unlink()
     assert newest_valid(tmp_path) == folder
+
+
+def test_a_checkpoint_of_a_newer_megatron_core_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path, 1)
+    (folder / "metadata.json").write_text("{}")
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, {})
+    monkeypatch.setattr(checkpoint_files, "version", lambda _: "0.19.2")
+    assert find_checkpoint(tmp_path) == folder
+    monkeypatch.setattr(checkpoint_files, "version", lambda _: "0.16.1")
+    with pytest.raises(UserError, match=r"written with megatron-core 0\.19 or later; 0\.16\.1"):
+        find_checkpoint(tmp_path)
+    (folder / "common.pt").write_bytes(b"x")
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, {})
+    assert find_checkpoint(tmp_path) == folder

@@ -1,4 +1,7 @@
-"""Checkpoints written in the background, by the asynchronous saving of megatron-core 0.16 and 0.19."""
+"""Saves and loads megatron-core's distributed checkpoints, whose interface changes between versions.
+
+Works with megatron-core 0.16.1 (Python 3.11) and 0.19.2 (Python 3.12 and later).
+"""
 
 import contextlib
 import functools
@@ -12,12 +15,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
 from torch.distributed.checkpoint.api import CheckpointException
+
+
+def save_without_tensors(
+    state: dict[str, Any], content_metadata: dict[str, Any], folder: str
+) -> None:
+    """Writes all of a checkpoint but its tensors, which torch's distributed checkpointing (DCP) writes.
+
+    0.19 stores this data among the tensors, but DCP writes their index anew. So common.pt holds the data,
+    as in 0.16; 0.19 reads that file too.
+    """
+    # A copy, because saving adds to the dictionary.
+    dist_checkpointing.save(dict(state), folder, content_metadata=content_metadata)
+    common = Path(folder) / "common.pt"
+    if not common.exists():
+        torch.save({**state, "content_metadata": content_metadata}, common)
+
+
+def load_in_parallel(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Loads a sharded state dict. Of what data-parallel ranks have alike, each reads a part for all.
+
+    Called by all ranks. That every shard is read once is not checked here, for which all ranks would
+    exchange lists of all their shards.
+    """
+    group = parallel_state.get_data_parallel_group(True)
+    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group)
+    return dist_checkpointing.load(
+        state, str(folder), sharded_strategy=strategy, validate_access_integrity=False
+    )
 
 
 def start_results_queue(initializer: Callable[[], None]) -> None:
@@ -29,6 +67,20 @@ def start_results_queue(initializer: Callable[[], None]) -> None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(initializer)
         filesystem_async._results_queue = manager.Queue()
+
+
+class SharedSaving:
+    """How data-parallel ranks share the writing of what they have alike. One object for all saves of a run.
+
+    The ranks agree at the first save, where they also check that together they write everything, once.
+    """
+
+    def __init__(self) -> None:
+        self.index = _IndexLater("torch_dist", 1)
+        group = parallel_state.get_data_parallel_group(True)
+        self.strategy = FullyParallelSaveStrategyWrapper(
+            self.index, group, do_cache_distribution=True
+        )
 
 
 class BackgroundSave:
@@ -43,6 +95,7 @@ class BackgroundSave:
         folder: an existing, empty folder.
         content_metadata: stored in the checkpoint, for loading.
         then: called in a rank's writing process with the files it has written; `result` returns its value.
+        shared: of this run. Each save must have the same tensors.
     """
 
     def __init__(
@@ -51,9 +104,10 @@ class BackgroundSave:
         folder: Path,
         content_metadata: dict[str, Any],
         then: Callable[[list[Path]], dict[str, Any]],
+        shared: SharedSaving,
     ) -> None:
         self._folder = folder
-        self._strategy = _IndexLater("torch_dist", 1)
+        self._index = shared.index
         self._error = ""
         options: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19
@@ -64,7 +118,8 @@ class BackgroundSave:
             request = dist_checkpointing.save(
                 state,
                 str(folder),
-                sharded_strategy=self._strategy,
+                sharded_strategy=shared.strategy,
+                validate_access_integrity=False,  # `shared` has checked it
                 async_sharded_save=True,
                 content_metadata=content_metadata,
                 **options,
@@ -99,7 +154,7 @@ class BackgroundSave:
         """Writes the files that rank 0 writes for all, when no rank has an error. Raises OSError."""
         for name, content in self._common.items():
             (self._folder / name).write_bytes(content)
-        self._strategy.write_index()
+        self._index.write_index()
         save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
 
 
