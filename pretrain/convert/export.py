@@ -17,6 +17,7 @@ from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import complete_or_absent, refuse_others
 from megatron_ladder.hf.stored import weight_files
+from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.train import TrainConfig, load_config
 from pretrain.convert.import_tokenizer import has_tokenizer
 from pretrain.convert.plain_model import one_rank_model
@@ -73,6 +74,7 @@ def export_run(
     begins_with = data.tokenizer.get("bos_id") if data.has_tokenizer else None
     hf_config.bos_token_id = begins_with
     imported = checkpoint.parents[1] / "imported"
+    refuse_links(imported)
     if imported.is_dir():  # an imported model keeps its own special tokens and tokenizer files
         original = json.loads((imported / "config.json").read_text(encoding="utf-8"))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

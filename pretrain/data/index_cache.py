@@ -87,9 +87,16 @@ def _end_with_parent() -> None:
 
 def _is_made(path: Path, facts: dict[str, Any]) -> bool:
     try:
-        return json.loads((path / "made.json").read_text()) == facts
-    except (OSError, ValueError):
+        made = json.loads((path / "made.json").read_text()) == facts
+        return made and all(_is_array(file) for file in path.glob("*.npy"))
+    except (OSError, ValueError, RecursionError):
         return False
+
+
+def _is_array(file: Path) -> bool:
+    """Whether a file begins as numpy's arrays do. megatron-core 0.16 unpickles one that does not."""
+    with file.open("rb") as opened:
+        return opened.read(6) == b"\x93NUMPY"
 
 
 def _facts(config: TrainConfig, folders: list[DataFolder]) -> dict[str, Any]:

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from megatron_ladder import cpu_platform
 from megatron_ladder.errors import UserError
+from megatron_ladder.reading.in_megatron import read_as_data, says_what_is_wrong
 from pretrain.model.torch_adam import loading_optimizer
 from pretrain.run.checkpoint_files import damage, damaged_message, refuse_damaged, set_aside
 from pretrain.run.folder import latest_checkpoint
 
 logger = logging.getLogger(__name__)
+
+read_as_data()  # whatever megatron-core loads below
 
 # The optimizer's state is stored as tensors of the parameters' shapes, which any TP and DP can read.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -80,6 +83,7 @@ def _damage(checkpoint: Path) -> str:
     return next(filter(None, found), "")
 
 
+@says_what_is_wrong
 def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> Progress:
     """Restores model, optimizer, scheduler and random states from a checkpoint, in place.
 
@@ -104,6 +108,7 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
     return Progress(**loaded["progress"])
 
 
+@says_what_is_wrong
 def load_initial_weights(checkpoint: Path, chunks: dict[str, Any]) -> None:
     """Loads only the weights of an imported model or another run, written at any layout.
 
@@ -141,6 +146,7 @@ def _sharded_weights(chunk: Any) -> dict[str, Any]:
     }
 
 
+@says_what_is_wrong
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Reads a checkpoint's weights as whole tensors, by megatron-core's names.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.reading.plain_files import NotData, open_plain
 from pretrain.files import sync, write_atomically
 
 MANIFEST = "manifest.json"
@@ -24,6 +25,16 @@ def sums(paths: Iterable[Path]) -> Facts:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         facts[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
     return facts
+
+
+def _facts_of(folder: Path, name: str, *, read: bool) -> dict[str, Any]:
+    """Size in bytes of a file that a manifest names, and its SHA-256 if it is read."""
+    file, size = open_plain(folder, name)
+    with file:
+        facts: dict[str, Any] = {"bytes": size}
+        if read:
+            facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        return facts
 
 
 def write_manifest(folder: Path, facts: Facts) -> None:
@@ -49,7 +60,8 @@ def written_files(folder: Path) -> Facts | None:
 def damage(folder: Path, *, read: bool, part: int = 0, parts: int = 1) -> str:
     """What is wrong with a checkpoint's files, in words; "" when nothing is.
 
-    Old checkpoints have no manifest and cannot be checked. For them it is "" too.
+    Old checkpoints have no manifest and cannot be checked. For them it is "" too. A manifest says nothing
+    of who wrote the files: megatron_ladder/reading decides what is read of them.
 
     Args:
         read: compare checksums too, which reads the files; False compares only sizes.
@@ -58,20 +70,23 @@ def damage(folder: Path, *, read: bool, part: int = 0, parts: int = 1) -> str:
     """
     manifest = folder / MANIFEST
     try:
-        files: Facts = json.loads(manifest.read_text())["files"]
+        with open_plain(folder, MANIFEST)[0] as file:
+            files: Facts = json.loads(file.read())["files"]
         for name, facts in sorted(files.items())[part::parts]:
-            size = (folder / name).stat().st_size
-            if size != facts["bytes"]:
-                return f"{name} has {size:,} bytes, {facts['bytes']:,} were written"
-            if read and sums([folder / name])[name] != facts:
+            found = _facts_of(folder, name, read=False)
+            if found["bytes"] != facts["bytes"]:
+                return f"{name} has {found['bytes']:,} bytes, {facts['bytes']:,} were written"
+            if read and _facts_of(folder, name, read=True) != facts:
                 return f"{name} is not what was written: its SHA-256 differs"
+    except NotData as error:
+        return str(error)
     except FileNotFoundError as error:
-        missing = Path(error.filename)
-        return "" if missing == manifest else f"{missing.name} is missing"
+        if (missing := Path(error.filename)) != manifest:
+            return f"{missing.name} is missing"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} is not a manifest: {error!r}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} is not a manifest: {str(error)[:200]!r}"
     return ""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
+from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.train import TrainConfig, differences, load_config
 from pretrain.data.folders import DataFolder, kept_facts
 from pretrain.data.tokenizer_facts import has_ids_of
@@ -142,6 +143,7 @@ def keep_initial(config: TrainConfig, *, is_resumed: bool) -> None:
     if imported.is_dir() and not mine.is_dir():
         new = mine.with_name(".imported.tmp")
         shutil.rmtree(new, ignore_errors=True)
+        refuse_links(imported)
         shutil.copytree(imported, new)
         new.rename(mine)
     files = written_files(checkpoint)
