@@ -61,21 +61,26 @@ def says_what_is_wrong(load: Callable[P, R]) -> Callable[P, R]:
             check_format(Path(cast(Any, args[0])))
             return load(*args, **kwargs)
         except CheckpointException as failed:  # torch's, of all ranks
-            causes = [cause for cause, _ in failed.failures.values()]
-            if said := next((e for e in causes if isinstance(e, _ABOUT_THE_FILES)), None):
-                raise UserError(_sentence(args[0], said)) from failed
+            for cause, _ in failed.failures.values():
+                if said := _about_the_files(cause):
+                    raise UserError(f"{args[0]} cannot be loaded: {said}") from failed
             raise
-        except _ABOUT_THE_FILES as error:
-            raise UserError(_sentence(args[0], error)) from error
+        except (NotData, CheckpointingException, FileNotFoundError, KeyError) as error:
+            if said := _about_the_files(error):
+                raise UserError(f"{args[0]} cannot be loaded: {said}") from error
+            raise
 
     return loads
 
 
-_ABOUT_THE_FILES = (NotData, CheckpointingException)
-
-
-def _sentence(folder: Any, error: BaseException) -> str:
-    return f"{folder} cannot be loaded: {str(error).partition(chr(10))[0][:300]}"
+def _about_the_files(error: BaseException) -> str:
+    """What is wrong with a checkpoint's files, in words; "" where the error is another one."""
+    if isinstance(error, NotData | CheckpointingException):
+        return str(error).partition("\n")[0][:300]
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{Path(error.filename).name} is missing"
+    name, found, _ = str(error).strip("'\"").partition(" from model not in state dict")
+    return f"it has no tensor {name[:200]}" if isinstance(error, KeyError) and found else ""
 
 
 def _reader(checkpoint_dir: Any, *_: Any, **__: Any) -> "DataReader":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ladder.reading.pickles import Call, Name, Pairs, read_pickle
-from megatron_ladder.reading.plain_files import NotData, open_plain
+from megatron_ladder.reading.plain_files import NotData, open_plain, plain_size
 from megatron_ladder.reading.saved import ITEM_BYTES, count, sizes
 
 INDEX = ".metadata"
@@ -66,7 +66,7 @@ class Chunk:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     place: Place | None
-    """None: the part has no elements, and is stored nowhere."""
+    """None: the part has no elements, and is stored nowhere, or where another one begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +89,14 @@ class Index:
 
 
 def read_index(folder: Path) -> Index:
-    """Reads and checks a checkpoint's index. No memory is taken but for the index itself.
+    """Reads and checks a checkpoint's index. No other file is opened: thousands of ranks may do it.
 
-    What it promises of a tensor is in files of this folder: as many bytes as its elements need, each
-    element in one part, and no byte in two parts.
+    Each element of a tensor is in one part, no byte is in two parts, and a part is not larger than the
+    bytes that are named for it. `check_files` says whether these bytes are there.
 
     Raises:
-        NotData: the index is not one, names what is no data, or contradicts itself or the files.
-        OSError: it, or a file that it names, is missing or cannot be read.
+        NotData: the index is not one, names what is no data, or contradicts itself.
+        OSError: it is missing or cannot be read.
     """
     file, size = open_plain(folder, INDEX)
     with file:
@@ -104,28 +104,34 @@ def read_index(folder: Path) -> Index:
             raise NotData(f"{INDEX} has {size:,} bytes; at most {_LARGEST:,} are read")
         data = file.read(_LARGEST + 1)
     try:
-        index = _index(read_pickle(data, _NAMES))
-        check_places(index, folder)
+        return _index(read_pickle(data, _NAMES))
     except NotData as error:
         raise NotData(f"{INDEX} {error}") from error
-    return index
 
 
-def check_places(index: Index, folder: Path) -> None:
-    """Compares the index with its files. Raises NotData, OSError."""
-    by_file: dict[str, list[tuple[int, int]]] = {}
+def check_files(index: Index, folder: Path) -> None:
+    """Checks that an index's files have the bytes that it names. Call it before you make whole tensors.
+
+    Raises:
+        NotData: a file is shorter, or not a file of this folder.
+        OSError: a file is missing.
+    """
+    ends: dict[str, int] = {}
     for place in _places(index):
-        by_file.setdefault(place.file, []).append((place.begin, place.length))
-    for name, ranges in by_file.items():
-        file, size = open_plain(folder, name)
-        file.close()
-        before = 0
-        for begin, length in sorted(ranges):
-            if begin < before:
-                raise NotData(f"has two things at one place of {name}")
-            before = begin + length
-        if before > size:
-            raise NotData(f"says that {name} has {before:,} bytes or more, but it has {size:,}")
+        ends[place.file] = max(ends.get(place.file, 0), place.begin + place.length)
+    for name, end in ends.items():
+        if (size := plain_size(folder, name)) < end:
+            raise NotData(
+                f"{INDEX} says that {name} has {end:,} bytes or more, but it has {size:,}"
+            )
+
+
+def _check_places(index: Index) -> None:
+    before = Place("", 0, 0)
+    for place in sorted(_places(index), key=lambda place: (place.file, place.begin)):
+        if place.file == before.file and place.begin < before.begin + before.length:
+            raise NotData(f"has two things at one place of {place.file}")
+        before = place
 
 
 def _places(index: Index) -> Iterator[Place]:
@@ -150,6 +156,7 @@ def _index(read: Any) -> Index:
             index.tensors[name] = _tensor(name, entry, stored)
     if places:
         raise NotData(f"says where {_short(next(iter(places)))} is stored, which it does not have")
+    _check_places(index)
     return index
 
 
@@ -186,17 +193,23 @@ def _tensor(name: str, read: Any, places: dict[tuple[int, ...] | None, Place]) -
     dtype = dtype.removeprefix("torch.")
     if dtype not in ITEM_BYTES or type(content["chunks"]) is not list:
         raise NotData(f"has no dtype or no parts for {_short(name)}")
-    shape, chunks = sizes(content["size"]), []
+    shape, chunks, empty = sizes(content["size"]), list[Chunk](), list[int]()
     for chunk in content["chunks"]:
         facts = _state(chunk, _CHUNK, "offsets", "sizes")
         offsets, size = sizes(facts["offsets"]), sizes(facts["sizes"])
         if len(offsets) != len(shape) or len(size) != len(shape):
             raise NotData(f"has a part of {_short(name)} with other axes than the tensor")
-        elements = count(size)
-        place = places.pop(offsets, None)
-        if elements and (place is None or place.length < elements * ITEM_BYTES[dtype]):
-            raise NotData(f"says that {_short(name)} has more elements than are stored")
+        place = None
+        if elements := count(size):
+            place = places.pop(offsets, None)
+            if place is None or place.length < elements * ITEM_BYTES[dtype]:
+                raise NotData(f"says that {_short(name)} has more elements than are stored")
+        else:
+            empty.append(len(chunks))
         chunks.append(Chunk(offsets, size, place))
+    for number in empty:  # several may be at one place, also where one with elements begins
+        chunk = chunks[number]
+        chunks[number] = Chunk(chunk.offsets, chunk.sizes, places.pop(chunk.offsets, None))
     if places:
         raise NotData(f"says where a part of {_short(name)} is stored, which it does not have")
     if not _fill(shape, chunks):

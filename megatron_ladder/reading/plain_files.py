@@ -22,6 +22,24 @@ def open_plain(folder: Path, name: str) -> tuple[BufferedReader, int]:
         NotData: `name` is no plain name, or not a file of this folder.
         FileNotFoundError, OSError: there is no such file, or it cannot be read.
     """
+    path = _in_folder(folder, name)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        os.close(descriptor)
+        raise NotData(f"{name} is not a regular file")
+    return os.fdopen(descriptor, "rb"), facts.st_size
+
+
+def plain_size(folder: Path, name: str) -> int:
+    """A file's size in bytes, without opening it. Raises as `open_plain`."""
+    facts = _in_folder(folder, name).stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise NotData(f"{name} is not a regular file")
+    return facts.st_size
+
+
+def _in_folder(folder: Path, name: str) -> Path:
     if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
         raise NotData(f"{_shown(name)} is not the name of a file in the folder")
     path = folder / name
@@ -30,12 +48,7 @@ def open_plain(folder: Path, name: str) -> tuple[BufferedReader, int]:
             f"{name} is a link to a file outside of the folder: copy the folder with `cp -rL`, if you know "
             "where the link leads"
         )
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    facts = os.fstat(descriptor)
-    if not stat.S_ISREG(facts.st_mode):
-        os.close(descriptor)
-        raise NotData(f"{name} is not a regular file")
-    return os.fdopen(descriptor, "rb"), facts.st_size
+    return path
 
 
 def _shown(name: str) -> str:

@@ -34,7 +34,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.convert import Chunk
 from megatron_ladder.reading.index import Chunk as StoredChunk
-from megatron_ladder.reading.index import read_index
+from megatron_ladder.reading.index import check_files, read_index
 from megatron_ladder.reading.plain_files import NotData, open_plain
 from megatron_ladder.reading.tensors import read_tensor
 from pretrain.files import sync
@@ -101,14 +101,15 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
     """
     refuse_damaged(checkpoint, read=True)
     try:
-        tensors = read_index(checkpoint).tensors
-    except NotData as error:
+        index = read_index(checkpoint)
+        check_files(index, checkpoint)
+    except (NotData, FileNotFoundError) as error:
         raise UserError(f"{checkpoint} cannot be read: {error}") from error
     return {
         name: CheckpointTensor(
             torch.Size(tensor.shape), getattr(torch, tensor.dtype), checkpoint, tensor.chunks
         )
-        for name, tensor in tensors.items()
+        for name, tensor in index.tensors.items()
         if not name.startswith("optimizer.")
     }
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_ladder import cpu_platform
 from megatron_ladder.errors import UserError
 from megatron_ladder.reading.in_megatron import read_as_data, says_what_is_wrong
+from megatron_ladder.reading.index import check_files, read_index
 from pretrain.model.torch_adam import loading_optimizer
 from pretrain.run.checkpoint_files import damage, damaged_message, refuse_damaged, set_aside
 from pretrain.run.folder import latest_checkpoint
@@ -160,6 +161,7 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
         UserError: the checkpoint is damaged.
     """
     refuse_damaged(checkpoint, read=True)
+    check_files(read_index(checkpoint), checkpoint)  # whole tensors are made before they are read
     cpu_platform.enable()
     alone = not dist.is_initialized()
     if alone:  # megatron-core needs a process group to read

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.reading.plain_files import NotData, open_plain
+from megatron_ladder.reading.plain_files import NotData, open_plain, plain_size
 from pretrain.files import sync, write_atomically
 
 MANIFEST = "manifest.json"
@@ -25,16 +25,6 @@ def sums(paths: Iterable[Path]) -> Facts:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         facts[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
     return facts
-
-
-def _facts_of(folder: Path, name: str, *, read: bool) -> dict[str, Any]:
-    """Size in bytes of a file that a manifest names, and its SHA-256 if it is read."""
-    file, size = open_plain(folder, name)
-    with file:
-        facts: dict[str, Any] = {"bytes": size}
-        if read:
-            facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        return facts
 
 
 def write_manifest(folder: Path, facts: Facts) -> None:
@@ -73,10 +63,10 @@ def damage(folder: Path, *, read: bool, part: int = 0, parts: int = 1) -> str:
         with open_plain(folder, MANIFEST)[0] as file:
             files: Facts = json.loads(file.read())["files"]
         for name, facts in sorted(files.items())[part::parts]:
-            found = _facts_of(folder, name, read=False)
-            if found["bytes"] != facts["bytes"]:
-                return f"{name} has {found['bytes']:,} bytes, {facts['bytes']:,} were written"
-            if read and _facts_of(folder, name, read=True) != facts:
+            size = plain_size(folder, name)
+            if size != facts["bytes"]:
+                return f"{name} has {size:,} bytes, {facts['bytes']:,} were written"
+            if read and sums([folder / name])[name] != facts:
                 return f"{name} is not what was written: its SHA-256 differs"
     except NotData as error:
         return str(error)

@@ -159,7 +159,7 @@ def test_an_index_with_random_changes(
     if read is None:
         return
     with contextlib.suppress(OSError):  # it names another file, which is not there
-        WATCH.read(lambda: indexes.check_places(read, checkpoint))
+        WATCH.read(lambda: indexes.check_files(read, checkpoint))
     for tensor in read.tensors.values():  # what a reader would allocate is in the files
         stored = sum(chunk.place.length for chunk in tensor.chunks if chunk.place)
         assert indexes.count(tensor.shape) <= stored

@@ -1,4 +1,4 @@
-"""No package loads a pickle, but for the ones that torch makes of plain values: a folder may be a stranger's."""
+"""No package loads a pickle, but for what torch makes of plain values: a folder may be a stranger's."""
 
 import ast
 from pathlib import Path

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from megatron_ladder.reading.in_megatron import DataReader
-from megatron_ladder.reading.index import Chunk, _fill, read_index
+from megatron_ladder.reading.index import Chunk, _fill, check_files, read_index
 from megatron_ladder.reading.plain_files import NotData
 from tests.checkpoints import write_checkpoint
 from tests.hostile import Command, change_index
@@ -140,8 +140,23 @@ def test_what_contradicts_itself_or_its_files_is_refused(wrong: str, tmp_path: P
     change, said = WRONG[wrong]
     change_index(folder, change)
     with pytest.raises((NotData, FileNotFoundError)) as refused:
-        read_index(folder)
+        check_files(read_index(folder), folder)
     assert said in str(refused.value)
+
+
+def test_empty_parts_may_be_where_others_begin(tmp_path: Path) -> None:
+    """Ranks without a share of the optimizer's state write such parts."""
+    folder = write_checkpoint(tmp_path / "checkpoint")
+
+    def change(index: Any) -> None:
+        chunks = index.state_dict_metadata["bias"].chunks
+        for offset in (0, 3):
+            empty = ChunkStorageMetadata(torch.Size([offset]), torch.Size([0]))
+            chunks[:] = [empty, *chunks, empty]
+
+    change_index(folder, change)
+    tensor = read_index(folder).tensors["bias"]
+    assert [chunk.place is None for chunk in tensor.chunks] == [True, True, False, True, True]
 
 
 def test_negative_sizes_are_refused(tmp_path: Path) -> None:
@@ -170,11 +185,11 @@ def test_links_out_of_the_folder_and_pipes_are_refused(name: str, tmp_path: Path
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(NotData, match="is a link to a file outside of the folder"):
-        read_index(folder)
+        check_files(read_index(folder), folder)
     (folder / name).unlink()
     os.mkfifo(folder / name)
     with pytest.raises(NotData, match="is not a regular file"):
-        read_index(folder)
+        check_files(read_index(folder), folder)
     (folder / name).unlink()
     (tmp_path / "elsewhere").rename(folder / "inside.distcp")
     (folder / name).symlink_to("inside.distcp")
