@@ -89,7 +89,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened_and_read(content: bytes) -> Any:
-    file: Any = io.BufferedReader(io.BytesIO(content))  # type: ignore[arg-type]
+    file: Any = io.BufferedReader(io.BytesIO(content))
     return with_tensors(read_saved(file, 0, len(content)), file)
 
 

@@ -24,7 +24,7 @@ NO_NAMES: frozenset[str] = frozenset()
 
 
 def opened(content: bytes) -> BufferedReader:
-    return io.BufferedReader(io.BytesIO(content))  # type: ignore[arg-type]
+    return io.BufferedReader(io.BytesIO(content))
 
 
 def read(content: bytes) -> Any:
@@ -33,7 +33,7 @@ def read(content: bytes) -> Any:
 
 
 def test_values_are_those_that_torch_reads() -> None:
-    value = {
+    value: dict[Any, Any] = {
         "scheduler": {"max_lr": 3e-3, "steps": 7, "far": 2**40, "less": -(2**40), "name": "ä"},
         "groups": [{"betas": (0.9, 0.95), "params": [], "on": True, "off": False, "none": None}],
         "ordered": OrderedDict(a=1, b=OrderedDict()),
@@ -71,17 +71,14 @@ def test_members_are_those_that_zipfile_finds() -> None:
             assert archive.read(name) == expected.read(whole)
 
 
-def test_an_archive_of_more_than_4_gb_is_read() -> None:
+def test_an_archive_of_more_than_4_gb_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """zipfile writes the same fields, when its limit is lowered."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
     written = io.BytesIO()
-    limit, zipfile.ZIP64_LIMIT = zipfile.ZIP64_LIMIT, 100  # type: ignore[attr-defined]
-    try:
-        with zipfile.ZipFile(written, "w") as archive:
-            archive.writestr("archive/data.pkl", pickle.dumps([1], protocol=2))
-            archive.writestr("archive/data/0", bytes(500))
-            archive.writestr("archive/version", "3\n")
-    finally:
-        zipfile.ZIP64_LIMIT = limit  # type: ignore[attr-defined]
+    with zipfile.ZipFile(written, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps([1], protocol=2))
+        archive.writestr("archive/data/0", bytes(500))
+        archive.writestr("archive/version", "3\n")
     content = written.getvalue()
     assert b"PK\6\6" in content
     read_archive = open_archive(opened(content), 0, len(content))
