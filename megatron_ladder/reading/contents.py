@@ -34,7 +34,7 @@ def check_format(folder: Path) -> None:
     with file:
         content = file.read(4096)
     try:
-        said = json.loads(content)
+        said = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise NotData(f"{FORMAT} is not what was written") from error
     if said not in _FORMATS:

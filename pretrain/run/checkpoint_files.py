@@ -61,7 +61,7 @@ def damage(folder: Path, *, read: bool, part: int = 0, parts: int = 1) -> str:
     manifest = folder / MANIFEST
     try:
         with open_plain(folder, MANIFEST)[0] as file:
-            files: Facts = json.loads(file.read())["files"]
+            files: Facts = json.loads(file.read().decode())["files"]
         for name, facts in sorted(files.items())[part::parts]:
             size = plain_size(folder, name)
             if size != facts["bytes"]:
