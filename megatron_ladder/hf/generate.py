@@ -82,7 +82,10 @@ def generate_text(
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto" if device == "cuda" else torch.float32, trust_remote_code=False
+        folder,
+        dtype="auto" if device == "cuda" else torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     model = model.to(device).eval()
     length = max(map(len, encoded))

@@ -19,6 +19,7 @@ from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import complete_or_absent, refuse_others
 from megatron_ladder.hf.stored import weight_files
 from megatron_ladder.json_files import read_json
+from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.train import TrainConfig, load_config
 from pretrain.convert.import_tokenizer import has_tokenizer
 from pretrain.convert.plain_model import one_rank_model
@@ -75,6 +76,7 @@ def export_run(
     begins_with = data.tokenizer.get("bos_id") if data.has_tokenizer else None
     hf_config.bos_token_id = begins_with
     imported = checkpoint.parents[1] / "imported"
+    refuse_links(imported)
     if imported.is_dir():  # an imported model keeps its own special tokens and tokenizer files
         original = read_json(imported / "config.json", "a model's configuration")
         check_fields(original, imported / "config.json")

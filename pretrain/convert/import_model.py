@@ -28,6 +28,7 @@ from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.output import check_unused, complete_or_absent
 from megatron_ladder.hf.stored import stored_tensors
 from megatron_ladder.mcore_checkpoints import save_without_tensors
+from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.train import DataConfig, TrainConfig, save_config
 from pretrain.convert.import_again import refuse_other_imports
 from pretrain.convert.import_tokenizer import folder_with_tokenizer
@@ -201,6 +202,7 @@ def _keep_files(
     data, imported = new / "data" / "0", new / "imported"
     data.mkdir(parents=True)
     imported.mkdir()
+    refuse_links(source)
     for pattern in KEPT:
         for path in source.glob(pattern):
             if not any(path.match(other) for other in NOT_KEPT):

@@ -11,14 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import (
     CheckpointException,
     DefaultSavePlanner,
-    FileSystemReader,
     FileSystemWriter,
     SavePlan,
     save,
@@ -28,14 +26,17 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatron_ladder.errors import UserError
 from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.convert import Chunk
+from megatron_ladder.reading.index import Chunk as StoredChunk
+from megatron_ladder.reading.index import check_files, read_index
+from megatron_ladder.reading.plain_files import NotData, open_plain
+from megatron_ladder.reading.tensors import read_tensor
 from pretrain.files import sync
 from pretrain.run.checkpoint_files import Facts, refuse_damaged, sums
 
@@ -46,21 +47,20 @@ class CheckpointTensor:
 
     shape: torch.Size
     dtype: torch.dtype
-    pieces: tuple[tuple[ChunkStorageMetadata, Path, int, int], ...]
-    """For each piece: its place and size in the tensor; its file, and its offset and length in the file."""
+    folder: Path
+    """Of the checkpoint."""
+    pieces: tuple[StoredChunk, ...]
 
     def __getitem__(self, which: int | slice) -> Tensor:
         """Reads one layer (an index on axis 0), or with `[:]` the whole tensor."""
         assert isinstance(which, int) or which == slice(None)
         if isinstance(which, int):
-            pieces = [p for p in self.pieces if _holds(p[0], which)]
+            pieces = [p for p in self.pieces if _holds(p, which)]
             result = torch.empty(self.shape[1:], dtype=self.dtype)
         else:
             pieces, result = list(self.pieces), torch.empty(self.shape, dtype=self.dtype)
-        for chunk, path, offset, length in pieces:
-            with path.open("rb") as file:
-                part = cast(IO[bytes], _create_file_view(file, offset, length))
-                piece = torch.load(part, weights_only=True)
+        for chunk in pieces:
+            piece = self._read(chunk)
             begin, size = list(chunk.offsets), list(chunk.sizes)
             if isinstance(which, int):
                 piece, begin, size = piece[which - begin[0]], begin[1:], size[1:]
@@ -70,8 +70,23 @@ class CheckpointTensor:
             result[place] = piece
         return result
 
+    def _read(self, chunk: StoredChunk) -> Tensor:
+        if (place := chunk.place) is None:  # it has no elements
+            return torch.empty(chunk.sizes, dtype=self.dtype)
+        try:
+            file, _ = open_plain(self.folder, place.file)
+            with file:
+                piece = read_tensor(file, place.begin, place.length)
+            if piece.dtype != self.dtype or piece.shape != chunk.sizes:
+                raise NotData("has another shape or dtype than its index says")
+        except NotData as error:
+            raise UserError(
+                f"{self.folder} cannot be read: a tensor in {place.file} {error}"
+            ) from error
+        return piece
 
-def _holds(chunk: ChunkStorageMetadata, layer: int) -> bool:
+
+def _holds(chunk: StoredChunk, layer: int) -> bool:
     return chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
 
 
@@ -85,18 +100,18 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
         UserError: a file is damaged or missing. All files are read once to check that.
     """
     refuse_damaged(checkpoint, read=True)
-    metadata = FileSystemReader(checkpoint).read_metadata()
-    weights = {}
-    for name, facts in metadata.state_dict_metadata.items():
-        if not isinstance(facts, TensorStorageMetadata) or name.startswith("optimizer."):
-            continue
-        pieces = []
-        for chunk in facts.chunks:
-            stored = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            path = checkpoint / stored.relative_path
-            pieces.append((chunk, path, stored.offset, stored.length))
-        weights[name] = CheckpointTensor(facts.size, facts.properties.dtype, tuple(pieces))
-    return weights
+    try:
+        index = read_index(checkpoint)
+        check_files(index, checkpoint)
+    except (NotData, FileNotFoundError) as error:
+        raise UserError(f"{checkpoint} cannot be read: {error}") from error
+    return {
+        name: CheckpointTensor(
+            torch.Size(tensor.shape), getattr(torch, tensor.dtype), checkpoint, tensor.chunks
+        )
+        for name, tensor in index.tensors.items()
+        if not name.startswith("optimizer.")
+    }
 
 
 def write_weights(folder: Path, chunks: Sequence[Chunk]) -> Facts:
@@ -114,7 +129,7 @@ def write_weights(folder: Path, chunks: Sequence[Chunk]) -> Facts:
     # keeps all tensors of a file in memory until the file is written.
     writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=1, sync_files=False)
     crc = get_crc32_options()
-    set_crc32_options(False)  # torch.load does not read them
+    set_crc32_options(False)  # nothing reads them
     try:
         with warnings.catch_warnings():
             # torch warns that there are no ranks, and that the folder is not empty. Both are intended:

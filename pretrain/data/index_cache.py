@@ -22,7 +22,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import read_json
 from pretrain.config.train import TrainConfig
 from pretrain.data.folders import DataFolder
-from pretrain.data.index_files import Maker, Progress
+from pretrain.data.index_files import Maker, Progress, is_array
 from pretrain.data.manifests import MOST_BYTES
 from pretrain.data.sequences import MADE
 from pretrain.files import write_atomically
@@ -153,7 +153,8 @@ def _end_with_parent() -> None:
 def is_made(path: Path, config: TrainConfig, folders: list[DataFolder]) -> bool:
     """Whether all index files of the run are there."""
     try:
-        return read_json(path / MADE, "a note", MOST_BYTES) == _facts(config, folders)
+        made = read_json(path / MADE, "a note", MOST_BYTES) == _facts(config, folders)
+        return made and all(is_array(file) for file in path.glob("*.npy"))
     except (OSError, UserError):
         return False
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from megatron_ladder import cpu_platform
 from megatron_ladder.errors import UserError
 from megatron_ladder.mcore_checkpoints import load_in_parallel
+from megatron_ladder.reading.in_megatron import read_as_data, says_what_is_wrong
+from megatron_ladder.reading.index import check_files, read_index
 from pretrain.model.torch_adam import loading_optimizer
 from pretrain.run import random_states
 from pretrain.run.checkpoint_files import damage, damaged_message, refuse_damaged, set_aside
@@ -29,6 +31,8 @@ from pretrain.run.optimizer_shards import FORM, optimizer_shards
 logger = logging.getLogger(__name__)
 
 _METADATA = {"distrib_optim_sharding_type": FORM}
+
+read_as_data()  # whatever megatron-core loads below
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def _damage(checkpoint: Path) -> str:
     return next(filter(None, found), "")
 
 
+@says_what_is_wrong
 def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> Progress:
     """Restores model, optimizer, scheduler and random states from a checkpoint, in place.
 
@@ -116,6 +121,7 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
     return progress
 
 
+@says_what_is_wrong
 def load_initial_weights(checkpoint: Path, chunks: dict[str, Any]) -> None:
     """Loads only the weights of an imported model or another run, written at any layout.
 
@@ -153,6 +159,7 @@ def _sharded_weights(chunk: Any) -> dict[str, Any]:
     }
 
 
+@says_what_is_wrong
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Reads a checkpoint's weights as whole tensors, by megatron-core's names.
 
@@ -166,6 +173,7 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
         UserError: the checkpoint is damaged.
     """
     refuse_damaged(checkpoint, read=True)
+    check_files(read_index(checkpoint), checkpoint)  # whole tensors are made before they are read
     cpu_platform.enable()
     alone = not dist.is_initialized()
     if alone:  # megatron-core needs a process group to read

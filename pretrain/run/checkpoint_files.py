@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import is_whole, read_json
+from megatron_ladder.reading.plain_files import NotData, plain_size
 from pretrain.files import sync, write_atomically
 
 MANIFEST = "manifest.json"
@@ -71,7 +72,8 @@ def _files(manifest: Path) -> Facts:
 def damage(folder: Path, *, read: bool, part: int = 0, parts: int = 1) -> str:
     """What is wrong with a checkpoint's files, in words; "" when nothing is.
 
-    Old checkpoints have no manifest and cannot be checked. For them it is "" too.
+    Old checkpoints have no manifest and cannot be checked. For them it is "" too. A manifest says nothing
+    of who wrote the files: megatron_ladder/reading decides what is read of them.
 
     Args:
         read: compare checksums too, which reads the files; False compares only sizes.
@@ -80,16 +82,19 @@ def damage(folder: Path, *, read: bool, part: int = 0, parts: int = 1) -> str:
     """
     manifest = folder / MANIFEST
     try:
+        plain_size(folder, MANIFEST)  # no pipe, no link out of the folder
         files = _files(manifest)
         for name, facts in sorted(files.items())[part::parts]:
-            size = (folder / name).stat().st_size
+            size = plain_size(folder, name)
             if size != facts["bytes"]:
                 return f"{name} has {size:,} bytes, {facts['bytes']:,} were written"
             if read and sums([folder / name])[name] != facts:
                 return f"{name} is not what was written: its SHA-256 differs"
+    except NotData as error:
+        return str(error)
     except FileNotFoundError as error:
-        missing = Path(error.filename)
-        return "" if missing == manifest else f"{missing.name} is missing"
+        if (missing := Path(error.filename)) != manifest:
+            return f"{missing.name} is missing"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     except UserError as error:

@@ -11,6 +11,7 @@ from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.fields import check_fields
 from megatron_ladder.json_files import read_json
+from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.train import TrainConfig, differences, load_config
 from pretrain.data.folders import DataFolder, has_ids_of, kept_facts
 from pretrain.files import write_atomically
@@ -165,6 +166,7 @@ def keep_initial(config: TrainConfig, *, is_resumed: bool) -> None:
     if imported.is_dir() and not mine.is_dir():
         new = mine.with_name(".imported.tmp")
         shutil.rmtree(new, ignore_errors=True)
+        refuse_links(imported)
         shutil.copytree(imported, new)
         new.rename(mine)
     files = written_files(checkpoint)

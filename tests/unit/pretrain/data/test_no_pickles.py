@@ -1,0 +1,30 @@
+"""Index files that a stranger may have put into RUN/dataset_cache: megatron-core 0.16 unpickles some."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.data.index_cache import _is_made
+from tests.hostile import Command
+
+
+@pytest.mark.parametrize("content", [None, b"PK\3\4", b""])
+def test_what_is_no_array_is_made_again(content: bytes | None, tmp_path: Path) -> None:
+    (tmp_path / "made.json").write_text(json.dumps({"seed": 1}))
+    np.save(tmp_path / "a-shuffle_index.npy", np.arange(3))
+    assert _is_made(tmp_path, {"seed": 1})
+    hostile = pickle.dumps(Command(tmp_path / "marker")) if content is None else content
+    (tmp_path / "a-document_index.npy").write_bytes(hostile)
+    assert not _is_made(tmp_path, {"seed": 1})
+
+
+def test_an_array_of_objects_is_not_mapped_into_memory(tmp_path: Path) -> None:
+    """It begins as an array does. numpy itself refuses it, as megatron-core maps its index files."""
+    marker = tmp_path / "marker"
+    np.save(tmp_path / "a.npy", np.array([Command(marker)], dtype=object))
+    with pytest.raises(ValueError, match="Python objects in dtype"):
+        np.load(tmp_path / "a.npy", allow_pickle=True, mmap_mode="r")
+    assert not marker.exists()
