@@ -18,9 +18,9 @@ NUMBERS = (
 WORDS = ("dataset", "reason", "what", "host", "name", "residual", "device", "state")
 # By the kind of a line of metrics.jsonl.
 NEEDED = {
-    "start": ("step", "residual", "train_steps", "device"),
+    "start": ("residual",),
     "baseline": ("dataset", "unigram_loss"),
-    "train": ("step", "tokens", "time", "loss", "tokens_per_second", "tflops_per_gpu"),
+    "train": ("step", "tokens", "time", "loss"),
     "validation": ("step", "tokens", "time", "dataset", "loss", "perplexity"),
     "bad_step": ("step", "reason", "action", "passed_over"),
     "slow_rank": ("step", "rank", "host", "what", "seconds", "median"),

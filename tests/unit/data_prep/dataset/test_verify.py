@@ -128,8 +128,8 @@ def test_what_is_wrong_is_said_with_its_place(data: Path) -> None:
         (lambda m: m["splits"]["train"].update(documents=7), "take 182 bytes of index"),
         (lambda m: m["splits"]["train"].update(tokens=7), "the manifest says 7"),
         (lambda m: m["splits"]["train"]["parts"].pop(), "do not add up"),
-        (lambda m: m["tokenizer"].update(eod_id=340), "EOD 340 is no token id"),
-        (lambda m: m["tokenizer"].update(sha256="0"), "sha256 differs"),
+        (lambda m: m["tokenizer"].update(eod_id=340), "eod_id is 340: it must be an id below 340"),
+        (lambda m: m["tokenizer"].update(sha256="0" * 64), "sha256 differs"),
         (lambda m: m.update(dtype="int32"), "not the index of int32"),
     ],
 )

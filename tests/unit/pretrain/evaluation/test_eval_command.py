@@ -164,7 +164,7 @@ def test_the_report_shows_the_latest_of_the_last_step(tmp_path: Path) -> None:
     assert "0.3330 ± 0.0123" in html
     assert "0.2220" not in html
     (folder / "d.json").write_text("{}")
-    with pytest.raises(UserError, match=r"d\.json is no file of `megatron-ladder eval`"):
+    with pytest.raises(UserError, match=r"d\.json is not a file of `megatron-ladder eval`"):
         write_report([run])
 
 

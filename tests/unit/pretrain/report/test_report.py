@@ -125,7 +125,7 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has not started yet"):
         write_report([tmp_path])
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "start"}\nnonsense\n')
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "start", "residual": "ladder"}\nnonsense\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not a line of metrics"):
         write_report([tmp_path])
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -23,7 +23,9 @@ def write_starts(run: Path, state: str = "finished") -> None:
         {"kind": "train", "unix_time": 1160.0, "step": 10},
     ]
     (run / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run / "status.json").write_text(json.dumps({"state": state, "unix_time": 1300.0}))
+    (run / "status.json").write_text(
+        json.dumps({"state": state, "unix_time": 1300.0, "step": 12, "reason": ""})
+    )
 
 
 def test_lost_time_is_told_apart(tmp_path: Path) -> None:
@@ -40,7 +42,7 @@ def test_a_start_that_never_trained_counts_as_one(tmp_path: Path) -> None:
     before = {"state": "failed", "step": 0, "unix_time": 1400.0, "reason": "no GPU"}
     with (tmp_path / "starts.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "start", "unix_time": 1500.0, "before": before}) + "\n")
-    (tmp_path / "status.json").write_text('{"unix_time": 1600.0}')
+    (tmp_path / "status.json").write_text(json.dumps({**before, "unix_time": 1600.0}))
     good = read_goodput(tmp_path, counted=150.0)
     assert good is not None
     assert (good.wall, good.between, good.ends["no GPU"]) == (600.0, 150.0, 1)
