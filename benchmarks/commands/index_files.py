@@ -35,8 +35,8 @@ from measuring.options import parser_of
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import DataConfig, TrainConfig
 from pretrain.data.checks import open_data
-from pretrain.data.index_cache import make_index
 from pretrain.data.sequences import train_sequences
+from pretrain.index.cache import make_index
 
 LENGTH, BATCH = 4096, 1024
 MEAN_DOCUMENT = 1000  # tokens

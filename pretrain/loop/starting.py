@@ -1,6 +1,6 @@
 """Says in which phase of its start a run is: to the watchdog, and in status.json."""
 
-from pretrain.data.index_files import Progress
+from pretrain.index.files import Progress
 from pretrain.loop.watchdog import Watchdog
 from pretrain.run.status import Status
 

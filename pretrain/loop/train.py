@@ -12,8 +12,8 @@ from megatron_ladder.specs import resolve_impl
 from pretrain.config.train import TrainConfig
 from pretrain.data.baselines import Baselines
 from pretrain.data.folders import DataFolder
-from pretrain.data.index_cache import IndexCache
 from pretrain.data.reading import RankBatches
+from pretrain.index.cache import IndexCache
 from pretrain.loop.bad_steps import BadSteps
 from pretrain.loop.log import RunLog
 from pretrain.loop.profile import StepProfile

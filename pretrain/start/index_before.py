@@ -8,7 +8,7 @@ from pretrain.config.places import with_absolute_paths
 from pretrain.config.train import TrainConfig
 from pretrain.data.checks import open_data, with_vocab_size
 from pretrain.data.fim import fill_in_the_middle
-from pretrain.data.index_cache import is_made, make_index
+from pretrain.index.cache import is_made, make_index
 from pretrain.processes import shield_forked_children
 from pretrain.run.folder import check_output_dir, lock
 from pretrain.start.past import check_past, same_data

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.index_parts import SplitPart
+from pretrain.index.parts import SplitPart
 from pretrain.loop import train as training
 from pretrain.loop import watchdog
 from pretrain.run.status import Status, read_status

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import cli
-from pretrain.data.index_cache import is_made
+from pretrain.index.cache import is_made
 from pretrain.run.folder import lock
 from pretrain.start.arguments import parse_train
 from pretrain.start.preflight import preflight

@@ -21,9 +21,9 @@ from pretrain.data.batches import train_batches
 from pretrain.data.blends import check_blends, describe, interleave
 from pretrain.data.checks import open_data
 from pretrain.data.folders import keep_facts
-from pretrain.data.index_cache import _facts
 from pretrain.data.phased import PhasedSequences
 from pretrain.data.sequences import Sequences, train_sequences
+from pretrain.index.cache import _facts
 from pretrain.run.folder import write_config
 from pretrain.start.past import check_past, same_data
 from tests.data_sets import write_data_set

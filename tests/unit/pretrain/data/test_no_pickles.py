@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.data.index_cache import _is_made
+from pretrain.index.cache import _is_made
 from tests.hostile import Command
 
 

@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import DataConfig, Phase, TrainConfig
-from pretrain.data import index_files, index_parts
 from pretrain.data.checks import open_data
-from pretrain.data.index_cache import is_made, make_index
-from pretrain.data.index_parts import OrderPart, SplitPart
 from pretrain.data.sequences import train_sequences, validation_sequences
+from pretrain.index import files
+from pretrain.index import parts as run_parts
+from pretrain.index.cache import is_made, make_index
+from pretrain.index.parts import OrderPart, SplitPart
 from tests.data_sets import write_data_set
 
 BATCH, LENGTH, STEPS = 8, 64, 20
@@ -120,7 +121,7 @@ def test_what_was_made_before_an_end_is_not_made_again(
 ) -> None:
     """Killed with one part made, one in the middle of its files, and the others to come."""
     config, cache = config_for(paths, tmp_path), tmp_path / "cache"
-    one_split, replace_file = index_parts.one_split, Path.replace
+    one_split, replace_file = run_parts.one_split, Path.replace
 
     def slowly(config, folder, split, *rest, made):
         if not made and folder.name == "b" and split == "train":
@@ -134,7 +135,7 @@ def test_what_was_made_before_an_end_is_not_made_again(
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(index_parts, "one_split", slowly)
+        patch.setattr(run_parts, "one_split", slowly)
         patch.setattr(Path, "replace", half)
         process = multiprocessing.get_context("fork").Process(target=make_in, args=(config, cache))
         process.start()
@@ -159,14 +160,14 @@ def test_a_failure_of_the_disk_is_said_and_what_is_made_stays(
     paths: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, cache = config_for(paths, tmp_path), tmp_path / "cache"
-    one_split = index_parts.one_split
+    one_split = run_parts.one_split
 
     def full(config, folder, split, *rest, made):
         if not made and folder.name == "c":
             raise OSError(errno.ENOSPC, "No space left on device", "shuffle_index.npy")
         return one_split(config, folder, split, *rest, made=made)
 
-    monkeypatch.setattr(index_parts, "one_split", full)
+    monkeypatch.setattr(run_parts, "one_split", full)
     with pytest.raises(OSError, match=r"No space left on device \(shuffle_index.npy\)") as raised:
         list(make_index(config, open_data(config), cache))
     assert raised.value.filename == f"index files of {paths[2]}/train"
@@ -202,10 +203,10 @@ def test_no_more_parts_at_a_time_than_memory_has_room_for(
     monkeypatch.setattr(SplitPart, "make", make)
     monkeypatch.setattr(OrderPart, "make", make)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(index_files, "memory_here", lambda: 0)
+    monkeypatch.setattr(files, "memory_here", lambda: 0)
     list(make_index(config, folders, tmp_path / "cache"))
     assert [f.name for f in tmp_path.glob("most-*")] == ["most-1"]
-    monkeypatch.setattr(index_files, "memory_here", lambda: 1 << 40)
+    monkeypatch.setattr(files, "memory_here", lambda: 1 << 40)
     list(make_index(config, folders, tmp_path / "other"))
     assert len(list(tmp_path.glob("most-*"))) > 1
 
@@ -214,15 +215,15 @@ def test_a_process_makes_several_small_parts(
     paths: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(paths, tmp_path)
-    parts = index_parts.index_parts(config, open_data(config), tmp_path / "cache")
+    parts = run_parts.index_parts(config, open_data(config), tmp_path / "cache")
     order = next(part for part in parts if isinstance(part, OrderPart))
     splits = [part for part in parts if part is not order]
     left, room = [order, *splits], 1 << 40
-    assert index_files._next(left, room, 1 << 40, must=False) == [order]
+    assert files._next(left, room, 1 << 40, must=False) == [order]
     together = sum(part.tokens for part in splits[:3])
-    assert index_files._next(left, room, together, must=False) == splits[:3]
-    assert index_files._next(left, 0, together, must=False) == []
-    assert index_files._next(left, 0, together, must=True) == splits[3:4]
+    assert files._next(left, room, together, must=False) == splits[:3]
+    assert files._next(left, 0, together, must=False) == []
+    assert files._next(left, 0, together, must=True) == splits[3:4]
     assert left == splits[4:]
 
 
@@ -230,14 +231,14 @@ def test_progress_says_rate_and_time_left(
     paths: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(paths, tmp_path)
-    parts = index_parts.index_parts(config, open_data(config), tmp_path / "cache")
+    parts = run_parts.index_parts(config, open_data(config), tmp_path / "cache")
     splits = [part for part in parts if isinstance(part, SplitPart)]
     order = next(part for part in parts if isinstance(part, OrderPart))
     assert sum(part.tokens for part in splits if part.split == "validation") == 2 * 12 * 64
     clock = 100.0
-    monkeypatch.setattr(index_files.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(files.time, "monotonic", lambda: clock)
     order.begin()
-    report = index_files._Report(parts, parts)
+    report = files._Report(parts, parts)
     clock += 10
     report.done(splits[:1])
     numbers = np.frombuffer(order.shared, np.int16)

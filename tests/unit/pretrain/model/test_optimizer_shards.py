@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pretrain.run.optimizer_shards import _rectangles
+from pretrain.model.optimizer_shards import _rectangles
 
 
 def stored(key: str, shape: tuple[int, ...], offset: tuple[int, ...], whole: tuple[int, ...]):

@@ -22,10 +22,10 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import read_json
 from pretrain.config.train import TrainConfig
 from pretrain.data.folders import DataFolder
-from pretrain.data.index_files import Maker, Progress, is_array
 from pretrain.data.manifests import MOST_BYTES
 from pretrain.data.sequences import MADE
 from pretrain.files import write_atomically
+from pretrain.index.files import Maker, Progress, is_array
 from pretrain.ranks import is_first_rank
 
 _LOOK_S = 2.0

@@ -1,4 +1,4 @@
-"""Makes the parts of a run's index files (index_parts.py), several at a time, and says how far they are.
+"""Makes the parts of a run's index files (parts.py), several at a time, and says how far they are.
 
 A part is made in a temporary folder. Its files are synced and moved to their place, the one that stands for
 the part last. So a part is there whole or not at all, and whoever is ended goes on with the parts that are
@@ -22,8 +22,8 @@ import psutil
 
 from pretrain.config.train import TrainConfig
 from pretrain.data.folders import DataFolder
-from pretrain.data.index_parts import OrderPart, Part, PhasesPart, index_parts
 from pretrain.files import sync
+from pretrain.index.parts import OrderPart, Part, PhasesPart, index_parts
 from pretrain.sizes import in_units
 
 POLL_S = 1.0
