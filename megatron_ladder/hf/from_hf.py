@@ -9,7 +9,7 @@ import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.fields import check_fields
-from megatron_ladder.json_files import in_words, is_word, named, read_json, short
+from megatron_ladder.json_files import in_words, named, read_json, short
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -66,7 +66,8 @@ def architecture_of(values: dict[str, Any]) -> str:
     architectures = values.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         return "none"
-    return architectures[0] if is_word(architectures[0]) else short(architectures[0])
+    first = architectures[0]
+    return named(first) if isinstance(first, str) else short(first)
 
 
 def to_model_config(config: Any, where: Path) -> ModelConfig:
