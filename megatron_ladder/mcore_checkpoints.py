@@ -9,6 +9,7 @@ import inspect
 import io
 import logging
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -28,6 +29,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistSaveShardedStrategy,
 )
 from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_ladder.reading.in_megatron import read_as_data
+
+read_as_data()  # whatever megatron-core loads
 
 
 def save_without_tensors(
@@ -67,6 +72,11 @@ def start_results_queue(initializer: Callable[[], None]) -> None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(initializer)
         filesystem_async._results_queue = manager.Queue()
+
+
+START_S = 60.0
+"""A writing process that has not begun in so many seconds never will."""
+_LOOK_S = 0.1
 
 
 class SharedSaving:
@@ -132,23 +142,48 @@ class BackgroundSave:
             request = request._replace(async_fn=write)
         self._queue = AsyncCallsQueue()
         self._queue.schedule_async_request(request)
+        self._last_begin = time.monotonic() + START_S
+        self._has_begun = False
 
     def is_written(self, *, wait: bool) -> bool:
         """Whether all ranks' writing processes have ended, with or without error. `wait`: wait for them."""
+        self._end_what_never_begins(wait=wait)
         try:
             return bool(self._queue.maybe_finalize_async_calls(blocking=wait))
         except CheckpointException as failure:  # all ranks raise it; only rank 0 has the reasons
             reasons = [str(error) for error, _ in failure.failures.values()]
-            self._error = "; ".join(reasons) or "another rank could not write"
+            self._error = self._error or "; ".join(reasons) or "another rank could not write"
             return True
 
     def result(self) -> tuple[str, dict[str, Any]]:
         """This rank's error ("" for none), and the result of `then`. Call it once, after `is_written`."""
         if self._error or not self._writes:
             return self._error, {}
+        self._end_what_never_begins(wait=False)  # takes its first word
         if not self._receiver.poll():
             return "a process that writes checkpoints has ended early", {}
         return "", self._receiver.recv()
+
+    def _end_what_never_begins(self, *, wait: bool) -> None:
+        """Kills a writing process that hangs since it was forked, so that this save alone fails.
+
+        In Python 3.11 a fork can copy a lock of the interpreter that another thread holds at that moment.
+        """
+        if self._has_begun or not self._writes:
+            return
+        process = (
+            self._queue.async_calls[-1].async_caller.process if self._queue.async_calls else None
+        )
+        while not self._receiver.poll(_LOOK_S if wait else 0.0):
+            if process is None or not process.is_alive():
+                return
+            if time.monotonic() > self._last_begin:
+                self._error = f"a process that writes checkpoints did not begin in {START_S:.0f} s"
+                process.kill()
+                process.join()
+            elif not wait:
+                return
+        self._has_begun = self._receiver.recv()
 
     def write_index(self) -> None:
         """Writes the files that rank 0 writes for all, when no rank has an error. Raises OSError."""
@@ -161,6 +196,7 @@ class BackgroundSave:
 def _write(
     write: Callable, then: Callable, sender: Any, rank: int, buckets: list[Any], queue: Any
 ) -> None:
+    sender.send(True)  # it has begun
     write(rank, buckets, queue)
     sender.send(then([Path(path) for path, *_ in buckets]))
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from megatron_ladder.errors import UserError
 from pretrain.ranks import RankError, is_first_rank
 from pretrain.run.ends import Crash, here, is_watched, leave
-from pretrain.run.lock import Held
 from pretrain.run.status import record_failure
 
 Command = Callable[[list[str]], int]
@@ -86,7 +85,7 @@ def failed(
         print(f"megatron-ladder {name}: {here(said) if on_ranks else said}", file=sys.stderr)
         if message is None:
             traceback.print_exception(error)
-        if watched and run_dir and not isinstance(error, Held):
+        if watched and run_dir:
             record_failure(run_dir, here(said))
     return status
 

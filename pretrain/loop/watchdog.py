@@ -25,6 +25,7 @@ from typing import Self
 from pretrain.config.faults import FaultConfig
 from pretrain.config.train import TrainConfig
 from pretrain.ranks import RankError, is_first_rank, rank_number
+from pretrain.run.ends import leave
 from pretrain.run.status import record_failure
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,9 @@ class Watchdog:
             what = f"no sign of step {self._step + 1} for {waited_s:.0f} s"
         folder = self._run_dir and self._run_dir / "hangs"
         where = folder or "standard error, as the run's folder is not known yet"
-        logger.error("rank %d: %s: writing its stacks to %s", rank, what, where)
+        # All ranks hang at the same time, and write their stacks. One of them says so.
+        if says := leave(1, what):
+            logger.error("rank %d: %s: writing its stacks to %s", rank, what, where)
         written = False
         # The rank must end even if a file cannot be written, or this torch has no flight recorder.
         with contextlib.suppress(OSError, ImportError):
@@ -155,7 +158,8 @@ class Watchdog:
                     file.flush()
                     faulthandler.dump_traceback(file, all_threads=True)
                 written = True
-                record_failure(folder.parent, f"{what}: stacks in {folder}")
+                if says:
+                    record_failure(folder.parent, f"{what}: stacks in {folder}")
                 # Not imported here: the imports may be what hangs.
                 torch = sys.modules.get("torch")
                 if torch and torch.cuda.is_available():

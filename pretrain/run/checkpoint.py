@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_ladder import cpu_platform
 from megatron_ladder.errors import UserError
 from megatron_ladder.mcore_checkpoints import load_in_parallel
-from megatron_ladder.reading.in_megatron import read_as_data, says_what_is_wrong
+from megatron_ladder.reading.in_megatron import says_what_is_wrong
 from megatron_ladder.reading.index import check_files, read_index
 from pretrain.model.optimizer_shards import FORM, optimizer_shards
 from pretrain.model.torch_adam import loading_optimizer
@@ -31,8 +31,6 @@ from pretrain.run.folder import latest_checkpoint
 logger = logging.getLogger(__name__)
 
 _METADATA = {"distrib_optim_sharding_type": FORM}
-
-read_as_data()  # whatever megatron-core loads below
 
 
 @dataclass(frozen=True)

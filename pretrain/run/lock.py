@@ -39,10 +39,6 @@ _LOOK_S = 1.0
 _NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-class Held(UserError):
-    """Another process holds the lock: the run is its run, and must not be said to have failed."""
-
-
 class Lock:
     """A lock that is held until `close`, or until this process ends. Usable in a `with`."""
 
@@ -96,8 +92,7 @@ def lock(run_dir: Path) -> Lock:
     Where the holder is gone, but its lock is not, it waits until the file server has given the lock up.
 
     Raises:
-        Held: another process holds the lock.
-        UserError: RUN/lock is not a plain file.
+        UserError: another process holds the lock, or RUN/lock is not a plain file.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "lock"
@@ -134,7 +129,7 @@ def _wait(path: Path, descriptor: int) -> None:
     """Returns when this process may hold the lock.
 
     Raises:
-        Held: another process holds it, or does not give it up.
+        UserError: another process holds it, or does not give it up.
     """
     first = holder = _holder(descriptor)
     began, said = time.monotonic(), False
@@ -147,11 +142,11 @@ def _wait(path: Path, descriptor: int) -> None:
         if locked is None and (holder is None or gone or waited >= SILENT_S):
             return _claim(path, descriptor)
         if locked is False and holder is None:  # an older version's, which writes nothing
-            raise Held(_held(path, holder))
+            raise UserError(_held(path, holder))
         if gone is False and not locked:
-            raise Held(_held(path, holder))
+            raise UserError(_held(path, holder))
         if waited > (CHILDREN_S if gone else GIVEN_UP_S):
-            raise Held(
+            raise UserError(
                 f"{_held(path, holder)}. It gives no sign of life: if it has ended, remove {path}"
             )
         if not said:
@@ -160,7 +155,7 @@ def _wait(path: Path, descriptor: int) -> None:
         time.sleep(_LOOK_S)
         holder = _holder(descriptor)
         if holder is not None and holder != first:  # its number grows, or another one has come
-            raise Held(_held(path, holder))
+            raise UserError(_held(path, holder))
 
 
 def _flock(descriptor: int) -> bool | None:
@@ -187,7 +182,7 @@ def _claim(path: Path, descriptor: int) -> None:
     time.sleep(2 * _LOOK_S)
     holder = _holder(descriptor)
     if holder is None or _is_gone(holder) is not False or holder["pid"] != os.getpid():
-        raise Held(_held(path, holder))
+        raise UserError(_held(path, holder))
 
 
 def _me() -> dict[str, Any]:

@@ -42,6 +42,23 @@ saving.write_manifest = fail_at(16, saving.write_manifest, lambda args: str(args
 sys.exit(main(sys.argv[1:]))
 """
 
+# A run one of whose writing processes hangs since it was forked.
+NEVER_BEGINS = """
+import sys, time
+from megatron_ladder import mcore_checkpoints
+from pretrain.cli import main
+
+write = mcore_checkpoints._write
+
+def hanging(*args):
+    if any("step_00000008" in str(path) for path, *_ in args[4]):
+        time.sleep(10_000)
+    write(*args)
+
+mcore_checkpoints._write, mcore_checkpoints.START_S = hanging, 2.0
+sys.exit(main(sys.argv[1:]))
+"""
+
 # A run that takes long to write a checkpoint.
 SLOW_DISK = """
 import functools, sys, time
@@ -150,6 +167,18 @@ def test_a_run_goes_on_where_a_disk_fails(data: Path, undisturbed: Path, tmp_pat
         "step_00000008",
         "step_00000020",
     ]
+    assert_same(run, undisturbed)
+
+
+def test_a_writing_process_that_hangs_fails_one_save(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    status, output = run_for_status(patched(NEVER_BEGINS, data, run, "--save-interval", "4"))
+    assert status == 0, output
+    (failed,) = metrics(run, "save_failed")
+    assert failed["step"] == 8
+    assert "a process that writes checkpoints did not begin" in failed["reason"]
     assert_same(run, undisturbed)
 
 
