@@ -26,5 +26,6 @@ if [ $# -gt 0 ]; then
   exec "$bin/python" -m pytest "$@"
 fi
 # What runs in one process, two files at a time; then what runs several ranks, which need the cores.
-"$bin/python" -m pytest --numprocesses 2 --dist loadfile tests/unit tests/fuzz
+"$bin/python" -m pytest --numprocesses 2 --dist loadfile tests/unit
+"$bin/python" -m pytest tests/fuzz # its watch over what code does cannot be taken from a process again
 exec "$bin/python" -m pytest tests/distributed tests/slurm tests/chaos tests/gpu tests/te_stand_in
