@@ -76,6 +76,7 @@ class Status:
 
     def __enter__(self) -> Self:
         if is_first_rank() and (ends := left()):  # failed while this one was starting
+            self.wait()
             record_failure(self._run_dir, ends[0].in_words())
         return self
 

@@ -77,7 +77,7 @@ def _read_status(run: Path) -> dict[str, Any] | None:
 
 
 def _is_right(name: str, value: Any) -> bool:
-    if name in ("state", "reason"):
+    if name in ("state", "phase", "reason"):
         return isinstance(value, str) and value.isprintable()
     if name in ("step", "train_steps", "last_checkpoint", "starts"):
         return type(value) is int and 0 <= value < 1 << 63

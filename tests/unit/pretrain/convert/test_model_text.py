@@ -35,7 +35,10 @@ def data_set(folder: Path, tokenizer: Path, bos_id: int | None, eod_id: int) -> 
     """As `data tokenize` would make it, but for its tokens."""
     made = write_data_set(folder, tokenizer=tokenizer.read_bytes())
     manifest = json.loads((made / "manifest.json").read_text())
-    manifest["tokenizer"] |= {"eod_id": eod_id, "file": tokenizer.name}
+    manifest["tokenizer"] |= {"eod_id": eod_id, "file": tokenizer.name, "vocab_size": 400}
+    manifest["tokenizer"]["kind"] = (
+        "huggingface" if tokenizer.suffix == ".json" else "sentencepiece"
+    )
     if bos_id is not None:
         manifest["tokenizer"]["bos_id"] = bos_id
     (made / "tokenizer.model").rename(made / tokenizer.name)

@@ -311,6 +311,7 @@ def test_out_of_memory_says_what_to_turn(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pretrain.loop import train
+    from pretrain.loop.watchdog import Watchdog
 
     def run_out(*_: object) -> int:
         raise torch.OutOfMemoryError(
@@ -323,8 +324,8 @@ def test_out_of_memory_says_what_to_turn(
     parallel = ParallelConfig(tensor_model_parallel_size=8)
     config = replace(config, parallel=parallel, output_dir=tmp_path / "run")
     (tmp_path / "run").mkdir()
-    with pytest.raises(UserError) as refused:
-        train.train(config, [], None)
+    with Watchdog() as watchdog, pytest.raises(UserError) as refused:
+        train.train(config, [], None, watchdog)
     said = str(refused.value)
     for part in ("CUDA out of memory", "2.00 GiB", "Planned for the fullest GPU: "):
         assert part in said

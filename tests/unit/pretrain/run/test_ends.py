@@ -170,7 +170,8 @@ def test_status_says_it_whichever_rank_is_first(folder: Path, tmp_path: Path, mo
     assert said["reason"] == f"rank 5 on {os.uname().nodename}: no data here"
 
     monkeypatch.setenv(ENDS, str(tmp_path / "ends" / "0.2"))
-    with Status(config):  # of the next start; what failed before is over
+    with Status(config) as status:  # of the next start; what failed before is over
+        status.wait()
         said = read_status(run)
         assert said and said["state"] == "starting"
         become(monkeypatch, 6)
@@ -186,7 +187,7 @@ def test_a_rank_of_another_start_changes_no_status(
     config = replace(PRESETS["debug"](), output_dir=tmp_path / "run")
     (tmp_path / "run").mkdir()
     become(monkeypatch, 0)
-    Status(config)
+    Status(config).wait()
     monkeypatch.setenv(ENDS, str(tmp_path / "other" / "0.1"))
     become(monkeypatch, 5)
     failed("train", UserError("another process trains here"), run_dir=tmp_path / "run")

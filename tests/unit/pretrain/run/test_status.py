@@ -54,8 +54,10 @@ def test_phases_of_the_start_are_written_at_once_until_training_begins(config) -
     status = Status(config)
     for phase in ("building the model", "reading the checkpoint"):
         status.update(phase=phase)
+        status.wait()
         assert (now(config)["state"], now(config)["phase"]) == ("starting", phase)
     status.begin(0, last_checkpoint=None)
+    status.wait()
     assert (now(config)["state"], now(config)["phase"]) == ("training", "")
 
 

@@ -7,18 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.index.cache import _is_made
+from pretrain.config.presets import PRESETS
+from pretrain.index import cache
 from tests.hostile import Command
 
 
 @pytest.mark.parametrize("content", [None, b"PK\3\4", b""])
-def test_what_is_no_array_is_made_again(content: bytes | None, tmp_path: Path) -> None:
+def test_what_is_no_array_is_made_again(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_facts", lambda *_: {"seed": 1})
     (tmp_path / "made.json").write_text(json.dumps({"seed": 1}))
     np.save(tmp_path / "a-shuffle_index.npy", np.arange(3))
-    assert _is_made(tmp_path, {"seed": 1})
+    assert cache.is_made(tmp_path, PRESETS["debug"](), [])
     hostile = pickle.dumps(Command(tmp_path / "marker")) if content is None else content
     (tmp_path / "a-document_index.npy").write_bytes(hostile)
-    assert not _is_made(tmp_path, {"seed": 1})
+    assert not cache.is_made(tmp_path, PRESETS["debug"](), [])
 
 
 def test_an_array_of_objects_is_not_mapped_into_memory(tmp_path: Path) -> None:
