@@ -38,7 +38,7 @@ from megatron_ladder.reading.index import check_files, read_index
 from megatron_ladder.reading.plain_files import NotData, open_plain
 from megatron_ladder.reading.tensors import read_tensor
 from pretrain.files import sync
-from pretrain.run.checkpoint_files import Facts, refuse_damaged, sums
+from pretrain.run.checkpoint_files import NO_WEIGHTS, Facts, refuse_damaged, sums
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
             torch.Size(tensor.shape), getattr(torch, tensor.dtype), checkpoint, tensor.chunks
         )
         for name, tensor in index.tensors.items()
-        if not name.startswith("optimizer.")
+        if not name.startswith(NO_WEIGHTS)
     }
 
 

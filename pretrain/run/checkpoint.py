@@ -25,7 +25,13 @@ from megatron_ladder.reading.index import check_files, read_index
 from pretrain.model.optimizer_shards import FORM, optimizer_shards
 from pretrain.model.torch_adam import loading_optimizer
 from pretrain.run import random_states
-from pretrain.run.checkpoint_files import damage, damaged_message, refuse_damaged, set_aside
+from pretrain.run.checkpoint_files import (
+    NO_WEIGHTS,
+    damage,
+    damaged_message,
+    refuse_damaged,
+    set_aside,
+)
 from pretrain.run.folder import latest_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -178,7 +184,7 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         entries = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-        weights = {k: v for k, v in entries.items() if not k.startswith(("optimizer.", "rng."))}
+        weights = {k: v for k, v in entries.items() if not k.startswith(NO_WEIGHTS)}
         # A copy, because loading removes entries from the dictionary that it is given.
         loaded = dist_checkpointing.load(
             dict(weights), str(checkpoint), validate_access_integrity=False

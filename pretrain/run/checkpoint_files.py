@@ -13,6 +13,8 @@ from megatron_ladder.reading.plain_files import NotData, plain_size
 from pretrain.files import sync, write_atomically
 
 MANIFEST = "manifest.json"
+NO_WEIGHTS = ("optimizer.", "rng.")
+"""What the names of a checkpoint's other tensors begin with."""
 MOST_BYTES = 256 << 20  # it lists every file: a few for each rank
 _FORMAT = {"format": "megatron-ladder-checkpoint", "version": 1}
 
