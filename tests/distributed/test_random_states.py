@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 from pretrain.loop.step import train_step
 from pretrain.run.checkpoint import load_checkpoint
-from pretrain.run.random_states import _states
+from pretrain.run.random_states import states as random_states
 from tests.distributed.layouts import Layout, batches, configuration, micro_batches, start
 from tests.distributed.resharding import save
 from tests.ranks import run_ranks
@@ -32,14 +32,14 @@ def saved(layout: Layout, checkpoint: Path) -> dict[str, Any]:
     config, parts = begin(layout)
     train(config, parts, 0)
     save(parts, checkpoint)
-    states = _states()
+    states = random_states()
     return {"place": place(), "states": states, "loss": train(config, parts, 1)}
 
 
 def opened(layout: Layout, checkpoint: Path) -> dict[str, Any]:
     config, parts = begin(layout)
     load_checkpoint(checkpoint, *parts)
-    states = _states()
+    states = random_states()
     return {"place": place(), "states": states, "loss": train(config, parts, 1)}
 
 
