@@ -59,8 +59,8 @@ def short(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def in_words(error: Exception) -> str:
-    """What another library says of a file: it may quote it at length, with control characters."""
+def in_words(error: Exception | str) -> str:
+    """What another library says: it may quote a file at length, with control characters. One line."""
     return _CONTROL.sub(" ", str(error))[:500]
 
 
