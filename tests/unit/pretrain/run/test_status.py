@@ -116,8 +116,8 @@ def test_the_failure_of_another_rank_stays(config) -> None:
 
 
 def test_reasons_of_many_lines_are_read(config) -> None:
-    """Those of CUDA and of torch's checkpoints have many. A start is counted whatever ended the one before."""
-    reason = "RuntimeError: CUDA error: misaligned address\nFor debugging consider\n\tCUDA_LAUNCH_BLOCKING=1"
+    """CUDA and torch say much. Each start is counted."""
+    reason = "RuntimeError: CUDA error: no address\nFor debugging consider\n\tCUDA_LAUNCH_BLOCKING=1"
     status = Status(config)
     status.wait()
     record_failure(config.output_dir, reason)
