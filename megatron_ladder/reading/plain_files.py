@@ -82,7 +82,9 @@ def refuse_links(folder: Path, home: Path | None = None) -> None:
     """
     whole = _end(folder)
     if home is not None and not whole.is_relative_to(_end(home)):
-        raise NotData(f"{folder} is a link to a folder outside of {home}: put the folder itself there")
+        raise NotData(
+            f"{folder} is a link to a folder outside of {home}: put the folder itself there"
+        )
     inside = [whole, *([whole.parents[1] / "blobs"] if whole.parent.name == "snapshots" else [])]
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and not any(_end(path).is_relative_to(place) for place in inside):

@@ -117,7 +117,9 @@ def test_the_failure_of_another_rank_stays(config) -> None:
 
 def test_reasons_of_many_lines_are_read(config) -> None:
     """CUDA and torch say much. Each start is counted."""
-    reason = "RuntimeError: CUDA error: no address\nFor debugging consider\n\tCUDA_LAUNCH_BLOCKING=1"
+    reason = (
+        "RuntimeError: CUDA error: no address\nFor debugging consider\n\tCUDA_LAUNCH_BLOCKING=1"
+    )
     status = Status(config)
     status.wait()
     record_failure(config.output_dir, reason)
