@@ -4,6 +4,7 @@ import codecs
 import json
 import re
 import reprlib
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,20 @@ def read_json(path: Path, what: str, most_bytes: int = MOST_BYTES) -> dict[str, 
         UserError: it is too large, or not one JSON object in UTF-8, or nested in too many levels.
         OSError: it cannot be read.
     """
+    refuse_pipe(path, what)
     with path.open("rb") as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
         raise UserError(f"{path} is not {what}: it has more than {most_bytes:,} bytes")
     return parse_json(data, f"{path} is not {what}")
+
+
+def refuse_pipe(path: Path, what: str) -> None:
+    """Refuses a pipe or a device in a stranger's folder: reading it could take for ever. Those in /dev are
+    the user's own: `--config <(...)`."""
+    is_plain = stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode)
+    if not is_plain and path.parts[:2] != ("/", "dev"):
+        raise UserError(f"{path} is not {what}: it is not a regular file")
 
 
 def parse_json(data: bytes, wrong: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ def read_bounded(path: Path) -> str:
     """A small file's text.
 
     Raises:
-        UserError: it is larger than 16 MiB, or not UTF-8.
+        UserError: it is larger than 16 MiB, or not UTF-8, or a pipe in a folder.
         OSError: it cannot be read.
     """
+    if stat.S_ISFIFO(path.stat().st_mode) and path.parts[:2] != ("/", "dev"):
+        raise UserError("it is a pipe, and not a file")
     with path.open("rb") as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:

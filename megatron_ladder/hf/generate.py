@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -14,7 +15,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.end_ids import end_ids
 from megatron_ladder.hf.from_hf import read_hf_config
 from megatron_ladder.inference.requests import Sampling, check_text
-from megatron_ladder.json_files import in_words
+from megatron_ladder.json_files import in_words, short
 
 _FILL = 0
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -48,7 +49,7 @@ def generate_text(
         Each prompt followed by its continuation.
 
     Raises:
-        UserError: `folder` is missing or incomplete, a prompt is empty or does not fit the context
+        UserError: `folder` is missing, incomplete or damaged, a prompt is empty or does not fit the context
             together with its new tokens, or an option is out of range.
     """
     folder = Path(folder)
@@ -81,12 +82,20 @@ def generate_text(
 
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto" if device == "cuda" else torch.float32,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            output_loading_info=True,
+            dtype="auto" if device == "cuda" else torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: its weights cannot be loaded: {in_words(error)}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers draws them at random
+        raise UserError(f"{folder}: its weights cannot be loaded: {short(missing[0])} is missing")
     model = model.to(device).eval()
     length = max(map(len, encoded))
     # Many tokenizers have no token to pad with; what is masked, or comes after a text's end, is not seen.

@@ -40,10 +40,10 @@ def plain_size(folder: Path, name: str) -> int:
 
 
 def _in_folder(folder: Path, name: str) -> Path:
-    if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+    if name in ("", ".", "..") or Path(name).name != name or not _can_be(name):
         raise NotData(f"{_shown(name)} is not the name of a file in the folder")
     path = folder / name
-    if path.is_symlink() and path.resolve().parent != folder.resolve():
+    if path.is_symlink() and _end(path).parent != _end(folder):
         raise NotData(
             f"{name} is a link to a file outside of the folder: copy the folder with `cp -rL`, if you know "
             "where the link leads"
@@ -51,24 +51,46 @@ def _in_folder(folder: Path, name: str) -> Path:
     return path
 
 
+def _can_be(name: str) -> bool:
+    """Whether a file may have this name: JSON may hold half of a character, or NUL."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
+def _end(path: Path) -> Path:
+    """Where links lead. (`Path.resolve` raises RuntimeError where they lead round in a circle.)"""
+    return Path(os.path.realpath(path))
+
+
 def _shown(name: str) -> str:
     return repr(name[:80])
 
 
-def refuse_links(folder: Path) -> None:
-    """Refuses a folder whose files are to be copied, if a link in it leads out of it.
+def refuse_links(folder: Path, home: Path | None = None) -> None:
+    """Refuses a folder whose files are to be copied, if a link in it leads out of it, or it has a pipe.
 
     The copy could be a private file of the user's, which then is exported and published. In the cache of
     Hugging Face's hub, links lead to `blobs`, beside the folder.
 
+    Args:
+        home: the folder that this one is a part of, and not only a link in.
+
     Raises:
-        NotData: there is such a link.
+        NotData: there is such a link, or such a file.
     """
-    whole = folder.resolve()
-    inside = whole.parents[1] if whole.parent.name == "snapshots" else whole
+    whole = _end(folder)
+    if home is not None and not whole.is_relative_to(_end(home)):
+        raise NotData(
+            f"{folder} is a link to a folder outside of {home}: put the folder itself there"
+        )
+    inside = [whole, *([whole.parents[1] / "blobs"] if whole.parent.name == "snapshots" else [])]
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+        if path.is_symlink() and not any(_end(path).is_relative_to(place) for place in inside):
             raise NotData(
                 f"{path} is a link to a file outside of its folder: put the file itself there, or "
                 "remove the link"
             )
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise NotData(f"{path} is not a regular file: remove it")

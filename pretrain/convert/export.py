@@ -76,7 +76,7 @@ def export_run(
     begins_with = data.tokenizer.get("bos_id") if data.has_tokenizer else None
     hf_config.bos_token_id = begins_with
     imported = checkpoint.parents[1] / "imported"
-    refuse_links(imported)
+    refuse_links(imported, home=checkpoint.parents[1])
     if imported.is_dir():  # an imported model keeps its own special tokens and tokenizer files
         original = read_json(imported / "config.json", "a model's configuration")
         check_fields(original, imported / "config.json")

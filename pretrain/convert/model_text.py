@@ -88,6 +88,8 @@ def load_tokenizer(file: Path) -> Tokenizer:
         UserError: the file is neither.
     """
     try:
+        if file.exists() and not file.is_file():  # reading a pipe could take for ever
+            raise ValueError("it is not a regular file")
         if file.suffix == ".json":
             tokenizer = Tokenizer.from_file(str(file))
             tokenizer.no_padding()

@@ -13,6 +13,8 @@ import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import read_json
 from pretrain.config.train import TrainConfig
 from pretrain.data.folders import DataFolder, labels, unigram_loss
 from pretrain.files import write_atomically
@@ -76,6 +78,6 @@ def _count(file: Path, folders: list[DataFolder], sender: Connection) -> None:
 
 def _known(file: Path) -> dict[str, float]:
     try:
-        return {key: float(loss) for key, loss in json.loads(file.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {key: float(loss) for key, loss in read_json(file, "a cache").items()}
+    except (OSError, UserError, ValueError, TypeError, OverflowError):
         return {}

@@ -6,6 +6,7 @@ left. Several machines may make parts of one run: two that make the same part ma
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import resource
@@ -18,6 +19,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from pretrain.config.train import TrainConfig
@@ -181,9 +183,23 @@ def is_whole(part: Part) -> bool:
 
 
 def is_array(file: Path) -> bool:
-    """Whether a file begins as numpy's arrays do. megatron-core 0.16 unpickles one that does not."""
+    """Whether a file is an array of numbers, and has all of them. Else megatron-core 0.16 unpickles it, or
+    cannot map it."""
+    if not file.is_file():  # opening a pipe could take for ever
+        return False
     with file.open("rb") as opened:
-        return opened.read(6) == b"\x93NUMPY"
+        try:
+            if np.lib.format.read_magic(opened) != (1, 0):  # others have long headers
+                return False
+            shape, _, dtype = np.lib.format.read_array_header_1_0(opened)
+        except (ValueError, TypeError):
+            return False
+        size = opened.tell() + math.prod(shape) * dtype.itemsize
+        return (
+            not dtype.hasobject
+            and min(shape, default=0) >= 0
+            and size <= os.fstat(opened.fileno()).st_size
+        )
 
 
 def _reason(process: Any, reasons: Any, parts: list[Part]) -> tuple[str, str]:

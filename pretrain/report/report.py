@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import in_words
 from pretrain.config.train import differences, load_config
 from pretrain.evaluation.results import cells, latest_results
 from pretrain.files import write_atomically
@@ -110,13 +111,14 @@ def _trouble(run: Run) -> list[tuple[str, str]]:
                 ("steps that were lost and trained again", f"{good.steps_again:,}"),
             ]
     if run.bad_steps:
-        over = sum(last - first + 1 for first, last in (b["passed_over"] for b in run.bad_steps))
+        passed_over = [b["passed_over"] for b in run.bad_steps if b["passed_over"]]
+        over = sum(last - first + 1 for first, last in passed_over)
         last = run.bad_steps[-1]
         rows.append(
             (
                 "bad steps",
                 f"{len(run.bad_steps)}, so {over} steps are not in the weights; "
-                f"the last bad step is {last['step']:,}: {last['reason']}",
+                f"the last bad step is {last['step']:,}: {in_words(last['reason'])}",
             )
         )
     by_rank: dict[tuple[int, str, str], Lines] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.json_files import is_whole, read_json
+from megatron_ladder.json_files import is_whole, is_word, read_json
 from megatron_ladder.reading.plain_files import NotData, plain_size
 from pretrain.files import sync, write_atomically
 
@@ -58,7 +58,8 @@ def _files(manifest: Path) -> Facts:
     """Raises UserError when it is no manifest, or names files elsewhere."""
     files = read_json(manifest, "a checkpoint's manifest", MOST_BYTES).get("files")
     right = isinstance(files, dict) and all(
-        Path(name).name == name
+        is_word(name)  # it is named in messages
+        and Path(name).name == name
         and isinstance(facts, dict)
         and is_whole(facts.get("bytes"), 0, 1 << 62)
         and isinstance(facts.get("sha256"), str)

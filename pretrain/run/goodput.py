@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ladder.json_files import in_words
 from pretrain.run.status import read_starts, read_status
 
 
@@ -48,7 +49,7 @@ def read_goodput(run_dir: Path, counted: float) -> Goodput | None:
             start = line
             if before := line.get("before"):
                 between += max(0.0, line["unix_time"] - before["unix_time"])
-                ends[before["reason"] or before["state"]] += 1
+                ends[in_words(before["reason"] or before["state"])] += 1
         else:
             starting += max(0.0, line["unix_time"] - start["unix_time"])
             if start.get("before"):

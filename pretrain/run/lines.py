@@ -15,7 +15,8 @@ NUMBERS = (
     *("time", "unix_time", "loss", "grad_norm", "learning_rate", "tokens_per_second"),
     *("tflops_per_gpu", "memory_gib", "perplexity", "unigram_loss", "seconds", "median"),
 )
-WORDS = ("dataset", "reason", "what", "host", "name", "residual", "device", "state")
+WORDS = ("dataset", "what", "host", "name", "residual", "device", "state")
+TEXTS = ("reason",)  # what an error said, in many lines where it is of CUDA or of a checkpoint
 # By the kind of a line of metrics.jsonl.
 NEEDED = {
     "start": ("residual",),
@@ -62,12 +63,14 @@ def is_start(line: dict[str, Any]) -> bool:
 
 def _wrong(values: dict[str, Any]) -> str | None:
     """The name of a field that does not have its type."""
-    for name in values.keys() & {*WHOLE, *NUMBERS, *WORDS, "passed_over", "mfu"}:
+    for name in values.keys() & {*WHOLE, *NUMBERS, *WORDS, *TEXTS, "passed_over", "mfu"}:
         value = values[name]
         if name in WHOLE:
             right = is_whole(value, 0, MOST)
         elif name in WORDS:
             right = is_word(value)
+        elif name in TEXTS:
+            right = isinstance(value, str)
         elif name == "passed_over":
             ends = value if isinstance(value, list) and len(value) == 2 else [value]
             right = value is None or (len(ends) == 2 and all(is_whole(i, 0, MOST) for i in ends))

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.json_files import parse_json, read_json
+from megatron_ladder.json_files import in_words, parse_json, read_json
 from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
 from pretrain.ranks import is_first_rank, rank_number, world_size
@@ -160,7 +160,7 @@ class Status:
             before = {name: before[name] for name in ("state", "step", "unix_time", "reason")}
             if before["state"] not in ENDED:
                 before["reason"] = f"killed while {before['state']}"
-            end = before["reason"] or before["state"]
+            end = in_words(before["reason"] or before["state"])
             logger.info("The previous start ended at step %d: %s", before["step"], end)
         _append(self._run_dir, {"kind": "start", **line, "before": before})
 

@@ -166,7 +166,7 @@ def keep_initial(config: TrainConfig, *, is_resumed: bool) -> None:
     if imported.is_dir() and not mine.is_dir():
         new = mine.with_name(".imported.tmp")
         shutil.rmtree(new, ignore_errors=True)
-        refuse_links(imported)
+        refuse_links(imported, home=checkpoint.parents[1])
         shutil.copytree(imported, new)
         new.rename(mine)
     files = written_files(checkpoint)

@@ -140,7 +140,8 @@ def need_jobs(output: Path) -> list[Path]:
 
 def log_files(folder: Path) -> list[Path]:
     """A job's log, or those of an array's tasks in order."""
-    files = [f for f in folder.glob("log*") if f.name == "log" or f.name[4:].isdigit()]
+    found = [f for f in folder.glob("log*") if f.is_file() and f.name.isascii()]
+    files = [f for f in found if f.name == "log" or f.name[4:].isdigit()]
     return sorted(files, key=lambda f: int(f.name[4:] or -1))
 
 

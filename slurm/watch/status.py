@@ -77,8 +77,10 @@ def _read_status(run: Path) -> dict[str, Any] | None:
 
 
 def _is_right(name: str, value: Any) -> bool:
-    if name in ("state", "phase", "reason"):
+    if name in ("state", "phase"):
         return isinstance(value, str) and value.isprintable()
+    if name == "reason":
+        return isinstance(value, str)
     if name in ("step", "train_steps", "last_checkpoint", "starts"):
         return type(value) is int and 0 <= value < 1 << 63
     if name in ("loss", "tokens_per_second", "eta_s", "unix_time"):
@@ -107,10 +109,16 @@ def _run_lines(said: dict[str, Any], facts: list[list[Facts] | None]) -> list[st
     if (starts := said.get("starts")) is not None:
         line += f"; restarts: {max(starts - 1, 0)}"
     if said.get("reason"):
-        line += f"; why it stopped: {said['reason']}"
+        line += f"; why it stopped: {_shown(said['reason'])}"
     if when := said.get("unix_time"):
         line += f"; heard of {duration(max(time.time() - when, 0))} ago"
     return [head, line]
+
+
+def _shown(reason: str) -> str:
+    """In one line. What a library said may have many, and characters that would steer the terminal."""
+    printable = "".join(c if c.isprintable() else "?" for c in " ".join(reason.split()))
+    return printable if len(printable) <= 500 else f"{printable[:500]}..."
 
 
 def _job_line(folder: Path, job: Job, facts: list[Facts] | None) -> str:

@@ -2,14 +2,15 @@
 
 import asyncio
 import inspect
-import json
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.json_files import read_json
 from pretrain.convert.import_tokenizer import has_tokenizer
+from pretrain.data.tokenizer_facts import MOST_BYTES
 from pretrain.inference.server.template_process import TemplateProcess
 
 Render = Callable[[list[dict[str, str]], dict[str, Any]], Awaitable[str]]
@@ -58,7 +59,7 @@ def _has_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / "tokenizer_config.json", "a tokenizer's file", MOST_BYTES)
+    except (OSError, UserError):
         return False
     return bool(config.get("chat_template"))

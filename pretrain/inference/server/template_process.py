@@ -53,7 +53,11 @@ class TemplateProcess:
             UserError: the template refuses, or fails, or takes too much time or memory.
         """
         try:
-            self._ours.send_bytes(orjson.dumps(given))
+            asked = orjson.dumps(given)
+        except orjson.JSONEncodeError as error:  # a whole number of more than 64 bits
+            raise UserError(f"the chat template cannot have these values: {error}") from error
+        try:
+            self._ours.send_bytes(asked)
             text, problem = orjson.loads(self._ours.recv_bytes())
         except (OSError, EOFError) as error:
             raise UserError("the chat template cannot be used: its process has ended") from error

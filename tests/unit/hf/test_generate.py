@@ -112,6 +112,11 @@ def test_errors(folder, tmp_path):
         shutil.copytree(folder, broken)
         (broken / name).unlink()
         fails(message, broken)
+    for content in (b"\xff" * 100, (2).to_bytes(8, "little") + b"{}"):  # no weights at all
+        damaged = tmp_path / f"damaged-{len(content)}"
+        shutil.copytree(folder, damaged)
+        (damaged / "model.safetensors").write_bytes(content)
+        fails("its weights cannot be loaded", damaged)
     (broken / "config.json").write_text('{"model_type": "bert"}')
     fails("architecture none is not supported", broken)
 

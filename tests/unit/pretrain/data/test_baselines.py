@@ -1,5 +1,6 @@
 """The entropy of single tokens is counted once for each validation split, in a process."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def test_a_split_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     # Not the names count but what is in the split; a damaged cache is none.
     (run / "data" / "unigram_losses.json").write_text("[1]")
     assert Baselines(config, folders).arrived(wait=True) == []
+
+
+def test_what_is_no_cache_is_counted_again(tmp_path: Path) -> None:
+    file = tmp_path / "unigram_losses.json"
+    for content in ("[" * 300_000, '{"a": "b"}', "[1]", '{"a": 1' + "0" * 400 + "}"):
+        file.write_text(content)
+        assert baselines._known(file) == {}
+    file.unlink()
+    os.mkfifo(file)
+    assert baselines._known(file) == {}
 
 
 def test_other_ranks_count_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def test_a_slow_disk_holds_up_no_step(tmp_path: Path) -> None:
     write, free = log._append, threading.Event()
     log._append = lambda line: (free.wait(), write(line))  # type: ignore[method-assign]
     for step in range(1, 50):
-        log.save_failed(step=step, reason="")
+        log.save_failed(step=step, reason="of two\nlines")
     assert read_metrics(tmp_path) == []
     free.set()
     log.wait()

@@ -115,6 +115,24 @@ def test_the_failure_of_another_rank_stays(config) -> None:
     assert now(config)["state"] == "starting"
 
 
+def test_reasons_of_many_lines_are_read(config) -> None:
+    """CUDA and torch say much. Each start is counted."""
+    reason = (
+        "RuntimeError: CUDA error: no address\nFor debugging consider\n\tCUDA_LAUNCH_BLOCKING=1"
+    )
+    status = Status(config)
+    status.wait()
+    record_failure(config.output_dir, reason)
+    status.update("training", step=3, last_checkpoint=3)
+    status.wait()
+    assert (now(config)["state"], now(config)["reason"]) == ("failed", reason)
+    Status(config).wait()
+    assert now(config)["starts"] == 2
+    assert read_starts(config.output_dir)[-1]["before"]["reason"] == reason
+    Status(config).wait()
+    assert now(config)["starts"] == 3
+
+
 def test_mistakes_and_crashes_end_in_failed_with_the_reason(config) -> None:
     with pytest.raises(UserError), Status(config):
         raise UserError("lower optimizer.lr")

@@ -49,6 +49,10 @@ def test_status_of_a_run(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
         json.dumps({**STATUS, "state": "failed", "reason": "no space"})
     )
     assert "why it stopped: no space" in run(capsys, "status", "run")
+    (run_dir / "status.json").write_text(
+        json.dumps({**STATUS, "state": "failed", "reason": "CUDA error\nFor \x1b[2J debugging"})
+    )
+    assert "why it stopped: CUDA error For ?[2J debugging;" in run(capsys, "status", "run")
     (run_dir / "status.json").write_text("{")
     assert "train, job 101" in run(capsys, "status", "run")
 

@@ -48,6 +48,11 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[TemplateProcess]:
     process.close()
 
 
+def test_numbers_of_more_than_64_bits_are_refused(process: TemplateProcess) -> None:
+    with pytest.raises(UserError, match="64-bit"):
+        process.render({"kind": "text", "text": 10**30})
+
+
 def test_what_a_template_does_is_refused_in_a_sentence(process: TemplateProcess) -> None:
     for kind, says in (
         ("loop", "takes more than"),
