@@ -160,9 +160,10 @@ class BackgroundSave:
         if self._error or not self._writes:
             return self._error, {}
         self._end_what_never_begins(wait=False)  # takes its first word
-        if not self._receiver.poll():
-            return "a process that writes checkpoints has ended early", {}
-        return "", self._receiver.recv()
+        with contextlib.suppress(EOFError):  # of a process that was killed, or failed, in `then`
+            if self._receiver.poll():
+                return "", self._receiver.recv()
+        return "a process that writes checkpoints has ended early", {}
 
     def _end_what_never_begins(self, *, wait: bool) -> None:
         """Kills a writing process that hangs since it was forked, so that this save alone fails.

@@ -5,6 +5,7 @@ pipeline stage between the first and the last one needs no tokens, unless docume
 builds their mask. Ranks that do not read open no file of any data set.
 """
 
+import itertools
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class RankBatches:
             )
         together = config.micro_batch_size * self._data_parallel["data_parallel_size"]
         end = config.train_steps * config.global_batch_size
-        return iter([{}] * len(range(consumed_samples, end, together)))
+        return itertools.repeat({}, len(range(consumed_samples, end, together)))
 
     def received(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The micro-batches of `training` or `validation`, on every rank that needs them; {} on others."""

@@ -99,12 +99,19 @@ class IndexCache:
 def _said_by_rank_0(store: Any) -> Iterator[Progress]:
     before, pause_s = None, 0.05
     # Looked up again and again: torch prints a warning for each wait in a store that gets no answer.
-    while (now := store.get(_SAID) if store.check([_SAID]) else None) != b"":
+    while (now := _look(store)) != b"":
         if now is not None and now != before:
             before = now
             yield Progress(*json.loads(now))
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LOOK_S)  # thousands of ranks ask one store
+
+
+def _look(store: Any) -> bytes | None:
+    try:
+        return store.get(_SAID) if store.check([_SAID]) else None
+    except dist.DistNetworkError:  # the first rank, which holds the store, has ended
+        raise SystemExit(1) from None
 
 
 def make_index(

@@ -103,6 +103,10 @@ class RunLog:
         self._status.update(state)
         self._watchdog.allow_more()
 
+    def allow_more(self) -> None:
+        """Call it before what may take longer than a step, whatever the run is doing."""
+        self._watchdog.allow_more()
+
     def built(self, mcore_config: LadderConfig) -> None:
         """Logs what each part of the model runs on, and the planned memory of the fullest GPU."""
         if self._log:
@@ -234,12 +238,13 @@ class RunLog:
                 loss=loss,
                 perplexity=math.exp(min(loss, 700.0)),
             )
+        self.allow_more()  # the next data set's validation, which may take as long
         self._step_started = time.perf_counter()
 
     def wait_for_lines(self) -> None:
-        """Waits until the lines so far are in metrics.jsonl. Any thread may call it."""
+        """Waits until the lines so far are on disk in metrics.jsonl. Any thread may call it."""
         if self._log:
-            self._log.wait()
+            self._log.sync()
 
     def saved(self, step: int) -> None:
         """Call it when a checkpoint is complete."""

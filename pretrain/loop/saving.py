@@ -137,7 +137,9 @@ class CheckpointSaver:
 
     def newest(self) -> Path | None:
         """The newest valid checkpoint; None: there is none. It waits for the one that is being written."""
+        self._log.allow_more()
         self.complete(wait=True)
+        self._log.allow_more()  # all of it is read
         assert self._config.output_dir is not None
         return newest_valid(self._config.output_dir)
 

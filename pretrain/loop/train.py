@@ -167,6 +167,7 @@ def _train(
         if bad.action == "rollback":
             assert bad.passed_over
             checkpoint = checkpoint_at(run_dir, bad.passed_over[0] - 1)
+            log.allow_more()
             with gathered_parameters(model):
                 back = load_checkpoint(checkpoint, model, optimizer, scheduler)
             scheduler.step(increment=bad.step - back.step)

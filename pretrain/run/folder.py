@@ -146,10 +146,10 @@ def _same_start(run_dir: Path, old: Path, now: Path) -> bool:
 def _is_used(run_dir: Path) -> bool:
     """Whether the folder has more than a run's first files.
 
-    Submitting a run, its index files and its first rank create some files. Other ranks may see these
-    already.
+    Submitting a run, its index files and its first rank create some files, and so does the watchdog of a
+    start that hung before. Other ranks may see these already.
     """
-    beginning = ("lock", "config.json", "slurm", "dataset_cache", ".dataset_cache")
+    beginning = ("lock", "config.json", "slurm", "dataset_cache", ".dataset_cache", "hangs")
     return run_dir.is_dir() and any(not p.name.startswith(beginning) for p in run_dir.iterdir())
 
 

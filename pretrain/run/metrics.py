@@ -3,6 +3,7 @@
 docs/reference/formats.md describes the lines of metrics.jsonl.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -217,6 +218,14 @@ class MetricsLog:
     def wait(self) -> None:
         """Waits until the thread has written all lines so far."""
         self._thread.submit(int).result()
+
+    def sync(self) -> None:
+        """Waits until the lines so far are on disk, as far as it takes them. Any thread may call it."""
+        self._thread.submit(self._sync).result()
+
+    def _sync(self) -> None:
+        with contextlib.suppress(OSError):  # `_append` says so
+            os.fsync(self._file.fileno())
 
     def _write(self, values: dict[str, Any]) -> None:
         self._thread.submit(self._append, json.dumps(values).encode() + b"\n")

@@ -90,8 +90,12 @@ class Status:
             self.update("stopped", reason="interrupted")
         self._thread.shutdown()
         # Of ranks that leave files, the first of those that fail alike records it (commands/users.py).
-        if isinstance(error, Exception) and (is_first_rank() or not is_watched()):
-            what = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        # Checkpoints that cannot be written end a run by SystemExit, with a sentence on the first rank.
+        says_why = isinstance(error, UserError) or (
+            isinstance(error, SystemExit) and isinstance(error.code, str)
+        )
+        if (says_why or isinstance(error, Exception)) and (is_first_rank() or not is_watched()):
+            what = "" if says_why else f"{type(error).__name__}: "
             record_failure(self._run_dir, what + str(error))
 
     def begin(self, step: int, last_checkpoint: int | None) -> None:

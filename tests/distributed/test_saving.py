@@ -42,11 +42,12 @@ saving.write_manifest = fail_at(16, saving.write_manifest, lambda args: str(args
 sys.exit(main(sys.argv[1:]))
 """
 
-# A run one of whose writing processes hangs since it was forked.
+# A run one of whose writing processes hangs since it was forked, and another is killed (out of memory).
 NEVER_BEGINS = """
-import sys, time
+import os, sys, time
 from megatron_ladder import mcore_checkpoints
 from pretrain.cli import main
+from pretrain.loop import saving
 
 write = mcore_checkpoints._write
 
@@ -55,6 +56,14 @@ def hanging(*args):
         time.sleep(10_000)
     write(*args)
 
+sums = saving.sums
+
+def killed(paths):
+    if any("step_00000016" in str(path) for path in paths):
+        os.kill(os.getpid(), 9)
+    return sums(paths)
+
+saving.sums = killed
 mcore_checkpoints._write, mcore_checkpoints.START_S = hanging, 2.0
 sys.exit(main(sys.argv[1:]))
 """
@@ -170,15 +179,16 @@ def test_a_run_goes_on_where_a_disk_fails(data: Path, undisturbed: Path, tmp_pat
     assert_same(run, undisturbed)
 
 
-def test_a_writing_process_that_hangs_fails_one_save(
+def test_a_writing_process_that_hangs_or_is_killed_fails_one_save(
     data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     status, output = run_for_status(patched(NEVER_BEGINS, data, run, "--save-interval", "4"))
     assert status == 0, output
-    (failed,) = metrics(run, "save_failed")
-    assert failed["step"] == 8
-    assert "a process that writes checkpoints did not begin" in failed["reason"]
+    hung, killed = metrics(run, "save_failed")
+    assert (hung["step"], killed["step"]) == (8, 16)
+    assert "a process that writes checkpoints did not begin" in hung["reason"]
+    assert "a process that writes checkpoints has ended early" in killed["reason"]
     assert_same(run, undisturbed)
 
 

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from pretrain.data.checks import open_data
 from pretrain.data.sequences import train_sequences, validation_sequences
 from pretrain.index import files
 from pretrain.index import parts as run_parts
-from pretrain.index.cache import is_made, make_index
+from pretrain.index.cache import _said_by_rank_0, is_made, make_index
 from pretrain.index.parts import OrderPart, SplitPart
 from tests.data_sets import write_data_set
 
@@ -254,3 +255,10 @@ def test_progress_says_rate_and_time_left(
     assert f"({first / 10:.0f}/s), 25% of the order of {order.size} sequences" in words
     left = max((in_all - first) / (first / 10), 30)
     assert words.endswith(f", about {left:.0f} s left")
+
+
+def test_ranks_that_wait_end_when_the_first_rank_has_ended() -> None:
+    store = Mock()
+    store.check.side_effect = dist.DistNetworkError("Connection reset by peer")
+    with pytest.raises(SystemExit, match="1"):
+        next(_said_by_rank_0(store))

@@ -123,4 +123,5 @@ def test_a_run_s_first_moment_is_no_other_thing(config) -> None:
     config.output_dir.mkdir()
     (config.output_dir / "lock").touch()
     (config.output_dir / "config.json.tmp").write_text("{")
+    (config.output_dir / "hangs").mkdir()  # the disk may have hung before the run began
     assert "New run" in check_output_dir(config)

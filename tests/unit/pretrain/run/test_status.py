@@ -143,7 +143,11 @@ def test_mistakes_and_crashes_end_in_failed_with_the_reason(config) -> None:
     with pytest.raises(KeyboardInterrupt), Status(config):
         raise KeyboardInterrupt
     assert (now(config)["state"], now(config)["reason"]) == ("stopped", "interrupted")
-    # Whoever exits has said why.
+    with pytest.raises(SystemExit), Status(config):
+        raise SystemExit("3 checkpoints in a row could not be written")
+    assert now(config)["state"] == "failed"
+    assert now(config)["reason"] == "3 checkpoints in a row could not be written"
+    # Whoever exits with a number has said why.
     status = Status(config)
     status.update("stopped", reason="signal SIGUSR1")
     status.wait()
