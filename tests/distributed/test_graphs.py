@@ -18,7 +18,7 @@ from pretrain.config.presets import PRESETS
 from pretrain.config.profile import ProfileConfig
 from pretrain.config.train import AdaptConfig, TrainConfig
 from pretrain.model.graphs import check_cuda_graph
-from pretrain.run import checkpoint
+from pretrain.run import random_states
 from tests.graph_run import both, config
 from tests.ranks import run_ranks
 from tests.recorded_graph import RecordedGraph, recorded
@@ -80,11 +80,11 @@ def test_a_checkpoint_puts_back_the_numbers_of_generators(monkeypatch: pytest.Mo
     tracker = SimpleNamespace(
         use_cudagraphable_rng=True, get_states=lambda: {"model-parallel-rng": generator}
     )
-    monkeypatch.setattr(checkpoint, "get_cuda_rng_tracker", lambda: tracker)
-    saved = checkpoint._rng_state()
-    assert isinstance(saved["tracker"]["model-parallel-rng"], torch.Tensor)
+    monkeypatch.setattr(random_states, "get_cuda_rng_tracker", lambda: tracker)
+    saved = random_states.states()
+    assert isinstance(saved["tracker.model-parallel-rng"], torch.Tensor)
     drawn = torch.rand(3, generator=generator)
-    checkpoint._restore_rng(saved)
+    random_states.restore(saved)
     assert torch.equal(torch.rand(3, generator=generator), drawn)
 
 

@@ -51,7 +51,7 @@ def received(place: Path, config: TrainConfig) -> dict[str, Any]:
     }
     data = RankBatches(config, folders, cache)
     found = list(data.received(data.training(consumed_samples=8)))
-    held_out = dict(data.validation())
+    held_out = {name: list(data.received(iter(read))) for name, read in data.validation()}
     drawn = torch.equal(before, torch.get_rng_state())
     sequences = train_sequences(config, folders, cache, made=True)
     alone = list(train_batches(sequences, config, consumed_samples=8, **of))
