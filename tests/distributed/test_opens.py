@@ -11,7 +11,9 @@ import pytest
 from commands.opens import back_to_the_first_step, make_data_set, started
 
 SETS = 5
-A_RUN = 30  # the reader of checkpoints looks at each file before it opens it: no link out of the folder
+A_RUN = (
+    30  # the reader of checkpoints looks at each file before it opens it: no link out of the folder
+)
 """Opens, or stats, that any rank may do in the run's folder: it reads the checkpoint, maps the blend."""
 
 

@@ -62,6 +62,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     from transformer_engine.pytorch.attention.dot_product_attention import backends
 
     _gather_one_by_one(param_and_grad_buffer)
+    _save_plain_tensors()
     gemm.get_cublas_workspace = lambda *_: torch.empty(1, dtype=torch.uint8)
     te.distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     te.distributed._set_cuda_rng_state = lambda *_, **__: None
@@ -138,6 +139,21 @@ def _use_te_in_optimizers() -> None:
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = te.FusedAdam, False
     distrib_optimizer.Adam = te.FusedAdam
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+
+
+def _save_plain_tensors() -> None:
+    """Of FP8 weights on a GPU, megatron-core's writer stores their values in bf16. On a CPU it would store
+    Transformer Engine's class, which no checkpoint of a GPU has."""
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+
+    save = TorchDistSaveShardedStrategy.async_save
+
+    def plain_first(self: Any, sharded_state_dict: Any, *given: Any, **named: Any) -> Any:
+        force_all_tensors_to_non_fp8(sharded_state_dict)
+        return save(self, sharded_state_dict, *given, **named)
+
+    TorchDistSaveShardedStrategy.async_save = plain_first
 
 
 def _gather_one_by_one(buffers: Any) -> None:
