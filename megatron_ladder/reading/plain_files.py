@@ -87,6 +87,8 @@ def refuse_links(folder: Path, home: Path | None = None) -> None:
         )
     inside = [whole, *([whole.parents[1] / "blobs"] if whole.parent.name == "snapshots" else [])]
     for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors" and path.is_file():
+            continue  # read as tensors, and not copied: weights may lie on another disk
         if path.is_symlink() and not any(_end(path).is_relative_to(place) for place in inside):
             raise NotData(
                 f"{path} is a link to a file outside of its folder: put the file itself there, or "
