@@ -87,6 +87,7 @@ def test_the_status_has_the_phases(data: Path, tmp_path: Path, monkeypatch) -> N
     def record(self: Status, state=None, **facts: object) -> None:
         update(self, state, **facts)
         if "phase" in facts:
+            self.wait()
             written = json.loads((tmp_path / "run/status.json").read_text())
             with (tmp_path / "phases").open("a") as file:
                 file.write(f"{written['state']}: {written['phase']}\n")
@@ -95,5 +96,5 @@ def test_the_status_has_the_phases(data: Path, tmp_path: Path, monkeypatch) -> N
     codes, output = start(data, tmp_path, ranks=1)
     assert codes == [0], output
     phases = (tmp_path / "phases").read_text().splitlines()
-    assert phases[0] == "starting: meeting the other ranks"
+    assert phases[0] == "starting: joining the other ranks"
     assert phases[-2:] == ["starting: opening the data sets", "training: "]

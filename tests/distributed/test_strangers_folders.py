@@ -92,4 +92,8 @@ def test_no_command_runs_code_of_a_folder(
     assert not marker.exists(), output
     assert "Traceback" not in output, output
     assert code == 2, output
-    assert "which no checkpoint needs. Loading it could run code" in output
+    # Random states are tensors: a pickle in their place has other sizes than the index says.
+    if kind == "random states":
+        assert "'rng.cpu' has more elements than are stored" in output
+    else:
+        assert "which no checkpoint needs. Loading it could run code" in output
