@@ -96,7 +96,9 @@ class Status:
         )
         if (says_why or isinstance(error, Exception)) and (is_first_rank() or not is_watched()):
             what = "" if says_why else f"{type(error).__name__}: "
-            record_failure(self._run_dir, what + str(error))
+            # A rank that failed before is why this one has lost a connection.
+            reasons = [end.in_words() for end in left()]
+            record_failure(self._run_dir, next(iter(reasons), what + str(error)))
 
     def begin(self, step: int, last_checkpoint: int | None) -> None:
         """Records that training begins, or is resumed, after `step`."""
