@@ -9,7 +9,6 @@ import contextlib
 import math
 import multiprocessing
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -61,9 +60,6 @@ class Maker:
     ) -> None:
         self._config, self._folders, self._path = config, folders, path
         self._rank, self._world_size = rank, world_size
-        # Each data set that is open takes several descriptors, and a blend has up to a thousand.
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
     def make(self) -> Iterator[Progress]:
         """Makes what is missing; of a job array's task, its share. Gives its progress about once a second.

@@ -174,6 +174,7 @@ def _train(
             bad_steps.went_back(back.recent_losses)
 
     signal = ""
+    may_skip = "skip" in (config.faults.not_finite, config.faults.spike)
 
     def is_good(step: int, *figures: Any) -> bool:
         """Whether a step is good; the ranks also agree on stop signals here.
@@ -189,10 +190,10 @@ def _train(
         with gathered_parameters(model):
             saver.save(progress, model, optimizer, scheduler, wait=wait)
 
-    if validates(progress.step):
-        # A step is saved before it is validated, so a run may have ended between the two.
-        evaluate(progress.step, done=log.validated(progress.step))
     with saver:
+        if validates(progress.step):
+            # A step is saved before it is validated, so a run may have ended between the two.
+            evaluate(progress.step, done=log.validated(progress.step))
         for step in range(progress.step + 1, config.train_steps + 1):
             if not log.has_reader():
                 signals.stop("the program that read the output has ended")
@@ -202,7 +203,7 @@ def _train(
                 signal = signals.agreed()
                 log.passed_over(step, before)
             else:
-                drawn = random_states.states()
+                drawn = random_states.states() if may_skip else {}
                 with profile.of(step):
                     figures = train_step(
                         *(model, optimizer, scheduler, batches, config),

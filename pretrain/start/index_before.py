@@ -11,6 +11,7 @@ from pretrain.data.fim import fill_in_the_middle
 from pretrain.index.cache import is_made, make_index
 from pretrain.processes import shield_forked_children
 from pretrain.run.folder import check_output_dir, lock
+from pretrain.start.open_files import raise_limit
 from pretrain.start.past import check_past, same_data
 
 logger = logging.getLogger(__name__)
@@ -31,13 +32,12 @@ def index_before(config: TrainConfig, rank: int | None = None, world_size: int =
         UserError: the configuration does not fit its data or the run's folder, or a training is at work.
         OSError: a file could not be made; those that were made stay.
     """
+    raise_limit()  # a blend may have a thousand data sets
     # The same checks as before a training, as far as they are about data and the run's folder.
     folders = open_data(config)
     config = with_vocab_size(config)
     fill_in_the_middle(config, folders[0])
-    if (
-        rank is None
-    ):  # a task of an array does not look at the lock, which another one may hold for a moment
+    if rank is None:  # tasks of an array do not look at the lock: another may hold it for a moment
         check_output_dir(config)
     if config.output_dir is None:
         raise UserError("no --output-dir: give the folder of the run that will train")
