@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_ladder.errors import UserError
 from pretrain.ranks import RankError, is_first_rank
-from pretrain.run.ends import Crash, here, is_watched, leave, left
+from pretrain.run.ends import Crash, first_cause, here, is_watched, leave
 from pretrain.run.status import record_failure
 
 Command = Callable[[list[str]], int]
@@ -86,8 +86,7 @@ def failed(
         if message is None:
             traceback.print_exception(error)
         if watched and run_dir:
-            # The first that failed: others may only have lost their connection to it.
-            record_failure(run_dir, next((end.in_words() for end in left()), here(said)))
+            record_failure(run_dir, first_cause(here(said)))
     return status
 
 

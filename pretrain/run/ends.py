@@ -83,6 +83,15 @@ def left() -> list[End]:
     return sorted(found, key=lambda end: end.unix_time)
 
 
+def first_cause(otherwise: str) -> str:
+    """What the rank says that failed first: others may only have lost their connection to it.
+
+    Args:
+        otherwise: a sentence, where no rank has left anything.
+    """
+    return next((end.in_words() for end in left()), otherwise)
+
+
 def here(message: str) -> str:
     """The sentence of this rank, with its number and its machine where there are several ranks."""
     if not _is_one_of_several():

@@ -24,7 +24,7 @@ from megatron_ladder.json_files import in_words, parse_json, read_json
 from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
 from pretrain.ranks import is_first_rank, rank_number, world_size
-from pretrain.run.ends import ENDS, is_watched, left
+from pretrain.run.ends import ENDS, first_cause, is_watched
 from pretrain.run.lines import is_start, is_status
 from pretrain.run.prometheus import device_figures, prometheus_text
 
@@ -75,9 +75,9 @@ class Status:
             self.update("starting")
 
     def __enter__(self) -> Self:
-        if is_first_rank() and (ends := left()):  # failed while this one was starting
+        if is_first_rank() and (cause := first_cause("")):  # failed while this one was starting
             self.wait()
-            record_failure(self._run_dir, ends[0].in_words())
+            record_failure(self._run_dir, cause)
         return self
 
     def __exit__(
@@ -96,9 +96,7 @@ class Status:
         )
         if (says_why or isinstance(error, Exception)) and (is_first_rank() or not is_watched()):
             what = "" if says_why else f"{type(error).__name__}: "
-            # A rank that failed before is why this one has lost a connection.
-            reasons = [end.in_words() for end in left()]
-            record_failure(self._run_dir, next(iter(reasons), what + str(error)))
+            record_failure(self._run_dir, first_cause(what + str(error)))
 
     def begin(self, step: int, last_checkpoint: int | None) -> None:
         """Records that training begins, or is resumed, after `step`."""
