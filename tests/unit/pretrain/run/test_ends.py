@@ -16,7 +16,7 @@ from pretrain.commands import users
 from pretrain.commands.users import failed, for_users
 from pretrain.config.presets import PRESETS
 from pretrain.run import ends
-from pretrain.run.ends import ENDS, left
+from pretrain.run.ends import ENDS, leave, left
 from pretrain.run.status import Status, read_status
 
 
@@ -178,6 +178,26 @@ def test_status_says_it_whichever_rank_is_first(folder: Path, tmp_path: Path, mo
         failed("train", UserError("no data there"), run_dir=run)
     said = read_status(run)
     assert said and (said["state"], said["reason"][:9]) == ("failed", "rank 6 on")
+
+
+def test_a_lost_connection_is_not_the_reason(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Rank 5 fails, and rank 0 learns of it by their connection, before or after rank 5 has spoken."""
+    config = replace(PRESETS["debug"](), output_dir=tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    become(monkeypatch, 0)
+
+    def loses_its_connection() -> None:
+        with Status(config) as status:
+            status.wait()
+            become(monkeypatch, 5)
+            leave(1, "no data here")
+            become(monkeypatch, 0)
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError):
+        loses_its_connection()
+    said = read_status(tmp_path / "run")
+    assert said and said["reason"] == f"rank 5 on {os.uname().nodename}: no data here"
 
 
 def test_a_rank_of_another_start_changes_no_status(
