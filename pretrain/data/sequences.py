@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from pretrain.config.train import TrainConfig
 from pretrain.data.blends import blends
 from pretrain.data.fim import FillInTheMiddle, fill_in_the_middle
-from pretrain.data.folders import DataFolder, labels
+from pretrain.data.folders import DataFolder
 from pretrain.data.manifests import SPLITS
 from pretrain.data.phased import PhasedSequences
 
@@ -241,20 +241,6 @@ def one_split(
 ) -> Dataset:
     """At least so many sequences of a data set's split; None: every sequence once. `made` as above."""
     return _build(config, [folder], split, ([folder.prefix(split)], None), samples, cache, made)
-
-
-def validation_sequences(
-    config: TrainConfig, folders: list[DataFolder], cache: Path
-) -> dict[str, Dataset]:
-    """Each data set's validation split, every sequence once, by the data set's label.
-
-    Data sets whose validation split has no whole sequence are left out.
-    """
-    return {
-        label: one_split(config, folder, "validation", None, cache, made=False)
-        for label, folder in zip(labels(folders), folders, strict=True)
-        if folder.validates(config.data.seq_length)
-    }
 
 
 def _build(

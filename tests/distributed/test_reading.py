@@ -16,8 +16,9 @@ from pretrain.config.train import DataConfig, TrainConfig
 from pretrain.data.batches import train_batches, validation_batches
 from pretrain.data.checks import open_data
 from pretrain.data.reading import RankBatches
-from pretrain.data.sequences import MADE, train_sequences, validation_sequences
+from pretrain.data.sequences import MADE, train_sequences
 from tests.data_sets import write_data_set
+from tests.held_out import validation_sequences
 from tests.ranks import run_ranks
 from tests.runs import run_train
 

@@ -19,7 +19,7 @@ from pretrain.data import checks
 from pretrain.data.batches import train_batches, validation_batches
 from pretrain.data.checks import open_data
 from pretrain.data.folders import keep_facts, kept_facts, open_folder, unigram_loss
-from pretrain.data.sequences import validation_sequences
+from pretrain.index.parts import index_parts
 from pretrain.start.past import same_data
 from tests.data_sets import write_data_set
 
@@ -163,7 +163,8 @@ def test_a_validation_split_without_a_whole_sequence_is_left_out_and_said(
     config = config_for(uneven)
     (folder,) = open_data(config)
     assert "uneven: no validation. Its validation split has 30 tokens" in caplog.text
-    assert validation_sequences(config, [folder], tmp_path / "cache") == {}
+    parts = index_parts(config, [folder], tmp_path / "cache")
+    assert [part.what for part in parts] == [folder.prefix("train")]
     assert not folder.validates(30)
     assert folder.validates(29)
 

@@ -17,8 +17,9 @@ from pretrain.config.presets import PRESETS
 from pretrain.config.train import DataConfig
 from pretrain.data.checks import open_data
 from pretrain.data.fim import FillInTheMiddle, fill_in_the_middle, find_tokens
-from pretrain.data.sequences import Sequences, train_sequences, validation_sequences
+from pretrain.data.sequences import Sequences, train_sequences
 from tests.data_sets import write_data_set
+from tests.held_out import validation_sequences
 
 FIM = FillInTheMiddle(rate=1.0, spm_rate=0.5, prefix=-1, middle=-2, suffix=-3)
 

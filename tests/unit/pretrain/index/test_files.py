@@ -16,12 +16,13 @@ import torch.distributed as dist
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import DataConfig, Phase, TrainConfig
 from pretrain.data.checks import open_data
-from pretrain.data.sequences import train_sequences, validation_sequences
+from pretrain.data.sequences import train_sequences
 from pretrain.index import files
 from pretrain.index import parts as run_parts
 from pretrain.index.cache import _said_by_rank_0, is_made, make_index
 from pretrain.index.parts import OrderPart, SplitPart
 from tests.data_sets import write_data_set
+from tests.held_out import validation_sequences
 
 BATCH, LENGTH, STEPS = 8, 64, 20
 STEP = BATCH * LENGTH  # tokens

@@ -16,7 +16,7 @@ from pretrain.config.presets import PRESETS
 from pretrain.config.train import AdaptConfig, DataConfig, TrainConfig, load_config, save_config
 from pretrain.data.checks import open_data
 from pretrain.data.folders import DataFolder, keep_facts, kept_facts, labels, open_folder
-from pretrain.data.sequences import train_sequences, validation_sequences
+from pretrain.data.sequences import train_sequences
 from pretrain.run.checkpoint_files import write_manifest, written_files
 from pretrain.run.folder import check_output_dir, find_checkpoint, started_from, write_config
 from pretrain.start.arguments import parse_train
@@ -24,6 +24,7 @@ from pretrain.start.initial import check_initial, keep_initial
 from pretrain.start.past import same_data
 from pretrain.start.preflight import preflight
 from tests.data_sets import write_data_set
+from tests.held_out import validation_sequences
 from tests.runs import run_train
 
 
