@@ -35,7 +35,7 @@ def header(device: str, args: argparse.Namespace, *packages: str) -> dict[str, A
     """
     libraries: dict[str, Any] = {name: version(name) for name in packages}
     if device != "cpu":
-        libraries |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        libraries |= {"cuda": torch.version.cuda, "cudnn": _cudnn()}
     return {
         "command": command(),
         "device": device,
@@ -44,6 +44,14 @@ def header(device: str, args: argparse.Namespace, *packages: str) -> dict[str, A
         "options": {k: _without_folders(v) for k, v in vars(args).items() if k not in FILES},
         "threads": torch.get_num_threads(),
     }
+
+
+def _cudnn() -> int | str | None:
+    """Its version, or why torch cannot say: what was measured is kept all the same."""
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError as error:  # another cuDNN is loaded than torch was built with
+        return str(error)
 
 
 def command() -> str:

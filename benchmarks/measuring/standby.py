@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 IMPORTED = (
+    "megatron_ladder",  # first: it names the cuDNN that Transformer Engine loads
     "torch",
     "transformer_engine.pytorch",
     "torch._inductor.compile_fx",

@@ -51,6 +51,18 @@ class OptimizerShards:
             others = self.part._get_main_param_and_optimizer_states(parameter)  # AdamW's step
             self.part._set_main_param_and_optimizer_states(parameter, {**others, **tensors})
 
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Makes the model's weights from the master weights, as a step does. Called by all ranks.
+
+        A checkpoint has FP8 weights in bf16 and without their scales. Quantised from that they would be
+        other numbers than those that the run was stopped with.
+        """
+        self.part._copy_main_params_to_model_params()
+        for chunk in self.part.model_chunks:
+            if not chunk.ddp_config.overlap_param_gather:  # else the next forward gathers
+                chunk.start_param_sync()
+
 
 def optimizer_shards(
     optimizer: Any, weights: dict[str, Any], *, is_loading: bool

@@ -115,6 +115,7 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
         shards.restore(loaded["optimizer"])
     for name, chunk in model_chunks(model).items():
         chunk.load_state_dict(loaded[name])
+    shards.round_weights()
     scheduler.num_steps = 0  # loading adds to it, and a rollback loads into a scheduler in use
     scheduler.load_state_dict(loaded["scheduler"])
     progress = Progress(**loaded["progress"])

@@ -33,6 +33,7 @@ def groups() -> Iterator[None]:
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     initialize_model_parallel(ParallelConfig(), seed=0)
     yield
+    torch.use_deterministic_algorithms(False)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
@@ -145,6 +146,7 @@ def test_what_transformer_engine_says_is_what_it_takes(
     from megatron_ladder.te.attention import parameters
 
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", str(int(not deterministic)))
+    torch.use_deterministic_algorithms(deterministic)  # --deterministic does both
     length, dtype = 1024, DTYPES[precision]
     config = config_of(
         length,
@@ -194,18 +196,15 @@ def attention_type(masked: bool) -> AttnMaskType:
 
 def test_torch_is_repeatable_where_that_is_asked_for() -> None:
     torch.use_deterministic_algorithms(True)
-    try:
-        for masked in (False, True):
-            length, dtype = 2048, torch.bfloat16
-            config = config_of(length, precision="bf16", impl="local", masks_given=masked)
-            assert config.core_attention.kernel != IN_MEMORY
-            attention, given = module_of(config, masked), inputs(length, dtype)
-            mask = documents_apart(length, dtype) if masked else None
-            runs = []
-            for _ in range(3):
-                loss = attention(*given, mask).float().square().sum()
-                runs.append(torch.autograd.grad(loss, given))
-            for again in runs[1:]:
-                assert all(torch.equal(a, b) for a, b in zip(again, runs[0], strict=True))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for masked in (False, True):
+        length, dtype = 2048, torch.bfloat16
+        config = config_of(length, precision="bf16", impl="local", masks_given=masked)
+        assert config.core_attention.kernel != IN_MEMORY
+        attention, given = module_of(config, masked), inputs(length, dtype)
+        mask = documents_apart(length, dtype) if masked else None
+        runs = []
+        for _ in range(3):
+            loss = attention(*given, mask).float().square().sum()
+            runs.append(torch.autograd.grad(loss, given))
+        for again in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(again, runs[0], strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from measuring import facts
+from measuring import facts, standby
 from measuring.rows import Rows
 from megatron_ladder.layers.attention_choice import CoreAttention
 from pretrain.bench.recorder import Recorder
@@ -30,6 +30,21 @@ def test_a_recorder_that_is_closed_leaves_the_decoder_as_it_was() -> None:
     found.close()
     assert not any(
         (hooked._forward_pre_hooks, hooked._forward_hooks, hooked.linear_qkv._forward_hooks)
+    )
+
+
+def test_a_cudnn_that_does_not_fit_takes_no_result_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version() -> int:
+        raise RuntimeError("cuDNN version incompatibility")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    found = facts.header("a GPU", argparse.Namespace())
+    assert found["versions"]["cudnn"] == "cuDNN version incompatibility"
+
+
+def test_a_standby_imports_what_chooses_the_cudnn_before_what_loads_one() -> None:
+    assert standby.IMPORTED.index("megatron_ladder") < min(
+        standby.IMPORTED.index(name) for name in ("torch", "transformer_engine.pytorch")
     )
 
 
