@@ -9,7 +9,12 @@ from typing import Literal, get_args
 
 from megatron_ladder.errors import UserError
 
-Residual = Literal["standard", "ladder", "parallel", "desync", "no-comm"]
+Residual = Literal["standard", "ladder", "parallel", "parallel-ladder", "desync", "no-comm"]
+# Kinds whose sub-modules read the state without the output of the last one.
+STALE: frozenset[Residual] = frozenset(("ladder", "parallel-ladder"))
+# Kinds whose attention and MLP read one input, through one norm.
+PARALLEL: frozenset[Residual] = frozenset(("parallel", "parallel-ladder"))
+TpOverlap = Literal["none", "halves"]
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
@@ -48,13 +53,14 @@ class ModelConfig:
     """Ids the tokenizer can give; None takes it from the data."""
     residual: Residual = "ladder"
     """Which state a sub-module reads: the last (standard), the one before (ladder), or one norm for
-    attention and MLP together (parallel). arXiv 2501.06589, section 3. desync sums over the
-    tensor-parallel ranks only now and then; no-comm never does, for timing only."""
+    attention and MLP together (parallel). arXiv 2501.06589, section 3. parallel-ladder: as parallel, of
+    the state one layer before. desync sums over the tensor-parallel ranks only now and then; no-comm
+    never does, for timing only."""
     desync_interval: int = 2
     """With residual=desync: the n of desync-n, sub-modules from one all-reduce to the next."""
     ladder_layers: int | tuple[int, ...] | None = None
-    """With residual=ladder: the last N layers, or a list of layers from 0; the others are standard.
-    None makes every layer a ladder layer."""
+    """With residual=ladder or parallel-ladder: the last N layers, or a list of layers from 0; the others
+    are standard, or parallel. None makes every layer a ladder layer."""
     max_position_embeddings: int = 2048
     rotary_base: float = 10000.0
     rope_scaling_factor: float | None = None
@@ -142,10 +148,10 @@ class ModelConfig:
         """
         if self.ladder_layers is None:
             return (self.residual,) * self.num_layers
-        if self.residual != "ladder":
+        if self.residual not in STALE:
             raise UserError(
                 f"model.ladder_layers is set but model.residual is {self.residual}: "
-                "set model.residual to ladder, or leave ladder_layers out"
+                "set model.residual to ladder or parallel-ladder, or leave ladder_layers out"
             )
         if isinstance(self.ladder_layers, int):
             count = self.ladder_layers
@@ -163,11 +169,12 @@ class ModelConfig:
                     f"model.ladder_layers {list(self.ladder_layers)}: layers are numbered 0 to "
                     f"{self.num_layers - 1}, each at most once"
                 )
-        return tuple("ladder" if i in chosen else "standard" for i in range(self.num_layers))
+        other: Residual = "parallel" if self.residual in PARALLEL else "standard"
+        return tuple(self.residual if i in chosen else other for i in range(self.num_layers))
 
     @property
     def is_standard(self) -> bool:
-        """Whether every layer has the standard residual, and so is megatron-core's own TransformerLayer."""
+        """Whether every layer has the standard residual."""
         return set(self.layer_residuals()) == {"standard"}
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
@@ -193,7 +200,7 @@ class ModelConfig:
 
     def _vectors_of_a_layer(self) -> int:
         """Number of parameters in the norms and biases of one layer."""
-        count = self.hidden_size * (1 if self.residual == "parallel" else 2)
+        count = self.hidden_size * (1 if self.residual in PARALLEL else 2)
         if self.add_qkv_bias:
             count += self.head_dim * (self.num_attention_heads + 2 * self.kv_heads)
         return count + (2 * self.head_dim if self.qk_layernorm else 0)
@@ -213,6 +220,9 @@ class ParallelConfig:
     """None: as many as in the stages between."""
     num_layers_in_last_pipeline_stage: int | None = None
     context_parallel_size: int = 1
+    tp_overlap: TpOverlap = "none"
+    """halves: standard and parallel layers hide their tensor-parallel collectives too. The two halves of
+    a micro-batch take turns: the collectives of one run while the other computes."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -272,6 +282,11 @@ class ParallelConfig:
         return world_size // self.model_parallel_size
 
 
+def own_layers(model: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Whether this project's layers run, and not megatron-core's own TransformerLayer."""
+    return not model.is_standard or parallel.tp_overlap == "halves"
+
+
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Checks that a layout fits a model: that it can cut the model evenly, and supports its residual.
 
@@ -294,6 +309,14 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
                 f"model.{name} {size} is not divisible by "
                 f"parallel.tensor_model_parallel_size {tp}: choose a size that divides it"
             )
+    if parallel.tp_overlap == "halves" and (
+        tp == 1 or set(model.layer_residuals()) not in ({"standard"}, {"parallel"})
+    ):
+        raise UserError(
+            "parallel.tp_overlap halves hides the collectives of standard and parallel layers over several "
+            f"tensor-parallel ranks: model.residual is {model.residual}, "
+            f"parallel.tensor_model_parallel_size {tp}. Leave it out"
+        )
     if model.residual in ("desync", "no-comm") and parallel.sequence_parallel:
         raise UserError(
             f"model.residual {model.residual} does not go with parallel.sequence_parallel: its ranks "

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ladder.config import (
+    STALE,
     Attention,
     ModelConfig,
     ParallelConfig,
@@ -26,6 +27,7 @@ from megatron_ladder.config import (
     Recompute,
     TransformerImpl,
     check_layout,
+    own_layers,
 )
 from megatron_ladder.fp8 import Fp8Config, config_fields
 from megatron_ladder.layers.attention_choice import CoreAttention, choose
@@ -79,8 +81,12 @@ def destroy_model_parallel() -> None:
 
 @dataclass
 class LadderConfig(TransformerConfig):
-    """megatron-core's TransformerConfig, with three more fields."""
+    """megatron-core's TransformerConfig, with five more fields."""
 
+    own_layers: bool = True
+    """The layers are this project's, not megatron-core's TransformerLayer."""
+    halves: bool = False
+    """Each sub-module runs on two halves of a micro-batch in turn."""
     recompute_submodules: bool = False
     """This project's layers do full recomputation (recompute.py)."""
     masks_given: bool = False
@@ -115,6 +121,7 @@ def transformer_config(
         seq_length: attention is chosen for this length. None: the model's max_position_embeddings.
     """
     check_layout(model, parallel)
+    ours, halves = own_layers(model, parallel), parallel.tp_overlap == "halves"
     on_gpu = torch.cuda.is_available()
     recompute_fields: dict[str, Any] = {}
     if recompute == "selective":
@@ -122,7 +129,7 @@ def transformer_config(
             "recompute_granularity": "selective",
             "recompute_modules": ["core_attn"],
         }
-    elif recompute == "full" and not model.is_standard:
+    elif recompute == "full" and ours:
         recompute_fields = {"recompute_submodules": True}
     elif recompute == "full":
         recompute_fields = {
@@ -176,13 +183,15 @@ def transformer_config(
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         masks_given=masks_given,
+        own_layers=ours,
+        halves=halves,
         **recompute_fields,
         **config_fields(fp8),
     )
     config.core_attention = choose(
         config,
         attention,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=max(1, micro_batch_size // (1 + halves)),
         seq_length=seq_length or model.max_position_embeddings,
     )
     return config
@@ -214,12 +223,13 @@ def build_gpt_model(
         impl,
         desync_interval=model.desync_interval,
         recompute=config.recompute_submodules,
+        halves=config.halves,
         masks_given=config.masks_given,
         qk_layernorm=model.qk_layernorm,
         core_attention=config.core_attention.whose,
     )
     count = config.virtual_pipeline_model_parallel_size or 1
-    seen_by_schedules = sent_config(config, sends_pair="ladder" in residuals)
+    seen_by_schedules = sent_config(config, sends_pair=bool(STALE.intersection(residuals)))
     chunks = []
     for number in range(count):
         chunk = number if count > 1 else None
@@ -237,7 +247,7 @@ def build_gpt_model(
                 **_rope_scaling(model),
                 vp_stage=chunk,
             )
-        if not model.is_standard:
+        if config.own_layers:
             connect(list(gpt.decoder.layers))
         if config.fp8 and config.fp8_recipe == "delayed":
             from megatron_ladder.te.scales import store_scales_as_numbers

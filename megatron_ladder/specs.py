@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_ladder.config import Residual, TransformerImpl
+from megatron_ladder.config import PARALLEL, Residual, TransformerImpl
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.attention import LocalSelfAttention
 from megatron_ladder.layers.attention import TorchAttention
@@ -97,14 +97,15 @@ def layer_spec(
     *,
     desync_interval: int = 1,
     recompute: bool = False,
+    halves: bool = False,
     masks_given: bool = False,
     qk_layernorm: bool = False,
     core_attention: Literal["te", "torch", "unfused"] | None = None,
 ) -> ModuleSpec:
     """The spec of a model's layers.
 
-    A model with standard residuals alone uses megatron-core's own TransformerLayer: it is the baseline for
-    comparisons.
+    A model with standard residuals alone uses megatron-core's own TransformerLayer, unless it runs in
+    halves: it is the baseline for comparisons.
 
     Args:
         residuals: each layer's residual kind, first to last. None: every layer is a ladder layer.
@@ -112,6 +113,7 @@ def layer_spec(
         desync_interval: the number of sub-modules from one all-reduce to the next, in desync layers.
         recompute: full recomputation, one sub-module at a time. Standard models ignore it: they use
             megatron-core's recomputation.
+        halves: run each sub-module on two halves of the micro-batch in turn.
         masks_given: attention uses the mask that forward gets. Otherwise attention is causal.
         qk_layernorm: add a norm of each head's query and key.
         core_attention: "te" (Transformer Engine's), "torch" or "unfused" (megatron-core's own). None:
@@ -125,10 +127,10 @@ def layer_spec(
     """
     chosen = resolve_impl(impl)
     kinds = set(residuals or ("ladder",))
-    assert kinds == {"parallel"} or "parallel" not in kinds
-    if kinds == {"standard"} and chosen == "transformer_engine":
+    assert kinds <= PARALLEL or not kinds & PARALLEL
+    if kinds == {"standard"} and not halves and chosen == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-    elif kinds == {"standard"}:
+    elif kinds == {"standard"} and not halves:
         submodules = _submodules(LocalBackend(), kinds, qk_layernorm)
         spec = ModuleSpec(module=TransformerLayer, submodules=submodules)
     else:
@@ -145,6 +147,7 @@ def layer_spec(
                 "residuals": residuals,
                 "desync_interval": desync_interval,
                 "recompute": recompute,
+                "halves": halves,
             },
         )
     self_attention = spec.submodules.self_attention
@@ -180,13 +183,13 @@ def block_spec(
 def _submodules(
     backend: Any, kinds: set[Residual], qk_layernorm: bool
 ) -> TransformerLayerSubmodules:
-    """Norms, attention and MLP of one layer. A parallel layer has one norm for attention and MLP."""
+    """Norms, attention and MLP of one layer. Parallel kinds have one norm for attention and MLP."""
     norm = backend.layer_norm(rms_norm=True)
     head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if qk_layernorm else IdentityOp
     # A checkpoint names the norms as Transformer Engine's fused norm + linear does. megatron-core's own
     # local spec does so too. So one checkpoint loads into either implementation.
     checkpoint_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if kinds != {"parallel"}:
+    if not kinds <= PARALLEL:
         checkpoint_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return TransformerLayerSubmodules(
         input_layernorm=norm,
@@ -202,7 +205,7 @@ def _submodules(
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=IdentityOp if kinds == {"parallel"} else norm,
+        pre_mlp_layernorm=IdentityOp if kinds <= PARALLEL else norm,
         mlp=get_mlp_module_spec_for_backend(backend=backend),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=checkpoint_names,

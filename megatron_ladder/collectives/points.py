@@ -22,7 +22,6 @@ time in Python as a small kernel takes on the GPU.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,9 +30,9 @@ from torch import Tensor
 
 from megatron_ladder.collectives import quantised_sum
 from megatron_ladder.collectives.backward_order import natural_number, run_no_sooner_than
+from megatron_ladder.collectives.flight import Flight, uncounted, used_here
 from megatron_ladder.collectives.names import ALL_GATHER, REDUCE_SCATTER
 from megatron_ladder.collectives.placeholder import Fp8, fp8_of, placeholder, standing_for
-from megatron_ladder.collectives.quantised_sum import Work
 from megatron_ladder.collectives.ranges import named
 from megatron_ladder.config import AllReduce
 
@@ -44,22 +43,6 @@ Group = dist.ProcessGroup
 _SUBMODULE = "_submodule_collectives"
 
 
-@dataclass(slots=True)
-class _Flight:
-    """A collective in flight: the tensor that it writes, the tensor that it reads, and its handle."""
-
-    result: Tensor
-    source: Tensor
-    work: Work
-
-    def arrive(self) -> Tensor:
-        self.work.wait()
-        # After the wait this object drops `source`, which NCCL has read. The allocator could then reuse its
-        # memory at once on the stream that made it. That may be another stream, which has not waited.
-        used_here(self.source)
-        return used_here(self.result)
-
-
 class SubmoduleCollectives:
     """The collectives of one call of one sub-module: handles and buffers, forward and backward.
 
@@ -67,13 +50,19 @@ class SubmoduleCollectives:
         group: the tensor-parallel ranks.
         sequence_parallel: residual states are cut along the sequence, [s/tp, b, h].
         all_reduce: how the output is summed without sequence parallelism.
+        readers: how many linears read the input.
     """
 
     def __init__(
-        self, group: Group, sequence_parallel: bool, all_reduce: AllReduce = "exact"
+        self,
+        group: Group,
+        sequence_parallel: bool,
+        all_reduce: AllReduce = "exact",
+        readers: int = 1,
     ) -> None:
         self.group, self.sequence_parallel = group, sequence_parallel
         self._all_reduce = all_reduce
+        self._readers, self._gradients = readers, 0
         self.number: int | None = None
         """The sequence number of the node with which this sub-module's backward ends."""
         self._input_shard: Tensor | None = None
@@ -83,11 +72,12 @@ class SubmoduleCollectives:
         here."""
         self.gradient_in_fp8: Callable[[Tensor, Group], Tensor] | None = None
         """Quantises a rank's part of the output's gradient, when the sub-module's last linear is in FP8."""
-        self._input: _Flight | None = None
-        self._output: _Flight | None = None
-        self._input_gradient: _Flight | None = None
-        self._output_gradient: _Flight | None = None
-        self._input_again: _Flight | None = None
+        self._input: Flight | None = None
+        self._output: Flight | None = None
+        self._partial_gradient: Tensor | None = None
+        self._input_gradient: Flight | None = None
+        self._output_gradient: Flight | None = None
+        self._input_again: Flight | None = None
 
     # Forward.
 
@@ -114,8 +104,8 @@ class SubmoduleCollectives:
             if self.sequence_parallel:
                 self._output = self._reduce_scatter(x)
             elif self._all_reduce == "int8":
-                work = quantised_sum.start(_uncounted(x), self.group)
-                self._output = _Flight(x, x, work)
+                work = quantised_sum.start(uncounted(x), self.group)
+                self._output = Flight(x, x, work)
             else:
                 # The sum is in place: `x` is the new output of a GEMM, and no backward formula reads it.
                 self._output = self._sum(x)
@@ -130,9 +120,17 @@ class SubmoduleCollectives:
     # Backward.
 
     def start_input_gradient(self, grad: Tensor) -> None:
-        """Starts the sum of the partial gradients over the ranks. It may overwrite `grad`, [s, b, h]."""
+        """Starts the sum of the partial gradients, [s, b, h], over the ranks, when every linear that reads
+        the input has brought its own. It may overwrite `grad`."""
         assert self._input_gradient is None, "a linear that reads the input has started its sum"
         grad = grad.contiguous()
+        if self._partial_gradient is not None:
+            grad = self._partial_gradient.add_(grad)
+        self._gradients += 1
+        if self._gradients < self._readers:
+            self._partial_gradient = grad
+            return
+        self._partial_gradient, self._gradients = None, 0
         with named("input gradient: start"):
             start = self._reduce_scatter if self.sequence_parallel else self._sum
             self._input_gradient = start(grad)
@@ -166,12 +164,13 @@ class SubmoduleCollectives:
             for_forward: backward will also run the sub-module's forward again.
 
         Returns:
-            Whether backward will gather the input again. False when nothing was gathered: the caller must
-            then keep its input.
+            Whether backward will gather the input again. False when nothing was gathered, or when several
+            linears read the input: the caller must then keep its input.
         """
-        self._gathers_again = self._input_shard is not None
+        self._gathers_again = self._input_shard is not None and self._readers == 1
         self._again_for_forward = for_forward
-        if self._input_shard is not None and (fp8 := fp8_of(self._input_shard)) is not None:
+        shard = self._input_shard if self._gathers_again else None
+        if shard is not None and (fp8 := fp8_of(shard)) is not None:
             fp8.keep(rows=for_forward)
         return self._gathers_again
 
@@ -189,51 +188,27 @@ class SubmoduleCollectives:
         self._input_shard, self._gathers_again = None, False
         return flying.arrive()
 
-    def _sum(self, x: Tensor) -> _Flight:
-        work = dist.all_reduce(_uncounted(x), group=self.group, async_op=True)
-        return _Flight(x, x, work)
+    def _sum(self, x: Tensor) -> Flight:
+        work = dist.all_reduce(uncounted(x), group=self.group, async_op=True)
+        return Flight(x, x, work)
 
-    def _all_gather(self, x: Tensor, *, rows: bool = True, columns: bool = True) -> _Flight:
+    def _all_gather(self, x: Tensor, *, rows: bool = True, columns: bool = True) -> Flight:
         """Starts an all-gather of `x`; of an FP8 tensor only the layouts that will be read."""
         shape = (x.size(0) * self.group.size(), *x.shape[1:])
         if (fp8 := fp8_of(x)) is not None:
             whole, work = fp8.all_gather(self.group, rows=rows, columns=columns)
-            return _Flight(standing_for(placeholder(x, *shape), whole), x, work)
+            return Flight(standing_for(placeholder(x, *shape), whole), x, work)
         x = x.contiguous()
         out = x.new_empty(shape)
-        work = getattr(dist, ALL_GATHER)(_uncounted(out), x, group=self.group, async_op=True)
-        return _Flight(out, x, work)
+        work = getattr(dist, ALL_GATHER)(uncounted(out), x, group=self.group, async_op=True)
+        return Flight(out, x, work)
 
-    def _reduce_scatter(self, x: Tensor) -> _Flight:
+    def _reduce_scatter(self, x: Tensor) -> Flight:
         x = x.contiguous()
         shape = (x.size(0) // self.group.size(), *x.shape[1:])
         out = x.new_empty(shape)
-        work = getattr(dist, REDUCE_SCATTER)(_uncounted(out), x, group=self.group, async_op=True)
-        return _Flight(out, x, work)
-
-
-def _uncounted(x: Tensor) -> Tensor:
-    """`x` over the same memory, for a collective that writes to it without autograd's version counter.
-
-    Autograd counts the writes to a tensor. After a write it refuses tensors that it saved before, and views
-    that were taken before. The writes of some backends count and those of others do not. Their time differs
-    too: gloo's thread copies a sum back to a GPU tensor at any time before the wait. No code reads a result
-    before the wait, so this check is not needed here. `.data` has a version counter of its own.
-    `.detach()` and views share `x`'s counter, under no_grad too.
-    """
-    return x.data
-
-
-def used_here(x: Tensor) -> Tensor:
-    """Tells CUDA's allocator that the current stream reads `x`, which another stream may have made.
-
-    Returns `x`.
-    """
-    if (fp8 := fp8_of(x)) is not None:
-        fp8.used_here()
-    elif x.is_cuda:
-        x.record_stream(torch.cuda.current_stream())
-    return x
+        work = getattr(dist, REDUCE_SCATTER)(uncounted(out), x, group=self.group, async_op=True)
+        return Flight(out, x, work)
 
 
 def collectives_of(x: Tensor) -> SubmoduleCollectives | None:
@@ -257,10 +232,8 @@ class _InputStart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
-        # A linear that has started the sum returns no gradient to autograd, which could copy it. The
-        # gradient in flight is in `collectives`. Linears that share an input do return their gradients.
-        if grads[0] is not None:
-            ctx.collectives.start_input_gradient(grads[0])
+        # Linears return no gradient to autograd, which could copy it: it is in `collectives`.
+        assert grads[0] is None, "a linear has not brought its gradient to the collectives"
         return ctx.collectives.wait_input_gradient(), None
 
 
@@ -304,6 +277,7 @@ def input_start(
     sequence_parallel: bool,
     behind: int | None = None,
     all_reduce: AllReduce = "exact",
+    readers: int = 1,
 ) -> Tensor:
     """Starts to bring a sub-module's normalised input to every rank.
 
@@ -315,6 +289,7 @@ def input_start(
         behind: the `number` of the previous sub-module's collectives. Backward waits for the input's
             gradient after the whole backward of that sub-module. None: autograd chooses when.
         all_reduce: how this sub-module's output will be summed. int8 is for inference only.
+        readers: how many linears read the input. Its gradient is complete after the backward of all.
 
     Returns:
         [s, b, h]. With sequence parallelism it is in flight until `input_wait`.
@@ -322,7 +297,7 @@ def input_start(
     if group is None or group.size() == 1:
         return x  # if `x` is a placeholder, it still has its FP8 tensor
     assert all_reduce == "exact" or not torch.is_grad_enabled(), "int8 sums have no backward"
-    collectives = SubmoduleCollectives(group, sequence_parallel, all_reduce)
+    collectives = SubmoduleCollectives(group, sequence_parallel, all_reduce, readers)
     x = _InputStart.apply(x, collectives)
     fp8, collectives.fp8_input = collectives.fp8_input, None
     # With sequence parallelism the layer makes these nodes at the place where they have to run (layer.py).
@@ -333,13 +308,11 @@ def input_start(
     return take_part(standing_for(x, fp8), collectives)
 
 
-def input_wait(x: Tensor, *, shared: bool = False) -> Tensor:
+def input_wait(x: Tensor) -> Tensor:
     """Waits for the input of a sub-module.
 
     Args:
         x: from `input_start`.
-        shared: several linears read `x`. Its gradient is complete only after the backward of all of them,
-            so none of them may start the reduction by itself.
 
     Returns:
         [s, b, h], complete.
@@ -348,8 +321,6 @@ def input_wait(x: Tensor, *, shared: bool = False) -> Tensor:
     if collectives is None:
         return x
     collectives.wait_input()
-    if shared:
-        delattr(x, _SUBMODULE)
     return used_here(x)
 
 

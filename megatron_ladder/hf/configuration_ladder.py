@@ -8,7 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-RESIDUALS = ("standard", "ladder", "parallel")
+# The kinds with ladder layers, which read the state before the last, and the kind of their other layers.
+LADDERS = {"ladder": "standard", "parallel-ladder": "parallel"}
+# The kinds whose attention and MLP read one state, through one norm.
+PARALLELS = ("parallel", "parallel-ladder")
+RESIDUALS = ("standard", "ladder", "parallel", "parallel-ladder")
 
 
 def ladder_layer_indices(
@@ -17,22 +21,22 @@ def ladder_layer_indices(
     """The ladder layers, numbered from 0, ascending. Their sub-modules read the state before the last.
 
     Args:
-        residual: "standard", "ladder" or "parallel".
-        ladder_layers: only with "ladder": None (every layer), an int (the last N layers) or a list of
-            layers. All other layers are standard.
+        residual: one of RESIDUALS.
+        ladder_layers: only with a kind of LADDERS: None (every layer), an int (the last N layers) or a list
+            of layers. All other layers are standard, or parallel.
         num_layers: the number of layers in the model.
 
     Raises:
-        ValueError: `residual` is unknown, `ladder_layers` is set without "ladder", or a layer in it does
-            not exist or is named twice.
+        ValueError: `residual` is unknown, `ladder_layers` is set with a kind that has no ladder layers, or
+            a layer in it does not exist or is named twice.
     """
     if residual not in RESIDUALS:
         raise ValueError(f"residual is {residual!r}: choose one of {', '.join(RESIDUALS)}")
-    if residual != "ladder":
+    if residual not in LADDERS:
         if ladder_layers is not None:
             raise ValueError(
-                f"ladder_layers is set but residual is {residual!r}: set residual to 'ladder', or "
-                "leave ladder_layers out"
+                f"ladder_layers is set but residual is {residual!r}: set residual to "
+                f"{' or '.join(map(repr, LADDERS))}, or leave ladder_layers out"
             )
         return ()
     if ladder_layers is None:
@@ -59,8 +63,9 @@ class LadderConfig(PreTrainedConfig):
     Args:
         residual: the state that a sub-module reads. "standard": the last state, as in Llama. "ladder": the
             state before it. "parallel": attention and MLP read the last state together, through one norm.
-        ladder_layers: with "ladder": None (every layer), an int (the last N layers) or a list of layers,
-            numbered from 0. All other layers are standard.
+            "parallel-ladder": as parallel, of the state before the last layer's output.
+        ladder_layers: with "ladder" or "parallel-ladder": None (every layer), an int (the last N layers) or
+            a list of layers, numbered from 0. All other layers are standard, or parallel.
         qkv_bias: biases of queries, keys and values, as in Qwen2.
         qk_norm: RMSNorm of each head's query and key before RoPE, as in Qwen3.
         rope_parameters: transformers' dictionary, with the `rope_type` "default", "linear" or "llama3". The

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ladder.hf.configuration_ladder import LadderConfig
+from megatron_ladder.hf.configuration_ladder import PARALLELS, LadderConfig
 
 _STACKED = "decoder.layers."
 
@@ -86,7 +86,7 @@ def _entries(config: LadderConfig) -> list[_Entry]:
             norm = {f"self_attn.{one}_norm.weight": (config.head_dim,)}
             entries.append(_Entry(attention + f"{one}_layernorm.weight", norm))
     entries.append(_Entry(attention + "linear_proj.weight", {"self_attn.o_proj.weight": (h, q)}))
-    if config.residual != "parallel":
+    if config.residual not in PARALLELS:
         entries.append(
             _Entry(mlp + "linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (h,)})
         )

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama-family decoder with a choice of residual: standard, ladder (arXiv 2501.06589) or parallel.
+"""A Llama-family decoder with a choice of residual: standard, ladder, parallel (arXiv 2501.06589), or both.
 
 This file is copied into the folders of exported models. It imports only torch and transformers (>=5.0,<6).
 The tests compare the tensor-parallel training code with it, so it is written to be easy to read.
 
-The parameters have Llama's names. A layer passes two states to the next layer: `a`, the residual stream
-after the attention, and `m`, the residual stream after the MLP that follows it. Both states are
+The parameters have Llama's names. A layer passes two states to the next layer: `m`, the residual stream,
+and `a`, the residual stream without the last output that was added to it. Both states are
 [batch, length, hidden] and start as the embedding. The final norm reads `m`.
 
-    standard   a' = m + attn(norm1(m))    m' = a' + mlp(norm2(a'))
-    ladder     a' = m + attn(norm1(a))    m' = a' + mlp(norm2(m))
-    parallel   m' = m + attn(norm1(m)) + mlp(norm1(m))
+    standard          a' = m + attn(norm1(m))    m' = a' + mlp(norm2(a'))
+    ladder            a' = m + attn(norm1(a))    m' = a' + mlp(norm2(m))
+    parallel          a' = m                     m' = m + attn(norm1(m)) + mlp(norm1(m))
+    parallel-ladder   a' = m                     m' = m + attn(norm1(a)) + mlp(norm1(a))
 
-A ladder sub-module does not read the output of the previous sub-module. So with tensor parallelism the
-all-reduce of that output can run while the ladder sub-module computes.
+A ladder sub-module does not read the output of the previous sub-module, nor a parallel-ladder layer that of
+the previous layer. So with tensor parallelism the all-reduce of that output can run while it computes.
 """
 
 import inspect
@@ -29,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_ladder import LadderConfig
+from .configuration_ladder import LADDERS, PARALLELS, LadderConfig
 
 # The first versions of transformers 5 need the positions of the new tokens in the cache. Later versions ask
 # the cache.
@@ -186,27 +187,26 @@ class LadderDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LadderConfig, layer_idx: int) -> None:
         super().__init__()
-        if config.residual == "parallel":
-            self.residual = "parallel"
-        else:
-            is_ladder = layer_idx in config.ladder_layer_indices()
-            self.residual = "ladder" if is_ladder else "standard"
+        is_ladder = layer_idx in config.ladder_layer_indices()
+        self.residual = (
+            config.residual if is_ladder else LADDERS.get(config.residual, config.residual)
+        )
         self.self_attn = LadderAttention(config, layer_idx)
         self.mlp = LadderMLP(config)
         self.input_layernorm = LadderRMSNorm(config.hidden_size, config.rms_norm_eps)
-        if self.residual != "parallel":
+        if self.residual not in PARALLELS:
             self.post_attention_layernorm = LadderRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, a: Tensor, m: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self.residual == "parallel":
-            normed = self.input_layernorm(m)
-            m = m + self.self_attn(normed, cos, sin, mask, **kwargs) + self.mlp(normed)
-            return m, m
-        attention_reads = a if self.residual == "ladder" else m
-        a = m + self.self_attn(self.input_layernorm(attention_reads), cos, sin, mask, **kwargs)
-        mlp_reads = m if self.residual == "ladder" else a
+        is_ladder = self.residual in LADDERS
+        normed = self.input_layernorm(a if is_ladder else m)
+        attended = m + self.self_attn(normed, cos, sin, mask, **kwargs)
+        if self.residual in PARALLELS:
+            return m, attended + self.mlp(normed)
+        mlp_reads = m if is_ladder else attended
+        a = attended
         m = a + self.mlp(self.post_attention_layernorm(mlp_reads))
         return a, m
 

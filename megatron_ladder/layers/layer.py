@@ -3,26 +3,32 @@
 A layer passes two tensors to the next layer (arXiv 2501.06589, section 3). Both are [s, b, h], or
 [s/tp, b, h] with sequence parallelism:
 
-    context        a, the state after the layer's attention, complete
-    hidden_states  y, the layer's MLP output, its collective possibly still in flight
+    context        a, the state without the last sub-module's output, complete
+    hidden_states  y, that output, its collective possibly still in flight
 
-The state after the MLP is m = a + y. megatron-core passes `context` from layer to layer for
+The state with all outputs is m = a + y. megatron-core passes `context` from layer to layer for
 cross-attention, which these decoders do not have. The first layer of a model gets the embedding alone
 (a = m = x), and the last layer returns m alone. A pipeline stage sends both tensors to the next stage
 complete, packed as one tensor (stages.py).
 
-    ladder     a' = m + attn(norm1(a))    m' = a' + mlp(norm2(m))
-    standard   a' = m + attn(norm1(m))    m' = a' + mlp(norm2(a'))
-    parallel   n = norm(m)                m' = m + (attn(n) + mlp(n))
-    desync     as standard, with collectives at every n-th sub-module only (desync.py)
+    ladder           a' = m + attn(norm1(a))    m' = a' + mlp(norm2(m))
+    standard         a' = m + attn(norm1(m))    m' = a' + mlp(norm2(a'))
+    parallel         n = norm(m)                m' = m + (attn(n) + mlp(n))
+    parallel-ladder  n = norm(a)                m' = m + (attn(n) + mlp(n))
+    desync           as standard, with collectives at every n-th sub-module only (desync.py)
 
 A ladder sub-module reads the state without the output of the previous sub-module. So the collective of that
 output can run while the ladder sub-module computes. In backward, the reduction of its input's gradient runs
 during the backward of the previous sub-module. docs/design/overlap.md has the timeline.
+
+Standard and parallel layers can hide their collectives too, in two halves of the micro-batch: while the
+collective of one half's output runs, the other half computes (`halves`; Domino, arXiv 2409.15241). Then
+`context` is a pair: m of the first half and a of the second half, whose y is in flight.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
@@ -40,12 +46,16 @@ from megatron_ladder.collectives.points import (
     output_wait,
 )
 from megatron_ladder.collectives.ranges import named
-from megatron_ladder.config import AllReduce, Residual
+from megatron_ladder.config import PARALLEL, STALE, AllReduce, Residual
 from megatron_ladder.layers.desync import meet, part_ways, sum_weight_gradients
+from megatron_ladder.layers.halves import half_of, join, split
 from megatron_ladder.layers.recompute import numbers_drawn, recomputed
 from megatron_ladder.layers.stages import pack, unpack
 
-# The name of an attribute: the next layer's attention input, in flight, on the state it was made from.
+Submodule = Literal["attention", "mlp", "both"]
+"""both: attention and MLP of parallel kinds. They read one input, and their outputs are summed together."""
+
+# The name of an attribute: the input of the next layer, in flight, on the state it was made from.
 _PREPARED = "_prepared_input"
 
 
@@ -56,6 +66,7 @@ class LadderTransformerLayer(TransformerLayer):
         residuals: the residual kind of each layer of the whole model. None: all are ladder layers.
         desync_interval: the n of desync-n, for desync layers.
         recompute: compute each sub-module's activations again in backward (recompute.py).
+        halves: standard and parallel layers run each sub-module on two halves of the micro-batch in turn.
         *args: arguments of megatron-core's TransformerLayer.
         **kwargs: arguments of megatron-core's TransformerLayer.
 
@@ -69,12 +80,18 @@ class LadderTransformerLayer(TransformerLayer):
         residuals: tuple[Residual, ...] | None = None,
         desync_interval: int = 1,
         recompute: bool = False,
+        halves: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._refuse_unsupported()
         # megatron-core numbers the model's layers from 1, across pipeline stages.
         self.residual: Residual = residuals[self.layer_number - 1] if residuals else "ladder"
+        self.halves = halves
+        self.submodules: tuple[Submodule, ...] = (
+            ("both",) if self.residual in PARALLEL else ("attention", "mlp")
+        )
+        self._calls = [(name, half) for name in self.submodules for half in range(1 + halves)]
         self.is_last_layer = self.layer_number == self.config.num_layers
         self.recompute = recompute
         self.in_fp8 = bool(self.config.fp8) and not is_first_last_bf16_layer(
@@ -83,18 +100,23 @@ class LadderTransformerLayer(TransformerLayer):
         # stages.connect sets these two. A tuple, because torch would register a layer as a submodule.
         self.next_layer: tuple[LadderTransformerLayer, ...] = ()
         self.is_last_of_stage: bool | None = None
-        self.sends_pair = "ladder" in residuals if residuals else True
+        self.sends_pair = bool(STALE.intersection(residuals)) if residuals else True
         self.comm_group = None if self.residual == "no-comm" else self.tp_group
         self.all_reduce: AllReduce = "exact"  # inference.sums sets it
         # At most one item: the function to call in the middle of the running sub-module, and whether it
         # records gradients; see `_submodule`. A list, because to assign a module's attribute is slow.
         self._chain: list[tuple[Callable[[], None], bool]] = []
-        if self.config.sequence_parallel:
+        if self.config.sequence_parallel and "both" not in self.submodules:
             for first_linear in (self.self_attention.linear_qkv, self.mlp.linear_fc1):
                 first_linear.register_forward_hook(self._run_chain)
         self.desync_interval = desync_interval
         if self.residual == "desync":
             sum_weight_gradients((self.input_layernorm, self.pre_mlp_layernorm), self.tp_group)
+
+    @property
+    def hides(self) -> bool:
+        """Whether a collective runs while the next sub-module, or the other half, computes."""
+        return self.halves or self.residual in STALE  # adaptation changes the kind (gradual.py)
 
     def _refuse_unsupported(self) -> None:
         """Raises ValueError for options of megatron-core that this layer's forward would ignore."""
@@ -118,19 +140,20 @@ class LadderTransformerLayer(TransformerLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        context: Tensor | None = None,
+        context: Tensor | tuple[Tensor, ...] | None = None,
         context_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
         **attention_kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, ...] | None]:
         """Runs one layer on the pair (a, y) of the module's docstring.
 
         With sequence parallelism all shapes have s/tp instead of s.
 
         Args:
-            hidden_states: y, [s, b, h]. When `context` is None: the embedding, [s, b, h], or the tensor
-                that the previous pipeline stage sent, [s, b, h] or packed [s, b, 2h].
-            context: a, [s, b, h], or None.
+            hidden_states: y, [s, b, h]; of halves the second one's, [s, b/2, h]. When `context` is None:
+                the embedding, [s, b, h], or the tensor that the previous pipeline stage sent, [s, b, h] or
+                packed [s, b, 2h].
+            context: a, [s, b, h]; of halves both, [s, b/2, h] each; or None.
             attention_mask: for self-attention.
             context_mask: must be None.
             padding_mask: must be None.
@@ -152,90 +175,120 @@ class LadderTransformerLayer(TransformerLayer):
         attention_kwargs.pop("dynamic_inference_decode_only", None)
         attention_kwargs["attention_mask"] = attention_mask
         y: Tensor | None
-        if context is None:
+        if context is not None:
+            states, y = (context if isinstance(context, tuple) else (context,)), hidden_states
+        elif self.halves:
+            states, y = split(hidden_states), None
+        else:
             a, y = unpack(hidden_states, self.config.hidden_size)
-        else:
-            a, y = context, hidden_states
+            states = (a,)
 
-        if self.residual == "ladder":
-            y, a = self._ladder(a, y, attention_kwargs)
-        elif self.residual in ("standard", "no-comm"):
-            y, a = self._standard(a, y, attention_kwargs)
-        elif self.residual == "parallel":
-            y, a = self._parallel(a, y, attention_kwargs)
-        else:
-            return self._desync(a, attention_kwargs), None
-
+        if self.residual == "desync":
+            return self._desync(states[0], attention_kwargs), None
+        run = self._hiding if self.hides else self._waiting
+        y, states = run(states, y, attention_kwargs)
+        *complete, a = states
         if self.is_last_layer or (self.is_last_of_stage and not self.sends_pair):
-            return self._add(a, y), None
+            return join((*complete, self._add(a, y))), None
         if self.is_last_of_stage:
             return pack(a, output_wait(y)), None
-        return y, a
+        return y, (tuple(states) if self.halves else a)
 
-    def _ladder(self, a: Tensor, y: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        previous = None if y is None else collectives_of(y)
-        if (x := getattr(a, _PREPARED, None)) is not None:
-            delattr(a, _PREPARED)  # `x` was made from `a`, so this is a reference cycle: break it
+    def _hiding(
+        self, states: tuple[Tensor, ...], y: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Runs each sub-module while the output of the one before it is on its way.
+
+        Args:
+            states: one state, or those of two halves of the micro-batch.
+            y: the output in flight that belongs to the last of `states`.
+            kwargs: for self-attention.
+
+        Returns:
+            The output of the last sub-module, in flight, and the states.
+        """
+        updated = list(states)
+        if (x := getattr(states[0], _PREPARED, None)) is not None:
+            delattr(
+                states[0], _PREPARED
+            )  # `x` was made from it, so this is a reference cycle: break it
         else:
-            x = self._start_attention(a, previous)
-        attention_collectives = collectives_of(x)
+            behind = None if y is None else collectives_of(y)
+            x = self._start_submodule(self.submodules[0], states[0], behind)
+        of = len(states) - 1  # the state that `y` belongs to
+        for (name, half), following in zip(self._calls, [*self._calls[1:], None], strict=True):
+            state = updated[of]
+            chain = partial(self._between, state, y, following, collectives_of(x))
+            given = half_of(kwargs, half) if self.halves else kwargs
+            y, (updated[of], x) = self._submodule(name, x, chain, (state, y), **given)
+            of = half
+        assert y is not None
+        return y, tuple(updated)
 
-        def after_previous_mlp() -> tuple[Tensor, Tensor]:
-            m = a if y is None else self._add(a, y)
-            return m, self._start_mlp(m, attention_collectives)
+    def _between(
+        self,
+        state: Tensor,
+        y: Tensor | None,
+        following: tuple[Submodule, int] | None,
+        behind: SubmoduleCollectives | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The chain between the previous and the next sub-module; see `_submodule`.
 
-        def after_attention() -> tuple[Tensor, None]:
-            return self._prepare_next(self._add(m, attention)), None
+        Args:
+            state: the state that the previous sub-module's output belongs to.
+            y: that output; None before the first one.
+            following: the next sub-module in this layer; None: it is the next layer's.
+            behind: the collectives of the sub-module that runs.
+        """
+        state = state if y is None else self._add(state, y)
+        if following is None:
+            return self._prepare_next(state), None
+        return state, self._start_submodule(following[0], state, behind)
 
-        attention, (m, x) = self._submodule(
-            self.self_attention, x, after_previous_mlp, (a, y), **kwargs
-        )
-        y, (a, _) = self._submodule(self.mlp, x, after_attention, (m, attention))
-        return y, a
-
-    def _standard(
-        self, a: Tensor, y: Tensor | None, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        m = a if y is None else self._add(a, y)
-        attention, _ = self._submodule(self.self_attention, self._start_attention(m), **kwargs)
-        a = self._add(m, attention)
-        y, _ = self._submodule(self.mlp, self._start_mlp(a))
-        return y, a
-
-    def _parallel(
-        self, a: Tensor, y: Tensor | None, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        m = a if y is None else self._add(a, y)
-        x = self._start(self.input_layernorm(m))
-        own = collectives_of(x)
-        x = input_wait(x, shared=True)
-        attention = self._compute(self.self_attention, x, **kwargs)
-        return output_start(attention + self._compute(self.mlp, x), own), m
+    def _waiting(
+        self, states: tuple[Tensor, ...], y: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `_hiding`, but each sub-module runs when the output of the one before it has come."""
+        (state,) = states
+        for name in self.submodules:
+            state = state if y is None else self._add(state, y)
+            y, _ = self._submodule(name, self._start_submodule(name, state), **kwargs)
+        assert y is not None
+        return y, (state,)
 
     def _desync(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         number = 2 * (self.layer_number - 1)  # the number of sub-modules before this one
         last = 2 * self.config.num_layers
-        for norm, module, arguments in (
-            (self.input_layernorm, self.self_attention, kwargs),
-            (self.pre_mlp_layernorm, self.mlp, {}),
-        ):
+        for name in self.submodules:
+            norm = self.input_layernorm if name == "attention" else self.pre_mlp_layernorm
             if number % self.desync_interval == 0:
                 x = part_ways(x, self.tp_group)
             number += 1
-            output = self._compute(module, norm(x), **arguments)
+            output = self._compute(name, norm(x), **(kwargs if name == "attention" else {}))
             if number % self.desync_interval == 0 or number == last:
                 x = meet(self._add(x / self.tp_group.size(), output), self.tp_group)
             else:
                 x = self._add(x, output)
         return x
 
-    def _start_attention(self, x: Tensor, behind: SubmoduleCollectives | None = None) -> Tensor:
-        return self._start(
-            self._normalised(x, self.input_layernorm, self.self_attention.linear_qkv), behind
+    def _start_submodule(
+        self, name: Submodule, x: Tensor, behind: SubmoduleCollectives | None = None
+    ) -> Tensor:
+        """Normalises a state, and starts to bring it to a sub-module; see `input_start`."""
+        if name == "both":
+            x = self.input_layernorm(x)
+        elif name == "attention":
+            x = self._normalised(x, self.input_layernorm, self.self_attention.linear_qkv)
+        else:
+            x = self._normalised(x, self.pre_mlp_layernorm, self.mlp.linear_fc1)
+        return input_start(
+            x,
+            self.comm_group,
+            self.config.sequence_parallel,
+            None if behind is None else behind.number,
+            self.all_reduce,
+            readers=2 if name == "both" else 1,
         )
-
-    def _start_mlp(self, x: Tensor, behind: SubmoduleCollectives | None = None) -> Tensor:
-        return self._start(self._normalised(x, self.pre_mlp_layernorm, self.mlp.linear_fc1), behind)
 
     def _normalised(self, x: Tensor, norm: Any, linear: Any) -> Tensor:
         """norm(x). For an FP8 `linear` it is in FP8, so that the all-gather is in FP8 too."""
@@ -244,34 +297,30 @@ class LadderTransformerLayer(TransformerLayer):
         group = self.comm_group if self.config.sequence_parallel else None
         return linear.normalised(x, norm, group)
 
-    def _start(self, x: Tensor, behind: SubmoduleCollectives | None = None) -> Tensor:
-        """Starts to bring a normalised state to a sub-module; see `input_start`."""
-        number = None if behind is None else behind.number
-        sequence_parallel, all_reduce = self.config.sequence_parallel, self.all_reduce
-        return input_start(x, self.comm_group, sequence_parallel, number, all_reduce)
-
     def _submodule(
         self,
-        module: Any,
+        name: Submodule,
         x: Tensor,
         chain: Callable[[], tuple[Tensor, Tensor | None]] | None = None,
         reads: tuple[Tensor | None, ...] = (),
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """Runs attention or MLP, and the chain between the previous and the next sub-module.
+        """Runs a sub-module, and the chain between the previous and the next one.
 
         Args:
-            module: attention or MLP.
-            x: its input, from `_start`.
+            name: attention, mlp, or both: the sum of the two.
+            x: its input, from `_start_submodule`.
             chain: waits for the output of the previous sub-module, adds it, and starts the input of
                 the next sub-module. Returns the new state, and that input or None.
             reads: the tensors that `chain` reads.
+            **kwargs: for self-attention.
 
         Returns:
-            The output of `module`, in flight, and what `chain` returned.
+            The output of the sub-module, in flight, and what `chain` returned.
         """
         own = collectives_of(x)
-        since = streams.moment() if own is not None and own.sequence_parallel else None
+        sequence_parallel = own is not None and own.sequence_parallel
+        since = streams.moment() if sequence_parallel else None
         x = input_wait(x)
         results: list[tuple[Tensor, Tensor | None]] = []
 
@@ -284,13 +333,19 @@ class LadderTransformerLayer(TransformerLayer):
         # sub-module. With sequence parallelism the chain has two collectives, one after the other. It runs
         # in the middle of the sub-module, so that each collective overlaps with a part of the sub-module:
         # in forward, and in backward too, because of the order in which the nodes are made.
-        if chain is not None and own is not None and own.sequence_parallel:
+        if chain is not None and sequence_parallel:
             self._chain.append((run, torch.is_grad_enabled()))
-        if own is not None and own.sequence_parallel and self.in_fp8:
-            is_attention = module is self.self_attention
-            last_linear = module.linear_proj if is_attention else module.linear_fc2
-            own.gradient_in_fp8 = last_linear.output_gradient
-        output = output_start(self._compute(module, x, **kwargs), own)
+        if name == "both":
+            attention = self._compute("attention", x, **kwargs)
+            self._run_chain()
+            output = attention + self._compute("mlp", x)
+        else:
+            if own is not None and sequence_parallel and self.in_fp8:
+                is_attention = name == "attention"
+                last = self.self_attention.linear_proj if is_attention else self.mlp.linear_fc2
+                own.gradient_in_fp8 = last.output_gradient
+            output = self._compute(name, x, **(kwargs if name == "attention" else {}))
+        output = output_start(output, own)
         assert not self._chain, "the sub-module's first linear did not run"
         if chain is not None and not results:
             run()
@@ -299,18 +354,20 @@ class LadderTransformerLayer(TransformerLayer):
         return output, results[0] if results else None
 
     def _run_chain(self, *_: Any) -> None:
-        """Forward hook of a sub-module's first linear. In recomputation there is no chain to run."""
+        """Runs the chain of the running sub-module, in its middle: between attention and MLP, or as forward
+        hook of its first linear. In recomputation there is no chain to run."""
         if self._chain:
             chain, records = self._chain.pop()
             with torch.set_grad_enabled(records):  # gradients are off in recomputation's first pass
                 chain()
             numbers_drawn()
 
-    def _compute(self, module: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    def _compute(self, name: Submodule, x: Tensor, **kwargs: Any) -> Tensor:
         """Runs attention or MLP: [s, b, h] -> [s, b, h] partial sums.
 
         There are no biases to add after the sum: `_refuse_unsupported` refuses them.
         """
+        module = self.self_attention if name == "attention" else self.mlp
 
         def submodule(x: Tensor) -> Tensor:
             # Compiled layers share one graph, unless the code reads their number. Compiled code has no
@@ -320,20 +377,18 @@ class LadderTransformerLayer(TransformerLayer):
                 output, _ = module(x, **kwargs)
             return output
 
-        name = "attention" if module is self.self_attention else "mlp"
-
         return recomputed(submodule, x) if self.recompute and self.training else submodule(x)
 
     def _prepare_next(self, a: Tensor) -> Tensor:
-        """With sequence parallelism, starts the attention input of the next layer.
+        """With sequence parallelism, starts the input of the next layer.
 
-        Here, in the middle of this layer's MLP, its all-gather overlaps with computation.
+        Here, in the middle of this layer's last sub-module, its all-gather overlaps with computation.
         """
         if not self.config.sequence_parallel or self.tp_group.size() == 1:
             return a
         for following in self.next_layer:
-            if following.residual == "ladder":
-                setattr(a, _PREPARED, following._start_attention(a))
+            if following.hides:
+                setattr(a, _PREPARED, following._start_submodule(following.submodules[0], a))
         return a
 
     def _add(self, residual: Tensor, output: Tensor) -> Tensor:

@@ -31,7 +31,11 @@ KINDS = {
     "last-n": {"residual": "ladder", "ladder_layers": 4},
     "list": {"residual": "ladder", "ladder_layers": (0, 3, 4, 6)},
     "desync": {"residual": "desync", "desync_interval": 3},
+    "parallel-ladder": {"residual": "parallel-ladder"},
+    "some parallel-ladder": {"residual": "parallel-ladder", "ladder_layers": (1, 2, 5, 7)},
 }
+# Kinds that also run in halves.
+HALVES = {"standard in halves": "standard", "parallel in halves": "parallel"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
             vocab_size=VOCAB,
             max_position_embeddings=LENGTH,
             init_method_std=0.1,
-            **KINDS[kind],
+            **KINDS[HALVES.get(kind, kind)],
         ),
         data=DataConfig(seq_length=LENGTH),
         # Adam divides by |gradient| + eps: a small eps would make rounding errors of gradients
@@ -75,6 +79,7 @@ def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp,
             num_layers_in_first_pipeline_stage=layout.first,
+            tp_overlap="halves" if kind in HALVES and layout.tp > 1 else "none",
         ),
         micro_batch_size=BATCH // layout.dp // layout.accumulation,
         global_batch_size=BATCH,

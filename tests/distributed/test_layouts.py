@@ -12,6 +12,7 @@ import torch
 from megatron_ladder.hf.convert import megatron_to_hf
 from pretrain.run.checkpoint import load_weights
 from tests.distributed.layouts import (
+    HALVES,
     KINDS,
     Layout,
     batches,
@@ -75,12 +76,29 @@ FEW_LAYOUTS = [
     Layout(tp=2, sp=True, recompute="full"),
     Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4),
 ]
+# Halves of a micro-batch hide what tensor parallelism sums.
+FEW_HALVES_LAYOUTS = [
+    Layout(tp=2, recompute="full"),
+    Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4),
+]
 FEW_DESYNC_LAYOUTS = [
     Layout(tp=2, recompute="full"),
     Layout(tp=2, dp=2),
     Layout(tp=2, pp=2, vpp=2, accumulation=4),
 ]
-IN_EACH_RUN = {"ladder": SOME_LAYOUTS, "list": FEW_LAYOUTS, "desync": FEW_DESYNC_LAYOUTS}
+IN_EACH_RUN = {
+    "ladder": SOME_LAYOUTS,
+    "list": FEW_LAYOUTS,
+    "desync": FEW_DESYNC_LAYOUTS,
+    "some parallel-ladder": FEW_LAYOUTS,
+    "standard in halves": FEW_HALVES_LAYOUTS,
+}
+
+
+def all_layouts(kind: str) -> list[Layout]:
+    if kind in HALVES:
+        return [layout for layout in LAYOUTS if layout.tp > 1]
+    return DESYNC_LAYOUTS if kind == "desync" else LAYOUTS
 
 
 @pytest.mark.parametrize(
@@ -88,13 +106,8 @@ IN_EACH_RUN = {"ladder": SOME_LAYOUTS, "list": FEW_LAYOUTS, "desync": FEW_DESYNC
     [
         *(pytest.param(kind, layouts, id=kind) for kind, layouts in IN_EACH_RUN.items()),
         *(
-            pytest.param(
-                kind,
-                DESYNC_LAYOUTS if kind == "desync" else LAYOUTS,
-                id=f"{kind}-all",
-                marks=pytest.mark.slow,
-            )
-            for kind in KINDS
+            pytest.param(kind, all_layouts(kind), id=f"{kind}-all", marks=pytest.mark.slow)
+            for kind in (*KINDS, *HALVES)
         ),
     ],
 )

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformer_engine.pytorch import Float8CurrentScalingQuantizer, Float8Quantizer
 from transformer_engine.pytorch.distributed import gather_along_first_dim
 
+from megatron_ladder.collectives.flight import used_here
 from megatron_ladder.collectives.placeholder import placeholder, standing_for
-from megatron_ladder.collectives.points import used_here
 
 
 class Quantised:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ladder.collectives import names, streams
+from megatron_ladder.collectives.flight import used_here
 from megatron_ladder.collectives.points import (
     SubmoduleCollectives,
     collectives_of,
@@ -16,7 +17,6 @@ from megatron_ladder.collectives.points import (
     input_wait,
     output_start,
     output_wait,
-    used_here,
 )
 from tests.unit.megatron_ladder.collectives.cuda_allocator import (
     Allocator,

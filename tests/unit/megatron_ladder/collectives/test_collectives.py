@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ladder.collectives import names, points
+from megatron_ladder.collectives import flight, names
 from megatron_ladder.collectives.points import SubmoduleCollectives
 
 
@@ -39,7 +39,7 @@ def test_what_a_collective_reads_is_kept_by_the_stream_that_waits(
 
     monkeypatch.setattr(dist, names.ALL_GATHER, collective)
     monkeypatch.setattr(dist, names.REDUCE_SCATTER, collective)
-    monkeypatch.setattr(points, "used_here", used_here)
+    monkeypatch.setattr(flight, "used_here", used_here)
     group: Any = TwoRanks()
     shard, whole = torch.ones(2, 1, 4), torch.ones(4, 1, 4)
     submodule = SubmoduleCollectives(group, sequence_parallel=True)
@@ -56,6 +56,26 @@ def test_what_a_collective_reads_is_kept_by_the_stream_that_waits(
     assert len(read) == 5
     for x in [*read, *results]:
         assert any(x is y for y in kept)
+
+
+def test_the_sum_of_an_input_that_two_linears_read_starts_with_the_second_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    summed: list[Tensor] = []
+
+    def all_reduce(x: Tensor, **_: Any) -> Work:
+        summed.append(x)
+        return Work()
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    own = SubmoduleCollectives(Mock(size=lambda: 2), sequence_parallel=False, readers=2)
+    for _ in range(2):  # two passes
+        own.start_input_gradient(torch.ones(2, 1, 4))
+        assert not summed
+        own.start_input_gradient(torch.full((2, 1, 4), 2.0))
+        (x,) = summed
+        assert x.eq(3).all() and own.wait_input_gradient().eq(3).all()
+        summed.clear()
 
 
 def test_a_second_reader_of_an_input_whose_sum_has_started_is_found() -> None:

@@ -1,0 +1,35 @@
+"""A micro-batch in two halves: while the sum of one half's output runs, the other half computes.
+
+Each sequence is computed as before, so losses and gradients stay those of the whole micro-batch, to
+rounding. (Domino, arXiv 2409.15241, section 3.2, splits the batch as well.)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The halves of a state: [s, b, h] -> two of [s, b/2, h].
+
+    Raises:
+        ValueError: b is odd.
+    """
+    if x.size(1) % 2:
+        raise ValueError(f"a micro-batch of {x.size(1)} sequences has no two equal halves")
+    first, second = x.chunk(2, dim=1)
+    return first.contiguous(), second.contiguous()
+
+
+def join(states: tuple[Tensor, ...]) -> Tensor:
+    """One state of all halves: [s, b, h]. A state that is alone is returned as it is."""
+    return states[0] if len(states) == 1 else torch.cat(states, dim=1)
+
+
+def half_of(kwargs: dict[str, Any], half: int) -> dict[str, Any]:
+    """Self-attention's arguments for one half. A mask of each sequence, [b, 1, s, keys], is cut."""
+    mask = kwargs["attention_mask"]
+    if mask is None or mask.size(0) == 1:
+        return kwargs
+    return {**kwargs, "attention_mask": mask.chunk(2)[half]}
