@@ -23,7 +23,7 @@ from pretrain.bench.ranks import join
 from pretrain.config.presets import PRESETS
 from pretrain.run.metrics import flops_per_token, peak_flops
 
-KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder")
+KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder", "parallel-ladder")
 
 
 def arguments() -> argparse.Namespace:

@@ -82,6 +82,14 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in full)
 
 
+def percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def between(low: float, middle: float, high: float, digits: int = 2) -> str:
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
 def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
     """A table of rows; one that failed has its error behind its labels.
 

@@ -20,9 +20,16 @@ def slowest(times: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def measure(
-    runs: dict[Key, Callable[[], tuple[float, ...]]], steps: int
+    runs: dict[Key, Callable[[], tuple[float, ...]]],
+    steps: int,
+    *,
+    keep_what_is_there: bool = False,
 ) -> dict[Key, list[tuple[float, ...]]]:
     """Runs every run once, then every run again: a slow moment of the machine then hits all of them.
+
+    Args:
+        keep_what_is_there: an interrupt (gpu.py's limit, Ctrl-C) ends the measurement, and complete
+            repetitions are returned, if there are two. Not for several ranks, which would have to agree.
 
     Returns:
         Seconds of each run, by repetition. A first repetition, which warms up, is left out.
@@ -42,6 +49,12 @@ def measure(
                 print(f"\rrepetition {step} of {steps}", end="", file=sys.stderr, flush=True)
         if dist.get_rank() == 0:
             print(file=sys.stderr)
+    except KeyboardInterrupt:
+        complete = min(map(len, times.values()))
+        if not keep_what_is_there or complete < 2:
+            raise
+        times = {key: found[:complete] for key, found in times.items()}
+        print(f"\nInterrupted: {complete} of {steps} repetitions are kept", flush=True)
     finally:
         gc.unfreeze()  # after a run that failed too
     return times
