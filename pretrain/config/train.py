@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ladder.config import (
+    STALE,
     Attention,
     ModelConfig,
     ParallelConfig,
@@ -217,7 +218,7 @@ class TrainConfig:
                 "adapt.gradual_steps and adapt.distillation_weight need a model to start from: give "
                 "--init-from RUN, or leave both out"
             )
-        if adapt.gradual_steps and "ladder" not in self.model.layer_residuals():
+        if adapt.gradual_steps and not STALE.intersection(self.model.layer_residuals()):
             raise UserError(
                 f"adapt.gradual_steps is {adapt.gradual_steps}, but no layer is to be a ladder layer: "
                 "give --ladder-layers"

@@ -35,10 +35,12 @@ def one_step(kind: str, layout: Layout) -> dict:
     ("kind", "sp"),
     [
         ("standard", False),
-        ("parallel", False),
+        ("parallel-ladder", False),
         ("ladder", True),
         pytest.param("standard", True, marks=pytest.mark.slow),
+        pytest.param("parallel", False, marks=pytest.mark.slow),
         pytest.param("parallel", True, marks=pytest.mark.slow),
+        pytest.param("parallel-ladder", True, marks=pytest.mark.slow),
         pytest.param("ladder", False, marks=pytest.mark.slow),
     ],
 )

@@ -38,6 +38,10 @@ CASES: dict[int, dict[str, TrainConfig]] = {
         "tp2-sp": config(
             parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
         ),
+        "parallel-ladder tp2-sp": config(
+            "parallel-ladder",
+            parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        ),
         "standard tp2-sp": config(
             "standard",
             parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
