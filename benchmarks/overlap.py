@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import measuring  # noqa: F401  # isort: skip (before megatron-core: which cuDNN is loaded)
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state

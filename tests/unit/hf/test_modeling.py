@@ -88,7 +88,9 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
         for i in range(count):
             prefix = f"model.layers.{i}"
             n = norm(states[i - 1 if i in stale else i], f"{prefix}.input_layernorm.weight")
-            states[i + 1] = states[i] + attention(n, f"{prefix}.self_attn") + mlp(n, f"{prefix}.mlp")
+            states[i + 1] = (
+                states[i] + attention(n, f"{prefix}.self_attn") + mlp(n, f"{prefix}.mlp")
+            )
         x = states[count]
     else:
         ladder = config.ladder_layers
