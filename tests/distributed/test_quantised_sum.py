@@ -118,7 +118,8 @@ def generate(model: ModelConfig, folder: Path) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["parallel-ladder", *(pytest.param(k, marks=pytest.mark.slow) for k in ("ladder", "parallel"))]
+    "kind",
+    ["parallel-ladder", *(pytest.param(k, marks=pytest.mark.slow) for k in ("ladder", "parallel"))],
 )
 def test_a_model_with_int8_sums(kind: str, tmp_path: Path) -> None:
     model, folder = tiny(kind), tmp_path / "weights"

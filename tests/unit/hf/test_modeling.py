@@ -48,8 +48,8 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
     """Logits of one unpadded sequence from x_k = x_{k-1} + h_k(norm_k(x_{k-s})), k = 1..2L.
 
     s = 2 in a ladder layer (x_{-1} = x_0 = the embedding), 1 in a standard one. In parallel models h_k is
-    attention and MLP of one layer together, k = 1..L, and s = 2 in a parallel-ladder layer. Written from the
-    paper: one head at a time, the causal softmax spelled out, RoPE by complex numbers.
+    attention and MLP of one layer together, k = 1..L, and s = 2 in a parallel-ladder layer. Written from
+    the paper: one head at a time, the causal softmax spelled out, RoPE by complex numbers.
     """
     d = config.head_dim
     angles = torch.outer(
@@ -88,7 +88,9 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
         for i in range(count):
             prefix = f"model.layers.{i}"
             n = norm(states[i - 1 if i in stale else i], f"{prefix}.input_layernorm.weight")
-            states[i + 1] = states[i] + attention(n, f"{prefix}.self_attn") + mlp(n, f"{prefix}.mlp")
+            states[i + 1] = (
+                states[i] + attention(n, f"{prefix}.self_attn") + mlp(n, f"{prefix}.mlp")
+            )
         x = states[count]
     else:
         ladder = config.ladder_layers

@@ -41,7 +41,9 @@ def test_a_second_stream_has_queues_and_its_collectives_priority() -> None:
     assert chosen("ladder", 2, True) == ["8", "1"]
 
 
-@pytest.mark.parametrize(("residual", "overlap"), [("parallel-ladder", "none"), ("parallel", "halves")])
+@pytest.mark.parametrize(
+    ("residual", "overlap"), [("parallel-ladder", "none"), ("parallel", "halves")]
+)
 def test_so_have_other_layers_that_hide_their_collectives(residual: str, overlap: str) -> None:
     assert chosen(residual, 2, True, overlap) == ["8", "1"]
 
