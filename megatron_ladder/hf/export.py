@@ -1,8 +1,8 @@
 """Writes a model as a folder that transformers loads.
 
 A folder with another residual than the standard one contains the modelling files (remote code). A model
-with the standard residual is a Llama model, a Qwen2 model (with biases) or a Qwen3 model (with norms of queries and
-keys), and is exported as that. `needs_code` has the exceptions.
+with the standard residual is a Llama model, a Qwen2 model (with biases) or a Qwen3 model (with norms of
+queries and keys), and is exported as that. `needs_code` has the exceptions.
 """
 
 import json

@@ -170,8 +170,8 @@ class LadderDecoderLayer(nn.Module):
             return self.self_attn(positions, normed) + self.mlp(normed)
 
         if self.is_parallel:
-            layer = parallel_ladder_layer if self.is_ladder else parallel_layer
-            return layer(state, attention_and_mlp, self.sums)
+            both = parallel_ladder_layer if self.is_ladder else parallel_layer
+            return both(state, attention_and_mlp, self.sums)
         layer = ladder_layer if self.is_ladder else standard_layer
         return layer(state, attention, mlp, self.sums)
 

@@ -64,9 +64,9 @@ def layer_table(model: Measured) -> list[list[str]]:
     shares, all_, before = model.contributions, model.skipped, model.skipped_before
     lines = [
         ["layer", "residual", "|a|/|h|", "|m|/|h+a|", "|a+m|/|h|", "cos a", "cos m", "cos a+m"]
-        + ["skipped: loss", "output", "skipped earlier: loss", "output"]
-        + [f"made {model.conversion.to}: loss"]
     ]
+    lines[0] += ["skipped: loss", "output", "skipped earlier: loss", "output"]
+    lines[0].append(f"made {model.conversion.to}: loss")
     if PARALLEL.issuperset(model.residual):
         lines[0][3] = "|m|/|h|"
     for i, residual in enumerate(model.residual):

@@ -2,8 +2,8 @@
 
 For each layer, that layer alone is made a ladder layer: its sub-modules read a state without the output of
 the sub-module before. A layer of a parallel model is made a parallel-ladder layer, which reads a state
-without the output of the layer before. The layer's staleness is the increase of the loss on a sample. The paper (arXiv
-2501.06589, section 4.2) makes the last N layers ladder layers instead.
+without the output of the layer before. The layer's staleness is the increase of the loss on a sample. The
+paper (arXiv 2501.06589, section 4.2) makes the last N layers ladder layers instead.
 """
 
 import json

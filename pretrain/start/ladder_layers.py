@@ -11,7 +11,7 @@ Layers = int | tuple[int, ...] | None
 
 
 def with_ladder_layers(model: ModelConfig, given: str, measured: Path | None) -> ModelConfig:
-    """A standard or parallel model with the layers that `given` names made ladder layers; no weight changes.
+    """A standard or parallel model with some layers made ladder layers; no weight is changed.
 
     Args:
         given: `last:N`, `all`, layer numbers from 0 (`0,2,5`), or `auto:N`: the N layers whose change

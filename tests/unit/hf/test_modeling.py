@@ -48,8 +48,8 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
     """Logits of one unpadded sequence from x_k = x_{k-1} + h_k(norm_k(x_{k-s})), k = 1..2L.
 
     s = 2 in a ladder layer (x_{-1} = x_0 = the embedding), 1 in a standard one. In parallel models h_k is
-    attention and MLP of one layer together, k = 1..L, and s = 2 in a parallel-ladder layer. Written from the
-    paper: one head at a time, the causal softmax spelled out, RoPE by complex numbers.
+    attention and MLP of one layer together, k = 1..L, and s = 2 in a parallel-ladder layer. Written from
+    the paper: one head at a time, the causal softmax spelled out, RoPE by complex numbers.
     """
     d = config.head_dim
     angles = torch.outer(
