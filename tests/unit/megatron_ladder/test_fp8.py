@@ -109,7 +109,9 @@ def test_halves_give_a_gemm_half_the_tokens() -> None:
     given = {"model": MODEL, "precision": "bf16"}
     check_fp8(Fp8Config("delayed"), parallel=halves, tokens=32, **given)
     check_fp8(Fp8Config("delayed"), parallel=TP2, tokens=16, **given)
-    with pytest.raises(UserError, match=r"/ 2 .of parallel.tp_overlap halves., 8, is not a mul.* 16"):
+    with pytest.raises(
+        UserError, match=r"/ 2 .of parallel.tp_overlap halves., 8, is not a mul.* 16"
+    ):
         check_fp8(Fp8Config("delayed"), parallel=halves, tokens=16, **given)
     halves = replace(halves, sequence_parallel=True)
     given["model"] = replace(MODEL, hidden_size=128)

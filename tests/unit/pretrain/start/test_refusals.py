@@ -42,7 +42,9 @@ def in_halves(residual: str, tp: int, micro_batch_size: int) -> TrainConfig:
 def test_halves_of_a_micro_batch_are_equal() -> None:
     in_halves("standard", 2, 4)
     for odd in (1, 3):
-        with pytest.raises(UserError, match=f"micro_batch_size {odd} has no two equal halves, .* even"):
+        with pytest.raises(
+            UserError, match=f"micro_batch_size {odd} has no two equal halves, .* even"
+        ):
             in_halves("standard", 2, odd)
 
 
