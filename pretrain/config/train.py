@@ -187,8 +187,8 @@ class TrainConfig:
             )
         if self.parallel.tp_overlap == "halves" and self.micro_batch_size % 2:
             raise UserError(
-                f"micro_batch_size {self.micro_batch_size} has no two equal halves, which parallel.tp_overlap "
-                "halves needs: give an even micro_batch_size, or leave parallel.tp_overlap out"
+                f"micro_batch_size {self.micro_batch_size} has no two equal halves, which "
+                "parallel.tp_overlap halves needs: give an even micro_batch_size, or leave it out"
             )
         schedule = self.schedule
         for one, other in (("train_steps", "train_tokens"), ("warmup_steps", "warmup_tokens")):

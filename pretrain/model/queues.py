@@ -16,8 +16,8 @@ def set_queues(config: TrainConfig) -> None:
     before a GEMM gets the few SMs that it needs first. This is Megatron's advice for tensor parallelism.
 
     But with sequence parallelism a layer that hides its collectives runs work on a second stream, and that
-    work waits for them. With one queue, the GEMMs issued after it would wait as well (docs/design/overlap.md). So
-    these runs get 8 queues, and NCCL's streams a higher priority.
+    work waits for them. With one queue, the GEMMs issued after it would wait as well
+    (docs/design/overlap.md). So these runs get 8 queues, and NCCL's streams a higher priority.
     """
     parallel = config.parallel
     second_stream = (
