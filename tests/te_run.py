@@ -96,7 +96,7 @@ class Run:
             self.mask = attention_mask(documents.cuda(), self.config)
         torch.manual_seed(0)
         (self.gpt,) = build_gpt_model(model, self.config, impl)
-        self.own = {_name(n): p for n, p in self.gpt.named_parameters()}
+        self.own = {name_of(n): p for n, p in self.gpt.named_parameters()}
         for name, weight in (weights or {}).items():
             self.own[name].data.copy_(weight)
         for _ in range(steps):
@@ -120,7 +120,8 @@ class Run:
         )
 
 
-def _name(name: str) -> str:
+def name_of(name: str) -> str:
+    """A parameter's name in layers without fused norms."""
     for fused, separate in FUSED.items():
         name = name.replace(fused, separate)
     return name

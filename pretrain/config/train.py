@@ -186,6 +186,11 @@ class TrainConfig:
                 f"parallel.tensor_model_parallel_size {tp}: sequence parallelism divides each sequence "
                 "over these ranks. Change one of the two"
             )
+        if self.parallel.tp_overlap == "halves" and self.micro_batch_size % 2:
+            raise UserError(
+                f"micro_batch_size {self.micro_batch_size} has no two equal halves, which "
+                "parallel.tp_overlap halves needs: give an even micro_batch_size, or leave it out"
+            )
         schedule = self.schedule
         for one, other in (("train_steps", "train_tokens"), ("warmup_steps", "warmup_tokens")):
             if getattr(schedule, one) is not None and getattr(schedule, other) is not None:

@@ -42,6 +42,12 @@ def one_step(kind: str, layout: Layout) -> dict:
         pytest.param("parallel", True, marks=pytest.mark.slow),
         pytest.param("parallel-ladder", True, marks=pytest.mark.slow),
         pytest.param("ladder", False, marks=pytest.mark.slow),
+        ("standard in halves", True),
+        pytest.param("standard in halves", False, marks=pytest.mark.slow),
+        pytest.param("parallel in halves", True, marks=pytest.mark.slow),
+        pytest.param("parallel in halves", False, marks=pytest.mark.slow),
+        pytest.param("parallel-ladder", True, marks=pytest.mark.slow),
+        pytest.param("parallel-ladder", False, marks=pytest.mark.slow),
     ],
 )
 def test_dropout(kind: str, sp: bool, tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ CASES: dict[int, dict[str, TrainConfig]] = {
             "standard",
             parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
         ),
+        "in halves tp2-sp": config(
+            "standard",
+            parallel=ParallelConfig(
+                tensor_model_parallel_size=2, sequence_parallel=True, tp_overlap="halves"
+            ),
+        ),
+        "parallel-ladder tp2": config(
+            "parallel-ladder", parallel=ParallelConfig(tensor_model_parallel_size=2)
+        ),
         "dp2": config(global_batch_size=8),
     },
 }
