@@ -30,7 +30,7 @@ import gc
 import platform
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +304,7 @@ def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
         "left_out": left_out,
         "planned_link_ms": {},
         "submodule_forward_s": submodule_s,
+        "attention_mlp_s": [asdict(part) for part in parts],
         "times_s": [{"kind": k, "link": w, "forward_backward": t} for (k, w), t in times.items()],
         "device_allocations": {line.name: line.device_allocations for line in found},
         "hidden_share": {
