@@ -108,8 +108,8 @@ def case_table(case: Case, report: dict[str, Any]) -> str:
                 cell
                 for p in list(PASSES)[:2]
                 for cell in (
-                    f"{hidden[p]:.3f}",
-                    f"{plan[p]:.3f}" if plan else "",
+                    f"{hidden[p]:z.3f}",
+                    f"{plan[p]:z.3f}" if plan else "",
                     f"{most[p]:.3f}" if most else "",
                 )
             ]
