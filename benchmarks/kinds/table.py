@@ -32,6 +32,7 @@ from pretrain.plan.planner import Submodule  # noqa: E402
 
 BEGIN = "<!-- benchmarks/kinds/table.py writes what follows -->\n"
 END = "<!-- to here -->\n"
+SHAPE = "--processor-time --layers 12 --hidden-size 512 --ffn-hidden-size 1024 --seq-length 128"
 ALSO = "--also standard-halves parallel parallel-halves hybrid parallel-ladder no-comm"
 
 
@@ -45,9 +46,7 @@ class Case:
 
     @property
     def options(self) -> str:
-        words = (
-            f"--layers 12 --micro-batch-size {self.micro_batch_size} --link-ratio {self.link_ratio}"
-        )
+        words = f"{SHAPE} --micro-batch-size {self.micro_batch_size} --link-ratio {self.link_ratio}"
         words += " --sequence-parallel" if self.sequence_parallel else ""
         return f"{words} --fake-tp 2" if self.one_process else words
 

@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from measuring.overlap import clock
 from measuring.overlap.hidden import BLOCKING
 from measuring.overlap.kinds import KINDS, NO_COMM
 
@@ -77,3 +79,18 @@ def test_only_what_is_between_the_markers_is_replaced(table: ModuleType) -> None
     assert table.with_tables(once, {}) == once
     with pytest.raises(AssertionError, match="the page needs the two lines"):
         table.with_tables("a page", {})
+
+
+def test_a_clock_of_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits are added; time in which the thread does not run is not."""
+    for module in (clock.wire, clock.decoder, clock.recorder):
+        monkeypatch.setattr(module, "time", time)
+    monkeypatch.setattr(clock, "_used", [])
+    clock.restart()  # nothing is in use
+    clock.use_processor_time()
+    clock.restart()
+    time.sleep(0.2)
+    begin = clock.wire.time.perf_counter()
+    assert 0 <= begin < 0.1
+    clock.wire.sleep_until(begin + 5.0)
+    assert 5.0 <= clock.decoder.time.perf_counter() - begin < 5.1
