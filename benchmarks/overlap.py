@@ -20,6 +20,9 @@ in backward hides a reduction behind its own weight gradient. Also given are
 number of layers alone, and by the planner's model of a pass with the times measured here. What a kind
 costs when the link takes no time (halves have smaller GEMMs) is its time without the link over standard's.
 
+With --processor-time computation counts by the processor time of the thread that computes, and a wait for
+the link is added, not slept (measuring/overlap/clock.py): for a CPU that other programs use too.
+
 With --fake-tp N one process plays rank 0 of N, and collectives move nothing: for one GPU. If the layers do
 not fit in its memory, half as many are measured, and the results say so.
 """
@@ -30,7 +33,7 @@ import gc
 import platform
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ from megatron.core import parallel_state
 from measuring import facts, ranks
 from measuring.interleaved import measure, slowest
 from measuring.options import parser_of
+from measuring.overlap.clock import restart, use_processor_time
 from measuring.overlap.hidden import (
     BLOCKING,
     PASSES,
@@ -101,6 +105,7 @@ class Line:
         backward_order.enabled = self.mended
         group = parallel_state.get_tensor_model_parallel_group()
         before = facts.device_allocations()
+        restart()
         late = contextlib.nullcontext() if self.early else started_late()
         with late, over(group, seconds, blocking=self.blocking):
             times = self.decoder.step()
@@ -129,6 +134,11 @@ def arguments() -> argparse.Namespace:
         help="with --link: the ratio of its layers at TP=8 on H100s",
     )
     ranks.add_fake_tp(parser)
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="count processor time, on a CPU that other programs use too",
+    )
     parser.add_argument(
         "--also",
         nargs="*",
@@ -305,6 +315,7 @@ def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
         "left_out": left_out,
         "planned_link_ms": {},
         "submodule_forward_s": submodule_s,
+        "attention_mlp_s": [asdict(part) for part in parts],
         "times_s": [{"kind": k, "link": w, "forward_backward": t} for (k, w), t in times.items()],
         "device_allocations": {line.name: line.device_allocations for line in found},
         "hidden_share": {
@@ -367,6 +378,8 @@ def as_many_as_fit(args: argparse.Namespace, tp: int, device: str) -> dict[str, 
 def main() -> None:
     args = arguments()
     tp, device = ranks.start(args)
+    if args.processor_time:
+        use_processor_time()
     report = as_many_as_fit(args, tp, device)
     if args.fake_tp is None:
         join(1)

@@ -1,5 +1,6 @@
 """The share of a link's time that is hidden, from measured times, and the largest share that can be."""
 
+import inspect
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -88,8 +89,20 @@ def most_by_planner(
     Args:
         parts: attention and MLP.
     """
+    return planned_shares(kind, layers, sequence_parallel, parts, 0.0, link_s)
+
+
+def planned_shares(
+    kind: Kind,
+    layers: int,
+    sequence_parallel: bool,
+    parts: tuple[Submodule, Submodule],
+    own_s: float,
+    link_s: float,
+) -> Shares | None:
+    """The shares that a kind hides by the planner's model; see `planned`."""
     options = {"sequence_parallel": sequence_parallel}
-    exposed = planned(kind, layers, parts, 0.0, link_s, options)
+    exposed = planned(kind, layers, parts, own_s, link_s, options)
     return exposed and _shares(exposed, all_link_time(layers, sequence_parallel, link_s))
 
 
@@ -130,14 +143,22 @@ def planned(
         own_s: seconds of a collective by itself; the link's time comes on top.
         options: those of `pass_seconds`.
     """
-    if kind.halves or kind.residual == "parallel-ladder":
+    if "halves" not in inspect.signature(pass_seconds).parameters and (
+        kind.halves or kind.residual == "parallel-ladder"
+    ):
         return None
-    model = ModelConfig(layers, 8, 8, 1, **kind.model_fields(layers))
+    residuals = ModelConfig(layers, 8, 8, 1, **kind.model_fields(layers)).layer_residuals()
+    if kind.halves:
+        options = {**options, "halves": True}
+        parts, own_s, link_s = (_half(parts[0]), _half(parts[1])), own_s / 2, link_s / 2
     with_link, without = (
-        pass_seconds(model.layer_residuals(), *parts, seconds, **options)
-        for seconds in (own_s + link_s, own_s)
+        pass_seconds(residuals, *parts, seconds, **options) for seconds in (own_s + link_s, own_s)
     )
     return with_link[0] - without[0], with_link[1] - without[1]
+
+
+def _half(part: Submodule) -> Submodule:
+    return Submodule(part.forward_s / 2, part.backward_s / 2, part.weight_gradient_s / 2)
 
 
 def table(times: Times, bounds: dict[str, dict[str, Shares]]) -> str:
