@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def measure(
     recipes: tuple[Fp8Recipe | None, ...],
     attention: Attention = "te",
     keys: int = 2,
+    halves: bool = False,
 ) -> list[str]:
     """What differs by more than 2 %, in words."""
     from tests.te_stand_in import kernels
@@ -136,7 +138,7 @@ def measure(
     )
     from pretrain.plan.memory import activation_bytes
 
-    parallel = LAYOUTS[layout]
+    parallel = replace(LAYOUTS[layout], tp_overlap="halves" if halves else "none")
     initialize_model_parallel(parallel, seed=0)
     tokens = torch.randint(0, 512, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(LENGTH).expand(BATCH, -1)
@@ -170,6 +172,7 @@ def measure(
                 recompute=recompute,
                 fp8=recipe,
                 attention=attention,
+                halves=halves,
             )
             if abs(measured / planned - 1) > 0.02:
                 found.append(f"{recipe} {recompute}: {measured} measured, {planned} planned")
@@ -177,13 +180,21 @@ def measure(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("residual", ["standard", "parallel", "ladder"])
+@pytest.mark.parametrize("residual", ["standard", "parallel", "ladder", "parallel-ladder"])
 def test_what_layers_keep_is_what_is_planned(residual: str, layout: str, tmp_path: Path) -> None:
     ranks, recipes = (
         LAYOUTS[layout].tensor_model_parallel_size,
         (None, "tensorwise", "delayed", "blockwise"),
     )
     for found in run_ranks(ranks, measure, residual, layout, recipes, tmp_path=tmp_path):
+        assert not found
+
+
+@pytest.mark.parametrize("residual", ["standard", "parallel"])
+def test_what_layers_keep_in_halves(residual: str, tmp_path: Path) -> None:
+    for found in run_ranks(
+        *(2, measure, residual, "tp2-sp", (None, "tensorwise"), "te", 2, True), tmp_path=tmp_path
+    ):
         assert not found
 
 
@@ -210,8 +221,6 @@ def measure_state(fp8: Fp8Config, moments: str) -> dict[str, tuple[float, float]
     from tests.te_stand_in import kernels
 
     kernels.install((10, 0) if fp8.recipe == "mxfp8" else (9, 0))
-    from dataclasses import replace
-
     from transformer_engine.pytorch.tensor import QuantizedTensor
 
     from megatron_ladder.mcore_compat import initialize_model_parallel

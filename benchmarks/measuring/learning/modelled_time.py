@@ -7,7 +7,7 @@ from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
 from pretrain.plan.links import NVLINK
 from pretrain.plan.planner import DEVICES, Hardware, Row
-from pretrain.plan.search import search
+from pretrain.plan.search import KINDS, search
 
 TP = 8
 
@@ -78,12 +78,13 @@ def modelled(target: str, device: str) -> Target:
         found = search(config, gpus, Hardware(DEVICES[device], NVLINK))
     except UserError as error:
         raise UserError(f"--target {preset} on {gpus} x {device}: {error}") from error
-    plan = {}
-    for kind, rows in found.items():
+    plan: dict[str, dict[str, Row]] = {}
+    for kind in KINDS:  # without halves: they change no curve
+        rows = found[kind]
         at_tp = [row for row in rows if row.tp == TP]
         if not at_tp:
             raise UserError(
                 f"--target {preset} has no layout at TP {TP} that fits in {device}: choose another"
             )
-        plan[str(kind)] = {"at_tp8": at_tp[0], "fastest": rows[0]}
+        plan[kind] = {"at_tp8": at_tp[0], "fastest": rows[0]}
     return Target(preset, gpus, device, plan)

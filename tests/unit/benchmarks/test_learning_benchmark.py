@@ -14,7 +14,7 @@ from pretrain.config.train import save_config
 from pretrain.run.metrics import MetricsLog
 from tests.data_sets import write_data_set
 
-LOSSES = {"standard": 5.0, "parallel": 5.25, "ladder": 5.125}
+LOSSES = {"standard": 5.0, "parallel": 5.25, "ladder": 5.125, "parallel-ladder": 5.5}
 
 
 def write_run(path: Path, kind: str, seed: int) -> None:
@@ -121,7 +121,7 @@ def test_results_of_runs_that_are_there(
     monkeypatch.setattr(sys, "argv", ["learning.py", *where, *out, *target, "--precision", "bf16"])
     assert learning.main() == 0
     # Every kind has its first seed before any has its second.
-    kinds = ["standard", "parallel", "ladder"]
+    kinds = ["standard", "parallel", "ladder", "parallel-ladder"]
     assert trained == [
         (f"{kind}-seed{seed}", str(seed), "1500000", "--precision", "bf16")
         for seed in (1, 2)
@@ -138,7 +138,7 @@ def test_results_of_runs_that_are_there(
         assert rows["ladder"]["modelled_time"][name] < rows["parallel"]["modelled_time"][name] < 1
         assert target["kinds"]["standard"]["at_tp8"]["tp"] == 8
     assert found["modelled"][1]["device"] == "64 x h100"
-    assert len(found["runs"]) == 6
+    assert len(found["runs"]) == 8
     assert files[1].read_bytes().startswith(b"\x89PNG")
     assert "| ladder | 1,000 | 4.1250, 4.6250 | 4.3750 | +0.1250, +0.1250 |" in (
         capsys.readouterr().out
@@ -181,13 +181,13 @@ def test_tokens_are_what_fits_into_the_seconds(
     assert learning.main() == 0
     assert [(name, tokens) for name, _, tokens, *_ in trained] == [
         ("a-trial", "2000"),
-        *((f"{kind}-seed1", "190000") for kind in LOSSES),  # 0.95 x 6000 s / 3 x 100 a second
+        *((f"{kind}-seed1", "142500") for kind in LOSSES),  # 0.95 x 6000 s / 4 x 100 a second
     ]
     # The same command goes on with as many, whatever is left of the time.
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seconds", "60"])
     trained.clear()
     assert learning.main() == 0
-    assert {tokens for _, _, tokens, *_ in trained} == {"190000"}
+    assert {tokens for _, _, tokens, *_ in trained} == {"142500"}
 
 
 def test_rates_are_compared_by_kind(

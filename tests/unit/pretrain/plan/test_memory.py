@@ -17,10 +17,13 @@ from pretrain.config.train import TrainConfig
 from pretrain.plan.memory import (
     HEADROOM,
     Attention,
+    MemoryPlan,
     activation_bytes,
     check_memory,
     in_words,
+    layer_parameters,
     memory_plan,
+    stage_layers,
     what_to_turn,
 )
 from pretrain.start import launch
@@ -340,3 +343,43 @@ def test_moments_in_bf16_take_four_bytes_less(config: TrainConfig) -> None:
     plan, plain = memory_plan(fewer, dp=2), memory_plan(config, dp=2)
     assert plan.optimizer == pytest.approx(plain.optimizer * 8 / 12)
     assert replace(plan, optimizer=plain.optimizer) == plain
+
+
+def test_stages_hold_the_layers_that_they_are_given(config: TrainConfig) -> None:
+    def plan(pp: int, last: int | None) -> MemoryPlan:
+        parallel = ParallelConfig(
+            pipeline_model_parallel_size=pp, num_layers_in_last_pipeline_stage=last
+        )
+        return memory_plan(replace(config, parallel=parallel), dp=1)
+
+    layer = layer_parameters(replace(config, parallel=ParallelConfig()))
+    table = config.model.padded_vocab_size * config.model.hidden_size
+    assert plan(2, None).weights == pytest.approx(2 * (16 * layer + table))
+    assert plan(2, 14).weights == pytest.approx(2 * (18 * layer + table))
+    # 15 layers on each of two stages between, 1 on each end: the first between is the fullest.
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=4,
+        num_layers_in_first_pipeline_stage=1,
+        num_layers_in_last_pipeline_stage=1,
+    )
+    uneven = replace(config, parallel=parallel)
+    assert stage_layers(uneven) == [1, 15, 15, 1]
+    assert memory_plan(uneven, dp=1).weights == pytest.approx(2 * 15 * layer)
+
+
+def test_halves_keep_what_own_layers_keep(config: TrainConfig) -> None:
+    """Recomputed, megatron-core's standard layer keeps its input; this project's two of each sub-module."""
+    standard = replace(config.model, residual="standard")
+    kept = {
+        halves: activation_bytes(
+            standard,
+            tokens=1,
+            seq_length=1,
+            tp=2,
+            sp=True,
+            recompute="full",
+            halves=halves,
+        )
+        for halves in (False, True)
+    }
+    assert kept == {False: 2 * 4096 / 2, True: 4 * 2 * 4096 / 2}
