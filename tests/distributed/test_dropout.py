@@ -46,8 +46,6 @@ def one_step(kind: str, layout: Layout) -> dict:
         pytest.param("standard in halves", False, marks=pytest.mark.slow),
         pytest.param("parallel in halves", True, marks=pytest.mark.slow),
         pytest.param("parallel in halves", False, marks=pytest.mark.slow),
-        pytest.param("parallel-ladder", True, marks=pytest.mark.slow),
-        pytest.param("parallel-ladder", False, marks=pytest.mark.slow),
     ],
 )
 def test_dropout(kind: str, sp: bool, tmp_path: Path) -> None:
