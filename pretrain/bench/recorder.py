@@ -39,10 +39,11 @@ class Recorder:
         self._counts: dict[tuple[str, str], int] = {}
         self._names: list[str] = []
         self._hooks: list[Any] = []
-        halves = ("a", "b") if decoder.block.config.halves else ("",)
         # Attention and MLP of parallel kinds share one collective.
         shared = ("layer",) if decoder.model.residual in PARALLEL else ("attention", "mlp")
         for number, layer in enumerate(decoder.block.layers, 1):
+            # megatron-core's own layers have no such attribute.
+            halves = ("a", "b") if getattr(layer, "halves", False) else ("",)
             for kind, module, first in (
                 ("attention", layer.self_attention, layer.self_attention.linear_qkv),
                 ("mlp", layer.mlp, layer.mlp.linear_fc1),
