@@ -106,7 +106,9 @@ def kinds(shape: str, link: str, *, layers: int, sp: bool = False) -> Part:
 
 def queues(sp: bool) -> dict[str, str]:
     """As pretrain/model/queues.py sets them."""
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": "8"} if sp else {}
+    if not sp:
+        return {}
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "TORCH_NCCL_HIGH_PRIORITY": "1"}
 
 
 def connections(count: int) -> Part:
@@ -114,8 +116,8 @@ def connections(count: int) -> Part:
     once, so each number is a part."""
     options = f"{tp8('70b')} --layers 8 --steps 8 --precision bf16 --link nvswitch"
     options += " --also --sequence-parallel"
-    number = {"CUDA_DEVICE_MAX_CONNECTIONS": str(count)}
-    return benchmark("overlap", options, 60, name=f"connections-{count}", **number)
+    variables = {**queues(sp=True), "CUDA_DEVICE_MAX_CONNECTIONS": str(count)}
+    return benchmark("overlap", options, 60, name=f"connections-{count}", **variables)
 
 
 # 25.7 million parameters without the embedding. The micro-batches keep the GPU longer than Python takes to

@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import measuring  # noqa: F401  # isort: skip (before megatron-core: which cuDNN is loaded)
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state

@@ -10,8 +10,10 @@ from typing import Literal, get_args
 from megatron_ladder.errors import UserError
 
 Residual = Literal["standard", "ladder", "parallel", "parallel-ladder", "desync", "no-comm"]
-# Kinds whose sub-modules read the state without the output of the last one.
-STALE: frozenset[Residual] = frozenset(("ladder", "parallel-ladder"))
+# Kinds whose sub-modules read the state without the output of the last one. Each with the kind of its other
+# layers, those that `ladder_layers` leaves out: they have the same weights, and read the last state.
+FRESH: dict[Residual, Residual] = {"ladder": "standard", "parallel-ladder": "parallel"}
+STALE: frozenset[Residual] = frozenset(FRESH)
 # Kinds whose attention and MLP read one input, through one norm.
 PARALLEL: frozenset[Residual] = frozenset(("parallel", "parallel-ladder"))
 TpOverlap = Literal["none", "halves"]
@@ -169,7 +171,7 @@ class ModelConfig:
                     f"model.ladder_layers {list(self.ladder_layers)}: layers are numbered 0 to "
                     f"{self.num_layers - 1}, each at most once"
                 )
-        other: Residual = "parallel" if self.residual in PARALLEL else "standard"
+        other = FRESH[self.residual]
         return tuple(self.residual if i in chosen else other for i in range(self.num_layers))
 
     @property

@@ -1,5 +1,6 @@
 """A small model built of either kind of layers, for tests that compare them on a GPU or its stand-in."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "last-n": {"residual": "ladder", "ladder_layers": 2},
     "desync": {"residual": "desync", "desync_interval": 2},
     "qk-norm": {"residual": "ladder", "qk_layernorm": True, "add_qkv_bias": True},
+    "parallel-ladder": {"residual": "parallel-ladder"},
+    "standard in halves": {"residual": "standard"},
+    "parallel in halves": {"residual": "parallel"},
 }
 LAYOUTS = {
     "1": ParallelConfig(),
@@ -23,11 +27,20 @@ LAYOUTS = {
     "tp2-sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
 }
 VOCAB, LAYERS, BATCH, LENGTH = 512, 3, 2, 64
+
 # TE's fused norm + linear, of standard layers, has the norm's weight.
 FUSED = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+
+
+def layout_of(kind: str, layout: str) -> ParallelConfig:
+    return replace(LAYOUTS[layout], tp_overlap="halves" if in_halves(kind) else "none")
+
+
+def in_halves(kind: str) -> bool:
+    return kind.endswith(" in halves")
 
 
 def model_of(kind: str) -> ModelConfig:
@@ -83,7 +96,7 @@ class Run:
             self.mask = attention_mask(documents.cuda(), self.config)
         torch.manual_seed(0)
         (self.gpt,) = build_gpt_model(model, self.config, impl)
-        self.own = {_name(n): p for n, p in self.gpt.named_parameters()}
+        self.own = {name_of(n): p for n, p in self.gpt.named_parameters()}
         for name, weight in (weights or {}).items():
             self.own[name].data.copy_(weight)
         for _ in range(steps):
@@ -107,7 +120,8 @@ class Run:
         )
 
 
-def _name(name: str) -> str:
+def name_of(name: str) -> str:
+    """A parameter's name in layers without fused norms."""
     for fused, separate in FUSED.items():
         name = name.replace(fused, separate)
     return name

@@ -91,7 +91,9 @@ class LadderTransformerLayer(TransformerLayer):
         self.submodules: tuple[Submodule, ...] = (
             ("both",) if self.residual in PARALLEL else ("attention", "mlp")
         )
-        self._calls = [(name, half) for name in self.submodules for half in range(1 + halves)]
+        calls = [(name, half) for name in self.submodules for half in range(1 + halves)]
+        # Each with the one after it in this layer.
+        self._calls = list(zip(calls, [*calls[1:], None], strict=True))
         self.is_last_layer = self.layer_number == self.config.num_layers
         self.recompute = recompute
         self.in_fp8 = bool(self.config.fp8) and not is_first_last_bf16_layer(
@@ -216,7 +218,7 @@ class LadderTransformerLayer(TransformerLayer):
             behind = None if y is None else collectives_of(y)
             x = self._start_submodule(self.submodules[0], states[0], behind)
         of = len(states) - 1  # the state that `y` belongs to
-        for (name, half), following in zip(self._calls, [*self._calls[1:], None], strict=True):
+        for (name, half), following in self._calls:
             state = updated[of]
             chain = partial(self._between, state, y, following, collectives_of(x))
             given = half_of(kwargs, half) if self.halves else kwargs

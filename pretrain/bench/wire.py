@@ -133,14 +133,24 @@ class _Flight:
 
 
 class _CudaFlight:
-    """On a GPU the link is a stream that a kernel keeps busy. The host does not wait."""
+    """On a GPU the link is a stream that a kernel keeps busy. The host does not wait.
+
+    Like a collective's kernel, that kernel needs a free multiprocessor to begin. So the stream has the
+    priority that NCCL's streams have (pretrain/model/queues.py).
+    """
 
     _stream: torch.cuda.Stream | None = None
 
     def __init__(self, work: Any, seconds: float) -> None:
         self._work = work
         if _CudaFlight._stream is None:
-            _CudaFlight._stream = torch.cuda.Stream()
+            high = os.environ.get("TORCH_NCCL_HIGH_PRIORITY", "0").lower() in (
+                "1",
+                "y",
+                "t",
+                "true",
+            )
+            _CudaFlight._stream = torch.cuda.Stream(priority=-1 if high else 0)
         stream = _CudaFlight._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

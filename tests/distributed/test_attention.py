@@ -67,7 +67,10 @@ def differences(kind: str, layouts: list[Layout]) -> dict[str, float]:
     [
         ("standard", 1),
         ("ladder", 2),
-        *(pytest.param(k, 2, marks=pytest.mark.slow) for k in ("parallel", "last-n", "standard")),
+        *(
+            pytest.param(k, 2, marks=pytest.mark.slow)
+            for k in ("parallel", "last-n", "standard", "parallel-ladder")
+        ),
     ],
 )
 def test_torchs_attention_trains_as_megatron_cores(kind: str, ranks: int, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ CASES = {
     "standard": (config("standard"), "aot_eager", 1),
     "hybrid": (config("hybrid"), "aot_eager", 1),
     "parallel": (config("parallel"), "aot_eager", 1),
+    "parallel-ladder": (config("parallel-ladder"), "aot_eager", 1),
     "documents": (
         config(data=replace(PRESETS["debug"]().data, attend_across_documents=False)),
         "aot_eager",

@@ -18,6 +18,7 @@ from pretrain.model.optimizer import gathered_parameters
 from pretrain.run.checkpoint import load_weights
 from tests.distributed.layouts import (
     BATCH,
+    HALVES,
     LENGTH,
     VOCAB,
     Layout,
@@ -117,6 +118,9 @@ def oracle(plain: Any) -> Tensor:
         pytest.param("last-n", marks=pytest.mark.slow),
         pytest.param("standard", marks=pytest.mark.slow),
         pytest.param("parallel", marks=pytest.mark.slow),
+        pytest.param("parallel-ladder", marks=pytest.mark.slow),
+        "standard in halves",
+        pytest.param("parallel in halves", marks=pytest.mark.slow),
     ],
 )
 def test_a_packed_batch_is_its_documents_one_by_one(kind: str, tmp_path: Path) -> None:
@@ -127,6 +131,8 @@ def test_a_packed_batch_is_its_documents_one_by_one(kind: str, tmp_path: Path) -
     expected.backward()
     gradients = {n: p.grad for n, p in plain.named_parameters()}
     layouts = LAYOUTS if kind == "ladder" else LAYOUTS[::3]
+    if kind in HALVES:
+        layouts = [LAYOUTS[2], LAYOUTS[6]]  # one rank has no halves
     for ranks in sorted({layout.ranks for layout in layouts}):
         group = [layout for layout in layouts if layout.ranks == ranks]
         folder = tmp_path / f"{ranks} ranks"

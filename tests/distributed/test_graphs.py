@@ -38,9 +38,22 @@ CASES: dict[int, dict[str, TrainConfig]] = {
         "tp2-sp": config(
             parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
         ),
+        "parallel-ladder tp2-sp": config(
+            "parallel-ladder",
+            parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        ),
         "standard tp2-sp": config(
             "standard",
             parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        ),
+        "in halves tp2-sp": config(
+            "standard",
+            parallel=ParallelConfig(
+                tensor_model_parallel_size=2, sequence_parallel=True, tp_overlap="halves"
+            ),
+        ),
+        "parallel-ladder tp2": config(
+            "parallel-ladder", parallel=ParallelConfig(tensor_model_parallel_size=2)
         ),
         "dp2": config(global_batch_size=8),
     },
