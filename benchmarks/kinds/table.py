@@ -21,11 +21,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # where `measuring` is
 from measuring import facts  # noqa: E402
 from measuring.overlap.hidden import (  # noqa: E402
     BLOCKING,
-    PASSES,
     Times,
+    median,
     most_by_layers,
     over_standard,
     planned_shares,
+    scaled,
 )
 from measuring.overlap.kinds import KINDS, NO_COMM  # noqa: E402
 from pretrain.plan.planner import Submodule  # noqa: E402
@@ -96,42 +97,34 @@ def case_table(case: Case, report: dict[str, Any]) -> str:
     for name, kind in KINDS.items():
         if (name, "link") not in times:
             continue
-        cells = [""] * 6
+        cells = [""] * 3
         if name != NO_COMM:
-            plan = planned_shares(
-                kind, layers, sp, (attention, mlp), report["own_s"], report["link_s"]
-            )
-            most = most_by_layers(kind, layers, sp) if kind.hides else {}
+            alone_s = (median(times, (name, "zero"), p) for p in ("forward", "backward"))
+            parts = scaled((attention, mlp), layers, *alone_s)
+            plan = planned_shares(kind, layers, sp, parts, report["own_s"], report["link_s"])
+            most = most_by_layers(kind, layers, sp) if kind.hides else None
             hidden = report["hidden_share"][BLOCKING][name]
             cells = [
-                cell
-                for p in list(PASSES)[:2]
-                for cell in (
-                    f"{hidden[p]:z.3f}",
-                    f"{plan[p]:z.3f}" if plan else "",
-                    f"{most[p]:.3f}" if most else "",
-                )
+                f"{hidden[p]:z.3f}" + (f" ({plan[p]:z.3f})" if plan else "")
+                for p in ("forward", "backward")
             ]
+            cells.append(f"{most['forward']:.3f}, {most['backward']:.3f}" if most else "")
         over = []
         for way in ("zero", "link"):
             low, middle, high = over_standard(times, name, way)
             over.append(facts.between(low, middle, high, 3))
         lines.append([name, *cells, *over])
-    each = ["planned", "most"]
-    titles = [
-        "",
-        "forward",
-        *each,
-        "backward",
-        *each,
-        "no link, over standard",
-        "link, over standard",
-    ]
+    quotients = ("no link, over standard", "link, over standard")
+    titles = ["", "forward (planned)", "backward (planned)", "most", *quotients]
     repetitions = min(len(found) for found in times.values())
     left_out = "".join(f" {n} left out: {why}." for n, why in report["left_out"].items())
+    command = report["command"].partition(" --json")[0]
+    for option in (" --micro-batch-size", " --also"):
+        command = command.replace(option, f" \\\n       {option}")
+    modelled = report["modelled"].replace(", on", ",\non")
     return (
-        f"**{case.title}.** {repetitions} repetitions; {report['modelled']}.{left_out}\n\n"
-        f"    {report['command'].partition(' --json')[0]}\n\n{facts.markdown(titles, lines)}\n"
+        f"**{case.title}.** {repetitions} repetitions; {modelled}.{left_out}\n\n"
+        f"    {command}\n\n{facts.markdown(titles, lines)}\n"
     )
 
 

@@ -63,10 +63,10 @@ def test_a_table_has_measured_and_planned_shares_and_what_is_the_most(table: Mod
     }
     text = table.case_table(table.CASES["1-0.5"], report)
     # Two layers: of 4 sums in forward the last is exposed.
-    expected = "| ladder | 0.750 | 0.750 | 0.750 | 1.000 | 1.000 | 1.000 | 1.333 "
+    expected = "| ladder | 0.750 (0.750) | 1.000 (1.000) | 0.750, 1.000 | 1.333 "
     assert expected in text
-    assert "| standard | 0.000 | 0.000 |  | 0.500 | 1.000 |  | 1.000 " in text
-    assert "| no-comm |  |  |  |  |  |  | 0.500 (0.500 to 0.500) | 0.417 " in text
+    assert "| standard | 0.000 (0.000) | 0.500 (1.000) |  | 1.000 " in text
+    assert "| no-comm |  |  |  | 0.500 (0.500 to 0.500) | 0.417 " in text
     assert "standard in halves left out: a micro-batch of 1 has no two equal halves." in text
     assert "    python benchmarks/overlap.py --steps 2\n" in text
     assert len(KINDS) > 4 and "| parallel |" not in text
