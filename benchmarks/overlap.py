@@ -47,7 +47,6 @@ from measuring.hidden import (
     scaled,
     table,
 )
-from measuring.interleaved import measure, slowest
 from measuring.options import parser_of
 from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.collectives import backward_order, ranges
@@ -55,6 +54,7 @@ from megatron_ladder.collectives.points import collectives_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.layers import linear
 from pretrain.bench.decoder import Decoder
+from pretrain.bench.interleaved import measure, slowest
 from pretrain.bench.ranks import join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds

@@ -4,11 +4,10 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from measuring.interleaved import quotients
+from pretrain.bench.interleaved import quotients
+from pretrain.bench.kinds_plan import BLOCKING as BLOCKING
+from pretrain.bench.kinds_plan import NO_COMM as NO_COMM
 from pretrain.plan.planner import Submodule, pass_seconds
-
-BLOCKING = "standard, waiting at once"
-NO_COMM = "no-comm"
 
 Times = dict[tuple[str, str], list[tuple[float, ...]]]
 """By line and link: seconds of forward and of backward, of each repetition."""

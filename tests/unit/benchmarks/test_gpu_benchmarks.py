@@ -18,10 +18,10 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from measuring import interleaved
 from measuring import standby as standby_module
 from measuring.learning.modelled_time import modelled
 from megatron_ladder.collectives.points import take_part
+from pretrain.bench import interleaved
 from pretrain.start.arguments import parse_train
 
 ROOT = Path(__file__).parents[3]
