@@ -66,7 +66,7 @@ class KindsOptions:
     nproc_per_node: int | None = None
     """Ranks. None: all GPUs of this machine; without GPUs 2."""
     minutes: float = 20.0
-    """In which all is measured. What is left then is left out, the least important layouts last."""
+    """For all of it. The most important layouts come first; those that do not fit in are left out."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS or self.preset.startswith("adapt"):
@@ -119,7 +119,7 @@ def main_kinds(options: KindsOptions, argv: list[str]) -> int:
     bench.finish(stopped)
     if stopped:
         return 130
-    return 0 if any("kinds" in row for row in bench.report["rows"]) else 1
+    return 0 if bench.has_times else 1
 
 
 def _stop(*_: Any) -> NoReturn:
@@ -180,8 +180,13 @@ class _Bench:
             f"{self._seq_length}: {len(self._left)} layouts, each with up to "
             f"{max((len(s.kinds) for s in self._left), default=0)} kinds, in this order:",
             *(f"  {s.layout} ({s.num_layers} layers): {len(s.kinds)} kinds" for s in self._left),
-            *(f"not measured: {line(row)}" for row in self.report["rows"]),
         ]
+        refused: dict[str, list[str]] = {}
+        for row in self.report["rows"]:
+            refused.setdefault(row["error"], []).append(row["layout"])
+        for why, rows in refused.items():
+            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+            out.append(f"not measured: {rows[0]}{more}: {why}")
         if self._machine.no_fp8 and self._machine.cards:
             out.append(f"not measured: FP8, which needs {self._machine.no_fp8}")
         short = "" if total < 60 * asked else ", so with fewer repetitions"
@@ -266,10 +271,15 @@ class _Bench:
         )
         self._write()
         print(table(self.report))
-        picture = self._options.output.with_suffix(".png")
-        if any("kinds" in row for row in self.report["rows"]):
-            draw(picture, self.report)
-        print(f"\n{self._options.output}, {picture.name}: {self.report['ended']}")
+        if self.has_times:
+            draw(self._options.output.with_suffix(".png"), self.report)
+        print(f"\n{self._options.output}: {self.report['ended']}", flush=True)
+
+    @property
+    def has_times(self) -> bool:
+        """Whether any kind has been measured."""
+        kinds = [kind for row in self.report["rows"] for kind in row.get("kinds", {}).values()]
+        return any("forward_backward_s" in kind for kind in kinds)
 
     def _guess(self, settings: list[Setting]) -> float:
         each = partial(

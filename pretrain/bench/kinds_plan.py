@@ -125,9 +125,9 @@ def settings_of(model: ModelConfig, ranks: int, precision: Precision, fp8: bool)
     """All settings, the most important ones first: all ranks as one tensor-parallel group, then smaller
     groups; then the same in FP8.
 
-    With sequence parallelism each has one hardware queue and several: layers that hide their collectives
-    there want several, and megatron-core's want one. Settings with one number of queues stand together,
-    because the number is that of a process.
+    With sequence parallelism the largest group has one hardware queue and then several: layers that hide
+    their collectives there want several, and megatron-core's want one. Settings with one number of queues
+    stand together, because the number is that of a process.
 
     Args:
         ranks: of this machine.
@@ -141,7 +141,7 @@ def settings_of(model: ModelConfig, ranks: int, precision: Precision, fp8: bool)
         for tp in range(ranks, 0, -1)
         if ranks % tp == 0
         for sp in (False, True)[: 1 if tp == 1 else 2]
-        for queues in (ONE, SEVERAL)[: 2 if sp and precision == "bf16" else 1]
+        for queues in (ONE, SEVERAL)[: 2 if sp and tp == ranks and precision == "bf16" else 1]
         for batch in (2, 1)
     ]
     return sorted(

@@ -15,9 +15,9 @@ SMALL = ["--hidden-size", "64", "--ffn-hidden-size", "96", "--seq-length", "32"]
 TIMEOUT_S = 150
 
 
-def run(*command: str) -> str:
+def run(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT
+        [sys.executable, *command], capture_output=True, text=True, timeout=timeout_s, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -100,10 +100,10 @@ def test_the_trace_of_a_step(options: list[str], tmp_path: Path) -> None:
 
 
 def test_every_kind_on_two_ranks(tmp_path: Path) -> None:
-    """How long it may take is not given short: each layout has its repetitions on a slow machine, too."""
+    """It takes seconds. The time that it is given is for a machine with much other work."""
     file = tmp_path / "new" / "kinds.json"
-    options = ["--preset", "debug", "--nproc-per-node", "2", "--minutes", "2"]
-    output = run("-m", "pretrain.cli", "bench", "kinds", str(file), *options)
+    options = ["--preset", "debug", "--nproc-per-node", "2", "--minutes", "3"]
+    output = run("-m", "pretrain.cli", "bench", "kinds", str(file), *options, timeout_s=330)
     assert "6 layouts" in output and "best layout" in output
     report = json.loads(file.read_text())
     assert report["ended"] == "complete" and report["ranks"] == 2
@@ -126,6 +126,7 @@ def test_every_kind_on_two_ranks(tmp_path: Path) -> None:
                 "no-comm",
             }
     # All ranks work in each layout: TP 1 has two copies of the layers.
+    assert "all_reduce_s" not in found["TP 1, micro-batch 2, fp32"]
     alone = found["TP 1, micro-batch 2, fp32"]["kinds"]["standard"]
     total_s = statistics.median(sum(times) for times in alone["forward_backward_s"])
     assert alone["tokens_per_s_per_gpu"] == pytest.approx(2 * 64 / total_s)

@@ -1,5 +1,6 @@
 """`bench kinds`: order, memory and figures; a failure or a stop keeps what is measured."""
 
+import contextlib
 import json
 import signal
 import sys
@@ -40,13 +41,14 @@ TWO_CARDS = Machine("NVIDIA H100 80GB HBM3", 2, 80 * 10**9, {"nccl": "2.28"}, ""
 
 def test_the_most_important_layouts_come_first() -> None:
     found = settings_of(MODEL_8B, 8, "bf16", fp8=True)
-    assert len(set(found)) == len(found) == 2 * (3 * 6 + 2)
+    assert len(set(found)) == len(found) == 2 * (6 + 4 + 4 + 2)
     order = [
         (s.fp8 is not None, s.tensor_model_parallel_size < 8, s.hardware_queues) for s in found
     ]
     assert order == sorted(order)
     assert found[0].layout == "TP 8, micro-batch 2, bf16"
-    assert found[-1].layout == "TP 2 SP, micro-batch 1, FP8 tensorwise, 8 queues"
+    assert found[5].layout == "TP 8 SP, micro-batch 1, bf16, 8 queues"
+    assert found[-1].layout == "TP 1, micro-batch 1, FP8 tensorwise"
     # Several queues are for the second stream of sequence parallelism.
     assert all(s.sequence_parallel for s in found if s.hardware_queues == 8)
 
@@ -365,11 +367,35 @@ def test_all_kinds_have_the_same_weights_in_memory() -> None:
                 decoder.block.layers[1].get_submodule(name).weight for decoder in decoders.values()
             ]
             assert len({weight.data_ptr() for weight in weights}) == 1
-        residuals = {name: decoder.model.residual for name, decoder in decoders.items()}
-        assert residuals["parallel in halves"] == "parallel"
+        configs = {name: decoder.block.config for name, decoder in decoders.items()}
+        for name, config in configs.items():
+            assert config.halves == ("halves" in name)
+            assert config.sequence_parallel == (name != NO_COMM)  # it has no sums to cut
+            residual = "standard" if name == BLOCKING else name.removesuffix(" in halves")
+            assert decoders[name].model.residual == residual
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def test_standard_waits_at_once_where_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    waiting: list[object] = []
+
+    @contextlib.contextmanager
+    def at_once(group: object) -> Iterator[None]:
+        waiting.append(group)
+        yield
+        waiting.append("over")
+
+    monkeypatch.setattr(kinds_ranks, "waiting_at_once", at_once)
+    decoder: Any = SimpleNamespace(step=lambda: (float(len(waiting)), 0.0))
+    group: Any = object()
+    assert kinds_ranks._pass(decoder, False, group, tmp_path) == (0.0, 0.0)
+    assert kinds_ranks._pass(decoder, True, group, tmp_path) == (1.0, 0.0)
+    assert waiting == [group, "over"]
+    assert (tmp_path / "alive").exists()
 
 
 def test_repetitions_end_in_time_but_not_before_three(monkeypatch: pytest.MonkeyPatch) -> None:
