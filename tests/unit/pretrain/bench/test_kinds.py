@@ -287,6 +287,8 @@ def test_a_stop_keeps_what_is_measured(
     def until_a_signal(folder: Path, ranks: Any, end_s: float) -> Iterator[Any]:
         processes.append(ranks)
         yield next(rows(folder, ranks, end_s))
+        so_far = json.loads((tmp_path / "out" / "k.json").read_text())  # SIGKILL would keep it, too
+        assert so_far["ended"] == "not yet" and len(so_far["rows"]) == 1
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(kinds, "_rows", until_a_signal)
