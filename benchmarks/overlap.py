@@ -43,7 +43,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from measuring import facts, ranks
-from measuring.interleaved import measure, slowest
 from measuring.options import parser_of
 from measuring.overlap.clock import restart, use_processor_time
 from measuring.overlap.hidden import (
@@ -66,6 +65,7 @@ from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.collectives import backward_order, ranges
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
+from pretrain.bench.interleaved import measure, slowest
 from pretrain.bench.ranks import join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds

@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 
 from measuring import facts
-from measuring.interleaved import measure, quotients
 from measuring.options import parser_of
 from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
+from pretrain.bench.interleaved import measure, quotients
 from pretrain.bench.ranks import join
 
 HALVES = "standard-halves"

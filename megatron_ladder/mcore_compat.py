@@ -76,6 +76,11 @@ def destroy_model_parallel() -> None:
     for name, value in list(vars(parallel_state).items()):
         if isinstance(value, torch.distributed.ProcessGroup):
             setattr(parallel_state, name, None)
+    forget_models()
+
+
+def forget_models() -> None:
+    """Lets models that nothing else refers to be freed: RoPE's cache keeps them."""
     RotaryEmbedding.forward.cache_clear()
 
 

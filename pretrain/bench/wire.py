@@ -243,6 +243,34 @@ def over(
 
         return collective
 
+    with _replaced_by(wrapped):
+        yield
+
+
+@contextlib.contextmanager
+def waiting_at_once(group: dist.ProcessGroup) -> Iterator[None]:
+    """Inside this block each collective of `group` is waited for where it starts, so nothing is hidden.
+
+    No link is modelled.
+    """
+
+    def wrapped(real: Callable, _operation: str) -> Callable:
+        @functools.wraps(real)
+        def collective(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+            work = real(*args, async_op=async_op, **kwargs)
+            if async_op and kwargs.get("group") is group:
+                work.wait()
+            return work
+
+        return collective
+
+    with _replaced_by(wrapped):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced_by(wrapped: Callable[[Callable, str], Callable]) -> Iterator[None]:
+    """Inside this block each collective is what `wrapped` makes of it and of its operation's name."""
     real = [(module, name, getattr(module, name)) for module, name, _ in _ENTRIES]
     for module, name, operation in _ENTRIES:
         setattr(module, name, wrapped(getattr(module, name), operation))

@@ -1,6 +1,7 @@
 """The benchmark and the trace run and write what they say; how fast is nobody's business here."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ SMALL = ["--hidden-size", "64", "--ffn-hidden-size", "96", "--seq-length", "32"]
 TIMEOUT_S = 150
 
 
-def run(*command: str) -> str:
+def run(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT
+        [sys.executable, *command], capture_output=True, text=True, timeout=timeout_s, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -99,6 +100,40 @@ def test_the_trace_of_a_step(options: list[str], tmp_path: Path) -> None:
         events = json.loads((out / f"trace_{kind}.json").read_text())["traceEvents"]
         assert {e["pid"] for e in events} == {0, 1}
         assert {"compute", "flight", "wait"} <= {e.get("cat") for e in events}
+
+
+def test_every_kind_on_two_ranks(tmp_path: Path) -> None:
+    """It takes seconds. The time that it is given is for a machine with much other work."""
+    file = tmp_path / "new" / "kinds.json"
+    options = ["--preset", "debug", "--nproc-per-node", "2", "--minutes", "3"]
+    output = run("-m", "pretrain.cli", "bench", "kinds", str(file), *options, timeout_s=330)
+    assert "6 layouts" in output and "best layout" in output
+    report = json.loads(file.read_text())
+    assert report["ended"] == "complete" and report["ranks"] == 2
+    found = {row["layout"]: row for row in report["rows"]}
+    assert len(found) == 6
+    both = {"standard in halves", "parallel in halves"}
+    for layout, row in found.items():
+        times = {name: kind["forward_backward_s"] for name, kind in row["kinds"].items()}
+        assert {len(of_kind) for of_kind in times.values()} <= set(range(3, 11)), layout
+        assert both <= set(times) or "TP 1" in layout or "micro-batch 1" in layout
+        if "TP 2" in layout:
+            assert row["state_bytes"] == 64 * row["micro_batch_size"] * 64 * 4
+            assert row["all_reduce_s"] > 0 and row["link_over_compute"] > 0
+            assert set(times) - both == {
+                "standard, waiting at once",
+                "standard",
+                "parallel",
+                "ladder",
+                "parallel-ladder",
+                "no-comm",
+            }
+    # All ranks work in each layout: TP 1 has two copies of the layers.
+    assert "all_reduce_s" not in found["TP 1, micro-batch 2, fp32"]
+    alone = found["TP 1, micro-batch 2, fp32"]["kinds"]["standard"]
+    total_s = statistics.median(sum(times) for times in alone["forward_backward_s"])
+    assert alone["tokens_per_s_per_gpu"] == pytest.approx(2 * 64 / total_s)
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_trace_that_cannot_be_taken_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,11 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from measuring.interleaved import quotients
-from measuring.overlap.kinds import NO_COMM, Kind
+from measuring.overlap.kinds import Kind
 from megatron_ladder.config import ModelConfig
+from pretrain.bench.interleaved import quotients
+from pretrain.bench.kinds_plan import BLOCKING, NO_COMM
 from pretrain.plan.planner import Submodule, pass_seconds
-
-BLOCKING = "standard, waiting at once"
 
 Times = dict[tuple[str, str], list[tuple[float, ...]]]
 """By line and link: seconds of forward and of backward, of each repetition."""

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ladder.config import STALE, Residual, TpOverlap
-
-NO_COMM = "no-comm"
+from pretrain.bench.kinds_plan import NO_COMM
 
 
 @dataclass(frozen=True)

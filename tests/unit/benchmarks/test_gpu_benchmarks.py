@@ -19,11 +19,11 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from measuring import interleaved
 from measuring import standby as standby_module
 from measuring.learning.modelled_time import modelled
 from measuring.overlap.late import started_late
 from megatron_ladder.collectives.points import SubmoduleCollectives
+from pretrain.bench import interleaved
 from pretrain.start.arguments import parse_train
 
 ROOT = Path(__file__).parents[3]

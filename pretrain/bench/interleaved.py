@@ -1,6 +1,7 @@
 """Measures several runs side by side, all ranks together."""
 
 import gc
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 Key = TypeVar("Key")
+LEAST = 3
+"""Repetitions that are measured in any case: a median of fewer says little."""
 
 
 def slowest(times: tuple[float, ...]) -> tuple[float, ...]:
@@ -22,12 +25,17 @@ def slowest(times: tuple[float, ...]) -> tuple[float, ...]:
 def measure(
     runs: dict[Key, Callable[[], tuple[float, ...]]],
     steps: int,
+    limit_s: float = math.inf,
     *,
     keep_what_is_there: bool = False,
 ) -> dict[Key, list[tuple[float, ...]]]:
     """Runs every run once, then every run again: a slow moment of the machine then hits all of them.
 
     Args:
+        runs: each returns the seconds of its parts.
+        steps: repetitions.
+        limit_s: after so many seconds in runs no further repetition begins, unless fewer than LEAST are
+            measured. All ranks must be given the same.
         keep_what_is_there: an interrupt (gpu.py's limit, Ctrl-C) ends the measurement, and complete
             repetitions are returned, if there are two. Not for several ranks, which would have to agree.
 
@@ -35,14 +43,18 @@ def measure(
         Seconds of each run, by repetition. A first repetition, which warms up, is left out.
     """
     times: dict[Key, list[tuple[float, ...]]] = {key: [] for key in runs}
+    spent_s = 0.0  # the same on all ranks, as it is made of `slowest`
     gc.collect()
     gc.freeze()  # runs collect garbage: a second each, if all that is imported were searched too
     try:
         for step in range(steps + 1):  # the first warms up
+            if step > LEAST and spent_s >= limit_s:
+                break
             order = list(runs)
             order = order[step % len(order) :] + order[: step % len(order)]
             for key in order:
                 seconds = slowest(runs[key]())
+                spent_s += sum(seconds)
                 if step > 0:
                     times[key].append(seconds)
             if dist.get_rank() == 0:
