@@ -340,8 +340,6 @@ def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
     options = {"sequence_parallel": args.sequence_parallel, "recompute": args.recompute}
     for name in names:
         by_planner = planned(KINDS[name], args.layers, parts, own_s, link_s, options)
-        if by_planner is None:
-            continue
         passes_s = zip(("forward", "backward"), by_planner, strict=True)
         cells = [(1e3 * link_time(times, name, p), 1e3 * s) for p, s in passes_s]
         report["planned_link_ms"][name] = {"measured_planned": cells}

@@ -1,6 +1,5 @@
 """The share of a link's time that is hidden, from measured times, and the largest share that can be."""
 
-import inspect
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -82,7 +81,7 @@ def most_by_planner(
     sequence_parallel: bool,
     parts: tuple[Submodule, Submodule],
     link_s: float,
-) -> Shares | None:
+) -> Shares:
     """The shares that a kind can hide, by the planner's model of a pass.
 
     Args:
@@ -98,11 +97,11 @@ def planned_shares(
     parts: tuple[Submodule, Submodule],
     own_s: float,
     link_s: float,
-) -> Shares | None:
+) -> Shares:
     """The shares that a kind hides by the planner's model; see `planned`."""
     options = {"sequence_parallel": sequence_parallel}
     exposed = planned(kind, layers, parts, own_s, link_s, options)
-    return exposed and _shares(exposed, all_link_time(layers, sequence_parallel, link_s))
+    return _shares(exposed, all_link_time(layers, sequence_parallel, link_s))
 
 
 def _shares(exposed: tuple[float, float], whole: tuple[float, float]) -> Shares:
@@ -134,18 +133,13 @@ def planned(
     own_s: float,
     link_s: float,
     options: dict[str, Any],
-) -> tuple[float, float] | None:
-    """Seconds that the link adds to forward and backward, by the planner's model. None: it has no model of
-    this kind.
+) -> tuple[float, float]:
+    """Seconds that the link adds to forward and backward, by the planner's model.
 
     Args:
         own_s: seconds of a collective by itself; the link's time comes on top.
         options: those of `pass_seconds`.
     """
-    if "halves" not in inspect.signature(pass_seconds).parameters and (
-        kind.halves or kind.residual == "parallel-ladder"
-    ):
-        return None
     residuals = ModelConfig(layers, 8, 8, 1, **kind.model_fields(layers)).layer_residuals()
     if kind.halves:
         options = {**options, "halves": True}

@@ -32,15 +32,13 @@ def test_how_much_can_be_hidden(layers: int) -> None:
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_the_planner_agrees_where_computation_is_long(name: str, sequence_parallel: bool) -> None:
     found = hidden.most_by_planner(KINDS[name], 6, sequence_parallel, (LONG, LONG), 1.0)
-    if found is None:
-        pytest.skip("the planner has no model of it yet")
     assert found == pytest.approx(hidden.most_by_layers(KINDS[name], 6, sequence_parallel))
 
 
 def test_a_slow_link_cannot_hide_behind_what_is_shorter() -> None:
     short = Submodule(1.0, 2.0, 0.5)
     slow = hidden.most_by_planner(KINDS["ladder"], 4, False, (short, short), 2.0)
-    assert slow and slow["forward"] == pytest.approx(7 / 8 / 2)
+    assert slow["forward"] == pytest.approx(7 / 8 / 2)
 
 
 def test_an_odd_micro_batch_leaves_halves_out_in_words() -> None:
