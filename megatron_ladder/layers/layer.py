@@ -28,7 +28,7 @@ collective of one half's output runs, the other half computes (`halves`; Domino,
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
@@ -48,12 +48,9 @@ from megatron_ladder.collectives.points import (
 from megatron_ladder.collectives.ranges import named
 from megatron_ladder.config import PARALLEL, STALE, AllReduce, Residual
 from megatron_ladder.layers.desync import meet, part_ways, sum_weight_gradients
-from megatron_ladder.layers.halves import half_of, join, split
+from megatron_ladder.layers.halves import Call, Submodule, calls_of, half_of, join, split
 from megatron_ladder.layers.recompute import numbers_drawn, recomputed
 from megatron_ladder.layers.stages import pack, unpack
-
-Submodule = Literal["attention", "mlp", "both"]
-"""both: attention and MLP of parallel kinds. They read one input, and their outputs are summed together."""
 
 # The name of an attribute: the input of the next layer, in flight, on the state it was made from.
 _PREPARED = "_prepared_input"
@@ -91,9 +88,7 @@ class LadderTransformerLayer(TransformerLayer):
         self.submodules: tuple[Submodule, ...] = (
             ("both",) if self.residual in PARALLEL else ("attention", "mlp")
         )
-        calls = [(name, half) for name in self.submodules for half in range(1 + halves)]
-        # Each with the one after it in this layer.
-        self._calls = list(zip(calls, [*calls[1:], None], strict=True))
+        self._calls = calls_of(self.submodules, halves)
         self.is_last_layer = self.layer_number == self.config.num_layers
         self.recompute = recompute
         self.in_fp8 = bool(self.config.fp8) and not is_first_last_bf16_layer(
@@ -231,7 +226,7 @@ class LadderTransformerLayer(TransformerLayer):
         self,
         state: Tensor,
         y: Tensor | None,
-        following: tuple[Submodule, int] | None,
+        following: Call | None,
         behind: SubmoduleCollectives | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The chain between the previous and the next sub-module; see `_submodule`.

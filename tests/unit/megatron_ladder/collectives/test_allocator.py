@@ -20,7 +20,7 @@ from megatron_ladder.collectives.points import (
     output_wait,
 )
 from megatron_ladder.config import PARALLEL, Residual
-from megatron_ladder.layers.halves import join, split
+from megatron_ladder.layers.halves import calls_of, join, split
 from megatron_ladder.layers.layer import LadderTransformerLayer
 from tests.unit.megatron_ladder.collectives.cuda_allocator import (
     Allocator,
@@ -156,7 +156,7 @@ class Layer(LadderTransformerLayer):
         torch.nn.Module.__init__(self)
         self.residual, self.halves = residual, halves
         self.submodules = ("both",) if residual in PARALLEL else ("attention", "mlp")
-        self._calls = [(name, half) for name in self.submodules for half in range(1 + halves)]
+        self._calls = calls_of(self.submodules, halves)
         self._chain = []
         self.tp_group, self.in_fp8 = group, False
         self.config: Any = SimpleNamespace(sequence_parallel=True)
