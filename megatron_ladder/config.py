@@ -146,7 +146,7 @@ class ModelConfig:
         """The residual kind of each layer, first to last.
 
         Raises:
-            UserError: `ladder_layers` names a layer that does not exist, or `residual` is not ladder.
+            UserError: `ladder_layers` names a layer that does not exist, or the kind has no ladder layers.
         """
         if self.ladder_layers is None:
             return (self.residual,) * self.num_layers

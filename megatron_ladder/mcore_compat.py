@@ -122,7 +122,7 @@ def transformer_config(
         recompute: selective recomputes core attention alone, full recomputes each sub-module.
         attention: which core attention; auto is resolved here, for all layers.
         masks_given: attention uses the mask that forward gets, [b, 1, s, s]. Otherwise it is causal.
-        micro_batch_size: attention is chosen for this size.
+        micro_batch_size: attention is chosen for this size; in halves for half of it.
         seq_length: attention is chosen for this length. None: the model's max_position_embeddings.
     """
     check_layout(model, parallel)

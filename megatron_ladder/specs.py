@@ -111,8 +111,8 @@ def layer_spec(
         residuals: each layer's residual kind, first to last. None: every layer is a ladder layer.
         impl: the implementation of the modules; see `resolve_impl`.
         desync_interval: the number of sub-modules from one all-reduce to the next, in desync layers.
-        recompute: full recomputation, one sub-module at a time. Standard models ignore it: they use
-            megatron-core's recomputation.
+        recompute: full recomputation, one sub-module at a time. megatron-core's own layers ignore it: they
+            have megatron-core's recomputation.
         halves: run each sub-module on two halves of the micro-batch in turn.
         masks_given: attention uses the mask that forward gets. Otherwise attention is causal.
         qk_layernorm: add a norm of each head's query and key.

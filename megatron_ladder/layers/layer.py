@@ -131,7 +131,7 @@ class LadderTransformerLayer(TransformerLayer):
             ),
         }
         if names := [name for name, used in unsupported.items() if used]:
-            raise ValueError(f"ladder layers do not support {', '.join(names)} yet")
+            raise ValueError(f"this project's layers do not support {', '.join(names)} yet")
 
     def forward(
         self,

@@ -209,6 +209,11 @@ class TrainConfig:
             *(self.fp8, self.model, self.parallel, self.precision),
             tokens=self.data.seq_length * self.micro_batch_size,
         )
+        if self.fp8.primary_weights and self.optimizer.moments == "bf16":
+            # Then the optimizer alone has the master weights, and a start cannot quantise from them.
+            raise UserError(
+                "fp8.primary_weights with optimizer.moments bf16 is not supported: leave out one of them"
+            )
         self._check_adapt()
 
     def _check_adapt(self) -> None:

@@ -123,6 +123,14 @@ def run_under_ddp(kind: str, layout: str, fp8: Fp8Config) -> tuple[float, bool]:
     plain = Run(model, parallel, **options)
     run = Run(model, parallel, steps=0, weights=plain.weights, **options)
     (ddp,) = wrap_data_parallel([run.gpt])
+    norms = {
+        name: module
+        for name, module in run.gpt.named_modules()
+        if name.endswith("layernorm") and list(module.parameters())
+    }
+    called: set[str] = set()
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     for _ in range(2):  # steps: the second finds nothing of the first
         ddp.zero_grad_buffer()
         run.gpt.set_is_first_microbatch()
@@ -137,6 +145,8 @@ def run_under_ddp(kind: str, layout: str, fp8: Fp8Config) -> tuple[float, bool]:
         for n, p in run.own.items()
     )
     assert ddp.module is run.gpt
+    # By such a hook DDP waits for a norm's gathered weight.
+    assert called == set(norms) and len(norms) == 2 * LAYERS + 1
     return difference, all_written
 
 
