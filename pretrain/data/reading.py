@@ -2,7 +2,7 @@
 
 Of a tensor-parallel group, whose ranks all need the same batch, the first one reads and broadcasts. A
 pipeline stage between the first and the last one needs no tokens, unless documents are apart: each stage
-builds their mask. Ranks that do not read open no file of any data set.
+needs to know where they begin. Ranks that do not read open no file of any data set.
 """
 
 import itertools
@@ -99,7 +99,8 @@ class RankBatches:
         return validation_batches(split, self._config, **self._data_parallel)
 
     def _received(self, batch: Batch) -> Batch:
-        """Passes a batch on within the tensor-parallel group, on the device: nothing waits for the host."""
+        """Passes a batch on within the tensor-parallel group, on the device. The host waits for nothing but
+        the documents' numbers, on ranks that do not read: their lengths are arguments of kernels."""
         group = parallel_state.get_tensor_model_parallel_group()
         if not self._needs or group.size() == 1:
             return batch
@@ -116,6 +117,8 @@ class RankBatches:
                 row.copy_(batch[name].to(device, non_blocking=True))
         dist.broadcast(packed, parallel_state.get_tensor_model_parallel_src_rank(), group)
         received = dict(zip(names, packed, strict=True))
+        if "documents" in received:
+            received["documents"] = batch["documents"] if self.reads else packed[3].cpu()
         received["tokens"], received["labels"] = packed[0].long(), packed[1].long()
         received["loss_mask"] = packed[2].float()
         positions = torch.arange(length, device=device)

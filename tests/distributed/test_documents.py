@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_ladder.hf.convert import megatron_to_hf
 from pretrain.config.train import DataConfig, TrainConfig
-from pretrain.loop.step import document_mask, train_step, validate
+from pretrain.loop.step import train_step, validate
 from pretrain.model.optimizer import gathered_parameters
 from pretrain.run.checkpoint import load_weights
 from tests.distributed.layouts import (
@@ -158,16 +158,3 @@ def test_documents_that_see_each_other_have_another_loss(tmp_path: Path) -> None
     )
     together = losses[trained[:, 1:].flatten()].mean()
     assert abs(together - oracle(plain)) > 100 * 2e-5
-
-
-def test_the_mask_is_causal_within_documents() -> None:
-    mask = document_mask(torch.tensor([[0, 0, 1, 1, 1], [4, 4, 4, 4, 4]]))
-    assert mask.shape == (2, 1, 5, 5)
-    assert (~mask[0, 0]).int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [0, 0, 1, 0, 0],
-        [0, 0, 1, 1, 0],
-        [0, 0, 1, 1, 1],
-    ]
-    assert torch.equal(~mask[1, 0], torch.ones(5, 5).tril().bool())
