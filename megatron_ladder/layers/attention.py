@@ -80,7 +80,9 @@ class TorchAttention(UnfusedAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._unsupported:
             return super().attend(query, key, value)
-        causal = len(query) > 1  # one query is the last token's: it attends to all keys
+        causal = True
+        if len(query) == 1:  # the query of the last token: it attends to all keys
+            causal = False
         # Torch aligns its causal mask to the first key. That is right only when there are as many queries.
         assert not causal or len(query) == len(key), "causal attention of some queries alone"
         groups = self.num_attention_heads_per_partition // self.num_query_groups_per_partition

@@ -18,6 +18,7 @@ from pretrain.model.optimizer import gathered_parameters
 from pretrain.run.checkpoint import load_weights
 from tests.distributed.layouts import (
     BATCH,
+    HALVES,
     LENGTH,
     VOCAB,
     Layout,
@@ -114,9 +115,11 @@ def oracle(plain: Any) -> Tensor:
     "kind",
     [
         "ladder",
-        pytest.param("last-n", marks=pytest.mark.slow),
-        pytest.param("standard", marks=pytest.mark.slow),
-        pytest.param("parallel", marks=pytest.mark.slow),
+        "standard in halves",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("last-n", "standard", "parallel", "parallel-ladder", "parallel in halves")
+        ),
     ],
 )
 def test_a_packed_batch_is_its_documents_one_by_one(kind: str, tmp_path: Path) -> None:
@@ -127,6 +130,10 @@ def test_a_packed_batch_is_its_documents_one_by_one(kind: str, tmp_path: Path) -
     expected.backward()
     gradients = {n: p.grad for n, p in plain.named_parameters()}
     layouts = LAYOUTS if kind == "ladder" else LAYOUTS[::3]
+    if kind in HALVES:
+        layouts = (
+            LAYOUTS[2:3] if kind == "standard in halves" else [la for la in LAYOUTS if la.tp > 1]
+        )
     for ranks in sorted({layout.ranks for layout in layouts}):
         group = [layout for layout in layouts if layout.ranks == ranks]
         folder = tmp_path / f"{ranks} ranks"
