@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ladder.layers.documents import Documents
 from pretrain.config.train import TrainConfig
 from pretrain.data.batches import (
     Batch,
@@ -51,6 +52,7 @@ class RankBatches:
         )
         self.reads = self._needs and parallel_state.get_tensor_model_parallel_rank() == 0
         """Whether this rank opens the data sets."""
+        self._documents: list[torch.Tensor] = []
 
     def training(self, consumed_samples: int) -> Iterator[Batch]:
         """What this rank reads, from a position in the run to its end: one item a micro-batch.
@@ -61,12 +63,27 @@ class RankBatches:
         config = self._config
         if self.reads:
             sequences = train_sequences(config, self._folders, self._cache, made=True)
-            return train_batches(
+            batches = train_batches(
                 sequences, config, consumed_samples=consumed_samples, **self._data_parallel
             )
+            return map(self._counted, batches)
         together = config.micro_batch_size * self._data_parallel["data_parallel_size"]
         end = config.train_steps * config.global_batch_size
         return itertools.repeat({}, len(range(consumed_samples, end, together)))
+
+    def _counted(self, batch: Batch) -> Batch:
+        if "documents" in batch:
+            self._documents.append(batch["documents"])
+        return batch
+
+    def attended(self) -> float:
+        """The tokens of the sequence that a token is in; where documents are apart, of its document: the
+        mean over the tokens that this rank has read for training since the last call."""
+        lengths = [n for part in self._documents for row in Documents(part).lengths for n in row]
+        self._documents.clear()
+        if not lengths:
+            return self._config.data.seq_length
+        return sum(n * n for n in lengths) / sum(lengths)
 
     def received(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The micro-batches of `training` or `validation`, on every rank that needs them; {} on others."""
