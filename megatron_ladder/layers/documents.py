@@ -31,6 +31,7 @@ class Documents(PackedSeqParams):
         # With "sbhd" megatron-core leaves the tensors' shape and the positions as they are.
         super().__init__(qkv_format="sbhd", max_seqlen_q=length, max_seqlen_kv=length)
         self._numbers = numbers
+        self._in_one_row: PackedSeqParams | None = None
 
     @cached_property
     def lengths(self) -> list[list[int]]:
@@ -43,20 +44,21 @@ class Documents(PackedSeqParams):
         first, second = self._numbers.chunk(2)
         return Documents(first), Documents(second)
 
-    @cached_property
-    def in_one_row(self) -> PackedSeqParams:
+    def in_one_row(self, device: torch.device) -> PackedSeqParams:
         """The documents as Transformer Engine takes them, for tensors [b s, heads, channels]: sequence
-        after sequence. Its tensor is on this rank's device."""
-        lengths = [length for row in self.lengths for length in row]
-        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        starts = starts.to(torch.cuda.current_device(), non_blocking=True)
-        return PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=starts,
-            cu_seqlens_kv=starts,
-            max_seqlen_q=max(lengths),
-            max_seqlen_kv=max(lengths),
-        )
+        after sequence. All layers share it."""
+        if self._in_one_row is None:
+            lengths = [length for row in self.lengths for length in row]
+            starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+            starts = starts.to(device, non_blocking=True)
+            self._in_one_row = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=starts,
+                cu_seqlens_kv=starts,
+                max_seqlen_q=max(lengths),
+                max_seqlen_kv=max(lengths),
+            )
+        return self._in_one_row
 
 
 def each_by_itself(

@@ -175,7 +175,7 @@ def test_what_transformer_engine_says_is_what_it_takes(
 
     asked = parameters(config, micro_batch_size=1, seq_length=length, apart=apart)
     if documents is not None:  # which documents a batch has, the question cannot know
-        row = documents.in_one_row
+        row = documents.in_one_row(given[0].device)
         known = {"max_seqlen_q": row.max_seqlen_q, "max_seqlen_kv": row.max_seqlen_kv}
         asked = replace(asked, batch_size=len(row.cu_seqlens_q) - 1, **known)
     assert asked == taken["attention_params"]

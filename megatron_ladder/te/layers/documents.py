@@ -32,7 +32,7 @@ class TEDocumentsAttention(TEDotProductAttention):
             *(x.transpose(0, 1).flatten(0, 1).contiguous() for x in (query, key, value)),
             None,
             AttnMaskType.padding_causal,
-            packed_seq_params=packed_seq_params.in_one_row,
+            packed_seq_params=packed_seq_params.in_one_row(query.device),
             **kwargs,
         )
         return attended.view(batch, length, -1).transpose(0, 1).contiguous()
