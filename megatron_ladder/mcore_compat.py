@@ -94,8 +94,8 @@ class LadderConfig(TransformerConfig):
     """Each sub-module runs on two halves of a micro-batch in turn."""
     recompute_submodules: bool = False
     """This project's layers do full recomputation (recompute.py)."""
-    masks_given: bool = False
-    """Attention uses the mask that forward gets, [b, 1, s, s]. Otherwise attention is causal."""
+    documents_apart: bool = False
+    """Forward gets the documents of each micro-batch, which do not attend to each other."""
     core_attention: CoreAttention = TORCHS
     """The core attention of all layers. `transformer_config` chooses it."""
 
@@ -110,7 +110,7 @@ def transformer_config(
     deterministic: bool = False,
     fp8: Fp8Config = NO_FP8,
     attention: Attention = "auto",
-    masks_given: bool = False,
+    documents_apart: bool = False,
     micro_batch_size: int = 1,
     seq_length: int | None = None,
 ) -> LadderConfig:
@@ -121,7 +121,7 @@ def transformer_config(
     Args:
         recompute: selective recomputes core attention alone, full recomputes each sub-module.
         attention: which core attention; auto is resolved here, for all layers.
-        masks_given: attention uses the mask that forward gets, [b, 1, s, s]. Otherwise it is causal.
+        documents_apart: forward gets the documents of each micro-batch, as packed_seq_params.
         micro_batch_size: attention is chosen for this size; in halves for half of it.
         seq_length: attention is chosen for this length. None: the model's max_position_embeddings.
     """
@@ -187,7 +187,7 @@ def transformer_config(
         # For local linears, with a kernel of NVIDIA's apex. pretrain/model/optimizer.py sets TE's.
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
-        masks_given=masks_given,
+        documents_apart=documents_apart,
         own_layers=ours,
         halves=halves,
         **recompute_fields,
@@ -229,7 +229,7 @@ def build_gpt_model(
         desync_interval=model.desync_interval,
         recompute=config.recompute_submodules,
         halves=config.halves,
-        masks_given=config.masks_given,
+        documents_apart=config.documents_apart,
         qk_layernorm=model.qk_layernorm,
         core_attention=config.core_attention.whose,
     )

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.layers.documents import Documents
 from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
-from pretrain.loop.step import attention_mask
 
 KINDS: dict[str, dict[str, Any]] = {
     "standard": {"residual": "standard"},
@@ -63,7 +63,7 @@ class Run:
         weights: of another run; None draws them.
         steps: passes; none leaves the model as it is made.
         batch: sequences of `LENGTH`.
-        masks_given: each sequence is two documents that do not see each other.
+        apart: each sequence is two documents that do not see each other, except the last one, of one.
         options: of `transformer_config`.
     """
 
@@ -77,23 +77,24 @@ class Run:
         steps: int = 1,
         recompute: str = "none",
         batch: int = BATCH,
-        masks_given: bool = False,
+        apart: bool = False,
         **options: Any,
     ) -> None:
         self.config = transformer_config(
             *(model, parallel),
             impl=impl,
             recompute=recompute,
-            masks_given=masks_given,
+            documents_apart=apart,
             micro_batch_size=batch,
             seq_length=LENGTH,
             **options,
         )
         self.batch = batch
-        self.mask = None
-        if masks_given:
-            documents = (torch.arange(LENGTH) > LENGTH // 3).expand(batch, -1)
-            self.mask = attention_mask(documents.cuda(), self.config)
+        self.documents = None
+        if apart:
+            numbers = (torch.arange(LENGTH) > LENGTH // 3).repeat(batch, 1)
+            numbers[-1] = batch > 1
+            self.documents = Documents(numbers)
         torch.manual_seed(0)
         (self.gpt,) = build_gpt_model(model, self.config, impl)
         self.own = {name_of(n): p for n, p in self.gpt.named_parameters()}
@@ -110,7 +111,11 @@ class Run:
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(0, VOCAB, (self.batch, LENGTH + 1), generator=generator).cuda()
         positions = torch.arange(LENGTH).expand(self.batch, -1).cuda()
-        losses = self.gpt(tokens[:, :-1], positions, self.mask, labels=tokens[:, 1:])
+        losses = self.gpt(
+            *(tokens[:, :-1], positions, None),
+            labels=tokens[:, 1:],
+            packed_seq_params=self.documents,
+        )
         return losses.float().mean()
 
     def worst(self, other: "Run") -> float:

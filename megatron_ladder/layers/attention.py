@@ -9,15 +9,52 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_ladder.layers.documents import Documents, each_by_itself
+
 logger = logging.getLogger(__name__)
 
 
-class TorchAttention(DotProductAttention):
+class UnfusedAttention(DotProductAttention):
+    """megatron-core's attention module, which keeps scores in memory, and documents apart."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        attn_mask_type: Any = None,
+        attention_bias: None = None,
+        packed_seq_params: Documents | None = None,
+    ) -> Tensor:
+        """Core attention: scores, softmax, dropout, and the weighted sum of the values. It is causal.
+
+        Args:
+            query: [s, b, heads, channels].
+            key, value: [keys, b, key/value heads, channels].
+            attention_mask: there is none.
+            attn_mask_type: ignored. The type that the layer was built with is used, as in megatron-core.
+            attention_bias: there is none.
+            packed_seq_params: documents that do not attend to each other. None: each sequence is one.
+
+        Returns:
+            [s, b, heads x channels], of the query's dtype.
+        """
+        assert attention_mask is None and attention_bias is None, "attention is causal"
+        if packed_seq_params is None:
+            return self.attend(query, key, value)
+        return each_by_itself(self.attend, packed_seq_params, query, key, value)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of whole sequences. The arguments and the result are those of `forward`."""
+        return super().forward(query, key, value, None)
+
+
+class TorchAttention(UnfusedAttention):
     """megatron-core's attention module, computed by torch's `scaled_dot_product_attention`.
 
     Where torch has a kernel that does not keep the s x s scores in memory, they are not kept. The module
@@ -34,47 +71,22 @@ class TorchAttention(DotProductAttention):
                 self._unsupported,
             )
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
-    ) -> Tensor:
-        """Core attention: scores, softmax, dropout, and the weighted sum of the values.
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `UnfusedAttention.forward`."""
+        apart = kwargs.get("packed_seq_params") is not None
+        with _without_cudnn() if apart and query.is_cuda else contextlib.nullcontext():
+            return super().forward(query, *args, **kwargs)
 
-        Args:
-            query: [s, b, heads, channels].
-            key, value: [keys, b, key/value heads, channels].
-            attention_mask: [b or 1, 1, s, keys]. It is bool, where True means masked out, or a bias of the
-                query's dtype that is added to the scores (`as_bias`). No causal mask is added to it. None:
-                attention is causal.
-            attn_mask_type: ignored. The type that the layer was built with is used, as in megatron-core.
-
-        Returns:
-            [s, b, heads x channels], of the query's dtype.
-        """
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._unsupported:
-            return super().forward(
-                *(query, key, value, attention_mask, attn_mask_type),
-                *(attention_bias, packed_seq_params),
-            )
-        assert attention_bias is None, "there is no attention bias"
-        assert packed_seq_params is None, "sequences are not packed"
-        mask = attention_mask
-        if mask is not None and mask.dtype == torch.bool:
-            mask = ~mask  # in torch True means: take part
-        assert mask is not None or self.attn_mask_type == AttnMaskType.causal, "there is no mask"
-        causal = mask is None
+            return super().attend(query, key, value)
+        causal = True
         if len(query) == 1:  # the query of the last token: it attends to all keys
             causal = False
         # Torch aligns its causal mask to the first key. That is right only when there are as many queries.
         assert not causal or len(query) == len(key), "causal attention of some queries alone"
         groups = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-        if keys_are_repeated(groups, query.device, query.dtype, masked=mask is not None):
+        if keys_are_repeated(groups, query.device, query.dtype):
             key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
             groups = 1
         # The values are a view of the linear's output. If autograd saved the view for backward, the whole
@@ -87,7 +99,7 @@ class TorchAttention(DotProductAttention):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         with get_cuda_rng_tracker().fork() if drops_alone else contextlib.nullcontext():
             attended = F.scaled_dot_product_attention(
-                *(query, key, value, mask, dropout, causal),
+                *(query, key, value, None, dropout, causal),
                 scale=self.softmax_scale,
                 enable_gqa=groups > 1,
             )
@@ -113,37 +125,25 @@ def unsupported(config: TransformerConfig) -> str:
     return ", ".join(name for name, holds in asked.items() if holds)
 
 
-def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turns a bool mask, where True means masked out, into a bias that is added to the scores.
-
-    Torch's kernels make this bias from a bool mask in each layer, and keep it for backward. When it is made
-    once before the layers, all of them share it.
-
-    Args:
-        mask: bool, any shape.
-        dtype: the queries' dtype.
-
-    Returns:
-        A tensor of `mask`'s shape and of `dtype`: 0, or -inf where `mask` is True.
-    """
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+def _without_cudnn() -> contextlib.AbstractContextManager[None]:
+    """Keeps torch from cuDNN's attention, which makes a plan for each new length: documents have many."""
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
 
 
-def keys_are_repeated(
-    groups: int, device: torch.device, dtype: torch.dtype, *, masked: bool
-) -> bool:
+def keys_are_repeated(groups: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether keys and values must be repeated for all heads of their group, before attention.
 
-    On GPUs the kernel that supports masks and fp32, and keeps no scores, has no grouped-query attention. If
+    On GPUs the kernel that supports fp32, and keeps no scores, has no grouped-query attention. If
     grouped-query attention were requested there, torch would keep the s x s scores of each head.
 
     Args:
         groups: query heads per key/value head.
         device: the queries' device.
         dtype: the queries' dtype.
-        masked: a mask is given.
     """
-    return groups > 1 and device.type == "cuda" and (masked or dtype == torch.float32)
+    return groups > 1 and device.type == "cuda" and dtype == torch.float32
 
 
 def kernel_of_torch(
@@ -151,7 +151,7 @@ def kernel_of_torch(
     kv_heads: int,
     dtype: torch.dtype,
     *,
-    masked: bool,
+    apart: bool,
     dropout: float,
 ) -> str:
     """The attention kernel that torch itself says it will use in training.
@@ -160,7 +160,7 @@ def kernel_of_torch(
         shape: the queries' shape, [b, heads, s, channels].
         kv_heads: key/value heads.
         dtype: the queries' dtype.
-        masked: a mask is given. Otherwise attention is causal.
+        apart: documents do not attend to each other.
         dropout: the probability of attention dropout.
 
     Returns:
@@ -168,26 +168,25 @@ def kernel_of_torch(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, heads, length, channels = shape
-    if keys_are_repeated(heads // kv_heads, device, dtype, masked=masked):
+    if keys_are_repeated(heads // kv_heads, device, dtype):
         kv_heads = heads
     number = torch.empty(1, 1, 1, channels, dtype=dtype, device=device).requires_grad_()
     key = number.expand(batch, kv_heads, length, channels)  # a view, which takes no memory
-    row = torch.empty(1, 1, 1, length, dtype=dtype, device=device)
-    choice = torch._fused_sdp_choice(
-        number.expand(shape),
-        *(key, key),
-        attn_mask=row.expand(batch, 1, length, length) if masked else None,
-        dropout_p=dropout,
-        is_causal=not masked,
-        enable_gqa=kv_heads != heads,
-    )
+    with _without_cudnn() if apart and device.type == "cuda" else contextlib.nullcontext():
+        choice = torch._fused_sdp_choice(
+            number.expand(shape),
+            *(key, key),
+            dropout_p=dropout,
+            is_causal=True,
+            enable_gqa=kv_heads != heads,
+        )
     backend = SDPBackend(choice)
     if backend == SDPBackend.CUDNN_ATTENTION and (error := _error_of_cudnn(channels, dtype)):
         logger.warning(
             "torch's cuDNN attention fails on this machine, so it is not used: %s", error
         )
         torch.backends.cuda.enable_cudnn_sdp(False)  # otherwise torch would still use it
-        return kernel_of_torch(shape, kv_heads, dtype, masked=masked, dropout=dropout)
+        return kernel_of_torch(shape, kv_heads, dtype, apart=apart, dropout=dropout)
     return backend.name.removesuffix("_ATTENTION").lower()
 
 

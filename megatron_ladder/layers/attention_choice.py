@@ -59,7 +59,8 @@ def choose(
 
     auto takes torch's attention when torch would use cuDNN's kernel: Transformer Engine (TE) has the same
     kernel, but needs more Python to call it. Else auto takes TE's attention, when the layers are TE's and
-    TE would use a fused kernel. In all other cases auto takes torch's.
+    TE would use a fused kernel. In all other cases auto takes torch's. With documents apart TE's kernel is
+    called once; torch's is called for each document, and is not cuDNN's.
 
     Args:
         config: a `LadderConfig`.
@@ -80,7 +81,7 @@ def choose(
         return torchs
     from megatron_ladder.te.attention import ask
 
-    kernel, why = ask(config, **shape, masked=config.masks_given)
+    kernel, why = ask(config, **shape, apart=config.documents_apart)
     if kernel:
         return CoreAttention("te", kernel)
     if asked == "te":
@@ -96,12 +97,11 @@ def _torchs(config: Any, *, micro_batch_size: int, seq_length: int) -> CoreAtten
         (micro_batch_size, heads, seq_length, channels),
         config.num_query_groups // tp,
         dtype,
-        masked=config.masks_given,
+        apart=config.documents_apart,
         dropout=config.attention_dropout,
     )
     if kernel in TORCH_KERNELS:
         return CoreAttention("torch", TORCH_KERNELS[kernel])
     of = [str(dtype).removeprefix("torch."), f"{channels} channels a head"]
     of += ["attention dropout"] * (config.attention_dropout > 0)
-    of += ["a mask"] * config.masks_given
     return CoreAttention("torch", IN_MEMORY, f"torch has no other kernel for {', '.join(of)}")

@@ -40,8 +40,6 @@ def join(states: tuple[Tensor, ...]) -> Tensor:
 
 
 def half_of(kwargs: dict[str, Any], half: int) -> dict[str, Any]:
-    """Self-attention's arguments for one half. A mask of each sequence, [b, 1, s, keys], is cut."""
-    mask = kwargs["attention_mask"]
-    if mask is None or mask.size(0) == 1:
-        return kwargs
-    return {**kwargs, "attention_mask": mask.chunk(2)[half]}
+    """Self-attention's arguments for one half."""
+    documents = kwargs.get("packed_seq_params")
+    return kwargs if documents is None else {**kwargs, "packed_seq_params": documents.halves[half]}

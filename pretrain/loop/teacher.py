@@ -31,7 +31,7 @@ class Teacher:
             impl=config.transformer_impl,
             deterministic=config.deterministic,
             attention=config.attention,
-            masks_given=not config.data.attend_across_documents,
+            documents_apart=not config.data.attend_across_documents,
             micro_batch_size=config.micro_batch_size,
             seq_length=config.data.seq_length,
         )

@@ -75,7 +75,7 @@ class MemoryPlan:
 
 
 def attention_bytes(
-    model: ModelConfig, seq_length: int, attention: Attention, *, again: bool, masked: bool = False
+    model: ModelConfig, seq_length: int, attention: Attention, *, again: bool, apart: bool = False
 ) -> float:
     """Bytes that all heads keep for a token between attention's first linear and its second.
 
@@ -85,11 +85,12 @@ def attention_bytes(
                   torch's, in fp32                                                 7 w
                   megatron-core's, if each head has its own keys: values are a     6 w
                   view of the linear's whole output, which is kept
-    Fused attention also keeps 4 bytes of log-sums for each head. With masks it keeps keys and values
-    repeated for their group's heads. Unfused attention also keeps scores (SCORES).
+    Fused attention also keeps 4 bytes of log-sums for each head, and with documents apart a copy of the
+    output. Unfused attention also keeps scores (SCORES): with documents apart those of a document's own
+    tokens, and here each sequence counts as one document.
 
     Args:
-        masked: documents do not attend to each other.
+        apart: documents do not attend to each other.
         again: attention is computed again in backward. It keeps its inputs and its output: 3 w + 3 kv, as
             values are a view of the linear's whole output. There are no log-sums.
     """
@@ -98,7 +99,7 @@ def attention_bytes(
     if again:
         return BF16 * 3 * (width + keys)
     if attention in ("te", "torch"):
-        return BF16 * 2 * (width + (width if masked else keys)) + FP32 * heads
+        return BF16 * (2 * (width + keys) + width * apart) + FP32 * heads
     numbers = {"te-unfused": 4, "torch-unfused": 7, "unfused": 6 if keys == width else 4}
     scores = SCORES[attention][1 if model.attention_dropout else 0]
     return BF16 * numbers[attention] * width + scores * heads * seq_length
@@ -114,7 +115,7 @@ def activation_bytes(
     recompute: Recompute,
     fp8: Fp8Recipe | None = None,
     attention: Attention = "te",
-    masked: bool = False,
+    apart: bool = False,
     halves: bool = False,
 ) -> float:
     """Bytes that one layer keeps for backward, for one micro-batch, on one GPU.
@@ -154,14 +155,13 @@ def activation_bytes(
         outputs = in_fp8
     again = recompute == "selective"
     rest = (
-        attention_bytes(model, seq_length, attention, again=again, masked=masked)
+        attention_bytes(model, seq_length, attention, again=again, apart=apart)
         + (2 * BF16 + number) * ffn
     )
     if fp8 == "delayed":
-        kept_by_attention = attention in ("te", "torch") and not again
-        rest += (
-            (FP8 - (0 if kept_by_attention else BF16)) * model.num_attention_heads * model.head_dim
-        )
+        # The second linear keeps it in place of the output in bf16, unless attention keeps that very one.
+        shared = attention in ("te", "torch") and not again and not apart
+        rest += (FP8 - (0 if shared else BF16)) * model.num_attention_heads * model.head_dim
     return tokens * (inputs + outputs + rest / tp)
 
 
@@ -216,8 +216,6 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
     seq_length = config.data.seq_length
     tokens = config.micro_batch_size * seq_length
     recipe = config.fp8.recipe
-    masked = not config.data.attend_across_documents
-    mask = BF16 * tokens * seq_length if masked else 0  # a micro-batch's layers share one mask
 
     def layer(recompute: Recompute) -> float:
         return activation_bytes(
@@ -229,7 +227,7 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
             recompute=recompute,
             fp8=recipe,
             attention=attention,
-            masked=masked,
+            apart=not config.data.attend_across_documents,
             halves=parallel.tp_overlap == "halves",
         )
 
@@ -249,7 +247,7 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
         warm_up = (pp - 1 - stage) * (1 if vpp == 1 else 2) + (vpp - 1) * pp
         in_flight = min(warm_up + 1, most)
         parameters = stage_parameters(config, stage)
-        chunk = layers[stage] / vpp * layer(config.recompute) + mask
+        chunk = layers[stage] / vpp * layer(config.recompute)
         weights, copies = BF16 * parameters, 0.0
         if recipe:
             linears = layers[stage] * layer_parameters(config)

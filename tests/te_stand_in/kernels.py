@@ -241,38 +241,65 @@ def _fused_attention(  # type: ignore[no-untyped-def]
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    qkv_layout,
-    attn_mask_type,
-    attention_mask,
-    **_,
+    **how,
 ) -> Tensor:
     assert query.dtype == torch.bfloat16 and all(x.is_contiguous() for x in (query, key, value))
-    assert (qkv_layout, attn_mask_type, attention_mask) == ("sbhd_sbhd_sbhd", "causal", None)
     attentions.append("fused")
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     dropout = self.attention_dropout if self.training else 0.0
-    with self.attention_dropout_ctx():
-        out = F.scaled_dot_product_attention(
-            *(q, k, v, None, dropout, True), scale=self.softmax_scale, enable_gqa=True
-        )
-    return out.permute(2, 0, 1, 3).flatten(2)
+
+    def attend(*qkv: Tensor) -> Tensor:
+        with self.attention_dropout_ctx():
+            out = F.scaled_dot_product_attention(
+                *(x.permute(1, 2, 0, 3) for x in qkv),
+                *(None, dropout, True),
+                scale=self.softmax_scale,
+                enable_gqa=True,
+            )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    return _each_document(attend, query, key, value, **how)
+
+
+def _each_document(
+    attend: Callable[..., Tensor],
+    *qkv: Tensor,
+    qkv_layout: str,
+    attn_mask_type: str,
+    attention_mask: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    max_seqlen_q: int,
+    **_: Any,
+) -> Tensor:
+    """Causal attention [s, b, heads, channels] of what TE was given: whole sequences, or documents."""
+    assert attention_mask is None
+    if qkv_layout == "sbhd_sbhd_sbhd":
+        assert attn_mask_type == "causal"
+        return attend(*qkv)
+    assert (qkv_layout, attn_mask_type) == ("thd_thd_thd", "padding_causal")
+    assert torch.equal(cu_seqlens_q, cu_seqlens_kv) and cu_seqlens_q[-1] == len(qkv[0])
+    lengths = cu_seqlens_q.diff().tolist()
+    assert max(lengths) == max_seqlen_q and min(lengths) > 0
+    parts = zip(*(x[:, None].split(lengths) for x in qkv), strict=True)
+    return torch.cat([attend(*part)[:, 0] for part in parts])
 
 
 def _unfused_attention(  # type: ignore[no-untyped-def]
-    self, _, query: Tensor, key: Tensor, value: Tensor, *, attn_mask_type, attention_mask, **__
+    self, _, query: Tensor, key: Tensor, value: Tensor, **how
 ) -> Tensor:
     attentions.append("unfused")
-    times = query.shape[2] // key.shape[2]
-    key, value = (x.repeat_interleave(times, dim=2) for x in (key, value))
-    scores = torch.einsum("qbhd,kbhd->bhqk", query, key).float() * self.softmax_scale
-    if attn_mask_type == "causal":
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    assert attention_mask.dtype == torch.bool
-    scores = scores.masked_fill(attention_mask, -10000.0).softmax(-1).to(value.dtype)
-    with self.attention_dropout_ctx():
-        scores = self.attention_dropout(scores)
-    return torch.einsum("bhqk,kbhd->qbhd", scores, value).flatten(2)
+    times = query.shape[-2] // key.shape[-2]
+    key, value = (x.repeat_interleave(times, dim=-2) for x in (key, value))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = torch.einsum("qbhd,kbhd->bhqk", query, key).float() * self.softmax_scale
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, -10000.0).softmax(-1).to(value.dtype)
+        with self.attention_dropout_ctx():
+            scores = self.attention_dropout(scores)
+        return torch.einsum("bhqk,kbhd->qbhd", scores, value).flatten(2)
+
+    return _each_document(attend, query, key, value, **how)
 
 
 def _rope(x: Tensor, angles: Tensor, *_) -> Tensor:  # type: ignore[no-untyped-def]

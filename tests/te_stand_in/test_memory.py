@@ -17,13 +17,14 @@ from megatron_ladder.collectives.points import SubmoduleCollectives
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
 from megatron_ladder.layers.attention import TorchAttention
+from megatron_ladder.layers.documents import Documents
 from pretrain.plan.memory import Attention
 from tests.ranks import run_ranks
 from tests.te_run import LAYOUTS
 from tests.te_stand_in import MARKS
 
 pytestmark = MARKS
-BATCH, LENGTH = 4, 64  # two ranks have whole blocks of 128
+BATCH, LENGTH, DOCUMENT = 4, 64, 16  # two ranks have whole blocks of 128
 
 
 def model_of(residual: Any, layers: int, keys: int = 2) -> ModelConfig:
@@ -58,13 +59,18 @@ def use_attention(attention: Attention) -> None:
     tex.scaled_masked_softmax_forward = softmax
     tex.scaled_softmax_backward = tex.scaled_masked_softmax_backward = softmax_backward
 
-    def by_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def by_torch(query: Tensor, key: Tensor, value: Tensor, sequence_first: bool = True) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if not sequence_first:
+            return out.transpose(1, 2).flatten(2)
         return out.permute(2, 0, 1, 3).flatten(2).contiguous()
 
-    def forward(self: Any, *given: Any, **_: Any) -> Tensor:
+    def forward(self: Any, *given: Any, packed_seq_params: Any = None, **_: Any) -> Tensor:
         query, key, value = given[:3]
+        if packed_seq_params is not None:  # documents of one length: as the sequences of a batch
+            qkv = [x.unflatten(0, (-1, DOCUMENT)).transpose(0, 1) for x in (query, key, value)]
+            return by_torch(*qkv, sequence_first=False).flatten(0, 1)
         if attention in ("torch", "torch-unfused", "unfused"):
             kind = DotProductAttention if attention == "unfused" else TorchAttention
             own = kind(*(self.config, 1, AttnMaskType.causal, "self"))
@@ -126,6 +132,7 @@ def measure(
     attention: Attention = "te",
     keys: int = 2,
     halves: bool = False,
+    apart: bool = False,
 ) -> list[str]:
     """What differs by more than 2 %, in words."""
     from tests.te_stand_in import kernels
@@ -142,6 +149,7 @@ def measure(
     initialize_model_parallel(parallel, seed=0)
     tokens = torch.randint(0, 512, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(LENGTH).expand(BATCH, -1)
+    documents = Documents(positions // DOCUMENT) if apart else None
     impl, found = "transformer_engine", []
     use_attention(attention)
     for recipe in recipes:
@@ -155,11 +163,16 @@ def measure(
                     impl=impl,
                     recompute=recompute,
                     fp8=Fp8Config(recipe=recipe),
+                    documents_apart=apart,
                 )
                 (gpt,) = build_gpt_model(model, config, impl)
 
                 def forward(gpt: Any = gpt) -> Tensor:
-                    return gpt(tokens, positions, None, labels=tokens).float().mean()
+                    return (
+                        gpt(*(tokens, positions, None), labels=tokens, packed_seq_params=documents)
+                        .float()
+                        .mean()
+                    )
 
                 sizes.append(kept_by(forward, list(gpt.parameters())))
             measured = (sizes[1] - sizes[0]) / 2
@@ -173,6 +186,7 @@ def measure(
                 fp8=recipe,
                 attention=attention,
                 halves=halves,
+                apart=apart,
             )
             if abs(measured / planned - 1) > 0.02:
                 found.append(f"{recipe} {recompute}: {measured} measured, {planned} planned")
@@ -209,6 +223,14 @@ def test_what_layers_keep_with_other_attention(attention: Attention, tmp_path: P
 def test_what_layers_keep_with_a_key_for_each_head(attention: Attention, tmp_path: Path) -> None:
     (found,) = run_ranks(*(1, measure, "standard", "1", (None,), attention, 8), tmp_path=tmp_path)
     assert not found
+
+
+@pytest.mark.parametrize("residual", ["standard", "ladder"])
+def test_what_layers_keep_with_documents_apart(residual: str, tmp_path: Path) -> None:
+    recipes = (None, "tensorwise", "delayed")
+    arguments = (measure, residual, "tp2-sp", recipes, "te", 2, True)
+    for found in run_ranks(2, *arguments, tmp_path=tmp_path):
+        assert not found
 
 
 def test_what_layers_keep_with_mxfp8(tmp_path: Path) -> None:
