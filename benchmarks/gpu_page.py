@@ -171,9 +171,11 @@ def learning_table(report: Report) -> str:
     ]
     titles = ["kind", "parameters", "validation loss", f"less {first['kind']}'s", "tokens/s"]
     data = sum(d["training_tokens"] for d in report["data"])
+    about = report.get("about_tokens_per_second")
     return (
         f"{report['tokens']:,} tokens of each kind, {report['tokens'] / data:.2f} epochs of {data:,}.\n\n"
         + facts.markdown(titles, lines)
+        + (f"\n\nTokens/s: {about}." if about else "")
         + f"\n\nTimes of large shapes over {first['kind']}'s. **Modelled**, not measured:\n\n"
         + facts.markdown(["kind", *(f"time of {name}" for name in first["modelled_time"])], times)
     )

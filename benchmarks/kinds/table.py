@@ -117,13 +117,12 @@ def case_table(case: Case, report: dict[str, Any]) -> str:
     quotients = ("no link, over standard", "link, over standard")
     titles = ["", "forward (planned)", "backward (planned)", "most", *quotients]
     repetitions = min(len(found) for found in times.values())
-    left_out = "".join(f" {n} left out: {why}." for n, why in report["left_out"].items())
+    left_out = "".join(f"\n{n} left out: {why}." for n, why in report["left_out"].items())
     command = report["command"].partition(" --json")[0]
-    for option in (" --micro-batch-size", " --also"):
+    for option in (" --ffn-hidden-size", " --micro-batch-size", " --also"):
         command = command.replace(option, f" \\\n       {option}")
-    modelled = report["modelled"].replace(", on", ",\non")
     return (
-        f"**{case.title}.** {repetitions} repetitions; {modelled}.{left_out}\n\n"
+        f"**{case.title}.** {repetitions} repetitions;\n{report['modelled']}.{left_out}\n\n"
         f"    {command}\n\n{facts.markdown(titles, lines)}\n"
     )
 
