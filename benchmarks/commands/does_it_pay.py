@@ -189,8 +189,8 @@ def page() -> Iterator[str]:
         yield f"**{name}.** `--preset {options.preset} --gpus {options.gpus}{link}`\n"
         if name == TWO_NODES:
             yield (
-                "The command itself ranks smaller TP sizes too, and answers of them. The script allows "
-                f"TP {ACROSS}\nalone, and so gives this:\n"
+                "The command ranks smaller TP sizes too, so its figures differ. These are by the script, "
+                f"with TP {ACROSS} alone:\n"
             )
         yield from (_quoted(paragraph) for paragraph in answer(name))
     yield f"**{DECODE}.** By `benchmarks/measuring/inference/plan.py`, with NDR InfiniBand:\n"

@@ -82,16 +82,14 @@ def verdict(
         found: their times, from `ranked`.
     """
     ladder = best_ladder(found)
-    others = {}
-    if ladder.tp > 1:
-        others = {n: ranked(fits, gpus, other) for n, other in variants(hardware).items()}
+    others = {n: ranked(fits, gpus, other) for n, other in variants(hardware).items()}
     than = [_compared(ladder, rival, named(name, rival)) for name, rival in rivals(found).items()]
     paragraphs = [
         _answer(found, others),
         f"{named(ladder.residual, ladder)} is {', '.join(than)}; each at its best layout.",
         _other_ladder(found),
     ]
-    if others:
+    if ladder.tp > 1 or _turned(found, others):
         leads = [f"{_share(lead(other))} {name}" for name, other in others.items()]
         paragraphs.append(
             f"The lead of {ladder.residual} over the fastest rival is {_share(lead(found))}; "
@@ -108,7 +106,7 @@ def named(name: str, row: Row) -> str:
 def _answer(found: Found, others: dict[str, Found]) -> str:
     """The first paragraph. `others` are the times with each of `variants`."""
     said = outcome(found)
-    turns = any(outcome(other) != said for other in others.values())
+    turns = _turned(found, others)
     but = "but a small error of the model would change that: see below."
     if said == "may pay":
         return (
@@ -123,6 +121,10 @@ def _answer(found: Found, others: dict[str, Found]) -> str:
             f"By this model a ladder kind does not pay here: {_reason(found)}. {but.capitalize()}"
         )
     return f"Do not use a ladder kind here: {_reason(found)}."
+
+
+def _turned(found: Found, others: dict[str, Found]) -> bool:
+    return any(outcome(other) != outcome(found) for other in others.values())
 
 
 def _other_ladder(found: Found) -> str:

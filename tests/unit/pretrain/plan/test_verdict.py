@@ -62,7 +62,7 @@ def test_the_fastest_rival_counts_and_all_are_said(monkeypatch: pytest.MonkeyPat
     for words in (
         "parallel-ladder (TP 8) is 20.0% faster than standard (TP 8), 10.0% faster than standard in halves",
         "15.0% faster than parallel",
-        "The lead of parallel-ladder over the fastest rival is 10.0%; 10.0% with twice the link's bandwidth",
+        "The lead of parallel-ladder over the fastest rival is 10.0%; 10.0% with twice the link's",
         "A faster link does not change the answer, up to 32 times the bandwidth.",
     ):
         assert words in said
@@ -111,6 +111,9 @@ def test_what_a_small_mistake_turns_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert "But a small error of the model would change that: see below." in said
     assert "The answer changes with 1/2 of the bandwidth" in said
+    said = answer(monkeypatch, found(parallel_ladder={"tp": 1}), found())
+    assert "its best layout has TP 1, so there is nothing to hide. But a small error" in said
+    assert "The lead of parallel-ladder over" in said
 
 
 @pytest.mark.parametrize(
