@@ -23,7 +23,7 @@ from pretrain.plan.links import PRESETS as LINKS
 from pretrain.plan.planner import BF16, DEVICES, Hardware, pass_seconds, submodules
 from pretrain.plan.search import WAYS, fitting, ranked, way
 from pretrain.plan.table import PlanOptions, setup
-from pretrain.plan.verdict import best_ladder, enough, rivals, verdict
+from pretrain.plan.verdict import best_ladder, enough, named, rivals, verdict
 
 ACROSS = 8  # tensor-parallel ranks over two nodes; 70B has no more key/value heads
 TWO_NODES = "70B with TP over two nodes, on 64 GPUs"
@@ -56,9 +56,8 @@ def answer(name: str) -> list[str]:
     return [
         f"With TP {ACROSS} over two nodes in every layout: {paragraphs[0]}",
         *paragraphs[1:],
-        f"With TP inside a node, {name.replace(', halves', ' in halves')} (TP {rival.tp}) is "
-        f"{step_s / rival.step_s:.2f} times as fast as the best of these, and {ladder.residual} (TP "
-        f"{ladder.tp}) {step_s / ladder.step_s:.2f} times.",
+        f"With TP inside a node, {named(name, rival)} is {step_s / rival.step_s:.2f} times as fast as the "
+        f"best of these, and {named(ladder.residual, ladder)} {step_s / ladder.step_s:.2f} times.",
     ]
 
 
@@ -188,6 +187,11 @@ def page() -> Iterator[str]:
     for name, options in SETUPS.items():
         link = f" --link {options.link}" if options.link else ""
         yield f"**{name}.** `--preset {options.preset} --gpus {options.gpus}{link}`\n"
+        if name == TWO_NODES:
+            yield (
+                "The command ranks smaller TP sizes too, so its figures differ. These are by the script, "
+                f"with TP {ACROSS} alone:\n"
+            )
         yield from (_quoted(paragraph) for paragraph in answer(name))
     yield f"**{DECODE}.** By `benchmarks/measuring/inference/plan.py`, with NDR InfiniBand:\n"
     yield from (_quoted(paragraph) for paragraph in decode())

@@ -85,7 +85,8 @@ def pass_seconds(
     same half begins, so the other half hides it, in backward too.
 
     With sequence parallelism each collective is a reduce-scatter and an all-gather of half the time.
-    Backward gathers the input once more, and the first linear's weight gradient waits for it.
+    Backward gathers the input once more, and the first linear's weight gradient waits for it. Parallel
+    kinds kept the gathered input.
     (In megatron-core less compute hides that; the difference favours standard.)
 
     With recompute="full", backward begins with the recomputed forward. This project's layers recompute

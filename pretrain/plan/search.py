@@ -136,7 +136,11 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
 
 
 def layouts(config: TrainConfig, gpus: int, overlap: TpOverlap = "none") -> Iterator[TrainConfig]:
-    """Every layout of `config` on this number of GPUs that the trainer accepts."""
+    """Layouts of `config` on this number of GPUs that the trainer accepts.
+
+    Not all of them: TP is a power of two, with sequence parallelism; PP divides the layers; VPP is 1, 2 or
+    4; a micro-batch has up to 16 sequences, a power of two.
+    """
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= gpus]
     stages = [n for n in range(1, config.model.num_layers + 1) if config.model.num_layers % n == 0]
     # "selective" is left out: flash attention keeps no scores, so there is nothing to gain.

@@ -18,7 +18,7 @@ from pretrain.plan.estimate import STORAGE_BYTES_PER_S, estimate, format_estimat
 from pretrain.plan.links import network_of
 from pretrain.plan.planner import DEVICES, Hardware, Row
 from pretrain.plan.search import fitting, ranked
-from pretrain.plan.verdict import verdict
+from pretrain.plan.verdict import LEARNED_WORST, verdict
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,11 @@ def main_plan(options: PlanOptions) -> int:
     )
     for paragraph in verdict(fits, found, options.gpus, hardware):
         print(textwrap.fill(paragraph, width=108))
-    print(
+    warning = (
         "standard in halves computes what standard does. The other kinds are other models: compare their "
-        "loss\nas well (docs/guides/does-it-pay.md).\n"
+        f"loss as well (docs/guides/does-it-pay.md). {LEARNED_WORST} Speed alone is no reason to take it."
     )
+    print(textwrap.fill(warning, width=108) + "\n")
     print(table(found, options.top))
     kind: Residual = config.model.residual if config.model.residual in found else "standard"
     chosen = laid_out(replace(config, model=replace(config.model, residual=kind)), found[kind][0])
