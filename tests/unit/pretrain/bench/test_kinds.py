@@ -310,6 +310,7 @@ LATE = (  # the second layout ends late, and the third never
         (LATE + "; layout[2] == 1 and leave('NCCL: unhandled')", 60.0, [(2, False, 2, 32)], 1),
         ("layout[2] == 1 and time.sleep(99)", 0.5, [(2, False, 2, 32)], 0),
     ],
+    ids=["late", "late failure", "hang"],
 )
 def test_the_time_is_kept(
     run: Any,
