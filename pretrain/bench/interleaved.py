@@ -4,6 +4,7 @@ import gc
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -34,8 +35,8 @@ def measure(
     Args:
         runs: each returns the seconds of its parts.
         steps: repetitions.
-        limit_s: after so many seconds in runs no further repetition begins, unless fewer than LEAST are
-            measured. All ranks must be given the same.
+        limit_s: for all of it. No repetition begins that would end later, if it takes as long as those
+            before it; but LEAST are measured in any case. All ranks must be given the same.
         keep_what_is_there: an interrupt (gpu.py's limit, Ctrl-C) ends the measurement, and complete
             repetitions are returned, if there are two. Not for several ranks, which would have to agree.
 
@@ -43,18 +44,19 @@ def measure(
         Seconds of each run, by repetition. A first repetition, which warms up, is left out.
     """
     times: dict[Key, list[tuple[float, ...]]] = {key: [] for key in runs}
-    spent_s = 0.0  # the same on all ranks, as it is made of `slowest`
+    begin_s = time.perf_counter()
     gc.collect()
     gc.freeze()  # runs collect garbage: a second each, if all that is imported were searched too
     try:
         for step in range(steps + 1):  # the first warms up
-            if step > LEAST and spent_s >= limit_s:
-                break
+            if step > LEAST:
+                (spent_s,) = slowest((time.perf_counter() - begin_s,))  # the same on all ranks
+                if spent_s * (step + 1) / step > limit_s:
+                    break
             order = list(runs)
             order = order[step % len(order) :] + order[: step % len(order)]
             for key in order:
                 seconds = slowest(runs[key]())
-                spent_s += sum(seconds)
                 if step > 0:
                     times[key].append(seconds)
             if dist.get_rank() == 0:

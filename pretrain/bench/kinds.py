@@ -36,7 +36,7 @@ from pretrain.bench.machine import NO_MEMORY, Machine, look, processor, topology
 from pretrain.config.presets import PRESETS
 from pretrain.config.values import to_dict
 from pretrain.files import write_atomically
-from pretrain.model.queues import queue_variables
+from pretrain.model.queues import PRIORITY, queue_variables
 from pretrain.processes import STOP_SIGNALS, die_with_parent
 from pretrain.ranks import check_gpus, launched_rank
 from pretrain.run.ends import ENDS, left
@@ -46,7 +46,11 @@ from pretrain.start.launch import torchrun_command
 SCHEMA = 1
 PATIENCE_S = 240.0
 """Ranks that have run no pass for so long hang. A first pass compiles kernels and connects the ranks."""
+GRACE_S = 60.0
+"""The layout that is being measured at the end of the time gets so long to end: its row is kept then."""
 _END_S = 10.0  # ranks get so long to end
+_MOST_MINUTES = 10_000
+_VARIABLES = ("NCCL_", "TORCH_NCCL_", "NVTE_", "CUDA_")
 _ENDS = "ends"
 _NO_TIME = "no time was left"
 
@@ -74,8 +78,10 @@ class KindsOptions:
             near = difflib.get_close_matches(self.preset, names, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(f"no preset {self.preset!r}{hint}: choose one of {', '.join(names)}")
-        if not 0 < self.minutes < 10_000:
-            raise UserError(f"--minutes {self.minutes}: give more than 0")
+        if not 0 < self.minutes < _MOST_MINUTES:
+            raise UserError(
+                f"--minutes {self.minutes:g}: give more than 0 and less than {_MOST_MINUTES}"
+            )
         if self.output.suffix != ".json":
             raise UserError(f"{self.output}: give a name that ends in .json")
         if self.nproc_per_node is not None and self.nproc_per_node < 2:
@@ -152,7 +158,7 @@ class _Bench:
             "versions": {**versions(), **machine.libraries},
             "no_fp8": machine.no_fp8,
             "environment": without_folders(
-                f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("NCCL_")
+                f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)
             ),
             "options": {"preset": options.preset, "minutes": options.minutes},
             "model": to_dict(self._model),
@@ -229,7 +235,7 @@ class _Bench:
                 _end(ranks)
             if done == len(settings):
                 return
-            if time.monotonic() >= self._end_s:
+            if hang and time.monotonic() >= self._end_s:
                 return
             ends = left(str(folder / _ENDS))
             if ends:
@@ -297,6 +303,7 @@ def _started(folder: Path, ranks: int, queues: int, log: Path) -> subprocess.Pop
     command, environment = torchrun_command(
         ranks, "--module", "pretrain.bench.kinds_ranks", str(folder)
     )
+    environment.pop(PRIORITY, None)  # a user's own: `queues` says whether it is on
     environment |= {ENDS: str(folder / _ENDS), **queue_variables(queues)}
     with log.open("a") as file:
         return subprocess.Popen(  # noqa: S603 (a list)
@@ -311,17 +318,22 @@ def _started(folder: Path, ranks: int, queues: int, log: Path) -> subprocess.Pop
 
 
 def _rows(folder: Path, ranks: subprocess.Popen, end_s: float) -> Iterator[dict[str, Any]]:
-    """The rows that rank 0 writes, until the ranks have ended, hang, or the time is over."""
+    """The rows that rank 0 writes, until the ranks have ended, hang, or the time is over.
+
+    The setting that is measured when the time is over gets GRACE_S more. No other begins.
+    """
     path, alive, seen = folder / ROWS, folder / ALIVE, 0
     begin = time.time()
     while True:
         is_last = ranks.poll() is not None  # asked first: nothing comes after it
+        late_s = time.monotonic() - end_s
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        for row in lines[seen:]:
+        new, seen = lines[seen:], len(lines)
+        for row in new:
             yield json.loads(row)
-        seen = len(lines)
+        is_over = late_s > (0 if new else GRACE_S)
         last = max([begin, *(p.stat().st_mtime for p in (path, alive) if p.exists())])
-        if is_last or time.monotonic() > end_s or time.time() - last > PATIENCE_S:
+        if is_last or is_over or time.time() - last > PATIENCE_S:
             return
         time.sleep(0.2)
 

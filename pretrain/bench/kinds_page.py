@@ -122,8 +122,9 @@ def table(report: dict[str, Any]) -> str:
             *out,
             "",
             "Layers alone: without embedding, head, optimizer, and the communication of data and pipeline",
-            "parallelism. no-comm computes wrong numbers: it is the bound. hidden: of the communication",
-            "that standard layers would wait for in the same layout.",
+            "parallelism. no-comm computes wrong numbers: it is the bound, but not quite with SP, as it",
+            "runs without SP. hidden: of the communication that standard layers would wait for in the same",
+            "layout.",
         ]
     )
 
@@ -133,7 +134,7 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     rows = [row for group in _by_precision(report).values() for row in group]
     names = list(dict.fromkeys(name for row in rows for name in row["kinds"]))
     colours = dict(zip([n for n in names if n not in (BLOCKING, NO_COMM)], COLOURS, strict=False))
-    figure = Figure(figsize=(12, 1.9 + 0.32 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(12, 2.1 + 0.32 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, field, title in (
         (left, "tokens_per_s_per_gpu", "tokens/s a GPU (layers alone)"),
@@ -167,7 +168,8 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     left.invert_yaxis()
     figure.suptitle(
         f"{report['options']['preset']}, {report['ranks']} x {report['device']}, sequence "
-        f"{report['seq_length']}: measured",
+        f"{report['seq_length']}: measured\n"
+        "no-comm is the bound, but not quite with SP, as it runs without SP",
         fontsize=11,
     )
     handles, labels = left.get_legend_handles_labels()

@@ -44,6 +44,12 @@ from pretrain.processes import die_with_parent
 from pretrain.ranks import is_first_rank
 from pretrain.run.ends import leave
 
+_ALIKE = (
+    *(ValueError, AssertionError, TypeError, AttributeError, ImportError),
+    NotImplementedError,  # a RuntimeError: an operation is not there for this device or dtype
+)
+"""Errors of code that does not know a layout. Ranks run the same code, so all of them raise these."""
+
 
 def main(folder: Path) -> None:
     """Measures the settings of a job. A failure that is not of one kind alone ends all ranks."""
@@ -164,14 +170,13 @@ def _try(
     """Runs a kind once. If it fails, alike on all ranks, it is taken out and the others are measured.
 
     Raises:
-        torch.OutOfMemoryError: fewer layers are wanted, for all kinds.
+        RuntimeError: of CUDA, cuBLAS or NCCL, which one rank may have alone: then the others wait for it in
+            a collective of the layers, so it must end. Out of memory is one, and wants fewer layers.
     """
     said = ""
     try:
         runs[name]()
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
+    except _ALIKE as error:
         said = reason(error)
     (somewhere,) = slowest((float(bool(said)),))
     if somewhere:

@@ -17,6 +17,8 @@ from torch import nn
 from megatron_ladder.fp8 import missing
 
 NO_MEMORY = "out of memory"
+_ALSO_NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "Failed to CUDA calloc")
+"""Words of NCCL, cuBLAS and cuDNN, whose own memory torch does not allocate."""
 PATIENCE_S = 120.0
 """A machine is asked so long what it is."""
 
@@ -136,6 +138,9 @@ def reason(error: Exception) -> str:
     """Why a row could not be measured, in short. The traceback is printed, unless memory was missing."""
     if isinstance(error, torch.OutOfMemoryError):
         return f"{NO_MEMORY}: {str(error).split('. ')[0]}"
-    traceback.print_exception(error)
     said = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {said[0][:200]}"
+    words = f"{type(error).__name__}: {said[0][:200]}"
+    if isinstance(error, RuntimeError) and any(w in str(error) for w in _ALSO_NO_MEMORY):
+        return f"{NO_MEMORY}: {words}"
+    traceback.print_exception(error)
+    return words

@@ -10,6 +10,8 @@ from pretrain.config.train import TrainConfig
 
 ONE, SEVERAL = 1, 8
 """Numbers of queues: for work on one stream, and on two."""
+PRIORITY = "TORCH_NCCL_HIGH_PRIORITY"
+"""The variable for the priority of NCCL's streams."""
 
 
 def set_queues(config: TrainConfig) -> None:
@@ -32,5 +34,5 @@ def set_queues(config: TrainConfig) -> None:
 
 def queue_variables(queues: int) -> dict[str, str]:
     """The environment variables for so many queues. With several, NCCL's streams have a higher priority."""
-    priority = {"TORCH_NCCL_HIGH_PRIORITY": "1"} if queues > ONE else {}
+    priority = {PRIORITY: "1"} if queues > ONE else {}
     return {"CUDA_DEVICE_MAX_CONNECTIONS": str(queues), **priority}

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from pretrain.bench.kinds_plan import (
     guessed_seconds,
     settings_of,
 )
-from pretrain.bench.machine import Machine
+from pretrain.bench.machine import NO_MEMORY, Machine, reason
 from pretrain.bench.ranks import join
 from pretrain.config.presets import PRESETS
 
@@ -154,6 +156,7 @@ def test_the_table_has_each_kinds_best_layout(tmp_path: Path) -> None:
     lines = {line.split()[0]: line for line in table(report).splitlines() if line}
     assert lines["standard"].endswith("TP 2") and " 1.000 " in lines["standard"]
     assert lines["ladder"].endswith("TP 4, micro-batch 2, bf16")
+    assert "not quite with SP" in table(report)
     assert f" {3.5 / 3:.3f} " in lines["ladder"]
     draw(tmp_path / "p.png", {**report, "seq_length": 1000})
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
@@ -196,7 +199,7 @@ def run(
         monkeypatch.setattr(
             kinds,
             "torchrun_command",
-            lambda _ranks, *target: ([sys.executable, "-c", program, target[-1]], {}),
+            lambda _ranks, *target: ([sys.executable, "-c", program, target[-1]], dict(os.environ)),
         )
         options = kinds.KindsOptions(tmp_path / "out" / "k.json", minutes=minutes)
         status = kinds.main_kinds(options, ["/a/folder/k.json"])
@@ -272,11 +275,59 @@ def test_nothing_measured_is_a_failure(run: Any) -> None:
     assert len(layouts(report, error="exit status 3")) == 8
 
 
-def test_the_time_is_kept(run: Any) -> None:
-    status, report = run("layout[2] == 1 and time.sleep(99)", minutes=4 / 60)
+def test_rows_of_one_queue_have_no_priority(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "TORCH_NCCL_HIGH_PRIORITY": "1",
+        "NCCL_TOPO_FILE": "/a/folder/topology.xml",
+        "NVTE_FLASH_ATTN": "0",
+        "CUDA_LAUNCH_BLOCKING": "0",
+        "A_SECRET": "x",
+    }.items():
+        monkeypatch.setenv(name, value)
+    _, report = run("import os; setting['priority'] = os.environ.get('TORCH_NCCL_HIGH_PRIORITY')")
+    found = {(row["hardware_queues"], row["priority"]) for row in report["rows"]}
+    assert found == {(1, None), (8, "1")}
+    assert {
+        "TORCH_NCCL_HIGH_PRIORITY=1",
+        "NCCL_TOPO_FILE=topology.xml",
+        "NVTE_FLASH_ATTN=0",
+        "CUDA_LAUNCH_BLOCKING=0",
+    } <= set(report["environment"])
+    assert "A_SECRET" not in str(report["environment"])
+
+
+LATE = (  # the second layout ends late, and the third never
+    "time.sleep(99 if layout[1] else 0 if layout[2] == 2 else"
+    " job['end_unix_time'] + 0.5 - time.time())"
+)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "grace_s", "kept", "failed"),
+    [
+        # The layout that is being measured is kept, and no other begins.
+        (LATE, 60.0, [(2, False, 2, 32), (2, False, 1, 32)], 0),
+        (LATE + "; layout[2] == 1 and leave('NCCL: unhandled')", 60.0, [(2, False, 2, 32)], 1),
+        ("layout[2] == 1 and time.sleep(99)", 0.5, [(2, False, 2, 32)], 0),
+    ],
+    ids=["late", "late failure", "hang"],
+)
+def test_the_time_is_kept(
+    run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    behaviour: str,
+    grace_s: float,
+    kept: list[tuple[int, bool, int, int]],
+    failed: int,
+) -> None:
+    monkeypatch.setattr(kinds, "GRACE_S", grace_s)
+    begin = time.monotonic()
+    status, report = run(behaviour, minutes=3 / 60)
     assert status == 0 and report["ended"] == "no time was left"
-    assert layouts(report) == [(2, False, 2, 32)]
-    assert len(layouts(report, error="no time was left")) == 7
+    assert layouts(report) == kept
+    assert len(layouts(report, error="unhandled")) == failed
+    assert len(layouts(report, error="no time was left")) == 8 - len(kept) - failed
+    assert time.monotonic() - begin < 60  # it did not wait for the ranks
 
 
 def test_a_stop_keeps_what_is_measured(
@@ -305,6 +356,7 @@ def test_a_stop_keeps_what_is_measured(
         ({"preset": "lama-3-8b"}, "did you mean llama-3-8b"),
         ({"preset": "adapt"}, "choose one of debug"),
         ({"minutes": 0.0}, "more than 0"),
+        ({"minutes": 20_000.0}, "20000: give more than 0 and less than 10000"),
         ({"nproc_per_node": 1}, "nothing to hide"),
         ({"output": Path("k.txt")}, "ends in .json"),
     ],
@@ -327,6 +379,24 @@ def test_one_gpu_and_torchrun_are_refused(run: Any, monkeypatch: pytest.MonkeyPa
 
 # The ranks.
 
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+NCCL = """NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)
+Last error:
+Cuda failure 2 'out of memory'"""
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError(CUBLAS), True),
+        (torch.distributed.DistBackendError(NCCL), True),
+        (torch.distributed.DistBackendError("NCCL error in: x, remote process exited"), False),
+    ],
+)
+def test_memory_that_libraries_lack_is_named(error: Exception, memory: bool) -> None:
+    assert reason(error).startswith(f"{NO_MEMORY}: ") == memory
+
 
 def test_a_kind_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kinds_ranks, "slowest", lambda times: times)
@@ -337,14 +407,17 @@ def test_a_kind_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) ->
 
         return run
 
-    runs = {"ladder": lambda: (1.0, 2.0), "parallel": raises(RuntimeError("no kernel"))}
+    runs = {"ladder": lambda: (1.0, 2.0), "parallel": raises(ValueError("no kernel"))}
     failed: dict[str, str] = {}
     for name in list(runs):
         kinds_ranks._try(name, runs, failed)
-    assert list(runs) == ["ladder"] and failed == {"parallel": "RuntimeError: no kernel"}
-    runs["standard"] = raises(torch.OutOfMemoryError("CUDA out of memory."))
-    with pytest.raises(torch.OutOfMemoryError):  # all kinds are tried again, with fewer layers
-        kinds_ranks._try("standard", runs, failed)
+    assert list(runs) == ["ladder"] and failed == {"parallel": "ValueError: no kernel"}
+    # One rank may raise these alone, while the others are in a collective of the layers: it ends.
+    for alone in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CUBLAS)):
+        runs["standard"] = raises(alone)
+        with pytest.raises(type(alone)):
+            kinds_ranks._try("standard", runs, failed)
+    assert "standard" not in failed
     # It failed on another rank alone.
     monkeypatch.setattr(kinds_ranks, "slowest", lambda _: (1.0,))
     kinds_ranks._try("ladder", runs, failed)
@@ -404,11 +477,20 @@ def test_repetitions_end_in_time_but_not_before_three(monkeypatch: pytest.Monkey
     monkeypatch.setattr(interleaved, "slowest", lambda times: times)
     monkeypatch.setattr(interleaved.dist, "get_rank", lambda: 1)
 
-    def measured(limit_s: float) -> int:
-        return len(interleaved.measure({"a": lambda: (1.0, 2.0)}, 10, limit_s)["a"])
+    now_s = 0.0
+    monkeypatch.setattr(interleaved, "time", SimpleNamespace(perf_counter=lambda: now_s))
 
-    assert measured(-1.0) == measured(12.0) == 3  # the warm-up and three repetitions take 12 s
-    assert measured(12.5) == 4
+    def a_pass() -> tuple[float, ...]:
+        nonlocal now_s
+        now_s += 4.0  # with barriers, and what else is in no pass's own time
+        return 1.0, 2.0
+
+    def measured(limit_s: float) -> int:
+        return len(interleaved.measure({"a": a_pass}, 10, limit_s)["a"])
+
+    # The warm-up and three repetitions take 16 s. A fourth would end at 20 s.
+    assert measured(-1.0) == measured(16.5) == measured(19.9) == 3
+    assert measured(20.0) == 4
     assert measured(1e9) == 10
 
 
