@@ -228,7 +228,7 @@ def test_what_layers_keep_with_a_key_for_each_head(attention: Attention, tmp_pat
 @pytest.mark.parametrize("residual", ["standard", "ladder"])
 def test_what_layers_keep_with_documents_apart(residual: str, tmp_path: Path) -> None:
     recipes = (None, "tensorwise", "delayed")
-    arguments = (measure, residual, "tp2-sp", recipes, "te", 2, True)
+    arguments = (measure, residual, "tp2-sp", recipes, "te", 2, False, True)
     for found in run_ranks(2, *arguments, tmp_path=tmp_path):
         assert not found
 
