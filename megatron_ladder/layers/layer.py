@@ -206,9 +206,8 @@ class LadderTransformerLayer(TransformerLayer):
         """
         updated = list(states)
         if (x := getattr(states[0], _PREPARED, None)) is not None:
-            delattr(
-                states[0], _PREPARED
-            )  # `x` was made from it, so this is a reference cycle: break it
+            # `x` was made from the state, so this is a reference cycle: break it.
+            delattr(states[0], _PREPARED)
         else:
             behind = None if y is None else collectives_of(y)
             x = self._start_submodule(self.submodules[0], states[0], behind)
