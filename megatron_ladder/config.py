@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.model_fields import check_rope, chosen_layers
 
 Residual = Literal["standard", "ladder", "parallel", "parallel-ladder", "desync", "no-comm"]
 # Kinds whose sub-modules read the state without the output of the last one.
@@ -63,10 +64,25 @@ class ModelConfig:
     are standard, or parallel. None makes every layer a ladder layer."""
     max_position_embeddings: int = 2048
     rotary_base: float = 10000.0
+    sliding_window: int | None = None
+    """Tokens that a token attends to, itself and those just before it, as in Mistral. None: all."""
+    sliding_window_layers: int | tuple[int, ...] | None = None
+    """With sliding_window: the last N layers, or a list of layers from 0, have it; the others attend to
+    all tokens. None: every layer has it."""
     rope_scaling_factor: float | None = None
     """Stretches RoPE's wavelengths; None: does not."""
-    rope_scaling_type: Literal["llama3", "linear"] = "llama3"
-    """llama3: long wavelengths alone (low 1, high 4, original context 8192). linear: all."""
+    rope_scaling_type: Literal["llama3", "linear", "yarn"] = "llama3"
+    """llama3: long wavelengths alone (low 1, high 4). linear: all. yarn: long wavelengths alone, and
+    sharper attention (arXiv 2309.00071)."""
+    rope_original_max_position_embeddings: int | None = None
+    """The context before it was stretched. None: 8192 with llama3; with yarn max_position_embeddings /
+    rope_scaling_factor."""
+    rope_beta_fast: float = 32.0
+    """With yarn: what turns more often in the original context is not stretched."""
+    rope_beta_slow: float = 1.0
+    """With yarn: what turns less often in the original context is stretched by the whole factor."""
+    rope_attention_factor: float | None = None
+    """With yarn: multiplies queries and keys. None: 0.1 ln(rope_scaling_factor) + 1. 1: NTK-by-parts."""
     layernorm_epsilon: float = 1e-5
     init_method_std: float = 0.02
     share_embeddings_and_output_weights: bool = True
@@ -84,6 +100,8 @@ class ModelConfig:
             "vocab_size",
             "max_position_embeddings",
             "desync_interval",
+            "sliding_window",
+            "rope_original_max_position_embeddings",
         ):
             value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else MOST_SIZE
             if value is not None and not 1 <= value <= most:
@@ -91,7 +109,13 @@ class ModelConfig:
                     f"model.{name} is {value}: it must be at least 1"
                     + (f" and at most {most:,}" if value > most else "")
                 )
-        for name in ("rotary_base", "rope_scaling_factor", "layernorm_epsilon", "init_method_std"):
+        for name in (
+            "rotary_base",
+            "rope_scaling_factor",
+            "rope_attention_factor",
+            "layernorm_epsilon",
+            "init_method_std",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"model.{name} is {value}: it must be a number of 0 or more")
@@ -123,6 +147,8 @@ class ModelConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: a share from 0 up to 1")
         self.layer_residuals()  # refuses ladder_layers that do not exist
+        self.layer_windows()
+        check_rope(self)
 
     @property
     def kv_heads(self) -> int:
@@ -153,24 +179,33 @@ class ModelConfig:
                 f"model.ladder_layers is set but model.residual is {self.residual}: "
                 "set model.residual to ladder or parallel-ladder, or leave ladder_layers out"
             )
-        if isinstance(self.ladder_layers, int):
-            count = self.ladder_layers
-            if not 0 <= count <= self.num_layers:
-                raise UserError(
-                    f"model.ladder_layers {count}: the last N of {self.num_layers} layers means "
-                    f"0 to {self.num_layers}"
-                )
-            chosen = set(range(self.num_layers - count, self.num_layers))
-        else:
-            chosen = set(self.ladder_layers)
-            wrong = sorted(i for i in chosen if not 0 <= i < self.num_layers)
-            if wrong or len(chosen) != len(self.ladder_layers):
-                raise UserError(
-                    f"model.ladder_layers {list(self.ladder_layers)}: layers are numbered 0 to "
-                    f"{self.num_layers - 1}, each at most once"
-                )
+        chosen = chosen_layers("ladder_layers", self.ladder_layers, self.num_layers)
         other: Residual = "parallel" if self.residual in PARALLEL else "standard"
         return tuple(self.residual if i in chosen else other for i in range(self.num_layers))
+
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Each layer's window in tokens, first to last; None: the layer attends to all tokens.
+
+        Raises:
+            UserError: `sliding_window_layers` names a layer that does not exist, or there is no window.
+        """
+        if self.sliding_window_layers is None:
+            return (self.sliding_window,) * self.num_layers
+        if self.sliding_window is None:
+            raise UserError(
+                "model.sliding_window_layers is set but model.sliding_window is not: set it, or leave "
+                "sliding_window_layers out"
+            )
+        chosen = chosen_layers("sliding_window_layers", self.sliding_window_layers, self.num_layers)
+        return tuple(self.sliding_window if i in chosen else None for i in range(self.num_layers))
+
+    def attention_length(self, seq_length: int) -> float:
+        """For FLOPs: the length of full sequences whose attention takes as long, a mean over layers.
+
+        A window of W tokens has s W - W^2 / 2 scores, full causal attention s^2 / 2.
+        """
+        windows = (min(window or seq_length, seq_length) for window in self.layer_windows())
+        return sum(w * (2 - w / seq_length) for w in windows) / self.num_layers
 
     @property
     def is_standard(self) -> bool:

@@ -15,6 +15,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "ladder": {"residual": "ladder"},
     "last-n": {"residual": "ladder", "ladder_layers": 2},
     "desync": {"residual": "desync", "desync_interval": 2},
+    "windows": {
+        "residual": "standard",
+        "sliding_window": 20,
+        "sliding_window_layers": 2,
+        "rope_scaling_type": "yarn",
+        "rope_scaling_factor": 4.0,
+    },
+    "ladder windows": {"residual": "ladder", "sliding_window": 20, "sliding_window_layers": 2},
     "qk-norm": {"residual": "ladder", "qk_layernorm": True, "add_qkv_bias": True},
 }
 LAYOUTS = {

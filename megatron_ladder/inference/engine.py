@@ -54,6 +54,7 @@ class DynamicEngine:
         seed: int = 0,
     ) -> None:
         cpu.enable()
+        _check_window(chunk, model)
         from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 
         _quiet()
@@ -218,6 +219,20 @@ def generate_static(
     new = [tuple(int(token) for token in done[i].generated_tokens) for i in ids]
     ends = sampling.ends(end_ids)
     return [tuple(itertools.takewhile(lambda token: token not in ends, ids)) for ids in new]
+
+
+def _check_window(chunk: Any, model: ModelConfig) -> None:
+    if (
+        model.sliding_window is not None
+        and model.sliding_window < model.max_position_embeddings
+        and next(chunk.parameters()).is_cuda
+        and not find_spec("megatron.core.inference.config")  # before 0.19
+    ):
+        raise UserError(
+            f"model.sliding_window is {model.sliding_window}: the engine of this megatron-core attends to "
+            "all tokens. Use megatron-core 0.19, which needs Python 3.12, or export the model and run it "
+            "with transformers or vLLM"
+        )
 
 
 def _blocks_of(request: Request) -> int:

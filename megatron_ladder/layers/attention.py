@@ -11,8 +11,11 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_ladder.layers.window import attend_in_window
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ class TorchAttention(DotProductAttention):
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._unsupported = unsupported(config)
+        self._window = layer_window(config, self.layer_number)
         if self._unsupported and self.layer_number == 1:
             logger.warning(
                 "attention is megatron-core's, which keeps scores in memory: torch's does not support %s",
@@ -73,8 +77,10 @@ class TorchAttention(DotProductAttention):
             causal = False
         # Torch aligns its causal mask to the first key. That is right only when there are as many queries.
         assert not causal or len(query) == len(key), "causal attention of some queries alone"
+        window = self._window if self._window and self._window < len(key) else None
         groups = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-        if keys_are_repeated(groups, query.device, query.dtype, masked=mask is not None):
+        masked = mask is not None or window is not None
+        if keys_are_repeated(groups, query.device, query.dtype, masked=masked):
             key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
             groups = 1
         # The values are a view of the linear's output. If autograd saved the view for backward, the whole
@@ -85,12 +91,17 @@ class TorchAttention(DotProductAttention):
         # from megatron-core's tracker. With sequence parallelism the whole layer runs with that state.
         drops_alone = dropout > 0 and not self.config.sequence_parallel
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        attend = functools.partial(
+            F.scaled_dot_product_attention,
+            dropout_p=dropout,
+            scale=self.softmax_scale,
+            enable_gqa=groups > 1,
+        )
         with get_cuda_rng_tracker().fork() if drops_alone else contextlib.nullcontext():
-            attended = F.scaled_dot_product_attention(
-                *(query, key, value, mask, dropout, causal),
-                scale=self.softmax_scale,
-                enable_gqa=groups > 1,
-            )
+            if window is not None:
+                attended = attend_in_window(query, key, value, mask, window, attend)
+            else:
+                attended = attend(query, key, value, mask, is_causal=causal)
         return attended.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
@@ -101,7 +112,9 @@ def unsupported(config: TransformerConfig) -> str:
     """
     asked = {
         f"softmax_type {config.softmax_type}": config.softmax_type != "vanilla",
-        f"window_size {config.window_size}": config.window_size is not None,
+        # Windows of this project's models end at the token itself.
+        f"window_size {config.window_size}": bool(config.window_size)
+        and config.window_size[1] != 0,
         "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
         # Torch computes the softmax in fp32, for every dtype of its inputs.
         "softmax in lower precision than fp32": not config.attention_softmax_in_fp32
@@ -111,6 +124,16 @@ def unsupported(config: TransformerConfig) -> str:
         "batch_invariant_mode": config.batch_invariant_mode,
     }
     return ", ".join(name for name, holds in asked.items() if holds)
+
+
+def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
+    """The tokens that a token attends to in a layer, itself included. None: all tokens before it.
+
+    Args:
+        layer_number: numbered from 1.
+    """
+    size, skipped = config.window_size, config.window_attn_skip_freq
+    return size[0] + 1 if is_layer_window_attention(size, skipped, layer_number) else None
 
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

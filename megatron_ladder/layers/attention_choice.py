@@ -70,14 +70,23 @@ def choose(
     Raises:
         UserError: the layers do not have the attention that was asked for.
     """
+    windows = config.window_size is not None and config.window_size[0] + 1 < seq_length
+    if windows and config.masks_given and asked in ("te", "unfused"):
+        raise UserError(
+            f"attention {asked} does not keep documents apart in layers with a window "
+            "(model.sliding_window): take auto or torch"
+        )
     with_te = config.transformer_impl == "transformer_engine"
     check_attention(asked, config.transformer_impl)
     if asked == "unfused":
         return CoreAttention("unfused", IN_MEMORY, "attention is unfused")
     shape = {"micro_batch_size": micro_batch_size, "seq_length": seq_length}
-    torchs = _torchs(config, **shape)
+    torchs = _torchs(config, **shape, windows=windows)
     if asked == "torch" or not with_te or (asked == "auto" and torchs.kernel == CUDNN):
         return torchs
+    if windows and config.masks_given:
+        why = "Transformer Engine does not keep documents apart in layers with a window"
+        return replace(torchs, why="; ".join(filter(None, [why, torchs.why])))
     from megatron_ladder.te.attention import ask
 
     kernel, why = ask(config, **shape, masked=config.masks_given)
@@ -89,19 +98,19 @@ def choose(
     return replace(torchs, why="; ".join(filter(None, reasons)))
 
 
-def _torchs(config: Any, *, micro_batch_size: int, seq_length: int) -> CoreAttention:
+def _torchs(config: Any, *, micro_batch_size: int, seq_length: int, windows: bool) -> CoreAttention:
     tp, dtype = config.tensor_model_parallel_size, config.params_dtype
     heads, channels = config.num_attention_heads // tp, config.kv_channels
     kernel = kernel_of_torch(
         (micro_batch_size, heads, seq_length, channels),
         config.num_query_groups // tp,
         dtype,
-        masked=config.masks_given,
+        masked=config.masks_given or windows,
         dropout=config.attention_dropout,
     )
     if kernel in TORCH_KERNELS:
         return CoreAttention("torch", TORCH_KERNELS[kernel])
     of = [str(dtype).removeprefix("torch."), f"{channels} channels a head"]
     of += ["attention dropout"] * (config.attention_dropout > 0)
-    of += ["a mask"] * config.masks_given
+    of += ["a mask"] * config.masks_given + ["a window"] * windows
     return CoreAttention("torch", IN_MEMORY, f"torch has no other kernel for {', '.join(of)}")

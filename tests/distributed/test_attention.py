@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.layers.attention import TorchAttention, as_bias
+from megatron_ladder.layers.window import in_window
 from megatron_ladder.mcore_compat import initialize_model_parallel, transformer_config
 from pretrain.config.train import DataConfig
-from pretrain.loop.step import train_step
+from pretrain.loop.step import document_mask, train_step
 from tests.distributed.layouts import LENGTH, Layout, configuration, start
 from tests.distributed.test_documents import packed_micro_batches
 from tests.ranks import run_ranks
@@ -106,6 +107,19 @@ def of_both(
     return found
 
 
+def documents_in_a_window() -> list[tuple[Tensor, ...]]:
+    """megatron-core's drops a mask where there is a window, so there the mask has the window in it."""
+    documents = torch.rand(3, 300, generator=torch.Generator().manual_seed(4)).lt(0.1).cumsum(1)
+    mask = document_mask(documents)
+    both = mask | ~in_window(300, 300, 40, mask.device)
+    ours, theirs = modules(window_size=(39, 0))[0], modules()[1]
+    (found,), (expected,) = of_both([ours], 300, 300, mask), of_both([theirs], 300, 300, both)
+    (added,) = of_both([ours], 300, 300, as_bias(mask, torch.float32))
+    for one, other in zip(found, added, strict=True):
+        torch.testing.assert_close(one, other)
+    return [found, expected]
+
+
 def odd_cases() -> dict[str, float]:
     initialize_model_parallel(ParallelConfig(), seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -117,6 +131,13 @@ def odd_cases() -> dict[str, float]:
         "one mask for all": of_both(modules(), 7, 9, mask[:1]),
         "another scale": [],
         "a window": of_both(modules(window_size=(2, 0)), 7, 7, None),
+        "a window, in blocks": of_both(modules(window_size=(99, 0)), 300, 300, None),
+        "a window, one query": of_both(modules(window_size=(2, 0)), 1, 9, None),
+        "a window longer than the sequence": of_both(modules(window_size=(9, 0)), 7, 7, None),
+        "a window in another layer": of_both(
+            modules(window_size=(2, 0), window_attn_skip_freq=[True, False]), 7, 7, None
+        ),
+        "documents in a window": documents_in_a_window(),
         "softmax off by one": of_both(modules(softmax_type="off-by-one"), 7, 7, None),
         "scores over the layer's number": of_both(
             modules(apply_query_key_layer_scaling=True), 7, 7, None

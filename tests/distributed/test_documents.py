@@ -117,6 +117,7 @@ def oracle(plain: Any) -> Tensor:
         pytest.param("last-n", marks=pytest.mark.slow),
         pytest.param("standard", marks=pytest.mark.slow),
         pytest.param("parallel", marks=pytest.mark.slow),
+        pytest.param("windows, yarn", marks=pytest.mark.slow),
     ],
 )
 def test_a_packed_batch_is_its_documents_one_by_one(kind: str, tmp_path: Path) -> None:

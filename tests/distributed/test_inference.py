@@ -1,6 +1,7 @@
 """megatron-core's engines, static and dynamic, over tensor-parallel ranks and pipeline stages, give the
 tokens that the exported folder gives in transformers."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ SOME_LAYOUTS = [(1, 1), (2, 1), (1, 2)]
 LAYOUTS = [*SOME_LAYOUTS, (4, 1), (2, 2)]
 KINDS_AND_LAYOUTS = [
     pytest.param("ladder", SOME_LAYOUTS, id="ladder"),
+    pytest.param("ladder, windows", [(2, 1)], id="windows"),
     *(
         pytest.param(kind, LAYOUTS, id=f"{kind}-all", marks=pytest.mark.slow)
-        for kind in ("standard", "parallel", "ladder", "last-n")
+        for kind in ("standard", "parallel", "ladder", "last-n", "standard, windows")
     ),
 ]
 NO_EOD = VOCAB + 1
@@ -48,7 +50,7 @@ def prompts() -> list[list[int]]:
 
 
 def tiny(kind: str) -> ModelConfig:
-    return ModelConfig(
+    model = ModelConfig(
         num_layers=4,
         hidden_size=32,
         ffn_hidden_size=64,
@@ -59,8 +61,12 @@ def tiny(kind: str) -> ModelConfig:
         share_embeddings_and_output_weights=False,
         rope_scaling_factor=8.0,
         rotary_base=500_000.0,
-        **KINDS[kind],
+        **KINDS[kind.removesuffix(", windows")],
     )
+    if not kind.endswith("windows"):
+        return model
+    windows = {"sliding_window": 6, "sliding_window_layers": (0, 1, 3)}
+    return replace(model, rope_scaling_type="yarn", **windows)
 
 
 def build(model: ModelConfig, tp: int, pp: int) -> torch.nn.Module:

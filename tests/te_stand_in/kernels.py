@@ -245,6 +245,7 @@ def _fused_attention(  # type: ignore[no-untyped-def]
     qkv_layout,
     attn_mask_type,
     attention_mask,
+    window_size,
     **_,
 ) -> Tensor:
     assert query.dtype == torch.bfloat16 and all(x.is_contiguous() for x in (query, key, value))
@@ -253,26 +254,42 @@ def _fused_attention(  # type: ignore[no-untyped-def]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     dropout = self.attention_dropout if self.training else 0.0
     with self.attention_dropout_ctx():
-        out = F.scaled_dot_product_attention(
-            *(q, k, v, None, dropout, True), scale=self.softmax_scale, enable_gqa=True
-        )
+        how = {"dropout_p": dropout, "scale": self.softmax_scale, "enable_gqa": True}
+        out = F.scaled_dot_product_attention(q, k, v, ~_outside(len(query), window_size), **how)
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
 def _unfused_attention(  # type: ignore[no-untyped-def]
-    self, _, query: Tensor, key: Tensor, value: Tensor, *, attn_mask_type, attention_mask, **__
+    self,
+    _,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask_type,
+    attention_mask,
+    window_size,
+    **__,
 ) -> Tensor:
     attentions.append("unfused")
     times = query.shape[2] // key.shape[2]
     key, value = (x.repeat_interleave(times, dim=2) for x in (key, value))
     scores = torch.einsum("qbhd,kbhd->bhqk", query, key).float() * self.softmax_scale
     if attn_mask_type == "causal":
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        attention_mask = _outside(len(query), window_size)
     assert attention_mask.dtype == torch.bool
     scores = scores.masked_fill(attention_mask, -10000.0).softmax(-1).to(value.dtype)
     with self.attention_dropout_ctx():
         scores = self.attention_dropout(scores)
     return torch.einsum("bhqk,kbhd->qbhd", scores, value).flatten(2)
+
+
+def _outside(length: int, window_size: tuple[int, int]) -> Tensor:
+    """What causal attention masks out: bool [length, length]."""
+    before, behind = window_size
+    assert behind == 0
+    ones = torch.ones(length, length, dtype=torch.bool)
+    return ones.triu(1) if before < 0 else ones.triu(1) | ones.tril(-before - 1)
 
 
 def _rope(x: Tensor, angles: Tensor, *_) -> Tensor:  # type: ignore[no-untyped-def]

@@ -1,6 +1,7 @@
 """Which attention TE's layers get: what TE says it would take is what runs, and the gradients of all."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,63 @@ def run_each(kind: str, layout: str) -> list[str]:
 def test_what_is_asked_is_what_runs(kind: str, layout: str, tmp_path: Path) -> None:
     ranks = LAYOUTS[layout].tensor_model_parallel_size
     for found in run_ranks(ranks, run_each, kind, layout, tmp_path=tmp_path):
+        assert not found, "\n".join(found)
+
+
+def run_windows(kind: str, layout: str) -> list[str]:
+    """What is wrong, in words: layers with and without a window, by each attention."""
+    kernels, parallel = begin(layout)
+    from transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention import (
+        _attention_backends as taken,
+    )
+
+    from megatron_ladder.errors import UserError
+    from megatron_ladder.mcore_compat import transformer_config
+    from megatron_ladder.te.attention import parameters
+
+    model, found = model_of(kind), []
+    cases = {
+        ("auto", "", False): (("te", "cuDNN"), "fused"),
+        ("te", REFUSAL, False): (("te", "scores in memory"), "unfused"),
+        ("auto", REFUSAL, False): (("torch", "flash attention"), None),
+        ("unfused", "", False): (("unfused", "scores in memory"), None),
+        ("auto", "", True): (("torch", "flash attention"), None),
+    }
+    local = {m: Run(model, parallel, impl="local", masks_given=m) for m in (False, True)}
+    for (attention, refusal, masked), (said, runs) in cases.items():
+        kernels.cudnn_says = refusal
+        kernels.attentions.clear()
+        taken["attention_params"] = None
+        how = {"attention": attention, "masks_given": masked, "weights": local[masked].weights}
+        run = Run(model, parallel, precision="bf16", **how)
+        core, case = run.config.core_attention, (attention, refusal, masked)
+        if (core.whose, core.kernel) != said:
+            found.append(f"{case}: {core}")
+        if kernels.attentions != ([runs] * LAYERS if runs else []):
+            found.append(f"{case}: TE ran {kernels.attentions}")
+        if not run.worst(local[masked]) < 0.05:
+            found.append(f"{case}: gradients differ by {run.worst(local[masked])}")
+        if runs:  # the last layer has a window
+            asked = parameters(run.config, micro_batch_size=run.batch, seq_length=64, masked=masked)
+            if asked != taken["attention_params"]:
+                found.append(f"{case}: {asked} is not {taken['attention_params']}")
+    for attention in ("te", "unfused"):
+        how = {"attention": attention, "masks_given": True}
+        with pytest.raises(UserError, match="does not keep documents apart in layers with a w"):
+            transformer_config(model, parallel, precision="bf16", **how)
+    full = replace(model, sliding_window=None, sliding_window_layers=None)
+    if (
+        not Run(full, parallel, impl="local", weights=local[False].weights).worst(local[False])
+        > 0.1
+    ):
+        found.append("the window changes nothing")
+    return found
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("windows", "1"), ("ladder windows", "tp2-sp")])
+def test_windows_by_each_attention(kind: str, layout: str, tmp_path: Path) -> None:
+    ranks = LAYOUTS[layout].tensor_model_parallel_size
+    for found in run_ranks(ranks, run_windows, kind, layout, tmp_path=tmp_path):
         assert not found, "\n".join(found)
 
 
