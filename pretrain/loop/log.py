@@ -81,7 +81,7 @@ class RunLog:
         self._flops_per_token = flops_per_token(
             num_layers=config.model.num_layers,
             hidden_size=config.model.hidden_size,
-            seq_length=config.data.seq_length,
+            seq_length=config.model.attention_length(config.data.seq_length),
             matmul_parameters=config.model.num_matmul_parameters(),
         )
         self._peak = None if device == "cpu" else peak_flops(device)

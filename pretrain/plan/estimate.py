@@ -184,7 +184,7 @@ def _step(
         flops = config.tokens_per_step * flops_per_token(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
-            seq_length=config.data.seq_length,
+            seq_length=config.model.attention_length(config.data.seq_length),
             matmul_parameters=model.num_matmul_parameters(),
         )
         return flops / (ranks * hardware.device.peak_flops * mfu), mfu, f"an MFU of {mfu:.0%}"

@@ -268,8 +268,8 @@ def submodules(
 
     - GEMMs: 2 operations for each weight and token, twice that in backward. In the model, GEMMs do not slow
       down when they get thin at large tp.
-    - Flash attention: 4 t s h operations, of which half are masked out; 2.5 times that in backward (five
-      products instead of two).
+    - Flash attention: 4 t s h operations, of which half are masked out, and less with sliding windows, as
+      a mean over layers; 2.5 times that in backward (five products instead of two).
     - Norm, RoPE, SwiGLU and residual add: bytes through memory, twice that in backward. Norm and add work
       on whole states, unless sequence parallelism divides them.
     """
@@ -285,7 +285,7 @@ def submodules(
 
     cut = tp if sp else 1
     norm, add = 2 * h / cut, 3 * h / cut  # elements that are read and written for each token
-    core = hardware.attention_s(2.0 * tokens * seq_length * h / tp)
+    core = hardware.attention_s(2.0 * tokens * model.attention_length(seq_length) * h / tp)
     attention = submodule(gemm(h, h + 2 * kv), gemm(h, h), core, norm + 2 * (h + kv) / tp + add)
     mlp_norm = 0.0 if model.residual == "parallel" else norm
     mlp = submodule(gemm(h, 2 * ffn), gemm(ffn, h), 0.0, mlp_norm + 3 * ffn / tp + add)

@@ -65,7 +65,7 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     flops = config.tokens_per_step * flops_per_token(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        seq_length=seq_length,
+        seq_length=model.attention_length(seq_length),
         matmul_parameters=model.num_matmul_parameters(),
     )
     return Row(
