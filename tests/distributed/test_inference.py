@@ -2,8 +2,10 @@
 tokens that the exported folder gives in transformers."""
 
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.inference.engine import DynamicEngine, generate_static
+from megatron_ladder.inference.engine import DynamicEngine, _check_window, generate_static
 from megatron_ladder.inference.requests import Request, Sampling
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
@@ -292,3 +294,19 @@ def test_sums_of_decode_are_under_way_while_the_next_submodule_computes(tmp_path
                 assert start < begin < end < wait, this
             else:
                 assert start < wait < begin, this
+
+
+def test_an_engine_without_windows_is_not_used_for_them() -> None:
+    """megatron-core 0.16 on a GPU. On a CPU attention is this project's, and 0.19 has windows."""
+    chunks = {
+        is_cuda: SimpleNamespace(parameters=lambda on=is_cuda: iter([SimpleNamespace(is_cuda=on)]))
+        for is_cuda in (False, True)
+    }
+    model = tiny("ladder, windows")
+    _check_window(chunks[False], model)
+    _check_window(chunks[True], replace(model, sliding_window=model.max_position_embeddings))
+    if version("megatron-core") < "0.19":
+        with pytest.raises(UserError, match="sliding_window is 6: the engine of this"):
+            _check_window(chunks[True], model)
+    else:
+        _check_window(chunks[True], model)
