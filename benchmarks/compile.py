@@ -23,10 +23,10 @@ import torch
 
 from measuring import facts
 from measuring.batches import random_batch
-from measuring.interleaved import measure, quotients
 from measuring.options import parser_of
 from measuring.rows import Rows
 from megatron_ladder.config import ModelConfig, ParallelConfig
+from pretrain.bench.interleaved import measure, quotients
 from pretrain.config.train import DataConfig, TrainConfig
 from pretrain.data.batches import to_device
 from pretrain.loop.step import train_step

@@ -90,9 +90,25 @@ def overlap(shape: str, link: str, *, sp: bool = False, precision: str = "bf16")
     options += " --also parallel" + (" --sequence-parallel" if sp else "")
     if (shape, link, precision) == ("70b", "nvswitch", "bf16"):
         options += f" --trace OUTPUT/{name}{TRACE}"
-    # As pretrain/model/queues.py sets it.
-    queues = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"} if sp else {}
-    return benchmark("overlap", options, 90, name=name, **queues)
+    return benchmark("overlap", options, 90, name=name, **queues(sp))
+
+
+def kinds(shape: str, link: str, *, layers: int, sp: bool = False) -> Part:
+    """All kinds of layers beside each other, so fewer layers than in `overlap`: each kind has its own."""
+    also = "standard-halves parallel parallel-halves hybrid parallel-ladder no-comm"
+    options = (
+        f"{tp8(shape)} --layers {layers} --steps 5 --precision bf16 --link {link} --also {also}"
+    )
+    options += " --sequence-parallel" if sp else ""
+    name = f"kinds-{shape}-{link}" + ("-sp" if sp else "")
+    return benchmark("overlap", options, 60, name=name, **queues(sp))
+
+
+def queues(sp: bool) -> dict[str, str]:
+    """As pretrain/model/queues.py sets them."""
+    if not sp:
+        return {}
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "TORCH_NCCL_HIGH_PRIORITY": "1"}
 
 
 def connections(count: int) -> Part:
@@ -100,8 +116,8 @@ def connections(count: int) -> Part:
     once, so each number is a part."""
     options = f"{tp8('70b')} --layers 8 --steps 8 --precision bf16 --link nvswitch"
     options += " --also --sequence-parallel"
-    queues = {"CUDA_DEVICE_MAX_CONNECTIONS": str(count)}
-    return benchmark("overlap", options, 60, name=f"connections-{count}", **queues)
+    variables = {**queues(sp=True), "CUDA_DEVICE_MAX_CONNECTIONS": str(count)}
+    return benchmark("overlap", options, 60, name=f"connections-{count}", **variables)
 
 
 # 25.7 million parameters without the embedding. The micro-batches keep the GPU longer than Python takes to
@@ -139,6 +155,9 @@ def parts() -> list[Part]:
         benchmark("training_step", f"--cases {PAPER} {graphs} {small}", 120, name="cuda-graph"),
         benchmark("training_step", llama_8b, 120, name="training-8b"),
         overlap("70b", "nvswitch"),
+        kinds("70b", "nvswitch", layers=8),
+        kinds("70b", "nvswitch", layers=8, sp=True),
+        kinds("8b", "p2p-off", layers=6),
         overlap("70b", "nvswitch", sp=True),
         overlap("8b", "nvswitch"),
         overlap("8b", "nvswitch", sp=True),

@@ -9,7 +9,6 @@ folder's `notes.md`, where somebody wrote one, is copied in. gpu_questions.py ha
 import argparse
 import importlib.util
 import json
-import statistics
 import sys
 import tarfile
 import tempfile
@@ -23,7 +22,8 @@ sys.path.insert(0, str(ROOT))  # this checkout need not be installed
 
 from gpu_questions import QUESTIONS, Words  # noqa: E402
 from measuring import facts  # noqa: E402
-from measuring.hidden import BLOCKING, PASSES  # noqa: E402
+from measuring.facts import between  # noqa: E402
+from measuring.overlap.tables import connections_table, hidden_table, kinds_table  # noqa: E402
 
 Report = dict[str, Any]
 INTRODUCTION = """# Results on one GPU
@@ -44,10 +44,6 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def percent(value: float) -> str:
-    return f"{value:.1%}"
-
-
 def by_shape(
     rows: list[dict[str, Any]], titles: list[str], cells: Callable[[dict[str, Any]], list[str]]
 ) -> str:
@@ -57,10 +53,6 @@ def by_shape(
         lines = [cells(row) for row in rows if row["shape"] == shape]
         tables.append(f"Shape `{shape}`:\n\n{facts.markdown(titles, lines)}")
     return "\n\n".join(tables)
-
-
-def between(low: float, middle: float, high: float, digits: int = 2) -> str:
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def layers_table(report: Report) -> str:
@@ -161,58 +153,6 @@ def load_table(reports: dict[str, Report]) -> str:
     return "\n\n".join(filter(None, [table, "\n".join(notes)]))
 
 
-def milliseconds(report: Report, kind: str, link: str) -> str:
-    """The median of forward and backward together."""
-    times = [t for t in report["times_s"] if (t["kind"], t["link"]) == (kind, link)]
-    return f"{1e3 * statistics.median(map(sum, times[0]['forward_backward'])):.1f}" if times else ""
-
-
-def hidden_table(reports: dict[str, Report]) -> str:
-    """Shares of the link's time that each kind hides, and the most that ladder can."""
-    texts = []
-    for name, report in reports.items():
-        found = report["hidden_share"][BLOCKING]
-        lines = [
-            [
-                "megatron-core's standard" if kind == "standard" else kind,
-                *(percent(found[kind][part]) for part in PASSES),
-                *(milliseconds(report, kind, link) for link in ("link", "zero")),
-            ]
-            for kind in ("standard", "parallel", "ladder")
-            if kind in found
-        ]
-        most = report["most_hidden"] or {}
-        for by, words in (
-            ("layers", "number of layers"),
-            ("planner", "times and the planner's model"),
-        ):
-            if by in most:
-                bounds = [percent(most[by][part]) for part in PASSES]
-                lines.append([f"ladder at most, by its {words}", *bounds])
-        allocations = sum(sum(steps[1:]) for steps in report["device_allocations"].values())
-        texts.append(
-            f"Part `{name}`, {report['layers']} layers. Without the link ladder takes "
-            f"{report['ladder_over_standard_zero_delay']} of\nstandard's time. CUDA was asked for "
-            f"memory {allocations} times while it was measured.\n\n"
-            + facts.markdown(["hidden", *PASSES, "ms, link", "ms, no link"], lines)
-        )
-    return "\n\n".join(texts)
-
-
-def connections_table(reports: dict[str, Report]) -> str:
-    """The second stream of sequence parallelism by the number of hardware queues."""
-    lines = []
-    for name, report in reports.items():
-        shares = report["hidden_share"][BLOCKING]["ladder"]
-        times = [milliseconds(report, "ladder", link) for link in ("link", "zero")]
-        cells = [
-            f"{percent(shares[p])} of {percent(report['most_hidden']['layers'][p])}" for p in PASSES
-        ]
-        lines.append([name.removeprefix("connections-"), *cells, *times])
-    titles = ["queues", *(f"hidden, {p}" for p in PASSES)]
-    return facts.markdown([*titles, "ladder, ms, link", "no link"], lines)
-
-
 def learning_table(report: Report) -> str:
     lines = [
         [
@@ -231,9 +171,11 @@ def learning_table(report: Report) -> str:
     ]
     titles = ["kind", "parameters", "validation loss", f"less {first['kind']}'s", "tokens/s"]
     data = sum(d["training_tokens"] for d in report["data"])
+    about = report.get("about_tokens_per_second")
     return (
         f"{report['tokens']:,} tokens of each kind, {report['tokens'] / data:.2f} epochs of {data:,}.\n\n"
         + facts.markdown(titles, lines)
+        + (f"\n\nTokens/s: {about}." if about else "")
         + f"\n\nTimes of large shapes over {first['kind']}'s. **Modelled**, not measured:\n\n"
         + facts.markdown(["kind", *(f"time of {name}" for name in first["modelled_time"])], times)
     )
@@ -356,6 +298,7 @@ def page(folder: Path) -> str:
         ("Layers, TP=1", ["layers"], of_one(layers_table)),
         ("Training steps", [*named("training"), "cuda-graph"], of_one(training_table)),
         ("Hidden share of a modelled link, TP=8", named("overlap"), hidden_table),
+        ("All kinds of layers over a modelled link, TP=8", named("kinds"), kinds_table),
         ("Hardware queues", named("connections"), connections_table),
         ("Learning", ["learning"], of_one(learning_table)),
         ("Learning rates", ["rates-of-learning"], of_one(rates_table)),

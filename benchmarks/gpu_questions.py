@@ -58,6 +58,19 @@ clock falls and the link is slower than it says, for every kind alike. What NCCL
 is not in it. The micro-batches are large (65,536 tokens of 8B, 16,384 of 70B): with fewer tokens Python
 takes longer to launch a kernel than the kernel takes, and everything would seem hidden.""",
     ),
+    "All kinds of layers over a modelled link, TP=8": Words(
+        question="""\
+Which kind of layers hides how much of a link's time, and what does it cost when the link takes none? Shares
+are against a standard layer that waits for every collective at once, beside the most that the kind can
+hide by the planner's model with the measured times of sub-modules. Times of forward and backward together
+are over those of megatron-core's standard in the same repetition, with quartiles.""",
+        wanted="""\
+halves and parallel-ladder hide 0.95 of the most that is possible; halves cost little without the link.""",
+        not_shown="""\
+Real ranks: **the link is modelled**, as above. Whether a kind learns as well: that is in
+[learning](learning.md). The best layout of each kind: here all have the same. Kernels that hide a GEMM's
+communication behind the same GEMM: [what others report](overlap.md#what-others-report).""",
+    ),
     "Hardware queues": Words(
         question="""\
 Does the number of hardware queues (`CUDA_DEVICE_MAX_CONNECTIONS`: 1, 2, 8, 32) hold back the second stream

@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import measuring  # noqa: F401  # isort: skip (before megatron-core: which cuDNN is loaded)
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -50,10 +51,10 @@ from measuring.inference.plan import (
     modelled_pass,
 )
 from measuring.inference.report import draw, figures, modelled_figures, tables, whole
-from measuring.interleaved import measure, slowest
 from measuring.options import parser_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.inference.sums import set_all_reduce
+from pretrain.bench.interleaved import measure, slowest
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.timeline import draw as draw_timeline
 from pretrain.bench.wire import LinkSeconds, over, own_seconds

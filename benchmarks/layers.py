@@ -13,17 +13,17 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from measuring import facts
-from measuring.interleaved import measure, quotients
 from measuring.options import parser_of
 from measuring.precisions import PRECISIONS, precision_of
 from measuring.rows import Rows
 from megatron_ladder.config import Attention, ModelConfig, ParallelConfig, Residual
 from pretrain.bench.decoder import Decoder
+from pretrain.bench.interleaved import measure, quotients
 from pretrain.bench.ranks import join
 from pretrain.config.presets import PRESETS
 from pretrain.run.metrics import flops_per_token, peak_flops
 
-KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder")
+KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder", "parallel-ladder")
 
 
 def arguments() -> argparse.Namespace:

@@ -80,7 +80,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
         "--target",
         nargs="+",
         default=["llama-3-8b"],
-        help="presets whose time is modelled, with :GPUS for more than 8",
+        help="presets whose time is modelled, with :GPUS for more than 8, and @LINK",
     )
     parser.add_argument("--device", choices=DEVICES, default="h100", help="that it is modelled on")
     return parser.parse_known_args()
@@ -283,7 +283,7 @@ def write_results(
         "tokens/s": "{tokens_per_second:,}",
     }
     for target in targets:
-        columns[f"time of {target.preset}, modelled"] = f"{{modelled_time[{target.preset}]:.3f}}"
+        columns[f"time of {target.name}, modelled"] = f"{{modelled_time[{target.name}]:.3f}}"
     print("\n" + facts.table(rows, columns) + "\n", flush=True)
     write(
         options,
@@ -319,7 +319,7 @@ def table(runs: dict[str, list[Run]], targets: list[Target]) -> list[dict[str, A
                 "less_the_firsts": [round(a - b, 5) for a, b in zip(last, firsts, strict=True)],
                 "tokens_per_second": of_kind[0]["tokens_per_second"],
                 "modelled_time": {
-                    t.preset: round(t.token_s(kind) / t.token_s(first), 4) for t in targets
+                    t.name: round(t.token_s(kind) / t.token_s(first), 4) for t in targets
                 },
             }
         )

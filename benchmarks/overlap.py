@@ -1,6 +1,9 @@
-"""How much of the tensor-parallel link's time does each residual kind hide, forward and backward?
+"""How much of the tensor-parallel link's time does each kind of layers hide, forward and backward?
 
     python benchmarks/overlap.py --json benchmarks/results/overlap.json
+
+Kinds are megatron-core's standard layers and this project's: standard and parallel ones, also in two halves
+of the micro-batch, ladder, a hybrid, parallel-ladder, and no-comm, which never communicates.
 
 Measured: all computation, and the collectives' own work, on real ranks (gloo on a CPU).
 Modelled: how long a collective is on the link (pretrain/bench/wire.py), the same for every kind.
@@ -13,48 +16,56 @@ A kind's hidden share of the link's time is
 because on a CPU the collectives' own work takes compute time and cannot be hidden. There are two standards:
 one waits for every collective at once, so it hides nothing; the other is megatron-core's own layer, which
 in backward hides a reduction behind its own weight gradient. Also given are
-(T_standard - T_kind) / (T_standard - T_no-comm), and the largest share that ladder can hide: by its number
-of layers alone, and by the planner's model of a pass with the times measured here.
+(T_standard - T_kind) / (T_standard - T_no-comm), and the largest share that each kind can hide: by its
+number of layers alone, and by the planner's model of a pass with the times measured here. What a kind
+costs when the link takes no time (halves have smaller GEMMs) is its time without the link over standard's.
+
+With --processor-time computation counts by the processor time of the thread that computes, and a wait for
+the link is added, not slept (measuring/overlap/clock.py): for a CPU that other programs use too.
 
 With --fake-tp N one process plays rank 0 of N, and collectives move nothing: for one GPU. If the layers do
 not fit in its memory, half as many are measured, and the results say so.
 """
 
 import argparse
+import contextlib
 import gc
 import platform
 import statistics
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import measuring  # noqa: F401  # isort: skip (before megatron-core: which cuDNN is loaded)
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from measuring import facts, ranks
-from measuring.hidden import (
+from measuring.options import parser_of
+from measuring.overlap.clock import restart, use_processor_time
+from measuring.overlap.hidden import (
     BLOCKING,
-    NO_COMM,
     PASSES,
+    Shares,
     hidden_share,
+    in_words,
     link_time,
-    most_hidden,
-    paired,
+    most_by_layers,
+    most_by_planner,
+    over_standard,
     planned,
     scaled,
     table,
 )
-from measuring.interleaved import measure, slowest
-from measuring.options import parser_of
+from measuring.overlap.kinds import ALSO, KINDS, NO_COMM, chosen
+from measuring.overlap.late import started_late
 from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.collectives import backward_order, ranges
-from megatron_ladder.collectives.points import collectives_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
-from megatron_ladder.layers import linear
 from pretrain.bench.decoder import Decoder
+from pretrain.bench.interleaved import measure, slowest
 from pretrain.bench.ranks import join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds
@@ -65,8 +76,9 @@ from pretrain.plan.links import PRESETS as LINKS
 from pretrain.plan.planner import DEVICES, Hardware, Submodule
 from pretrain.plan.planner import submodules as planned_submodules
 
-ALSO = {"parallel": "parallel", "hybrid": "hybrid (last half)", NO_COMM: NO_COMM}
 AUTOGRAD = "autograd-order"
+AllReduce = Callable[[float], float]
+"""Bytes of the whole message -> seconds that an all-reduce is under way."""
 
 
 @dataclass
@@ -84,27 +96,18 @@ class Line:
     device_allocations: list[int] = field(default_factory=list)
     """How often each step, the warm-up too, asked CUDA for memory. No step should need to."""
 
-    def step(self, under_way_s: float) -> tuple[float, float]:
-        """Seconds of forward and of backward; an all-reduce is at least that long under way."""
+    def step(self, link: AllReduce) -> tuple[float, float]:
+        """Seconds of forward and of backward; a collective is at least as long under way as `link` says."""
 
         def seconds(operation: str, size: int) -> float:
-            if operation == "all-reduce":
-                return under_way_s
-            return (
-                under_way_s / 2 * size / self.decoder.state_bytes
-            )  # in FP8 half of it is gathered
+            return link(size) * (1.0 if operation == "all-reduce" else 0.5)
 
         backward_order.enabled = self.mended
-        te = [
-            sys.modules.get(f"megatron_ladder.te.layers.{name}")
-            for name in ("backend", "fp8_linear")
-        ]
-        for module in (linear, *te):
-            if module is not None:
-                module.collectives_of = collectives_of if self.early else lambda _: None  # type: ignore[attr-defined]
         group = parallel_state.get_tensor_model_parallel_group()
         before = facts.device_allocations()
-        with over(group, seconds, blocking=self.blocking):
+        restart()
+        late = contextlib.nullcontext() if self.early else started_late()
+        with late, over(group, seconds, blocking=self.blocking):
             times = self.decoder.step()
         self.device_allocations.append(facts.device_allocations() - before)
         return times
@@ -132,11 +135,16 @@ def arguments() -> argparse.Namespace:
     )
     ranks.add_fake_tp(parser)
     parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="count processor time, on a CPU that other programs use too",
+    )
+    parser.add_argument(
         "--also",
         nargs="*",
         choices=[*ALSO, AUTOGRAD],
         default=[*ALSO, AUTOGRAD],
-        help="beside standard and ladder; default all",
+        help="beside standard and ladder; default all. Halves need an even micro-batch",
     )
     parser.add_argument(
         "--trace", type=Path, help="of a pass of standard and of ladder, for Perfetto"
@@ -159,9 +167,7 @@ def target_ratio(target: str, link: str) -> float:
 
 
 def decoder_of(args: argparse.Namespace, tp: int, name: str) -> Decoder:
-    kinds: dict[str, dict[str, Any]] = {
-        "hybrid (last half)": {"residual": "ladder", "ladder_layers": args.layers // 2},
-    }
+    kind = KINDS[name]
     number_format, fp8 = precision_of(args.precision)
     model = ModelConfig(
         num_layers=args.layers,
@@ -170,13 +176,14 @@ def decoder_of(args: argparse.Namespace, tp: int, name: str) -> Decoder:
         num_attention_heads=args.heads,
         num_query_groups=args.kv_heads,
         vocab_size=128 * tp,
-        **kinds.get(name, {"residual": name}),
+        **kind.model_fields(args.layers),
     )
     return Decoder(
         model,
         ParallelConfig(
             tensor_model_parallel_size=tp,
             sequence_parallel=args.sequence_parallel and name != NO_COMM,
+            tp_overlap=kind.tp_overlap,
         ),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
@@ -186,11 +193,12 @@ def decoder_of(args: argparse.Namespace, tp: int, name: str) -> Decoder:
     )
 
 
-def lines(args: argparse.Namespace, tp: int) -> list[Line]:
-    """Standard, ladder, and what is asked for besides."""
-    order = ["standard", "parallel", "ladder", "hybrid"]
-    names = [ALSO.get(n, n) for n in order if n in ("standard", "ladder", *args.also)]
-    result = [Line(name, decoder_of(args, tp, name)) for name in names]
+def lines(args: argparse.Namespace, tp: int, no_comm: Line) -> tuple[list[Line], dict[str, str]]:
+    """Standard, ladder, what is asked for besides, and why some of that was left out."""
+    names, left_out = chosen(args.also, args.micro_batch_size)
+    result = [
+        no_comm if name == NO_COMM else Line(name, decoder_of(args, tp, name)) for name in names
+    ]
     by_name = {line.name: line.decoder for line in result}
     result.insert(0, Line(BLOCKING, by_name["standard"], blocking=True))
     if AUTOGRAD in args.also and not args.sequence_parallel:
@@ -198,7 +206,7 @@ def lines(args: argparse.Namespace, tp: int) -> list[Line]:
             Line("ladder, autograd's order", by_name["ladder"], mended=False),
             Line("  and started late", by_name["ladder"], mended=False, early=False),
         ]
-    return result
+    return result, left_out
 
 
 def submodules(decoder: Decoder, args: argparse.Namespace) -> tuple[Submodule, Submodule]:
@@ -224,26 +232,47 @@ def submodules(decoder: Decoder, args: argparse.Namespace) -> tuple[Submodule, S
     return of("attention", 3 / 4), of("mlp", 2 / 3)
 
 
-def link_of(args: argparse.Namespace, tp: int, submodule_s: float) -> tuple[float, float]:
-    """Seconds of an all-reduce on the link, and that over a sub-module's forward."""
+def link_of(
+    args: argparse.Namespace, tp: int, submodule_s: float, state_bytes: int
+) -> tuple[AllReduce, float]:
+    """The link, and an all-reduce of the states over a sub-module's forward."""
     if args.link and not args.target:
-        element_bytes = 4 if args.precision == "fp32" else 2
-        size = args.seq_length * args.micro_batch_size * args.hidden_size * element_bytes
-        link_s = LINKS[args.link].for_ranks(tp).all_reduce_seconds(size)
-        return link_s, link_s / submodule_s
+        link = LINKS[args.link].for_ranks(tp).all_reduce_seconds
+        return link, link(state_bytes) / submodule_s
     ratio = target_ratio(args.target, args.link) if args.link and args.target else args.link_ratio
-    return ratio * submodule_s, ratio
+    return lambda nbytes: ratio * submodule_s * nbytes / state_bytes, ratio
+
+
+def nothing(_: float) -> float:
+    """Of a link that takes no time."""
+    return 0.0
+
+
+def bounds_of(
+    args: argparse.Namespace, names: list[str], parts: tuple[Submodule, Submodule], link_s: float
+) -> dict[str, dict[str, Shares]]:
+    """Of each kind the most that it can hide, by how it was found. Nothing where standard layers
+    communicate more, in recomputation."""
+    bounds: dict[str, dict[str, Shares]] = {}
+    for name in names if args.recompute == "none" else []:
+        kind, sp = KINDS[name], args.sequence_parallel
+        by_planner = most_by_planner(kind, args.layers, sp, parts, link_s)
+        by_layers = most_by_layers(kind, args.layers, sp) if kind.hides else None
+        found = {"layers": by_layers, "planner": by_planner}
+        bounds[name] = {by: shares for by, shares in found.items() if shares}
+    return bounds
 
 
 def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
     """Measures, prints, and returns what is to be written."""
     facts.forget_peak()
     no_comm = Line(NO_COMM, decoder_of(args, tp, NO_COMM))
-    passes = [slowest(no_comm.step(0.0)) for _ in range(6)][1:]
+    passes = [slowest(no_comm.step(nothing)) for _ in range(6)][1:]
     forward_s, backward_s = (statistics.median(t[i] for t in passes) for i in (0, 1))
     submodule_s = forward_s / (2 * args.layers)
-    link_s, ratio = link_of(args, tp, submodule_s)
-    own_s = 0.0
+    state_bytes = no_comm.decoder.state_bytes
+    link, ratio = link_of(args, tp, submodule_s, state_bytes)
+    link_s, own_s = link(state_bytes), 0.0
     if device == "cpu" and args.fake_tp is None:
         message = torch.empty(args.seq_length, args.micro_batch_size, args.hidden_size)
         own_s = own_seconds(parallel_state.get_tensor_model_parallel_group(), message)
@@ -251,28 +280,26 @@ def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
     if device != "cpu":
         parts = scaled(parts, args.layers, forward_s, backward_s)
 
-    chosen = lines(args, tp)
-    if NO_COMM in args.also:
-        chosen.append(no_comm)
-    del no_comm  # the others want its memory
+    found, left_out = lines(args, tp, no_comm)
+    del no_comm  # if it is not measured, the others want its memory
+
+    def under_way(nbytes: float) -> float:
+        return link(nbytes) + own_s * nbytes / state_bytes
+
     runs: dict[tuple[str, str], Callable[[], tuple[float, ...]]] = {
-        (line.name, way): lambda line=line, s=s: line.step(s)  # type: ignore[misc]
-        for line in chosen
-        for way, s in (("link", own_s + link_s), ("zero", 0.0))
+        (line.name, way): lambda line=line, seconds=seconds: line.step(seconds)  # type: ignore[misc]
+        for line in found
+        for way, seconds in (("link", under_way), ("zero", nothing))
         if not (line.name == NO_COMM and way == "zero")  # it has no collectives
     }
-    for line in chosen:
+    for line in found:
         line.device_allocations.clear()
-    times = measure(runs, args.steps)
-    ladder = next(line for line in chosen if line.name == "ladder")
+    times = measure(runs, args.steps, keep_what_is_there=args.fake_tp is not None)
+    ladder = next(line for line in found if line.name == "ladder")
     load = facts.under_load(runs["ladder", "link"]) if args.fake_tp else {}
-    bounds = {}
-    if args.recompute == "none":  # else standard layers communicate more
-        bounds = {
-            "layers": most_hidden(args.layers, args.sequence_parallel),
-            "planner": most_hidden(args.layers, args.sequence_parallel, parts, link_s),
-        }
-    zero = paired(times["ladder", "zero"], times["standard", "zero"])
+    names = [line.name for line in found if line.name in KINDS and line.name != NO_COMM]
+    bounds = bounds_of(args, names, parts, link_s)
+    zero = in_words(over_standard(times, "ladder", "zero"))
     report: dict[str, Any] = {
         "measured": f"{tp} ranks, {device}, {platform.processor() or platform.machine()}",
         "modelled": f"an all-reduce is {link_s:.6f} s on the link, {ratio} x a sub-module's forward, "
@@ -284,14 +311,17 @@ def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
         "layers": args.layers,
         "link_s": link_s,
         "own_s": own_s,
+        "link_ratio": ratio,
+        "left_out": left_out,
         "planned_link_ms": {},
         "submodule_forward_s": submodule_s,
+        "attention_mlp_s": [asdict(part) for part in parts],
         "times_s": [{"kind": k, "link": w, "forward_backward": t} for (k, w), t in times.items()],
-        "device_allocations": {line.name: line.device_allocations for line in chosen},
+        "device_allocations": {line.name: line.device_allocations for line in found},
         "hidden_share": {
             against: {
                 line.name: {p: hidden_share(times, line.name, p, against) for p in PASSES}
-                for line in chosen
+                for line in found
                 if line.name not in (against, NO_COMM)
             }
             for against in (BLOCKING, "standard")
@@ -301,27 +331,20 @@ def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
     }
     if dist.get_rank() == 0:
         print(table(times, bounds))
+        print("".join(f"\nLeft out, {name}: {why}" for name, why in left_out.items()))
         print(
-            f"\nAn all-reduce is {1e3 * link_s:.2f} ms on the link (modelled), on top of its own work."
+            f"An all-reduce is {1e3 * link_s:.2f} ms on the link (modelled), on top of its own work."
         )
-        print(f"Ladder / standard step time, zero delay, TP={tp}: {zero}")
         print(facts.in_words(report))
         print("\nms that the link adds, measured and by the planner's model of a pass")
     options = {"sequence_parallel": args.sequence_parallel, "recompute": args.recompute}
-    for line in chosen:
-        if line.name not in ("standard", "ladder", *ALSO.values()) or line.name == NO_COMM:
-            continue
-        cells = [
-            (1e3 * link_time(times, line.name, p), 1e3 * s)
-            for p, s in zip(
-                ("forward", "backward"),
-                planned(line.name, args.layers, parts, own_s, link_s, options),
-                strict=True,
-            )
-        ]
-        report["planned_link_ms"][line.name] = {"measured_planned": cells}
+    for name in names:
+        by_planner = planned(KINDS[name], args.layers, parts, own_s, link_s, options)
+        passes_s = zip(("forward", "backward"), by_planner, strict=True)
+        cells = [(1e3 * link_time(times, name, p), 1e3 * s) for p, s in passes_s]
+        report["planned_link_ms"][name] = {"measured_planned": cells}
         if dist.get_rank() == 0:
-            print(f"{line.name:30}" + "".join(f"{m:10.1f} {s:7.1f}" for m, s in cells))
+            print(f"{name:30}" + "".join(f"{m:10.1f} {s:7.1f}" for m, s in cells))
     if dist.get_rank() == 0:
         facts.write(args.json, report)
     if args.trace:
@@ -353,15 +376,17 @@ def as_many_as_fit(args: argparse.Namespace, tp: int, device: str) -> dict[str, 
 def main() -> None:
     args = arguments()
     tp, device = ranks.start(args)
+    if args.processor_time:
+        use_processor_time()
     report = as_many_as_fit(args, tp, device)
     if args.fake_tp is None:
         join(1)
         alone = {name: Line(name, decoder_of(args, 1, name)) for name in ("standard", "ladder")}
         single = measure(
-            {name: lambda line=line: line.step(0.0) for name, line in alone.items()},  # type: ignore[misc]
+            {(n, "zero"): lambda line=line: line.step(nothing) for n, line in alone.items()},  # type: ignore[misc]
             args.steps,
         )
-        report["ladder_over_standard_tp1"] = paired(single["ladder"], single["standard"])
+        report["ladder_over_standard_tp1"] = in_words(over_standard(single, "ladder", "zero"))
         if dist.get_rank() == 0:
             print(f"Ladder / standard step time, TP=1: {report['ladder_over_standard_tp1']}")
     if dist.get_rank() == 0:

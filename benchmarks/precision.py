@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import measuring  # noqa: F401  # isort: skip (before megatron-core: which cuDNN is loaded)
 import torch
 from matplotlib.figure import Figure
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

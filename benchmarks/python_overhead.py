@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,14 +24,15 @@ import torch
 import torch.distributed as dist
 
 from measuring import facts
-from measuring.interleaved import measure, quotients
 from measuring.options import parser_of
 from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
+from pretrain.bench.interleaved import measure, quotients
 from pretrain.bench.ranks import join
 
-KINDS = ("standard", "parallel", "ladder")
+HALVES = "standard-halves"
+KINDS = ("standard", "parallel", "ladder", "parallel-ladder", HALVES)
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp8": ParallelConfig(tensor_model_parallel_size=8),
@@ -61,7 +63,7 @@ def model_of(kind: Any, layers: int, layout: str, in_fp8: bool) -> tuple[ModelCo
         ffn_hidden_size=2 * hidden,
         num_attention_heads=8,
         vocab_size=128,
-        residual=kind,
+        residual="standard" if kind == HALVES else kind,
     )
     return model, tokens
 
@@ -93,12 +95,13 @@ def compare(layout: str, precision: str, args: argparse.Namespace) -> list[dict[
         # It goes on finding scales of layers that are gone.
         quantization.FP8GlobalStateManager.reset()
     runs: dict[str, Callable[[], tuple[float, ...]]] = {}
-    for kind in args.kinds:
+    kinds = [kind for kind in args.kinds if kind != HALVES or layout != "tp1"]
+    for kind in kinds:
         model, tokens = model_of(kind, args.layers, layout, fp8.recipe is not None)
         decoder = Decoder(
             model,
-            LAYOUTS[layout],
-            micro_batch_size=1,
+            replace(LAYOUTS[layout], tp_overlap="halves" if kind == HALVES else "none"),
+            micro_batch_size=2 if HALVES in kinds else 1,
             seq_length=tokens,
             precision=number_format,
             fp8=fp8,

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.model_fields import check_rope, chosen_layers
+from megatron_ladder.fields.chosen_layers import chosen_layers
+from megatron_ladder.fields.rope import check_rope
+from megatron_ladder.fields.stages import check_stages
+from megatron_ladder.fields.windows import layer_windows
 
 Residual = Literal["standard", "ladder", "parallel", "parallel-ladder", "desync", "no-comm"]
-# Kinds whose sub-modules read the state without the output of the last one.
-STALE: frozenset[Residual] = frozenset(("ladder", "parallel-ladder"))
+# Kinds whose sub-modules read the state without the output of the last one. Each with the kind of its other
+# layers, those that `ladder_layers` leaves out: they have the same weights, and read the last state.
+FRESH: dict[Residual, Residual] = {"ladder": "standard", "parallel-ladder": "parallel"}
+STALE: frozenset[Residual] = frozenset(FRESH)
 # Kinds whose attention and MLP read one input, through one norm.
 PARALLEL: frozenset[Residual] = frozenset(("parallel", "parallel-ladder"))
 TpOverlap = Literal["none", "halves"]
@@ -147,7 +152,7 @@ class ModelConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: a share from 0 up to 1")
         self.layer_residuals()  # refuses ladder_layers that do not exist
-        self.layer_windows()
+        layer_windows(self)
         check_rope(self)
 
     @property
@@ -170,7 +175,7 @@ class ModelConfig:
         """The residual kind of each layer, first to last.
 
         Raises:
-            UserError: `ladder_layers` names a layer that does not exist, or `residual` is not ladder.
+            UserError: `ladder_layers` names a layer that does not exist, or the kind has no ladder layers.
         """
         if self.ladder_layers is None:
             return (self.residual,) * self.num_layers
@@ -180,32 +185,8 @@ class ModelConfig:
                 "set model.residual to ladder or parallel-ladder, or leave ladder_layers out"
             )
         chosen = chosen_layers("ladder_layers", self.ladder_layers, self.num_layers)
-        other: Residual = "parallel" if self.residual in PARALLEL else "standard"
+        other = FRESH[self.residual]
         return tuple(self.residual if i in chosen else other for i in range(self.num_layers))
-
-    def layer_windows(self) -> tuple[int | None, ...]:
-        """Each layer's window in tokens, first to last; None: the layer attends to all tokens.
-
-        Raises:
-            UserError: `sliding_window_layers` names a layer that does not exist, or there is no window.
-        """
-        if self.sliding_window_layers is None:
-            return (self.sliding_window,) * self.num_layers
-        if self.sliding_window is None:
-            raise UserError(
-                "model.sliding_window_layers is set but model.sliding_window is not: set it, or leave "
-                "sliding_window_layers out"
-            )
-        chosen = chosen_layers("sliding_window_layers", self.sliding_window_layers, self.num_layers)
-        return tuple(self.sliding_window if i in chosen else None for i in range(self.num_layers))
-
-    def attention_length(self, seq_length: int) -> float:
-        """For FLOPs: the length of full sequences whose attention takes as long, a mean over layers.
-
-        A window of W tokens has s W - W^2 / 2 scores, full causal attention s^2 / 2.
-        """
-        windows = (min(window or seq_length, seq_length) for window in self.layer_windows())
-        return sum(w * (2 - w / seq_length) for w in windows) / self.num_layers
 
     @property
     def is_standard(self) -> bool:
@@ -357,28 +338,4 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"model.residual {model.residual} does not go with parallel.sequence_parallel: its ranks "
             "do not share their residual states"
         )
-    _check_stages(model.num_layers, parallel)
-
-
-def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
-    pp = parallel.pipeline_model_parallel_size
-    first = parallel.num_layers_in_first_pipeline_stage
-    last = parallel.num_layers_in_last_pipeline_stage
-    given = [n for n in (first, last) if n is not None]
-    others, left = pp - len(given), num_layers - sum(given)
-    # All other stages get the same number of layers. Without other stages, no layer may be left over.
-    fits = left == 0 if others == 0 else left >= others and left % others == 0
-    if not fits:
-        raise UserError(
-            f"model.num_layers {num_layers} do not divide over "
-            f"parallel.pipeline_model_parallel_size {pp}"
-            + (f" (first stage: {first or 'even'}, last stage: {last or 'even'})" if given else "")
-            + ": choose another size, or set parallel.num_layers_in_first_pipeline_stage or "
-            "num_layers_in_last_pipeline_stage so that all other stages get the same number of layers"
-        )
-    for layers in {*given, left // others if others else 0}:
-        if layers % parallel.num_chunks:
-            raise UserError(
-                f"{layers} layers of a pipeline stage do not divide into "
-                f"parallel.virtual_pipeline_model_parallel_size {parallel.num_chunks} parts"
-            )
+    check_stages(model.num_layers, parallel)

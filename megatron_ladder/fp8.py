@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from megatron_ladder.config import ModelConfig, ParallelConfig, Precision
+from megatron_ladder.config import PARALLEL, ModelConfig, ParallelConfig, Precision
 from megatron_ladder.errors import UserError
 
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
@@ -82,6 +82,9 @@ def check_fp8(
             "fp8.primary_weights with fp8.recipe mxfp8 is not supported: leave out fp8.primary_weights"
         )
     tp = parallel.tensor_model_parallel_size
+    at_once, of = float(tokens), "data.seq_length x micro_batch_size"
+    if parallel.tp_overlap == "halves":
+        at_once, of = tokens / 2, f"{of} / 2 (of parallel.tp_overlap halves)"
     heads = model.num_attention_heads + 2 * model.kv_heads
     multiple = 32 if fp8.recipe == "mxfp8" else 16
     for name, size in (
@@ -89,19 +92,20 @@ def check_fp8(
         ("queries, keys and values of a rank", heads * model.head_dim // tp),
         ("attention's output of a rank", model.num_attention_heads * model.head_dim // tp),
         ("model.ffn_hidden_size of a rank", model.ffn_hidden_size // tp),
-        ("data.seq_length x micro_batch_size", tokens),
+        (of, at_once),
     ):
         if size % multiple:
             raise UserError(
-                f"fp8.recipe {fp8.recipe}: {name}, {size}, is not a multiple of {multiple}. The GEMMs "
+                f"fp8.recipe {fp8.recipe}: {name}, {size:g}, is not a multiple of {multiple}. The GEMMs "
                 "need that: change it, or train without fp8.recipe"
             )
-    # Parallel layers gather in bf16.
-    if model.residual != "parallel" and parallel.sequence_parallel and tp > 1:
-        _check_gathering(fp8.recipe, model.hidden_size, tokens / tp)
+    # Parallel kinds gather in bf16.
+    if model.residual not in PARALLEL and parallel.sequence_parallel and tp > 1:
+        of = f"{of} / tensor_model_parallel_size"
+        _check_gathering(fp8.recipe, model.hidden_size, at_once / tp, of)
 
 
-def _check_gathering(recipe: Fp8Recipe, hidden_size: int, tokens: float) -> None:
+def _check_gathering(recipe: Fp8Recipe, hidden_size: int, tokens: float, of: str) -> None:
     """Checks that the ranks can gather in FP8. A rank quantises its own tokens before the all-gather.
 
     When they do not fill whole blocks, Transformer Engine does not fail: it warns, gathers in bf16, and
@@ -109,9 +113,8 @@ def _check_gathering(recipe: Fp8Recipe, hidden_size: int, tokens: float) -> None
     """
     blocks = 128 if recipe == "blockwise" else 0
     multiple = blocks or (32 if recipe == "mxfp8" else 8)
-    name = "data.seq_length x micro_batch_size / tensor_model_parallel_size"
     for size_of, size, needed in (
-        (name, tokens, multiple),
+        (of, tokens, multiple),
         ("model.hidden_size", hidden_size, blocks or 1),
     ):
         if size % needed:

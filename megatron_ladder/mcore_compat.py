@@ -30,6 +30,7 @@ from megatron_ladder.config import (
     check_layout,
     own_layers,
 )
+from megatron_ladder.fields.windows import layer_windows
 from megatron_ladder.fp8 import Fp8Config, config_fields
 from megatron_ladder.layers.attention_choice import CoreAttention, choose
 from megatron_ladder.layers.stages import connect, sent_config
@@ -77,6 +78,11 @@ def destroy_model_parallel() -> None:
     for name, value in list(vars(parallel_state).items()):
         if isinstance(value, torch.distributed.ProcessGroup):
             setattr(parallel_state, name, None)
+    forget_models()
+
+
+def forget_models() -> None:
+    """Lets models that nothing else refers to be freed: RoPE's cache keeps them."""
     RotaryEmbedding.forward.cache_clear()
 
 
@@ -90,8 +96,8 @@ class LadderConfig(TransformerConfig):
     """Each sub-module runs on two halves of a micro-batch in turn."""
     recompute_submodules: bool = False
     """This project's layers do full recomputation (recompute.py)."""
-    masks_given: bool = False
-    """Attention uses the mask that forward gets, [b, 1, s, s]. Otherwise attention is causal."""
+    documents_apart: bool = False
+    """Forward gets the documents of each micro-batch, which do not attend to each other."""
     core_attention: CoreAttention = TORCHS
     """The core attention of all layers. `transformer_config` chooses it."""
 
@@ -106,7 +112,7 @@ def transformer_config(
     deterministic: bool = False,
     fp8: Fp8Config = NO_FP8,
     attention: Attention = "auto",
-    masks_given: bool = False,
+    documents_apart: bool = False,
     micro_batch_size: int = 1,
     seq_length: int | None = None,
 ) -> LadderConfig:
@@ -117,8 +123,8 @@ def transformer_config(
     Args:
         recompute: selective recomputes core attention alone, full recomputes each sub-module.
         attention: which core attention; auto is resolved here, for all layers.
-        masks_given: attention uses the mask that forward gets, [b, 1, s, s]. Otherwise it is causal.
-        micro_batch_size: attention is chosen for this size.
+        documents_apart: forward gets the documents of each micro-batch, as packed_seq_params.
+        micro_batch_size: attention is chosen for this size; in halves for half of it.
         seq_length: attention is chosen for this length. None: the model's max_position_embeddings.
     """
     check_layout(model, parallel)
@@ -185,7 +191,7 @@ def transformer_config(
         # For local linears, with a kernel of NVIDIA's apex. pretrain/model/optimizer.py sets TE's.
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
-        masks_given=masks_given,
+        documents_apart=documents_apart,
         own_layers=ours,
         halves=halves,
         **recompute_fields,
@@ -227,7 +233,7 @@ def build_gpt_model(
         desync_interval=model.desync_interval,
         recompute=config.recompute_submodules,
         halves=config.halves,
-        masks_given=config.masks_given,
+        documents_apart=config.documents_apart,
         qk_layernorm=model.qk_layernorm,
         core_attention=config.core_attention.whose,
     )
@@ -268,7 +274,7 @@ def build_gpt_model(
 def _windows(model: ModelConfig) -> dict[str, Any]:
     if model.sliding_window is None:
         return {}
-    windows = model.layer_windows()
+    windows = layer_windows(model)
     return {
         "window_size": (model.sliding_window - 1, 0),  # tokens before and behind a token
         "window_attn_skip_freq": None if None not in windows else [w is not None for w in windows],

@@ -15,7 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_mlp_module_spec_for_backend,
 )
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -29,7 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_ladder.config import PARALLEL, Residual, TransformerImpl
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.attention import LocalSelfAttention
-from megatron_ladder.layers.attention import TorchAttention
+from megatron_ladder.layers.attention import TorchAttention, UnfusedAttention
 from megatron_ladder.layers.layer import LadderTransformerLayer
 from megatron_ladder.layers.linear import (
     CommFreeColumnParallelLinear,
@@ -39,7 +38,7 @@ from megatron_ladder.layers.linear import (
 from megatron_ladder.layers.norm import RMSNorm
 
 # Core attentions that can replace the default one, in local layers and in Transformer Engine's.
-CORE_ATTENTION = {"torch": TorchAttention, "unfused": DotProductAttention}
+CORE_ATTENTION = {"torch": TorchAttention, "unfused": UnfusedAttention}
 
 
 class LocalBackend(LocalSpecProvider):
@@ -98,7 +97,7 @@ def layer_spec(
     desync_interval: int = 1,
     recompute: bool = False,
     halves: bool = False,
-    masks_given: bool = False,
+    documents_apart: bool = False,
     qk_layernorm: bool = False,
     core_attention: Literal["te", "torch", "unfused"] | None = None,
 ) -> ModuleSpec:
@@ -111,10 +110,10 @@ def layer_spec(
         residuals: each layer's residual kind, first to last. None: every layer is a ladder layer.
         impl: the implementation of the modules; see `resolve_impl`.
         desync_interval: the number of sub-modules from one all-reduce to the next, in desync layers.
-        recompute: full recomputation, one sub-module at a time. Standard models ignore it: they use
-            megatron-core's recomputation.
+        recompute: full recomputation, one sub-module at a time. megatron-core's own layers ignore it: they
+            have megatron-core's recomputation.
         halves: run each sub-module on two halves of the micro-batch in turn.
-        masks_given: attention uses the mask that forward gets. Otherwise attention is causal.
+        documents_apart: forward gets the documents of each micro-batch, as packed_seq_params.
         qk_layernorm: add a norm of each head's query and key.
         core_attention: "te" (Transformer Engine's), "torch" or "unfused" (megatron-core's own). None:
             torch's in local layers, Transformer Engine's in its layers.
@@ -153,8 +152,10 @@ def layer_spec(
     self_attention = spec.submodules.self_attention
     if core_attention in CORE_ATTENTION:
         self_attention.submodules.core_attention = CORE_ATTENTION[core_attention]
-    if masks_given:
-        self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
+    elif documents_apart and chosen == "transformer_engine":
+        from megatron_ladder.te.layers.documents import TEDocumentsAttention
+
+        self_attention.submodules.core_attention = TEDocumentsAttention
     return spec
 
 

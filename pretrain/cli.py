@@ -18,7 +18,7 @@ USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says mor
   serve     the same over HTTP, as OpenAI's API
   eval      perplexity, small offline tasks and lm-evaluation-harness on a run or an exported folder
   report    loss curves of one or several runs, as a page and pictures; report depth: a model's layers
-  bench     trace, plan: what the overlap hides, seen on local ranks and modelled for a cluster
+  bench     trace, kinds, plan: what the overlap hides, seen on local ranks and modelled for a cluster
   submit    one of these, or a chain of them, to SLURM: arrays, restarts, time limits
   status    of submitted runs: state, step, loss, what SLURM says
   logs      of a submitted run

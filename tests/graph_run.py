@@ -50,8 +50,6 @@ def random_batches(config: TrainConfig) -> Iterator[dict]:
             "loss_mask": (torch.rand(shape, generator=generator) < share).float(),
             "position_ids": torch.arange(shape[1]).expand(shape),
         }
-        if not config.data.attend_across_documents:
-            batch["documents"] = torch.randint(0, 2, shape, generator=generator).cumsum(1)
         yield batch
 
 

@@ -1,13 +1,14 @@
 """A small model built of either kind of layers, for tests that compare them on a GPU or its stand-in."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.layers.documents import Documents
 from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
-from pretrain.loop.step import attention_mask
 
 KINDS: dict[str, dict[str, Any]] = {
     "standard": {"residual": "standard"},
@@ -24,6 +25,9 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "ladder windows": {"residual": "ladder", "sliding_window": 20, "sliding_window_layers": 2},
     "qk-norm": {"residual": "ladder", "qk_layernorm": True, "add_qkv_bias": True},
+    "parallel-ladder": {"residual": "parallel-ladder"},
+    "standard in halves": {"residual": "standard"},
+    "parallel in halves": {"residual": "parallel"},
 }
 LAYOUTS = {
     "1": ParallelConfig(),
@@ -31,11 +35,20 @@ LAYOUTS = {
     "tp2-sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
 }
 VOCAB, LAYERS, BATCH, LENGTH = 512, 3, 2, 64
+
 # TE's fused norm + linear, of standard layers, has the norm's weight.
 FUSED = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+
+
+def layout_of(kind: str, layout: str) -> ParallelConfig:
+    return replace(LAYOUTS[layout], tp_overlap="halves" if in_halves(kind) else "none")
+
+
+def in_halves(kind: str) -> bool:
+    return kind.endswith(" in halves")
 
 
 def model_of(kind: str) -> ModelConfig:
@@ -58,7 +71,7 @@ class Run:
         weights: of another run; None draws them.
         steps: passes; none leaves the model as it is made.
         batch: sequences of `LENGTH`.
-        masks_given: each sequence is two documents that do not see each other.
+        apart: each sequence is two documents that do not see each other, except the last one, of one.
         options: of `transformer_config`.
     """
 
@@ -72,26 +85,27 @@ class Run:
         steps: int = 1,
         recompute: str = "none",
         batch: int = BATCH,
-        masks_given: bool = False,
+        apart: bool = False,
         **options: Any,
     ) -> None:
         self.config = transformer_config(
             *(model, parallel),
             impl=impl,
             recompute=recompute,
-            masks_given=masks_given,
+            documents_apart=apart,
             micro_batch_size=batch,
             seq_length=LENGTH,
             **options,
         )
         self.batch = batch
-        self.mask = None
-        if masks_given:
-            documents = (torch.arange(LENGTH) > LENGTH // 3).expand(batch, -1)
-            self.mask = attention_mask(documents.cuda(), self.config)
+        self.documents = None
+        if apart:
+            numbers = (torch.arange(LENGTH) > LENGTH // 3).repeat(batch, 1)
+            numbers[-1] = batch > 1
+            self.documents = Documents(numbers)
         torch.manual_seed(0)
         (self.gpt,) = build_gpt_model(model, self.config, impl)
-        self.own = {_name(n): p for n, p in self.gpt.named_parameters()}
+        self.own = {name_of(n): p for n, p in self.gpt.named_parameters()}
         for name, weight in (weights or {}).items():
             self.own[name].data.copy_(weight)
         for _ in range(steps):
@@ -105,7 +119,11 @@ class Run:
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(0, VOCAB, (self.batch, LENGTH + 1), generator=generator).cuda()
         positions = torch.arange(LENGTH).expand(self.batch, -1).cuda()
-        losses = self.gpt(tokens[:, :-1], positions, self.mask, labels=tokens[:, 1:])
+        losses = self.gpt(
+            *(tokens[:, :-1], positions, None),
+            labels=tokens[:, 1:],
+            packed_seq_params=self.documents,
+        )
         return losses.float().mean()
 
     def worst(self, other: "Run") -> float:
@@ -115,7 +133,8 @@ class Run:
         )
 
 
-def _name(name: str) -> str:
+def name_of(name: str) -> str:
+    """A parameter's name in layers without fused norms."""
     for fused, separate in FUSED.items():
         name = name.replace(fused, separate)
     return name

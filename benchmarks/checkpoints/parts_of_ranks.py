@@ -37,10 +37,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
 
 from measuring import facts
 from measuring.batches import random_batch
-from measuring.interleaved import measure
 from measuring.options import parser_of
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.mcore_checkpoints import BackgroundSave, SharedSaving, start_results_queue
+from pretrain.bench.interleaved import measure
 from pretrain.config.train import DataConfig, ScheduleConfig, TrainConfig
 from pretrain.loop.step import train_step
 from pretrain.model.optimizer import gathered_parameters

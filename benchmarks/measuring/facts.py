@@ -3,25 +3,25 @@ memory, clock and power."""
 
 import argparse
 import json
-import os
-import platform
-import re
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from pretrain.bench.machine import NO_MEMORY as NO_MEMORY
+from pretrain.bench.machine import attention_of as attention_of
+from pretrain.bench.machine import cuda_libraries, processor, without_folders
+from pretrain.bench.machine import forget_peak as forget_peak
+from pretrain.bench.machine import peak_memory as peak_memory
+from pretrain.bench.machine import reason as reason
 from pretrain.files import write_atomically
 from pretrain.run.versions import versions
 
-NO_MEMORY = "out of memory"
 PATIENCE_S = 5.0
 FILES = ("json", "picture", "timeline", "trace")  # options that name what is written
 ROOT = Path(__file__).parents[2]
@@ -35,31 +35,22 @@ def header(device: str, args: argparse.Namespace, *packages: str) -> dict[str, A
     """
     libraries: dict[str, Any] = {name: version(name) for name in packages}
     if device != "cpu":
-        libraries |= {"cuda": torch.version.cuda, "cudnn": _cudnn()}
+        libraries |= cuda_libraries()
     return {
         "command": command(),
         "device": device,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": processor(),
         "versions": {**versions(), **libraries},
         "options": {k: _without_folders(v) for k, v in vars(args).items() if k not in FILES},
         "threads": torch.get_num_threads(),
     }
 
 
-def _cudnn() -> int | str | None:
-    """Its version, or why torch cannot say: what was measured is kept all the same."""
-    try:
-        return torch.backends.cudnn.version()
-    except RuntimeError as error:  # another cuDNN is loaded than torch was built with
-        return str(error)
-
-
 def command() -> str:
     """What was typed, without this machine's folders."""
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    words = [re.sub(r"[^=]*/(?=.)", "", word) for word in sys.argv[1:]]  # --json=/tmp/x, too
-    return " ".join(["python", str(shown), *words])
+    return " ".join(["python", str(shown), *without_folders(sys.argv[1:])])
 
 
 def _without_folders(option: Any) -> str:
@@ -80,6 +71,14 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [titles, ["---"] * len(titles), *rows]
     full = [[*row, *[""] * (len(titles) - len(row))] for row in cells]
     return "\n".join("| " + " | ".join(row) + " |" for row in full)
+
+
+def percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def between(low: float, middle: float, high: float, digits: int = 2) -> str:
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
@@ -103,41 +102,6 @@ def _cell(form: str, row: dict[str, Any]) -> str:
         return form.format_map(row)
     except (KeyError, TypeError):
         return ""
-
-
-def attention_of(model: nn.Module) -> str:
-    """Which core attention the model's layers have used in their last forward."""
-    own: Any = next((m for n, m in model.named_modules() if n.endswith("core_attention")), None)
-    if own is None:
-        return "none"
-    if type(own).__name__ != "TEDotProductAttention":
-        return str(own.config.core_attention)
-    te: Any = sys.modules["transformer_engine.pytorch.attention.dot_product_attention"]
-    backends = te._attention_backends
-    if backends["use_flash_attention"]:
-        return f"Transformer Engine: FlashAttention {backends['flash_attention_backend']}"
-    if backends["use_fused_attention"]:
-        return f"Transformer Engine: cuDNN {backends['fused_attention_backend']}"
-    if backends["use_unfused_attention"]:
-        return "Transformer Engine: UNFUSED, scores in memory"
-    return "Transformer Engine, not asked yet"
-
-
-def forget_peak() -> None:
-    """The peak of memory is counted from here on. Does nothing without a GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory() -> dict[str, float]:
-    """Peaks since `forget_peak` in GiB: of tensors, and of memory that torch has reserved. Empty without a
-    GPU."""
-    if not torch.cuda.is_available():
-        return {}
-    return {
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-    }
 
 
 def device_allocations() -> int:
@@ -185,14 +149,6 @@ def read_load(answer: str) -> dict[str, float]:
     except ValueError:  # "[N/A]", or an error
         return {}
     return {"sm_clock_mhz": clock, "power_w": power}
-
-
-def reason(error: Exception) -> str:
-    """Why a row could not be measured, in short. The traceback is printed, unless memory was missing."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{NO_MEMORY}: {str(error).split('. ')[0]}"
-    traceback.print_exception(error)
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
 
 
 def in_words(found: dict[str, Any]) -> str:

@@ -95,12 +95,13 @@ def standard_vs_ladder() -> None:
 
 def residual_kinds() -> None:
     """Which state each sub-module reads."""
-    figure, axes = canvas(10, 4.6, (0, 15), (-0.35, 6.6))
+    figure, axes = canvas(13, 4.6, (0, 20), (-0.35, 6.6))
     for column, (name, equation) in enumerate(
         (
             ("standard", "x[k] = x[k-1] + sum h[k](norm(x[k-1]))"),
             ("ladder", "x[k] = x[k-1] + sum h[k](norm(x[k-2]))"),
-            ("parallel", "x[l] = x[l-1] + sum (attn(n) + mlp(n))"),
+            ("parallel", "x[l] = x[l-1] + sum (attn + mlp)(norm(x[l-1]))"),
+            ("parallel-ladder", "x[l] = x[l-1] + sum (attn + mlp)(norm(x[l-2]))"),
         )
     ):
         x = 0.6 + 5 * column
@@ -110,14 +111,15 @@ def residual_kinds() -> None:
         axes.text(
             x + 0.5, -0.05, "residual stream", ha="center", va="top", fontsize=8, color="#666666"
         )
-        if name == "parallel":
-            box(axes, x + 1.7, 1.6, 1.0, 0.7, "attn", ATTENTION)
-            box(axes, x + 3.0, 1.6, 1.0, 0.7, "MLP", MLP)
-            arrow(axes, (x + 0.5, 0.9), (x + 2.2, 1.6), ATTENTION)
-            arrow(axes, (x + 0.5, 0.9), (x + 3.5, 1.6), MLP)
-            arrow(axes, (x + 2.2, 2.3), (x + 0.5, 3.0), REDUCE)
-            arrow(axes, (x + 3.5, 2.3), (x + 0.5, 3.0), REDUCE)
-            axes.text(x + 1.0, 3.2, "one sum a layer", fontsize=8, color=REDUCE)
+        if name.startswith("parallel"):
+            for y in (1.3, 3.7):
+                stale = 2.4 if name.endswith("ladder") else 0.0
+                source = max(0.35, y - 0.45 - stale)
+                for place, label, colour in ((1.7, "attn", ATTENTION), (3.0, "MLP", MLP)):
+                    box(axes, x + place, y, 1.0, 0.6, label, colour)
+                    arrow(axes, (x + 0.5, source), (x + place + 0.5, y), colour, curve=0.08)
+                    arrow(axes, (x + place + 0.5, y + 0.6), (x + 0.5, y + 1.2), REDUCE)
+            axes.text(x + 0.7, 5.05, "one sum a layer", fontsize=8, color=REDUCE)
             continue
         for k, (label, colour) in enumerate(
             (("attn", ATTENTION), ("MLP", MLP), ("attn", ATTENTION))

@@ -26,7 +26,7 @@ from pretrain.config.train import Phase, TrainConfig, is_safe_to_change
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by `python docs/reference/generate.py`: change the options' help, not this page. -->"
 # Commands of commands, where tyro does not know them.
-BELOW = {"report": ("depth",), "bench": ("trace", "plan")}
+BELOW = {"report": ("depth",), "bench": ("trace", "kinds", "plan")}
 
 
 def pages() -> dict[str, str]:

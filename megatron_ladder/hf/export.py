@@ -1,8 +1,8 @@
 """Writes a model as a folder that transformers loads.
 
-A folder with the ladder or parallel residual contains the modelling files (remote code). A model with the
-standard residual is a Llama model, a Mistral model (with a window), a Qwen2 model (with biases) or a Qwen3
-model (with norms of queries and keys), and is exported as that. `needs_code` has the exceptions.
+A folder with another residual than the standard one contains the modelling files (remote code). A model
+with the standard residual is a Llama model, a Mistral model (with a window), a Qwen2 model (with biases) or
+a Qwen3 model (with norms of queries and keys), and is exported as that. `needs_code` has the exceptions.
 """
 
 import json
@@ -29,7 +29,7 @@ from transformers import (
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.ahead import one_ahead
-from megatron_ladder.hf.configuration_ladder import LadderConfig
+from megatron_ladder.hf.configuration_ladder import LADDERS, LadderConfig
 from megatron_ladder.hf.convert import main_dtype, megatron_to_hf
 from megatron_ladder.hf.end_ids import end_ids as named_ends
 from megatron_ladder.hf.end_ids import one_or_several, several
@@ -39,7 +39,7 @@ from megatron_ladder.hf.tokenizer import write_tokenizer
 from megatron_ladder.json_files import read_json
 
 _HERE = Path(__file__).parent
-_MODELLING_FILES = ("configuration_ladder.py", "modeling_ladder.py")
+_MODELLING_FILES = ("configuration_ladder.py", "modeling_ladder.py", "rotary_ladder.py")
 _AUTO_MAP = {
     "AutoConfig": "configuration_ladder.LadderConfig",
     "AutoModel": "modeling_ladder.LadderModel",
@@ -223,6 +223,7 @@ def model_card(
         remote_code=with_code,
         architecture="" if with_code else _architecture(standard_config(config)),
         ladder_layers=config.ladder_layer_indices(),
+        other_residual=LADDERS.get(config.residual),
         dtype=_name(dtype),
         facts={name: facts.get(name) for name in CARD_FACTS},
     )

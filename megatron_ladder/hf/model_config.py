@@ -4,6 +4,7 @@ from typing import Any
 
 from megatron_ladder import rope
 from megatron_ladder.config import ModelConfig
+from megatron_ladder.fields.windows import layer_windows
 from megatron_ladder.hf.configuration_ladder import LadderConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of layers
@@ -17,7 +18,7 @@ def to_hf_config(model: ModelConfig, eod_id: int | None = None) -> LadderConfig:
         eod_id: the id of the token that ends a document. Generation stops at it.
     """
     assert model.vocab_size is not None
-    layers, windows = model.ladder_layers, model.layer_windows()
+    layers, windows = model.ladder_layers, layer_windows(model)
     return LadderConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,

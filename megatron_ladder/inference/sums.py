@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_ladder.config import AllReduce, ModelConfig, ParallelConfig
+from megatron_ladder.config import PARALLEL, STALE, AllReduce, ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.layers.layer import LadderTransformerLayer
 
@@ -16,7 +16,7 @@ def check_all_reduce(all_reduce: AllReduce, model: ModelConfig, parallel: Parall
             f"--all-reduce {all_reduce}: one tensor-parallel rank sums nothing; leave it out, or set "
             "--tensor-model-parallel-size"
         )
-    if model.residual not in ("ladder", "parallel") or model.is_standard:
+    if model.residual not in STALE | PARALLEL or model.is_standard:
         raise UserError(
             f"--all-reduce {all_reduce} is for ladder and parallel models: this one is "
             f"{'standard' if model.is_standard else model.residual}; leave it out"

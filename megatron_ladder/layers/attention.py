@@ -9,18 +9,53 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_ladder.layers.window import attend_in_window
+from megatron_ladder.layers.documents import Documents, each_by_itself
+from megatron_ladder.layers.window import attend_in_window, layer_window
 
 logger = logging.getLogger(__name__)
 
 
-class TorchAttention(DotProductAttention):
+class UnfusedAttention(DotProductAttention):
+    """megatron-core's attention module, which keeps scores in memory, and documents apart."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        attn_mask_type: Any = None,
+        attention_bias: None = None,
+        packed_seq_params: Documents | None = None,
+    ) -> Tensor:
+        """Core attention: scores, softmax, dropout, and the weighted sum of the values. It is causal.
+
+        Args:
+            query: [s, b, heads, channels].
+            key, value: [keys, b, key/value heads, channels].
+            attention_mask: there is none.
+            attn_mask_type: ignored. The type that the layer was built with is used, as in megatron-core.
+            attention_bias: there is none.
+            packed_seq_params: documents that do not attend to each other. None: each sequence is one.
+
+        Returns:
+            [s, b, heads x channels], of the query's dtype.
+        """
+        assert attention_mask is None and attention_bias is None, "attention is causal"
+        if packed_seq_params is None:
+            return self.attend(query, key, value)
+        return each_by_itself(self.attend, packed_seq_params, query, key, value)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of whole sequences. The arguments and the result are those of `forward`."""
+        return super().forward(query, key, value, None)
+
+
+class TorchAttention(UnfusedAttention):
     """megatron-core's attention module, computed by torch's `scaled_dot_product_attention`.
 
     Where torch has a kernel that does not keep the s x s scores in memory, they are not kept. The module
@@ -38,49 +73,23 @@ class TorchAttention(DotProductAttention):
                 self._unsupported,
             )
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
-    ) -> Tensor:
-        """Core attention: scores, softmax, dropout, and the weighted sum of the values.
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `UnfusedAttention.forward`."""
+        apart = kwargs.get("packed_seq_params") is not None
+        with _without_cudnn() if apart and query.is_cuda else contextlib.nullcontext():
+            return super().forward(query, *args, **kwargs)
 
-        Args:
-            query: [s, b, heads, channels].
-            key, value: [keys, b, key/value heads, channels].
-            attention_mask: [b or 1, 1, s, keys]. It is bool, where True means masked out, or a bias of the
-                query's dtype that is added to the scores (`as_bias`). No causal mask is added to it. None:
-                attention is causal.
-            attn_mask_type: ignored. The type that the layer was built with is used, as in megatron-core.
-
-        Returns:
-            [s, b, heads x channels], of the query's dtype.
-        """
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._unsupported:
-            return super().forward(
-                *(query, key, value, attention_mask, attn_mask_type),
-                *(attention_bias, packed_seq_params),
-            )
-        assert attention_bias is None, "there is no attention bias"
-        assert packed_seq_params is None, "sequences are not packed"
-        mask = attention_mask
-        if mask is not None and mask.dtype == torch.bool:
-            mask = ~mask  # in torch True means: take part
-        assert mask is not None or self.attn_mask_type == AttnMaskType.causal, "there is no mask"
-        causal = mask is None
+            return super().attend(query, key, value)
+        causal = True
         if len(query) == 1:  # the query of the last token: it attends to all keys
             causal = False
         # Torch aligns its causal mask to the first key. That is right only when there are as many queries.
         assert not causal or len(query) == len(key), "causal attention of some queries alone"
         window = self._window if self._window and self._window < len(key) else None
         groups = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-        masked = mask is not None or window is not None
-        if keys_are_repeated(groups, query.device, query.dtype, masked=masked):
+        if keys_are_repeated(groups, query.device, query.dtype, masked=window is not None):
             key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
             groups = 1
         # The values are a view of the linear's output. If autograd saved the view for backward, the whole
@@ -98,10 +107,10 @@ class TorchAttention(DotProductAttention):
             enable_gqa=groups > 1,
         )
         with get_cuda_rng_tracker().fork() if drops_alone else contextlib.nullcontext():
-            if window is not None:
-                attended = attend_in_window(query, key, value, mask, window, attend)
+            if window is None:
+                attended = attend(query, key, value, is_causal=causal)
             else:
-                attended = attend(query, key, value, mask, is_causal=causal)
+                attended = attend_in_window(query, key, value, window, attend)
         return attended.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
@@ -126,30 +135,11 @@ def unsupported(config: TransformerConfig) -> str:
     return ", ".join(name for name, holds in asked.items() if holds)
 
 
-def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
-    """The tokens that a token attends to in a layer, itself included. None: all tokens before it.
-
-    Args:
-        layer_number: numbered from 1.
-    """
-    size, skipped = config.window_size, config.window_attn_skip_freq
-    return size[0] + 1 if is_layer_window_attention(size, skipped, layer_number) else None
-
-
-def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turns a bool mask, where True means masked out, into a bias that is added to the scores.
-
-    Torch's kernels make this bias from a bool mask in each layer, and keep it for backward. When it is made
-    once before the layers, all of them share it.
-
-    Args:
-        mask: bool, any shape.
-        dtype: the queries' dtype.
-
-    Returns:
-        A tensor of `mask`'s shape and of `dtype`: 0, or -inf where `mask` is True.
-    """
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+def _without_cudnn() -> contextlib.AbstractContextManager[None]:
+    """Keeps torch from cuDNN's attention, which makes a plan for each new length: documents have many."""
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
 
 
 def keys_are_repeated(
@@ -164,7 +154,7 @@ def keys_are_repeated(
         groups: query heads per key/value head.
         device: the queries' device.
         dtype: the queries' dtype.
-        masked: a mask is given.
+        masked: a mask is given, that of a window.
     """
     return groups > 1 and device.type == "cuda" and (masked or dtype == torch.float32)
 
@@ -174,7 +164,8 @@ def kernel_of_torch(
     kv_heads: int,
     dtype: torch.dtype,
     *,
-    masked: bool,
+    apart: bool,
+    windows: bool = False,
     dropout: float,
 ) -> str:
     """The attention kernel that torch itself says it will use in training.
@@ -183,7 +174,8 @@ def kernel_of_torch(
         shape: the queries' shape, [b, heads, s, channels].
         kv_heads: key/value heads.
         dtype: the queries' dtype.
-        masked: a mask is given. Otherwise attention is causal.
+        apart: documents do not attend to each other.
+        windows: tokens attend to a window, which is given as a mask (window.py).
         dropout: the probability of attention dropout.
 
     Returns:
@@ -191,26 +183,29 @@ def kernel_of_torch(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, heads, length, channels = shape
-    if keys_are_repeated(heads // kv_heads, device, dtype, masked=masked):
+    if keys_are_repeated(heads // kv_heads, device, dtype, masked=windows):
         kv_heads = heads
     number = torch.empty(1, 1, 1, channels, dtype=dtype, device=device).requires_grad_()
     key = number.expand(batch, kv_heads, length, channels)  # a view, which takes no memory
     row = torch.empty(1, 1, 1, length, dtype=dtype, device=device)
-    choice = torch._fused_sdp_choice(
-        number.expand(shape),
-        *(key, key),
-        attn_mask=row.expand(batch, 1, length, length) if masked else None,
-        dropout_p=dropout,
-        is_causal=not masked,
-        enable_gqa=kv_heads != heads,
-    )
+    with _without_cudnn() if apart and device.type == "cuda" else contextlib.nullcontext():
+        choice = torch._fused_sdp_choice(
+            number.expand(shape),
+            *(key, key),
+            attn_mask=row.expand(batch, 1, length, length) if windows else None,
+            dropout_p=dropout,
+            is_causal=not windows,
+            enable_gqa=kv_heads != heads,
+        )
     backend = SDPBackend(choice)
     if backend == SDPBackend.CUDNN_ATTENTION and (error := _error_of_cudnn(channels, dtype)):
         logger.warning(
             "torch's cuDNN attention fails on this machine, so it is not used: %s", error
         )
         torch.backends.cuda.enable_cudnn_sdp(False)  # otherwise torch would still use it
-        return kernel_of_torch(shape, kv_heads, dtype, masked=masked, dropout=dropout)
+        return kernel_of_torch(
+            shape, kv_heads, dtype, apart=apart, windows=windows, dropout=dropout
+        )
     return backend.name.removesuffix("_ATTENTION").lower()
 
 

@@ -59,7 +59,9 @@ def choose(
 
     auto takes torch's attention when torch would use cuDNN's kernel: Transformer Engine (TE) has the same
     kernel, but needs more Python to call it. Else auto takes TE's attention, when the layers are TE's and
-    TE would use a fused kernel. In all other cases auto takes torch's.
+    TE would use a fused kernel. In all other cases auto takes torch's. With documents apart TE's kernel is
+    called once; torch's is called for each document, and is not cuDNN's. TE's kernels know windows; torch's
+    are called for blocks, with masks.
 
     Args:
         config: a `LadderConfig`.
@@ -71,25 +73,19 @@ def choose(
         UserError: the layers do not have the attention that was asked for.
     """
     windows = config.window_size is not None and config.window_size[0] + 1 < seq_length
-    if windows and config.masks_given and asked in ("te", "unfused"):
-        raise UserError(
-            f"attention {asked} does not keep documents apart in layers with a window "
-            "(model.sliding_window): take auto or torch"
-        )
     with_te = config.transformer_impl == "transformer_engine"
     check_attention(asked, config.transformer_impl)
     if asked == "unfused":
         return CoreAttention("unfused", IN_MEMORY, "attention is unfused")
     shape = {"micro_batch_size": micro_batch_size, "seq_length": seq_length}
     torchs = _torchs(config, **shape, windows=windows)
-    if asked == "torch" or not with_te or (asked == "auto" and torchs.kernel == CUDNN):
+    if asked == "torch" or not with_te:
         return torchs
-    if windows and config.masks_given:
-        why = "Transformer Engine does not keep documents apart in layers with a window"
-        return replace(torchs, why="; ".join(filter(None, [why, torchs.why])))
+    if asked == "auto" and torchs.kernel == CUDNN and not windows:
+        return torchs
     from megatron_ladder.te.attention import ask
 
-    kernel, why = ask(config, **shape, masked=config.masks_given)
+    kernel, why = ask(config, **shape, apart=config.documents_apart)
     if kernel:
         return CoreAttention("te", kernel)
     if asked == "te":
@@ -105,12 +101,13 @@ def _torchs(config: Any, *, micro_batch_size: int, seq_length: int, windows: boo
         (micro_batch_size, heads, seq_length, channels),
         config.num_query_groups // tp,
         dtype,
-        masked=config.masks_given or windows,
+        apart=config.documents_apart,
+        windows=windows,
         dropout=config.attention_dropout,
     )
     if kernel in TORCH_KERNELS:
         return CoreAttention("torch", TORCH_KERNELS[kernel])
     of = [str(dtype).removeprefix("torch."), f"{channels} channels a head"]
     of += ["attention dropout"] * (config.attention_dropout > 0)
-    of += ["a mask"] * config.masks_given + ["a window"] * windows
+    of += ["windows"] * windows
     return CoreAttention("torch", IN_MEMORY, f"torch has no other kernel for {', '.join(of)}")

@@ -4,10 +4,22 @@ Each sequence is computed as before, so losses and gradients stay those of the w
 rounding. (Domino, arXiv 2409.15241, section 3.2, splits the batch as well.)
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Submodule = Literal["attention", "mlp", "both"]
+"""both: attention and MLP of parallel kinds. They read one input, and their outputs are summed together."""
+Call = tuple[Submodule, int]
+"""A sub-module, and which half of the micro-batch it computes (0 without halves)."""
+
+
+def calls_of(submodules: Sequence[Submodule], halves: bool) -> list[tuple[Call, Call | None]]:
+    """A layer's calls of its sub-modules in their order, each with the one after it."""
+    calls = [(name, half) for name in submodules for half in range(1 + halves)]
+    return list(zip(calls, [*calls[1:], None], strict=True))
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,8 +40,6 @@ def join(states: tuple[Tensor, ...]) -> Tensor:
 
 
 def half_of(kwargs: dict[str, Any], half: int) -> dict[str, Any]:
-    """Self-attention's arguments for one half. A mask of each sequence, [b, 1, s, keys], is cut."""
-    mask = kwargs["attention_mask"]
-    if mask is None or mask.size(0) == 1:
-        return kwargs
-    return {**kwargs, "attention_mask": mask.chunk(2)[half]}
+    """Self-attention's arguments for one half."""
+    documents = kwargs.get("packed_seq_params")
+    return kwargs if documents is None else {**kwargs, "packed_seq_params": documents.halves[half]}

@@ -28,7 +28,7 @@ collective of one half's output runs, the other half computes (`halves`; Domino,
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
@@ -48,12 +48,9 @@ from megatron_ladder.collectives.points import (
 from megatron_ladder.collectives.ranges import named
 from megatron_ladder.config import PARALLEL, STALE, AllReduce, Residual
 from megatron_ladder.layers.desync import meet, part_ways, sum_weight_gradients
-from megatron_ladder.layers.halves import half_of, join, split
+from megatron_ladder.layers.halves import Call, Submodule, calls_of, half_of, join, split
 from megatron_ladder.layers.recompute import numbers_drawn, recomputed
 from megatron_ladder.layers.stages import pack, unpack
-
-Submodule = Literal["attention", "mlp", "both"]
-"""both: attention and MLP of parallel kinds. They read one input, and their outputs are summed together."""
 
 # The name of an attribute: the input of the next layer, in flight, on the state it was made from.
 _PREPARED = "_prepared_input"
@@ -91,7 +88,7 @@ class LadderTransformerLayer(TransformerLayer):
         self.submodules: tuple[Submodule, ...] = (
             ("both",) if self.residual in PARALLEL else ("attention", "mlp")
         )
-        self._calls = [(name, half) for name in self.submodules for half in range(1 + halves)]
+        self._calls = calls_of(self.submodules, halves)
         self.is_last_layer = self.layer_number == self.config.num_layers
         self.recompute = recompute
         self.in_fp8 = bool(self.config.fp8) and not is_first_last_bf16_layer(
@@ -134,7 +131,7 @@ class LadderTransformerLayer(TransformerLayer):
             ),
         }
         if names := [name for name, used in unsupported.items() if used]:
-            raise ValueError(f"ladder layers do not support {', '.join(names)} yet")
+            raise ValueError(f"this project's layers do not support {', '.join(names)} yet")
 
     def forward(
         self,
@@ -209,14 +206,13 @@ class LadderTransformerLayer(TransformerLayer):
         """
         updated = list(states)
         if (x := getattr(states[0], _PREPARED, None)) is not None:
-            delattr(
-                states[0], _PREPARED
-            )  # `x` was made from it, so this is a reference cycle: break it
+            # `x` was made from the state, so this is a reference cycle: break it.
+            delattr(states[0], _PREPARED)
         else:
             behind = None if y is None else collectives_of(y)
             x = self._start_submodule(self.submodules[0], states[0], behind)
         of = len(states) - 1  # the state that `y` belongs to
-        for (name, half), following in zip(self._calls, [*self._calls[1:], None], strict=True):
+        for (name, half), following in self._calls:
             state = updated[of]
             chain = partial(self._between, state, y, following, collectives_of(x))
             given = half_of(kwargs, half) if self.halves else kwargs
@@ -229,7 +225,7 @@ class LadderTransformerLayer(TransformerLayer):
         self,
         state: Tensor,
         y: Tensor | None,
-        following: tuple[Submodule, int] | None,
+        following: Call | None,
         behind: SubmoduleCollectives | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The chain between the previous and the next sub-module; see `_submodule`.

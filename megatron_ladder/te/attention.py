@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def ask(
-    config: TransformerConfig, *, micro_batch_size: int, seq_length: int, masked: bool
+    config: TransformerConfig, *, micro_batch_size: int, seq_length: int, apart: bool
 ) -> tuple[str, str]:
     """The kernel that TE's `DotProductAttention` will use in training.
 
@@ -21,7 +21,7 @@ def ask(
         config: the layers' configuration. Their heads are divided over the tensor-parallel ranks.
         micro_batch_size: sequences in a micro-batch.
         seq_length: tokens in a sequence.
-        masked: a mask is given. Otherwise attention is causal.
+        apart: documents do not attend to each other.
 
     Returns:
         The name of the fused kernel ("" for none), and TE's reasons against the other kernels.
@@ -30,7 +30,7 @@ def ask(
         from transformer_engine.pytorch.attention.dot_product_attention import utils
 
         params = parameters(
-            config, micro_batch_size=micro_batch_size, seq_length=seq_length, masked=masked
+            config, micro_batch_size=micro_batch_size, seq_length=seq_length, apart=apart
         )
         with _what_te_says() as said:
             flash, version, fused, *_ = utils.get_attention_backend(params)
@@ -44,20 +44,29 @@ def ask(
 
 
 def parameters(  # type: ignore[no-untyped-def]
-    config: TransformerConfig, *, micro_batch_size: int, seq_length: int, masked: bool
+    config: TransformerConfig, *, micro_batch_size: int, seq_length: int, apart: bool
 ):
     """TE's `AttentionParams`, as `DotProductAttention.forward` makes them from megatron-core's tensors."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     tp = config.tensor_model_parallel_size
     assert config.num_query_groups is not None
-    channels, mask_type = config.kv_channels, "arbitrary" if masked else "causal"
+    channels, mask_type = config.kv_channels, "padding_causal" if apart else "causal"
     assert channels is not None
+    deterministic = (
+        os.getenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") == "0"
+        or torch.are_deterministic_algorithms_enabled()
+    )
+    tokens = micro_batch_size * seq_length
     return utils.AttentionParams(
         qkv_dtype=config.params_dtype,
         # RoPE makes new queries and keys. The values are a view of the linear's output, and TE copies them.
-        qkv_layout="sbhd_sbhd_sbhd",
-        batch_size=micro_batch_size,
+        qkv_layout="thd_thd_thd" if apart else "sbhd_sbhd_sbhd",
+        # With documents apart it is their number, which is not known. Deterministic backward has a limit
+        # for the number, so the highest one is asked for.
+        batch_size=tokens if apart and deterministic else micro_batch_size,
+        num_tokens_q=tokens if apart else 0,
+        num_tokens_kv=tokens if apart else 0,
         num_heads=config.num_attention_heads // tp,
         num_gqa_groups=config.num_query_groups // tp,
         max_seqlen_q=seq_length,
@@ -67,11 +76,10 @@ def parameters(  # type: ignore[no-untyped-def]
         attn_mask_type=mask_type,
         # Layers without a window have at least the kernels that layers with one have.
         window_size=utils.check_set_window_size(mask_type, config.window_size),
-        bottom_right_diagonal=masked,
+        bottom_right_diagonal=False,
         core_attention_bias_requires_grad=False,
         attention_dropout=config.attention_dropout,
-        deterministic=os.getenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") == "0"
-        or torch.are_deterministic_algorithms_enabled(),
+        deterministic=deterministic,
         softmax_scale=config.softmax_scale or 1 / math.sqrt(channels),
     )
 

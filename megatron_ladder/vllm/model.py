@@ -44,11 +44,13 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
+from megatron_ladder.hf.configuration_ladder import PARALLELS
 from megatron_ladder.vllm import all_reduce
 from megatron_ladder.vllm.names import STACKED
 from megatron_ladder.vllm.schedule import (
     State,
     ladder_layer,
+    parallel_ladder_layer,
     parallel_layer,
     standard_layer,
     whole,
@@ -150,7 +152,7 @@ class LadderDecoderLayer(nn.Module):
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.sums = sums
-        self.is_parallel = config.residual == "parallel"
+        self.is_parallel = config.residual in PARALLELS
         self.is_ladder = extract_layer_index(prefix) in config.ladder_layer_indices()
         self.self_attn = LadderAttention(vllm_config, f"{prefix}.self_attn")
         self.mlp = LadderMLP(vllm_config, f"{prefix}.mlp")
@@ -170,7 +172,8 @@ class LadderDecoderLayer(nn.Module):
             return self.self_attn(positions, normed) + self.mlp(normed)
 
         if self.is_parallel:
-            return parallel_layer(state, attention_and_mlp, self.sums)
+            both = parallel_ladder_layer if self.is_ladder else parallel_layer
+            return both(state, attention_and_mlp, self.sums)
         layer = ladder_layer if self.is_ladder else standard_layer
         return layer(state, attention, mlp, self.sums)
 
@@ -204,7 +207,7 @@ class LadderModel(nn.Module):
         else:
             self.norm = PPMissingLayer()
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
-            ["after_attention", "after_mlp"], config.hidden_size
+            ["without_last", "whole"], config.hidden_size
         )
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -226,13 +229,13 @@ class LadderModel(nn.Module):
         else:
             assert intermediate_tensors is not None
             received = intermediate_tensors
-            state = State(received["after_attention"], received["after_mlp"], None)
+            state = State(received["without_last"], received["whole"], None)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             state = layer(positions, state)
         # A pipeline stage waits for its last sum, because the next stage reads complete states.
         a, m = whole(state, self.sums)
         if not get_pp_group().is_last_rank:
-            return IntermediateTensors({"after_attention": a, "after_mlp": m})
+            return IntermediateTensors({"without_last": a, "whole": m})
         return self.norm(m)
 
 

@@ -5,8 +5,14 @@ In ladder layers each sum is in flight while the next sub-module computes, also 
     compute      attention 1 | MLP 1       | attention 2 | MLP 2       | ...
     all-reduce               | attention 1 | MLP 1       | attention 2 | MLP 2
 
-The states are those of hf/modeling_ladder.py: `a` is the residual stream after the attention, and `m` the
-one after the MLP. Both are [tokens, hidden].
+A parallel-ladder layer has one sum, of attention and MLP together. It is in flight while the whole next
+layer computes:
+
+    compute      attention 1, MLP 1 | attention 2, MLP 2 | ...
+    all-reduce                      | attention 1, MLP 1 | ...
+
+The states are those of hf/modeling_ladder.py: `m` is the residual stream, and `a` the residual stream
+without the last output. Both are [tokens, hidden].
 """
 
 from collections.abc import Callable
@@ -38,18 +44,18 @@ class Sums(Protocol):
 
 
 class State(NamedTuple):
-    """The states that a layer passes to the next. `a` is always complete. One of `m` and `mlp` is None."""
+    """The states that a layer passes to the next. `a` is always complete. One of `m` and `last` is None."""
 
     a: Tensor
     m: Tensor | None
-    mlp: InFlight | None
-    """The MLP's output, in flight: m = a + mlp."""
+    last: InFlight | None
+    """The last output, in flight: m = a + last. It is the MLP's, or of parallel kinds the layer's."""
 
 
 def whole(state: State, sums: Sums) -> tuple[Tensor, Tensor]:
-    """Waits for the MLP's sum if it is in flight, and returns `a` and `m`, both complete."""
-    if state.mlp is not None:
-        return state.a, sums.finish(state.a, state.mlp)
+    """Waits for the last output's sum if it is in flight, and returns `a` and `m`, both complete."""
+    if state.last is not None:
+        return state.a, sums.finish(state.a, state.last)
     assert state.m is not None
     return state.a, state.m
 
@@ -70,5 +76,10 @@ def standard_layer(state: State, attention: SubModule, mlp: SubModule, sums: Sum
 def parallel_layer(state: State, attention_and_mlp: SubModule, sums: Sums) -> State:
     """A parallel layer has one sum for attention and MLP together."""
     _, m = whole(state, sums)
-    m = m + sums.at_once(attention_and_mlp(m))
-    return State(m, m, None)
+    return State(m, m + sums.at_once(attention_and_mlp(m)), None)
+
+
+def parallel_ladder_layer(state: State, attention_and_mlp: SubModule, sums: Sums) -> State:
+    output = sums.start(attention_and_mlp(state.a))
+    _, m = whole(state, sums)
+    return State(m, None, output)

@@ -1,1 +1,1 @@
-"""One step as a timeline: traces, pictures, and collectives over a modelled link."""
+"""One step as a timeline, collectives over a modelled link, and every kind on this machine's GPUs."""

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from megatron_ladder.config import PARALLEL
 from pretrain.bench.decoder import Decoder
 from pretrain.bench.timeline import Direction, Span
 
@@ -38,16 +39,17 @@ class Recorder:
         self._counts: dict[tuple[str, str], int] = {}
         self._names: list[str] = []
         self._hooks: list[Any] = []
-        shares_one = decoder.model.residual == "parallel"  # one collective for both sub-modules
+        # Attention and MLP of parallel kinds share one collective.
+        shared = ("layer",) if decoder.model.residual in PARALLEL else ("attention", "mlp")
         for number, layer in enumerate(decoder.block.layers, 1):
+            # megatron-core's own layers have no such attribute.
+            halves = ("a", "b") if getattr(layer, "halves", False) else ("",)
             for kind, module, first in (
                 ("attention", layer.self_attention, layer.self_attention.linear_qkv),
                 ("mlp", layer.mlp, layer.mlp.linear_fc1),
             ):
-                self._watch(f"{kind} {number}", module, first)
-            self._names += (
-                [f"layer {number}"] if shares_one else [f"attention {number}", f"mlp {number}"]
-            )
+                self._watch([f"{kind} {number}{half}" for half in halves], module, first)
+            self._names += [f"{kind} {number}{half}" for kind in shared for half in halves]
 
     def close(self) -> None:
         """Removes the hooks, so that the decoder is as it was."""
@@ -83,28 +85,43 @@ class Recorder:
             return "forward"
         return "backward" if self._running is None else "recompute"
 
-    def _watch(self, name: str, module: Any, first_linear: Any) -> None:
-        begin: dict[str, float] = {}
+    def _watch(self, names: list[str], module: Any, first_linear: Any) -> None:
+        """Records a sub-module's computations.
+
+        Args:
+            names: of its calls in a pass, in their order. Backward has the reverse order.
+            module: attention or MLP.
+            first_linear: with its backward the sub-module's backward ends.
+        """
+        since: dict[str, float] = {}
 
         def forward_begins(*_: Any) -> None:
-            self._running = name
-            begin["forward"] = _now()
+            direction = "backward" if self._in_backward else "forward"
+            call = self._count(names[0], direction) % len(names)
+            self._running = names[-1 - call if self._in_backward else call]
+            since[self._running] = _now()
 
         def forward_ends(_module: Any, _inputs: Any, output: Any) -> None:
-            self._add("compute", name, self._direction, begin["forward"])
+            name = self._running
+            assert name is not None
+            self._add("compute", name, self._direction, since[name])
             self._running = None
+
+            def backward_begins(*_: Any) -> None:
+                since[name] = _now()
+
             if output[0].grad_fn is not None:
                 output[0].grad_fn.register_prehook(backward_begins)
 
-        def backward_begins(*_: Any) -> None:
-            begin["backward"] = _now()
-
         def first_linear_ends(_module: Any, _inputs: Any, output: Any) -> None:
+            name = self._running
+            assert name is not None
+
+            def backward_ends(*_: Any) -> None:
+                self._add("compute", name, "backward", since[name])
+
             if output[0].grad_fn is not None:
                 output[0].grad_fn.register_hook(backward_ends)
-
-        def backward_ends(*_: Any) -> None:
-            self._add("compute", name, "backward", begin["backward"])
 
         self._hooks += [
             module.register_forward_pre_hook(forward_begins),
@@ -127,8 +144,7 @@ class Recorder:
             return _Start(self._running, direction, at_s)
         # Collectives of one sort run in the order of the sub-modules, in backward in the reverse order.
         # With sequence parallelism each sub-module has two all-gathers in backward.
-        count = self._counts.get((operation, direction), 0)
-        self._counts[operation, direction] = count + 1
+        count = self._count(operation, direction)
         if direction == "forward":
             return _Start(self._names[count], direction, at_s)
         each = 2 if operation == "all-gather" and self._gathers_twice else 1
@@ -136,7 +152,13 @@ class Recorder:
 
     @property
     def _gathers_twice(self) -> bool:
-        return self._decoder.model.residual != "parallel"
+        return self._decoder.model.residual not in PARALLEL
+
+    def _count(self, of: str, direction: str) -> int:
+        """How often this was called before, in this step."""
+        count = self._counts.get((of, direction), 0)
+        self._counts[of, direction] = count + 1
+        return count
 
     def waited(self, key: _Start, since_s: float, until_s: float, arrived_s: float) -> None:
         self._add("flight", key.name, key.direction, key.at_s, arrived_s)

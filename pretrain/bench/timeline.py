@@ -41,7 +41,8 @@ class Span:
     """compute: a sub-module's own work; flight: its collective, from its start until it is complete;
     wait: the rank does nothing until that collective is complete."""
     name: str
-    """The sub-module: "attention 3", "mlp 3", or "layer 3" where both share one collective."""
+    """The sub-module: "attention 3", "mlp 3", or "layer 3" where both share one collective. Of two halves
+    of a micro-batch "attention 3a" and "attention 3b"."""
     direction: Direction
     start_s: float
     end_s: float
@@ -294,7 +295,7 @@ def _fit(label: Any, bar: Any) -> None:
 
 def _layer(span: Span) -> int | None:
     """The number at a name's end; None if there is none, as for an embedding."""
-    last = span.name.split()[-1]
+    last = span.name.split()[-1].rstrip("ab")  # without the half
     return int(last) if last.isdigit() else None
 
 

@@ -133,14 +133,24 @@ class _Flight:
 
 
 class _CudaFlight:
-    """On a GPU the link is a stream that a kernel keeps busy. The host does not wait."""
+    """On a GPU the link is a stream that a kernel keeps busy. The host does not wait.
+
+    Like a collective's kernel, that kernel needs a free multiprocessor to begin. So the stream has the
+    priority that NCCL's streams have (pretrain/model/queues.py).
+    """
 
     _stream: torch.cuda.Stream | None = None
 
     def __init__(self, work: Any, seconds: float) -> None:
         self._work = work
         if _CudaFlight._stream is None:
-            _CudaFlight._stream = torch.cuda.Stream()
+            high = os.environ.get("TORCH_NCCL_HIGH_PRIORITY", "0").lower() in (
+                "1",
+                "y",
+                "t",
+                "true",
+            )
+            _CudaFlight._stream = torch.cuda.Stream(priority=-1 if high else 0)
         stream = _CudaFlight._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -233,6 +243,34 @@ def over(
 
         return collective
 
+    with _replaced_by(wrapped):
+        yield
+
+
+@contextlib.contextmanager
+def waiting_at_once(group: dist.ProcessGroup) -> Iterator[None]:
+    """Inside this block each collective of `group` is waited for where it starts, so nothing is hidden.
+
+    No link is modelled.
+    """
+
+    def wrapped(real: Callable, _operation: str) -> Callable:
+        @functools.wraps(real)
+        def collective(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+            work = real(*args, async_op=async_op, **kwargs)
+            if async_op and kwargs.get("group") is group:
+                work.wait()
+            return work
+
+        return collective
+
+    with _replaced_by(wrapped):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced_by(wrapped: Callable[[Callable, str], Callable]) -> Iterator[None]:
+    """Inside this block each collective is what `wrapped` makes of it and of its operation's name."""
     real = [(module, name, getattr(module, name)) for module, name, _ in _ENTRIES]
     for module, name, operation in _ENTRIES:
         setattr(module, name, wrapped(getattr(module, name), operation))

@@ -1,6 +1,6 @@
 """Named configurations. Each is a function that returns a TrainConfig; options override its fields.
 
-Every preset takes `--model.residual standard|ladder|parallel|desync`.
+Every preset takes `--model.residual standard|ladder|parallel|parallel-ladder|desync`.
 """
 
 from collections.abc import Callable

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ladder.config import (
+    STALE,
     Attention,
     ModelConfig,
     ParallelConfig,
@@ -185,6 +186,11 @@ class TrainConfig:
                 f"parallel.tensor_model_parallel_size {tp}: sequence parallelism divides each sequence "
                 "over these ranks. Change one of the two"
             )
+        if self.parallel.tp_overlap == "halves" and self.micro_batch_size % 2:
+            raise UserError(
+                f"micro_batch_size {self.micro_batch_size} has no two equal halves, which "
+                "parallel.tp_overlap halves needs: give an even micro_batch_size, or leave it out"
+            )
         schedule = self.schedule
         for one, other in (("train_steps", "train_tokens"), ("warmup_steps", "warmup_tokens")):
             if getattr(schedule, one) is not None and getattr(schedule, other) is not None:
@@ -203,6 +209,11 @@ class TrainConfig:
             *(self.fp8, self.model, self.parallel, self.precision),
             tokens=self.data.seq_length * self.micro_batch_size,
         )
+        if self.fp8.primary_weights and self.optimizer.moments == "bf16":
+            # Then the optimizer alone has the master weights, and a start cannot quantise from them.
+            raise UserError(
+                "fp8.primary_weights with optimizer.moments bf16 is not supported: leave out one of them"
+            )
         self._check_adapt()
 
     def _check_adapt(self) -> None:
@@ -217,7 +228,7 @@ class TrainConfig:
                 "adapt.gradual_steps and adapt.distillation_weight need a model to start from: give "
                 "--init-from RUN, or leave both out"
             )
-        if adapt.gradual_steps and "ladder" not in self.model.layer_residuals():
+        if adapt.gradual_steps and not STALE.intersection(self.model.layer_residuals()):
             raise UserError(
                 f"adapt.gradual_steps is {adapt.gradual_steps}, but no layer is to be a ladder layer: "
                 "give --ladder-layers"

@@ -112,14 +112,14 @@ class _Sampler:
         return self._indices()
 
 
-_READ = ("tokens", "labels", "loss_mask", "position_ids", "documents", "teacher_logits", "scale")
+_READ = ("tokens", "labels", "loss_mask", "position_ids", "teacher_logits", "scale")
 
 
 def to_device(batch: Batch) -> Batch:
     """Copies the tensors that a forward pass reads to this rank's device.
 
     All have the shape [micro_batch_size, seq_length, ...], except `scale`, a scalar: the factor of the loss
-    in training.
+    in training. Documents' numbers stay on the host.
     """
     device = torch.cuda.current_device()
     return {name: batch[name].to(device, non_blocking=True) for name in _READ if name in batch}

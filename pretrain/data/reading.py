@@ -2,7 +2,7 @@
 
 Of a tensor-parallel group, whose ranks all need the same batch, the first one reads and broadcasts. A
 pipeline stage between the first and the last one needs no tokens, unless documents are apart: each stage
-builds their mask. Ranks that do not read open no file of any data set.
+needs to know where they begin. Ranks that do not read open no file of any data set.
 """
 
 import itertools
@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ladder.fields.windows import attention_length
+from megatron_ladder.layers.documents import Documents
 from pretrain.config.train import TrainConfig
 from pretrain.data.batches import (
     Batch,
@@ -51,6 +53,7 @@ class RankBatches:
         )
         self.reads = self._needs and parallel_state.get_tensor_model_parallel_rank() == 0
         """Whether this rank opens the data sets."""
+        self._documents: list[torch.Tensor] = []
 
     def training(self, consumed_samples: int) -> Iterator[Batch]:
         """What this rank reads, from a position in the run to its end: one item a micro-batch.
@@ -61,12 +64,25 @@ class RankBatches:
         config = self._config
         if self.reads:
             sequences = train_sequences(config, self._folders, self._cache, made=True)
-            return train_batches(
+            batches = train_batches(
                 sequences, config, consumed_samples=consumed_samples, **self._data_parallel
             )
+            return map(self._counted, batches)
         together = config.micro_batch_size * self._data_parallel["data_parallel_size"]
         end = config.train_steps * config.global_batch_size
         return itertools.repeat({}, len(range(consumed_samples, end, together)))
+
+    def _counted(self, batch: Batch) -> Batch:
+        if "documents" in batch:
+            self._documents.append(batch["documents"])
+        return batch
+
+    def attended(self) -> float:
+        """`attention_length` of what this rank has read for training since the last call: of sequences, or
+        of documents where they are apart."""
+        lengths = [n for part in self._documents for row in Documents(part).lengths for n in row]
+        self._documents.clear()
+        return attention_length(self._config.model, lengths or [self._config.data.seq_length])
 
     def received(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The micro-batches of `training` or `validation`, on every rank that needs them; {} on others."""
@@ -99,7 +115,8 @@ class RankBatches:
         return validation_batches(split, self._config, **self._data_parallel)
 
     def _received(self, batch: Batch) -> Batch:
-        """Passes a batch on within the tensor-parallel group, on the device: nothing waits for the host."""
+        """Passes a batch on within the tensor-parallel group, on the device. The host waits for nothing but
+        the documents' numbers, on ranks that do not read: their lengths are arguments of kernels."""
         group = parallel_state.get_tensor_model_parallel_group()
         if not self._needs or group.size() == 1:
             return batch
@@ -116,6 +133,8 @@ class RankBatches:
                 row.copy_(batch[name].to(device, non_blocking=True))
         dist.broadcast(packed, parallel_state.get_tensor_model_parallel_src_rank(), group)
         received = dict(zip(names, packed, strict=True))
+        if "documents" in received:
+            received["documents"] = batch["documents"] if self.reads else packed[3].cpu()
         received["tokens"], received["labels"] = packed[0].long(), packed[1].long()
         received["loss_mask"] = packed[2].float()
         positions = torch.arange(length, device=device)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_ladder.config import PARALLEL
 from pretrain.convert.plain_model import PlainModel
 from pretrain.depth.conversion import Conversion, measure_conversion
 from pretrain.depth.measures import (
@@ -23,15 +24,14 @@ class Measured:
     path: str
     parameters: int
     residual: list[str]
-    """The residual of each layer: standard, ladder or parallel."""
+    """The residual of each layer: standard, ladder, parallel or parallel-ladder."""
     loss: float
     contributions: Contributions
     skipped: SkipEffects
     """Layers are skipped at all positions; effects are measured at all positions."""
     skipped_before: SkipEffects
     """Layers are skipped in the first half of each sequence; effects are measured in the second half."""
-    conversion: Conversion | None
-    """None for a parallel model."""
+    conversion: Conversion
 
 
 def measure(plain: PlainModel, label: str, sequences: Tensor, data: str) -> Measured:
@@ -64,10 +64,10 @@ def layer_table(model: Measured) -> list[list[str]]:
     shares, all_, before = model.contributions, model.skipped, model.skipped_before
     lines = [
         ["layer", "residual", "|a|/|h|", "|m|/|h+a|", "|a+m|/|h|", "cos a", "cos m", "cos a+m"]
-        + ["skipped: loss", "output", "skipped earlier: loss", "output"]
-        + ([f"made {model.conversion.to}: loss"] if model.conversion else [])
     ]
-    if set(model.residual) == {"parallel"}:
+    lines[0] += ["skipped: loss", "output", "skipped earlier: loss", "output"]
+    lines[0].append(f"made {model.conversion.to}: loss")
+    if PARALLEL.issuperset(model.residual):
         lines[0][3] = "|m|/|h|"
     for i, residual in enumerate(model.residual):
         line = [str(i), residual]
@@ -76,16 +76,15 @@ def layer_table(model: Measured) -> list[list[str]]:
         line += [f"{v[i]:+.3f}" for v in cosines]
         for effects in (all_, before):
             line += [f"{effects.loss_increase[i]:+.4f}", f"{effects.output_mean[i]:.4f}"]
-        if model.conversion:
-            loss = model.conversion.alone.get(i)
-            line.append("-" if loss is None else f"{loss - model.loss:+.4f}")
+        loss = model.conversion.alone.get(i)
+        line.append("-" if loss is None else f"{loss - model.loss:+.4f}")
         lines.append(line)
     return lines
 
 
 def rule_table(model: Measured) -> list[list[str]]:
     """The table of rules: column names, then a line for each number of ladder layers; [] without rules."""
-    if model.conversion is None or not model.conversion.rules:
+    if not model.conversion.rules:
         return []
     lines = [["ladder layers N", "auto:N: loss", "last N: loss", "layers of auto:N"]]
     for rule in model.conversion.rules:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_ladder.config import PARALLEL
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
 from pretrain.depth.states import run
 
@@ -61,7 +62,7 @@ def measure_contributions(model: LadderForCausalLM, sequences: Tensor) -> Contri
     """
     sums: dict[str, Any] = dict.fromkeys(Contributions.__dataclass_fields__, 0.0)
     both_to_h = torch.tensor(
-        [layer.residual == "parallel" for layer in model.model.layers], device=sequences.device
+        [layer.residual in PARALLEL for layer in model.model.layers], device=sequences.device
     )
     for sequence in tqdm(sequences, "contributions", disable=None):
         seen = run(model, sequence[:-1])

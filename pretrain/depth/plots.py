@@ -82,14 +82,9 @@ def draw_skip_outputs(models: list[Measured]) -> bytes:
 
 
 def draw_staleness(models: list[Measured]) -> bytes:
-    """The increase of the loss when the residual of one layer is changed, for each layer.
-
-    Args:
-        models: all of them must have a conversion.
-    """
+    """The increase of the loss when the residual of one layer is changed, for each layer."""
     figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        assert model.conversion is not None
         alone = model.conversion.alone
         axes.bar(list(alone), [loss - model.loss for loss in alone.values()], color=COLOURS[0])
         axes.axhline(0, color=GREY, linewidth=1)
@@ -105,11 +100,10 @@ def draw_rules(models: list[Measured]) -> bytes:
     """The increase of the loss with two ways to choose N ladder layers: auto:N, and the last N.
 
     Args:
-        models: all of them must have a conversion with rules.
+        models: the conversion of each has rules.
     """
     figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        assert model.conversion is not None
         rules = model.conversion.rules
         for label, losses, shift, colour in (
             ("auto:N", [r.chosen_loss for r in rules], -0.2, COLOURS[0]),
@@ -120,7 +114,7 @@ def draw_rules(models: list[Measured]) -> bytes:
             bars = axes.bar(places, increases, 0.38, color=colour, label=label)
             axes.bar_label(bars, fmt="%+.4f", fontsize=8, padding=2)
         axes.axhline(0, color=GREY, linewidth=1)
-        _by_layer(axes, f"{model.label}: N layers made ladder", "N")
+        _by_layer(axes, f"{model.label}: N layers made {model.conversion.to}", "N")
         axes.set_xticks(range(len(rules)), [str(rule.count) for rule in rules])
         axes.margins(y=0.15)
     figure.supylabel("loss increase, nats a token", fontsize=10)

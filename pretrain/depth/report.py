@@ -143,10 +143,9 @@ def _pictures(models: list[Measured], maps: dict[str, Any] | None) -> dict[str, 
         "contributions": plots.draw_contributions(models),
         "skip_effects": plots.draw_skip_effects(models),
         "skip_outputs": plots.draw_skip_outputs(models),
+        "staleness": plots.draw_staleness(models),
     }
-    if converted := [model for model in models if model.conversion]:
-        pictures["staleness"] = plots.draw_staleness(converted)
-    if ruled := [model for model in converted if model.conversion and model.conversion.rules]:
+    if ruled := [model for model in models if model.conversion.rules]:
         pictures["rules"] = plots.draw_rules(ruled)
     if maps:
         pictures["maps"] = plots.draw_maps(models[0], models[1], maps["errors"])
@@ -168,5 +167,5 @@ def _page(
 def _save_staleness(plains: list[PlainModel], models: list[Measured], output_dir: Path) -> None:
     for plain, model in zip(plains, models, strict=True):
         is_run = not is_hf_folder(plain.path)
-        if model.conversion and model.conversion.staleness and (is_run or plain is plains[0]):
+        if model.conversion.staleness and (is_run or plain is plains[0]):
             save_staleness(plain.path if is_run else output_dir, model.conversion.staleness)

@@ -78,18 +78,13 @@ class RunLog:
                 train_steps=config.train_steps,
                 device=device,
             )
-        self._flops_per_token = flops_per_token(
-            num_layers=config.model.num_layers,
-            hidden_size=config.model.hidden_size,
-            seq_length=config.model.attention_length(config.data.seq_length),
-            matmul_parameters=config.model.num_matmul_parameters(),
-        )
         self._peak = None if device == "cpu" else peak_flops(device)
         self._tokens_per_rank_step = config.tokens_per_step / self._world_size
         self._trained_s = self._log.time_so_far if self._log else 0.0
         self._step_started = time.perf_counter()
         self._pending_steps = 0
         self._pending_s = 0.0
+        self._pending_flops = 0.0
         self._recent_s: deque[float] = deque(maxlen=100)
         status.begin(resume_step, last_checkpoint=resume_step or None)
         watchdog.phase("the first step")
@@ -148,16 +143,25 @@ class RunLog:
             keep_initial(self._config, is_resumed=self._is_resumed)
             self._baselines = baselines
 
-    def train(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
+    def train(
+        self, step: int, loss: float, grad_norm: float, learning_rate: float, attended: float
+    ) -> None:
         """Call it when a step is done.
 
         Args:
             loss: mean cross-entropy of the global batch, in nats a token.
             grad_norm: before clipping.
+            attended: of this rank's tokens of the step (RankBatches.attended).
         """
         seconds = time.perf_counter() - self._step_started
         self._pending_steps += 1
         self._pending_s += seconds
+        self._pending_flops += self._tokens_per_rank_step * flops_per_token(
+            num_layers=self._config.model.num_layers,
+            hidden_size=self._config.model.hidden_size,
+            seq_length=attended,
+            matmul_parameters=self._config.model.num_matmul_parameters(),
+        )
         self._trained_s += seconds
         self._recent_s.append(seconds)
         step_s = self._step_s()
@@ -172,7 +176,7 @@ class RunLog:
         due = step % self._config.log_interval == 0 or step == self._config.train_steps
         if self._log and due:
             mean_s = self._pending_s / self._pending_steps
-            achieved = self._tokens_per_rank_step / mean_s * self._flops_per_token
+            achieved = self._pending_flops / self._pending_s
             self._log.train(
                 step=step,
                 tokens=step * self._config.tokens_per_step,
@@ -186,7 +190,7 @@ class RunLog:
                 memory_gib=_peak_memory_gib(),
             )
         if due:
-            self._pending_steps, self._pending_s = 0, 0.0
+            self._pending_steps, self._pending_s, self._pending_flops = 0, 0.0, 0.0
         self._step_done(step)
 
     def passed_over(self, step: int, bad: BadStep) -> None:
@@ -201,7 +205,7 @@ class RunLog:
                 self._log.go_back(bad.passed_over[0] - 1)
             self._log.note("bad_step", f"step {step}: {bad.reason}: {bad.action}", **asdict(bad))
         if bad.action == "rollback":
-            self._pending_steps, self._pending_s = 0, 0.0
+            self._pending_steps, self._pending_s, self._pending_flops = 0, 0.0, 0.0
             self._trained_s = self._log.time_so_far if self._log else 0.0
         self._status.update("training", step=step, tokens=step * self._config.tokens_per_step)
         self._step_done(step)

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ladder.distillation import distilled_losses
-from megatron_ladder.layers.attention import as_bias
+from megatron_ladder.layers.documents import Documents
 from pretrain.config.train import TrainConfig
 from pretrain.data.batches import Batch, to_device
 from pretrain.model.graphs import StepGraph
@@ -66,34 +66,6 @@ def _logits(batch: Batch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return output.new_zeros(()), {"logits": output}
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """The attention mask of documents: a token attends to itself and to earlier tokens of its document.
-
-    Args:
-        documents: [micro_batch_size, seq_length], a number for each token; it differs between documents.
-
-    Returns:
-        bool [micro_batch_size, 1, seq_length, seq_length]: queries, then keys; True is masked out.
-
-    Positions need not start again at 0 in each document: rotary embeddings rotate queries and keys by their
-    positions, and the score of two tokens depends only on the difference of their positions (RoFormer,
-    arXiv 2104.09864, equation 16).
-    """
-    length = documents.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
-    return (causal | (documents[:, :, None] != documents[:, None, :])).unsqueeze(1)
-
-
-def attention_mask(documents: Tensor, config: Any) -> Tensor:
-    """`document_mask` in the form that the model's core attention takes: a bias for torch's, else bool.
-
-    Args:
-        config: the model's `transformer_config`.
-    """
-    mask = document_mask(documents)
-    return as_bias(mask, config.params_dtype) if config.core_attention.whose == "torch" else mask
-
-
 def _forward(
     reduce: Callable, wants_logits: bool, batches: Iterator[Batch], model: Any
 ) -> tuple[Tensor, Callable]:
@@ -103,11 +75,16 @@ def _forward(
         On the last stage, per-token losses [b, s], or logits [b, s, vocabulary / tp]; on other stages the
         output for the next stage. And the function that sums the losses; only the last stage calls it.
     """
-    batch = to_device(next(batches))
-    mask = attention_mask(batch["documents"], model.config) if "documents" in batch else None
+    read = next(batches)
+    batch = to_device(read)
+    documents = Documents(read["documents"]) if "documents" in read else None
     # A stage between the first and the last one has no tokens (data/reading.py): it gets hidden states.
     labels = None if wants_logits else batch.get("labels")
-    output = model(batch.get("tokens"), batch.get("position_ids"), mask, labels=labels)
+    output = model(
+        *(batch.get("tokens"), batch.get("position_ids"), None),
+        labels=labels,
+        packed_seq_params=documents,
+    )
     return output, partial(reduce, batch)
 
 

@@ -1,5 +1,7 @@
 """The teacher of logit distillation: the unmodified model, whose predictions the changed model learns."""
 
+from dataclasses import replace
+
 import torch
 
 from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
@@ -13,6 +15,8 @@ from pretrain.start.initial import initial_checkpoint, original_model
 class Teacher:
     """The unmodified model of `init_from`, at the run's layout. It is not trained.
 
+    It runs whole where the run goes in halves: its kind may be another one, which has no halves.
+
     Build it before a checkpoint is loaded: building a model draws random numbers, and loading the
     checkpoint then restores the random states.
     """
@@ -22,12 +26,12 @@ class Teacher:
         model = original_model(config.init_from)
         mcore_config = transformer_config(
             model,
-            config.parallel,
+            replace(config.parallel, tp_overlap="none"),
             precision=config.precision,
             impl=config.transformer_impl,
             deterministic=config.deterministic,
             attention=config.attention,
-            masks_given=not config.data.attend_across_documents,
+            documents_apart=not config.data.attend_across_documents,
             micro_batch_size=config.micro_batch_size,
             seq_length=config.data.seq_length,
         )

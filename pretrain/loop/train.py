@@ -214,7 +214,7 @@ def _train(
                 if bad_steps.found:
                     answer(bad_steps.found, drawn)
                 else:
-                    log.train(step, *figures)
+                    log.train(step, *figures, data.attended())
             log.slow_ranks(step, speed.slow_ranks(step))
             progress = Progress(step, step * config.global_batch_size, bad_steps.recent_losses)
             last = step == config.train_steps

@@ -32,6 +32,9 @@ def check_compile(config: TrainConfig) -> None:
         "Transformer Engine's layers are not compiled: use --transformer-impl local": (
             resolve_impl(config.transformer_impl) == "transformer_engine"
         ),
+        "documents' lengths would be compiled in: leave --data.no-attend-across-documents out": (
+            not config.data.attend_across_documents
+        ),
         "attention unfused cannot be compiled: use auto": config.attention == "unfused",
         f"torch.compile needs {_compiler()}, which was not found: install it": not _has_compiler(),
     }

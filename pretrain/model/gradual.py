@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from megatron_ladder.config import FRESH, STALE
 from pretrain.config.train import TrainConfig
 
 
 def use_ladder_layers(model: list[Any], config: TrainConfig, step: int | None) -> None:
-    """Sets every layer of the model to ladder or standard, as it must be at a step.
+    """Sets every layer of the model to a ladder layer or not, as it must be at a step.
 
     Within `adapt.gradual_steps` steps the ladder layers are turned on one by one, at equal distances. The
     last layer of the model is the first, because few other layers depend on what it reads. The step alone
@@ -19,16 +20,16 @@ def use_ladder_layers(model: list[Any], config: TrainConfig, step: int | None) -
     """
     if not config.adapt.gradual_steps:
         return
-    on = set(ladder_layers_at(config, step))
+    on, kind = set(ladder_layers_at(config, step)), config.model.residual
     for chunk in model:
         for layer in chunk.module.decoder.layers:
-            layer.residual = "ladder" if layer.layer_number - 1 in on else "standard"
+            layer.residual = kind if layer.layer_number - 1 in on else FRESH[kind]
 
 
 def ladder_layers_at(config: TrainConfig, step: int | None) -> list[int]:
     """The layers that are ladder layers at a step, numbered from 0, in the order they are turned on."""
     residuals = config.model.layer_residuals()
-    layers = [i for i, residual in enumerate(residuals) if residual == "ladder"][::-1]
+    layers = [i for i, residual in enumerate(residuals) if residual in STALE][::-1]
     if step is None:
         return layers
     # One is on from the first step, all from step `gradual_steps` on.

@@ -55,6 +55,9 @@ def check_cuda_graph(config: TrainConfig) -> None:
         "distillation in a graph is not tested: set adapt.distillation_weight to 0": (
             adapt.distillation_weight > 0
         ),
+        "documents' lengths would be captured: leave --data.no-attend-across-documents out": (
+            not config.data.attend_across_documents
+        ),
         "compiled layers in a graph are not tested: leave --compile out": config.compile,
         "a replayed step has no ranges to trace: leave profile.first_step out": (
             config.profile.first_step is not None

@@ -60,8 +60,9 @@ class OptimizerShards:
         """
         self.part._copy_main_params_to_model_params()
         for chunk in self.part.model_chunks:
-            if not chunk.ddp_config.overlap_param_gather:  # else the next forward gathers
-                chunk.start_param_sync()
+            # At once, where gathering overlaps forward, too: within `gathered_parameters` (a rollback) the
+            # next forward would take the weights for gathered.
+            chunk.start_param_sync(force_sync=True)
 
 
 def optimizer_shards(

@@ -130,7 +130,7 @@ def layers_config(config: TrainConfig) -> LadderConfig:
         deterministic=config.deterministic,
         fp8=config.fp8,
         attention=config.attention,
-        masks_given=not config.data.attend_across_documents,
+        documents_apart=not config.data.attend_across_documents,
         micro_batch_size=config.micro_batch_size,
         seq_length=config.data.seq_length,
     )

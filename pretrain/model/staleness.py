@@ -1,8 +1,9 @@
 """Measures each layer's staleness, and chooses the layers that lose least when made ladder layers.
 
 For each layer, that layer alone is made a ladder layer: its sub-modules read a state without the output of
-the sub-module before. The layer's staleness is the increase of the loss on a sample. The paper (arXiv
-2501.06589, section 4.2) makes the last N layers ladder layers instead.
+the sub-module before. A layer of a parallel model is made a parallel-ladder layer, which reads a state
+without the output of the layer before. The layer's staleness is the increase of the loss on a sample. The
+paper (arXiv 2501.06589, section 4.2) makes the last N layers ladder layers instead.
 """
 
 import json
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_ladder.config import FRESH
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
 from megatron_ladder.json_files import read_json
@@ -58,8 +60,8 @@ def measure_staleness(model: LadderForCausalLM, sequences: Tensor, data: str) ->
     """Measures each layer's staleness. The model is unchanged afterwards.
 
     Args:
-        model: in evaluation mode, with standard or ladder layers. All layers but the measured one count as
-            standard layers.
+        model: in evaluation mode. All layers but the measured one count as standard layers, or parallel
+            ones.
         sequences: [count, length + 1] token ids, on the model's device.
         data: where the sequences come from, in words, for the report.
     """
@@ -74,24 +76,23 @@ def measure_staleness(model: LadderForCausalLM, sequences: Tensor, data: str) ->
 def loss_with_ladder_layers(
     model: LadderForCausalLM, sequences: Tensor, layers: Sequence[int]
 ) -> float:
-    """Mean cross-entropy, in nats a token, with `layers` as the ladder layers and the same weights.
-
-    Raises:
-        UserError: the model is a parallel one, which has other weights.
-    """
+    """Mean cross-entropy, in nats a token, with `layers` as the ladder layers and the same weights."""
     blocks: list[Any] = list(model.model.layers)
     before = [block.residual for block in blocks]
-    if "parallel" in before:
-        raise UserError(
-            "the model's residual is parallel: only a standard layer can be made a ladder layer"
-        )
+    stale, fresh = kinds_of_layers(model)
     try:
         for i, block in enumerate(blocks):
-            block.residual = "ladder" if i in layers else "standard"
+            block.residual = stale if i in layers else fresh
         return mean_loss(model, sequences)
     finally:
         for block, residual in zip(blocks, before, strict=True):
             block.residual = residual
+
+
+def kinds_of_layers(model: LadderForCausalLM) -> tuple[str, str]:
+    """What each layer of the model can be with its weights: a ladder layer of a kind, or the other kind."""
+    residual = model.config.residual
+    return next(pair for pair in FRESH.items() if residual in pair)
 
 
 @torch.no_grad()

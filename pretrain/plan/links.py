@@ -5,7 +5,7 @@ For other numbers of ranks they are used unchanged, unless `for_ranks` scales th
 """
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GPUS_PER_NODE = 8
 KIB, MIB = 2**10, 2**20
@@ -49,8 +49,14 @@ class Link:
         if ranks == 1:
             return PRESETS["zero"]
         factor = ((ranks - 1) / ranks) / ((self.ranks - 1) / self.ranks)
+        return replace(self.with_bandwidth(1 / factor), ranks=ranks)
+
+    def with_bandwidth(self, times: float) -> "Link":
+        """The same link with this many times its bandwidth: all above the latency takes less time."""
         low = self.latency_s
-        return Link(tuple((size, low + factor * (s - low)) for size, s in self.points), ranks)
+        return replace(
+            self, points=tuple((size, low + (s - low) / times) for size, s in self.points)
+        )
 
 
 PRESETS: dict[str, Link] = {

@@ -7,7 +7,7 @@ tests/unit/pretrain/plan/test_memory.py with peaks measured on an H100. HEADROOM
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
-from megatron_ladder.config import ModelConfig, Recompute
+from megatron_ladder.config import PARALLEL, ModelConfig, Recompute
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Recipe
 from pretrain.config.train import TrainConfig
@@ -75,7 +75,7 @@ class MemoryPlan:
 
 
 def attention_bytes(
-    model: ModelConfig, seq_length: int, attention: Attention, *, again: bool, masked: bool = False
+    model: ModelConfig, seq_length: int, attention: Attention, *, again: bool, apart: bool = False
 ) -> float:
     """Bytes that all heads keep for a token between attention's first linear and its second.
 
@@ -85,11 +85,12 @@ def attention_bytes(
                   torch's, in fp32                                                 7 w
                   megatron-core's, if each head has its own keys: values are a     6 w
                   view of the linear's whole output, which is kept
-    Fused attention also keeps 4 bytes of log-sums for each head. With masks it keeps keys and values
-    repeated for their group's heads. Unfused attention also keeps scores (SCORES).
+    Fused attention also keeps 4 bytes of log-sums for each head, and with documents apart a copy of the
+    output. Unfused attention also keeps scores (SCORES): with documents apart those of a document's own
+    tokens, and here each sequence counts as one document.
 
     Args:
-        masked: documents do not attend to each other.
+        apart: documents do not attend to each other.
         again: attention is computed again in backward. It keeps its inputs and its output: 3 w + 3 kv, as
             values are a view of the linear's whole output. There are no log-sums.
     """
@@ -98,7 +99,7 @@ def attention_bytes(
     if again:
         return BF16 * 3 * (width + keys)
     if attention in ("te", "torch"):
-        return BF16 * 2 * (width + (width if masked else keys)) + FP32 * heads
+        return BF16 * (2 * (width + keys) + width * apart) + FP32 * heads
     numbers = {"te-unfused": 4, "torch-unfused": 7, "unfused": 6 if keys == width else 4}
     scores = SCORES[attention][1 if model.attention_dropout else 0]
     return BF16 * numbers[attention] * width + scores * heads * seq_length
@@ -114,7 +115,8 @@ def activation_bytes(
     recompute: Recompute,
     fp8: Fp8Recipe | None = None,
     attention: Attention = "te",
-    masked: bool = False,
+    apart: bool = False,
+    halves: bool = False,
 ) -> float:
     """Bytes that one layer keeps for backward, for one micro-batch, on one GPU.
 
@@ -123,7 +125,8 @@ def activation_bytes(
         the norms' outputs, which the first linears read        2 h
         attention                                               `attention_bytes`
         the outputs of the MLP's first linear and of SwiGLU     3 ffn
-    The first two are divided by tp only with sequence parallelism. A parallel layer has one norm.
+    The first two are divided by tp only with sequence parallelism. A layer of a parallel kind has one norm.
+    Two halves of a micro-batch keep as much as the whole.
     "selective" computes attention again and does not keep scores in memory. Fused attention has no scores,
     and keeps less than "selective" does.
 
@@ -131,51 +134,71 @@ def activation_bytes(
     kept twice, and gathered. Attention's output is kept in bf16 even so. With delayed scaling it is kept in
     FP8, and fused attention keeps it in bf16 as well.
 
-    With full recomputation a layer of megatron-core keeps its input. This project's layers recompute one
-    sub-module at a time. They keep each sub-module's input and the input of its norm. In FP8, ladder layers
-    keep the former in FP8; with scales of blocks they keep it twice, for both directions of the GEMMs.
+    With full recomputation a layer of megatron-core (standard, not in halves) keeps its input. This
+    project's layers recompute one sub-module at a time. They keep each sub-module's input and the input of
+    its norm. In FP8 they keep the former in FP8, except those of parallel kinds; with scales of blocks they
+    keep it twice, for both directions of the GEMMs.
     """
     h, ffn = model.hidden_size, model.ffn_hidden_size
     cut = tp if sp else 1
-    norms = 1 if model.residual == "parallel" else 2
+    parallel, own_layers = model.residual in PARALLEL, halves or not model.is_standard
+    norms = 1 if parallel else 2
     inputs: float = BF16 * norms * h / cut
-    outputs = BF16 * norms * h / (1 if sp and model.residual == "parallel" else cut)
+    outputs = BF16 * norms * h / (1 if sp and parallel else cut)
     number = FP8 * FP8_SCALES[fp8] if fp8 else BF16
-    in_fp8 = number * 2 * h / (1 if model.residual == "parallel" else cut)
+    in_fp8 = number * 2 * h / (1 if parallel else cut)
     if recompute == "full":
-        if fp8 and model.residual == "ladder":
+        if fp8 and own_layers and not parallel:
             outputs = in_fp8 * (1 if fp8 in ("delayed", "tensorwise") else 2)
-        return tokens * (inputs / norms if model.is_standard else inputs + outputs)
+        return tokens * (inputs + outputs if own_layers else inputs / norms)
     if fp8:
         outputs = in_fp8
     again = recompute == "selective"
     rest = (
-        attention_bytes(model, seq_length, attention, again=again, masked=masked)
+        attention_bytes(model, seq_length, attention, again=again, apart=apart)
         + (2 * BF16 + number) * ffn
     )
     if fp8 == "delayed":
-        kept_by_attention = attention in ("te", "torch") and not again
-        rest += (
-            (FP8 - (0 if kept_by_attention else BF16)) * model.num_attention_heads * model.head_dim
-        )
+        # The second linear keeps it in place of the output in bf16, unless attention keeps that very one.
+        shared = attention in ("te", "torch") and not again and not apart
+        rest += (FP8 - (0 if shared else BF16)) * model.num_attention_heads * model.head_dim
     return tokens * (inputs + outputs + rest / tp)
 
 
-def stage_parameters(config: TrainConfig, *, first: bool, last: bool) -> float:
+def stage_layers(config: TrainConfig) -> list[int]:
+    """The number of layers of each pipeline stage."""
+    parallel, pp = config.parallel, config.parallel.pipeline_model_parallel_size
+    first = parallel.num_layers_in_first_pipeline_stage
+    last = parallel.num_layers_in_last_pipeline_stage
+    given = [n for n in (first, last) if n is not None]
+    each = (config.model.num_layers - sum(given)) // max(1, pp - len(given))
+    between = [each] * (pp - 2)
+    ends = (each if first is None else first), (each if last is None else last)
+    return [ends[0], *between, ends[1]] if pp > 1 else [config.model.num_layers]
+
+
+def layer_parameters(config: TrainConfig) -> float:
+    """The number of parameters of a layer on one GPU."""
+    model = config.model
+    layers = model.num_parameters(embeddings=False) - model.hidden_size
+    return layers / model.num_layers / config.parallel.tensor_model_parallel_size
+
+
+def stage_parameters(config: TrainConfig, stage: int) -> float:
     """The number of parameters of a pipeline stage on one GPU.
 
     A tied embedding table counts on the first and on the last stage; without stages it counts once.
     """
     model, parallel = config.model, config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layers = (model.num_parameters(embeddings=False) - model.hidden_size) / pp / tp
-    table = model.padded_vocab_size * model.hidden_size / tp
+    pp = parallel.pipeline_model_parallel_size
+    table = model.padded_vocab_size * model.hidden_size / parallel.tensor_model_parallel_size
     tied = model.share_embeddings_and_output_weights and pp == 1
-    return layers + table * (int(first) + int(last and not tied))
+    tables = int(stage == 0) + int(stage == pp - 1 and not tied)
+    return stage_layers(config)[stage] * layer_parameters(config) + table * tables
 
 
 def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> MemoryPlan:
-    """The memory of the first or the last pipeline stage, whichever takes more.
+    """The memory of the pipeline stage that takes most.
 
     A parameter takes 2 bytes in bf16, 4 bytes for its fp32 gradient, and 12 bytes / dp in the distributed
     optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16).
@@ -193,8 +216,6 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
     seq_length = config.data.seq_length
     tokens = config.micro_batch_size * seq_length
     recipe = config.fp8.recipe
-    masked = not config.data.attend_across_documents
-    mask = BF16 * tokens * seq_length if masked else 0  # a micro-batch's layers share one mask
 
     def layer(recompute: Recompute) -> float:
         return activation_bytes(
@@ -206,7 +227,8 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
             recompute=recompute,
             fp8=recipe,
             attention=attention,
-            masked=masked,
+            apart=not config.data.attend_across_documents,
+            halves=parallel.tp_overlap == "halves",
         )
 
     backward = layer("none") if config.recompute == "full" else 0.0
@@ -218,23 +240,22 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
     logits = logit * tokens * model.padded_vocab_size / tp
     state = FP32 + 2 * (BF16 if config.optimizer.moments == "bf16" else FP32)
     most = config.num_microbatches(dp) * vpp
-    in_fp8 = model.num_layers - (
-        config.fp8.num_layers_at_start_in_bf16 + config.fp8.num_layers_at_end_in_bf16
-    )
+    not_in_fp8 = config.fp8.num_layers_at_start_in_bf16 + config.fp8.num_layers_at_end_in_bf16
+    layers = stage_layers(config)
     plans = []
-    for stage in {0, pp - 1}:
-        first, last = stage == 0, stage == pp - 1
+    for stage in {0, min(1, pp - 1), pp - 1}:  # of the stages between, the first has most in flight
         warm_up = (pp - 1 - stage) * (1 if vpp == 1 else 2) + (vpp - 1) * pp
         in_flight = min(warm_up + 1, most)
-        parameters = stage_parameters(config, first=first, last=last)
-        chunk = model.num_layers / (pp * vpp) * layer(config.recompute) + mask
+        parameters = stage_parameters(config, stage)
+        chunk = layers[stage] / vpp * layer(config.recompute)
         weights, copies = BF16 * parameters, 0.0
         if recipe:
-            linears = stage_parameters(config, first=False, last=False) * in_fp8 / model.num_layers
+            linears = layers[stage] * layer_parameters(config)
+            linears *= 1 - not_in_fp8 / model.num_layers
             copies = 2 * FP8 * FP8_WEIGHT_SCALES[recipe] * linears
             if config.fp8.primary_weights:  # the FP8 weights replace those in bf16
                 weights -= BF16 * linears
-        at_the_loss = last and logits > backward
+        at_the_loss = stage == pp - 1 and logits > backward
         plans.append(
             MemoryPlan(
                 weights=weights,

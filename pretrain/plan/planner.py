@@ -1,20 +1,24 @@
 """A model of the time of a training step, with which `megatron-ladder bench plan` compares layouts.
 
 Nothing here is measured. The time of an operation is its count of operations, divided by the device's peak
-and an assumed efficiency. Collectives go over a modelled link (links.py). In the model a hidden collective
-does not slow compute, which is too favourable for all that overlaps. Use it to compare layouts, not to
-predict a time.
+and an assumed efficiency, and a fixed time for each kernel. Collectives go over a modelled link (links.py).
+In the model a hidden collective does not slow compute, which is too favourable for all that overlaps. Use
+it to compare layouts, not to predict a time.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ladder.config import ModelConfig, Recompute
+from megatron_ladder.config import PARALLEL, STALE, ModelConfig, Recompute
 from megatron_ladder.errors import UserError
+from megatron_ladder.fields.windows import attention_length
 from pretrain.plan.links import GPUS_PER_NODE, PRESETS, Link, Network
 from pretrain.run.metrics import peak_flops
 
 BF16, FP32 = 2, 4  # bytes
+# Kernels of a sub-module's forward. Attention: norm, q-k-v, RoPE, core attention, projection, add. MLP:
+# norm, gate and up, SwiGLU, down, add.
+ATTENTION_KERNELS, MLP_KERNELS = 6, 5
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Submodule:
 
 @dataclass(frozen=True)
 class _Unit:
-    """The compute between two waits: one sub-module, or several that share one collective."""
+    """The compute between two waits: one sub-module or half of it, or several that share a collective."""
 
     forward_s: float
     backward_s: float
@@ -54,6 +58,7 @@ def pass_seconds(
     *,
     sequence_parallel: bool = False,
     recompute: Recompute = "none",
+    halves: bool = False,
 ) -> tuple[float, float]:
     """Forward and backward time of a stack of layers for one micro-batch. A model, not a measurement.
 
@@ -61,38 +66,46 @@ def pass_seconds(
     another, in the order in which they are started. At the end of each pass all of them are complete.
 
     In forward, the collective of a sub-module's output is started when the sub-module ends:
-        standard  waited for at once
-        ladder    waited for when the sub-module after the next begins, so the next one hides it
-        parallel  one for each layer, after attention and MLP, waited for at once
-        desync-n  one for every n sub-modules, and one at the end, waited for at once
-        no-comm   none
+        standard         waited for at once
+        ladder           waited for when the sub-module after the next begins, so the next one hides it
+        parallel         one for each layer, after attention and MLP, waited for at once
+        parallel-ladder  the same one, waited for when the layer after the next begins
+        desync-n         one for every n sub-modules, and one at the end, waited for at once
+        no-comm          none
     A ladder layer's attention reads the state after the attention of the layer before, whatever that
     layer's kind. So it hides the collective of a standard layer's MLP. A standard layer waits for all.
 
-    In backward, an input gradient's collective is started before the first linear's weight gradient:
-        standard  waited for after that weight gradient
-        ladder    waited for after the whole backward of the sub-module before
-        parallel, desync-n  started after the whole backward of the layer or group, waited for at once
+    In backward, an input gradient's collective is started before the first linear's weight gradient (of
+    parallel kinds: attention's, which comes last):
+        standard, parallel       waited for after that weight gradient
+        ladder, parallel-ladder  waited for after the whole backward of the sub-module (the layer) before
+        desync-n                 started after the whole backward of the group, waited for at once
+
+    In halves, a standard or parallel layer runs each of its sub-modules twice, for one half of the
+    micro-batch and for the other. The collective of a half is waited for when the next sub-module of the
+    same half begins, so the other half hides it, in backward too.
 
     With sequence parallelism each collective is a reduce-scatter and an all-gather of half the time.
-    Backward gathers the input once more, and the first linear's weight gradient waits for it.
+    Backward gathers the input once more, and the first linear's weight gradient waits for it. Parallel
+    kinds kept the gathered input.
     (In megatron-core less compute hides that; the difference favours standard.)
 
-    With recompute="full", backward begins with the recomputed forward. Ladder, parallel and desync layers
-    recompute without the output's collectives, because no gradient needs them: see
-    megatron_ladder/layers/recompute.py. A standard layer repeats the collective of attention. megatron-core
-    also repeats that of the MLP, although nothing reads the result; leaving it out favours standard.
+    With recompute="full", backward begins with the recomputed forward. This project's layers recompute
+    without the output's collectives, because no gradient needs them (megatron_ladder/layers/recompute.py).
+    megatron-core's standard layer, without halves, repeats the collective of attention. megatron-core also
+    repeats that of the MLP, although nothing reads the result; leaving it out favours standard.
     "selective" changes nothing here: add the second forward of core attention to attention.backward_s.
 
     Args:
         residuals: the residual kind of each layer.
-        attention, mlp: the compute of one layer's sub-modules.
-        collective_s: the time of one all-reduce of a residual state.
+        attention, mlp: the compute of one layer's sub-modules; with `halves`, of half a micro-batch.
+        collective_s: the time of one all-reduce of a residual state; with `halves`, of half a micro-batch.
+        halves: standard and parallel layers run in two halves of the micro-batch.
 
     Returns:
         Seconds of forward and of backward.
     """
-    units = _units(residuals, attention, mlp, recompute == "full", sequence_parallel)
+    units = _units(residuals, attention, mlp, recompute == "full", sequence_parallel, halves)
     share = 0.5 if sequence_parallel else 1.0
     reduce_s = share * collective_s
     gather_s = collective_s - reduce_s
@@ -100,21 +113,32 @@ def pass_seconds(
 
 
 def _units(
-    residuals: Sequence[str], attention: Submodule, mlp: Submodule, full: bool, sp: bool
+    residuals: Sequence[str],
+    attention: Submodule,
+    mlp: Submodule,
+    full: bool,
+    sp: bool,
+    halves: bool,
 ) -> list[_Unit]:
     units: list[_Unit] = []
     group: list[Submodule] = []  # desync's sub-modules since the last collective
 
-    def merged(parts: Sequence[Submodule]) -> _Unit:
+    def merged(parts: Sequence[Submodule], weight_gradient_s: float = 0.0, lag: int = 1) -> _Unit:
         forward_s = sum(p.forward_s for p in parts)
-        again_s = forward_s if full else 0.0
         backward_s = sum(p.backward_s for p in parts)
-        return _Unit(forward_s, backward_s, gathers_again=False, recompute_s=again_s)
+        again_s = forward_s if full else 0.0
+        return _Unit(
+            *(forward_s, backward_s, weight_gradient_s, lag),
+            gathers_again=False,
+            recompute_s=again_s,
+        )
 
     for residual in residuals:
         name, _, interval = residual.partition("-")
-        if residual == "parallel":
-            units.append(merged((attention, mlp)))
+        lag = 2 if halves or residual in STALE else 1
+        calls = 2 if halves else 1
+        if residual in PARALLEL:
+            units += [merged((attention, mlp), attention.weight_gradient_s, lag)] * calls
         elif name == "desync" and interval.isdigit() and int(interval) > 0:
             for part in (attention, mlp):
                 group.append(part)
@@ -122,24 +146,24 @@ def _units(
                     units.append(merged(group))
                     group = []
         elif residual in ("standard", "ladder", "no-comm"):
-            whole_layer_s = attention.forward_s + mlp.forward_s
             for part in (attention, mlp):
                 again_s, collectives = part.forward_s, 0.0
-                if residual == "standard":  # recomputes the whole layer before its MLP's backward
-                    again_s = whole_layer_s if part is mlp else 0.0
+                if (
+                    residual == "standard" and not halves
+                ):  # the whole layer, before its MLP's backward
+                    again_s = attention.forward_s + mlp.forward_s if part is mlp else 0.0
                     # Gathering two inputs and scattering one output is 3 times half an all-reduce.
                     collectives = (1.5 if sp else 1.0) if part is mlp else 0.0
-                units.append(
-                    _Unit(
-                        part.forward_s,
-                        part.backward_s,
-                        part.weight_gradient_s,
-                        lag=2 if residual == "ladder" else 1,
-                        communicates=residual != "no-comm",
-                        recompute_s=again_s if full else 0.0,
-                        recompute_collectives=collectives if full else 0.0,
-                    )
+                unit = _Unit(
+                    part.forward_s,
+                    part.backward_s,
+                    part.weight_gradient_s,
+                    lag=lag,
+                    communicates=residual != "no-comm",
+                    recompute_s=again_s if full else 0.0,
+                    recompute_collectives=collectives if full else 0.0,
                 )
+                units += [unit] * calls
         else:
             raise ValueError(f"no residual kind {residual!r}")
     return [*units, merged(group)] if group else units
@@ -244,6 +268,12 @@ class Hardware:
     """The layers' GEMMs are in FP8, at twice the peak; attention and the output head stay in bf16."""
     gemm_efficiency: float = 0.65
     attention_efficiency: float = 0.5
+    kernel_s: float = 12e-6
+    """What each kernel takes besides: its launch, and multiprocessors that have no work at its end. So a
+    GEMM of fewer tokens, or of a thinner part of a matrix, is less efficient. From two steps measured on
+    an H100 (test_against_an_h100.py): one micro-batch takes less time than two of half its size."""
+    link_bandwidth: float = 1.0
+    """Times the bandwidth of the published link. Its latency stays."""
 
     def gemm_s(self, flops: float, *, fp8: bool = False) -> float:
         return flops / (self.device.peak_flops * self.gemm_efficiency * (2 if fp8 else 1))
@@ -258,7 +288,7 @@ class Hardware:
         name = self.link or ("nvswitch" if tp <= GPUS_PER_NODE else "two-nodes")
         if name not in PRESETS:
             raise UserError(f"no link {name!r}: choose one of {', '.join(PRESETS)}")
-        return PRESETS[name].for_ranks(tp)
+        return PRESETS[name].for_ranks(tp).with_bandwidth(self.link_bandwidth)
 
 
 def submodules(
@@ -266,29 +296,33 @@ def submodules(
 ) -> tuple[Submodule, Submodule]:
     """The compute of one layer's attention and MLP for a micro-batch of `tokens` tokens.
 
-    - GEMMs: 2 operations for each weight and token, twice that in backward. In the model, GEMMs do not slow
-      down when they get thin at large tp.
+    - GEMMs: 2 operations for each weight and token, twice that in backward.
     - Flash attention: 4 t s h operations, of which half are masked out, and less with sliding windows, as
       a mean over layers; 2.5 times that in backward (five products instead of two).
     - Norm, RoPE, SwiGLU and residual add: bytes through memory, twice that in backward. Norm and add work
       on whole states, unless sequence parallelism divides them.
+    - The kernels of these, twice as many in backward. Parallel kinds have one norm.
     """
     h, kv, ffn = model.hidden_size, model.kv_heads * model.head_dim, model.ffn_hidden_size
 
     def gemm(inputs: int, outputs: int) -> float:
         return hardware.gemm_s(2.0 * tokens * inputs * outputs / tp, fp8=hardware.fp8)
 
-    def submodule(first: float, second: float, core: float, elements: float) -> Submodule:
-        memory = hardware.memory_s(BF16 * tokens * elements)
+    def submodule(
+        first: float, second: float, core: float, elements: float, kernels: int
+    ) -> Submodule:
+        memory = hardware.memory_s(BF16 * tokens * elements) + kernels * hardware.kernel_s
         backward = 2 * (first + second) + 2.5 * core + 2 * memory
-        return Submodule(first + second + core + memory, backward, weight_gradient_s=first)
+        return Submodule(first + second + core + memory, backward, first + hardware.kernel_s)
 
     cut = tp if sp else 1
     norm, add = 2 * h / cut, 3 * h / cut  # elements that are read and written for each token
-    core = hardware.attention_s(2.0 * tokens * model.attention_length(seq_length) * h / tp)
-    attention = submodule(gemm(h, h + 2 * kv), gemm(h, h), core, norm + 2 * (h + kv) / tp + add)
-    mlp_norm = 0.0 if model.residual == "parallel" else norm
-    mlp = submodule(gemm(h, 2 * ffn), gemm(ffn, h), 0.0, mlp_norm + 3 * ffn / tp + add)
+    core = hardware.attention_s(2.0 * tokens * attention_length(model, [seq_length]) * h / tp)
+    elements = norm + 2 * (h + kv) / tp + add
+    attention = submodule(gemm(h, h + 2 * kv), gemm(h, h), core, elements, ATTENTION_KERNELS)
+    norms = 0 if model.residual in PARALLEL else 1
+    elements = norms * norm + 3 * ffn / tp + add
+    mlp = submodule(gemm(h, 2 * ffn), gemm(ffn, h), 0.0, elements, MLP_KERNELS - 1 + norms)
     return attention, mlp
 
 
@@ -297,8 +331,11 @@ class Row:
     """One layout of one residual kind. Shares are of step_s; times in seconds, modelled."""
 
     residual: str
+    halves: bool
     tp: int
     pp: int
+    last_stage: int
+    """Layers of the last pipeline stage; the others share the rest."""
     vpp: int
     dp: int
     sequence_parallel: bool
@@ -318,8 +355,8 @@ class Row:
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """All but the residual kind."""
-        layout = (self.tp, self.pp, self.vpp, self.dp, self.sequence_parallel)
+        """All but the residual kind and the halves."""
+        layout = (self.tp, self.pp, self.last_stage, self.vpp, self.dp, self.sequence_parallel)
         return (*layout, self.micro_batch_size, self.recompute)
 
     @property

@@ -1,23 +1,49 @@
 """Layouts of a model on a cluster: the step time of each, by planner.py's model, and the fastest ones."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron_ladder.config import ParallelConfig, Recompute, Residual, check_layout
+from megatron_ladder.config import (
+    STALE,
+    ParallelConfig,
+    Recompute,
+    Residual,
+    TpOverlap,
+    check_layout,
+)
 from megatron_ladder.errors import UserError
+from megatron_ladder.fields.windows import attention_length
 from pretrain.config.train import TrainConfig
-from pretrain.plan.memory import memory_plan, room, stage_parameters
-from pretrain.plan.planner import BF16, FP32, Hardware, Row, pass_seconds, submodules
+from pretrain.plan.memory import memory_plan, room, stage_layers, stage_parameters
+from pretrain.plan.planner import BF16, FP32, Device, Hardware, Row, pass_seconds, submodules
 from pretrain.run.metrics import flops_per_token
 
-KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder")
+KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder", "parallel-ladder")
+WAYS: tuple[tuple[Residual, TpOverlap], ...] = (
+    ("standard", "none"),
+    ("standard", "halves"),
+    ("parallel", "none"),
+    ("parallel", "halves"),
+    ("ladder", "none"),
+    ("parallel-ladder", "none"),
+)
+LESS_IN_LAST_STAGE = 4
+"""By how many layers the last pipeline stage may be shorter, because it has the output head."""
+
+_pass_seconds = functools.lru_cache(maxsize=100_000)(pass_seconds)  # layouts share many passes
+
+
+def way(residual: Residual, overlap: TpOverlap) -> str:
+    """The name of a residual kind and of how its collectives are hidden: "standard", "standard, halves"."""
+    return f"{residual}, halves" if overlap == "halves" else residual
 
 
 def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     """The time of one layout's step. A model, not a measurement.
 
-    - Every stage takes as long as the last one, which has the output head.
+    - Every stage takes as long as the slowest one. The last one has the output head.
     - A chunk's last collective is exposed, because none may be under way across a stage's boundary.
     - The bubble is (pp - 1) times a chunk's forward and backward.
     - Transfers between stages are exposed: in 1F1B twice for each micro-batch, in the interleaved schedule
@@ -34,44 +60,65 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     chunks, sp = parallel.num_chunks, parallel.sequence_parallel
     dp = parallel.data_parallel_size(gpus)
     micro_batches = config.num_microbatches(dp)
+    halves = parallel.tp_overlap == "halves"
     tokens = config.micro_batch_size * seq_length
-
-    attention, mlp = submodules(model, hardware, tokens=tokens, seq_length=seq_length, tp=tp, sp=sp)
     state = BF16 * tokens * model.hidden_size
-    link_s = hardware.link_for(tp).all_reduce_seconds(state) if tp > 1 else 0.0
-    layers = model.layer_residuals()[: model.num_layers // (pp * chunks)]
-    forward_s, backward_s = pass_seconds(
-        layers, attention, mlp, link_s, sequence_parallel=sp, recompute=config.recompute
+    calls = 2 if halves else 1
+    attention, mlp = submodules(
+        model, hardware, tokens=tokens // calls, seq_length=seq_length, tp=tp, sp=sp
     )
-    own_forward_s, own_backward_s = pass_seconds(
-        layers, attention, mlp, 0.0, sequence_parallel=sp, recompute=config.recompute
-    )
-    chunk_s, own_chunk_s = forward_s + backward_s, own_forward_s + own_backward_s
+    link_s = hardware.link_for(tp).all_reduce_seconds(state / calls) if tp > 1 else 0.0
     head_s = 3 * hardware.gemm_s(2.0 * tokens * model.hidden_size * model.padded_vocab_size / tp)
+    stages: list[list[tuple[Residual, ...]]] = [[] for _ in range(pp)]
+    left = list(model.layer_residuals())
+    for _, (stage, count) in itertools.product(range(chunks), enumerate(stage_layers(config))):
+        stages[stage].append(tuple(left[: count // chunks]))
+        del left[: count // chunks]
 
-    compute_s = micro_batches * (chunks * own_chunk_s + head_s)
-    exposed_tp_s = micro_batches * chunks * (chunk_s - own_chunk_s)
-    bubble_s = (pp - 1) * (chunk_s + head_s / chunks)
-    sent = state * (2 if model.residual == "ladder" else 1) / (tp if sp else 1)
+    def seconds(collective_s: float) -> list[tuple[float, float]]:
+        """Forward and backward of each stage's layers, for one micro-batch."""
+        passes = {
+            part: _pass_seconds(
+                *(part, attention, mlp, collective_s),
+                sequence_parallel=sp,
+                recompute=config.recompute,
+                halves=halves,
+            )
+            for part in set(itertools.chain(*stages))
+        }
+        found = [[passes[part] for part in stage] for stage in stages]
+        return [(sum(f for f, _ in stage), sum(b for _, b in stage)) for stage in found]
+
+    times = seconds(link_s)
+    slowest = max(range(pp), key=lambda i: sum(times[i]) + (head_s if i == pp - 1 else 0.0))
+    forward_s, backward_s = times[slowest]
+    stage_s, own_stage_s = forward_s + backward_s, sum(seconds(0.0)[slowest])
+    if slowest < pp - 1:
+        head_s = 0.0
+
+    compute_s = micro_batches * (own_stage_s + head_s)
+    exposed_tp_s = micro_batches * (stage_s - own_stage_s)
+    bubble_s = (pp - 1) * (stage_s + head_s) / chunks
+    sent = state * (2 if STALE.intersection(model.layer_residuals()) else 1) / (tp if sp else 1)
     sends = 0 if pp == 1 else 2 * (micro_batches if chunks == 1 else pp - 1)
     transfers_s = sends * hardware.network.seconds(sent)
-    parameters = stage_parameters(config, first=True, last=pp == 1) * (dp - 1) / dp
+    parameters = stage_parameters(config, 0) * (dp - 1) / dp
     gradients_s = hardware.network.seconds(FP32 * parameters)
     gather_s = hardware.network.seconds(BF16 * parameters)
-    exposed_dp_s = max(0.0, gradients_s - chunks * backward_s) + max(
-        0.0, gather_s - chunks * forward_s
-    )
+    exposed_dp_s = max(0.0, gradients_s - backward_s) + max(0.0, gather_s - forward_s)
     step_s = compute_s + exposed_tp_s + bubble_s + transfers_s + exposed_dp_s
     flops = config.tokens_per_step * flops_per_token(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        seq_length=model.attention_length(seq_length),
+        seq_length=attention_length(model, [seq_length]),
         matmul_parameters=model.num_matmul_parameters(),
     )
     return Row(
         residual=model.residual,
+        halves=halves,
         tp=tp,
         pp=pp,
+        last_stage=stage_layers(config)[-1],
         vpp=chunks,
         dp=dp,
         sequence_parallel=sp,
@@ -89,23 +136,30 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     )
 
 
-def layouts(config: TrainConfig, gpus: int) -> Iterator[TrainConfig]:
-    """Every layout of `config` on this number of GPUs that the trainer accepts."""
+def layouts(config: TrainConfig, gpus: int, overlap: TpOverlap = "none") -> Iterator[TrainConfig]:
+    """Layouts of `config` on this number of GPUs that the trainer accepts.
+
+    Not all of them: TP is a power of two, with sequence parallelism; PP divides the layers; VPP is 1, 2 or
+    4; a micro-batch has up to 16 sequences, a power of two.
+    """
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= gpus]
     stages = [n for n in range(1, config.model.num_layers + 1) if config.model.num_layers % n == 0]
     # "selective" is left out: flash attention keeps no scores, so there is nothing to gain.
     recomputes: tuple[Recompute, ...] = ("none", "full")
-    for tp, pp, chunks, micro, recompute in itertools.product(
-        sizes, stages, (1, 2, 4), (1, 2, 4), recomputes
+    for tp, pp, less, chunks, micro, recompute in itertools.product(
+        sizes, stages, range(LESS_IN_LAST_STAGE + 1), (1, 2, 4), (1, 2, 4, 8, 16), recomputes
     ):
-        if tp * pp > gpus or gpus % (tp * pp) or (pp == 1 and chunks > 1):
+        if tp * pp > gpus or gpus % (tp * pp) or (pp == 1 and (chunks > 1 or less)):
             continue
+        last = config.model.num_layers // pp - less
         try:
             parallel = ParallelConfig(
                 tensor_model_parallel_size=tp,
                 sequence_parallel=tp > 1,
                 pipeline_model_parallel_size=pp,
                 virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+                num_layers_in_last_pipeline_stage=last if less else None,
+                tp_overlap=overlap,
             )
             check_layout(config.model, parallel)
             laid_out = replace(
@@ -117,31 +171,52 @@ def layouts(config: TrainConfig, gpus: int) -> Iterator[TrainConfig]:
         yield laid_out
 
 
-def search(config: TrainConfig, gpus: int, hardware: Hardware) -> dict[Residual, list[Row]]:
-    """The layouts of each residual kind that fit in memory, the fastest first.
+def fitting(config: TrainConfig, gpus: int, device: Device) -> dict[str, list[TrainConfig]]:
+    """The layouts that fit in memory, by `way`. Halves need several tensor-parallel ranks: they may be
+    missing.
 
     Raises:
         UserError: no layout divides over the GPUs, or none fits in memory.
     """
-    limit = room(hardware.device.memory_bytes)
-    found: dict[Residual, list[Row]] = {}
-    for kind in KINDS:
+    limit = room(device.memory_bytes)
+    found = {}
+    for kind, overlap in WAYS:
         model = replace(config.model, residual=kind, ladder_layers=None)
-        candidates = list(layouts(replace(config, model=model), gpus))
-        if not candidates:
+        candidates = list(layouts(replace(config, model=model), gpus, overlap))
+        if not candidates and overlap == "none":
             raise UserError(
                 f"this model cannot be divided over {gpus} GPUs with global_batch_size "
                 f"{config.global_batch_size}: no layout is possible. Change one of the two"
             )
-        rows = [
-            row(c, gpus, hardware)
+        fits = [
+            c
             for c in candidates
             if memory_plan(c, c.parallel.data_parallel_size(gpus)).total <= limit
         ]
-        if not rows:
+        if not fits and overlap == "none":
             raise UserError(
-                f"no layout fits in {hardware.device.memory_bytes / 1e9:.0f} GB a GPU: "
+                f"no layout fits in {device.memory_bytes / 1e9:.0f} GB a GPU: "
                 "use more GPUs, or a shorter --seq-length"
             )
-        found[kind] = sorted(rows, key=lambda r: r.step_s)
+        if fits:
+            found[way(kind, overlap)] = fits
     return found
+
+
+def ranked(
+    fits: dict[str, list[TrainConfig]], gpus: int, hardware: Hardware
+) -> dict[str, list[Row]]:
+    """The times of these layouts, the fastest of each way first."""
+    return {
+        name: sorted((row(c, gpus, hardware) for c in configs), key=lambda r: r.step_s)
+        for name, configs in fits.items()
+    }
+
+
+def search(config: TrainConfig, gpus: int, hardware: Hardware) -> dict[str, list[Row]]:
+    """The layouts that fit in memory, by `way`, the fastest first.
+
+    Raises:
+        UserError: no layout divides over the GPUs, or none fits in memory.
+    """
+    return ranked(fitting(config, gpus, hardware.device), gpus, hardware)

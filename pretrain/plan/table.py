@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import io
 import json
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,12 +17,14 @@ from pretrain.files import write_atomically
 from pretrain.plan.estimate import STORAGE_BYTES_PER_S, estimate, format_estimate
 from pretrain.plan.links import network_of
 from pretrain.plan.planner import DEVICES, Hardware, Row
-from pretrain.plan.search import search
+from pretrain.plan.search import fitting, ranked
+from pretrain.plan.verdict import LEARNED_WORST, verdict
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Rank the layouts of a preset on a cluster, for each residual kind. Modelled, not measured."""
+    """Does a ladder model pay on a cluster? Rank the layouts of a preset, for each residual kind, with the
+    collectives of standard and parallel layers hidden in halves too. Modelled, not measured."""
 
     preset: str
     """A preset of `train`; its model, sequence length and global batch."""
@@ -40,15 +43,15 @@ class PlanOptions:
     fp8: bool = False
     """The layers' GEMMs in fp8."""
     top: int = 3
-    """Layouts to print of each residual kind."""
+    """Layouts to print of each residual kind, and of its halves."""
     json: Path | None = None
     """Write every layout that fits."""
     png: Path | None = None
-    """Draw the best layout of each residual kind."""
+    """Draw the best layout of each residual kind, and of its halves."""
 
 
-def main_plan(options: PlanOptions) -> int:
-    """Prints the plan. Raises UserError on wrong options, and when no layout fits."""
+def setup(options: PlanOptions) -> tuple[TrainConfig, Hardware]:
+    """The run to lay out, and the GPUs and links. Raises UserError on wrong options."""
     if options.preset not in PRESETS:
         near = difflib.get_close_matches(options.preset, PRESETS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -71,21 +74,33 @@ def main_plan(options: PlanOptions) -> int:
     device = DEVICES[options.device]
     if options.fp8 and not device.fp8:
         raise UserError(f"--fp8: {options.device} has no fp8 units: leave --fp8 out")
-    hardware = Hardware(
-        device, network_of(options.network_gbit_per_s), link=options.link, fp8=options.fp8
-    )
-    found = search(config, options.gpus, hardware)
+    network = network_of(options.network_gbit_per_s)
+    return config, Hardware(device, network, link=options.link, fp8=options.fp8)
+
+
+def main_plan(options: PlanOptions) -> int:
+    """Prints the plan. Raises UserError on wrong options, and when no layout fits."""
+    config, hardware = setup(options)
+    fits = fitting(config, options.gpus, hardware.device)
+    found = ranked(fits, options.gpus, hardware)
     link = options.link or "nvswitch up to TP 8, two-nodes beyond"
     print(
         f"{options.preset} on {options.gpus} x {options.device}: modelled, not measured.\n"
         f"Assumed: {hardware.gemm_efficiency:.0%} of the GEMM peak, "
         f"{hardware.attention_efficiency:.0%} in attention; link {link}; "
-        f"{options.network_gbit_per_s:g} Gb/s a GPU between nodes; sequence {data.seq_length}, "
-        f"global batch {batch}. docs/design/planner.md says what the model leaves out.\n"
+        f"{options.network_gbit_per_s:g} Gb/s a GPU between nodes; sequence {config.data.seq_length}, "
+        f"global batch {config.global_batch_size}. docs/design/planner.md says what the model leaves out.\n"
     )
+    for paragraph in verdict(fits, found, options.gpus, hardware):
+        print(textwrap.fill(paragraph, width=108))
+    warning = (
+        "standard in halves computes what standard does. The other kinds are other models: compare their "
+        f"loss as well (docs/guides/does-it-pay.md). {LEARNED_WORST} Speed alone is no reason to take it."
+    )
+    print(textwrap.fill(warning, width=108) + "\n")
     print(table(found, options.top))
-    kind: Residual = model.residual if model.residual in found else "standard"
-    chosen = laid_out(replace(config, model=replace(model, residual=kind)), found[kind][0])
+    kind: Residual = config.model.residual if config.model.residual in found else "standard"
+    chosen = laid_out(replace(config, model=replace(config.model, residual=kind)), found[kind][0])
     print(f"\nThe preset's run with the first {kind} layout:")
     storage = options.storage_gb_per_s * 1e9
     found_run = estimate(chosen, ranks=options.gpus, hardware=hardware, storage_bytes_per_s=storage)
@@ -105,6 +120,8 @@ def laid_out(config: TrainConfig, layout: Row) -> TrainConfig:
         sequence_parallel=layout.sequence_parallel,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        num_layers_in_last_pipeline_stage=layout.last_stage if layout.pp > 1 else None,
+        tp_overlap="halves" if layout.halves else "none",
     )
     return replace(
         config,
@@ -114,24 +131,26 @@ def laid_out(config: TrainConfig, layout: Row) -> TrainConfig:
     )
 
 
-def table(found: dict[Residual, list[Row]], top: int) -> str:
-    """The `top` fastest layouts of each kind as a table.
+def table(found: dict[str, list[Row]], top: int) -> str:
+    """The `top` fastest layouts of each way as a table.
 
-    Each is compared with the fastest standard layout, and with the standard kind at the same layout.
+    Each is compared with the fastest standard layout without halves, and with the standard kind without
+    halves at the same layout.
     """
     standard = {r.layout: r for r in found["standard"]}
     best = found["standard"][0]
     lines = [
-        f"{'':10}{'TP':>4}{'PP':>4}{'VPP':>4}{'DP':>5}{'mbs':>4} {'recompute':10}"
+        f"{'':17}{'TP':>4}{'PP':>4}{'last':>5}{'VPP':>4}{'DP':>5}{'mbs':>4} {'recompute':10}"
         f"{'step s':>8}{'MFU':>7}{'GB':>6}{'bubble':>8}{'TP exposed':>11}"
         f"{'x best std':>11}{'x same std':>11}"
     ]
-    for kind, rows in found.items():
+    for name, rows in found.items():
         for row in rows[:top]:
             same = standard.get(row.layout)
             against_same = f"{same.step_s / row.step_s:11.3f}" if same else f"{'does not fit':>11}"
             lines.append(
-                f"{kind:10}{row.tp:4}{row.pp:4}{row.vpp:4}{row.dp:5}{row.micro_batch_size:4} "
+                f"{name:17}{row.tp:4}{row.pp:4}{row.last_stage:5}{row.vpp:4}{row.dp:5}"
+                f"{row.micro_batch_size:4} "
                 f"{row.recompute:10}{row.step_s:8.2f}{row.mfu:7.1%}{row.memory_gb:6.0f}"
                 f"{row.bubble:8.1%}{row.exposed_tp:11.1%}"
                 f"{best.step_s / row.step_s:11.3f}{against_same}"
@@ -139,8 +158,8 @@ def table(found: dict[Residual, list[Row]], top: int) -> str:
     return "\n".join(lines)
 
 
-def draw(best: dict[Residual, Row]) -> bytes:
-    """A PNG of the parts of a step's time, with one bar for each kind."""
+def draw(best: dict[str, Row]) -> bytes:
+    """A PNG of the parts of a step's time, with one bar for each way."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -164,7 +183,7 @@ def draw(best: dict[Residual, Row]) -> bytes:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("seconds a step (modelled)")
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130)
     return out.getvalue()

@@ -105,7 +105,7 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
     """
     saved = dist_checkpointing.load_content_metadata(str(path))
     same_layout = saved.get("rng") == random_states.kinds()
-    weights = _weights(model)
+    weights = {name: _without_states_of_norms(part) for name, part in _weights(model).items()}
     with loading_optimizer(optimizer):
         shards = optimizer_shards(optimizer, weights, is_loading=True)
         state = {**weights, "optimizer": shards.state()}
@@ -114,7 +114,8 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
         loaded = load_in_parallel(state, path)
         shards.restore(loaded["optimizer"])
     for name, chunk in model_chunks(model).items():
-        chunk.load_state_dict(loaded[name])
+        missing, unknown = chunk.load_state_dict(loaded[name], strict=False)
+        assert not unknown and all(map(_is_state_of_norm, missing)), missing
     shards.round_weights()
     scheduler.num_steps = 0  # loading adds to it, and a rollback loads into a scheduler in use
     scheduler.load_state_dict(loaded["scheduler"])
@@ -124,6 +125,16 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
     else:
         random_states.reseed(progress.step)
     return progress
+
+
+def _without_states_of_norms(chunk: dict[str, Any]) -> dict[str, Any]:
+    """Without the extra state of norms, which is empty. Transformer Engine's norms have it, but norms that
+    are local, or fused with a linear, do not: the checkpoint may come from either."""
+    return {name: value for name, value in chunk.items() if not _is_state_of_norm(name)}
+
+
+def _is_state_of_norm(name: str) -> bool:
+    return name.endswith("norm._extra_state")
 
 
 @says_what_is_wrong

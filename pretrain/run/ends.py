@@ -72,9 +72,13 @@ def leave(status: int, message: str) -> bool:
     return is_first[0]
 
 
-def left() -> list[End]:
-    """What ranks of this start have left so far, the first one first."""
-    folder = os.environ.get(ENDS)
+def left(folder: str | None = None) -> list[End]:
+    """What ranks of a start have left so far, the first one first.
+
+    Args:
+        folder: of that start. None: of the start that this process belongs to.
+    """
+    folder = folder or os.environ.get(ENDS)
     found = []
     with contextlib.suppress(OSError):
         for path in Path(folder).glob("*.json") if folder else []:

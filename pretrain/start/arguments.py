@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tyro
 
+from megatron_ladder.config import PARALLEL, Residual
 from megatron_ladder.errors import UserError
 from pretrain.config.places import found_from, run_of, with_names
 from pretrain.config.presets import PRESETS
@@ -67,7 +68,8 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
     if chosen.ladder_layers:
         model = default.model
         if not chosen.init_from:  # a preset has no weights yet, so its residual kind may change
-            model = replace(model, residual="standard", ladder_layers=None)
+            fresh: Residual = "parallel" if model.residual in PARALLEL else "standard"
+            model = replace(model, residual=fresh, ladder_layers=None)
         model = with_ladder_layers(model, chosen.ladder_layers, chosen.init_from)
         default = replace(default, model=model)
     config = tyro.cli(
@@ -88,8 +90,8 @@ def _description() -> str:
     )
     return (
         f"Train a model. Defaults below are those of the chosen preset:\n\n{presets}\n\n"
-        "LAYERS make a standard model's layers ladder layers: last:N, all, layers from 0 (4,5,7), or "
-        "auto:N, the N that stand it best (`report depth` measures them).\n\n"
+        "LAYERS make layers of a standard or parallel model ladder layers: last:N, all, layers from 0 "
+        "(4,5,7), or auto:N, the N that stand it best (`report depth` measures them).\n\n"
         "--plan-only trains nothing: it says whether the run fits in the memory of the GPU here, or of one "
         "by name, on N ranks in all (--nproc-per-node)."
     )

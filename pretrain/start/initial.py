@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ladder.config import ModelConfig
+from megatron_ladder.config import PARALLEL, ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.fields import check_fields
 from megatron_ladder.json_files import read_json
@@ -110,7 +110,7 @@ def check_initial(config: TrainConfig, folders: list[DataFolder]) -> None:
     theirs = initial_model(config.init_from)
     changed = differences(theirs, config.model)
     wrong = {f"model.{name}": pair for name, pair in changed.items() if name not in FREE}
-    if (theirs.residual == "parallel") != (config.model.residual == "parallel"):
+    if (theirs.residual in PARALLEL) != (config.model.residual in PARALLEL):  # other norms
         wrong["model.residual"] = (theirs.residual, config.model.residual)
     if wrong:
         detail = "; ".join(f"{name}: {a} there, {b} here" for name, (a, b) in wrong.items())

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ladder.config import ModelConfig
+from megatron_ladder.config import FRESH, ModelConfig
 from megatron_ladder.errors import UserError
 
 Layers = int | tuple[int, ...] | None
@@ -11,7 +11,7 @@ Layers = int | tuple[int, ...] | None
 
 
 def with_ladder_layers(model: ModelConfig, given: str, measured: Path | None) -> ModelConfig:
-    """A standard model with the layers that `given` names made ladder layers; no weight is changed.
+    """A standard or parallel model with some layers made ladder layers; no weight is changed.
 
     Args:
         given: `last:N`, `all`, layer numbers from 0 (`0,2,5`), or `auto:N`: the N layers whose change
@@ -19,15 +19,16 @@ def with_ladder_layers(model: ModelConfig, given: str, measured: Path | None) ->
         measured: for `auto`, the run whose layers were measured.
 
     Raises:
-        UserError: `given` has none of these forms, nothing was measured, or the model is not standard.
+        UserError: `given` has none of these forms, nothing was measured, or the model is of another kind.
     """
     layers = auto_layers(given, measured) if is_auto(given) else parse_layers(given)
-    if set(model.layer_residuals()) != {"standard"}:
-        raise UserError(
-            f"--ladder-layers {given}: the model's residual is {model.residual} already; only the layers "
-            "of a standard model can be made ladder layers"
-        )
-    return replace(model, residual="ladder", ladder_layers=layers)
+    for stale, fresh in FRESH.items():
+        if set(model.layer_residuals()) == {fresh}:
+            return replace(model, residual=stale, ladder_layers=layers)
+    raise UserError(
+        f"--ladder-layers {given}: the model's residual is {model.residual} already; only the layers of a "
+        "standard or a parallel model can be made ladder layers"
+    )
 
 
 def is_auto(given: str) -> bool:

@@ -39,13 +39,18 @@ def local_ranks(config: TrainConfig, asked: int | None) -> int:
 
 def become_torchrun(ranks: int, *target: str) -> None:
     """Replaces this process by torchrun, with `ranks` local ranks that run `target`."""
+    command, environment = torchrun_command(ranks, *target)
+    os.execve(sys.executable, command, environment)  # noqa: S606 (a list, no shell)
+
+
+def torchrun_command(ranks: int, *target: str) -> tuple[list[str], dict[str, str]]:
+    """torchrun's command line for `ranks` local ranks that run `target`, and its environment."""
     environment = without_torchrun_options(dict(os.environ))
     environment.setdefault("OMP_NUM_THREADS", "1")
     if target[0] == "--module":
         _import_nothing_from_here(environment)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc-per-node={ranks}", *target]
-    os.execve(sys.executable, command, environment)  # noqa: S606 (a list, no shell)
+    return [*torchrun, f"--nproc-per-node={ranks}", *target], environment
 
 
 def launch(argv: list[str], ranks: int, run_dir: Path) -> int:

@@ -55,11 +55,7 @@ def plan_only(argv: list[str]) -> int:
     name, card_bytes = _card(chosen.plan_only)
     ranks = local_ranks(config, asked)
     dp = config.parallel.data_parallel_size(ranks)
-    # `auto` takes torch's attention. TE has no fused attention that takes masks.
-    masked = not config.data.attend_across_documents
     attention: Attention = "torch" if config.attention == "auto" else config.attention
-    if masked and attention == "te":
-        attention = "te-unfused"
     plan = memory_plan(config, dp, attention)
     print(f"The fullest of {ranks} GPUs would hold {in_words(plan)}.")
     if attention in ("te", "torch"):

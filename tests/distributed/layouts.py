@@ -106,13 +106,13 @@ def micro_batches(tokens: Tensor, config: TrainConfig) -> list[dict[str, Tensor]
     """This data-parallel rank's part of one step."""
     rank = parallel_state.get_data_parallel_rank()
     size = parallel_state.get_data_parallel_world_size()
-    mine = tokens.chunk(size)[rank]
+    mine, length = tokens.chunk(size)[rank], tokens.shape[1] - 1
     return [
         {
             "tokens": part[:, :-1],
             "labels": part[:, 1:],
-            "loss_mask": torch.ones(part.shape[0], LENGTH),
-            "position_ids": torch.arange(LENGTH).expand(part.shape[0], -1),
+            "loss_mask": torch.ones(part.shape[0], length),
+            "position_ids": torch.arange(length).expand(part.shape[0], -1),
         }
         for part in mine.split(config.micro_batch_size)
     ]

@@ -1,5 +1,5 @@
-"""A standard model led to its ladder layers, one after another and by its own predictions, at every layout
-as plain PyTorch does it."""
+"""A standard or parallel model led to its ladder layers, one after another and by its own predictions, at
+every layout as plain PyTorch does it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,14 +44,18 @@ LAYOUTS = [
 ]
 
 
-def base_configuration() -> TrainConfig:
-    config = configuration("standard")
+KINDS = {"list": "standard", "some parallel-ladder": "parallel"}
+"""What a model becomes, and what it was."""
+
+
+def base_configuration(kind: str) -> TrainConfig:
+    config = configuration(kind)
     return replace(config, data=replace(config.data, paths=(Path("data"),)))
 
 
-def adapted_configuration(layout: Layout, base: Path) -> TrainConfig:
+def adapted_configuration(kind: str, layout: Layout, base: Path) -> TrainConfig:
     return replace(
-        configuration("list", layout),
+        configuration(kind, layout),
         init_from=base,
         adapt=AdaptConfig(
             gradual_steps=3, distillation_weight=WEIGHT, distillation_temperature=TEMPERATURE
@@ -59,8 +63,8 @@ def adapted_configuration(layout: Layout, base: Path) -> TrainConfig:
     )
 
 
-def save_base(folder: Path) -> None:
-    config = base_configuration()
+def save_base(kind: str, folder: Path) -> None:
+    config = base_configuration(kind)
     model, _, _ = start(config)
     noise = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -71,11 +75,11 @@ def save_base(folder: Path) -> None:
     save_config(config, checkpoint / "config.json")
 
 
-def adapt(layouts: list[Layout], base: Path) -> list[dict[str, list[float]]]:
+def adapt(kind: str, layouts: list[Layout], base: Path) -> list[dict[str, list[float]]]:
     """Called on every rank: losses and gradient norms of the steps, and the loss after them."""
     results = []
     for layout in layouts:
-        config = adapted_configuration(layout, base)
+        config = adapted_configuration(kind, layout, base)
         model, optimizer, scheduler = start(config)
         teacher = Teacher(config)
         load_initial_weights(find_checkpoint(base), model_chunks(model))
@@ -113,9 +117,11 @@ def adapt_plainly(config: TrainConfig, base: Path) -> dict[str, list[float]]:
         eps=o.adam_eps,
     )
 
+    before, after = teacher.config.residual, student.config.residual
+
     def become(ladder: list[int]) -> None:
         for number, layer in enumerate(student.model.layers):
-            layer.residual = "ladder" if number in ladder else "standard"
+            layer.residual = after if number in ladder else before
 
     def losses(tokens: Tensor) -> tuple[Tensor, Tensor]:
         inputs, labels = tokens[:, :-1], tokens[:, 1:].flatten()
@@ -133,8 +139,11 @@ def adapt_plainly(config: TrainConfig, base: Path) -> dict[str, list[float]]:
         return trained, cross_entropy
 
     result: dict[str, list[float]] = {"loss": [], "norm": []}
-    # Four ladder layers (0, 3, 4, 6) over three steps, the last first.
-    for tokens, ladder in zip(batches(), [[6, 4], [6, 4, 3], *[[6, 4, 3, 0]] * 3], strict=False):
+    # Four ladder layers over three steps, the last first.
+    assert isinstance(config.model.ladder_layers, tuple)
+    layers = list(config.model.ladder_layers)[::-1]
+    of_steps = [layers[:2], layers[:3], *[layers] * 3]
+    for tokens, ladder in zip(batches(), of_steps, strict=False):
         become(ladder)
         optimizer.zero_grad()
         trained, cross_entropy = losses(tokens)
@@ -148,15 +157,25 @@ def adapt_plainly(config: TrainConfig, base: Path) -> dict[str, list[float]]:
     return result
 
 
-def test_every_layout_adapts_as_plain_pytorch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "layouts"),
+    [
+        ("list", LAYOUTS),
+        ("some parallel-ladder", [Layout(tp=2, sp=True, recompute="full")]),
+        pytest.param("some parallel-ladder", LAYOUTS, marks=pytest.mark.slow),
+    ],
+)
+def test_every_layout_adapts_as_plain_pytorch(
+    kind: str, layouts: list[Layout], tmp_path: Path
+) -> None:
     base = tmp_path / "base"
-    run_ranks(1, save_base, base, tmp_path=tmp_path)
-    expected = adapt_plainly(adapted_configuration(Layout(), base), base)
+    run_ranks(1, save_base, KINDS[kind], base, tmp_path=tmp_path)
+    expected = adapt_plainly(adapted_configuration(kind, Layout(), base), base)
     assert expected["loss"][2] < expected["loss"][0]  # the same batch again
-    for ranks in (1, 2, 4):
-        layouts = [layout for layout in LAYOUTS if layout.ranks == ranks]
-        for results in run_ranks(ranks, adapt, layouts, base, tmp_path=tmp_path):
-            for layout, result in zip(layouts, results, strict=True):
+    for ranks in sorted({layout.ranks for layout in layouts}):
+        some = [layout for layout in layouts if layout.ranks == ranks]
+        for results in run_ranks(ranks, adapt, kind, some, base, tmp_path=tmp_path):
+            for layout, result in zip(some, results, strict=True):
                 for name, values in expected.items():
                     assert result[name] == pytest.approx(values, abs=2e-5), (layout, name)
 
@@ -201,7 +220,7 @@ def test_the_divergence_is_torchs(ranks: int, tmp_path: Path) -> None:
 
 
 def test_layers_are_turned_on_one_after_another() -> None:
-    config = adapted_configuration(Layout(), Path("base"))
+    config = adapted_configuration("list", Layout(), Path("base"))
     config = replace(config, adapt=AdaptConfig(gradual_steps=8))
     by_step = [ladder_layers_at(config, step) for step in range(1, 11)]
     assert by_step == [[6], [6], [6, 4], [6, 4], [6, 4, 3], [6, 4, 3], *[[6, 4, 3, 0]] * 4]

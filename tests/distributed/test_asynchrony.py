@@ -1,5 +1,5 @@
-"""Ladder sub-modules' collectives are under way while a neighbour computes: forward, backward,
-recomputed, with and without sequence parallelism. Seen in the trace that `bench trace` records.
+"""Collectives are under way while a neighbour computes: forward, backward, recomputed, with and without
+sequence parallelism. Seen in the trace that `bench trace` records.
 """
 
 from itertools import pairwise
@@ -20,13 +20,33 @@ from tests.ranks import run_ranks
 
 LAYERS = 4
 NAMES = [f"{kind} {i}" for i in range(1, LAYERS + 1) for kind in ("attention", "mlp")]
+HALVES = {"tp_overlap": "halves"}
+# Each kind that hides: what makes it, and its collectives in their order.
+KINDS: dict[str, tuple[dict, list[str]]] = {
+    "ladder": ({"residual": "ladder"}, NAMES),
+    "parallel-ladder": (
+        {"residual": "parallel-ladder"},
+        [f"layer {i}" for i in range(1, LAYERS + 1)],
+    ),
+    "standard in halves": (
+        {"residual": "standard"} | HALVES,
+        [f"{name}{half}" for name in NAMES for half in "ab"],
+    ),
+    "parallel in halves": (
+        {"residual": "parallel"} | HALVES,
+        [f"layer {i}{half}" for i in range(1, LAYERS + 1) for half in "ab"],
+    ),
+}
 
 
-def record(
-    residual: dict, recompute: str, sequence_parallel: bool, mended: bool = True
-) -> list[Span]:
+def record(kind: dict, recompute: str, sequence_parallel: bool, mended: bool = True) -> list[Span]:
     backward_order.enabled = mended
-    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
+    residual = dict(kind)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2,
+        sequence_parallel=sequence_parallel,
+        tp_overlap=residual.pop("tp_overlap", "none"),
+    )
     parallel_state.destroy_model_parallel()
     initialize_model_parallel(parallel, seed=0)
     model = ModelConfig(
@@ -37,7 +57,7 @@ def record(
         vocab_size=100,
         **residual,
     )
-    decoder = Decoder(model, parallel, micro_batch_size=1, seq_length=16, recompute=recompute)
+    decoder = Decoder(model, parallel, micro_batch_size=2, seq_length=16, recompute=recompute)
     recorder = Recorder(decoder, torch.distributed.get_rank())
     with over(parallel_state.get_tensor_model_parallel_group(), lambda *_: 0.0, recorder):
         return recorder.step()
@@ -50,9 +70,14 @@ class Trace:
         self.spans = [s for s in spans if s.direction == direction]
         assert self.spans
 
+    def parts(self, name: str) -> list[Span]:
+        """A sub-module's own work without the waits in it; of a layer, that of attention and MLP."""
+        names = [name.replace("layer", part) for part in ("attention", "mlp")]
+        return [s for s in self.spans if s.kind == "compute" and s.name in names]
+
     def compute(self, name: str) -> tuple[float, float]:
         """From the first to the last moment of a sub-module's own work."""
-        parts = [s for s in self.spans if s.kind == "compute" and s.name == name]
+        parts = self.parts(name)
         return min(p.start_s for p in parts), max(p.end_s for p in parts)
 
     def collectives(self, name: str) -> list[tuple[float, float]]:
@@ -66,16 +91,19 @@ class Trace:
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_collective_but_the_ends_has_a_neighbours_compute_to_hide_behind(
-    recompute: str, tmp_path: Path
+    kind: str, recompute: str, tmp_path: Path
 ) -> None:
-    spans = run_ranks(2, record, {"residual": "ladder"}, recompute, False, tmp_path=tmp_path)[0]
+    """A neighbour is the next sub-module or layer; of halves it is the other half."""
+    options, names = KINDS[kind]
+    spans = run_ranks(2, record, options, recompute, False, tmp_path=tmp_path)[0]
     forward, backward = Trace(spans, "forward"), Trace(spans, "backward")
-    for this, following in pairwise(NAMES):
+    for this, following in pairwise(names):
         ((started, waited),) = forward.collectives(this)
         begin, end = forward.compute(following)
         assert started < begin < end < waited, f"forward, {this}"
-    for previous, this in pairwise(NAMES):
+    for previous, this in pairwise(names):
         ((started, waited),) = backward.collectives(this)
         begin, end = backward.compute(previous)
         assert started < begin < end < waited, f"backward, {this}"
@@ -83,11 +111,11 @@ def test_every_collective_but_the_ends_has_a_neighbours_compute_to_hide_behind(
             begin, end = Trace(spans, "recompute").compute(previous)
             assert started < begin < end < waited, f"recomputed, {this}"
     # The last of a pass has nothing after it.
-    for trace, name in ((forward, NAMES[-1]), (backward, NAMES[0])):
+    for trace, name in ((forward, names[-1]), (backward, names[0])):
         ((started, waited),) = trace.collectives(name)
-        assert max(trace.compute(n)[1] for n in NAMES) <= waited
+        assert max(trace.compute(n)[1] for n in names) <= waited
     # The gradient's reduction starts before the weight gradient is computed.
-    for name in NAMES:
+    for name in names:
         ((started, _),) = backward.collectives(name)
         begin, end = backward.compute(name)
         assert begin < started < end
@@ -96,37 +124,37 @@ def test_every_collective_but_the_ends_has_a_neighbours_compute_to_hide_behind(
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_with_sequence_parallelism_each_of_the_pair_has_a_part_of_the_neighbour(
-    recompute: str, tmp_path: Path
+    kind: str, recompute: str, tmp_path: Path
 ) -> None:
-    spans = run_ranks(2, record, {"residual": "ladder"}, recompute, True, tmp_path=tmp_path)[0]
+    options, names = KINDS[kind]
+    spans = run_ranks(2, record, options, recompute, True, tmp_path=tmp_path)[0]
     forward, backward = Trace(spans, "forward"), Trace(spans, "backward")
 
     def computed_between(trace: Trace, name: str, since: float, until: float) -> bool:
         """Whether a part of `name`'s own work, uninterrupted, lies in that time."""
-        return any(
-            s.kind == "compute" and s.name == name and since < s.end_s and s.start_s < until
-            for s in trace.spans
-        )
+        return any(since < part.end_s and part.start_s < until for part in trace.parts(name))
 
-    for index, name in enumerate(NAMES):
+    for index, name in enumerate(names):
         gather, scatter = forward.collectives(name)
         # The input is gathered behind the sub-module before, the output scattered behind the next.
         if index > 0:
-            assert computed_between(forward, NAMES[index - 1], *gather), f"gather {name}"
-        if index + 1 < len(NAMES):
-            assert computed_between(forward, NAMES[index + 1], *scatter), f"scatter {name}"
-            assert scatter[1] < forward.compute(NAMES[index + 1])[1]
+            assert computed_between(forward, names[index - 1], *gather), f"gather {name}"
+        if index + 1 < len(names):
+            assert computed_between(forward, names[index + 1], *scatter), f"scatter {name}"
+            assert scatter[1] < forward.compute(names[index + 1])[1]
         gradient_of_output, *input_again, gradient_of_input = sorted(
             backward.collectives(name), key=lambda c: c[0]
         )
-        assert len(input_again) == 1
-        if index + 1 < len(NAMES):
-            following = NAMES[index + 1]
+        assert len(input_again) == (0 if "parallel" in kind else 1)  # parallel layers keep theirs
+        if index + 1 < len(names):
+            following = names[index + 1]
             assert computed_between(backward, following, *gradient_of_output), f"grad {name}"
-            assert computed_between(backward, following, *input_again[0]), f"again {name}"
+            for again in input_again:
+                assert computed_between(backward, following, *again), f"again {name}"
         if index > 0:
-            previous = NAMES[index - 1]
+            previous = names[index - 1]
             parts = [backward] + ([Trace(spans, "recompute")] if recompute == "full" else [])
             assert any(computed_between(p, previous, *gradient_of_input) for p in parts), name
 
@@ -142,11 +170,13 @@ def test_standard_layers_of_a_hybrid_wait_before_the_next_submodule(tmp_path: Pa
     assert forward.compute("attention 3")[1] < waited
 
 
-def test_autograds_own_order_does_not_overlap_backward(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_autograds_own_order_does_not_overlap_backward(kind: str, tmp_path: Path) -> None:
     """What backward_order.py mends; were this to fail, torch had changed its order."""
-    spans = run_ranks(2, record, {"residual": "ladder"}, "none", False, False, tmp_path=tmp_path)[0]
+    options, names = KINDS[kind]
+    spans = run_ranks(2, record, options, "none", False, False, tmp_path=tmp_path)[0]
     backward = Trace(spans, "backward")
-    for previous, this in pairwise(NAMES):
+    for previous, this in pairwise(names):
         ((_, waited),) = backward.collectives(this)
         assert waited < backward.compute(previous)[0]
 

@@ -1,22 +1,29 @@
 """The benchmark and the trace run and write what they say; how fast is nobody's business here."""
 
 import json
+import signal
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain import cli
+from pretrain.bench import kinds
+from pretrain.bench.kinds_plan import Setting, settings_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--hidden-size", "64", "--ffn-hidden-size", "96", "--seq-length", "32"]
 TIMEOUT_S = 150
 
 
-def run(*command: str) -> str:
+def run(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT
+        [sys.executable, *command], capture_output=True, text=True, timeout=timeout_s, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -26,7 +33,7 @@ def run(*command: str) -> str:
     "options",
     [
         pytest.param(["--recompute", "full"], marks=pytest.mark.slow),
-        ["--sequence-parallel"],
+        ["--sequence-parallel", "--micro-batch-size", "2", "--processor-time"],
         pytest.param(["--fake-tp", "4"], marks=pytest.mark.slow),
         pytest.param(["--link", "p2p-off", "--target", "llama-3-8b"], marks=pytest.mark.slow),
     ],
@@ -44,14 +51,17 @@ def test_the_overlap_benchmark(options: list[str], tmp_path: Path) -> None:
         "parallel",
         "ladder",
         "hybrid (last half)",
+        "parallel-ladder",
     ):
         assert len(lines[kind, "link"]) == len(lines[kind, "zero"]) == 2
-    assert set(report["planned_link_ms"]) == {
-        "standard",
-        "parallel",
-        "ladder",
-        "hybrid (last half)",
-    }
+    planned = {"standard", "parallel", "ladder", "hybrid (last half)"}
+    assert planned <= set(report["planned_link_ms"])
+    halves = {kind for kind, _ in lines if "in halves" in kind}
+    assert len(halves) == (2 if "2" in options else 0) and len(report["left_out"]) == 2 - len(
+        halves
+    )
+    if "--recompute" not in options:
+        assert "layers" in report["most_hidden"]["parallel-ladder"]
     assert report["versions"]["megatron-core"]
 
 
@@ -96,6 +106,60 @@ def test_the_trace_of_a_step(options: list[str], tmp_path: Path) -> None:
         events = json.loads((out / f"trace_{kind}.json").read_text())["traceEvents"]
         assert {e["pid"] for e in events} == {0, 1}
         assert {"compute", "flight", "wait"} <= {e.get("cat") for e in events}
+
+
+LAYOUTS = ["TP 2 SP, micro-batch 2, fp32", "TP 1, micro-batch 2, fp32"]
+
+
+@pytest.fixture
+def few_layouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`bench kinds` measures two layers, in LAYOUTS alone."""
+
+    def few(*args: Any, **kwargs: Any) -> list[Setting]:
+        found = settings_of(*args, **kwargs)
+        return [replace(s, num_layers=2) for s in found if s.layout in LAYOUTS]
+
+    monkeypatch.setattr(kinds, "settings_of", few)
+    before = {number: signal.getsignal(number) for number in kinds.STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("few_layouts")
+def test_every_kind_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It takes seconds. The time that it is given is for a machine with much other work."""
+    file = tmp_path / "new" / "kinds.json"
+    options = ["--preset", "debug", "--nproc-per-node", "2", "--minutes", "3"]
+    assert cli.main(["bench", "kinds", str(file), *options]) == 0
+    output = capsys.readouterr().out
+    assert "2 layouts" in output and "best layout" in output
+    report = json.loads(file.read_text())
+    assert report["ended"] == "complete" and report["ranks"] == 2
+    found = {row["layout"]: row for row in report["rows"]}
+    assert list(found) == LAYOUTS
+    both = {"standard in halves", "parallel in halves"}
+    for layout, row in found.items():
+        times = {name: kind["forward_backward_s"] for name, kind in row["kinds"].items()}
+        assert {len(of_kind) for of_kind in times.values()} <= set(range(3, 11)), layout
+        assert both <= set(times) or "TP 1" in layout
+        if "TP 2" in layout:
+            assert row["state_bytes"] == 64 * row["micro_batch_size"] * 64 * 4
+            assert row["all_reduce_s"] > 0 and row["link_over_compute"] > 0
+            assert set(times) - both == {
+                "standard, waiting at once",
+                "standard",
+                "parallel",
+                "ladder",
+                "parallel-ladder",
+                "no-comm",
+            }
+    # All ranks work in each layout: TP 1 has two copies of the layers.
+    assert "all_reduce_s" not in found["TP 1, micro-batch 2, fp32"]
+    alone = found["TP 1, micro-batch 2, fp32"]["kinds"]["standard"]
+    total_s = statistics.median(sum(times) for times in alone["forward_backward_s"])
+    assert alone["tokens_per_s_per_gpu"] == pytest.approx(2 * 64 * (2 / 4) / total_s)  # of 4 layers
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_trace_that_cannot_be_taken_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

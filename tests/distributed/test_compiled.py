@@ -42,8 +42,6 @@ def random_batches(config: TrainConfig) -> list[dict]:
             "loss_mask": torch.ones(shape),
             "position_ids": torch.arange(shape[1]).expand(shape),
         }
-        if not config.data.attend_across_documents:
-            batch["documents"] = (torch.arange(shape[1]) // 20).expand(shape)
         batches.append(batch)
     return batches
 
@@ -85,17 +83,13 @@ CASES = {
     "standard": (config("standard"), "aot_eager", 1),
     "hybrid": (config("hybrid"), "aot_eager", 1),
     "parallel": (config("parallel"), "aot_eager", 1),
-    "documents": (
-        config(data=replace(PRESETS["debug"]().data, attend_across_documents=False)),
-        "aot_eager",
-        1,
-    ),
+    "parallel-ladder": (config("parallel-ladder"), "aot_eager", 1),
     "bf16": (config(precision="bf16"), "aot_eager", 1),
     "two data-parallel ranks": (config(micro_batch_size=2), "aot_eager", 2),
 }
 
 
-SLOW = ("parallel", "documents", "bf16")  # of what the others show
+SLOW = ("parallel", "bf16")  # of what the others show
 
 
 @pytest.mark.parametrize(
@@ -129,6 +123,10 @@ def in_parallel(**sizes: Any) -> TrainConfig:
         (in_parallel(tensor_model_parallel_size=2), "use one tensor-parallel rank"),
         (in_parallel(pipeline_model_parallel_size=2), "pipeline stages are not compiled"),
         (config(recompute="full"), "recompute full is not compiled: use none"),
+        (
+            config(data=replace(config().data, attend_across_documents=False)),
+            "documents' lengths would be compiled in",
+        ),
         (config(attention="unfused"), "attention unfused cannot be compiled: use auto"),
         (
             replace(config(), model=replace(config().model, hidden_dropout=0.1)),

@@ -37,6 +37,7 @@ LAYOUTS = {
     "ladder": [TP, SP, Layout(tp=2, recompute="full"), Layout(tp=2, sp=True, recompute="full")],
     "list": [TP],
     "parallel": [TP, SP],
+    "parallel-ladder": [TP, SP, Layout(tp=2, sp=True, recompute="full")],
     "desync": [TP],
 }
 ENDS: tuple[gpu_gloo.Ends, ...] = ("at once", "when waited for")

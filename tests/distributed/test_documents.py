@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_ladder.hf.convert import megatron_to_hf
 from pretrain.config.train import DataConfig, TrainConfig
-from pretrain.loop.step import document_mask, train_step, validate
+from pretrain.loop.step import train_step, validate
 from pretrain.model.optimizer import gathered_parameters
 from pretrain.run.checkpoint import load_weights
 from tests.distributed.layouts import (
@@ -111,23 +111,32 @@ def oracle(plain: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "layouts"),
     [
-        "ladder",
-        pytest.param("last-n", marks=pytest.mark.slow),
-        pytest.param("standard", marks=pytest.mark.slow),
-        pytest.param("parallel", marks=pytest.mark.slow),
-        pytest.param("windows, yarn", marks=pytest.mark.slow),
+        pytest.param("ladder", LAYOUTS, id="ladder"),
+        pytest.param("windows, yarn", LAYOUTS[2:3], id="windows"),
+        pytest.param("standard in halves", LAYOUTS[2:3], id="halves"),
+        *(
+            pytest.param(kind, LAYOUTS[::3], id=kind, marks=pytest.mark.slow)
+            for kind in ("last-n", "standard", "parallel", "parallel-ladder")
+        ),
+        pytest.param("windows, yarn", LAYOUTS, id="windows-all", marks=pytest.mark.slow),
+        pytest.param(
+            *("parallel in halves", [layout for layout in LAYOUTS if layout.tp > 1]),
+            id="parallel in halves",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_a_packed_batch_is_its_documents_one_by_one(kind: str, tmp_path: Path) -> None:
+def test_a_packed_batch_is_its_documents_one_by_one(
+    kind: str, layouts: list[Layout], tmp_path: Path
+) -> None:
     weights = tmp_path / "weights"
     run_ranks(1, save_start, kind, weights, tmp_path=tmp_path)
     plain = plain_model(configuration(kind).model, weights)
     expected = oracle(plain)
     expected.backward()
     gradients = {n: p.grad for n, p in plain.named_parameters()}
-    layouts = LAYOUTS if kind == "ladder" else LAYOUTS[::3]
     for ranks in sorted({layout.ranks for layout in layouts}):
         group = [layout for layout in layouts if layout.ranks == ranks]
         folder = tmp_path / f"{ranks} ranks"
@@ -159,16 +168,3 @@ def test_documents_that_see_each_other_have_another_loss(tmp_path: Path) -> None
     )
     together = losses[trained[:, 1:].flatten()].mean()
     assert abs(together - oracle(plain)) > 100 * 2e-5
-
-
-def test_the_mask_is_causal_within_documents() -> None:
-    mask = document_mask(torch.tensor([[0, 0, 1, 1, 1], [4, 4, 4, 4, 4]]))
-    assert mask.shape == (2, 1, 5, 5)
-    assert (~mask[0, 0]).int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [0, 0, 1, 0, 0],
-        [0, 0, 1, 1, 0],
-        [0, 0, 1, 1, 1],
-    ]
-    assert torch.equal(~mask[1, 0], torch.ones(5, 5).tril().bool())

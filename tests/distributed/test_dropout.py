@@ -35,11 +35,17 @@ def one_step(kind: str, layout: Layout) -> dict:
     ("kind", "sp"),
     [
         ("standard", False),
-        ("parallel", False),
+        ("parallel-ladder", False),
         ("ladder", True),
         pytest.param("standard", True, marks=pytest.mark.slow),
+        pytest.param("parallel", False, marks=pytest.mark.slow),
         pytest.param("parallel", True, marks=pytest.mark.slow),
+        pytest.param("parallel-ladder", True, marks=pytest.mark.slow),
         pytest.param("ladder", False, marks=pytest.mark.slow),
+        ("standard in halves", True),
+        pytest.param("standard in halves", False, marks=pytest.mark.slow),
+        pytest.param("parallel in halves", True, marks=pytest.mark.slow),
+        pytest.param("parallel in halves", False, marks=pytest.mark.slow),
     ],
 )
 def test_dropout(kind: str, sp: bool, tmp_path: Path) -> None:

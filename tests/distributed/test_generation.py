@@ -75,7 +75,7 @@ def greedy(gpt: torch.nn.Module, tp: int, prompt: Tensor) -> tuple[list[int], fl
 
 @pytest.mark.parametrize(
     ("kind", "tp"),
-    kinds_and_ranks({"standard": (1,), "parallel": (1,), "ladder": (2,), "last-n": (2,)}),
+    kinds_and_ranks({"standard": (1,), "parallel-ladder": (2,), "ladder": (2,), "last-n": (2,)}),
 )
 def test_greedy_tokens_are_the_same(kind: str, tp: int, tmp_path: Path) -> None:
     model = variants(kind)[3]  # GQA, untied, scaled RoPE

@@ -14,7 +14,6 @@ import torch
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config
-from pretrain.config.presets import PRESETS
 from pretrain.config.profile import ProfileConfig
 from pretrain.config.train import AdaptConfig, TrainConfig
 from pretrain.model.graphs import check_cuda_graph
@@ -29,18 +28,28 @@ CASES: dict[int, dict[str, TrainConfig]] = {
         "standard": config("standard"),
         "parallel": config("parallel"),
         "bf16": config(precision="bf16"),
-        "documents": config(
-            data=replace(PRESETS["debug"]().data, seq_length=32, attend_across_documents=False)
-        ),
     },
     2: {
         "tp2": config(parallel=ParallelConfig(tensor_model_parallel_size=2)),
         "tp2-sp": config(
             parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
         ),
+        "parallel-ladder tp2-sp": config(
+            "parallel-ladder",
+            parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        ),
         "standard tp2-sp": config(
             "standard",
             parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        ),
+        "in halves tp2-sp": config(
+            "standard",
+            parallel=ParallelConfig(
+                tensor_model_parallel_size=2, sequence_parallel=True, tp_overlap="halves"
+            ),
+        ),
+        "parallel-ladder tp2": config(
+            "parallel-ladder", parallel=ParallelConfig(tensor_model_parallel_size=2)
         ),
         "dp2": config(global_batch_size=8),
     },
@@ -97,6 +106,10 @@ def with_model(**changes: Any) -> TrainConfig:
     [
         (config(parallel=ParallelConfig(pipeline_model_parallel_size=2)), "pipeline stages"),
         (config(recompute="selective"), "recompute selective puts random states back"),
+        (
+            config(data=replace(config().data, attend_across_documents=False)),
+            "documents' lengths would be captured",
+        ),
         (with_model(attention_dropout=0.1), "dropout in a graph is not tested"),
         (
             config(precision="bf16", fp8=Fp8Config(recipe="delayed", primary_weights=True)),

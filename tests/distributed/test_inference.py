@@ -1,6 +1,7 @@
 """megatron-core's engines, static and dynamic, over tensor-parallel ranks and pipeline stages, give the
 tokens that the exported folder gives in transformers."""
 
+import itertools
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
@@ -14,7 +15,7 @@ from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM
 
 from megatron_ladder.collectives.points import SubmoduleCollectives
-from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.config import FRESH, ModelConfig, ParallelConfig, Residual
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
@@ -38,9 +39,12 @@ LAYOUTS = [*SOME_LAYOUTS, (4, 1), (2, 2)]
 KINDS_AND_LAYOUTS = [
     pytest.param("ladder", SOME_LAYOUTS, id="ladder"),
     pytest.param("ladder, windows", [(2, 1)], id="windows"),
+    pytest.param("parallel-ladder", [(2, 1), (1, 2)], id="parallel-ladder"),
     *(
         pytest.param(kind, LAYOUTS, id=f"{kind}-all", marks=pytest.mark.slow)
-        for kind in ("standard", "parallel", "ladder", "last-n", "standard, windows")
+        for kind in (
+            *("standard", "parallel", "ladder", "last-n", "parallel-ladder", "standard, windows"),
+        )
     ),
 ]
 NO_EOD = VOCAB + 1
@@ -277,20 +281,26 @@ def overlap_of_decode(model: ModelConfig, folder: Path) -> list[tuple[str, str]]
     return events
 
 
-def test_sums_of_decode_are_under_way_while_the_next_submodule_computes(tmp_path: Path) -> None:
-    """In a ladder model; a standard layer of the same code waits at once."""
-    model = tiny("last-n")
+@pytest.mark.parametrize("kind", ["ladder", "parallel-ladder"])
+def test_sums_of_decode_are_under_way_while_what_comes_next_computes(
+    kind: Residual, tmp_path: Path
+) -> None:
+    """A sub-module, or a whole parallel-ladder layer; a standard or parallel one waits at once."""
+    model = replace(tiny(kind), ladder_layers=2)
     residuals = model.layer_residuals()
-    assert {"ladder", "standard"} == set(residuals)
+    assert {kind, FRESH[kind]} == set(residuals)
     folder = tmp_path / "weights"
     run_ranks(1, save_weights, model, folder, tmp_path=tmp_path)
     for events in run_ranks(2, overlap_of_decode, model, folder, tmp_path=tmp_path):
-        names = [f"{kind} {i}" for i in range(1, 5) for kind in ("attention", "mlp")]
-        for this, following in pairwise(names):
-            number = int(following.split()[1])
-            begin, end = (events.index((what, following)) for what in ("begin", "end"))
+        # What each sum is of: the first and the last sub-module.
+        parts = [((f"attention {i}",) * 2, (f"mlp {i}",) * 2) for i in range(1, 5)]
+        if kind == "parallel-ladder":
+            parts = [((f"attention {i}", f"mlp {i}"),) for i in range(1, 5)]
+        for (_, this), (first, last) in pairwise(itertools.chain(*parts)):
+            number = int(last.split()[1])
+            begin, end = events.index(("begin", first)), events.index(("end", last))
             start, wait = (events.index((what, this)) for what in ("start", "wait"))
-            if residuals[number - 1] == "ladder":
+            if residuals[number - 1] == kind:
                 assert start < begin < end < wait, this
             else:
                 assert start < wait < begin, this

@@ -45,7 +45,9 @@ def outputs(residual: str) -> tuple[torch.Tensor, ...]:
     return whole, prefilled, made.decode()
 
 
-@pytest.mark.parametrize("residual", ["standard", "parallel", "ladder", "no-comm"])
+@pytest.mark.parametrize(
+    "residual", ["standard", "parallel", "ladder", "parallel-ladder", "no-comm"]
+)
 def test_prefill_and_decode_are_a_pass_without_a_cache(residual: str, tmp_path: Path) -> None:
     for whole, prefilled, decoded in run_ranks(2, outputs, residual, tmp_path=tmp_path):
         assert whole.std() > 0.1

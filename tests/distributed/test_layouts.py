@@ -76,9 +76,11 @@ FEW_LAYOUTS = [
     Layout(tp=2, sp=True, recompute="full"),
     Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4),
 ]
-# Halves of a micro-batch hide what tensor parallelism sums.
+# Halves of a micro-batch hide what tensor parallelism sums. On one rank the model runs whole, so a
+# checkpoint moves from whole micro-batches to halves.
 FEW_HALVES_LAYOUTS = [
-    Layout(tp=2, recompute="full"),
+    Layout(dp=2),
+    Layout(tp=2, dp=2, recompute="full"),
     Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4),
 ]
 FEW_DESYNC_LAYOUTS = [

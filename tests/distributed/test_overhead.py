@@ -50,7 +50,7 @@ def nodes_in_python(kind: Any, sequence_parallel: bool) -> Counter[str]:
 def count_nodes(sequence_parallel: bool) -> dict[str, Counter[str]]:
     return {
         kind: nodes_in_python(kind, sequence_parallel)
-        for kind in ("standard", "parallel", "ladder")
+        for kind in ("standard", "parallel", "ladder", "parallel-ladder")
     }
 
 
@@ -59,12 +59,13 @@ def test_a_layer_has_no_more_nodes_in_python_than_it_needs(
     sequence_parallel: bool, tmp_path: Path
 ) -> None:
     found = run_ranks(2, count_nodes, sequence_parallel, tmp_path=tmp_path)[0]
-    standard, parallel, ladder = (sum(found[kind].values()) for kind in found)
+    standard, parallel, ladder, both = (sum(found[kind].values()) for kind in found)
     assert standard == 6 * LAYERS
     # With sequence parallelism the output's start and wait have each something to do in backward.
     per_submodule = 5 if sequence_parallel else 3
     assert ladder == 2 * per_submodule * LAYERS, found["ladder"]
     assert parallel == (2 + per_submodule) * LAYERS, found["parallel"]
+    assert both == parallel, found["parallel-ladder"]
 
 
 def take_steps(clip_grad: float) -> dict[str, list[Tensor]]:

@@ -33,6 +33,7 @@ KINDS = {
     "ladder": {"residual": "ladder"},
     "last-n": {"residual": "ladder", "ladder_layers": 2},
     "list": {"residual": "ladder", "ladder_layers": (0, 2)},
+    "parallel-ladder": {"residual": "parallel-ladder"},
 }
 SOME_RANKS = {
     "standard": (2,),
@@ -40,6 +41,7 @@ SOME_RANKS = {
     "ladder": (1, 2),
     "last-n": (2,),
     "list": (1,),
+    "parallel-ladder": (2,),
 }
 """Of each kind, in each run; the slow run has one and two ranks of all."""
 
@@ -169,7 +171,7 @@ def test_logits_and_gradients_match_the_oracle(kind: str, tp: int, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("kind", "tp"),
-    kinds_and_ranks({"standard": (2,), "parallel": (1,), "ladder": (2,), "last-n": (1,)}),
+    kinds_and_ranks({"standard": (2,), "parallel": (1,), "ladder": (2,), "parallel-ladder": (1,)}),
 )
 def test_the_exported_folder_gives_the_same_logits(kind: str, tp: int, tmp_path: Path) -> None:
     model = variants(kind)[3]  # GQA, untied, scaled RoPE

@@ -117,7 +117,10 @@ def generate(model: ModelConfig, folder: Path) -> tuple[Any, ...]:
     return (*both, static, finish(engine))
 
 
-@pytest.mark.parametrize("kind", ["ladder", pytest.param("parallel", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    ["parallel-ladder", *(pytest.param(k, marks=pytest.mark.slow) for k in ("ladder", "parallel"))],
+)
 def test_a_model_with_int8_sums(kind: str, tmp_path: Path) -> None:
     model, folder = tiny(kind), tmp_path / "weights"
     run_ranks(1, save_weights, model, folder, tmp_path=tmp_path)
@@ -135,6 +138,7 @@ def test_where_they_have_no_place() -> None:
     two = ParallelConfig(tensor_model_parallel_size=2)
     check_all_reduce("int8", tiny("ladder"), two)
     check_all_reduce("int8", tiny("last-n"), two)
+    check_all_reduce("int8", tiny("parallel-ladder"), two)
     check_all_reduce("exact", tiny("standard"), ParallelConfig())
     with pytest.raises(UserError, match="for ladder and parallel models: this one is standard"):
         check_all_reduce("int8", tiny("standard"), two)

@@ -52,6 +52,7 @@ def received(place: Path, config: TrainConfig) -> dict[str, Any]:
     }
     data = RankBatches(config, folders, cache)
     found = list(data.received(data.training(consumed_samples=8)))
+    attended = data.attended()
     held_out = {name: list(data.received(iter(read))) for name, read in data.validation()}
     drawn = torch.equal(before, torch.get_rng_state())
     sequences = train_sequences(config, folders, cache, made=True)
@@ -61,6 +62,7 @@ def received(place: Path, config: TrainConfig) -> dict[str, Any]:
         "reads": data.reads,
         "random numbers": drawn,
         "training": (found, alone),
+        "attended": attended,
         **{
             name: (held_out[name], validation_batches(splits[name], config, **of))
             for name in splits
@@ -72,6 +74,14 @@ def make(place: Path, config: TrainConfig) -> None:
     folders = open_data(config)
     train_sequences(config, folders, place / "cache")
     validation_sequences(config, folders, place / "cache")
+
+
+def attended(batches: list[dict[str, torch.Tensor]], reads: bool) -> float:
+    """The mean number of tokens that are of a token's own document in its sequence."""
+    if not reads or "documents" not in batches[0]:
+        return 32
+    documents = torch.cat([batch["documents"] for batch in batches])
+    return (documents[:, :, None] == documents[:, None]).sum(-1).double().mean().item()
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -90,6 +100,7 @@ def test_every_rank_gets_what_one_alone_would_read(
     for number, rank in enumerate(ranks):
         assert rank["reads"] == (needs[number] and first_of_its_group[number])
         assert rank["random numbers"]  # unchanged on all ranks alike: dropout draws from them
+        assert rank["attended"] == pytest.approx(attended(rank["training"][1], rank["reads"]))
         for name in ("training", "one", "two"):
             found, alone = rank[name]
             assert len(found) == len(alone) > 0

@@ -93,7 +93,7 @@ def stage_logits(folder: Path, ids: Tensor) -> Tensor | None:
         return model.compute_logits(model(ids, positions, states)).clone()
 
 
-@pytest.mark.parametrize("name", ["ladder, tied", "layers 0 and 2"])
+@pytest.mark.parametrize("name", ["ladder, tied", "layers 0 and 2", "parallel-ladder 0 and 2"])
 def test_pipeline_stages(name: str, tmp_path: Path) -> None:
     ids, expected = exported(tmp_path / "model", name)
     _, found = run_ranks(2, stage_logits, tmp_path / "model", ids, tmp_path=tmp_path)
@@ -134,16 +134,19 @@ def calls(folder: Path, ids: Tensor) -> list[str]:
     return log
 
 
-def test_sums_are_under_way_while_the_next_sub_module_runs(tmp_path: Path) -> None:
-    ids, _ = exported(tmp_path / "model", "ladder")
+@pytest.mark.parametrize("kind", ["ladder", "parallel-ladder"])
+def test_sums_are_under_way_while_what_comes_next_runs(kind: str, tmp_path: Path) -> None:
+    """The next sub-module, or the next layer, whose one sum starts after its MLP."""
+    ids, _ = exported(tmp_path / "model", kind)
     for log in run_ranks(2, calls, tmp_path / "model", ids, tmp_path=tmp_path):
-        names = [f"{kind} {i}" for i in range(tiny.LAYERS) for kind in ("attention", "mlp")]
-        expected = []
-        for number, name in enumerate(names):
-            expected += [name, f"start {name}"]
-            if number:
-                expected.append(f"finish {names[number - 1]}")
-        assert log == [*expected, f"finish {names[-1]}"]
+        expected: list[str] = []
+        summed: list[str] = []
+        for name in [f"{name} {i}" for i in range(tiny.LAYERS) for name in ("attention", "mlp")]:
+            expected.append(name)
+            if kind == "ladder" or name.startswith("mlp"):
+                expected += [f"start {name}", *(f"finish {last}" for last in summed[-1:])]
+                summed.append(name)
+        assert log == [*expected, f"finish {summed[-1]}"]
 
 
 def in_pieces(folder: Path, ids: Tensor) -> tuple[Tensor, list[list[str]]]:
@@ -167,7 +170,7 @@ def in_pieces(folder: Path, ids: Tensor) -> tuple[Tensor, list[list[str]]]:
         return real.logits(model, ids), pieces
 
 
-@pytest.mark.parametrize("name", ["ladder", "layers 0 and 2"])
+@pytest.mark.parametrize("name", ["ladder", "layers 0 and 2", "parallel-ladder"])
 def test_vllm_cuts_the_graph_at_starts_and_waits(name: str, tmp_path: Path) -> None:
     """Where it captures CUDA graphs in pieces, both operators run between them."""
     ids, expected = exported(tmp_path / "model", name)
@@ -175,8 +178,9 @@ def test_vllm_cuts_the_graph_at_starts_and_waits(name: str, tmp_path: Path) -> N
     for logits, pieces in run_ranks(2, in_pieces, tmp_path / "model", ids, tmp_path=tmp_path):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
         cuts = [cut for cut in pieces if cut]
-        if name == "ladder":
-            inner = [[start, finish]] * (2 * tiny.LAYERS - 2)
+        if name.endswith("ladder"):
+            sums = tiny.LAYERS * (2 if name == "ladder" else 1)
+            inner = [[start, finish]] * (sums - 2)
             assert cuts == [[start], *inner, [start, finish, finish]]
         else:  # each of the two ladder layers, and the wait after it
             assert cuts == [[start], [start, finish, finish]] * 2

@@ -1,6 +1,7 @@
 """Attention on a GPU: what TE and torch say they take is what runs, and no scores are kept."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
-from megatron_ladder.layers.attention import TorchAttention, as_bias, kernel_of_torch
+from megatron_ladder.layers.attention import TorchAttention, kernel_of_torch
 from megatron_ladder.layers.attention_choice import IN_MEMORY
+from megatron_ladder.layers.documents import Documents, each_by_itself
 from megatron_ladder.mcore_compat import initialize_model_parallel, transformer_config
 
 pytestmark = [
@@ -62,49 +64,52 @@ def inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
     return [query, key, wide[:, :, :GROUPS]]
 
 
-def documents_apart(length: int, dtype: torch.dtype) -> Tensor:
-    numbers = torch.arange(length, device="cuda") // (length // 3)
-    causal = torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)
-    return as_bias((causal | (numbers[:, None] != numbers))[None, None], dtype)
+def documents_of(length: int, apart: bool = True) -> Documents | None:
+    return Documents(torch.arange(length)[None] // (length // 3)) if apart else None
 
 
-def module_of(config: Any, masked: bool, kind: Any = TorchAttention) -> Any:
-    mask_type = AttnMaskType.arbitrary if masked else AttnMaskType.causal
-    return kind(config, 1, mask_type, "self")
+def module_of(config: Any, kind: Any = TorchAttention) -> Any:
+    return kind(config, 1, AttnMaskType.causal, "self")
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("precision", DTYPES)
-def test_torch_keeps_no_scores(precision: Any, masked: bool) -> None:
+def test_torch_keeps_no_scores(precision: Any, apart: bool) -> None:
     length, dtype = 8192, DTYPES[precision]
-    config = config_of(length, precision=precision, impl="local", masks_given=masked)
+    config = config_of(length, precision=precision, impl="local", documents_apart=apart)
     assert config.core_attention.kernel != IN_MEMORY
-    attention = module_of(config, masked)
+    attention = module_of(config)
     given = inputs(length, dtype)
-    mask = documents_apart(length, dtype) if masked else None
+    documents = documents_of(length, apart)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    attention(*given, mask).float().square().sum().backward()
+    attention(*given, None, packed_seq_params=documents).float().square().sum().backward()
     taken = torch.cuda.max_memory_allocated() - before
-    # Of all heads; a copy of the mask would be an eighth of it.
+    # Of all heads; a mask of whole sequences would be an eighth of it.
     assert taken < HEADS * length**2 * dtype.itemsize / 4
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("precision", DTYPES)
 def test_the_kernel_that_torch_names_is_the_one_it_takes(
-    precision: Any, masked: bool, dropout: float
+    precision: Any, apart: bool, dropout: float
 ) -> None:
     """Alone it gives, to the last bit, what torch gives by its own choice."""
     length, dtype = 512, DTYPES[precision]
-    config = config_of(length, precision=precision, impl="local", masks_given=masked)
+    config = config_of(length, precision=precision, impl="local", documents_apart=apart)
     config.attention_dropout = dropout
-    attention, given = module_of(config, masked), inputs(length, dtype)
-    mask = documents_apart(length, dtype) if masked else None
+    attention, given = module_of(config), inputs(length, dtype)
+    documents = documents_of(length, apart)
+
+    def attend() -> Tensor:
+        if documents is None:
+            return attention(*given, None)
+        return each_by_itself(attention.attend, documents, *given)
+
     kernel = kernel_of_torch(
-        *((1, HEADS, length, CHANNELS), GROUPS, dtype), masked=masked, dropout=dropout
+        *((1, HEADS, length, CHANNELS), GROUPS, dtype), apart=apart, dropout=dropout
     )
     names = {"efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
     backend = getattr(SDPBackend, names.get(kernel, f"{kernel.upper()}_ATTENTION"))
@@ -113,10 +118,10 @@ def test_the_kernel_that_torch_names_is_the_one_it_takes(
         torch.manual_seed(1)
         initialize_rng()
         if allowed is None:
-            outputs.append(attention(*given, mask))
+            outputs.append(attend())
         else:
             with sdpa_kernel(allowed):
-                outputs.append(attention(*given, mask))
+                outputs.append(attend())
     assert torch.equal(*outputs)
 
 
@@ -132,18 +137,18 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @with_te
 @pytest.mark.parametrize(
-    ("precision", "masked", "deterministic"),
+    ("precision", "apart", "deterministic"),
     [("bf16", False, False), ("bf16", True, False), ("fp32", False, False), ("bf16", False, True)],
 )
 def test_what_transformer_engine_says_is_what_it_takes(
-    precision: Any, masked: bool, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+    precision: Any, apart: bool, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention
     from transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention import (
         _attention_backends as taken,
     )
 
     from megatron_ladder.te.attention import parameters
+    from megatron_ladder.te.layers.documents import TEDocumentsAttention
 
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", str(int(not deterministic)))
     torch.use_deterministic_algorithms(deterministic)  # --deterministic does both
@@ -152,23 +157,27 @@ def test_what_transformer_engine_says_is_what_it_takes(
         length,
         precision=precision,
         attention="te",
-        masks_given=masked,
+        documents_apart=apart,
         impl="transformer_engine",
         deterministic=deterministic,
     )
-    by_te, by_torch = (
-        module_of(config, masked, k) for k in (TEDotProductAttention, TorchAttention)
-    )
-    mask = documents_apart(length, dtype) if masked else None
+    documents = documents_of(length, apart)
     given = inputs(length, dtype)
     found = []
-    for attention, its_mask in ((by_te, None if mask is None else mask < 0), (by_torch, mask)):
-        output = attention(*given, its_mask, attn_mask_type=attention_type(masked))
+    for kind in (TEDocumentsAttention, TorchAttention):
+        attention = module_of(config, kind)
+        output = attention(
+            *(*given, None), attn_mask_type=AttnMaskType.causal, packed_seq_params=documents
+        )
         weights = torch.linspace(-1, 1, output.numel(), device="cuda").view(output.shape)
         gradients = torch.autograd.grad((output.float() * weights).sum(), given)
         found.append((output, *gradients))
 
-    asked = parameters(config, micro_batch_size=1, seq_length=length, masked=masked)
+    asked = parameters(config, micro_batch_size=1, seq_length=length, apart=apart)
+    if documents is not None:  # which documents a batch has, the question cannot know
+        row = documents.in_one_row(given[0].device)
+        known = {"max_seqlen_q": row.max_seqlen_q, "max_seqlen_kv": row.max_seqlen_kv}
+        asked = replace(asked, batch_size=len(row.cu_seqlens_q) - 1, **known)
     assert asked == taken["attention_params"]
     core = config.core_attention
     runs_fused = bool(taken["use_fused_attention"] or taken["use_flash_attention"])
@@ -177,12 +186,12 @@ def test_what_transformer_engine_says_is_what_it_takes(
     auto = config_of(
         length,
         precision=precision,
-        masks_given=masked,
+        documents_apart=apart,
         impl="transformer_engine",
         deterministic=deterministic,
     ).core_attention
     hopper = torch.cuda.get_device_capability() >= (9, 0)
-    torch_has_cudnn = hopper and precision == "bf16" and not (masked or deterministic)
+    torch_has_cudnn = hopper and precision == "bf16" and not (apart or deterministic)
     assert auto.whose == ("te" if runs_fused and not torch_has_cudnn else "torch")
     assert auto.kernel != IN_MEMORY
     # bf16 has 8 bits; fp32's GEMMs may be TF32's.
@@ -190,21 +199,17 @@ def test_what_transformer_engine_says_is_what_it_takes(
         assert relative(ours, theirs) < 0.02
 
 
-def attention_type(masked: bool) -> AttnMaskType:
-    return AttnMaskType.arbitrary if masked else AttnMaskType.causal
-
-
 def test_torch_is_repeatable_where_that_is_asked_for() -> None:
     torch.use_deterministic_algorithms(True)
-    for masked in (False, True):
+    for apart in (False, True):
         length, dtype = 2048, torch.bfloat16
-        config = config_of(length, precision="bf16", impl="local", masks_given=masked)
+        config = config_of(length, precision="bf16", impl="local", documents_apart=apart)
         assert config.core_attention.kernel != IN_MEMORY
-        attention, given = module_of(config, masked), inputs(length, dtype)
-        mask = documents_apart(length, dtype) if masked else None
+        attention, given = module_of(config), inputs(length, dtype)
+        documents = documents_of(length, apart)
         runs = []
         for _ in range(3):
-            loss = attention(*given, mask).float().square().sum()
+            loss = attention(*given, None, packed_seq_params=documents).float().square().sum()
             runs.append(torch.autograd.grad(loss, given))
         for again in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(again, runs[0], strict=True))

@@ -45,6 +45,13 @@ CASES: list[tuple[str, str, Fp8Recipe | None]] = [
     for kind in ("ladder", "parallel", "standard")
     for recipe in (None, *RECIPES)
 ]
+# Those that read a layer's input late, and halves: two calls of each linear in a pass.
+CASES += [
+    (layout, kind, recipe)
+    for layout in ("tp2", "tp2-sp")
+    for kind in ("parallel-ladder", "standard in halves", "parallel in halves")
+    for recipe in ((None, "tensorwise") if kind == "parallel in halves" else (None, *RECIPES))
+]
 # What else calls the kernels otherwise: biases' gradients; sums of each other sub-module, at once.
 CASES += [("1", "qk-norm", recipe) for recipe in (None, *RECIPES)]
 CASES += [("tp2", "desync", None), ("tp2", "desync", "tensorwise")]
@@ -56,7 +63,7 @@ def run_rank(rank: int, layout: str, cases: list[tuple[str, Fp8Recipe | None]], 
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     from megatron_ladder.mcore_compat import initialize_model_parallel
-    from tests.te_run import BATCH, LAYERS, LAYOUTS, Run, model_of
+    from tests.te_run import BATCH, LAYERS, LAYOUTS, Run, in_halves, layout_of, model_of
 
     parallel = LAYOUTS[layout]
     tp = parallel.tensor_model_parallel_size
@@ -75,9 +82,10 @@ def run_rank(rank: int, layout: str, cases: list[tuple[str, Fp8Recipe | None]], 
         file.with_suffix(".part").rename(file)
 
     references: dict[str, Run] = {}
-    # Two ranks gather whole blocks of 128 tokens.
-    run_of = partial(Run, parallel=parallel, batch=2 * BATCH if layout == "tp2-sp" else BATCH)
     for kind, recipe in cases:
+        # Two ranks gather whole blocks of 128 tokens, of each half.
+        batch = BATCH * (2 if layout == "tp2-sp" else 1) * (2 if in_halves(kind) else 1)
+        run_of = partial(Run, parallel=layout_of(kind, layout), batch=batch)
         FP8GlobalStateManager.reset()  # it keeps the layers of the case before
         found: dict[str, Any] = {}
         try:

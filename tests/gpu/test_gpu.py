@@ -32,6 +32,7 @@ KINDS = {
     "parallel": {"residual": "parallel"},
     "ladder": {"residual": "ladder"},
     "last-n": {"residual": "ladder", "ladder_layers": 2},
+    "parallel-ladder": {"residual": "parallel-ladder"},
 }
 
 

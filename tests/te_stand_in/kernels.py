@@ -237,51 +237,51 @@ def _fused_backend(params: Any) -> tuple[Any, str]:
 
 
 def _fused_attention(  # type: ignore[no-untyped-def]
-    self,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    qkv_layout,
-    attn_mask_type,
-    attention_mask,
-    window_size,
-    **_,
+    self, query: Tensor, key: Tensor, value: Tensor, **how
 ) -> Tensor:
     assert query.dtype == torch.bfloat16 and all(x.is_contiguous() for x in (query, key, value))
-    assert (qkv_layout, attn_mask_type, attention_mask) == ("sbhd_sbhd_sbhd", "causal", None)
     attentions.append("fused")
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     dropout = self.attention_dropout if self.training else 0.0
-    with self.attention_dropout_ctx():
-        how = {"dropout_p": dropout, "scale": self.softmax_scale, "enable_gqa": True}
-        out = F.scaled_dot_product_attention(q, k, v, ~_outside(len(query), window_size), **how)
-    return out.permute(2, 0, 1, 3).flatten(2)
+
+    def attend(*qkv: Tensor, outside: Tensor) -> Tensor:
+        with self.attention_dropout_ctx():
+            out = F.scaled_dot_product_attention(
+                *(x.permute(1, 2, 0, 3) for x in qkv),
+                *(~outside, dropout),
+                scale=self.softmax_scale,
+                enable_gqa=True,
+            )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    return _each_document(attend, query, key, value, **how)
 
 
-def _unfused_attention(  # type: ignore[no-untyped-def]
-    self,
-    _,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    attn_mask_type,
-    attention_mask,
-    window_size,
-    **__,
+def _each_document(
+    attend: Callable[..., Tensor],
+    *qkv: Tensor,
+    qkv_layout: str,
+    attn_mask_type: str,
+    attention_mask: Tensor | None,
+    window_size: tuple[int, int],
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    max_seqlen_q: int,
+    **_: Any,
 ) -> Tensor:
-    attentions.append("unfused")
-    times = query.shape[2] // key.shape[2]
-    key, value = (x.repeat_interleave(times, dim=2) for x in (key, value))
-    scores = torch.einsum("qbhd,kbhd->bhqk", query, key).float() * self.softmax_scale
-    if attn_mask_type == "causal":
-        attention_mask = _outside(len(query), window_size)
-    assert attention_mask.dtype == torch.bool
-    scores = scores.masked_fill(attention_mask, -10000.0).softmax(-1).to(value.dtype)
-    with self.attention_dropout_ctx():
-        scores = self.attention_dropout(scores)
-    return torch.einsum("bhqk,kbhd->qbhd", scores, value).flatten(2)
+    """Causal attention [s, b, heads, channels] of what TE was given: whole sequences, or documents."""
+    assert attention_mask is None
+    if qkv_layout == "sbhd_sbhd_sbhd":
+        assert attn_mask_type == "causal"
+        return attend(*qkv, outside=_outside(len(qkv[0]), window_size))
+    assert (qkv_layout, attn_mask_type) == ("thd_thd_thd", "padding_causal")
+    assert torch.equal(cu_seqlens_q, cu_seqlens_kv) and cu_seqlens_q[-1] == len(qkv[0])
+    lengths = cu_seqlens_q.diff().tolist()
+    assert max(lengths) == max_seqlen_q and min(lengths) > 0
+    parts = zip(*(x[:, None].split(lengths) for x in qkv), strict=True)
+    masks = [_outside(length, window_size) for length in lengths]
+    return torch.cat(
+        [attend(*part, outside=mask)[:, 0] for part, mask in zip(parts, masks, strict=True)]
+    )
 
 
 def _outside(length: int, window_size: tuple[int, int]) -> Tensor:
@@ -290,6 +290,23 @@ def _outside(length: int, window_size: tuple[int, int]) -> Tensor:
     assert behind == 0
     ones = torch.ones(length, length, dtype=torch.bool)
     return ones.triu(1) if before < 0 else ones.triu(1) | ones.tril(-before - 1)
+
+
+def _unfused_attention(  # type: ignore[no-untyped-def]
+    self, _, query: Tensor, key: Tensor, value: Tensor, **how
+) -> Tensor:
+    attentions.append("unfused")
+    times = query.shape[-2] // key.shape[-2]
+    key, value = (x.repeat_interleave(times, dim=-2) for x in (key, value))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, outside: Tensor) -> Tensor:
+        scores = torch.einsum("qbhd,kbhd->bhqk", query, key).float() * self.softmax_scale
+        scores = scores.masked_fill(outside, -10000.0).softmax(-1).to(value.dtype)
+        with self.attention_dropout_ctx():
+            scores = self.attention_dropout(scores)
+        return torch.einsum("bhqk,kbhd->qbhd", scores, value).flatten(2)
+
+    return _each_document(attend, query, key, value, **how)
 
 
 def _rope(x: Tensor, angles: Tensor, *_) -> Tensor:  # type: ignore[no-untyped-def]

@@ -43,35 +43,37 @@ def run_each(kind: str, layout: str) -> list[str]:
         ("te", REFUSAL, False): (("te", "scores in memory"), "unfused"),
         ("torch", "", False): (("torch", "flash attention"), None),
         ("unfused", "", False): (("unfused", "scores in memory"), None),
-        ("auto", "", True): (("torch", "flash attention"), None),
-        ("te", "", True): (("te", "scores in memory"), "unfused"),
+        ("auto", "", True): (("te", "cuDNN"), "fused"),
+        ("te", "", True): (("te", "cuDNN"), "fused"),
+        ("auto", REFUSAL, True): (("torch", "flash attention"), None),
+        ("te", REFUSAL, True): (("te", "scores in memory"), "unfused"),
         ("unfused", "", True): (("unfused", "scores in memory"), None),
     }
-    local = {m: Run(model, parallel, impl="local", masks_given=m) for m in (False, True)}
-    for (attention, refusal, masked), (said, runs) in cases.items():
+    local = {m: Run(model, parallel, impl="local", apart=m) for m in (False, True)}
+    for (attention, refusal, apart), (said, runs) in cases.items():
         kernels.cudnn_says = refusal
         kernels.attentions.clear()
         taken["attention_params"] = None  # or it would not ask cuDNN again
         run = Run(
             *(model, parallel),
             precision="bf16",
-            weights=local[masked].weights,
+            weights=local[apart].weights,
             attention=attention,
-            masks_given=masked,
+            apart=apart,
         )
-        core, case = run.config.core_attention, (attention, refusal, masked)
+        core, case = run.config.core_attention, (attention, refusal, apart)
         if (core.whose, core.kernel) != said or core.keeps_scores != ("scores" in said[1]):
             found.append(f"{case}: {core}")
         if kernels.attentions != ([runs] * LAYERS if runs else []):
             found.append(f"{case}: TE ran {kernels.attentions}")
-        if not run.worst(local[masked]) < 0.05:
-            found.append(f"{case}: gradients differ by {run.worst(local[masked])}")
-        if attention in ("auto", "te") and (
-            refusal not in core.why or ("arbitrary mask" in core.why) != masked
-        ):
+        if not run.worst(local[apart]) < 0.05:
+            found.append(f"{case}: gradients differ by {run.worst(local[apart])}")
+        if attention in ("auto", "te") and refusal not in core.why:
             found.append(f"{case}: {core.why}")
         if runs:  # TE asked itself the same
-            asked = parameters(run.config, micro_batch_size=run.batch, seq_length=64, masked=masked)
+            asked = parameters(run.config, micro_batch_size=run.batch, seq_length=64, apart=apart)
+            if apart:  # which documents a batch has, the question cannot know
+                asked = replace(asked, batch_size=2 * run.batch - 1)
             if asked != taken["attention_params"]:
                 found.append(f"{case}: {asked} is not {taken['attention_params']}")
     return found
@@ -93,8 +95,6 @@ def run_windows(kind: str, layout: str) -> list[str]:
         _attention_backends as taken,
     )
 
-    from megatron_ladder.errors import UserError
-    from megatron_ladder.mcore_compat import transformer_config
     from megatron_ladder.te.attention import parameters
 
     model, found = model_of(kind), []
@@ -103,36 +103,36 @@ def run_windows(kind: str, layout: str) -> list[str]:
         ("te", REFUSAL, False): (("te", "scores in memory"), "unfused"),
         ("auto", REFUSAL, False): (("torch", "flash attention"), None),
         ("unfused", "", False): (("unfused", "scores in memory"), None),
-        ("auto", "", True): (("torch", "flash attention"), None),
+        ("auto", "", True): (("te", "cuDNN"), "fused"),
+        ("te", REFUSAL, True): (("te", "scores in memory"), "unfused"),
+        ("auto", REFUSAL, True): (("torch", "flash attention"), None),
+        ("unfused", "", True): (("unfused", "scores in memory"), None),
     }
-    local = {m: Run(model, parallel, impl="local", masks_given=m) for m in (False, True)}
-    for (attention, refusal, masked), (said, runs) in cases.items():
+    local = {m: Run(model, parallel, impl="local", apart=m) for m in (False, True)}
+    for (attention, refusal, apart), (said, runs) in cases.items():
         kernels.cudnn_says = refusal
         kernels.attentions.clear()
         taken["attention_params"] = None
-        how = {"attention": attention, "masks_given": masked, "weights": local[masked].weights}
+        how = {"attention": attention, "apart": apart, "weights": local[apart].weights}
         run = Run(model, parallel, precision="bf16", **how)
-        core, case = run.config.core_attention, (attention, refusal, masked)
+        core, case = run.config.core_attention, (attention, refusal, apart)
         if (core.whose, core.kernel) != said:
             found.append(f"{case}: {core}")
         if kernels.attentions != ([runs] * LAYERS if runs else []):
             found.append(f"{case}: TE ran {kernels.attentions}")
-        if not run.worst(local[masked]) < 0.05:
-            found.append(f"{case}: gradients differ by {run.worst(local[masked])}")
+        if not run.worst(local[apart]) < 0.05:
+            found.append(f"{case}: gradients differ by {run.worst(local[apart])}")
         if runs:  # the last layer has a window
-            asked = parameters(run.config, micro_batch_size=run.batch, seq_length=64, masked=masked)
+            asked = parameters(run.config, micro_batch_size=run.batch, seq_length=64, apart=apart)
+            if apart:
+                asked = replace(asked, batch_size=2 * run.batch - 1)
             if asked != taken["attention_params"]:
                 found.append(f"{case}: {asked} is not {taken['attention_params']}")
-    for attention in ("te", "unfused"):
-        how = {"attention": attention, "masks_given": True}
-        with pytest.raises(UserError, match="does not keep documents apart in layers with a w"):
-            transformer_config(model, parallel, precision="bf16", **how)
     full = replace(model, sliding_window=None, sliding_window_layers=None)
-    if (
-        not Run(full, parallel, impl="local", weights=local[False].weights).worst(local[False])
-        > 0.1
-    ):
-        found.append("the window changes nothing")
+    for apart in (False, True):
+        how = {"apart": apart, "weights": local[apart].weights}
+        if not Run(full, parallel, impl="local", **how).worst(local[apart]) > 0.1:
+            found.append(f"the window changes nothing, documents apart {apart}")
     return found
 
 

@@ -35,11 +35,17 @@ def test_replayed_steps_train_alike(residual: str, tmp_path: Path) -> None:
     assert not any(found.values()), found
 
 
-def test_replayed_steps_train_alike_under_sequence_parallelism(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("overlap", "recipes"), [("none", RECIPES), ("halves", RECIPES[1:3])])
+def test_replayed_steps_train_alike_under_sequence_parallelism(
+    overlap: Any, recipes: tuple[Fp8Recipe | None, ...], tmp_path: Path
+) -> None:
     cases = {}
-    for recipe in RECIPES:
-        parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
-        given = in_precision("ladder", None, parallel=parallel)
+    for recipe in recipes:
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=2, sequence_parallel=True, tp_overlap=overlap
+        )
+        residual = "standard" if overlap == "halves" else "ladder"
+        given = in_precision(residual, None, parallel=parallel)
         if recipe == "blockwise":  # whole blocks of a rank's tokens and of the width
             model = replace(given.model, hidden_size=128, ffn_hidden_size=256)
             given = replace(given, model=model, data=replace(given.data, seq_length=128))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_ladder.config import ParallelConfig
+from megatron_ladder.config import PARALLEL, ParallelConfig
 from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
 from tests.ranks import run_ranks
-from tests.te_run import BATCH, KINDS, LAYERS, LAYOUTS, Run, model_of
+from tests.te_run import BATCH, KINDS, LAYERS, LAYOUTS, Run, in_halves, layout_of, model_of
 from tests.te_stand_in import MARKS
 
 pytestmark = MARKS
@@ -38,10 +38,11 @@ def run_kind(kind: str, layout: str, recipes: tuple[Fp8Recipe, ...]) -> list[str
     warnings.filterwarnings("error", message="Cannot quantize input tensor")
     from megatron_ladder.mcore_compat import initialize_model_parallel
 
-    model, parallel = model_of(kind), LAYOUTS[layout]
+    model, parallel = model_of(kind), layout_of(kind, layout)
     initialize_model_parallel(parallel, seed=0)
-    gathers_blocks = kind != "parallel" and parallel.sequence_parallel
-    run_of = partial(Run, model, parallel, batch=2 * BATCH if gathers_blocks else BATCH)
+    calls = 2 if in_halves(kind) else 1  # of each linear, in a pass
+    gathers_blocks = model.residual not in PARALLEL and parallel.sequence_parallel
+    run_of = partial(Run, model, parallel, batch=calls * BATCH * (2 if gathers_blocks else 1))
     local = run_of(impl="local")
     found = []
 
@@ -71,7 +72,7 @@ def run_kind(kind: str, layout: str, recipes: tuple[Fp8Recipe, ...]) -> list[str
             name, (least, most) = f"{recipe} {recompute}", BOUNDS[recipe]
             check(name, least < run.worst(local) < most, run.worst(local))
             check(f"{name}: all GEMMs in FP8", all(fp8 for fp8, _ in kernels.gemms))
-            expected = steps * LAYERS * 4 * (3 if recompute == "none" else 4)
+            expected = steps * calls * LAYERS * 4 * (3 if recompute == "none" else 4)
             check(f"{name}: GEMMs", len(kernels.gemms) == expected, len(kernels.gemms))
         # Recomputed with the same scales: the same to the last bit.
         check(f"{recipe} recomputed", runs["full"].worst(runs["none"]) == 0)
@@ -83,7 +84,7 @@ def run_kind(kind: str, layout: str, recipes: tuple[Fp8Recipe, ...]) -> list[str
         )
         run_of(weights=local.weights, precision="bf16", fp8=first_and_last)
         in_fp8 = sum(fp8 for fp8, _ in kernels.gemms)
-        check(f"{recipe}: layers in bf16", in_fp8 == (LAYERS - 2) * 4 * 3, in_fp8)
+        check(f"{recipe}: layers in bf16", in_fp8 == calls * (LAYERS - 2) * 4 * 3, in_fp8)
     return found
 
 
@@ -93,6 +94,8 @@ def test_layers(kind: str, layout: str, tmp_path: Path) -> None:
     parallel = LAYOUTS[layout]
     if kind == "desync" and parallel.sequence_parallel:
         pytest.skip("desync has no sequence parallelism")
+    if in_halves(kind) and layout == "1":
+        pytest.skip("halves hide collectives of several ranks")
     ranks, recipes = parallel.tensor_model_parallel_size, ("tensorwise", "delayed", "blockwise")
     for found in run_ranks(ranks, run_kind, kind, layout, recipes, tmp_path=tmp_path):
         assert not found
@@ -106,7 +109,7 @@ def test_mxfp8(layout: str, tmp_path: Path) -> None:
         assert not found
 
 
-def run_under_ddp(layout: str) -> tuple[float, bool]:
+def run_under_ddp(kind: str, layout: str, fp8: Fp8Config) -> tuple[float, bool]:
     """The worst difference of gradients from those without DDP, and whether all GEMMs wrote them."""
     from tests.te_stand_in import kernels
 
@@ -114,14 +117,26 @@ def run_under_ddp(layout: str) -> tuple[float, bool]:
     from megatron_ladder.mcore_compat import initialize_model_parallel
     from pretrain.model.optimizer import wrap_data_parallel
 
-    model, parallel = model_of("ladder"), LAYOUTS[layout]
+    model, parallel = model_of(kind), layout_of(kind, layout)
     initialize_model_parallel(parallel, seed=0)
-    plain = Run(model, parallel, precision="bf16")
-    run = Run(model, parallel, precision="bf16", steps=0, weights=plain.weights)
+    options = {"precision": "bf16", "fp8": fp8}
+    plain = Run(model, parallel, **options)
+    run = Run(model, parallel, steps=0, weights=plain.weights, **options)
     (ddp,) = wrap_data_parallel([run.gpt])
-    kernels.gemm_weights.clear()
-    for _ in range(2):  # micro-batches
-        run.forward().backward()
+    norms = {
+        name: module
+        for name, module in run.gpt.named_modules()
+        if name.endswith("layernorm") and list(module.parameters())
+    }
+    called: set[str] = set()
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    for _ in range(2):  # steps: the second finds nothing of the first
+        ddp.zero_grad_buffer()
+        run.gpt.set_is_first_microbatch()
+        kernels.gemm_weights.clear()
+        for _ in range(2):  # micro-batches
+            run.forward().backward()
     linears = [n for n in plain.gradients if ".linear_" in n]
     buffers = {p.main_grad.data_ptr() for n, p in run.own.items() if n in linears}
     all_written = set(kernels.gemm_weights) == buffers and len(buffers) == 4 * LAYERS
@@ -130,15 +145,23 @@ def run_under_ddp(layout: str) -> tuple[float, bool]:
         for n, p in run.own.items()
     )
     assert ddp.module is run.gpt
+    # By such a hook DDP waits for a norm's gathered weight.
+    assert called == set(norms) and len(norms) == 2 * LAYERS + 1
     return difference, all_written
 
 
-@pytest.mark.parametrize("layout", ["1", "tp2-sp"])
+@pytest.mark.parametrize("recipe", [None, "tensorwise"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("ladder", "1"), ("ladder", "tp2-sp"), ("standard in halves", "tp2")],
+)
 def test_weight_gradients_are_added_to_ddps_buffer_by_the_gemms(
-    layout: str, tmp_path: Path
+    kind: str, layout: str, recipe: Fp8Recipe | None, tmp_path: Path
 ) -> None:
-    ranks = LAYOUTS[layout].tensor_model_parallel_size
-    for difference, all_written in run_ranks(ranks, run_under_ddp, layout, tmp_path=tmp_path):
+    ranks, fp8 = LAYOUTS[layout].tensor_model_parallel_size, Fp8Config(recipe=recipe)
+    for difference, all_written in run_ranks(
+        ranks, run_under_ddp, kind, layout, fp8, tmp_path=tmp_path
+    ):
         assert all_written
         assert difference < 1e-2  # bf16 against fp32, which the buffer is of
 

@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from megatron_ladder.collectives.points import SubmoduleCollectives
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
 from megatron_ladder.layers.attention import TorchAttention
+from megatron_ladder.layers.documents import Documents
 from pretrain.plan.memory import Attention
 from tests.ranks import run_ranks
 from tests.te_run import LAYOUTS
 from tests.te_stand_in import MARKS
 
 pytestmark = MARKS
-BATCH, LENGTH = 4, 64  # two ranks have whole blocks of 128
+BATCH, LENGTH, DOCUMENT = 4, 64, 16  # two ranks have whole blocks of 128
 
 
 def model_of(residual: Any, layers: int, keys: int = 2) -> ModelConfig:
@@ -57,13 +59,18 @@ def use_attention(attention: Attention) -> None:
     tex.scaled_masked_softmax_forward = softmax
     tex.scaled_softmax_backward = tex.scaled_masked_softmax_backward = softmax_backward
 
-    def by_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def by_torch(query: Tensor, key: Tensor, value: Tensor, sequence_first: bool = True) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if not sequence_first:
+            return out.transpose(1, 2).flatten(2)
         return out.permute(2, 0, 1, 3).flatten(2).contiguous()
 
-    def forward(self: Any, *given: Any, **_: Any) -> Tensor:
+    def forward(self: Any, *given: Any, packed_seq_params: Any = None, **_: Any) -> Tensor:
         query, key, value = given[:3]
+        if packed_seq_params is not None:  # documents of one length: as the sequences of a batch
+            qkv = [x.unflatten(0, (-1, DOCUMENT)).transpose(0, 1) for x in (query, key, value)]
+            return by_torch(*qkv, sequence_first=False).flatten(0, 1)
         if attention in ("torch", "torch-unfused", "unfused"):
             kind = DotProductAttention if attention == "unfused" else TorchAttention
             own = kind(*(self.config, 1, AttnMaskType.causal, "self"))
@@ -124,6 +131,8 @@ def measure(
     recipes: tuple[Fp8Recipe | None, ...],
     attention: Attention = "te",
     keys: int = 2,
+    halves: bool = False,
+    apart: bool = False,
 ) -> list[str]:
     """What differs by more than 2 %, in words."""
     from tests.te_stand_in import kernels
@@ -136,10 +145,11 @@ def measure(
     )
     from pretrain.plan.memory import activation_bytes
 
-    parallel = LAYOUTS[layout]
+    parallel = replace(LAYOUTS[layout], tp_overlap="halves" if halves else "none")
     initialize_model_parallel(parallel, seed=0)
     tokens = torch.randint(0, 512, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(LENGTH).expand(BATCH, -1)
+    documents = Documents(positions // DOCUMENT) if apart else None
     impl, found = "transformer_engine", []
     use_attention(attention)
     for recipe in recipes:
@@ -153,11 +163,16 @@ def measure(
                     impl=impl,
                     recompute=recompute,
                     fp8=Fp8Config(recipe=recipe),
+                    documents_apart=apart,
                 )
                 (gpt,) = build_gpt_model(model, config, impl)
 
                 def forward(gpt: Any = gpt) -> Tensor:
-                    return gpt(tokens, positions, None, labels=tokens).float().mean()
+                    return (
+                        gpt(*(tokens, positions, None), labels=tokens, packed_seq_params=documents)
+                        .float()
+                        .mean()
+                    )
 
                 sizes.append(kept_by(forward, list(gpt.parameters())))
             measured = (sizes[1] - sizes[0]) / 2
@@ -170,6 +185,8 @@ def measure(
                 recompute=recompute,
                 fp8=recipe,
                 attention=attention,
+                halves=halves,
+                apart=apart,
             )
             if abs(measured / planned - 1) > 0.02:
                 found.append(f"{recipe} {recompute}: {measured} measured, {planned} planned")
@@ -177,13 +194,21 @@ def measure(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("residual", ["standard", "parallel", "ladder"])
+@pytest.mark.parametrize("residual", ["standard", "parallel", "ladder", "parallel-ladder"])
 def test_what_layers_keep_is_what_is_planned(residual: str, layout: str, tmp_path: Path) -> None:
     ranks, recipes = (
         LAYOUTS[layout].tensor_model_parallel_size,
         (None, "tensorwise", "delayed", "blockwise"),
     )
     for found in run_ranks(ranks, measure, residual, layout, recipes, tmp_path=tmp_path):
+        assert not found
+
+
+@pytest.mark.parametrize("residual", ["standard", "parallel"])
+def test_what_layers_keep_in_halves(residual: str, tmp_path: Path) -> None:
+    for found in run_ranks(
+        *(2, measure, residual, "tp2-sp", (None, "tensorwise"), "te", 2, True), tmp_path=tmp_path
+    ):
         assert not found
 
 
@@ -200,6 +225,14 @@ def test_what_layers_keep_with_a_key_for_each_head(attention: Attention, tmp_pat
     assert not found
 
 
+@pytest.mark.parametrize("residual", ["standard", "ladder"])
+def test_what_layers_keep_with_documents_apart(residual: str, tmp_path: Path) -> None:
+    recipes = (None, "tensorwise", "delayed")
+    arguments = (measure, residual, "tp2-sp", recipes, "te", 2, False, True)
+    for found in run_ranks(2, *arguments, tmp_path=tmp_path):
+        assert not found
+
+
 def test_what_layers_keep_with_mxfp8(tmp_path: Path) -> None:
     for found in run_ranks(2, measure, "ladder", "tp2-sp", ("mxfp8",), tmp_path=tmp_path):
         assert not found
@@ -210,8 +243,6 @@ def measure_state(fp8: Fp8Config, moments: str) -> dict[str, tuple[float, float]
     from tests.te_stand_in import kernels
 
     kernels.install((10, 0) if fp8.recipe == "mxfp8" else (9, 0))
-    from dataclasses import replace
-
     from transformer_engine.pytorch.tensor import QuantizedTensor
 
     from megatron_ladder.mcore_compat import initialize_model_parallel

@@ -14,8 +14,14 @@ pytestmark = MARKS
 STEPS, BATCH, LENGTH = 6, 4, 64
 
 
-def train(recipe: str, primary_weights: bool) -> tuple[list[float], float, int]:
-    """Losses, a sum of the weights, and how many weights are in FP8."""
+def train(
+    recipe: str, primary_weights: bool, made_again: bool = False
+) -> tuple[list[float], float, int]:
+    """Losses, a sum of the weights, and how many weights are in FP8.
+
+    Args:
+        made_again: at the end the weights are lost, and made again from the master weights.
+    """
     from tests.te_stand_in import kernels
 
     kernels.install()
@@ -29,6 +35,7 @@ def train(recipe: str, primary_weights: bool) -> tuple[list[float], float, int]:
     from pretrain.config.train import OptimizerConfig, ScheduleConfig
     from pretrain.loop.step import train_step
     from pretrain.model.optimizer import gathered_parameters
+    from pretrain.model.optimizer_shards import OptimizerShards
     from pretrain.model.setup import build
 
     initialize_model_parallel(ParallelConfig(), seed=0)
@@ -64,6 +71,11 @@ def train(recipe: str, primary_weights: bool) -> tuple[list[float], float, int]:
     losses = [train_step(model, optimizer, scheduler, data, config)[0] for _ in range(STEPS)]
     with gathered_parameters(model):
         weights = list(model[0].parameters())
+        if made_again:
+            for weight in weights:
+                (weight._data if kernels.is_fp8(weight) else weight.data).zero_()
+            (part,) = optimizer.chained_optimizers
+            OptimizerShards([], [], part).round_weights()
         in_fp8 = [w for w in weights if kernels.is_fp8(w)]
         total = sum(float(kernels.plain(w).double().abs().sum()) for w in weights)
     return losses, total, len(in_fp8)
@@ -82,3 +94,10 @@ def test_it_trains_as_with_weights_in_bf16(recipe: str, tmp_path: Path) -> None:
         assert losses == pytest.approx(alone, rel=0.01)
         assert total_of_rank == two[0][1]  # every rank has gathered the same
         assert total_of_rank == pytest.approx(total, rel=1e-3)
+
+
+def test_weights_are_made_again_from_the_parts_of_all_ranks(tmp_path: Path) -> None:
+    """Within `gathered_parameters`, where gathering overlaps forward: no later forward would gather."""
+    as_trained = run_ranks(2, train, "tensorwise", True, tmp_path=tmp_path)
+    again = run_ranks(2, train, "tensorwise", True, True, tmp_path=tmp_path)
+    assert again == as_trained

@@ -21,7 +21,8 @@ def test_a_room_says_what_is_in_it(room: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "room", [*ROOMS, "benchmarks", "benchmarks/checkpoints", "benchmarks/commands"]
+    "room",
+    [*ROOMS, "benchmarks", "benchmarks/checkpoints", "benchmarks/commands", "benchmarks/sequences"],
 )
 def test_a_room_is_small(room: str) -> None:
     files = sorted((ROOT / room).glob("*.py"))

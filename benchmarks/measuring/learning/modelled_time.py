@@ -6,8 +6,9 @@ from typing import Any
 from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
 from pretrain.plan.links import NVLINK
+from pretrain.plan.links import PRESETS as LINKS
 from pretrain.plan.planner import DEVICES, Hardware, Row
-from pretrain.plan.search import search
+from pretrain.plan.search import KINDS, search
 
 TP = 8
 
@@ -19,8 +20,14 @@ class Target:
     preset: str
     gpus: int
     device: str
+    link: str | None
+    """A name in links.PRESETS for tensor parallelism. None: NVSwitch's."""
     plan: dict[str, dict[str, Row]]
     """By kind: `at_tp8` is the fastest layout at TP 8, `fastest` the fastest of all."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset} over {self.link}" if self.link else self.preset
 
     @property
     def where(self) -> str:
@@ -34,7 +41,7 @@ class Target:
         """The fields of the results' JSON."""
         return {
             "about": "by the planner (pretrain/plan/search.py), not measured",
-            "target": self.preset,
+            "target": self.name,
             "device": self.where,
             "kinds": {
                 kind: {name: self._layout(row) for name, row in self.plan[kind].items()}
@@ -58,15 +65,17 @@ class Target:
 
 
 def modelled(target: str, device: str) -> Target:
-    """Args: target: a preset's name, with :GPUS where it needs more than 8.
+    """Args: target: a preset's name, with :GPUS where it needs more than 8, and @LINK for another link.
 
     Raises:
         UserError: there is no such preset, or no layout of it at TP 8 that fits.
     """
-    preset, _, number = target.partition(":")
-    if preset not in PRESETS or not (number or "8").isdigit():
+    where, _, link = target.partition("@")
+    preset, _, number = where.partition(":")
+    if preset not in PRESETS or not (number or "8").isdigit() or (link and link not in LINKS):
         raise UserError(
-            f"--target {target}: give one of {', '.join(PRESETS)}, with :GPUS if need be"
+            f"--target {target}: give one of {', '.join(PRESETS)}, with :GPUS and @LINK "
+            f"({', '.join(LINKS)}) if need be"
         )
     gpus = int(number or 8)
     config = PRESETS[preset]()
@@ -75,15 +84,16 @@ def modelled(target: str, device: str) -> Target:
         model = replace(model, vocab_size=32_000)
     config = replace(config, model=model, precision="bf16")
     try:
-        found = search(config, gpus, Hardware(DEVICES[device], NVLINK))
+        found = search(config, gpus, Hardware(DEVICES[device], NVLINK, link=link or None))
     except UserError as error:
         raise UserError(f"--target {preset} on {gpus} x {device}: {error}") from error
-    plan = {}
-    for kind, rows in found.items():
+    plan: dict[str, dict[str, Row]] = {}
+    for kind in KINDS:  # without halves: they change no curve
+        rows = found[kind]
         at_tp = [row for row in rows if row.tp == TP]
         if not at_tp:
             raise UserError(
                 f"--target {preset} has no layout at TP {TP} that fits in {device}: choose another"
             )
-        plan[str(kind)] = {"at_tp8": at_tp[0], "fastest": rows[0]}
-    return Target(preset, gpus, device, plan)
+        plan[kind] = {"at_tp8": at_tp[0], "fastest": rows[0]}
+    return Target(preset, gpus, device, link or None, plan)

@@ -29,7 +29,7 @@ def draw(runs: dict[str, list[Run]], targets: list[Target]) -> bytes:
         unit, name = next(u for u in UNITS if longest > 2 * u[0] or u[0] == 1)
         _curves(axes, runs, {kind: seconds / unit for kind, seconds in token_s.items()})
         axes.set_xlabel(
-            f"{name} that {target.preset} would take for as many tokens on {target.where}, TP {TP}"
+            f"{name} that {target.name} would take for as many tokens on {target.where}, TP {TP}"
         )
         axes.set_title(
             "The same losses against a large shape's wall-clock: MODELLED, not measured",

@@ -207,7 +207,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _weight_gradient(call: _Call, x: Any, grad: Any) -> Tensor:
-    """grad^T x. The GEMM itself adds it to DDP's gradient buffer, where there is one."""
+    """grad^T x. The GEMM itself adds it to DDP's gradient buffer, where there is one.
+
+    A step's first GEMM overwrites the buffer. Which one that is, DDP's flag says and not the number of the
+    micro-batch: a micro-batch in halves has two for each weight.
+    """
     weight = call.linear.weight
     if not call.linear.fuse_wgrad_accumulation or not hasattr(weight, "main_grad"):
         return call.gemm("wgrad", x, grad, layout="NT", grad=True)
@@ -217,7 +221,7 @@ def _weight_gradient(call: _Call, x: Any, grad: Any) -> Tensor:
         grad=True,
         out=weight.main_grad,
         out_dtype=weight.main_grad.dtype,
-        accumulate=not call.is_first_microbatch,
+        accumulate=getattr(weight, "grad_added_to_main_grad", True),
     )
     weight.grad_added_to_main_grad = True  # so DDP adds nothing
     return get_dummy_wgrad(list(weight.shape), weight.dtype)

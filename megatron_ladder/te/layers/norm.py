@@ -29,15 +29,16 @@ class RMSNorm(TERMSNorm):
             device="cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _Norm.apply(x, self.weight, self, None, torch.is_grad_enabled(), [])
+    def forward(self, x: Tensor, quantizer: Any = None, made: list[Any] | None = None) -> Tensor:
+        """As `_Norm.forward`."""
+        records = torch.is_grad_enabled()  # always False in the forward of an autograd function
+        return _Norm.apply(x, self.weight, self, quantizer, records, [] if made is None else made)
 
 
 def quantised_norm(x: Tensor, norm: Any, quantizer: Any) -> Tensor:
     """RMSNorm of `x` [s, b, h] that writes its output in FP8 only. Returns a placeholder of that output."""
     made: list[Any] = []
-    records = torch.is_grad_enabled()  # always False in the forward of an autograd function
-    x = _Norm.apply(x, norm.weight, norm, quantizer, records, made)
+    x = norm(x, quantizer, made)  # as a module: DDP's hook sees that its weight has been gathered
     return standing_for(x, Quantised(made[0], quantizer))
 
 

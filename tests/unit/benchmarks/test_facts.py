@@ -23,7 +23,8 @@ def test_a_recorder_that_is_closed_leaves_the_decoder_as_it_was() -> None:
     hooked.linear_qkv = hooked.linear_fc1 = torch.nn.Linear(2, 2)
     layer = SimpleNamespace(self_attention=hooked, mlp=hooked)
     decoder: Any = SimpleNamespace(
-        model=SimpleNamespace(residual="ladder"), block=SimpleNamespace(layers=[layer])
+        model=SimpleNamespace(residual="ladder"),
+        block=SimpleNamespace(layers=[layer], config=SimpleNamespace(halves=False)),
     )
     found = Recorder(decoder, 0)
     assert hooked._forward_pre_hooks and hooked.linear_qkv._forward_hooks

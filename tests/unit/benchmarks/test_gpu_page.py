@@ -109,6 +109,7 @@ def test_results_of_the_real_scripts(
     tiny = ["--hidden-size", "64", "--ffn-hidden-size", "128", "--heads", "8", "--seq-length", "32"]
     fake = ["--fake-tp", "8", "--link", "nvswitch", "--layers", "2", "--steps", "2", "--also"]
     overlap = [*tiny, *fake, "parallel", "--sequence-parallel"]
+    kinds = [*tiny, *fake, "parallel-ladder", "standard-halves", "no-comm"]
     attention = [
         "--tokens",
         "16",
@@ -123,6 +124,8 @@ def test_results_of_the_real_scripts(
     ]
     for script, name, options in (
         ("overlap", "overlap-70b-nvswitch-bf16-sp", overlap),
+        ("overlap", "kinds-8b-p2p-off", kinds),
+        ("overlap", "kinds-70b-nvswitch", [*kinds, "--micro-batch-size", "2"]),
         ("attention", "attention", attention),
     ):
         file = tmp_path / f"{name}.json"
@@ -139,6 +142,13 @@ def test_results_of_the_real_scripts(
     assert all(f"\n| {kind} | " in page for kind in ("parallel", "ladder"))
     assert "| ladder at most, by its number of layers | 75.0% |" in page  # 3 of 4 in forward
     assert "| overlap-70b-nvswitch-bf16-sp | torch: " in page
+    assert "Part `kinds-70b-nvswitch`, 2 layers, 2 repetitions." in page
+    without_halves, with_halves = page.split("Part `kinds-")[2:0:-1]
+    assert "\n| standard in halves | " in with_halves
+    assert "Not measured, standard in halves: a micro-batch of 1 has no two" in without_halves
+    for table in (without_halves, with_halves):
+        assert "\n| parallel-ladder | " in table and "\n| no-comm |  |  |  | " in table
+    assert missing("kinds-70b-nvswitch-sp") in page
     assert "| 8 | " in page
     assert missing("connections-1", "connections-2", "connections-32") in page
     assert "\n| torch, its choice | " in page

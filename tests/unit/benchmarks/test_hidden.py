@@ -1,27 +1,62 @@
-"""benchmarks/measuring/hidden.py: how much of a link's time can be hidden."""
+"""benchmarks/measuring/overlap: what is compared, and how much of a link's time can be hidden."""
 
 import pytest
 
-from measuring import hidden
+from measuring.overlap import hidden, kinds
+from measuring.overlap.kinds import KINDS
 from pretrain.plan.planner import Submodule
+
+LONG = Submodule(100.0, 200.0, 50.0)
 
 
 @pytest.mark.parametrize("layers", [1, 4, 24])
 def test_how_much_can_be_hidden(layers: int) -> None:
     """Counted along docs/design/overlap.md: of n sub-modules, only a pass's ends stand alone."""
     n = 2 * layers
-    plain = hidden.most_hidden(layers, False)
-    # Forward's last all-reduce; backward's last runs behind a weight gradient.
-    assert plain == pytest.approx(
-        {"forward": (n - 1) / n, "backward": 1, "total": (2 * n - 1) / (2 * n)}
-    )
-    # In halves: forward's first all-gather and last reduce-scatter, of 2 n; backward's first
-    # all-gather, of 3 n.
-    sp = hidden.most_hidden(layers, True)
-    assert sp == pytest.approx(
-        {"forward": 1 - 2 / (2 * n), "backward": 1 - 1 / (3 * n), "total": 1 - 3 / (5 * n)}
-    )
-    # A link that takes twice as long as what it could hide behind.
+    # Forward's last all-reduce; backward's last runs behind a weight gradient. With sequence parallelism
+    # forward's first all-gather and last reduce-scatter, of 2 n; backward's first all-gather, of 3 n.
+    whole = {
+        False: {"forward": (n - 1) / n, "backward": 1, "total": (2 * n - 1) / (2 * n)},
+        True: {"forward": 1 - 2 / (2 * n), "backward": 1 - 1 / (3 * n), "total": 1 - 3 / (5 * n)},
+    }
+    for sp, expected in whole.items():
+        for name in ("ladder", "parallel-ladder"):
+            assert hidden.most_by_layers(KINDS[name], layers, sp) == pytest.approx(expected)
+        # The same messages stand alone, of half the size.
+        in_halves = {p: (1 + share) / 2 for p, share in expected.items()}
+        for name in ("standard in halves", "parallel in halves"):
+            assert hidden.most_by_layers(KINDS[name], layers, sp) == pytest.approx(in_halves)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.hides])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_planner_agrees_where_computation_is_long(name: str, sequence_parallel: bool) -> None:
+    found = hidden.most_by_planner(KINDS[name], 6, sequence_parallel, (LONG, LONG), 1.0)
+    assert found == pytest.approx(hidden.most_by_layers(KINDS[name], 6, sequence_parallel))
+
+
+def test_a_slow_link_cannot_hide_behind_what_is_shorter() -> None:
     short = Submodule(1.0, 2.0, 0.5)
-    slow = hidden.most_hidden(layers, False, (short, short), 2.0)
-    assert slow["forward"] == pytest.approx((n - 1) / n / 2)
+    slow = hidden.most_by_planner(KINDS["ladder"], 4, False, (short, short), 2.0)
+    assert slow["forward"] == pytest.approx(7 / 8 / 2)
+
+
+def test_an_odd_micro_batch_leaves_halves_out_in_words() -> None:
+    everything = list(kinds.ALSO)
+    names, left_out = kinds.chosen(everything, 2)
+    assert names == list(KINDS) and not left_out
+    names, left_out = kinds.chosen([*everything, "autograd-order"], 1)
+    assert not any(KINDS[name].halves for name in names)
+    assert set(left_out) == {"standard in halves", "parallel in halves"}
+    assert set(left_out.values()) == {"a micro-batch of 1 has no two equal halves"}
+    assert kinds.chosen([], 1) == (["standard", "ladder"], {})
+
+
+def test_times_are_compared_within_a_repetition() -> None:
+    times = {
+        ("standard", "link"): [(1.0, 1.0), (10.0, 10.0), (2.0, 2.0)],
+        ("standard", "zero"): [(1.0, 1.0), (2.0, 2.0), (4.0, 4.0)],
+        ("no-comm", "link"): [(0.5, 0.5), (1.0, 1.0), (2.0, 2.0)],  # it has no other
+    }
+    assert hidden.over_standard(times, "no-comm", "zero") == [0.5, 0.5, 0.5]
+    assert hidden.over_standard(times, "no-comm", "link") == [0.1, 0.5, 1.0]

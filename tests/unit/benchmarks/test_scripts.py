@@ -1,5 +1,6 @@
 """What all benchmarks have: their line in the README, and batches without a data set."""
 
+import ast
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,28 @@ def test_every_script_has_its_line_in_the_readme() -> None:
     for script in scripts:
         if "measuring" not in script.parts:
             assert f"`{script.relative_to(FOLDER)}" in readme, script
+
+
+def test_what_chooses_the_cudnn_is_imported_before_megatron_core() -> None:
+    """Transformer Engine, which megatron-core imports, would load the system's cuDNN beside torch's."""
+    checked = 0
+    for script in FOLDER.glob("*.py"):
+        imported = [
+            name.split(".")[0]
+            for node in ast.parse(script.read_text()).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else _names(node))
+        ]
+        if "megatron" in imported:
+            ours = {"measuring", "pretrain", "megatron_ladder"}
+            first = next(name for name in imported if name in ours | {"megatron"})
+            assert first in ours, script
+            checked += 1
+    assert checked > 2
+
+
+def _names(node: ast.Import) -> list[str]:
+    return [alias.name for alias in node.names]
 
 
 def test_labels_are_the_tokens_that_follow() -> None:

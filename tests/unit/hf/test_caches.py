@@ -18,7 +18,7 @@ def cache_of(kind: str, model, length: int):
 
 @pytest.mark.parametrize("how", [{"num_beams": 1}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["ladder", "parallel", "last 2", "windows"])
+@pytest.mark.parametrize("kind", ["ladder", "parallel", "last 2", "parallel-ladder", "windows"])
 def test_generation_through_each_cache(kind, attention, how):
     """A batch of two lengths, the shorter padded on its left."""
     model = tiny.model(**KINDS[kind])

@@ -14,6 +14,7 @@ from tests.unit.hf import tiny
         ("ladder", "sdpa"),
         pytest.param("parallel", "sdpa", marks=pytest.mark.slow),
         ("last 2", "eager"),
+        ("parallel-ladder 0 and 2", "sdpa"),
     ],
 )
 def test_decoding_is_one_graph(kind, attention):

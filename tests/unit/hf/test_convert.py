@@ -8,7 +8,7 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_ladder.hf.convert import hf_to_megatron, megatron_to_hf
-from megatron_ladder.hf.modeling_ladder import rope_cos_sin, rotate
+from megatron_ladder.hf.rotary_ladder import rope_cos_sin, rotate
 from tests.unit.hf import tiny
 
 PADDED = 512
@@ -28,7 +28,9 @@ def test_round_trip_is_bit_exact(kind, tied, groups):
     weights = parameters(model)
     megatron = hf_to_megatron(weights, model.config, PADDED)
     assert ("output_layer.weight" in megatron) is not tied
-    assert ("decoder.layers.mlp.linear_fc1.layer_norm_weight" in megatron) is (kind != "parallel")
+    assert ("decoder.layers.mlp.linear_fc1.layer_norm_weight" in megatron) is (
+        "parallel" not in kind
+    )
     again = dict(megatron_to_hf(megatron, model.config))
     assert again.keys() == weights.keys()
     for name, tensor in weights.items():
@@ -133,7 +135,7 @@ def test_errors_name_the_tensors():
     with pytest.raises(ValueError, match="padded_vocab_size 499"):
         hf_to_megatron(weights, config, 499)
     with pytest.raises(ValueError, match=r"post_attention_layernorm.weight"):
-        hf_to_megatron(weights, tiny.config(residual="parallel"), PADDED)
+        hf_to_megatron(weights, tiny.config(residual="parallel-ladder"), PADDED)
     tied = tiny.config(tie_word_embeddings=True)
     with pytest.raises(ValueError, match=r"lm_head.weight differs"):
         hf_to_megatron(weights, tied, PADDED)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from tests.unit.hf import tiny
 
 
-@pytest.mark.parametrize("kind", ["ladder", "parallel", "last 2"])
+@pytest.mark.parametrize("kind", ["ladder", "parallel", "last 2", "parallel-ladder"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_auto_spreads_whole_layers(kind, tied, tmp_path):
     """`auto`, with memory for three quarters of the model: the rest is read from disk at its turn."""

@@ -70,7 +70,8 @@ def load_elsewhere(folder, trust):
     ("kind", "options"),
     [
         ("layers 0 and 2", {"tie_word_embeddings": True}),
-        ("parallel", {"max_shard_size": "30KB"}),
+        ("parallel-ladder 0 and 2", {"max_shard_size": "30KB"}),
+        pytest.param("parallel", {"max_shard_size": "30KB"}, marks=pytest.mark.slow),
         pytest.param(
             *("standard", {"tie_word_embeddings": True, "max_shard_size": "30KB"}),
             marks=pytest.mark.slow,
@@ -194,14 +195,16 @@ def test_model_card_says_what_it_was_given(kind):
         assert text in card
     assert ("trust_remote_code=True" in card) is with_code
     assert ("`import megatron_ladder.hf`" in card) is with_code
-    assert ("2501.06589" in card) is (config.residual == "ladder")
+    assert ("2501.06589" in card) is ("ladder" in config.residual)
     assert "Adapted" not in card
     said = {
         "standard": "**Standard residual**",
         "ladder": "All 4 layers are ladder layers.",
         "parallel": "**Parallel residual**",
-        "last 2": "Ladder layers, from 0: 2, 3; the other layers of 4",
-        "layers 0 and 2": "Ladder layers, from 0: 0, 2; the other layers of 4",
+        "last 2": "Ladder layers, from 0: 2, 3; the other layers of 4 have the standard residual.",
+        "layers 0 and 2": "Ladder layers, from 0: 0, 2; the other layers of 4 have the standard",
+        "parallel-ladder": "**Parallel ladder residual**",
+        "parallel-ladder 0 and 2": "Ladder layers, from 0: 0, 2; the other layers of 4 have the parallel",
     }
     assert said[kind] in card
     assert ("as in transformers' own LlamaForCausalLM." in card) is (kind == "standard")

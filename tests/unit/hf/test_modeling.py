@@ -11,9 +11,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_ladder.config import ModelConfig
+from megatron_ladder.config import STALE, ModelConfig
 from megatron_ladder.hf import LadderConfig, LadderForCausalLM
-from megatron_ladder.hf.configuration_ladder import ladder_layer_indices
+from megatron_ladder.hf.configuration_ladder import LADDERS, ladder_layer_indices
 from megatron_ladder.hf.export import standard_config
 from tests.unit.hf import tiny
 
@@ -90,8 +90,9 @@ def test_standard_with_windows_is_theirs(changes, theirs):
 def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor:
     """Logits of one unpadded sequence from x_k = x_{k-1} + h_k(norm_k(x_{k-s})), k = 1..2L.
 
-    s = 2 in a ladder layer (x_{-1} = x_0 = the embedding), 1 in a standard one. Written from the
-    paper: one head at a time, the causal softmax spelled out, RoPE by complex numbers.
+    s = 2 in a ladder layer (x_{-1} = x_0 = the embedding), 1 in a standard one. In parallel models h_k is
+    attention and MLP of one layer together, k = 1..L, and s = 2 in a parallel-ladder layer. Written from
+    the paper: one head at a time, the causal softmax spelled out, RoPE by complex numbers.
     """
     d = config.head_dim
     angles = torch.outer(
@@ -123,12 +124,17 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
         return (gate * torch.sigmoid(gate) * up) @ weights[f"{prefix}.down_proj.weight"].T
 
     embedding = weights["model.embed_tokens.weight"][ids]
-    if config.residual == "parallel":
-        x = embedding
-        for i in range(config.num_hidden_layers):
+    if config.residual in ("parallel", "parallel-ladder"):
+        count = config.num_hidden_layers
+        stale = [] if config.residual == "parallel" else config.ladder_layers or range(count)
+        states = {-1: embedding, 0: embedding}
+        for i in range(count):
             prefix = f"model.layers.{i}"
-            n = norm(x, f"{prefix}.input_layernorm.weight")
-            x = x + attention(n, f"{prefix}.self_attn") + mlp(n, f"{prefix}.mlp")
+            n = norm(states[i - 1 if i in stale else i], f"{prefix}.input_layernorm.weight")
+            states[i + 1] = (
+                states[i] + attention(n, f"{prefix}.self_attn") + mlp(n, f"{prefix}.mlp")
+            )
+        x = states[count]
     else:
         ladder = config.ladder_layers
         count = config.num_hidden_layers
@@ -184,9 +190,10 @@ def test_residual_kinds_differ():
 
 
 @pytest.mark.parametrize("none", [0, []])
-def test_ladder_with_no_ladder_layer_is_standard(none):
-    standard = tiny.model(residual="standard")
-    ladder = tiny.model(residual="ladder", ladder_layers=none)
+@pytest.mark.parametrize(("kind", "other"), LADDERS.items())
+def test_without_ladder_layers_it_is_the_other_kind(none, kind, other):
+    standard = tiny.model(residual=other)
+    ladder = tiny.model(residual=kind, ladder_layers=none)
     ladder.load_state_dict(standard.state_dict())
     ids = tiny.tokens()
     assert torch.equal(ladder(ids).logits, standard(ids).logits)
@@ -271,6 +278,10 @@ def test_new_weights_are_drawn_as_llamas():
         ("standard", None, ()),
         ("parallel", None, ()),
         ("ladder", None, (0, 1, 2, 3)),
+        ("parallel-ladder", None, (0, 1, 2, 3)),
+        ("parallel-ladder", 1, (3,)),
+        ("parallel-ladder", [2, 0], (0, 2)),
+        ("parallel-ladder", 5, None),
         ("ladder", 0, ()),
         ("ladder", 1, (3,)),
         ("ladder", 4, (0, 1, 2, 3)),
@@ -297,7 +308,7 @@ def test_ladder_layers_mean_the_same_as_in_training(residual, ladder_layers, exp
             residual=residual,
             ladder_layers=layers,
         ).layer_residuals()
-        return tuple(i for i, kind in enumerate(kinds) if kind == "ladder")
+        return tuple(i for i, kind in enumerate(kinds) if kind in STALE)
 
     if expected is None:
         for reader in (

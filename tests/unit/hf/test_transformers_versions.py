@@ -35,7 +35,7 @@ def packages(tmp_path_factory) -> Path:
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
 @pytest.mark.timeout(600)
 def test_the_oldest_answers_the_same(packages, tmp_path, bpe_file):
-    kinds = ("layers 0 and 2", "parallel")
+    kinds = ("layers 0 and 2", "parallel", "parallel-ladder 0 and 2")
     models = [tiny.model(**tiny.KINDS[kind], rope_parameters=tiny.LLAMA3) for kind in kinds]
     models.append(tiny.model(**tiny.WINDOWS, rope_parameters=tiny.YARN))
     folders = [export(m, tmp_path / str(i), bpe_file) for i, m in enumerate(models)]

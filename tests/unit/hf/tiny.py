@@ -17,6 +17,8 @@ KINDS = {
     "parallel": {"residual": "parallel"},
     "last 2": {"residual": "ladder", "ladder_layers": 2},
     "layers 0 and 2": {"residual": "ladder", "ladder_layers": [0, 2]},
+    "parallel-ladder": {"residual": "parallel-ladder"},
+    "parallel-ladder 0 and 2": {"residual": "parallel-ladder", "ladder_layers": [0, 2]},
 }
 # Some layers with a window, shorter than the tests' sequences.
 WINDOWS = {

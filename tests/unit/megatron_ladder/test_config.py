@@ -4,6 +4,7 @@ import pytest
 
 from megatron_ladder.config import ModelConfig, ParallelConfig, check_layout
 from megatron_ladder.errors import UserError
+from megatron_ladder.fields.windows import attention_length, layer_windows
 
 YARN = {"rope_scaling_type": "yarn", "rope_scaling_factor": 4.0}
 MODEL = ModelConfig(
@@ -73,8 +74,8 @@ def test_numbers_that_do_not_fit_are_refused(change, message) -> None:
 )
 def test_each_layer_has_its_window(layers, windows) -> None:
     model = replace(MODEL, sliding_window=8, sliding_window_layers=layers)
-    assert model.layer_windows() == tuple(8 if w == "w" else None for w in windows)
-    assert MODEL.layer_windows() == (None,) * 4
+    assert layer_windows(model) == tuple(8 if w == "w" else None for w in windows)
+    assert layer_windows(MODEL) == (None,) * 4
 
 
 def test_scores_of_windows_are_counted() -> None:
@@ -83,8 +84,13 @@ def test_scores_of_windows_are_counted() -> None:
     for length in (4, 8, 20):
         full, window = length**2 / 2, sum(min(i - 0.5, 8) for i in range(1, length + 1))
         share = (3 * full + window) / (4 * full)
-        assert model.attention_length(length) == pytest.approx(share * length)
-        assert MODEL.attention_length(length) == length
+        assert attention_length(model, [length]) == pytest.approx(share * length)
+        assert attention_length(model, [length] * 3) == pytest.approx(share * length)
+        assert attention_length(MODEL, [length]) == length
+    # Documents of 4 and 20 tokens: 8 and 200 scores, of which a window leaves 8 and 8 * 20 - 32.
+    scores = 3 * (8 + 200) + 8 + 128
+    assert attention_length(model, [4, 20]) == pytest.approx(2 * scores / 4 / 24)
+    assert attention_length(MODEL, [4, 20]) == pytest.approx((16 + 400) / 24)
 
 
 @pytest.mark.parametrize(

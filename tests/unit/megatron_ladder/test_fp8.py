@@ -104,6 +104,22 @@ def test_what_fp8_gemms_cannot_do_is_refused(fp8, change, says) -> None:
         check_fp8(fp8, model, TP2, **given)
 
 
+def test_halves_give_a_gemm_half_the_tokens() -> None:
+    halves = replace(TP2, tp_overlap="halves")
+    given = {"model": MODEL, "precision": "bf16"}
+    check_fp8(Fp8Config("delayed"), parallel=halves, tokens=32, **given)
+    check_fp8(Fp8Config("delayed"), parallel=TP2, tokens=16, **given)
+    with pytest.raises(
+        UserError, match=r"/ 2 .of parallel.tp_overlap halves., 8, is not a mul.* 16"
+    ):
+        check_fp8(Fp8Config("delayed"), parallel=halves, tokens=16, **given)
+    halves = replace(halves, sequence_parallel=True)
+    given["model"] = replace(MODEL, hidden_size=128)
+    check_fp8(Fp8Config("blockwise"), parallel=halves, tokens=512, **given)
+    with pytest.raises(UserError, match=r"/ tensor_model_parallel_size, 64, is not a mul.* 128"):
+        check_fp8(Fp8Config("blockwise"), parallel=halves, tokens=256, **given)
+
+
 @pytest.mark.parametrize(
     ("recipe", "tokens", "hidden_size", "says"),
     [

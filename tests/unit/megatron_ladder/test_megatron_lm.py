@@ -29,7 +29,7 @@ def test_megatron_lm_finds_a_spec_it_can_build_a_block_from() -> None:
     ],
 )
 def test_options_of_megatron_lm_that_would_be_ignored_are_refused(option, name, tmp_path) -> None:
-    with pytest.raises(AssertionError, match=f"ladder layers do not support {name}"):
+    with pytest.raises(AssertionError, match=f"layers do not support {name}"):
         run_ranks(1, build_block, option, tmp_path=tmp_path)
 
 

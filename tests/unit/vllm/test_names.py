@@ -15,7 +15,7 @@ def place(name: str) -> tuple[str, str | int | None]:
     return name, part
 
 
-@pytest.mark.parametrize("kind", ["ladder", "parallel", "last 2"])
+@pytest.mark.parametrize("kind", ["ladder", "parallel", "last 2", "parallel-ladder"])
 def test_every_weight_has_its_place(kind: str) -> None:
     model = tiny.model(**tiny.KINDS[kind], qkv_bias=True, qk_norm=True)
     places = [place(name) for name in model.state_dict()]

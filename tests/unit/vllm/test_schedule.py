@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from megatron_ladder.hf import LadderForCausalLM
-from megatron_ladder.hf.modeling_ladder import rope_cos_sin
+from megatron_ladder.hf.rotary_ladder import rope_cos_sin
 from megatron_ladder.vllm.all_reduce import FINISH, START, AllReduce, run_between_graphs
 from megatron_ladder.vllm.schedule import (
     InFlight,
     State,
     Sums,
     ladder_layer,
+    parallel_ladder_layer,
     parallel_layer,
     standard_layer,
     whole,
@@ -59,11 +60,15 @@ def run(model: LadderForCausalLM, ids: Tensor, sums: Sums, log: list[str]) -> Te
             log.append(f"mlp {number}")
             return layer.mlp(layer.post_attention_layernorm(x))
 
-        def both(x: Tensor, layer=layer, attention=attention) -> Tensor:
-            return attention(x) + layer.mlp(layer.input_layernorm(x))
+        def both(x: Tensor, layer=layer, number=number, attention=attention) -> Tensor:
+            attended = attention(x)
+            log.append(f"mlp {number}")
+            return attended + layer.mlp(layer.input_layernorm(x))
 
         if layer.residual == "parallel":
             state = parallel_layer(state, both, sums)
+        elif layer.residual == "parallel-ladder":
+            state = parallel_ladder_layer(state, both, sums)
         elif layer.residual == "ladder":
             state = ladder_layer(state, attention, mlp, sums)
         else:
@@ -109,6 +114,23 @@ def test_a_hybrid_waits_before_a_standard_layer_and_sums_there_at_once() -> None
         *("mlp 0", "start mlp 0", "finish attention 0"),
         "finish mlp 0",
         *("attention 1", "sum", "mlp 1", "sum"),
+    ]
+
+
+@torch.no_grad()
+def test_a_parallel_ladder_sum_is_waited_for_after_the_whole_next_layer() -> None:
+    """It is the sum of both outputs; a parallel layer reads it complete, and the layer after that does not
+    read that layer's."""
+    layers = [0, 1, 3]
+    model = tiny.model(residual="parallel-ladder", ladder_layers=layers)
+    model.config._attn_implementation = "eager"
+    log: list[str] = []
+    run(model, tiny.tokens(), RecordedSums(log), log)
+    assert log == [
+        *("attention 0", "mlp 0", "start mlp 0"),
+        *("attention 1", "mlp 1", "start mlp 1", "finish mlp 0"),
+        *("finish mlp 1", "attention 2", "mlp 2", "sum"),
+        *("attention 3", "mlp 3", "start mlp 3", "finish mlp 3"),
     ]
 
 

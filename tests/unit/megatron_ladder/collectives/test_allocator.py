@@ -1,6 +1,7 @@
 """Memory that another stream uses is not given out again: held to a stand-in for CUDA's allocator."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ from megatron_ladder.collectives.points import (
     output_start,
     output_wait,
 )
+from megatron_ladder.config import PARALLEL, Residual
+from megatron_ladder.layers.halves import calls_of, join, split
+from megatron_ladder.layers.layer import LadderTransformerLayer
 from tests.unit.megatron_ladder.collectives.cuda_allocator import (
     Allocator,
     Collectives,
@@ -142,4 +146,56 @@ def test_the_second_stream(allocator: Allocator) -> None:
     assert allocator.current is allocator.main
     streams.rejoin(out, None)
     out + 1
+    allocator.check()
+
+
+class Layer(LadderTransformerLayer):
+    """The layer's own order, around sub-modules of a few operations."""
+
+    def __init__(self, group: Any, residual: Residual, halves: bool) -> None:
+        torch.nn.Module.__init__(self)
+        self.residual, self.halves = residual, halves
+        self.submodules = ("both",) if residual in PARALLEL else ("attention", "mlp")
+        self._calls = calls_of(self.submodules, halves)
+        self._chain = []
+        self.tp_group, self.in_fp8 = group, False
+        self.config: Any = SimpleNamespace(sequence_parallel=True)
+        self.next_layer = ()
+
+    def _start_submodule(self, name: Any, x: Tensor, behind: Any = None) -> Tensor:
+        return input_start(x * 2, self.tp_group, True)
+
+    def _compute(self, name: Any, x: Tensor, **_: Any) -> Tensor:
+        x = x @ torch.ones(4, 4)
+        if name != "attention" or self.submodules != ("both",):
+            self._run_chain()  # as hook of the first linear
+        return x @ torch.ones(4, 4)
+
+    def _add(self, residual: Tensor, output: Tensor) -> Tensor:
+        return residual + output_wait(output)
+
+
+@pytest.mark.parametrize(
+    ("residual", "halves"),
+    [
+        ("ladder", False),
+        ("parallel-ladder", False),
+        ("standard", True),
+        ("parallel", True),
+    ],
+)
+def test_layers_on_two_streams(allocator: Allocator, residual: Residual, halves: bool) -> None:
+    """Two layers and the end of a stage; of halves the chain is the other half's."""
+    layers = [Layer(TwoRanks(), residual, halves) for _ in range(2)]
+    layers[0].next_layer = (layers[1],)
+    with torch.no_grad():
+        x = torch.ones(2, 2, 4)
+        states, y = split(x) if halves else (x,), None
+        for layer in layers:
+            y, states = layer._hiding(states, y, {"attention_mask": None})
+        *complete, a = states
+        assert join((*complete, layers[1]._add(a, y))).shape == (2, 2, 4)
+    assert {stream.name for m in allocator._memory.values() for stream in m.used_on} == {
+        *("main", "second")
+    }
     allocator.check()

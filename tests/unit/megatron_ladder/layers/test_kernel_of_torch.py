@@ -24,9 +24,7 @@ def test_a_broken_cudnn_is_left_out(
     monkeypatch.setattr(
         torch.backends.cuda, "enable_cudnn_sdp", lambda on: allowed.__setitem__(0, on)
     )
-    kernel = attention.kernel_of_torch(
-        (1, 4, 128, 64), 2, torch.bfloat16, masked=False, dropout=0.0
-    )
+    kernel = attention.kernel_of_torch((1, 4, 128, 64), 2, torch.bfloat16, apart=False, dropout=0.0)
     assert kernel == ("flash" if error else "cudnn")
     assert bool(caplog.text) == bool(error)
     assert allowed == [not error]

@@ -249,6 +249,19 @@ def test_draw_one_direction_and_shared_collectives(tmp_path: Path) -> None:
     assert imread(tmp_path / "timeline.png").shape[:2] == (400, 1400)
 
 
+def test_halves_belong_to_their_layer(tmp_path: Path) -> None:
+    spans = [
+        span("compute", "attention 1a", 0, 6),
+        span("compute", "attention 1b", 6, 12),
+        span("flight", "attention 1a", 6, 11),
+        span("wait", "attention 1a", 12, 12.1),
+        span("compute", "mlp 2a", 12.1, 20),
+    ]
+    timeline.draw(tmp_path / "t.png", [("standard in halves", spans)], layers=(1, 2))
+    with pytest.raises(UserError, match=r"of layer 3 .it has layers: 1, 2.;"):
+        timeline.draw(tmp_path / "t.png", [("standard in halves", spans)], layers=(2, 3))
+
+
 def test_draw_says_which_layers_are_missing(tmp_path: Path) -> None:
     # Another rank's layers do not count.
     rows = [("ladder", model(True, layers=2) + model(True, layers=6, rank=1))]

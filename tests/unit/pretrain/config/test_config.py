@@ -20,11 +20,12 @@ from pretrain.config.train import (
     save_config,
     to_dict,
 )
+from pretrain.run.checkpoint_files import write_manifest
 from pretrain.start.arguments import parse_train
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("adapt")])
-@pytest.mark.parametrize("residual", ["standard", "ladder", "parallel"])
+@pytest.mark.parametrize("residual", ["standard", "ladder", "parallel", "parallel-ladder"])
 def test_every_preset_takes_every_residual_kind_and_survives_saving(
     name: str, residual: str, tmp_path: Path
 ) -> None:
@@ -68,8 +69,8 @@ def test_the_number_of_options_stays_small() -> None:
     # policies, a spike's size, how many of them, hangs of steps and of starts, slow ranks; saves in the
     # background. FP8: the recipe, which layers it leaves out (two), weights in it; a trace: from which
     # step, how many; Adam's moments; compile, a CUDA graph; whose attention, which no default can know of
-    # every machine.
-    assert count(to_dict(PRESETS["debug"]())) <= 87
+    # every machine; halves, which take an even micro-batch and smaller GEMMs for what they hide.
+    assert count(to_dict(PRESETS["debug"]())) <= 88
 
 
 def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
@@ -146,6 +147,33 @@ def test_ladder_layers_of_a_new_model() -> None:
     assert config.model.layer_residuals() == ("standard", "standard", "standard", "ladder")
     config, _ = parse_train(["--preset", "debug", "--ladder-layers", "0,2"])
     assert config.model.ladder_layers == (0, 2)
+
+
+def test_ladder_layers_of_a_parallel_model(tmp_path: Path) -> None:
+    """Without weights to start from, and with those of a run."""
+    debug = ["--preset", "debug", "--ladder-layers", "last:1"]
+    some = ("parallel", "parallel", "parallel", "parallel-ladder")
+    config, _ = parse_train([*debug, "--model.residual", "parallel-ladder"])
+    assert config.model.layer_residuals() == some
+    base = PRESETS["debug"]()
+    for residual in ("parallel", "parallel-ladder"):
+        run = replace(base, model=replace(base.model, residual=residual, vocab_size=300))
+        folder = tmp_path / residual
+        checkpoint = folder / "checkpoints" / "step_00000001"
+        checkpoint.mkdir(parents=True)
+        save_config(run, folder / "config.json")
+        config, _ = parse_train([*debug, "--config", str(folder / "config.json")])
+        assert config.model.layer_residuals() == some
+        trained = replace(run, data=replace(run.data, paths=(Path("a"),)))
+        save_config(trained, checkpoint / "config.json")
+        write_manifest(checkpoint, {})
+        adapt = ["--preset", "adapt", "--ladder-layers", "last:1", "--init-from", str(folder)]
+        if residual == "parallel":
+            config, _ = parse_train(adapt)
+            assert config.model.layer_residuals() == some
+        else:
+            with pytest.raises(UserError, match="residual is parallel-ladder already"):
+                parse_train(adapt)
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,18 @@ def test_a_ladder_model_is_measured_from_standard_and_left_as_it_was() -> None:
     assert measure_staleness(ladder, sequences, "tests").standard != pytest.approx(loss, abs=1e-4)
     assert mean_loss(ladder, sequences) == loss
     assert loss_with_ladder_layers(ladder, sequences, [2, 3]) == loss
-    with pytest.raises(UserError, match="parallel"):
-        measure_staleness(tiny.model(residual="parallel"), sequences, "tests")
+
+
+def test_a_layer_of_a_parallel_model_is_made_a_parallel_ladder_layer() -> None:
+    parallel, sequences = tiny.model(residual="parallel"), tiny.tokens(2, 9)
+    found = measure_staleness(parallel, sequences, "tests")
+    assert found.standard == mean_loss(parallel, sequences)
+    assert all(layer.residual == "parallel" for layer in parallel.model.layers)
+    for layer, loss in enumerate(found.alone):
+        ladder = tiny.model(residual="parallel-ladder", ladder_layers=[layer])
+        ladder.load_state_dict(parallel.state_dict())
+        assert loss == mean_loss(ladder, sequences)
+        assert (abs(loss - found.standard) > 1e-3) == (layer > 0)  # the first reads the embedding
 
 
 def test_staleness_is_kept_with_the_run(tmp_path: Path) -> None:

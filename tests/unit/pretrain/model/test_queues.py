@@ -20,9 +20,11 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def chosen(residual: Any, tp: int, sp: bool) -> list[str | None]:
-    config = PRESETS["debug"]()
-    parallel = ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sp)
+def chosen(residual: Any, tp: int, sp: bool, overlap: Any = "none") -> list[str | None]:
+    config = replace(PRESETS["debug"](), micro_batch_size=2)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp, sequence_parallel=sp, tp_overlap=overlap
+    )
     set_queues(replace(config, model=replace(config.model, residual=residual), parallel=parallel))
     return [os.environ.get(name) for name in NAMES]
 
@@ -35,8 +37,18 @@ def test_one_queue_keeps_the_order_of_issue(residual: str, tp: int, sp: bool) ->
     assert chosen(residual, tp, sp) == ["1", None]
 
 
-def test_a_second_stream_has_queues_and_its_collectives_priority() -> None:
-    assert chosen("ladder", 2, True) == ["8", "1"]
+def test_halves_without_sequence_parallelism_have_one_stream() -> None:
+    assert chosen("standard", 2, False, "halves") == ["1", None]
+
+
+@pytest.mark.parametrize(
+    ("residual", "overlap"),
+    [("ladder", "none"), ("parallel-ladder", "none"), ("parallel", "halves")],
+)
+def test_a_second_stream_has_queues_and_its_collectives_priority(
+    residual: str, overlap: str
+) -> None:
+    assert chosen(residual, 2, True, overlap) == ["8", "1"]
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

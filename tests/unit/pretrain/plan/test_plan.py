@@ -11,7 +11,7 @@ from pretrain.config.presets import PRESETS as TRAIN_PRESETS
 from pretrain.plan.links import MIB, NVLINK, PRESETS, Link
 from pretrain.plan.memory import room
 from pretrain.plan.planner import DEVICES, Hardware, Submodule, pass_seconds
-from pretrain.plan.search import layouts, row, search
+from pretrain.plan.search import WAYS, layouts, row, search, way
 
 ATTENTION = Submodule(forward_s=3.0, backward_s=6.0, weight_gradient_s=1.0)
 MLP = Submodule(forward_s=5.0, backward_s=10.0, weight_gradient_s=2.0)
@@ -19,16 +19,19 @@ COMPUTE = 2 * (3 + 5), 2 * (6 + 10)  # of two layers
 
 
 def seconds(kinds: str, collective: float, **options) -> tuple[float, float]:
-    names = {"s": "standard", "l": "ladder", "p": "parallel"}
+    names = {"s": "standard", "l": "ladder", "p": "parallel", "q": "parallel-ladder"}
     return pass_seconds([names[k] for k in kinds], ATTENTION, MLP, collective, **options)
 
 
-@pytest.mark.parametrize("kinds", ["ss", "ll", "pp", "sl", "ls"])
+@pytest.mark.parametrize("kinds", ["ss", "ll", "pp", "qq", "sl", "ls", "pq", "qp"])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_without_a_link_a_pass_is_its_compute(kinds, sequence_parallel) -> None:
     assert seconds(kinds, 0.0, sequence_parallel=sequence_parallel) == pytest.approx(COMPUTE)
     forward, backward = seconds(kinds, 0.0, recompute="full")
     assert (forward, backward) == pytest.approx((COMPUTE[0], COMPUTE[1] + COMPUTE[0]))
+    if set(kinds) <= {"s", "p"}:
+        halves = seconds(kinds, 0.0, sequence_parallel=sequence_parallel, halves=True)
+        assert halves == pytest.approx((2 * COMPUTE[0], 2 * COMPUTE[1]))
 
 
 def test_standard_exposes_all_of_forward_and_what_its_weight_gradient_leaves() -> None:
@@ -50,7 +53,60 @@ def test_ladder_exposes_the_last_alone_while_it_fits() -> None:
 def test_parallel_exposes_one_a_layer() -> None:
     forward, backward = seconds("pp", 1.5)
     assert forward == pytest.approx(COMPUTE[0] + 2 * 1.5)
-    assert backward == pytest.approx(COMPUTE[1] + 2 * 1.5)
+    assert backward == pytest.approx(COMPUTE[1] + 2 * 0.5)  # behind attention's weight gradients
+
+
+def test_parallel_ladder_hides_one_a_layer_behind_a_whole_layer() -> None:
+    assert seconds("qq", 1.5) == pytest.approx((COMPUTE[0] + 1.5, COMPUTE[1] + 0.5))
+    # 10 s on the link behind 8 s of compute. The second layer does not wait for it, the link does.
+    assert seconds("qqq", 10.0)[0] == pytest.approx(8 + 3 * 10)
+    # The third layer of two hides the first, whatever follows.
+    assert seconds("pq", 1.5)[0] == pytest.approx(COMPUTE[0] + 1.5)
+    assert seconds("qp", 1.5)[0] == pytest.approx(COMPUTE[0] + 2 * 1.5)
+
+
+@pytest.mark.parametrize(("kind", "ends"), [("s", 2), ("p", 1)])
+def test_halves_hide_behind_each_other(kind: str, ends: int) -> None:
+    """Attention and MLP of two halves: 1.5 s, of half a message, fits behind the other half's."""
+    forward, backward = seconds(2 * kind, 1.5, halves=True)
+    assert (forward, backward) == pytest.approx((2 * COMPUTE[0] + 1.5, 2 * COMPUTE[1] + 0.5))
+    # 20 s on the link, after the first half of the first sub-module: nothing but the link counts.
+    first = 3 if kind == "s" else 8
+    assert seconds(2 * kind, 20.0, halves=True)[0] == pytest.approx(first + 4 * ends * 20)
+    # Recomputed, they repeat no collective: no gradient needs it.
+    again = seconds(2 * kind, 1.5, halves=True, recompute="full")[1]
+    assert again == pytest.approx(2 * COMPUTE[1] + 2 * COMPUTE[0] + 0.5)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 1.5, 2.0, 2.5, 8.0])
+def test_many_layers_take_what_the_longer_resource_takes(ratio: float) -> None:
+    """Each sub-module 1 s, its all-reduce `ratio` s; backward twice 1 s, a quarter of it after the sum."""
+    layers = 400
+
+    def a_layer(kind: str, halves: bool = False) -> tuple[float, float]:
+        cost = 1.05 if halves else 1.0  # two halves are less efficient than one whole
+        size = cost / 2 if halves else cost
+        sub = Submodule(size * 1.0, size * 2.0, size * 0.5)
+        link = ratio / 2 if halves else ratio
+        found = pass_seconds([kind] * layers, sub, sub, link, halves=halves)
+        return found[0] / layers, found[1] / layers
+
+    waits = max(0.0, ratio - 0.5)  # backward's, after the weight gradient
+    for kind, halves, forward, backward in (
+        ("standard", False, 2 * (1 + ratio), 2 * (2 + waits)),
+        ("standard", True, 2 * max(1.05, ratio), 2 * max(2.1, ratio)),
+        ("parallel", False, 2 + ratio, 4 + waits),
+        ("parallel", True, max(2.1, ratio), max(4.2, ratio)),
+        ("ladder", False, 2 * max(1, ratio), 2 * max(2, ratio)),
+        ("parallel-ladder", False, max(2, ratio), max(4, ratio)),
+    ):
+        assert a_layer(kind, halves) == pytest.approx((forward, backward), rel=0.01), kind
+    # The bounds in words: where the link takes 1.4 to 2.5 times as long as a sub-module, ladder's forward
+    # gains 1.7 to 1.4, and that of parallel-ladder 2.4 to 3.
+    if ratio in (1.5, 2.0, 2.5):
+        standard = a_layer("standard")[0]
+        assert 1.39 < standard / a_layer("ladder")[0] < 1.71
+        assert 2.4 < standard / a_layer("parallel-ladder")[0] < 3.01
 
 
 def test_the_first_ladder_layer_hides_the_last_standard_mlp() -> None:
@@ -82,6 +138,9 @@ def test_links_go_through_their_points_and_beyond() -> None:
     assert link.all_reduce_seconds(256 * MIB) == pytest.approx(561e-6 + 2 * (561e-6 - 316e-6))
     assert Link.of(1e-3, 1e9).all_reduce_seconds(1e9) == pytest.approx(1.001)
     assert link.for_ranks(1).all_reduce_seconds(8 * MIB) == 0
+    twice = link.with_bandwidth(2).all_reduce_seconds(8 * MIB)
+    assert twice == pytest.approx(20.7e-6 + (83e-6 - 20.7e-6) / 2)
+    assert link.with_bandwidth(2).latency_s == link.latency_s
 
 
 @pytest.fixture
@@ -128,6 +187,46 @@ def test_the_bubble_shrinks_with_chunks_and_grows_with_stages(hardware) -> None:
     assert bubble(1, None) == 0
 
 
+def test_a_shorter_last_stage_makes_up_for_the_head(hardware) -> None:
+    """The head of 8B, three times forward's, counts where the last stage is the slowest."""
+    config = TRAIN_PRESETS["llama-3-8b"]()
+
+    def planned(last: int | None):
+        parallel = ParallelConfig(
+            pipeline_model_parallel_size=2, num_layers_in_last_pipeline_stage=last
+        )
+        return row(replace(config, parallel=parallel), 64, hardware)
+
+    even, shorter = planned(None), planned(15)
+    assert (even.last_stage, shorter.last_stage) == (16, 15)
+    head_s = 3 * hardware.gemm_s(2.0 * 8192 * 4096 * config.model.padded_vocab_size)
+    micro_batches = config.global_batch_size // 32
+    layer_s = (even.compute_s / micro_batches - head_s) / 16
+    assert shorter.compute_s / micro_batches == pytest.approx(
+        max(15 * layer_s + head_s, 17 * layer_s)
+    )
+    assert shorter.step_s < even.step_s
+    # Without a head to speak of, the first stage is the slowest.
+    small = replace(config, model=replace(config.model, vocab_size=128))
+    parallel = ParallelConfig(pipeline_model_parallel_size=2, num_layers_in_last_pipeline_stage=15)
+    found = row(replace(small, parallel=parallel), 64, hardware)
+    assert found.compute_s / micro_batches == pytest.approx(17 * layer_s)
+
+
+def test_the_slowest_stage_of_a_hybrid_counts(hardware) -> None:
+    """Four ladder layers of eight, in two stages: the standard ones' stage waits more."""
+    config = TRAIN_PRESETS["llama-3-8b"]()
+    parallel = ParallelConfig(tensor_model_parallel_size=4, pipeline_model_parallel_size=2)
+
+    def exposed(**kind) -> float:
+        model = replace(config.model, num_layers=8, vocab_size=128, **kind)
+        return row(replace(config, model=model, parallel=parallel), 64, hardware).exposed_tp_s
+
+    assert exposed(residual="ladder", ladder_layers=4) == exposed(residual="standard")
+    assert exposed(residual="ladder") < exposed(residual="standard")
+    assert exposed(residual="parallel-ladder", ladder_layers=4) == exposed(residual="parallel")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -147,10 +246,15 @@ def test_mistakes_are_said_in_a_line(options, message, capsys) -> None:
 
 def test_the_command_prints_draws_and_writes(tmp_path, capsys) -> None:
     files = ["--json", str(tmp_path / "plan.json"), "--png", str(tmp_path / "plan.png")]
-    assert bench(["plan", "--preset", "llama-3-8b", "--gpus", "64", *files]) == 0
+    assert bench(["plan", "--preset", "llama-3-8b", "--gpus", "16", *files]) == 0
     output = capsys.readouterr().out
     assert "modelled, not measured" in output
     written = json.loads((tmp_path / "plan.json").read_text())
-    assert set(written) == {"standard", "parallel", "ladder"}
+    assert set(written) == {way(*kind) for kind in WAYS} and len(written) == 6
     assert written["ladder"][0]["step_s"] > 0
+    assert not any(r["halves"] for r in written["standard"])
+    assert all(
+        r["halves"] and r["tp"] > 1 and r["micro_batch_size"] % 2 == 0
+        for r in written["standard, halves"]
+    )
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -9,9 +9,10 @@ from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.layers.attention_choice import check_attention
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import save_config
+from pretrain.config.train import TrainConfig, save_config
 from pretrain.convert.export import export_run
 from pretrain.start.preflight import preflight
+from tests.data_sets import write_data_set
 
 
 def with_residual(residual: str, tp: int = 1):
@@ -26,6 +27,37 @@ def with_residual(residual: str, tp: int = 1):
 def test_no_comm_is_not_trained() -> None:
     with pytest.raises(UserError, match="for measurements of speed only"):
         preflight(with_residual("no-comm"), 1)
+
+
+def in_halves(residual: str, tp: int, micro_batch_size: int) -> TrainConfig:
+    base = PRESETS["debug"]()
+    return replace(
+        base,
+        model=replace(base.model, residual=residual),
+        parallel=ParallelConfig(tensor_model_parallel_size=tp, tp_overlap="halves"),
+        micro_batch_size=micro_batch_size,
+    )
+
+
+def test_halves_of_a_micro_batch_are_equal() -> None:
+    in_halves("standard", 2, 4)
+    for odd in (1, 3):
+        with pytest.raises(
+            UserError, match=f"micro_batch_size {odd} has no two equal halves, .* even"
+        ):
+            in_halves("standard", 2, odd)
+
+
+@pytest.mark.parametrize(
+    ("residual", "tp"),
+    [("standard", 1), ("ladder", 2), ("parallel-ladder", 2), ("desync", 2)],
+)
+def test_halves_are_of_layers_that_would_wait(residual: str, tp: int, tmp_path: Path) -> None:
+    data = write_data_set(tmp_path / "data")
+    config = in_halves(residual, tp, 2)
+    config = replace(config, data=replace(config.data, paths=(data,)))
+    with pytest.raises(UserError, match=f"model.residual is {residual}, .*size {tp}. Leave it out"):
+        preflight(config, tp)
 
 
 def test_desync_of_several_ranks_is_not_exported(tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from measuring.interleaved import quotients
+from measuring.overlap.kinds import Kind
+from megatron_ladder.config import ModelConfig
+from pretrain.bench.interleaved import quotients
+from pretrain.bench.kinds_plan import BLOCKING, NO_COMM
 from pretrain.plan.planner import Submodule, pass_seconds
-
-BLOCKING = "standard, waiting at once"
-NO_COMM = "no-comm"
 
 Times = dict[tuple[str, str], list[tuple[float, ...]]]
 """By line and link: seconds of forward and of backward, of each repetition."""
@@ -35,10 +35,20 @@ def hidden_share(times: Times, name: str, part: str, standard: str = BLOCKING) -
     return 1 - link_time(times, name, part) / link_time(times, standard, part)
 
 
-def paired(a: list[tuple[float, ...]], b: list[tuple[float, ...]]) -> str:
-    """The quotient of two lines' totals, repetition by repetition."""
-    low, middle, high = quotients(map(sum, a), map(sum, b))
+def over_standard(times: Times, name: str, link: str) -> list[float]:
+    """Quartiles of a line's totals over those of megatron-core's standard, repetition by repetition."""
+    mine, standards = (times[_key(times, n, link)] for n in (name, "standard"))
+    return quotients(map(sum, mine), map(sum, standards))
+
+
+def in_words(quartiles: list[float]) -> str:
+    low, middle, high = quartiles
     return f"{middle:.3f} (quartiles {low:.3f} to {high:.3f})"
+
+
+def _key(times: Times, name: str, link: str) -> tuple[str, str]:
+    """no-comm is measured once: it uses no link."""
+    return (name, link) if (name, link) in times else (name, "link")
 
 
 def all_link_time(layers: int, sequence_parallel: bool, link_s: float) -> tuple[float, float]:
@@ -51,30 +61,50 @@ def all_link_time(layers: int, sequence_parallel: bool, link_s: float) -> tuple[
     return forward_s, (1.5 if sequence_parallel else 1.0) * forward_s
 
 
-def most_hidden(
+def most_by_layers(kind: Kind, layers: int, sequence_parallel: bool) -> Shares:
+    """The shares of the link's time that a kind can hide by its number of layers, if every sub-module takes
+    far longer than the link. Only messages with no computation beside them are not hidden.
+
+    That is forward's last output (with sequence parallelism half of it, and half of the first input), and
+    in backward, with sequence parallelism, the first all-gather. Backward's last reduction runs behind the
+    gradient of a weight. In halves a message has half the size.
+    """
+    assert kind.hides
+    message = 0.5 if kind.halves else 1.0
+    ends = message, (message / 2 if sequence_parallel else 0.0)
+    return _shares(ends, all_link_time(layers, sequence_parallel, 1.0))
+
+
+def most_by_planner(
+    kind: Kind,
     layers: int,
     sequence_parallel: bool,
-    parts: tuple[Submodule, Submodule] | None = None,
-    link_s: float = 1.0,
+    parts: tuple[Submodule, Submodule],
+    link_s: float,
 ) -> Shares:
-    """The shares of the link's time that ladder layers can hide, by the planner's model of a pass.
+    """The shares that a kind can hide, by the planner's model of a pass.
 
     Args:
-        parts: attention and MLP. None: both take far longer than the link, so that only the collectives
-            with no computation beside them are not hidden: forward's last output (with sequence
-            parallelism half of it, and half of the first input), and in backward, with sequence
-            parallelism, the first all-gather.
+        parts: attention and MLP.
     """
-    long = Submodule(100 * link_s, 200 * link_s, 50 * link_s)
-    attention, mlp = parts or (long, long)
-    with_link, without = (
-        pass_seconds(
-            ["ladder"] * layers, attention, mlp, seconds, sequence_parallel=sequence_parallel
-        )
-        for seconds in (link_s, 0.0)
-    )
-    exposed = [a - b for a, b in zip(with_link, without, strict=True)]
-    whole = all_link_time(layers, sequence_parallel, link_s)
+    return planned_shares(kind, layers, sequence_parallel, parts, 0.0, link_s)
+
+
+def planned_shares(
+    kind: Kind,
+    layers: int,
+    sequence_parallel: bool,
+    parts: tuple[Submodule, Submodule],
+    own_s: float,
+    link_s: float,
+) -> Shares:
+    """The shares that a kind hides by the planner's model; see `planned`."""
+    options = {"sequence_parallel": sequence_parallel}
+    exposed = planned(kind, layers, parts, own_s, link_s, options)
+    return _shares(exposed, all_link_time(layers, sequence_parallel, link_s))
+
+
+def _shares(exposed: tuple[float, float], whole: tuple[float, float]) -> Shares:
     return {
         "forward": 1 - exposed[0] / whole[0],
         "backward": 1 - exposed[1] / whole[1],
@@ -97,7 +127,7 @@ def scaled(
 
 
 def planned(
-    name: str,
+    kind: Kind,
     layers: int,
     parts: tuple[Submodule, Submodule],
     own_s: float,
@@ -110,44 +140,51 @@ def planned(
         own_s: seconds of a collective by itself; the link's time comes on top.
         options: those of `pass_seconds`.
     """
-    kinds = [name] * layers
-    if name == "hybrid (last half)":
-        kinds = ["standard"] * (layers - layers // 2) + ["ladder"] * (layers // 2)
+    residuals = ModelConfig(layers, 8, 8, 1, **kind.model_fields(layers)).layer_residuals()
+    if kind.halves:
+        options = {**options, "halves": True}
+        parts, own_s, link_s = (_half(parts[0]), _half(parts[1])), own_s / 2, link_s / 2
     with_link, without = (
-        pass_seconds(kinds, *parts, seconds, **options) for seconds in (own_s + link_s, own_s)
+        pass_seconds(residuals, *parts, seconds, **options) for seconds in (own_s + link_s, own_s)
     )
     return with_link[0] - without[0], with_link[1] - without[1]
 
 
-def table(times: Times, bounds: dict[str, Shares]) -> str:
-    """Medians, and the hidden shares against two standards.
+def _half(part: Submodule) -> Submodule:
+    return Submodule(part.forward_s / 2, part.backward_s / 2, part.weight_gradient_s / 2)
+
+
+def table(times: Times, bounds: dict[str, dict[str, Shares]]) -> str:
+    """Medians, quotients, and the hidden shares against two standards.
 
     Args:
-        bounds: the largest shares that ladder can hide, by how they were found.
+        bounds: of each kind the largest shares that it can hide, by how they were found.
     """
     names = list(dict.fromkeys(name for name, _ in times))
     ways = [(p, w) for p in PASSES for w in ("link", "zero")]
-    out = [f"{'median ms':34}" + "".join(f"{p + ' ' + w:>16}" for p, w in ways)]
+    out = [f"{'median ms':46}" + "".join(f"{p + ' ' + w:>16}" for p, w in ways)]
 
     def row(name: str, cells: list[float], form: str) -> None:
-        out.append(f"{name:34}" + "".join(f"{c:16{form}}" for c in cells))
+        out.append(f"{name:46}" + "".join(f"{c:16{form}}" for c in cells))
 
     for name in names:
-        # no-comm has no link
-        keys = [(name, w) if (name, w) in times else (name, "link") for _, w in ways]
-        found = zip(keys, ways, strict=True)
-        row(name, [1e3 * median(times, key, p) for key, (p, _) in found], ".1f")
+        row(name, [1e3 * median(times, _key(times, name, w), p) for p, w in ways], ".1f")
+    out += ["", f"{'total over standard (quartiles)':46}{'no link':>34}{'link':>34}"]
+    for name in names:
+        cells = (in_words(over_standard(times, name, w)) for w in ("zero", "link"))
+        out.append(f"{name:46}" + "".join(f"{cell:>34}" for cell in cells))
     for standard, title in ((BLOCKING, "waiting at once"), ("standard", "megatron-core's")):
         title = f"hidden, against {title}"
-        out += ["", f"{title:34}" + "".join(f"{p:>16}" for p in PASSES)]
+        out += ["", f"{title:46}" + "".join(f"{p:>16}" for p in PASSES)]
         for name in names:
             if name not in (standard, BLOCKING, NO_COMM):
                 row(name, [hidden_share(times, name, p, standard) for p in PASSES], ".3f")
         if standard == BLOCKING:
-            for by, shares in bounds.items():
-                row(f"ladder at most, by {by}", [shares[p] for p in PASSES], ".3f")
+            for name, found in bounds.items():
+                for by, shares in found.items():
+                    row(f"{name} at most, by {by}", [shares[p] for p in PASSES], ".3f")
     if NO_COMM in names:
-        out += ["", f"{'(T_std - T) / (T_std - T_no-comm)':34}"]
+        out += ["", f"{'(T_std - T) / (T_std - T_no-comm)':46}"]
         for name in names:
             if name not in (BLOCKING, "standard", NO_COMM):
                 row(name, [_against_no_comm(times, name, p) for p in PASSES], ".3f")

@@ -1,0 +1,1 @@
+"""What benchmarks/overlap.py compares, and the shares of a link's time that are hidden."""
