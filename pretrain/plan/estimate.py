@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.fields.windows import attention_length
 from pretrain.config.train import TrainConfig
 from pretrain.plan.links import network_of
 from pretrain.plan.memory import memory_plan, room
@@ -184,7 +185,7 @@ def _step(
         flops = config.tokens_per_step * flops_per_token(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
-            seq_length=config.data.seq_length,
+            seq_length=attention_length(model, [config.data.seq_length]),
             matmul_parameters=model.num_matmul_parameters(),
         )
         return flops / (ranks * hardware.device.peak_flops * mfu), mfu, f"an MFU of {mfu:.0%}"

@@ -14,6 +14,7 @@ from megatron_ladder.config import (
     check_layout,
 )
 from megatron_ladder.errors import UserError
+from megatron_ladder.fields.windows import attention_length
 from pretrain.config.train import TrainConfig
 from pretrain.plan.memory import memory_plan, room, stage_layers, stage_parameters
 from pretrain.plan.planner import BF16, FP32, Device, Hardware, Row, pass_seconds, submodules
@@ -109,7 +110,7 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     flops = config.tokens_per_step * flops_per_token(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        seq_length=seq_length,
+        seq_length=attention_length(model, [seq_length]),
         matmul_parameters=model.num_matmul_parameters(),
     )
     return Row(

@@ -55,8 +55,8 @@ def flops_per_token(
     MFU counts only the operations that the model needs.
 
     Args:
-        seq_length: tokens of the sequence that a token is in. Where documents are apart: of its document,
-            the mean over all tokens.
+        seq_length: tokens of the sequence that a token is in. With windows, or where documents are apart,
+            it is `attention_length` (megatron_ladder/fields/windows.py).
     """
     return 6.0 * matmul_parameters + 12.0 * num_layers * hidden_size * seq_length
 

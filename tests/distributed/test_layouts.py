@@ -93,6 +93,7 @@ IN_EACH_RUN = {
     "list": FEW_LAYOUTS,
     "desync": FEW_DESYNC_LAYOUTS,
     "some parallel-ladder": FEW_LAYOUTS,
+    "windows, yarn": FEW_LAYOUTS,
     "standard in halves": FEW_HALVES_LAYOUTS,
 }
 
