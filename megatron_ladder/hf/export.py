@@ -137,6 +137,7 @@ def export_folder(
                 copy = folder / path.relative_to(tokenizer)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, copy)
+            _allow_longer_texts(folder, Path(tokenizer), config.max_position_embeddings)
         else:
             write_tokenizer(
                 Path(tokenizer),
@@ -265,6 +266,20 @@ def _write_configs(
             else config.pad_token_id
         ),
     ).save_pretrained(folder)
+
+
+def _allow_longer_texts(folder: Path, original: Path, context: int) -> None:
+    """The longest text of a copied tokenizer, where the context is longer than the original model's."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or not (original / "config.json").is_file():
+        return
+    before = read_json(original / "config.json", "a model's configuration")
+    fields = read_json(path, "a tokenizer's settings")
+    old, longest = before.get("max_position_embeddings"), fields.get("model_max_length")
+    if type(old) is int and old < context and type(longest) is int and longest < context:
+        fields["model_max_length"] = context
+        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
 
 
 def _name_ends(folder: Path, more: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ def draw_positions(runs: list[Run]) -> bytes:
     """The loss of each run and data set against position: steps, a step for each bucket of positions."""
     figure = Figure(figsize=(8.6, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    for number, (title, result) in enumerate(_titled(runs, "by_position")):
+    for number, (title, result) in enumerate(titled(runs, "by_position")):
         rows = result["by_position"]
         edges = [max(row["first"], 1) for row in rows] + [rows[-1]["last"]]
         losses = [row["loss"] if math.isfinite(row["loss"]) else math.nan for row in rows]
@@ -35,7 +35,7 @@ def draw_positions(runs: list[Run]) -> bytes:
 
 def draw_needles(runs: list[Run]) -> bytes:
     """A panel for each run and data set: accuracy by the length of the prompt and the needle's depth."""
-    found = _titled(runs, "by_place")
+    found = titled(runs, "by_place")
     columns = min(_COLUMNS, len(found))
     lines = -(-len(found) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
@@ -65,7 +65,7 @@ def draw_needles(runs: list[Run]) -> bytes:
     return png_bytes(figure)
 
 
-def _titled(runs: list[Run], field: str) -> list[tuple[str, Result]]:
+def titled(runs: list[Run], field: str) -> list[tuple[str, Result]]:
     """The results of all runs that have a field, with names that tell them apart."""
     found = [(run.label, result) for run in runs for result in run.results(field)]
     several = len({(result.get("data"), result.get("split")) for _, result in found}) > 1

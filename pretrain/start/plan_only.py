@@ -16,6 +16,7 @@ from pretrain.plan.memory import (
 )
 from pretrain.plan.planner import DEVICES
 from pretrain.start.arguments import parse_train
+from pretrain.start.extend import extension
 from pretrain.start.launch import local_ranks
 
 
@@ -57,6 +58,8 @@ def plan_only(argv: list[str]) -> int:
     dp = config.parallel.data_parallel_size(ranks)
     attention: Attention = "torch" if config.attention == "auto" else config.attention
     plan = memory_plan(config, dp, attention)
+    if longer := extension(config):
+        print(longer)
     print(f"The fullest of {ranks} GPUs would hold {in_words(plan)}.")
     if attention in ("te", "torch"):
         with_scores = memory_plan(config, dp, "te-unfused").total
