@@ -1,6 +1,6 @@
 """The needle task: what its prompts are, and what models find that see all, the last tokens, or nothing."""
 
-from pathlib import Path
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,7 +46,7 @@ def test_prompts_have_their_length_and_the_needle_at_its_depth(haystack: Haystac
     needles = haystack.needles(SEQ_LENGTH, 60, seed=1)
     lengths = sorted({needle.length for needle in needles})
     assert lengths[-1] == SEQ_LENGTH and 2 <= len(lengths) <= LENGTHS
-    assert all(long == 2 * short for short, long in zip(lengths, lengths[1:], strict=False))
+    assert all(long == 2 * short for short, long in itertools.pairwise(lengths))
     ids = haystack.documents.ids().tolist()
     text = " ".join(map(str, ids))
     for needle in needles:
@@ -82,7 +82,7 @@ def test_items_depend_on_the_seed_alone(haystack: Haystack) -> None:
 
 
 class Copies:
-    """A model that gives the token which followed the last of the same six tokens, among the `sees` last."""
+    """A model that gives the token which followed the same six tokens before, among the last `sees`."""
 
     device = torch.device("cpu")
 
