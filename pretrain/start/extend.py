@@ -91,7 +91,7 @@ def extension(config: TrainConfig) -> str:
 
 
 def rope_in_words(model: ModelConfig) -> str:
-    words = f"base {model.rotary_base:,g}"
+    words = f"base {model.rotary_base:,.10g}"
     if model.rope_scaling_factor is None:
         return words
     words += f" with {model.rope_scaling_type} scaling by {model.rope_scaling_factor:g}"
