@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from megatron_ladder.config import PARALLEL, STALE, ModelConfig, Recompute
 from megatron_ladder.errors import UserError
-from megatron_ladder.fields.windows import attention_length
 from pretrain.plan.links import GPUS_PER_NODE, PRESETS, Link, Network
 from pretrain.run.metrics import peak_flops
 
@@ -297,8 +296,8 @@ def submodules(
     """The compute of one layer's attention and MLP for a micro-batch of `tokens` tokens.
 
     - GEMMs: 2 operations for each weight and token, twice that in backward.
-    - Flash attention: 4 t s h operations, of which half are masked out, and less with sliding windows, as
-      a mean over layers; 2.5 times that in backward (five products instead of two).
+    - Flash attention: 4 t s h operations, of which half are masked out; 2.5 times that in backward (five
+      products instead of two).
     - Norm, RoPE, SwiGLU and residual add: bytes through memory, twice that in backward. Norm and add work
       on whole states, unless sequence parallelism divides them.
     - The kernels of these, twice as many in backward. Parallel kinds have one norm.
@@ -317,7 +316,7 @@ def submodules(
 
     cut = tp if sp else 1
     norm, add = 2 * h / cut, 3 * h / cut  # elements that are read and written for each token
-    core = hardware.attention_s(2.0 * tokens * attention_length(model, [seq_length]) * h / tp)
+    core = hardware.attention_s(2.0 * tokens * seq_length * h / tp)
     elements = norm + 2 * (h + kv) / tp + add
     attention = submodule(gemm(h, h + 2 * kv), gemm(h, h), core, elements, ATTENTION_KERNELS)
     norms = 0 if model.residual in PARALLEL else 1

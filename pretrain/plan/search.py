@@ -40,7 +40,7 @@ def way(residual: Residual, overlap: TpOverlap) -> str:
     return f"{residual}, halves" if overlap == "halves" else residual
 
 
-def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
+def row(config: TrainConfig, gpus: int, hardware: Hardware, attended: float | None = None) -> Row:
     """The time of one layout's step. A model, not a measurement.
 
     - Every stage takes as long as the slowest one. The last one has the output head.
@@ -54,8 +54,11 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     Args:
         config: with the layout.
         gpus: the number of GPUs.
+        attended: tokens that attention works on together (attended.py). None: those of whole sequences.
     """
     model, parallel, seq_length = config.model, config.parallel, config.data.seq_length
+    if attended is None:
+        attended = attention_length(model, [seq_length])
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks, sp = parallel.num_chunks, parallel.sequence_parallel
     dp = parallel.data_parallel_size(gpus)
@@ -65,7 +68,7 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     state = BF16 * tokens * model.hidden_size
     calls = 2 if halves else 1
     attention, mlp = submodules(
-        model, hardware, tokens=tokens // calls, seq_length=seq_length, tp=tp, sp=sp
+        model, hardware, tokens=tokens // calls, seq_length=attended, tp=tp, sp=sp
     )
     link_s = hardware.link_for(tp).all_reduce_seconds(state / calls) if tp > 1 else 0.0
     head_s = 3 * hardware.gemm_s(2.0 * tokens * model.hidden_size * model.padded_vocab_size / tp)
@@ -110,7 +113,7 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     flops = config.tokens_per_step * flops_per_token(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        seq_length=attention_length(model, [seq_length]),
+        seq_length=attended,
         matmul_parameters=model.num_matmul_parameters(),
     )
     return Row(

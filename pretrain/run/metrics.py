@@ -283,6 +283,8 @@ class MetricsLog:
         ]
         if values["mfu"] is not None:
             parts.append(f"MFU {100 * values['mfu']:.1f}%")
+        if "mfu_whole_sequences" in values:  # documents are apart
+            parts[-1] += f", of whole sequences {100 * values['mfu_whole_sequences']:.1f}%"
         parts.append(f"mem {values['memory_gib']:.1f} GiB")
         parts.append(f"ETA {_duration((self._train_steps - step) * self._step_s)}")
         return " | ".join(parts)

@@ -5,15 +5,9 @@ import argparse
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
 from pretrain.data.checks import with_vocab_size
-from pretrain.plan.memory import (
-    Attention,
-    card_in_words,
-    in_words,
-    is_planned,
-    memory_plan,
-    room,
-    what_to_turn,
-)
+from pretrain.plan.attended import attended
+from pretrain.plan.fits import card_in_words, what_to_turn
+from pretrain.plan.memory import Attention, in_words, is_planned, memory_plan, room
 from pretrain.plan.planner import DEVICES
 from pretrain.start.arguments import parse_train
 from pretrain.start.extend import extension
@@ -57,22 +51,28 @@ def plan_only(argv: list[str]) -> int:
     ranks = local_ranks(config, asked)
     dp = config.parallel.data_parallel_size(ranks)
     attention: Attention = "torch" if config.attention == "auto" else config.attention
-    plan = memory_plan(config, dp, attention)
+    works_on = attended(config)
+    plan = memory_plan(config, dp, attention, works_on.longest)
     if longer := extension(config):
         print(longer)
     print(f"The fullest of {ranks} GPUs would hold {in_words(plan)}.")
     if attention in ("te", "torch"):
-        with_scores = memory_plan(config, dp, "te-unfused").total
+        with_scores = memory_plan(config, dp, "te-unfused", works_on.longest).total
         print(
             f"That is with fused attention; without it {with_scores / 2**30:.2f} GiB. `megatron-ladder "
             "doctor` says which attention this machine takes."
+        )
+    if works_on.source:
+        print(
+            f"Scores in memory are those of documents of at most {works_on.longest:,} tokens "
+            f"({works_on.source})."
         )
     print(f"{name} has {card_in_words(card_bytes)}.")
     fits = plan.total <= room(card_bytes)
     print(
         "It fits."
         if fits
-        else f"It does not fit. To need less: {what_to_turn(config, dp, attention)}."
+        else f"It does not fit. To need less: {what_to_turn(config, dp, attention, works_on.longest)}."
     )
     return 0 if fits else 1
 
