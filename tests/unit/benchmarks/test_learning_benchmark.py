@@ -15,7 +15,7 @@ from pretrain.config.train import save_config
 from pretrain.run.metrics import MetricsLog
 from tests.data_sets import write_data_set
 
-LOSSES = {"standard": 5.0, "parallel": 5.25, "ladder": 5.125, "hybrid": 5.0}
+LOSSES = {"standard": 5.0, "parallel": 5.25, "ladder": 5.125, "hybrid": 5.0, "parallel-ladder": 5.5}
 
 
 def write_run(path: Path, kind: str, seed: int) -> None:
@@ -192,7 +192,9 @@ def test_tokens_are_what_fits_into_the_seconds(
     assert learning.main() == 0
     assert [(name, tokens) for name, _, tokens, *_ in trained] == [
         ("a-trial", "2000"),
-        *((f"{kind}-seed1", "142500") for kind in LOSSES),  # 0.95 x 6000 s / 4 x 100 a second
+        *(
+            (f"{kind}-seed1", "142500") for kind in learning.RESIDUALS
+        ),  # 0.95 x 6000 s / 4 x 100 a second
     ]
     # The same command goes on with as many, whatever is left of the time.
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seconds", "60"])
