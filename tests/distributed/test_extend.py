@@ -11,7 +11,6 @@ from pretrain.cli import main
 from pretrain.convert.plain_model import load_plain_model
 from tests.distributed.test_training import metrics
 from tests.runs import run_train
-from tests.unit.hf import tiny
 from tests.unit.pretrain.evaluation import eval_models
 
 SHORT, LONG = 64, 512
@@ -26,13 +25,12 @@ EXTEND += " --eval-interval 3 --eval-sequences 2 --optimizer.lr 1e-3"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the data sets all and long, and the run base."""
     folder = tmp_path_factory.mktemp("extend")
-    tokenizer = tiny.train_sentencepiece(folder, "bpe")
-    texts = eval_models.texts()
-    joined = ["\n".join(texts[i : i + 20]) for i in range(0, len(texts), 20)]
-    lines = [json.dumps({"text": text}) + "\n" for text in [*texts, *joined]]
-    (folder / "text.jsonl").write_text("".join(lines))
+    texts = eval_models.plain_texts()
+    joined = ["\n".join(texts[i : i + 20]) for i in range(0, len(texts), 10)]
+    source = eval_models.write_texts(folder / "text.jsonl", [*texts, *joined])
+    tokenizer = eval_models.train_tokenizer(source, folder / "tokenizer")
     for name, options in (("all", ()), ("long", ("--min-tokens", str(LONG)))):
-        eval_models.tokenize(folder / "text.jsonl", tokenizer, folder / name, *options)
+        eval_models.tokenize(source, tokenizer, folder / name, *options)
     said = train(folder, f"{BASE} --data.paths {folder / 'all'} --output-dir {folder / 'base'}")
     assert "Context:" not in said
     return folder

@@ -31,8 +31,8 @@ SEQ_LENGTH = 1600
 @pytest.fixture(scope="module")
 def haystack(tmp_path_factory: pytest.TempPathFactory) -> Haystack:
     folder = tmp_path_factory.mktemp("haystack")
-    tokenizer = tiny.train_sentencepiece(folder, "bpe")
-    source = eval_models.write_texts(folder / "text.jsonl")
+    source = eval_models.write_texts(folder / "text.jsonl", eval_models.plain_texts())
+    tokenizer = eval_models.train_tokenizer(source, folder / "tokenizer")
     data = eval_models.tokenize(source, tokenizer, folder / "data")
     documents = open_split(open_folder(data), "validation")
     return Haystack(documents, load_tokenizer(tokenizer), [2])

@@ -149,8 +149,8 @@ def test_what_may_differ_from_the_saved_model(tmp_path: Path) -> None:
     config, _ = parse_train([*argv, "--data.paths", str(tmp_path / "data")])
     folders = open_data(config)
     check_initial(config, folders)
-    rotary = replace(config.model, rope_scaling_factor=None, rope_scaling_type="llama3")
-    rotary = replace(rotary, rope_original_max_position_embeddings=None, rotary_base=9e5)
+    plain = {"rope_scaling_factor": None, "rope_scaling_type": "llama3", ORIGINAL: None}
+    rotary = replace(config.model, **plain, rotary_base=9e5)
     check_initial(replace(config, model=rotary), folders)
     for changes in ({"num_query_groups": 4}, {"layernorm_epsilon": 1e-6}, {"sliding_window": 9}):
         other = replace(config, model=replace(config.model, **changes))
