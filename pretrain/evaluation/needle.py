@@ -140,29 +140,30 @@ def run_needle(
 
     Returns:
         A result as results.py writes it. `accuracy`: of CHOICES words the needle's is the likeliest.
-        `exact_match`: it is the likeliest of all tokens. `nats`: minus the logarithm of its probability, a
-        mean. `by_place` has the same for each length and depth.
+        `exact_match`: it is the likeliest of all tokens. `gain`: the logarithm of its probability minus the
+        other words', a mean, in nats. `by_place` has the same for each length and depth.
 
     Raises:
         UserError: as `Haystack.needles`.
     """
     needles = haystack.needles(seq_length, count, seed)
-    right, exact, nats = np.zeros(count, bool), np.zeros(count, bool), np.zeros(count)
+    right, exact, gain = np.zeros(count, bool), np.zeros(count, bool), np.zeros(count)
     for batch in _batches(needles, batch_size):
         prompts = torch.from_numpy(np.stack([needles[i].prompt for i in batch]))
         logits = model(prompts.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
         for i, row in zip(batch, logits.float().cpu(), strict=True):
             needle = needles[i]
             token = needle.choices[needle.answer]
+            others = [choice for choice in needle.choices if choice != token]
             right[i] = int(row[list(needle.choices)].argmax()) == needle.answer
             exact[i] = int(row.argmax()) == token
-            nats[i] = float(row.logsumexp(0) - row[token])
+            gain[i] = float(row[token] - row[others].mean())
     first = needles[0]
     decode = haystack.tokenizer.decode
     return {
         "task": "needle",
-        "metrics": _shares(right, exact, nats),
-        "by_place": _by_place(needles, right, exact, nats),
+        "metrics": _shares(right, exact, gain),
+        "by_place": _by_place(needles, right, exact, gain),
         "items": count,
         "seed": seed,
         "seq_length": seq_length,
@@ -188,21 +189,21 @@ def _batches(needles: list[Needle], batch_size: int) -> Iterator[list[int]]:
 
 
 def _by_place(
-    needles: list[Needle], right: np.ndarray, exact: np.ndarray, nats: np.ndarray
+    needles: list[Needle], right: np.ndarray, exact: np.ndarray, gain: np.ndarray
 ) -> list[dict[str, Any]]:
     places: dict[tuple[int, float], list[int]] = {}
     for i, needle in enumerate(needles):
         places.setdefault((needle.length, needle.depth), []).append(i)
     return [
         {"length": length, "depth": depth, "items": len(some)}
-        | _shares(right[some], exact[some], nats[some])
+        | _shares(right[some], exact[some], gain[some])
         for (length, depth), some in sorted(places.items())
     ]
 
 
-def _shares(right: np.ndarray, exact: np.ndarray, nats: np.ndarray) -> dict[str, float | None]:
+def _shares(right: np.ndarray, exact: np.ndarray, gain: np.ndarray) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
-    for name, values in (("accuracy", right), ("exact_match", exact), ("nats", nats)):
+    for name, values in (("accuracy", right), ("exact_match", exact), ("gain", gain)):
         several = len(values) > 1
         found[name] = float(values.mean())
         found[f"{name}_stderr"] = (
