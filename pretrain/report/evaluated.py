@@ -39,7 +39,7 @@ def draw_needles(runs: list[Run]) -> bytes:
     columns = min(_COLUMNS, len(found))
     lines = -(-len(found) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel in panels:
         panel.set_axis_off()
     image = None
@@ -61,7 +61,7 @@ def draw_needles(runs: list[Run]) -> bytes:
         panel.set_xlabel("tokens of the prompt")
         panel.set_ylabel("text before the needle")
     if image is not None:
-        figure.colorbar(image, ax=list(panels), label="right of ten words (chance 0.1)")
+        figure.colorbar(image, ax=panels, label="right of ten words (chance 0.1)")
     return png_bytes(figure)
 
 

@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import save_config
 from pretrain.evaluation.results import save
-from pretrain.report.evaluated import titled
+from pretrain.report.evaluated import draw_needles, draw_positions, titled
 from pretrain.report.report import write_report
-from pretrain.report.runs import read_run
+from pretrain.report.runs import Run, read_run
 from pretrain.run.metrics import MetricsLog, flops_per_token, peak_flops, read_metrics
 
 PNG = b"\x89PNG"
@@ -111,6 +112,15 @@ PLACES = [
 ]
 
 
+def moved(run: Run) -> Run:
+    """The run, with other losses and accuracies."""
+    text = json.dumps(run.evaluated)
+    step, results = json.loads(
+        text.replace('"loss": 4.0', '"loss": 4.5').replace(": 0.5}", ": 0.7}")
+    )
+    return replace(run, evaluated=(step, results))
+
+
 def test_what_was_measured_of_long_sequences_is_drawn(tmp_path: Path) -> None:
     before = evaluated(
         write_run(tmp_path / "before"), {"task": "perplexity", "tokens": 9, "by_position": CURVE}
@@ -126,6 +136,9 @@ def test_what_was_measured_of_long_sequences_is_drawn(tmp_path: Path) -> None:
     assert "Needles in a haystack" in html
     for name in ("loss_by_position", "needle"):
         assert (tmp_path / "both" / f"{name}.png").read_bytes().startswith(PNG)
+    run = read_run(after, "after")
+    for draw in (draw_positions, draw_needles):  # what is drawn depends on what was measured
+        assert draw([run]) != draw([moved(run)])
     html = write_report([before], tmp_path / "one").read_text()
     assert "Needles in a haystack" not in html
     assert not (tmp_path / "one" / "needle.png").exists()
