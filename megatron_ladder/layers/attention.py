@@ -1,25 +1,38 @@
 """Core attention with torch's kernels."""
 
 import contextlib
+import copy
 import functools
 import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_ladder.layers.context import attend_over_ranks, causal_bias, later_tokens
 from megatron_ladder.layers.documents import Documents, each_by_itself
 
 logger = logging.getLogger(__name__)
 
 
 class UnfusedAttention(DotProductAttention):
-    """megatron-core's attention module, which keeps scores in memory, and documents apart."""
+    """megatron-core's attention module, which keeps scores in memory, and documents apart.
+
+    With context parallelism it gathers keys and values of all ranks (context.py).
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # megatron-core's module refuses more
+        super().__init__(alone, *args, **kwargs)
+        divided = config.context_parallel_size > 1
+        self._context_group = parallel_state.get_context_parallel_group() if divided else None
 
     def forward(
         self,
@@ -34,7 +47,7 @@ class UnfusedAttention(DotProductAttention):
         """Core attention: scores, softmax, dropout, and the weighted sum of the values. It is causal.
 
         Args:
-            query: [s, b, heads, channels].
+            query: [s, b, heads, channels]; with context parallelism this rank's tokens.
             key, value: [keys, b, key/value heads, channels].
             attention_mask: there is none.
             attn_mask_type: ignored. The type that the layer was built with is used, as in megatron-core.
@@ -45,13 +58,22 @@ class UnfusedAttention(DotProductAttention):
             [s, b, heads x channels], of the query's dtype.
         """
         assert attention_mask is None and attention_bias is None, "attention is causal"
+        if self._context_group is not None:
+            group = self._context_group
+            return attend_over_ranks(self.attend, group, packed_seq_params, query, key, value)
         if packed_seq_params is None:
             return self.attend(query, key, value)
         return each_by_itself(self.attend, packed_seq_params, query, key, value)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention of whole sequences. The arguments and the result are those of `forward`."""
-        return super().forward(query, key, value, None)
+        """Causal attention. The arguments and the result are those of `forward`.
+
+        There may be more keys than queries: the queries are those of the last tokens.
+        """
+        mask = None
+        if 1 < len(query) < len(key):
+            mask = later_tokens(len(query), len(key), query.device)[None, None]
+        return super().forward(query, key, value, mask)
 
 
 class TorchAttention(UnfusedAttention):
@@ -80,11 +102,12 @@ class TorchAttention(UnfusedAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._unsupported:
             return super().attend(query, key, value)
-        causal = True
-        if len(query) == 1:  # the query of the last token: it attends to all keys
-            causal = False
         # Torch aligns its causal mask to the first key. That is right only when there are as many queries.
-        assert not causal or len(query) == len(key), "causal attention of some queries alone"
+        # A single query, of the last token, attends to all keys. Others of the last tokens need a mask.
+        assert len(query) <= len(key)
+        causal, bias = len(query) == len(key) > 1, None
+        if 1 < len(query) < len(key):
+            bias = causal_bias(len(query), len(key), query.dtype, query.device)
         groups = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
         if keys_are_repeated(groups, query.device, query.dtype):
             key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
@@ -99,7 +122,7 @@ class TorchAttention(UnfusedAttention):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         with get_cuda_rng_tracker().fork() if drops_alone else contextlib.nullcontext():
             attended = F.scaled_dot_product_attention(
-                *(query, key, value, None, dropout, causal),
+                *(query, key, value, bias, dropout, causal),
                 scale=self.softmax_scale,
                 enable_gqa=groups > 1,
             )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_ladder.config import PARALLEL, STALE, ModelConfig, Recompute
 from megatron_ladder.errors import UserError
-from pretrain.plan.links import GPUS_PER_NODE, PRESETS, Link, Network
+from pretrain.plan.links import GPUS_PER_NODE, NVLINK, PRESETS, Link, Network
 from pretrain.run.metrics import peak_flops
 
 BF16, FP32 = 2, 4  # bytes
@@ -283,6 +283,10 @@ class Hardware:
     def memory_s(self, nbytes: float) -> float:
         return nbytes / self.device.hbm_bytes_per_s
 
+    def ring_for(self, tp: int, cp: int) -> Network:
+        """What context-parallel ranks send keys and values over: inside a node, if they are all in one."""
+        return NVLINK if tp * cp <= GPUS_PER_NODE else self.network
+
     def link_for(self, tp: int) -> Link:
         name = self.link or ("nvswitch" if tp <= GPUS_PER_NODE else "two-nodes")
         if name not in PRESETS:
@@ -325,6 +329,27 @@ def submodules(
     return attention, mlp
 
 
+def ring_seconds(
+    model: ModelConfig, hardware: Hardware, *, tokens: int, seq_length: int, tp: int, cp: int
+) -> tuple[float, float]:
+    """What a ring of context-parallel ranks adds to one layer's forward and backward of a micro-batch.
+
+    A rank computes attention in cp parts. During each but the last it sends keys and values on; in
+    backward their gradients as well. What a transfer takes longer than a part is exposed.
+
+    Args:
+        tokens: of the micro-batch, of one rank.
+    """
+    if cp == 1:
+        return 0.0, 0.0
+    sent = BF16 * tokens * 2 * model.kv_heads * model.head_dim / tp
+    part_s = hardware.attention_s(2.0 * tokens * seq_length * model.hidden_size / tp) / cp
+    ring = hardware.ring_for(tp, cp)
+    forward_s = max(0.0, ring.seconds(sent) - part_s)
+    backward_s = max(0.0, ring.seconds(2 * sent) - 2.5 * part_s)
+    return (cp - 1) * forward_s, (cp - 1) * backward_s
+
+
 @dataclass(frozen=True)
 class Row:
     """One layout of one residual kind. Shares are of step_s; times in seconds, modelled."""
@@ -332,6 +357,7 @@ class Row:
     residual: str
     halves: bool
     tp: int
+    cp: int
     pp: int
     last_stage: int
     """Layers of the last pipeline stage; the others share the rest."""
@@ -343,6 +369,7 @@ class Row:
     step_s: float
     compute_s: float
     exposed_tp_s: float
+    exposed_cp_s: float
     exposed_dp_s: float
     transfers_s: float
     """Transfers between pipeline stages that no compute hides."""
@@ -355,7 +382,15 @@ class Row:
     @property
     def layout(self) -> tuple[object, ...]:
         """All but the residual kind and the halves."""
-        layout = (self.tp, self.pp, self.last_stage, self.vpp, self.dp, self.sequence_parallel)
+        layout = (
+            self.tp,
+            self.cp,
+            self.pp,
+            self.last_stage,
+            self.vpp,
+            self.dp,
+            self.sequence_parallel,
+        )
         return (*layout, self.micro_batch_size, self.recompute)
 
     @property

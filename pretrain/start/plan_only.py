@@ -55,7 +55,10 @@ def plan_only(argv: list[str]) -> int:
     name, card_bytes = _card(chosen.plan_only)
     ranks = local_ranks(config, asked)
     dp = config.parallel.data_parallel_size(ranks)
-    attention: Attention = "torch" if config.attention == "auto" else config.attention
+    # Over context-parallel ranks auto takes Transformer Engine's, which keeps no other rank's keys.
+    ring = config.parallel.context_parallel_size > 1 and config.data.attend_across_documents
+    fused: Attention = "te" if ring else "torch"
+    attention: Attention = fused if config.attention == "auto" else config.attention
     plan = memory_plan(config, dp, attention)
     print(f"The fullest of {ranks} GPUs would hold {in_words(plan)}.")
     if attention in ("te", "torch"):
