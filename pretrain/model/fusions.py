@@ -49,7 +49,7 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
         by_te("linears", "Transformer Engine", "megatron-core", "has no FP8"),
         _precision(config, lacks),
         _attention(config.core_attention),
-        *_context(config),
+        *over_context_ranks(config),
         by_te(
             "norms",
             f"Transformer Engine, {norms}",
@@ -109,7 +109,8 @@ def _attention(taken: CoreAttention) -> Choice:
     return Choice("attention", str(taken), taken.why, cost if taken.keeps_scores else "")
 
 
-def _context(config: Any) -> list[Choice]:
+def over_context_ranks(config: LadderConfig) -> list[Choice]:
+    """How attention gets the keys and values of other context-parallel ranks; [] where there are none."""
     if config.context_parallel_size == 1:
         return []
     part = f"context over {config.context_parallel_size} ranks"

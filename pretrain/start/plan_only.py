@@ -61,7 +61,13 @@ def plan_only(argv: list[str]) -> int:
     attention: Attention = fused if config.attention == "auto" else config.attention
     plan = memory_plan(config, dp, attention)
     print(f"The fullest of {ranks} GPUs would hold {in_words(plan)}.")
-    if attention in ("te", "torch"):
+    if attention == "te" and ring:
+        gathered = memory_plan(config, dp, "torch").total
+        print(
+            "That is with Transformer Engine's attention. Where it has no kernel, ranks gather all keys "
+            f"and values: {gathered / 2**30:.2f} GiB."
+        )
+    elif attention in ("te", "torch"):
         with_scores = memory_plan(config, dp, "te-unfused").total
         print(
             f"That is with fused attention; without it {with_scores / 2**30:.2f} GiB. `megatron-ladder "
