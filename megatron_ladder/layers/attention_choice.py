@@ -68,7 +68,8 @@ def choose(
     auto takes torch's attention when torch would use cuDNN's kernel: Transformer Engine (TE) has the same
     kernel, but needs more Python to call it. Else auto takes TE's attention, when the layers are TE's and
     TE would use a fused kernel. In all other cases auto takes torch's. With documents apart TE's kernel is
-    called once; torch's is called for each document, and is not cuDNN's.
+    called once; torch's is called for each document, and is not cuDNN's. TE's kernels know windows; torch's
+    are called for blocks, with masks.
 
     With context parallelism auto takes TE's ring where TE would use a fused kernel, else torch's, which
     gathers keys and values (context.py). Documents apart are then torch's.
@@ -82,6 +83,7 @@ def choose(
     Raises:
         UserError: the layers do not have the attention that was asked for.
     """
+    windows = config.window_size is not None and config.window_size[0] + 1 < seq_length
     with_te = config.transformer_impl == "transformer_engine"
     divided = config.context_parallel_size > 1
     documents_divided = divided and config.documents_apart
@@ -89,12 +91,10 @@ def choose(
     if asked == "unfused":
         return CoreAttention("unfused", IN_MEMORY, "attention is unfused")
     shape = {"micro_batch_size": micro_batch_size, "seq_length": seq_length}
-    torchs = _torchs(config, **shape)
-    if (
-        asked == "torch"
-        or not with_te
-        or (torchs.kernel == CUDNN and asked == "auto" and not divided)
-    ):
+    torchs = _torchs(config, **shape, masked=windows or divided)
+    if asked == "torch" or not with_te:
+        return torchs
+    if asked == "auto" and torchs.kernel == CUDNN and not windows and not divided:
         return torchs
     if documents_divided:
         why = "Transformer Engine does not keep documents apart over context-parallel ranks"
@@ -115,7 +115,7 @@ def choose(
     return replace(torchs, why="; ".join(filter(None, reasons)))
 
 
-def _torchs(config: Any, *, micro_batch_size: int, seq_length: int) -> CoreAttention:
+def _torchs(config: Any, *, micro_batch_size: int, seq_length: int, masked: bool) -> CoreAttention:
     tp, dtype = config.tensor_model_parallel_size, config.params_dtype
     heads, channels = config.num_attention_heads // tp, config.kv_channels
     kernel = kernel_of_torch(
@@ -123,10 +123,12 @@ def _torchs(config: Any, *, micro_batch_size: int, seq_length: int) -> CoreAtten
         config.num_query_groups // tp,
         dtype,
         apart=config.documents_apart,
+        masked=masked,
         dropout=config.attention_dropout,
     )
     if kernel in TORCH_KERNELS:
         return CoreAttention("torch", TORCH_KERNELS[kernel])
     of = [str(dtype).removeprefix("torch."), f"{channels} channels a head"]
     of += ["attention dropout"] * (config.attention_dropout > 0)
+    of += ["a mask"] * masked
     return CoreAttention("torch", IN_MEMORY, f"torch has no other kernel for {', '.join(of)}")

@@ -8,7 +8,6 @@ Core attention alone needs tokens of other ranks. TE's passes keys and values ar
 gathers them (arXiv 2407.21783, section 3.3.2), computes this rank's queries, and scatters their gradients.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -115,21 +114,3 @@ def parts_of_chunk(lengths: list[int], begin: int, end: int) -> tuple[list[int],
             keys.append(stop - start)
         start += length
     return queries, keys
-
-
-def later_tokens(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Which keys come after each of the last `queries` of `keys` tokens: bool [queries, keys]."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
-
-
-@functools.lru_cache(maxsize=8)
-def causal_bias(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to the scores of the last `queries` of `keys` tokens: 0, or -inf for later tokens.
-
-    It is kept, so that all layers share it: autograd would keep one for each of them.
-
-    Returns:
-        [queries, keys] of `dtype`.
-    """
-    bias = torch.zeros(queries, keys, dtype=dtype, device=device)
-    return bias.masked_fill_(later_tokens(queries, keys, device), -torch.inf)

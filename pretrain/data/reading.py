@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ladder.fields.windows import attention_length
 from megatron_ladder.layers.documents import Documents
 from pretrain.config.train import TrainConfig
 from pretrain.data.batches import (
@@ -80,13 +81,11 @@ class RankBatches:
         return batch
 
     def attended(self) -> float:
-        """The tokens of the sequence that a token is in; where documents are apart, of its document: the
-        mean over the tokens that this rank has read for training since the last call."""
+        """`attention_length` of what this rank has read for training since the last call: of sequences, or
+        of documents where they are apart."""
         lengths = [n for part in self._documents for row in Documents(part).lengths for n in row]
         self._documents.clear()
-        if not lengths:
-            return self._config.data.seq_length
-        return sum(n * n for n in lengths) / sum(lengths)
+        return attention_length(self._config.model, lengths or [self._config.data.seq_length])
 
     def received(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The micro-batches of `training` or `validation`, on every rank that needs them; {} on others."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_ladder.config import PARALLEL, STALE, ModelConfig, Recompute
 from megatron_ladder.errors import UserError
-from pretrain.plan.links import GPUS_PER_NODE, NVLINK, PRESETS, Link, Network
+from pretrain.plan.links import GPUS_PER_NODE, PRESETS, Link, Network
 from pretrain.run.metrics import peak_flops
 
 BF16, FP32 = 2, 4  # bytes
@@ -283,10 +283,6 @@ class Hardware:
     def memory_s(self, nbytes: float) -> float:
         return nbytes / self.device.hbm_bytes_per_s
 
-    def ring_for(self, tp: int, cp: int) -> Network:
-        """What context-parallel ranks send keys and values over: inside a node, if they are all in one."""
-        return NVLINK if tp * cp <= GPUS_PER_NODE else self.network
-
     def link_for(self, tp: int) -> Link:
         name = self.link or ("nvswitch" if tp <= GPUS_PER_NODE else "two-nodes")
         if name not in PRESETS:
@@ -327,27 +323,6 @@ def submodules(
     elements = norms * norm + 3 * ffn / tp + add
     mlp = submodule(gemm(h, 2 * ffn), gemm(ffn, h), 0.0, elements, MLP_KERNELS - 1 + norms)
     return attention, mlp
-
-
-def ring_seconds(
-    model: ModelConfig, hardware: Hardware, *, tokens: int, seq_length: int, tp: int, cp: int
-) -> tuple[float, float]:
-    """What a ring of context-parallel ranks adds to one layer's forward and backward of a micro-batch.
-
-    A rank computes attention in cp parts. During each but the last it sends keys and values on; in
-    backward their gradients as well. What a transfer takes longer than a part is exposed.
-
-    Args:
-        tokens: of the micro-batch, of one rank.
-    """
-    if cp == 1:
-        return 0.0, 0.0
-    sent = BF16 * tokens * 2 * model.kv_heads * model.head_dim / tp
-    part_s = hardware.attention_s(2.0 * tokens * seq_length * model.hidden_size / tp) / cp
-    ring = hardware.ring_for(tp, cp)
-    forward_s = max(0.0, ring.seconds(sent) - part_s)
-    backward_s = max(0.0, ring.seconds(2 * sent) - 2.5 * part_s)
-    return (cp - 1) * forward_s, (cp - 1) * backward_s
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from megatron_ladder.config import (
     check_layout,
 )
 from megatron_ladder.errors import UserError
+from megatron_ladder.fields.windows import attention_length
 from pretrain.config.train import TrainConfig
 from pretrain.plan.memory import memory_plan, room, stage_layers, stage_parameters
 from pretrain.plan.planner import (
@@ -23,9 +24,9 @@ from pretrain.plan.planner import (
     Hardware,
     Row,
     pass_seconds,
-    ring_seconds,
     submodules,
 )
+from pretrain.plan.ring import ring_seconds
 from pretrain.run.metrics import flops_per_token
 
 KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder", "parallel-ladder")
@@ -51,7 +52,7 @@ def way(residual: Residual, overlap: TpOverlap) -> str:
     return f"{residual}, halves" if overlap == "halves" else residual
 
 
-def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
+def row(config: TrainConfig, gpus: int, hardware: Hardware, attended: float | None = None) -> Row:
     """The time of one layout's step. A model, not a measurement.
 
     - Every stage takes as long as the slowest one. The last one has the output head.
@@ -66,8 +67,11 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     Args:
         config: with the layout.
         gpus: the number of GPUs.
+        attended: tokens that attention works on together (attended.py). None: those of whole sequences.
     """
     model, parallel, seq_length = config.model, config.parallel, config.data.seq_length
+    if attended is None:
+        attended = attention_length(model, [seq_length])
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks, sp = parallel.num_chunks, parallel.sequence_parallel
     cp, dp = parallel.context_parallel_size, parallel.data_parallel_size(gpus)
@@ -77,10 +81,10 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     state = BF16 * tokens * model.hidden_size
     calls = 2 if halves else 1
     attention, mlp = submodules(
-        model, hardware, tokens=tokens // calls, seq_length=seq_length, tp=tp, sp=sp
+        model, hardware, tokens=tokens // calls, seq_length=attended, tp=tp, sp=sp
     )
     ring_s, ring_back_s = ring_seconds(
-        model, hardware, tokens=tokens // calls, seq_length=seq_length, tp=tp, cp=cp
+        model, hardware, tokens=tokens // calls, seq_length=attended, tp=tp, cp=cp
     )
     attention = replace(
         attention,
@@ -133,7 +137,7 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     flops = config.tokens_per_step * flops_per_token(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        seq_length=seq_length,
+        seq_length=attended,
         matmul_parameters=model.num_matmul_parameters(),
     )
     return Row(

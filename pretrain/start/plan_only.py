@@ -5,15 +5,9 @@ import argparse
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
 from pretrain.data.checks import with_vocab_size
-from pretrain.plan.memory import (
-    Attention,
-    card_in_words,
-    in_words,
-    is_planned,
-    memory_plan,
-    room,
-    what_to_turn,
-)
+from pretrain.plan.attended import attended
+from pretrain.plan.fits import card_in_words, what_to_turn
+from pretrain.plan.memory import Attention, in_words, is_planned, memory_plan, room
 from pretrain.plan.planner import DEVICES
 from pretrain.start.arguments import parse_train
 from pretrain.start.launch import local_ranks
@@ -59,7 +53,8 @@ def plan_only(argv: list[str]) -> int:
     ring = config.parallel.context_parallel_size > 1 and config.data.attend_across_documents
     fused: Attention = "te" if ring else "torch"
     attention: Attention = fused if config.attention == "auto" else config.attention
-    plan = memory_plan(config, dp, attention)
+    works_on = attended(config)
+    plan = memory_plan(config, dp, attention, works_on.longest)
     print(f"The fullest of {ranks} GPUs would hold {in_words(plan)}.")
     if attention == "te" and ring:
         gathered = memory_plan(config, dp, "torch").total
@@ -68,17 +63,22 @@ def plan_only(argv: list[str]) -> int:
             f"and values: {gathered / 2**30:.2f} GiB."
         )
     elif attention in ("te", "torch"):
-        with_scores = memory_plan(config, dp, "te-unfused").total
+        with_scores = memory_plan(config, dp, "te-unfused", works_on.longest).total
         print(
             f"That is with fused attention; without it {with_scores / 2**30:.2f} GiB. `megatron-ladder "
             "doctor` says which attention this machine takes."
+        )
+    if works_on.source:
+        print(
+            f"Scores in memory are those of documents of at most {works_on.longest:,} tokens "
+            f"({works_on.source})."
         )
     print(f"{name} has {card_in_words(card_bytes)}.")
     fits = plan.total <= room(card_bytes)
     print(
         "It fits."
         if fits
-        else f"It does not fit. To need less: {what_to_turn(config, dp, attention)}."
+        else f"It does not fit. To need less: {what_to_turn(config, dp, attention, works_on.longest)}."
     )
     return 0 if fits else 1
 

@@ -32,6 +32,14 @@ KINDS = {
     "list": {"residual": "ladder", "ladder_layers": (0, 3, 4, 6)},
     "desync": {"residual": "desync", "desync_interval": 3},
     "parallel-ladder": {"residual": "parallel-ladder"},
+    "windows, yarn": {
+        "residual": "ladder",
+        "ladder_layers": (0, 3, 4, 6),
+        "sliding_window": 5,
+        "sliding_window_layers": 4,
+        "rope_scaling_type": "yarn",
+        "rope_scaling_factor": 4.0,
+    },
     "some parallel-ladder": {"residual": "parallel-ladder", "ladder_layers": (1, 2, 5, 7)},
 }
 # Kinds that also run in halves.

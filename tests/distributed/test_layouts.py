@@ -111,6 +111,7 @@ IN_EACH_RUN = {
     "list": FEW_LAYOUTS,
     "desync": FEW_DESYNC_LAYOUTS,
     "some parallel-ladder": FEW_LAYOUTS,
+    "windows, yarn": [Layout(cp=2), *FEW_LAYOUTS],
     "standard in halves": FEW_HALVES_LAYOUTS,
 }
 

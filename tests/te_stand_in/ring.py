@@ -36,6 +36,7 @@ def attend_over_ranks(
     attn_mask_type: str,
     max_seqlen_q: int,
     max_seqlen_kv: int,
+    window_size: tuple[int, int],
     **_: Any,
 ) -> Tensor:
     """Causal attention [s/n, b, heads, channels] -> [s/n, b, heads x channels] of a rank's tokens."""
@@ -58,7 +59,12 @@ def attend_over_ranks(
 
     places = torch.arange(size * own)
     mine = places.unflatten(0, (2 * size, -1))[by_rank].flatten()[rank * own : (rank + 1) * own]
+    before, behind = window_size
+    assert behind == 0
     seen = places <= mine[:, None]
+    if before >= 0:
+        assert cp_comm_type != "p2p"  # Transformer Engine refuses it
+        seen &= places >= mine[:, None] - before
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, whole(key), whole(value)))
     out = F.scaled_dot_product_attention(query, key, value, seen, scale=scale, enable_gqa=True)
     return out.permute(2, 0, 1, 3).flatten(2)

@@ -60,9 +60,8 @@ def run_each(kind: str, layout: str) -> list[str]:
         core, case = run.config.core_attention, (attention, refusal, apart)
         if (core.whose, core.kernel) != (whose, kernel):
             found.append(f"{case}: {core}")
-        if ring.calls != ["p2p"] * LAYERS * goes_around or len(kernels.attentions) != len(
-            ring.calls
-        ):
+        way = "p2p" if model.sliding_window is None else "all_gather"
+        if ring.calls != [way] * LAYERS * goes_around or len(kernels.attentions) != len(ring.calls):
             found.append(f"{case}: TE ran {kernels.attentions}, around the ring {ring.calls}")
         if not run.worst(local[apart]) < 0.05:
             found.append(f"{case}: gradients differ by {run.worst(local[apart])}")
@@ -83,7 +82,9 @@ def run_each(kind: str, layout: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("ladder", "cp2"), ("standard", "tp2-sp-cp2")])
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("ladder", "cp2"), ("windows", "cp2"), ("standard", "tp2-sp-cp2")]
+)
 def test_each_attention_over_context_parallel_ranks(kind: str, layout: str, tmp_path: Path) -> None:
     ranks = LAYOUTS[layout].model_parallel_size
     for found in run_ranks(ranks, run_each, kind, layout, tmp_path=tmp_path):

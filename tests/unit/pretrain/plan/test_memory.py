@@ -14,17 +14,16 @@ from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
 from pretrain.commands.train import train
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig
+from pretrain.plan.fits import check_memory, what_to_turn
 from pretrain.plan.memory import (
     HEADROOM,
     Attention,
     MemoryPlan,
     activation_bytes,
-    check_memory,
     in_words,
     layer_parameters,
     memory_plan,
     stage_layers,
-    what_to_turn,
 )
 from pretrain.start import launch
 

@@ -11,7 +11,8 @@ from pretrain.config.presets import PRESETS as TRAIN_PRESETS
 from pretrain.config.train import TrainConfig
 from pretrain.plan.links import MIB, NVLINK, PRESETS, Link, Network
 from pretrain.plan.memory import room
-from pretrain.plan.planner import DEVICES, Hardware, Submodule, pass_seconds, ring_seconds
+from pretrain.plan.planner import DEVICES, Hardware, Submodule, pass_seconds
+from pretrain.plan.ring import ring_seconds
 from pretrain.plan.search import WAYS, layouts, row, search, way
 
 ATTENTION = Submodule(forward_s=3.0, backward_s=6.0, weight_gradient_s=1.0)
