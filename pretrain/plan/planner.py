@@ -291,7 +291,7 @@ class Hardware:
 
 
 def submodules(
-    model: ModelConfig, hardware: Hardware, *, tokens: int, seq_length: int, tp: int, sp: bool
+    model: ModelConfig, hardware: Hardware, *, tokens: int, seq_length: float, tp: int, sp: bool
 ) -> tuple[Submodule, Submodule]:
     """The compute of one layer's attention and MLP for a micro-batch of `tokens` tokens.
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_ladder.layers.context import causal_bias, chunks_of, parts_of_chunk, tokens_of
+from megatron_ladder.layers.context import chunks_of, parts_of_chunk, tokens_of
+from megatron_ladder.layers.window import bias_of_last
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -36,6 +37,6 @@ def test_documents_of_a_chunk(begin: int, end: int, queries: list[int], keys: li
 
 
 def test_the_last_queries_see_the_keys_up_to_their_own() -> None:
-    bias = causal_bias(2, 5, torch.float32, torch.device("cpu"))
+    bias = bias_of_last(2, 3, 5, torch.float32, torch.device("cpu"))
     inf = -torch.inf
     assert bias.tolist() == [[0, 0, 0, 0, inf], [0, 0, 0, 0, 0]]
