@@ -297,7 +297,7 @@ def submodules(
 
     - GEMMs: 2 operations for each weight and token, twice that in backward.
     - Flash attention: 4 t s h operations, of which half are masked out; 2.5 times that in backward (five
-      products instead of two).
+      products instead of two). s is the tokens that attention works on together (attended.py).
     - Norm, RoPE, SwiGLU and residual add: bytes through memory, twice that in backward. Norm and add work
       on whole states, unless sequence parallelism divides them.
     - The kernels of these, twice as many in backward. Parallel kinds have one norm.
