@@ -215,7 +215,8 @@ def fitting(config: TrainConfig, gpus: int, device: Device) -> dict[str, list[Tr
     limit = room(device.memory_bytes)
     found = {}
     for kind, overlap in WAYS:
-        model = replace(config.model, residual=kind, ladder_layers=None)
+        layers = config.model.ladder_layers if kind in STALE else None  # a hybrid's
+        model = replace(config.model, residual=kind, ladder_layers=layers)
         candidates = list(layouts(replace(config, model=model), gpus, overlap))
         if not candidates and overlap == "none":
             raise UserError(
