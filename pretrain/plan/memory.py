@@ -284,8 +284,9 @@ def room(card_bytes: float) -> float:
 
 
 def is_planned(config: TrainConfig) -> bool:
-    """Whether `memory_plan` holds for this run: in bf16, and not for desync."""
-    return config.precision == "bf16" and config.model.residual != "desync"
+    """Whether `memory_plan` holds for this run: in bf16, and neither for desync nor for experts."""
+    plain = config.model.residual != "desync" and config.model.experts.num_moe_experts is None
+    return config.precision == "bf16" and plain
 
 
 def check_memory(
@@ -325,11 +326,20 @@ def out_of_memory(
     planned = ""
     if is_planned(config):
         planned = f"Planned for the fullest GPU: {in_words(memory_plan(config, dp, attention))}. "
+    turn = (
+        OF_EXPERTS if config.model.experts.num_moe_experts else what_to_turn(config, dp, attention)
+    )
     return (
-        f"{said}. {planned}To need less: {what_to_turn(config, dp, attention)}. If the plan is far below "
+        f"{said}. {planned}To need less: {turn}. If the plan is far below "
         "the card's memory, another process uses it (see nvidia-smi), or it is fragmented (set "
         "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True)"
     )
+
+
+OF_EXPERTS = (
+    "a smaller --micro-batch-size; --recompute full; a larger --parallel.expert-model-parallel-size; or an "
+    "--model.experts.moe-expert-capacity-factor, which bounds the tokens of an expert"
+)
 
 
 def what_to_turn(config: TrainConfig, dp: int, attention: Attention = "te") -> str:
