@@ -27,20 +27,20 @@ class Cut:
     """Of each sequence: tensor-parallel ranks, with sequence parallelism."""
 
     def groups(self, x: Tensor) -> Tensor:
-        """[batch, length, n] -> [groups, tokens, n]; a group is what one rank routes at once."""
-        batch, length, n = x.shape
-        blocks = x.view(
-            batch // self.sequences, self.sequences, self.parts, length // self.parts, n
-        )
-        return blocks.transpose(1, 2).reshape(-1, self.sequences * length // self.parts, n)
+        """[batch, length, n] -> [groups, tokens, n]; a group is what one rank routes at once, in its
+        order: a sequence's tokens apart, those of one position together."""
+        return self._blocks(x).permute(0, 2, 3, 1, 4).flatten(0, 1).flatten(1, 2)
 
     def back(self, x: Tensor, like: Tensor) -> Tensor:
         """The inverse of `groups`."""
         batch, length, n = like.shape
-        blocks = x.view(
-            batch // self.sequences, self.parts, self.sequences, length // self.parts, n
-        )
-        return blocks.transpose(1, 2).reshape(batch, length, n)
+        shape = (-1, self.parts, length // self.parts, self.sequences, n)
+        return x.view(shape).permute(0, 3, 1, 2, 4).reshape(batch, length, n)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        batch, length, n = x.shape
+        shape = (batch // self.sequences, self.sequences, self.parts, length // self.parts, n)
+        return x.view(shape)
 
 
 class Oracle:
@@ -184,8 +184,9 @@ class Oracle:
         e, tokens = self.model.experts, weights.shape[1]
         mean = tokens * e.moe_router_topk / e.num_moe_experts
         capacity = min(math.ceil(mean * e.moe_expert_capacity_factor), tokens)
-        kept = weights.detach().topk(capacity, dim=1).indices
-        return torch.zeros_like(weights).scatter(1, kept, 1.0)
+        # Called as megatron-core calls it: tokens that are alike tie, and which is kept is up to topk.
+        kept = [torch.topk(group, capacity, dim=0, sorted=False)[1] for group in weights.detach()]
+        return torch.zeros_like(weights).scatter(1, torch.stack(kept), 1.0)
 
     def _balance(self, logits: Tensor, cut: Cut) -> Tensor:
         """experts x the sum over experts of (share of choices x mean score), of each group; the mean."""
