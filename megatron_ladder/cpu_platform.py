@@ -65,6 +65,7 @@ def enable() -> bool:
     if torch.cuda.is_available():
         return False
 
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.tensor_parallel import random as mcore_random
 
     cuda: Any = torch.cuda
@@ -98,6 +99,9 @@ def enable() -> bool:
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor.to = _on_cpu(torch.Tensor.to)
+    # Reading a checkpoint calls it with "cuda", for what another rank has read. Its default factory is
+    # torch's own, from before the patches.
+    ShardedTensor.init_data = _on_cpu(ShardedTensor.init_data)  # type: ignore[method-assign]
     _use_torch_in_optimizers()
     _use_torch_in_experts()
     _enabled = True

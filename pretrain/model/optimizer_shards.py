@@ -83,7 +83,12 @@ def optimizer_shards(
         weights: the sharded state of the model's chunks.
         is_loading: first make the state's tensors, if no step has made them.
     """
-    parts = list(optimizer.chained_optimizers)
+    # A pipeline stage may have no experts; then the experts' part has no parameters.
+    parts = [
+        part
+        for part in optimizer.chained_optimizers
+        if any(group["params"] for group in part.optimizer.param_groups)
+    ]
     if is_loading:
         for part in parts:
             part.load_state_dict(part.state_dict())

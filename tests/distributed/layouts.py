@@ -50,6 +50,7 @@ EXPERTS = {
         moe_router_bias_update_rate=0.01,
         moe_router_load_balancing_type="none",
     ),
+    "experts in the first half": replace(FOUR, moe_layer_freq=(1, 1, 0, 0)),
     "one expert, some MLPs": replace(
         FOUR,
         moe_router_topk=1,

@@ -60,7 +60,8 @@ IN_EACH_RUN = {
     "capacity, padded": [LAYOUTS[3]],
     "capacity": [WITH_TP[1]],
     "expert bias": [WITH_TP[1], LAYOUTS[0]],
-    "one expert, some MLPs": [LAYOUTS[3], LAYOUTS[7]],
+    "one expert, some MLPs": [LAYOUTS[3]],
+    "experts in the first half": [LAYOUTS[3], LAYOUTS[7]],  # the second stage has none
 }
 
 
