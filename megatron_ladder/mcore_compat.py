@@ -22,6 +22,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ladder import rope
 from megatron_ladder.config import (
     STALE,
     Attention,
@@ -34,6 +35,7 @@ from megatron_ladder.config import (
     own_layers,
 )
 from megatron_ladder.fields.experts import megatron_fields
+from megatron_ladder.fields.windows import layer_windows
 from megatron_ladder.fp8 import Fp8Config, config_fields
 from megatron_ladder.layers.attention_choice import CoreAttention, choose
 from megatron_ladder.layers.experts import (
@@ -184,6 +186,9 @@ def transformer_config(
         overlap_p2p_comm=parallel.num_chunks > 1,
         batch_p2p_comm=parallel.num_chunks == 1,
         context_parallel_size=parallel.context_parallel_size,
+        # Transformer Engine's ring, which sends keys and values while it computes. It has no windows: there
+        # keys and values are gathered.
+        cp_comm_type="p2p" if model.sliding_window is None else "all_gather",
         bf16=precision == "bf16",
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         pipeline_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
@@ -198,6 +203,8 @@ def transformer_config(
         apply_rope_fusion=resolve_impl(impl) == "transformer_engine",
         cross_entropy_loss_fusion=on_gpu and not deterministic,
         masked_softmax_fusion=False,
+        softmax_scale=rope.softmax_scale(model),
+        **_windows(model),
         # For local linears, with a kernel of NVIDIA's apex. pretrain/model/optimizer.py sets TE's.
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
@@ -270,9 +277,13 @@ def build_gpt_model(
                 share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
                 position_embedding_type="rope",
                 rotary_base=model.rotary_base,
-                **_rope_scaling(model),
                 vp_stage=chunk,
             )
+        theirs = gpt.rotary_pos_emb.inv_freq
+        gpt.rotary_pos_emb.inv_freq = rope.frequencies(model).to(theirs.device)
+        if config.softmax_scale is not None:  # for attention over the inference engine's cache
+            for layer in gpt.decoder.layers:
+                layer.self_attention.softmax_scale = config.softmax_scale
         if config.own_layers:
             connect(list(gpt.decoder.layers))
         sum_gradients_over_their_own_ranks(gpt)
@@ -310,9 +321,11 @@ def _experts_spec(config: LadderConfig) -> Any:
     return spec
 
 
-def _rope_scaling(model: ModelConfig) -> dict[str, Any]:
-    if model.rope_scaling_factor is None:
+def _windows(model: ModelConfig) -> dict[str, Any]:
+    if model.sliding_window is None:
         return {}
-    if model.rope_scaling_type == "linear":
-        return {"seq_len_interpolation_factor": model.rope_scaling_factor}
-    return {"rope_scaling": True, "rope_scaling_factor": model.rope_scaling_factor}
+    windows = layer_windows(model)
+    return {
+        "window_size": (model.sliding_window - 1, 0),  # tokens before and behind a token
+        "window_attn_skip_freq": None if None not in windows else [w is not None for w in windows],
+    }

@@ -57,8 +57,8 @@ def flops_per_token(
     MFU counts only the operations that the model needs.
 
     Args:
-        seq_length: tokens of the sequence that a token is in. Where documents are apart: of its document,
-            the mean over all tokens.
+        seq_length: tokens of the sequence that a token is in. With windows, or where documents are apart,
+            it is `attention_length` (megatron_ladder/fields/windows.py).
     """
     return 6.0 * matmul_parameters + 12.0 * num_layers * hidden_size * seq_length
 
@@ -286,6 +286,8 @@ class MetricsLog:
         ]
         if values["mfu"] is not None:
             parts.append(f"MFU {100 * values['mfu']:.1f}%")
+        if "mfu_whole_sequences" in values:  # documents are apart
+            parts[-1] += f", of whole sequences {100 * values['mfu_whole_sequences']:.1f}%"
         if "expert_imbalance" in values:
             parts.append(f"fullest expert {values['expert_imbalance']:.2f}x the mean")
         if values.get("dropped_share"):

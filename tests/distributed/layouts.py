@@ -23,7 +23,7 @@ from pretrain.model.setup import build
 from pretrain.run.checkpoint import Progress, load_checkpoint
 from pretrain.run.folder import latest_checkpoint
 
-STEPS, BATCH, LENGTH, VOCAB = 10, 8, 12, 100
+STEPS, BATCH, LENGTH, VOCAB = 10, 8, 16, 100
 
 KINDS = {
     "standard": {"residual": "standard"},
@@ -33,6 +33,14 @@ KINDS = {
     "list": {"residual": "ladder", "ladder_layers": (0, 3, 4, 6)},
     "desync": {"residual": "desync", "desync_interval": 3},
     "parallel-ladder": {"residual": "parallel-ladder"},
+    "windows, yarn": {
+        "residual": "ladder",
+        "ladder_layers": (0, 3, 4, 6),
+        "sliding_window": 5,
+        "sliding_window_layers": 4,
+        "rope_scaling_type": "yarn",
+        "rope_scaling_factor": 4.0,
+    },
     "some parallel-ladder": {"residual": "parallel-ladder", "ladder_layers": (1, 2, 5, 7)},
 }
 FOUR = ExpertsConfig(num_moe_experts=4, moe_ffn_hidden_size=24)
@@ -77,6 +85,7 @@ class Layout:
     pp: int = 1
     vpp: int | None = None
     dp: int = 1
+    cp: int = 1
     ep: int = 1
     first: int | None = None
     recompute: str = "none"
@@ -84,7 +93,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
 
 def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
@@ -109,6 +118,7 @@ def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp,
             num_layers_in_first_pipeline_stage=layout.first,
+            context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
             tp_overlap="halves" if kind in HALVES and layout.tp > 1 else "none",
         ),

@@ -7,10 +7,16 @@ import pytest
 from tests.distributed.resharding import FORMS, LAYOUTS, OF_EXPERTS, read, write
 
 # Each opens the one before: more and fewer ranks on every axis.
-SOME = ["TP 2", "DP 3", "PP 2 in 2 chunks, DP 2", "DP 2"]
+SOME = ["TP 2", "DP 3", "PP 2 in 2 chunks, DP 2", "CP 2, DP 2"]
 
 
-SOME_OF_EXPERTS = ["EP 2", "TP 2, EP 1", "PP 2 in 2 chunks, EP 2", "DP 4, EP 2", "experts on 1 rank"]
+SOME_OF_EXPERTS = [
+    "EP 2",
+    "TP 2, EP 1",
+    "PP 2 in 2 chunks, EP 2",
+    "DP 4, EP 2",
+    "experts on 1 rank",
+]
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["bf16", "fp32, shared embedding"])
