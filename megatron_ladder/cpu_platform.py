@@ -102,7 +102,7 @@ def enable() -> bool:
     tensor.to = _on_cpu(torch.Tensor.to)
     # Reading a checkpoint calls it with "cuda", for what another rank has read. Its default factory is
     # torch's own, from before the patches.
-    ShardedTensor.init_data = _on_cpu(ShardedTensor.init_data)  # type: ignore[method-assign]
+    ShardedTensor.init_data = _on_cpu(ShardedTensor.init_data)
     _use_torch_in_optimizers()
     _use_torch_in_experts()
     _enabled = True
