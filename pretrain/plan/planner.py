@@ -332,6 +332,7 @@ class Row:
     residual: str
     halves: bool
     tp: int
+    cp: int
     pp: int
     last_stage: int
     """Layers of the last pipeline stage; the others share the rest."""
@@ -343,6 +344,7 @@ class Row:
     step_s: float
     compute_s: float
     exposed_tp_s: float
+    exposed_cp_s: float
     exposed_dp_s: float
     transfers_s: float
     """Transfers between pipeline stages that no compute hides."""
@@ -355,7 +357,15 @@ class Row:
     @property
     def layout(self) -> tuple[object, ...]:
         """All but the residual kind and the halves."""
-        layout = (self.tp, self.pp, self.last_stage, self.vpp, self.dp, self.sequence_parallel)
+        layout = (
+            self.tp,
+            self.cp,
+            self.pp,
+            self.last_stage,
+            self.vpp,
+            self.dp,
+            self.sequence_parallel,
+        )
         return (*layout, self.micro_batch_size, self.recompute)
 
     @property
