@@ -18,7 +18,7 @@ from tests.distributed.test_inference import NO_EOD, finish, load, save_weights,
 from tests.distributed.test_parity import LOGITS_TOLERANCE, VOCAB
 from tests.ranks import run_ranks
 
-CONTEXT, NEW = 256, 16
+CONTEXT, NEW = 256, 10
 STEP = 64
 """Tokens of a step: megatron-core rounds up to a multiple of it."""
 LENGTHS = (200, 65, 9, 130, 64)
@@ -113,7 +113,7 @@ def test_prompts_in_chunks_give_the_tokens_and_logits_of_whole_ones(
         )
     ]
     assert all(tokens == found[0] for tokens in found)
-    assert all(len(set(tokens)) > 5 for tokens in found[0].values())
+    assert all(len(set(tokens)) > 3 for tokens in found[0].values())
 
 
 def beside_others(model: ModelConfig, tp: int, folder: Path) -> None:
