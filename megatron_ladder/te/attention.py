@@ -80,7 +80,8 @@ def parameters(  # type: ignore[no-untyped-def]
         core_attention_bias_requires_grad=False,
         attention_dropout=config.attention_dropout,
         context_parallel=config.context_parallel_size > 1,
-        cp_comm_type=config.cp_comm_type or "p2p",
+        # megatron-core passes it on where there are several ranks; else it is TE's default.
+        cp_comm_type=config.cp_comm_type if config.context_parallel_size > 1 else "p2p",
         cp_size=config.context_parallel_size,
         deterministic=deterministic,
         softmax_scale=config.softmax_scale or 1 / math.sqrt(channels),

@@ -122,6 +122,7 @@ def in_parallel(**sizes: Any) -> TrainConfig:
     [
         (in_parallel(tensor_model_parallel_size=2), "use one tensor-parallel rank"),
         (in_parallel(pipeline_model_parallel_size=2), "pipeline stages are not compiled"),
+        (in_parallel(context_parallel_size=2), "context-parallel ranks is not compiled"),
         (config(recompute="full"), "recompute full is not compiled: use none"),
         (
             config(data=replace(config().data, attend_across_documents=False)),

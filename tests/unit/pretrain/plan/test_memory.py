@@ -302,6 +302,10 @@ def test_advice_is_of_this_run(config: TrainConfig) -> None:
     for knob in ("micro-batch-size", "sequence-parallel", "--recompute"):
         assert knob not in advice
     assert "tensor-model-parallel-size 4" in advice
+    assert "context-parallel" not in advice  # what takes most is the optimizer's
+    model = replace(config.model, max_position_embeddings=131072)
+    long = replace(small, model=model, data=replace(config.data, seq_length=131072))
+    assert "context-parallel-size 2" in what_to_turn(long, dp=32)
 
 
 def test_out_of_memory_says_what_to_turn(
