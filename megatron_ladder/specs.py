@@ -4,6 +4,7 @@
 Engine's, which need a GPU. No other function makes this choice.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -23,7 +24,11 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from megatron_ladder.config import PARALLEL, Residual, ResidualScaling, TransformerImpl
 from megatron_ladder.errors import UserError
@@ -93,6 +98,7 @@ def resolve_impl(impl: TransformerImpl) -> Literal["local", "transformer_engine"
 def layer_spec(
     residuals: tuple[Residual, ...] | None,
     impl: TransformerImpl = "auto",
+    experts: Any = None,
     *,
     residual_scaling: ResidualScaling = "none",
     layer_norms: bool = True,
@@ -111,6 +117,7 @@ def layer_spec(
     Args:
         residuals: each layer's residual kind, first to last. None: every layer is a ladder layer.
         impl: the implementation of the modules; see `resolve_impl`.
+        experts: the spec of a mixture of experts in place of the MLP, of a standard layer.
         residual_scaling: what each output is multiplied by before it is added.
         layer_norms: attention and MLP read the state through norms.
         desync_interval: the number of sub-modules from one all-reduce to the next, in desync layers.
@@ -123,7 +130,8 @@ def layer_spec(
             torch's in local layers, Transformer Engine's in its layers.
 
     Returns:
-        One spec for all layers. Each layer finds its residual kind by its layer number.
+        One spec for all layers that have experts, or that have none. Each layer finds its residual kind by
+        its layer number.
 
     Raises:
         UserError: from `resolve_impl`.
@@ -132,10 +140,17 @@ def layer_spec(
     kinds = set(residuals or ("ladder",))
     assert kinds <= PARALLEL or not kinds & PARALLEL
     theirs = kinds == {"standard"} and residual_scaling == "none" and layer_norms and not halves
+    assert theirs or experts is None
     if theirs and chosen == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        if experts is not None:
+            from megatron.core.extensions.transformer_engine import TENorm
+
+            spec.submodules.mlp = experts
+            spec.submodules.pre_mlp_layernorm = TENorm
+            spec.submodules.sharded_state_dict_keys_map = {}
     elif theirs:
-        submodules = _submodules(LocalBackend(), kinds, qk_layernorm, layer_norms)
+        submodules = _submodules(LocalBackend(), kinds, qk_layernorm, experts=experts)
         spec = ModuleSpec(module=TransformerLayer, submodules=submodules)
     else:
         if chosen == "transformer_engine":
@@ -166,13 +181,16 @@ def layer_spec(
 
 
 def block_spec(
-    config: TransformerConfig, spec: ModuleSpec, impl: TransformerImpl, chunk: int | None
+    config: TransformerConfig,
+    specs: Sequence[ModuleSpec],
+    impl: TransformerImpl,
+    chunk: int | None,
 ) -> TransformerBlockSubmodules:
     """The specs of the layers of this pipeline stage, or of one of its chunks, and of the final norm.
 
     Args:
         config: megatron-core's configuration of the whole model.
-        spec: the spec of one layer, from `layer_spec`.
+        specs: of all layers of the model, from `layer_spec`.
         impl: the implementation of the modules, as for `layer_spec`.
         chunk: with the interleaved schedule, the chunk's number in its stage, from 0. Else None.
 
@@ -183,20 +201,26 @@ def block_spec(
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
     else:
         final_norm = RMSNorm
-    count = get_num_layers_to_build(config, chunk)
-    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=final_norm)
+    first = get_transformer_layer_offset(config, chunk)
+    ours = specs[first : first + get_num_layers_to_build(config, chunk)]
+    return TransformerBlockSubmodules(layer_specs=list(ours), layer_norm=final_norm)
 
 
 def _submodules(
-    backend: Any, kinds: set[Residual], qk_layernorm: bool, layer_norms: bool
+    backend: Any,
+    kinds: set[Residual],
+    qk_layernorm: bool,
+    layer_norms: bool = True,
+    experts: Any = None,
 ) -> TransformerLayerSubmodules:
-    """Norms, attention and MLP of one layer. Parallel kinds have one norm for attention and MLP."""
+    """Norms, attention and MLP or experts of one layer. Parallel kinds have one norm for attention and
+    MLP."""
     norm = backend.layer_norm(rms_norm=True) if layer_norms else IdentityOp
     head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if qk_layernorm else IdentityOp
     # A checkpoint names the norms as Transformer Engine's fused norm + linear does. megatron-core's own
     # local spec does so too. So one checkpoint loads into either implementation.
     checkpoint_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if not kinds <= PARALLEL:
+    if not kinds <= PARALLEL and experts is None:
         checkpoint_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return TransformerLayerSubmodules(
         input_layernorm=norm,
@@ -213,7 +237,7 @@ def _submodules(
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=IdentityOp if kinds <= PARALLEL else norm,
-        mlp=get_mlp_module_spec_for_backend(backend=backend),
+        mlp=experts or get_mlp_module_spec_for_backend(backend=backend),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=checkpoint_names,
     )

@@ -74,6 +74,11 @@ def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") 
         checkpoint = find_checkpoint(path)
         run = checkpoint.parents[1]
         config = load_config(checkpoint / "config.json")
+        if config.model.experts.num_moe_experts is not None:
+            raise UserError(
+                f"{path} has experts: a model with experts can be trained, but not yet run by `generate` "
+                "or `serve`"
+            )
         tp = config.parallel.tensor_model_parallel_size
         if config.model.residual == "desync" and tp != parallel.tensor_model_parallel_size:
             raise UserError(

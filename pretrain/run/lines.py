@@ -14,6 +14,7 @@ WHOLE = ("step", "tokens", "train_steps", "world_size", "tokens_per_step", "rank
 NUMBERS = (
     *("time", "unix_time", "loss", "grad_norm", "learning_rate", "tokens_per_second"),
     *("tflops_per_gpu", "memory_gib", "perplexity", "unigram_loss", "seconds", "median"),
+    *("expert_imbalance", "dropped_share"),
 )
 SHARES = ("mfu", "mfu_whole_sequences")
 WORDS = ("dataset", "what", "host", "name", "residual", "device", "state")
