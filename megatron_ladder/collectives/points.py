@@ -38,7 +38,7 @@ from megatron_ladder.config import AllReduce
 
 Group = dist.ProcessGroup
 Scale = float | Tensor | None
-"""What a sub-module's output is multiplied by; None: nothing (layers/scaling.py)."""
+"""What a sub-module's output is multiplied by; None: nothing (layers/norm.py)."""
 
 # megatron-core passes a layer's outputs on unchanged, and a sub-module passes its input unchanged to its
 # first linear. So the collectives of a tensor can be stored as an attribute of that tensor.

@@ -171,8 +171,8 @@ def check_experts(model: Any, parallel: Any) -> None:
         return
     if model.residual_scaling != "none" or not model.layer_norms:
         raise UserError(
-            "model.residual_scaling and model.no_layer_norms do not go with experts yet: leave them out, or "
-            "model.experts.num_moe_experts"
+            "model.residual_scaling and model.no_layer_norms do not go with experts yet: leave them, or "
+            "model.experts.num_moe_experts, out"
         )
     if not model.is_standard:
         raise UserError(

@@ -16,7 +16,7 @@ complete, packed as one tensor (stages.py).
     parallel         n = norm(m)                m' = m + (attn(n) + mlp(n))
     parallel-ladder  n = norm(a)                m' = m + (attn(n) + mlp(n))
     desync           as standard, with collectives at every n-th sub-module only (desync.py)
-    with residual scaling, each attn, mlp or (attn + mlp) is multiplied before it is added (scaling.py)
+    with residual scaling, each attn, mlp or (attn + mlp) is multiplied before it is added (norm.py)
 
 A ladder sub-module reads the state without the output of the previous sub-module. So the collective of that
 output can run while the ladder sub-module computes. In backward, the reduction of its input's gradient runs
@@ -50,8 +50,8 @@ from megatron_ladder.collectives.ranges import named
 from megatron_ladder.config import PARALLEL, STALE, AllReduce, Residual, ResidualScaling
 from megatron_ladder.layers.desync import meet, part_ways, sum_gradients
 from megatron_ladder.layers.halves import Call, Submodule, calls_of, half_of, join, split
+from megatron_ladder.layers.norm import residual_scales
 from megatron_ladder.layers.recompute import numbers_drawn, recomputed
-from megatron_ladder.layers.scaling import residual_scales
 from megatron_ladder.layers.stages import pack, unpack
 
 # The name of an attribute: the input of the next layer, in flight, on the state it was made from.
@@ -63,7 +63,7 @@ class LadderTransformerLayer(TransformerLayer):
 
     Args:
         residuals: the residual kind of each layer of the whole model. None: all are ladder layers.
-        residual_scaling: what each output is multiplied by before it is added (scaling.py).
+        residual_scaling: what each output is multiplied by before it is added (norm.py).
         desync_interval: the n of desync-n, for desync layers.
         recompute: compute each sub-module's activations again in backward (recompute.py).
         halves: standard and parallel layers run each sub-module on two halves of the micro-batch in turn.
