@@ -145,7 +145,7 @@ def _type(metavar: str) -> str:
     alternatives = []
     for part in metavar.split("|"):
         some = re.search(r"\[\.\.\.\]|\[\w+ \[\w+ \.\.\.\]\]", part)
-        words = re.search(r"[\w,.-]+(?: \w+)*", part)
+        words = re.search(r"[\w,./-]+(?: \w+)*", part)
         assert words, metavar
         names = [f"`{word}`" for word in words[0].split(",")]
         if some:
