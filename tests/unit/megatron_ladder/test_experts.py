@@ -114,7 +114,6 @@ def test_parameters_of_all_experts_and_of_those_that_a_token_meets() -> None:
             },
             "halves does not go with experts yet",
         ),
-        ({}, {"context_parallel_size": 2}, "context_parallel_size does not go with experts yet"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused(model: dict, parallel: dict, message: str) -> None:
