@@ -33,7 +33,7 @@ from pretrain.bench.kinds_plan import (
     write_job,
 )
 from pretrain.bench.machine import NO_MEMORY, Machine, look, processor, topology, without_folders
-from pretrain.config.presets import PRESETS
+from pretrain.config.presets import OF_A_MODEL, PRESETS
 from pretrain.config.values import to_dict
 from pretrain.files import write_atomically
 from pretrain.model.queues import PRIORITY, queue_variables
@@ -73,8 +73,8 @@ class KindsOptions:
     """For all of it. The most important layouts come first; those that do not fit in are left out."""
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS or self.preset.startswith("adapt"):
-            names = [name for name in PRESETS if not name.startswith("adapt")]
+        if self.preset not in PRESETS or self.preset in OF_A_MODEL:
+            names = [name for name in PRESETS if name not in OF_A_MODEL]
             near = difflib.get_close_matches(self.preset, names, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(f"no preset {self.preset!r}{hint}: choose one of {', '.join(names)}")

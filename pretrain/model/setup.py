@@ -1,6 +1,7 @@
 """Starts ranks and process groups, and builds the model with its optimizer."""
 
 import os
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ladder import cpu_platform
+from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.mcore_compat import (
     LadderConfig,
@@ -15,6 +17,7 @@ from megatron_ladder.mcore_compat import (
     initialize_model_parallel,
     transformer_config,
 )
+from megatron_ladder.side.model import side_tuned
 from pretrain.config.train import TrainConfig
 from pretrain.model.compiled import compile_layers
 from pretrain.model.graphs import use_own_stream
@@ -118,12 +121,17 @@ def stop_ranks() -> None:
     dist.destroy_process_group()
 
 
-def layers_config(config: TrainConfig) -> LadderConfig:
+def layers_config(config: TrainConfig, model: ModelConfig | None = None) -> LadderConfig:
     """megatron-core's configuration of the model. The core attention is chosen here (attention_choice.py),
-    which asks Transformer Engine what it would use."""
+    which asks Transformer Engine what it would use.
+
+    Args:
+        model: of the side network's blocks, which do not run in halves. None: the run's.
+    """
+    whole = replace(config.parallel, tp_overlap="none")
     return transformer_config(
-        config.model,
-        config.parallel,
+        model or config.model,
+        whole if model else config.parallel,
         precision=config.precision,
         impl=config.transformer_impl,
         recompute=config.recompute,
@@ -140,9 +148,17 @@ def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
     """Builds this rank's part of the model.
 
     Returns:
-        The chunks in DDP, their optimizer, and its learning-rate schedule.
+        The chunks in DDP, their optimizer, and its learning-rate schedule. With a side network each chunk
+        is a SideTunedModel, whose backbone has no weights yet.
     """
-    chunks = build_gpt_model(config.model, layers_config(config), config.transformer_impl)
+    chunks: list[Any] = build_gpt_model(
+        config.model, layers_config(config), config.transformer_impl
+    )
+    if config.side.is_on:
+        blocks = layers_config(config, config.side.model(config.model))
+        chunks = side_tuned(
+            chunks, config.model, config.side, config.parallel, blocks, config.transformer_impl
+        )
     if config.compile:
         compile_layers(chunks)
     model = wrap_data_parallel(chunks, gather_at_once=config.compile or config.cuda_graph)

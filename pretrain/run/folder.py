@@ -14,6 +14,7 @@ from pretrain.config.train import (
     is_safe_to_change,
     load_config,
     save_config,
+    trained_parameters,
 )
 from pretrain.run.checkpoint_files import damage, refuse_damaged, refuse_newer, written_files
 from pretrain.run.lock import lock
@@ -155,7 +156,7 @@ def _is_used(run_dir: Path) -> bool:
 
 def checkpoint_bytes(config: TrainConfig) -> int:
     """The size of one checkpoint: weights, and AdamW's fp32 master weights and two moments."""
-    return config.model.num_parameters() * (16 if config.precision == "fp32" else 14)
+    return trained_parameters(config) * (16 if config.precision == "fp32" else 14)
 
 
 def stored_bytes(config: TrainConfig) -> int:
