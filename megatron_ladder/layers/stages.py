@@ -37,7 +37,7 @@ def complete_state(layer: Any, output: Tensor, context: Any) -> Tensor:
     """The state with all outputs, m, of what a layer has returned. It waits for the layer's last output.
 
     Args:
-        layer: in evaluation mode.
+        layer: in training mode: in evaluation mode outputs become the states that they are added to.
         output, context: what its forward returned.
 
     Returns:

@@ -56,6 +56,10 @@ class SideConfig:
             ladder_layers=None,
         )
 
+    def backbone(self, model: ModelConfig) -> ModelConfig:
+        """The model as it runs beside a side network: without dropout, as it is not trained."""
+        return replace(model, hidden_dropout=0.0, attention_dropout=0.0)
+
     def block_parameters(self, backbone: ModelConfig) -> int:
         """Number of parameters of one block, without its gate and its down-projection."""
         small = self.model(backbone)

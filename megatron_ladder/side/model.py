@@ -28,10 +28,11 @@ class SideTunedModel(MegatronModule):
     """One chunk of the backbone, and the part of the side network beside it. It takes GPTModel's place.
 
     Its parameters are those of the side network. The backbone is no submodule, so DDP, the optimizer and
-    checkpoints know nothing of it, and it stays in evaluation mode.
+    checkpoints know nothing of it. It stays in training mode, without dropout: in evaluation mode
+    megatron-core adds outputs to states in place, and states that are read later would change.
 
     Args:
-        backbone: from `build_gpt_model`.
+        backbone: from `build_gpt_model`, of a model without dropout (`SideConfig.backbone`).
         side: beside this chunk.
         config: for megatron-core's schedules; all chunks share it.
         add_last_state: the final norm reads the backbone's last state, too.
@@ -44,8 +45,9 @@ class SideTunedModel(MegatronModule):
         self, backbone: GPTModel, side: SideNetwork, config: LadderConfig, *, add_last_state: bool
     ) -> None:
         super().__init__(config=config)
+        assert not backbone.decoder.config.hidden_dropout
         # A tuple, because torch would register a module.
-        self._backbone = (backbone.requires_grad_(False).eval(),)
+        self._backbone = (backbone.requires_grad_(False),)
         self.side = side
         self.add_last_state = add_last_state
         self.pre_process, self.post_process = backbone.pre_process, backbone.post_process

@@ -158,6 +158,7 @@ def run_logits(
         side: of the run's side network, which is in memory as a whole.
     """
     with _one_rank():
+        model = side.backbone(model)  # dropout is off in any case
         config, meta = _meta_config(model), torch.device("meta")
         (gpt,) = whole = build_gpt_model(model, config, "local", device=meta)
         device = torch.cuda.current_device()

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_ladder import cpu_platform
-from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.mcore_compat import (
     LadderConfig,
@@ -17,7 +16,8 @@ from megatron_ladder.mcore_compat import (
     initialize_model_parallel,
     transformer_config,
 )
-from megatron_ladder.side.model import side_tuned
+from megatron_ladder.side.config import SideConfig
+from megatron_ladder.side.model import SideTunedModel, side_tuned
 from pretrain.config.train import TrainConfig
 from pretrain.model.compiled import compile_layers
 from pretrain.model.graphs import use_own_stream
@@ -121,17 +121,12 @@ def stop_ranks() -> None:
     dist.destroy_process_group()
 
 
-def layers_config(config: TrainConfig, model: ModelConfig | None = None) -> LadderConfig:
+def layers_config(config: TrainConfig) -> LadderConfig:
     """megatron-core's configuration of the model. The core attention is chosen here (attention_choice.py),
-    which asks Transformer Engine what it would use.
-
-    Args:
-        model: of the side network's blocks, which do not run in halves. None: the run's.
-    """
-    whole = replace(config.parallel, tp_overlap="none")
+    which asks Transformer Engine what it would use."""
     return transformer_config(
-        model or config.model,
-        whole if model else config.parallel,
+        config.model,
+        config.parallel,
         precision=config.precision,
         impl=config.transformer_impl,
         recompute=config.recompute,
@@ -144,6 +139,18 @@ def layers_config(config: TrainConfig, model: ModelConfig | None = None) -> Ladd
     )
 
 
+def _build_side(config: TrainConfig) -> list[SideTunedModel]:
+    side, parallel, impl = config.side, config.parallel, config.transformer_impl
+    alone = replace(config, side=SideConfig(), model=side.backbone(config.model))
+    layers = layers_config(alone)
+    layers.gradient_accumulation_fusion = False  # into buffers that the backbone does not have
+    backbone = build_gpt_model(alone.model, layers, impl)
+    # The blocks do not run in halves.
+    whole = replace(parallel, tp_overlap="none")
+    blocks = layers_config(replace(alone, model=side.model(config.model), parallel=whole))
+    return side_tuned(backbone, config.model, side, parallel, blocks, impl)
+
+
 def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
     """Builds this rank's part of the model.
 
@@ -151,14 +158,11 @@ def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
         The chunks in DDP, their optimizer, and its learning-rate schedule. With a side network each chunk
         is a SideTunedModel, whose backbone has no weights yet.
     """
-    chunks: list[Any] = build_gpt_model(
-        config.model, layers_config(config), config.transformer_impl
-    )
+    chunks: list[Any]
     if config.side.is_on:
-        blocks = layers_config(config, config.side.model(config.model))
-        chunks = side_tuned(
-            chunks, config.model, config.side, config.parallel, blocks, config.transformer_impl
-        )
+        chunks = _build_side(config)
+    else:
+        chunks = build_gpt_model(config.model, layers_config(config), config.transformer_impl)
     if config.compile:
         compile_layers(chunks)
     model = wrap_data_parallel(chunks, gather_at_once=config.compile or config.cuda_graph)

@@ -82,8 +82,8 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
         plan = f"{plan}\n{describe(config, folders)}"
     if plan and config.side.is_on:
         plan = (
-            f"{plan}\nA side network of {trained_parameters(config):,} parameters is trained. The backbone, "
-            f"{config.model.num_parameters():,} parameters, is not"
+            f"{plan}\nA side network of {trained_parameters(config):,} parameters is trained. The "
+            f"backbone, {config.model.num_parameters():,} parameters, is not"
         )
     check_free_space(config)
     if config.wandb:
