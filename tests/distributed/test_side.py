@@ -119,9 +119,9 @@ def tune(kind: str, layouts: list[Layout], side: SideConfig, folder: Path) -> li
         after = [p for chunk in backbone for p in chunk.parameters()]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert all(p.grad is None and not hasattr(p, "main_grad") for p in after)
-        buffers = sum(b.numel_unpadded for chunk in model for b in chunk.buffers)
-        trained = torch.tensor(sum(p.numel() for c in model for p in c.module.parameters()))
-        assert buffers == trained
+        ours = {id(p): p.numel() for chunk in model for p in chunk.module.parameters()}
+        assert {id(p) for chunk in model for b in chunk.buffers for p in b.params} == ours.keys()
+        trained = sum(ours.values())
         assert layout.ranks > 1 or trained == side.num_parameters(config.model)
         results.append({**result, "held out": [held_out]})
     return results

@@ -8,7 +8,7 @@ from megatron_ladder.side.config import SideConfig, check_side
 from pretrain.config.presets import PRESETS
 from pretrain.config.side import check_side_layout
 from pretrain.config.train import TrainConfig
-from pretrain.plan.memory import activation_bytes, memory_plan
+from pretrain.plan.memory import activation_bytes, memory_plan, stage_parameters
 from pretrain.plan.side import side_parameters, with_side_network
 
 
@@ -49,7 +49,7 @@ def test_ranks_hold_the_side_network_together(config: TrainConfig, tp: int, pp: 
 def test_memory_by_hand(config: TrainConfig) -> None:
     config = replace(config, side=replace(config.side, start="magnitude"))
     plan = memory_plan(config, dp=4)
-    whole = config.model.num_parameters()
+    whole = stage_parameters(config, 0)
     side = config.side.num_parameters(config.model)
     assert plan.weights == 2 * (whole + side)
     assert plan.gradients == 4 * side
