@@ -4,7 +4,6 @@ import itertools
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,7 +13,6 @@ from pretrain.config.train import TrainConfig
 from pretrain.data.batches import Batch
 from pretrain.data.reading import RankBatches
 from pretrain.loop.step import backward_only
-from pretrain.ranks import is_first_rank
 from pretrain.run.backbone import backbone_of, keep_backbone
 from pretrain.run.checkpoint import load_initial_weights, model_chunks
 from pretrain.run.folder import latest_checkpoint
@@ -35,7 +33,7 @@ def load_backbone(config: TrainConfig, model: list[Any]) -> None:
     dist.broadcast_object_list(kept)
     if not kept[0]:
         checkpoint = initial_checkpoint(config.init_from)
-        if is_first_rank():
+        if dist.get_rank() == 0:
             keep_backbone(config.output_dir, checkpoint)
         dist.barrier()
     backbones = {name: chunk.backbone for name, chunk in model_chunks(model).items()}
@@ -55,7 +53,7 @@ def start_side(config: TrainConfig, model: list[Any], optimizer: Any, data: Rank
     if config.side.start == "magnitude":
         importance = magnitudes(chunks)
     else:
-        size = torch.distributed.get_world_size()
+        size = dist.get_world_size()
         count = config.num_microbatches(config.parallel.data_parallel_size(size))
         batches = data.received(data.training(0))
         importance = fisher(chunks, list(itertools.islice(batches, count)), config)

@@ -100,12 +100,15 @@ def tune(kind: str, layouts: list[Layout], side: SideConfig, folder: Path) -> li
         before = [p.clone() for chunk in backbone for p in chunk.parameters()]
         out = folder / f"gradients of {layout.ranks} {number}"
 
-        def before_update(*_: Any, model: Any = model, out: Path = out) -> bool:
-            if not out.exists():
+        result: dict[str, Any] = {"loss": [], "norm": [], "gradients": out}
+
+        def before_update(
+            *_: Any, model: Any = model, result: dict[str, Any] = result, out: Path = out
+        ) -> bool:
+            if not result["loss"]:
                 save_gradients(model, out)
             return True
 
-        result: dict[str, Any] = {"loss": [], "norm": [], "gradients": out}
         for tokens in batches()[:STEPS]:
             parts = iter(micro_batches(tokens, config))
             loss, norm, _ = train_step(
