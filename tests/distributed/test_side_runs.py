@@ -116,13 +116,6 @@ def test_it_is_evaluated(run: Path, data: Path, tmp_path: Path) -> None:
         (["train", "--preset", "adapt", "--init-from", "RUN"], "is side-tuned"),
         (["train", *SIDE.split()], "starts from the weights of an existing model"),
         (["train", "--preset", "debug", "--side.reduction", "4"], "give --init-from"),
-        (["train", "--preset", "debug", "--side.start", "random"], "there is none"),
-        (["train", *SIDE.split(), "--init-from", "BASE", "--recompute", "full"], "recompute"),
-        (
-            ["train", *SIDE.split(), "--init-from", "BASE", "--side.reduction", "7"],
-            "does not divide",
-        ),
-        (["train", *SIDE.split(), "--init-from", "BASE", "--side.reduction", "16"], "even number"),
         (
             [
                 *("train", *SIDE.split(), "--init-from", "BASE", "--side.dropped-layers", "0", "1"),

@@ -1,13 +1,15 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
+from megatron_ladder.fp8 import Fp8Config
 from megatron_ladder.side.config import SideConfig, check_side
 from pretrain.config.presets import PRESETS
 from pretrain.config.side import check_side_layout
-from pretrain.config.train import TrainConfig
+from pretrain.config.train import AdaptConfig, TrainConfig
 from pretrain.plan.memory import activation_bytes, memory_plan, stage_parameters
 from pretrain.plan.side import side_parameters, with_side_network
 
@@ -115,3 +117,18 @@ def test_what_a_layout_cannot_cut(
 ) -> None:
     with pytest.raises(UserError, match=said):
         check_side_layout(side, model, ParallelConfig(**layout))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"recompute": "full"}, "recompute"),
+        ({"fp8": Fp8Config(recipe="tensorwise")}, "FP8"),
+        ({"compile": True}, "--compile"),
+        ({"cuda_graph": True}, "--cuda-graph"),
+        ({"init_from": Path("a"), "adapt": AdaptConfig(distillation_weight=0.5)}, "does not adapt"),
+    ],
+)
+def test_what_a_run_cannot_have(config: TrainConfig, changes: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        replace(config, **changes)
