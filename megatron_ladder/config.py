@@ -236,6 +236,7 @@ class ParallelConfig:
     """None: as many as in the stages between."""
     num_layers_in_last_pipeline_stage: int | None = None
     context_parallel_size: int = 1
+    """Divides the tokens of each sequence over so many ranks, for long sequences."""
     tp_overlap: TpOverlap = "none"
     """halves: standard and parallel layers hide their tensor-parallel collectives too. The two halves of
     a micro-batch take turns: the collectives of one run while the other computes."""
@@ -252,11 +253,6 @@ class ParallelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"parallel.{name} is {value}: it must be at least 1")
-        if self.context_parallel_size > 1:
-            raise UserError(
-                f"parallel.context_parallel_size {self.context_parallel_size} is not supported yet: "
-                "use 1, and tensor, pipeline and data parallelism"
-            )
         if self.pipeline_model_parallel_size == 1:
             for name in (
                 "virtual_pipeline_model_parallel_size",

@@ -29,6 +29,7 @@ def _on_cpu(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pin_memory", None)  # it is pinned for copies to a GPU
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
         return function(*(_CPU if _is_cuda(a) else a for a in args), **kwargs)

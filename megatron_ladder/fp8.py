@@ -83,8 +83,10 @@ def check_fp8(
         )
     tp = parallel.tensor_model_parallel_size
     at_once, of = float(tokens), "data.seq_length x micro_batch_size"
+    if (cp := parallel.context_parallel_size) > 1:
+        at_once, of = at_once / cp, f"{of} / context_parallel_size"
     if parallel.tp_overlap == "halves":
-        at_once, of = tokens / 2, f"{of} / 2 (of parallel.tp_overlap halves)"
+        at_once, of = at_once / 2, f"{of} / 2 (of parallel.tp_overlap halves)"
     heads = model.num_attention_heads + 2 * model.kv_heads
     multiple = 32 if fp8.recipe == "mxfp8" else 16
     for name, size in (

@@ -172,6 +172,9 @@ def transformer_config(
         overlap_p2p_comm=parallel.num_chunks > 1,
         batch_p2p_comm=parallel.num_chunks == 1,
         context_parallel_size=parallel.context_parallel_size,
+        # Transformer Engine's ring, which sends keys and values while it computes. It has no windows: there
+        # keys and values are gathered.
+        cp_comm_type="p2p" if model.sliding_window is None else "all_gather",
         bf16=precision == "bf16",
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         pipeline_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,

@@ -21,12 +21,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # where `measuring` is
 from measuring import facts  # noqa: E402
 from measuring.overlap.hidden import (  # noqa: E402
     Times,
+    all_link_time,
     link_in_words,
     median,
     most_by_layers,
     over_standard,
-    planned_shares,
+    planned,
     scaled,
+    shares,
     uncertainty,
 )
 from pretrain.bench.kinds_plan import BLOCKING, KINDS, NO_COMM  # noqa: E402
@@ -35,6 +37,10 @@ from pretrain.plan.planner import Submodule  # noqa: E402
 BEGIN = "<!-- benchmarks/kinds/table.py writes what follows -->\n"
 END = "<!-- to here -->\n"
 SHAPE = "--processor-time --layers 12 --hidden-size 512 --ffn-hidden-size 1024 --seq-length 128"
+OVER_LINKS = """**Links of 70B's layers.** Time of forward and backward over standard's, medians; in
+brackets by the planner's model of a pass. The number beside a link is an all-reduce over a sub-module's
+forward. Micro-batch 2. The shares and the commands of these four cases are at the end.
+"""
 TARGET = "llama-3-70b"
 ALSO = "--also standard-halves parallel parallel-halves hybrid parallel-ladder no-comm"
 
@@ -104,9 +110,49 @@ def measure(case: Case) -> dict[str, Any]:
         return report
 
 
-def case_table(case: Case, report: dict[str, Any]) -> str:
-    times: Times = {(t["kind"], t["link"]): t["forward_backward"] for t in report["times_s"]}
+def planned_link_s(
+    case: Case, report: dict[str, Any], times: Times, name: str
+) -> tuple[float, float]:
+    """Seconds that the link adds to forward and backward by the planner's model of a pass, from the
+    measured times of attention and MLP, scaled to the kind's own time without the link."""
     attention, mlp = (Submodule(**part) for part in report["attention_mlp_s"])
+    layers = report["layers"]
+    alone_s = (median(times, (name, "zero"), p) for p in ("forward", "backward"))
+    parts = scaled((attention, mlp), layers, *alone_s)
+    options = {"sequence_parallel": case.sequence_parallel}
+    return planned(KINDS[name], layers, parts, report["own_s"], report["link_s"], options)
+
+
+def planned_total_s(case: Case, report: dict[str, Any], times: Times, name: str) -> float:
+    """Seconds of forward and backward: the kind's own time without the link, and what the link adds."""
+    if name == NO_COMM:
+        return median(times, (name, "link"), "total")
+    return median(times, (name, "zero"), "total") + sum(planned_link_s(case, report, times, name))
+
+
+def links_table(reports: dict[str, dict[str, Any]]) -> str:
+    """Of each kind and link the time of forward and backward over standard's, measured and planned."""
+    kinds = [kind for kind in KINDS if kind not in ("standard", BLOCKING)]
+    titles, lines = [""], [[kind] for kind in kinds]
+    for name, case in CASES.items():
+        if not case.target or name not in reports:
+            continue
+        report, times = reports[name], times_of(reports[name])
+        titles.append(f"{name}, {report['link_ratio']:.2f}")
+        standard_s = planned_total_s(case, report, times, "standard")
+        for line, kind in zip(lines, kinds, strict=True):
+            measured = over_standard(times, kind, "link")[1]
+            plan = planned_total_s(case, report, times, kind) / standard_s
+            line.append(f"{measured:.3f} ({plan:.3f})")
+    return facts.markdown(titles, lines)
+
+
+def times_of(report: dict[str, Any]) -> Times:
+    return {(t["kind"], t["link"]): t["forward_backward"] for t in report["times_s"]}
+
+
+def case_table(case: Case, report: dict[str, Any]) -> str:
+    times = times_of(report)
     layers, sp = report["layers"], case.sequence_parallel
     lines = []
     for name, kind in KINDS.items():
@@ -114,9 +160,10 @@ def case_table(case: Case, report: dict[str, Any]) -> str:
             continue
         cells = [""] * 3
         if name != NO_COMM:
-            alone_s = (median(times, (name, "zero"), p) for p in ("forward", "backward"))
-            parts = scaled((attention, mlp), layers, *alone_s)
-            plan = planned_shares(kind, layers, sp, parts, report["own_s"], report["link_s"])
+            plan = shares(
+                planned_link_s(case, report, times, name),
+                all_link_time(layers, sp, report["link_s"]),
+            )
             most = most_by_layers(kind, layers, sp) if kind.hides else None
             hidden = report["hidden_share"][BLOCKING][name]
             cells = [
@@ -143,9 +190,9 @@ def case_table(case: Case, report: dict[str, Any]) -> str:
 
 
 def tables(reports: dict[str, dict[str, Any]]) -> str:
-    return "\n".join(
-        case_table(case, reports[name]) for name, case in CASES.items() if name in reports
-    )
+    over_links = f"{OVER_LINKS}\n{links_table(reports)}\n"
+    cases = [case_table(case, reports[name]) for name, case in CASES.items() if name in reports]
+    return "\n".join([over_links, *cases])
 
 
 def with_tables(page: str, reports: dict[str, dict[str, Any]]) -> str:

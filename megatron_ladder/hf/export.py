@@ -28,14 +28,14 @@ from transformers import (
 )
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.configuration_ladder import LADDERS, LadderConfig
 from megatron_ladder.hf.convert import main_dtype, megatron_to_hf
 from megatron_ladder.hf.end_ids import end_ids as named_ends
 from megatron_ladder.hf.end_ids import one_or_several, several
+from megatron_ladder.hf.files.ahead import one_ahead
+from megatron_ladder.hf.files.output import complete_or_absent, refuse_others, synced_behind
+from megatron_ladder.hf.files.stored import bytes_of, is_finite, safetensors_header
 from megatron_ladder.hf.modeling_side import LadderSideConfig
-from megatron_ladder.hf.output import complete_or_absent, refuse_others, synced_behind
-from megatron_ladder.hf.stored import bytes_of, is_finite, safetensors_header
 from megatron_ladder.hf.tokenizer import write_tokenizer
 from megatron_ladder.json_files import read_json
 

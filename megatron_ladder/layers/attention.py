@@ -1,26 +1,39 @@
 """Core attention with torch's kernels."""
 
 import contextlib
+import copy
 import functools
 import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_ladder.layers.context import attend_over_ranks
 from megatron_ladder.layers.documents import Documents, each_by_itself
-from megatron_ladder.layers.window import attend_in_window, layer_window
+from megatron_ladder.layers.window import attend_in_window, bias_of_last, in_window, layer_window
 
 logger = logging.getLogger(__name__)
 
 
 class UnfusedAttention(DotProductAttention):
-    """megatron-core's attention module, which keeps scores in memory, and documents apart."""
+    """megatron-core's attention module, which keeps scores in memory, and documents apart.
+
+    With context parallelism it gathers keys and values of all ranks (context.py).
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # megatron-core's module refuses more
+        super().__init__(alone, *args, **kwargs)
+        divided = config.context_parallel_size > 1
+        self._context_group = parallel_state.get_context_parallel_group() if divided else None
 
     def forward(
         self,
@@ -35,7 +48,7 @@ class UnfusedAttention(DotProductAttention):
         """Core attention: scores, softmax, dropout, and the weighted sum of the values. It is causal.
 
         Args:
-            query: [s, b, heads, channels].
+            query: [s, b, heads, channels]; with context parallelism this rank's tokens.
             key, value: [keys, b, key/value heads, channels].
             attention_mask: there is none.
             attn_mask_type: ignored. The type that the layer was built with is used, as in megatron-core.
@@ -46,13 +59,22 @@ class UnfusedAttention(DotProductAttention):
             [s, b, heads x channels], of the query's dtype.
         """
         assert attention_mask is None and attention_bias is None, "attention is causal"
+        if self._context_group is not None:
+            group = self._context_group
+            return attend_over_ranks(self.attend, group, packed_seq_params, query, key, value)
         if packed_seq_params is None:
             return self.attend(query, key, value)
         return each_by_itself(self.attend, packed_seq_params, query, key, value)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention of whole sequences. The arguments and the result are those of `forward`."""
-        return super().forward(query, key, value, None)
+        """Causal attention. The arguments and the result are those of `forward`.
+
+        There may be more keys than queries: the queries are those of the last tokens.
+        """
+        mask = None
+        if 1 < len(query) < len(key):
+            mask = ~in_window(len(query), len(key), None, query.device)[None, None]
+        return super().forward(query, key, value, mask)
 
 
 class TorchAttention(UnfusedAttention):
@@ -82,14 +104,17 @@ class TorchAttention(UnfusedAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._unsupported:
             return super().attend(query, key, value)
-        causal = True
-        if len(query) == 1:  # the query of the last token: it attends to all keys
-            causal = False
         # Torch aligns its causal mask to the first key. That is right only when there are as many queries.
-        assert not causal or len(query) == len(key), "causal attention of some queries alone"
+        # A single query, of the last token, attends to all keys. Others of the last tokens need a bias.
+        assert len(query) <= len(key)
+        causal, bias = len(query) == len(key) > 1, None
         window = self._window if self._window and self._window < len(key) else None
+        if window is None and 1 < len(query) < len(key):
+            earlier = len(key) - len(query)
+            bias = bias_of_last(len(query), earlier, len(key), query.dtype, query.device)
+        masked = window is not None or bias is not None
         groups = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-        if keys_are_repeated(groups, query.device, query.dtype, masked=window is not None):
+        if keys_are_repeated(groups, query.device, query.dtype, masked=masked):
             key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
             groups = 1
         # The values are a view of the linear's output. If autograd saved the view for backward, the whole
@@ -108,7 +133,7 @@ class TorchAttention(UnfusedAttention):
         )
         with get_cuda_rng_tracker().fork() if drops_alone else contextlib.nullcontext():
             if window is None:
-                attended = attend(query, key, value, is_causal=causal)
+                attended = attend(query, key, value, bias, is_causal=causal)
             else:
                 attended = attend_in_window(query, key, value, window, attend)
         return attended.permute(2, 0, 1, 3).flatten(2).contiguous()
@@ -154,7 +179,7 @@ def keys_are_repeated(
         groups: query heads per key/value head.
         device: the queries' device.
         dtype: the queries' dtype.
-        masked: a mask is given, that of a window.
+        masked: a mask is given: of a window, or of the last queries.
     """
     return groups > 1 and device.type == "cuda" and (masked or dtype == torch.float32)
 
@@ -165,7 +190,7 @@ def kernel_of_torch(
     dtype: torch.dtype,
     *,
     apart: bool,
-    windows: bool = False,
+    masked: bool = False,
     dropout: float,
 ) -> str:
     """The attention kernel that torch itself says it will use in training.
@@ -175,7 +200,8 @@ def kernel_of_torch(
         kv_heads: key/value heads.
         dtype: the queries' dtype.
         apart: documents do not attend to each other.
-        windows: tokens attend to a window, which is given as a mask (window.py).
+        masked: a mask is given (window.py): tokens attend to a window, or queries are those of the last
+            tokens (context.py).
         dropout: the probability of attention dropout.
 
     Returns:
@@ -183,7 +209,7 @@ def kernel_of_torch(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, heads, length, channels = shape
-    if keys_are_repeated(heads // kv_heads, device, dtype, masked=windows):
+    if keys_are_repeated(heads // kv_heads, device, dtype, masked=masked):
         kv_heads = heads
     number = torch.empty(1, 1, 1, channels, dtype=dtype, device=device).requires_grad_()
     key = number.expand(batch, kv_heads, length, channels)  # a view, which takes no memory
@@ -192,9 +218,9 @@ def kernel_of_torch(
         choice = torch._fused_sdp_choice(
             number.expand(shape),
             *(key, key),
-            attn_mask=row.expand(batch, 1, length, length) if windows else None,
+            attn_mask=row.expand(batch, 1, length, length) if masked else None,
             dropout_p=dropout,
-            is_causal=not windows,
+            is_causal=not masked,
             enable_gqa=kv_heads != heads,
         )
     backend = SDPBackend(choice)
@@ -203,9 +229,7 @@ def kernel_of_torch(
             "torch's cuDNN attention fails on this machine, so it is not used: %s", error
         )
         torch.backends.cuda.enable_cudnn_sdp(False)  # otherwise torch would still use it
-        return kernel_of_torch(
-            shape, kv_heads, dtype, apart=apart, windows=windows, dropout=dropout
-        )
+        return kernel_of_torch(shape, kv_heads, dtype, apart=apart, masked=masked, dropout=dropout)
     return backend.name.removesuffix("_ATTENTION").lower()
 
 

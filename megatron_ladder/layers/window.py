@@ -34,11 +34,12 @@ def attend_in_window(
     """Causal attention of each token to the last `window` tokens, block by block.
 
     A block of queries sees the keys of its own tokens and of the window before them. So no more than
-    s (block + window) scores are computed, and two biases, of the first block and of the others, are enough
-    for all lengths and layers.
+    s (block + window) scores are computed. Two biases, of the first block and of the others, are enough for
+    all lengths and layers; where tokens before the first query are keys too, the first block may have one
+    of its own.
 
     Args:
-        query: [b, heads, s, channels], of all tokens, or of the last one alone.
+        query: [b, heads, s, channels], of the last s tokens.
         key, value: [b, key/value heads, keys, channels], of all tokens.
         window: tokens that a token attends to, itself included.
         attend: attention of queries, keys and values with a bias, such as torch's.
@@ -53,8 +54,7 @@ def attend_in_window(
         stop = min(start + size, length)
         first, last = max(0, keys - length + start - window + 1), keys - length + stop
         before = last - first - (stop - start)
-        assert before in (0, window - 1)
-        bias = _bias(size, before, window, query.dtype, query.device)
+        bias = bias_of_last(size, before, window, query.dtype, query.device)
         parts.append(
             attend(
                 query[:, :, start:stop],
@@ -67,7 +67,7 @@ def attend_in_window(
 
 
 @functools.lru_cache(maxsize=8)
-def _bias(
+def bias_of_last(
     queries: int, before: int, window: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """What is added to the scores of tokens, with their own keys and those of `before` tokens before them.

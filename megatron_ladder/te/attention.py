@@ -79,6 +79,9 @@ def parameters(  # type: ignore[no-untyped-def]
         bottom_right_diagonal=False,
         core_attention_bias_requires_grad=False,
         attention_dropout=config.attention_dropout,
+        context_parallel=config.context_parallel_size > 1,
+        cp_comm_type=config.cp_comm_type or "p2p",
+        cp_size=config.context_parallel_size,
         deterministic=deterministic,
         softmax_scale=config.softmax_scale or 1 / math.sqrt(channels),
     )

@@ -26,6 +26,9 @@ def check_side_run(config: Any) -> None:
         ),
         "the backbone in FP8 is not supported yet: leave fp8.recipe out": bool(config.fp8.recipe),
         "compiled layers are not supported: leave --compile out": config.compile,
+        "context parallelism is not supported yet: set parallel.context_parallel_size to 1": (
+            config.parallel.context_parallel_size > 1
+        ),
         "CUDA graphs are not supported: leave --cuda-graph out": config.cuda_graph,
         "the backbone does not adapt: leave adapt.gradual_steps and adapt.distillation_weight out": bool(
             config.adapt.gradual_steps or config.adapt.distillation_weight

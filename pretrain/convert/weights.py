@@ -31,17 +31,16 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.convert import Chunk
+from megatron_ladder.hf.files.ahead import one_ahead
 from megatron_ladder.reading.index import Chunk as StoredChunk
 from megatron_ladder.reading.index import check_files, read_index
 from megatron_ladder.reading.plain_files import NotData, open_plain
 from megatron_ladder.reading.tensors import read_tensor
 from pretrain.config.train import load_config
 from pretrain.files import sync
-from pretrain.run.backbone import backbone_of
 from pretrain.run.checkpoint_files import NO_WEIGHTS, Facts, refuse_damaged, sums
-from pretrain.run.folder import find_checkpoint
+from pretrain.run.folder import backbone_of, find_checkpoint
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from pretrain.config.train import TrainConfig
 from pretrain.data.batches import Batch
 from pretrain.data.reading import RankBatches
 from pretrain.loop.step import backward_only
-from pretrain.run.backbone import backbone_of, keep_backbone
 from pretrain.run.checkpoint import load_initial_weights, model_chunks
-from pretrain.run.folder import latest_checkpoint
+from pretrain.run.folder import backbone_of, keep_backbone, latest_checkpoint
 from pretrain.start.initial import initial_checkpoint
 
 

@@ -136,11 +136,11 @@ def backward_only(model: list[Any], micro_batches: list[Batch], config: TrainCon
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of `x` over data-parallel ranks and pipeline stages, in place.
+    """The sum of `x` over data- and context-parallel ranks and pipeline stages, in place.
 
     All stages but the last must hold zeros.
     """
-    torch.distributed.all_reduce(x, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(x, group=parallel_state.get_data_parallel_group(True))
     torch.distributed.all_reduce(x, group=parallel_state.get_pipeline_model_parallel_group())
     return x
 
@@ -177,6 +177,7 @@ def train_step(
     tokens = _trained_tokens(micro_batches)
     # Each token has the same weight, whichever micro-batch or rank it is in. So the sum is divided by the
     # number of all tokens, and multiplied by what the schedule (micro-batches) and DDP (ranks) divide by.
+    # DDP divides by the context-parallel ranks too, and the schedule multiplies by their number.
     # The scale is a tensor of the batch, since a number that changes from step to step cannot be part of
     # a CUDA graph.
     scale = (count * data_parallel_size / tokens).float()
@@ -221,6 +222,7 @@ def pass_over(scheduler: Any, batches: Iterator[Batch], config: TrainConfig) -> 
 def _trained_tokens(micro_batches: list[Batch]) -> Tensor:
     """The number of labels of the global batch that are trained on; 1 when there are none: fp64, a scalar.
 
+    The batches are whole: context-parallel ranks have not cut their tokens of them, and count the same.
     It is 1 on stages that have no labels, which compute no loss. Nothing waits for the device: labels on
     the host are counted there, and the sum over the ranks is queued behind the update before.
     """

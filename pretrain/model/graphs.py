@@ -55,6 +55,9 @@ def check_cuda_graph(config: TrainConfig) -> None:
         "distillation in a graph is not tested: set adapt.distillation_weight to 0": (
             adapt.distillation_weight > 0
         ),
+        "context parallelism in a graph is not tested: set parallel.context_parallel_size to 1": (
+            config.parallel.context_parallel_size > 1
+        ),
         "documents' lengths would be captured: leave --data.no-attend-across-documents out": (
             not config.data.attend_across_documents
         ),

@@ -76,7 +76,13 @@ class MemoryPlan:
 
 
 def attention_bytes(
-    model: ModelConfig, seq_length: int, attention: Attention, *, again: bool, apart: bool = False
+    model: ModelConfig,
+    seq_length: int,
+    attention: Attention,
+    *,
+    again: bool,
+    apart: bool = False,
+    cp: int = 1,
 ) -> float:
     """Bytes that all heads keep for a token between attention's first linear and its second.
 
@@ -90,6 +96,9 @@ def attention_bytes(
     output. Unfused attention also keeps scores (SCORES): with documents apart those of a document's own
     tokens.
 
+    With context parallelism Transformer Engine keeps a rank's own keys and values. Other attention keeps
+    those of all ranks: kv times cp.
+
     Args:
         seq_length: tokens of a sequence; where documents are apart, of the longest one.
         apart: documents do not attend to each other.
@@ -101,7 +110,8 @@ def attention_bytes(
     if again:
         return BF16 * 3 * (width + keys)
     if attention in ("te", "torch"):
-        return BF16 * (2 * (width + keys) + width * apart) + FP32 * heads
+        ranks = 1 if attention == "te" else cp
+        return BF16 * (2 * (width + keys * ranks) + width * apart) + FP32 * heads
     numbers = {"te-unfused": 4, "torch-unfused": 7, "unfused": 6 if keys == width else 4}
     scores = SCORES[attention][1 if model.attention_dropout else 0]
     return BF16 * numbers[attention] * width + scores * heads * seq_length
@@ -119,6 +129,7 @@ def activation_bytes(
     attention: Attention = "te",
     apart: bool = False,
     halves: bool = False,
+    cp: int = 1,
 ) -> float:
     """Bytes that one layer keeps for backward, for one micro-batch, on one GPU.
 
@@ -157,7 +168,7 @@ def activation_bytes(
         outputs = in_fp8
     again = recompute == "selective"
     rest = (
-        attention_bytes(model, seq_length, attention, again=again, apart=apart)
+        attention_bytes(model, seq_length, attention, again=again, apart=apart, cp=cp)
         + (2 * BF16 + number) * ffn
     )
     if fp8 == "delayed":
@@ -198,7 +209,8 @@ def memory_plan(
     """The memory of the pipeline stage that takes most.
 
     A parameter takes 2 bytes in bf16, 4 bytes for its fp32 gradient, and 12 bytes / dp in the distributed
-    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16).
+    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16). With context parallelism
+    dp cp ranks share it, and a rank has the tokens of a sequence over cp.
 
     Activations are those of `activation_bytes`, for all micro-batches in flight. On the first stage these
     are pp micro-batches in 1F1B, and 1 + (pp - 1) / (pp vpp) times as many in the interleaved schedule.
@@ -219,9 +231,13 @@ def memory_plan(
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp, sp = parallel.num_chunks, parallel.sequence_parallel
-    tokens = config.micro_batch_size * config.data.seq_length
+    cp = parallel.context_parallel_size
+    tokens = config.micro_batch_size * config.data.seq_length // cp
     longest = longest or config.data.seq_length
     recipe, side = config.fp8.recipe, config.side
+    # One mask for all layers: a rank's two chunks, with the keys up to the end of each.
+    masks = attention == "torch" and cp > 1 and config.data.attend_across_documents
+    mask = BF16 * masks * (2 * cp + 1) * (config.data.seq_length / (2 * cp)) ** 2
 
     def layer(recompute: Recompute, of: ModelConfig = model) -> float:
         return activation_bytes(
@@ -235,6 +251,7 @@ def memory_plan(
             attention=attention,
             apart=not config.data.attend_across_documents,
             halves=parallel.tp_overlap == "halves",
+            cp=cp,
         )
 
     backward = layer("none") if config.recompute == "full" else 0.0
@@ -274,8 +291,8 @@ def memory_plan(
                 weights=weights,
                 fp8_weights=copies,
                 gradients=FP32 * trained,
-                optimizer=state * trained / dp,
-                activations=in_flight * chunk,
+                optimizer=state * trained / (dp * cp),
+                activations=in_flight * chunk + mask,
                 logits=logits if at_the_loss else 0.0,
                 backward=0.0 if at_the_loss else backward,
             )

@@ -15,9 +15,14 @@ from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.train import TrainConfig, differences, load_config
 from pretrain.data.folders import DataFolder, has_ids_of, kept_facts
 from pretrain.files import write_atomically
-from pretrain.run.backbone import backbone_of
 from pretrain.run.checkpoint_files import written_files
-from pretrain.run.folder import INITIAL, find_checkpoint, latest_checkpoint, started_from
+from pretrain.run.folder import (
+    INITIAL,
+    backbone_of,
+    find_checkpoint,
+    latest_checkpoint,
+    started_from,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -51,7 +51,10 @@ def plan_only(argv: list[str]) -> int:
     name, card_bytes = _card(chosen.plan_only)
     ranks = local_ranks(config, asked)
     dp = config.parallel.data_parallel_size(ranks)
-    attention: Attention = "torch" if config.attention == "auto" else config.attention
+    # Over context-parallel ranks auto takes Transformer Engine's, which keeps no other rank's keys.
+    ring = config.parallel.context_parallel_size > 1 and config.data.attend_across_documents
+    fused: Attention = "te" if ring else "torch"
+    attention: Attention = fused if config.attention == "auto" else config.attention
     works_on = attended(config)
     plan = memory_plan(config, dp, attention, works_on.longest)
     print(f"The fullest of {ranks} GPUs would hold {in_words(plan)}.")
@@ -60,7 +63,13 @@ def plan_only(argv: list[str]) -> int:
         print(
             f"The side network has {trained:,} parameters, all that is trained; the backbone {whole:,}."
         )
-    if attention in ("te", "torch"):
+    if attention == "te" and ring:
+        gathered = memory_plan(config, dp, "torch").total
+        print(
+            "That is with Transformer Engine's attention. Where it has no kernel, ranks gather all keys "
+            f"and values: {gathered / 2**30:.2f} GiB."
+        )
+    elif attention in ("te", "torch"):
         with_scores = memory_plan(config, dp, "te-unfused", works_on.longest).total
         print(
             f"That is with fused attention; without it {with_scores / 2**30:.2f} GiB. `megatron-ladder "

@@ -22,7 +22,7 @@ from pretrain.model.setup import build
 from pretrain.run.checkpoint import Progress, load_checkpoint
 from pretrain.run.folder import latest_checkpoint
 
-STEPS, BATCH, LENGTH, VOCAB = 10, 8, 12, 100
+STEPS, BATCH, LENGTH, VOCAB = 10, 8, 16, 100
 
 KINDS = {
     "standard": {"residual": "standard"},
@@ -55,13 +55,14 @@ class Layout:
     pp: int = 1
     vpp: int | None = None
     dp: int = 1
+    cp: int = 1
     first: int | None = None
     recompute: str = "none"
     accumulation: int = 1
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
 
 def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
@@ -87,6 +88,7 @@ def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp,
             num_layers_in_first_pipeline_stage=layout.first,
+            context_parallel_size=layout.cp,
             tp_overlap="halves" if kind in HALVES and layout.tp > 1 else "none",
         ),
         micro_batch_size=BATCH // layout.dp // layout.accumulation,

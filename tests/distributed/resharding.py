@@ -46,6 +46,7 @@ LAYOUTS = {
     "TP 2, DP 2": Layout(tp=2, dp=2),
     "PP 2 in 2 chunks, DP 2": Layout(pp=2, vpp=2, dp=2),
     "DP 4": Layout(dp=4),
+    "CP 2, DP 2": Layout(cp=2, dp=2),
 }
 FORMS = ("shards", "gathered")
 

@@ -27,6 +27,7 @@ LAYOUTS = [
     Layout(tp=2, sp=True, recompute="selective"),
     Layout(tp=2, recompute="full"),
     Layout(tp=2, sp=True, recompute="full"),
+    Layout(cp=2, recompute="selective"),
 ]
 
 

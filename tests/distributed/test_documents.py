@@ -38,6 +38,9 @@ LAYOUTS = [
     Layout(dp=2, accumulation=2),
     Layout(tp=2, sp=True, pp=2, accumulation=4),
     Layout(tp=2, dp=2),
+    Layout(cp=2, accumulation=2, recompute="selective"),
+    Layout(tp=2, sp=True, cp=2, recompute="full"),
+    Layout(cp=4),
 ]
 
 

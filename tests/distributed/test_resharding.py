@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.resharding import FORMS, LAYOUTS, read, write
 
 # Each opens the one before: more and fewer ranks on every axis.
-SOME = ["TP 2", "DP 3", "PP 2 in 2 chunks, DP 2", "DP 2"]
+SOME = ["TP 2", "DP 3", "PP 2 in 2 chunks, DP 2", "CP 2, DP 2"]
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["bf16", "fp32, shared embedding"])

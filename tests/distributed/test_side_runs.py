@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM
 from megatron_ladder.hf.generate import generate_text
 from pretrain.cli import main
 from pretrain.convert.plain_model import load_plain_model
-from pretrain.run.backbone import backbone_of
 from pretrain.run.checkpoint import load_weights
-from pretrain.run.folder import find_checkpoint
+from pretrain.run.folder import backbone_of, find_checkpoint
 from tests.data_sets import write_data_set
 from tests.runs import run_train
 from tests.unit.hf.tiny import train_sentencepiece

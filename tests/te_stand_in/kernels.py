@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import gpu_gloo
-from tests.te_stand_in import block_kernels, refusals
+from tests.te_stand_in import block_kernels, refusals, ring
 from tests.te_stand_in.block_kernels import fp8_dtype
 from tests.te_stand_in.refusals import is_fp8
 
@@ -61,6 +61,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     from megatron.core.distributed import param_and_grad_buffer
     from transformer_engine.pytorch.attention.dot_product_attention import backends
 
+    ring.install()
     _gather_one_by_one(param_and_grad_buffer)
     _save_plain_tensors()
     gemm.get_cublas_workspace = lambda *_: torch.empty(1, dtype=torch.uint8)
@@ -241,6 +242,8 @@ def _fused_attention(  # type: ignore[no-untyped-def]
 ) -> Tensor:
     assert query.dtype == torch.bfloat16 and all(x.is_contiguous() for x in (query, key, value))
     attentions.append("fused")
+    if how["cp_group"] is not None:
+        return ring.attend_over_ranks(query, key, value, scale=self.softmax_scale, **how)
     dropout = self.attention_dropout if self.training else 0.0
 
     def attend(*qkv: Tensor, outside: Tensor) -> Tensor:

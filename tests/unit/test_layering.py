@@ -39,7 +39,7 @@ MAY_IMPORT_OF_OURS = {
 ROOMS = {
     "megatron_ladder": "errors json_files reading one_cudnn fields config rope fp8 cpu_platform "
     "distillation collectives te layers te.layers inference specs mcore_compat side mcore_checkpoints "
-    "megatron_lm hf vllm",
+    "megatron_lm hf.files hf vllm",
     "pretrain": "files processes ranks pictures sizes config data index model run plan start loop convert "
     "evaluation report inference inference.server depth bench commands cli __main__",
     "data_prep": "errors version files json_files left_out progress broken_pipe read parts encode dataset "

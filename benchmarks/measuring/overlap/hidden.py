@@ -95,7 +95,7 @@ def most_by_layers(kind: Kind, layers: int, sequence_parallel: bool) -> Shares:
     assert kind.hides
     message = 0.5 if kind.halves else 1.0
     ends = message, (message / 2 if sequence_parallel else 0.0)
-    return _shares(ends, all_link_time(layers, sequence_parallel, 1.0))
+    return shares(ends, all_link_time(layers, sequence_parallel, 1.0))
 
 
 def most_by_planner(
@@ -110,24 +110,13 @@ def most_by_planner(
     Args:
         parts: attention and MLP.
     """
-    return planned_shares(kind, layers, sequence_parallel, parts, 0.0, link_s)
-
-
-def planned_shares(
-    kind: Kind,
-    layers: int,
-    sequence_parallel: bool,
-    parts: tuple[Submodule, Submodule],
-    own_s: float,
-    link_s: float,
-) -> Shares:
-    """The shares that a kind hides by the planner's model; see `planned`."""
     options = {"sequence_parallel": sequence_parallel}
-    exposed = planned(kind, layers, parts, own_s, link_s, options)
-    return _shares(exposed, all_link_time(layers, sequence_parallel, link_s))
+    exposed = planned(kind, layers, parts, 0.0, link_s, options)
+    return shares(exposed, all_link_time(layers, sequence_parallel, link_s))
 
 
-def _shares(exposed: tuple[float, float], whole: tuple[float, float]) -> Shares:
+def shares(exposed: tuple[float, float], whole: tuple[float, float]) -> Shares:
+    """Of forward's and backward's link time the part that is not exposed."""
     return {
         "forward": 1 - exposed[0] / whole[0],
         "backward": 1 - exposed[1] / whole[1],

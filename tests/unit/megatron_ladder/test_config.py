@@ -118,11 +118,6 @@ def test_ranks_that_do_not_fit_the_layout_are_refused() -> None:
         parallel.data_parallel_size(6)
 
 
-def test_layouts_not_supported_yet_are_refused() -> None:
-    with pytest.raises(UserError, match="context_parallel_size 2 is not supported yet"):
-        ParallelConfig(context_parallel_size=2)
-
-
 @pytest.mark.parametrize(
     ("stages", "layers", "message"),
     [

@@ -98,7 +98,13 @@ def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:
         ("--optimizer.lr -1", "optimizer.lr is -1.0: it must be at least 0"),
         ("--schedule.min-lr-fraction 2", "min_lr_fraction from 0 to 1"),
         ("--model.residual parallel --model.ladder-layers 2", "model.residual is parallel"),
-        ("--parallel.context-parallel-size 2", "not supported yet"),
+        ("--parallel.context-parallel-size 3", "data.seq_length 64 is not divisible by 6"),
+        (
+            "--parallel.sequence-parallel --parallel.tensor-model-parallel-size 2 "
+            "--parallel.context-parallel-size 2 --data.seq-length 60",
+            "data.seq_length 60 is not divisible by 8: parallel.context_parallel_size 2 cuts each "
+            "sequence in 4 chunks, and sequence parallelism divides these over 2 ranks",
+        ),
         ("--parallel.virtual-pipeline-model-parallel-size 2", "there are no stages to divide"),
         (
             "--parallel.sequence-parallel --parallel.tensor-model-parallel-size 2 --data.seq-length 63",
