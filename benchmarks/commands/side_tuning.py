@@ -90,14 +90,12 @@ def prepare(work: Path, base_steps: int) -> None:
         run("data", "train-tokenizer", str(text), *how)
     if not data.exists():
         tokenizer = ("--tokenizer", str(work / "tokenizer" / "tokenizer.model"))
-        how = (*tokenizer, "--validation-fraction", "0.02", "--output-dir", str(data))
-        run("data", "tokenize", str(text), *how)
+        split = ("--validation-fraction", "0.02", "--output-dir", str(data))
+        run("data", "tokenize", str(text), *tokenizer, *split)
     given = ("--data.paths", str(data), "--output-dir")
     steps = ("--schedule.train-steps", str(base_steps), "--eval-interval", str(base_steps))
-    for folder, options in (
-        ("base", (*BASE.split(), *steps)),
-        ("side", (*FIRST_WEIGHTS.split(), "--init-from", str(work / "base-run"))),
-    ):
+    side = [*FIRST_WEIGHTS.split(), "--init-from", str(work / "base-run")]
+    for folder, options in (("base", [*BASE.split(), *steps]), ("side", side)):
         if not (work / folder).exists():
             run("train", *options, *given, str(work / f"{folder}-run"))
             run("export", str(work / f"{folder}-run"), str(work / folder))

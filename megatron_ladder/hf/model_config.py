@@ -27,7 +27,7 @@ def to_hf_config(
     assert model.vocab_size is not None
     layers, windows = model.ladder_layers, layer_windows(model)
     kind: Any = LadderConfig
-    if side.is_on:
+    if side.reduction is not None:
         kind = functools.partial(
             LadderSideConfig,
             side_reduction=side.reduction,

@@ -179,7 +179,7 @@ class LadderDecoderLayer(GradientCheckpointingLayer):
 
 
 class LadderPreTrainedModel(PreTrainedModel):
-    config_class = LadderConfig
+    config_class: type[LadderConfig] = LadderConfig
     base_model_prefix = "model"
     _no_split_modules = ["LadderDecoderLayer"]  # noqa: RUF012 (transformers' own name)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012

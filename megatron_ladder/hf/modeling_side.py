@@ -113,20 +113,13 @@ class LadderSideModel(LadderModel):
         self.side = LadderSideNetwork(config)
         self.post_init()
 
-    def _final_input(
-        self,
-        states: list[Tensor],
-        position_ids: Tensor,
-        mask: Tensor | None,
-        past_key_values: Any | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        config, side = self.config, self.side
+    def _final_input(self, states: list[Tensor], **kwargs: Any) -> Tensor:
+        config, side, mask = self.config, self.side, kwargs.pop("mask")
         side.config._attn_implementation = config._attn_implementation
-        if past_key_values is not None:
-            _make_room(past_key_values, config.num_hidden_layers + len(config.side_layers))
-        cos, sin = rope_cos_sin(side.config, position_ids, states[0].dtype)
-        kwargs |= {"past_key_values": past_key_values, "position_ids": position_ids}
+        if kwargs["past_key_values"] is not None:
+            layers = config.num_hidden_layers + len(config.side_layers)
+            _make_room(kwargs["past_key_values"], layers)
+        cos, sin = rope_cos_sin(side.config, kwargs["position_ids"], states[0].dtype)
         x = side.first(states[0])
         for block, layer in zip(side.blocks, config.side_layers, strict=True):
             x = block(x, states[layer + 1], cos, sin, mask, **kwargs)

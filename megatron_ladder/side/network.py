@@ -120,12 +120,13 @@ class SideNetwork(MegatronModule):
                 )
         for number, layer in enumerate(self.layers):
             place = [(0, self.kept.index(layer), len(self.kept))]
-            for name, modules in (
-                ("rungs", self.rungs),
-                ("blocks.decoder.layers", self.blocks.decoder.layers),
-            ):
+            modules: tuple[tuple[str, Any], ...] = (
+                ("rungs", self.rungs[number]),
+                ("blocks.decoder.layers", self.blocks.decoder.layers[number]),
+            )
+            for name, module in modules:
                 own = f"{prefix}{name}.{number}."
-                part = modules[number].sharded_state_dict(own, place, metadata)
+                part = module.sharded_state_dict(own, place, metadata)
                 replace_prefix_for_sharding(part, own, f"{prefix}{name}.")
                 state |= part
         return state

@@ -191,7 +191,7 @@ def _prune_layer(
     block.mlp.linear_fc2.weight.copy_(layer.mlp.linear_fc2.weight[states][:, mlp])
 
 
-def _norms(layer: Any) -> tuple[Tensor, Tensor | None]:
+def _norms(layer: Any) -> tuple[Any, Any]:
     """The weights of a layer's two norms, which Transformer Engine may fuse with linears. None: parallel
     kinds have one."""
     found: list[Any] = []

@@ -130,7 +130,8 @@ def backward_only(model: list[Any], micro_batches: list[Batch], config: TrainCon
         model: this rank's chunks, not in DDP: gradients stay with their parameters.
     """
     count = len(micro_batches)
-    counted = [b["loss_mask"].sum() if "loss_mask" in b else 1.0 for b in micro_batches]
+    one = torch.ones(())  # stages without labels compute no loss
+    counted = [b["loss_mask"].sum() if "loss_mask" in b else one for b in micro_batches]
     scaled = [{**b, "scale": count / n} for b, n in zip(micro_batches, counted, strict=True)]
     _run_schedule(model, scaled, config, partial(_masked_sum, config), forward_only=False)
 
