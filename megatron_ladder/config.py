@@ -4,11 +4,12 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.fields.chosen_layers import chosen_layers
+from megatron_ladder.fields.experts import ExpertsConfig, check_experts
 from megatron_ladder.fields.rope import check_rope
 from megatron_ladder.fields.stages import check_stages
 from megatron_ladder.fields.windows import layer_windows
@@ -93,6 +94,7 @@ class ModelConfig:
     share_embeddings_and_output_weights: bool = True
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
     def __post_init__(self) -> None:
         for name in (
@@ -201,18 +203,28 @@ class ModelConfig:
         """
         attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads)
         attention += self.hidden_size * self.head_dim * (2 * self.kv_heads)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + self._vectors_of_a_layer()
-        total = self.num_layers * layer + self.hidden_size
+        layer = attention + self._vectors_of_a_layer()
+        total = self.num_layers * layer + self._mlp_weights(active=False) + self.hidden_size
         if embeddings:
             tables = 1 if self.share_embeddings_and_output_weights else 2
             total += tables * self.padded_vocab_size * self.hidden_size
         return total
 
     def num_matmul_parameters(self) -> int:
-        """Number of weights in matrix products: all but norms, biases and the embedding look-up."""
+        """Number of weights that a token is multiplied by: all but norms, biases, the embedding look-up and
+        the experts that the token is not sent to."""
         vectors = self.num_layers * self._vectors_of_a_layer() + self.hidden_size
         look_up = 0 if self.share_embeddings_and_output_weights else 1
-        return self.num_parameters() - vectors - look_up * self.padded_vocab_size * self.hidden_size
+        idle = self._mlp_weights(active=False) - self._mlp_weights(active=True)
+        others = vectors + look_up * self.padded_vocab_size * self.hidden_size + idle
+        return self.num_parameters() - others
+
+    def _mlp_weights(self, *, active: bool) -> int:
+        """Number of weights of all layers' MLPs and experts; `active`: of those that one token goes
+        through."""
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        experts = self.experts.layer_weights(self.hidden_size, self.ffn_hidden_size, active=active)
+        return sum(experts if e else mlp for e in self.experts.layers(self.num_layers))
 
     def _vectors_of_a_layer(self) -> int:
         """Number of parameters in the norms and biases of one layer."""
@@ -237,6 +249,8 @@ class ParallelConfig:
     num_layers_in_last_pipeline_stage: int | None = None
     context_parallel_size: int = 1
     """Divides the tokens of each sequence over so many ranks, for long sequences."""
+    expert_model_parallel_size: int = 1
+    """Ranks over which each layer's experts are divided: of the tensor- and data-parallel ones."""
     tp_overlap: TpOverlap = "none"
     """halves: standard and parallel layers hide their tensor-parallel collectives too. The two halves of
     a micro-batch take turns: the collectives of one run while the other computes."""
@@ -249,6 +263,7 @@ class ParallelConfig:
             "num_layers_in_first_pipeline_stage",
             "num_layers_in_last_pipeline_stage",
             "context_parallel_size",
+            "expert_model_parallel_size",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -267,12 +282,19 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """The number of ranks that hold one copy of the model together."""
+        """The number of ranks that hold one copy of the model together, its experts left aside."""
         return (
             self.tensor_model_parallel_size
             * self.pipeline_model_parallel_size
             * self.context_parallel_size
         )
+
+    @property
+    def least_ranks(self) -> int:
+        """The least number of ranks on which the whole model is; there may be any multiple of it."""
+        ep = self.expert_model_parallel_size
+        of_a_stage = self.tensor_model_parallel_size * self.context_parallel_size
+        return self.pipeline_model_parallel_size * math.lcm(of_a_stage, ep)
 
     @property
     def num_chunks(self) -> int:
@@ -283,13 +305,16 @@ class ParallelConfig:
         """The number of copies of the model in `world_size` ranks.
 
         Raises:
-            UserError: `world_size` is not a multiple of `model_parallel_size`.
+            UserError: `world_size` is not a multiple of `least_ranks`.
         """
-        if world_size % self.model_parallel_size:
+        if world_size % self.least_ranks:
+            ep = self.expert_model_parallel_size
             raise UserError(
                 f"{world_size} ranks do not divide into TP {self.tensor_model_parallel_size} x "
                 f"PP {self.pipeline_model_parallel_size} x CP {self.context_parallel_size} = "
-                f"{self.model_parallel_size}: start a multiple of {self.model_parallel_size} ranks"
+                f"{self.model_parallel_size}"
+                + (f", with experts over {ep} of TP x DP" if ep > 1 else "")
+                + f": start a multiple of {self.least_ranks} ranks"
             )
         return world_size // self.model_parallel_size
 
@@ -335,3 +360,4 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             "do not share their residual states"
         )
     check_stages(model.num_layers, parallel)
+    check_experts(model, parallel)

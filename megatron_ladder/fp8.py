@@ -68,6 +68,11 @@ def check_fp8(
                 "fp8.num_layers_at_start_in_bf16, _at_end_ and primary_weights need an fp8.recipe"
             )
         return
+    if model.experts.num_moe_experts is not None:
+        raise UserError(
+            f"fp8.recipe {fp8.recipe} does not go with experts yet: leave it out, or "
+            "model.experts.num_moe_experts"
+        )
     if precision != "bf16":
         raise UserError(
             f"fp8.recipe {fp8.recipe} needs precision bf16 (it is {precision}): the rest stays bf16"

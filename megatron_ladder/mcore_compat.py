@@ -5,6 +5,7 @@ Saving and loading are in mcore_checkpoints.py. Works with megatron-core 0.16.1 
 """
 
 import contextlib
+import functools
 import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,7 +16,10 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ladder import rope
@@ -30,12 +34,20 @@ from megatron_ladder.config import (
     check_layout,
     own_layers,
 )
+from megatron_ladder.fields.experts import megatron_fields
 from megatron_ladder.fields.windows import layer_windows
 from megatron_ladder.fp8 import Fp8Config, config_fields
 from megatron_ladder.layers.attention_choice import CoreAttention, choose
+from megatron_ladder.layers.experts import (
+    CountingRouter,
+    LocalExperts,
+    sum_gradients_over_their_own_ranks,
+)
 from megatron_ladder.layers.stages import connect, sent_config
-from megatron_ladder.specs import block_spec, layer_spec, resolve_impl
+from megatron_ladder.specs import LocalBackend, block_spec, layer_spec, resolve_impl
 
+# 0.16's router asks for it where Transformer Engine is not installed, too.
+moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
 NO_FP8 = Fp8Config()
 TORCHS = CoreAttention("torch", "")
 
@@ -58,6 +70,8 @@ def initialize_model_parallel(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # an expert is never cut
         create_gloo_process_groups=False,
     )
     # Stages draw different numbers. Tensor-parallel ranks share the default state, and have one each, too.
@@ -199,6 +213,7 @@ def transformer_config(
         halves=halves,
         **recompute_fields,
         **config_fields(fp8),
+        **megatron_fields(model, parallel, grouped=resolve_impl(impl) == "transformer_engine"),
     )
     config.core_attention = choose(
         config,
@@ -233,9 +248,9 @@ def build_gpt_model(
     # 0.19 logs that HybridModel will replace GPTModel. A user need not act on that.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     residuals = model.layer_residuals()
-    spec = layer_spec(
-        residuals,
-        impl,
+    spec_with = functools.partial(
+        layer_spec,
+        *(residuals, impl),
         desync_interval=model.desync_interval,
         recompute=config.recompute_submodules,
         halves=config.halves,
@@ -243,6 +258,12 @@ def build_gpt_model(
         qk_layernorm=model.qk_layernorm,
         core_attention=config.core_attention.whose,
     )
+    have_experts = model.experts.layers(model.num_layers)
+    kinds = {
+        experts: spec_with(_experts_spec(config) if experts else None)
+        for experts in set(have_experts)
+    }
+    specs = [kinds[experts] for experts in have_experts]
     count = config.virtual_pipeline_model_parallel_size or 1
     seen_by_schedules = sent_config(config, sends_pair=bool(STALE.intersection(residuals)))
     chunks = []
@@ -251,7 +272,7 @@ def build_gpt_model(
         with device or contextlib.nullcontext():
             gpt = GPTModel(
                 config=config,
-                transformer_layer_spec=block_spec(config, spec, impl, chunk),
+                transformer_layer_spec=block_spec(config, specs, impl, chunk),
                 vocab_size=model.padded_vocab_size,
                 max_sequence_length=model.max_position_embeddings,
                 pre_process=not blocks_only
@@ -270,6 +291,7 @@ def build_gpt_model(
                 layer.self_attention.softmax_scale = config.softmax_scale
         if config.own_layers:
             connect(list(gpt.decoder.layers))
+        sum_gradients_over_their_own_ranks(gpt)
         if config.fp8 and config.fp8_recipe == "delayed":
             from megatron_ladder.te.scales import store_scales_as_numbers
 
@@ -277,6 +299,31 @@ def build_gpt_model(
         gpt.config = seen_by_schedules
         chunks.append(gpt.to(device or torch.cuda.current_device()))
     return chunks
+
+
+def _experts_spec(config: LadderConfig) -> Any:
+    """The spec of a mixture of experts: megatron-core's, with a router that counts."""
+    grouped = config.moe_grouped_gemm
+    if grouped:
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        backend: Any = TESpecProvider()
+    else:
+        backend = LocalBackend()
+    spec: Any = get_moe_module_spec_for_backend(
+        backend, num_experts=config.num_moe_experts, moe_grouped_gemm=grouped
+    )
+    # 0.16 has a ModuleSpec of both, 0.19 a partial function.
+    parts = spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
+    parts.router = CountingRouter
+    if not grouped:
+        experts = parts.experts
+        parts.experts = (
+            ModuleSpec(module=LocalExperts, submodules=experts.submodules)
+            if isinstance(experts, ModuleSpec)
+            else functools.partial(LocalExperts, **experts.keywords)
+        )
+    return spec
 
 
 def _windows(model: ModelConfig) -> dict[str, Any]:

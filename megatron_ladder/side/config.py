@@ -119,6 +119,10 @@ def check_side(side: SideConfig, model: ModelConfig) -> None:
             f"side.reduction: a {model.residual} model can have no side network, because its ranks do not "
             "share their states: take a model of another kind"
         )
+    if model.experts.num_moe_experts is not None:
+        raise UserError(
+            "side.reduction: a model with experts can have no side network yet: take a dense model"
+        )
     if model.sliding_window is not None:
         raise UserError(
             "side.reduction: a model with a sliding window can have no side network yet: take a model "

@@ -90,8 +90,13 @@ def one_rank_model(model: ModelConfig, tensor_model_parallel_size: int, run: Pat
     """The model as a single rank computes it.
 
     Raises:
-        UserError: a desync model that was trained on several tensor-parallel ranks.
+        UserError: a model with experts; a desync model that was trained on several tensor-parallel ranks.
     """
+    if model.experts.num_moe_experts is not None:
+        raise UserError(
+            f"{run} has experts: a model with experts can be trained, but not yet exported, evaluated or "
+            "measured"
+        )
     if model.residual != "desync":
         return model
     if tensor_model_parallel_size > 1:

@@ -85,6 +85,11 @@ def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") 
                 f"{path} is side-tuned, and the inference engines' cache has no room for a side network: "
                 "`megatron-ladder export` it, and give `generate` the folder"
             )
+        if config.model.experts.num_moe_experts is not None:
+            raise UserError(
+                f"{path} has experts: a model with experts can be trained, but not yet run by `generate` "
+                "or `serve`"
+            )
         tp = config.parallel.tensor_model_parallel_size
         if config.model.residual == "desync" and tp != parallel.tensor_model_parallel_size:
             raise UserError(

@@ -155,8 +155,18 @@ class RunLog:
             keep_initial(self._config, is_resumed=self._is_resumed)
             self._baselines = baselines
 
+    def is_due(self, step: int) -> bool:
+        """Whether a step's figures are written."""
+        return step % self._config.log_interval == 0 or step == self._config.train_steps
+
     def train(
-        self, step: int, loss: float, grad_norm: float, learning_rate: float, attended: float
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        attended: float,
+        balance: dict[str, float],
     ) -> None:
         """Call it when a step is done.
 
@@ -164,6 +174,7 @@ class RunLog:
             loss: mean cross-entropy of the global batch, in nats a token.
             grad_norm: before clipping.
             attended: of this rank's tokens of the step (RankBatches.attended).
+            balance: of the experts, at a step that is due (load_balance).
         """
         seconds = time.perf_counter() - self._step_started
         self._pending_steps += 1
@@ -180,7 +191,7 @@ class RunLog:
             tokens_per_second=self._config.tokens_per_step / step_s,
             eta_s=(self._config.train_steps - step) * step_s,
         )
-        due = step % self._config.log_interval == 0 or step == self._config.train_steps
+        due = self.is_due(step)
         if self._log and due:
             mean_s = self._pending_s / self._pending_steps
             achieved = self._pending_flops / self._pending_s
@@ -200,6 +211,7 @@ class RunLog:
                 mfu=achieved / self._peak if self._peak else None,
                 **whole,
                 memory_gib=_peak_memory_gib(),
+                **balance,
             )
         if due:
             self._pending_steps, self._pending_s, self._pending_flops = 0, 0.0, 0.0

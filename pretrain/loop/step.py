@@ -19,6 +19,7 @@ from pretrain.config.train import TrainConfig
 from pretrain.data.batches import Batch, to_device
 from pretrain.model.graphs import StepGraph
 from pretrain.model.optimizer import gradient_norm, update
+from pretrain.model.routers import biases_of, restore
 
 
 def _masked_sum(
@@ -173,6 +174,7 @@ def train_step(
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    biases = biases_of(model)
     count = config.num_microbatches(data_parallel_size)
     micro_batches = list(itertools.islice(batches, count))
     tokens = _trained_tokens(micro_batches)
@@ -210,6 +212,8 @@ def train_step(
     sums = [output["sum"] for output in outputs]
     if is_good is None or is_good(loss, grad_norm, sums, model):
         update(optimizer, grad_norm)
+    else:
+        restore(biases)
     return loss, grad_norm, learning_rate
 
 

@@ -28,6 +28,7 @@ from pretrain.loop.watchdog import Watchdog
 from pretrain.model.gradual import use_ladder_layers
 from pretrain.model.graphs import StepGraph
 from pretrain.model.optimizer import gathered_parameters
+from pretrain.model.routers import load_balance
 from pretrain.model.setup import build, layers_config, smallest_card, start_ranks, stop_ranks
 from pretrain.plan.attended import attended
 from pretrain.plan.fits import check_memory, out_of_memory
@@ -224,7 +225,9 @@ def _train(
                 if bad_steps.found:
                     answer(bad_steps.found, drawn)
                 else:
-                    log.train(step, *figures, data.attended())
+                    due = log.is_due(step)
+                    balance = load_balance(model, config.model.num_layers) if due else {}
+                    log.train(step, *figures, data.attended(), balance)
             log.slow_ranks(step, speed.slow_ranks(step))
             progress = Progress(step, step * config.global_batch_size, bad_steps.recent_losses)
             last = step == config.train_steps

@@ -38,6 +38,9 @@ def check_compile(config: TrainConfig) -> None:
         "documents' lengths would be compiled in: leave --data.no-attend-across-documents out": (
             not config.data.attend_across_documents
         ),
+        "experts are not compiled: numbers of tokens change": (
+            config.model.experts.num_moe_experts is not None
+        ),
         "attention unfused cannot be compiled: use auto": config.attention == "unfused",
         f"torch.compile needs {_compiler()}, which was not found: install it": not _has_compiler(),
     }

@@ -79,6 +79,7 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
             config.cross_entropy_loss_fusion,
             "takes three more passes over the logits",
         ),
+        *_experts(config),
         _weight_gradients(config, te, on_gpu),
         _adam(adam, on_gpu),
     ]
@@ -107,6 +108,15 @@ def _precision(config: Any, lacks: str) -> Choice:
 def _attention(taken: CoreAttention) -> Choice:
     cost = "keeps 2 b heads s x s scores a layer for backward, unless recomputed"
     return Choice("attention", str(taken), taken.why, cost if taken.keeps_scores else "")
+
+
+def _experts(config: Any) -> list[Choice]:
+    if config.num_moe_experts is None:
+        return []
+    if config.moe_grouped_gemm:
+        return [Choice("experts", "Transformer Engine, grouped GEMMs", "")]
+    cost = "launches the kernels of each expert by themselves"
+    return [Choice("experts", "megatron-core, one after another", "no grouped GEMMs", cost)]
 
 
 def over_context_ranks(config: LadderConfig) -> list[Choice]:

@@ -36,6 +36,7 @@ def check_cuda_graph(config: TrainConfig) -> None:
     adapt = config.adapt
     reasons = {
         "desync layers in a graph are not tested": config.model.residual == "desync",
+        "experts in a graph are not built yet": config.model.experts.num_moe_experts is not None,
         "there is no GPU": not torch.cuda.is_available(),
         "transfers between pipeline stages are not captured: use one stage": (
             config.parallel.pipeline_model_parallel_size > 1

@@ -28,17 +28,23 @@ class OptimizerShards:
     Make it for one save or one load: it refers to tensors of the optimizer, which a step may replace.
     """
 
-    tensors: list[tuple[Any, dict[str, Tensor]]]
-    """For each of this rank's ranges: the parameter, and its 1-D fp32 state by megatron-core's names."""
+    tensors: list[tuple[Any, Any, dict[str, Tensor]]]
+    """For each of this rank's ranges: its part, the parameter, and the 1-D fp32 state by megatron-core's
+    names."""
     shards: list[ShardedTensor]
     """The same data as rectangles of tensors of the parameters' shapes. Loading fills it."""
-    part: Any
-    """megatron-core's distributed optimizer."""
+    parts: list[Any]
+    """megatron-core's distributed optimizers: one, and in some layouts a second one for experts, whose
+    gradients are summed over other ranks."""
 
     def state(self) -> dict[str, Any]:
-        """For megatron-core's `save` and `load`."""
+        """For megatron-core's `save` and `load`.
+
+        Parameter groups are those of the first part, in every layout: the second part's are like them.
+        """
         shards = {str(number): shard for number, shard in enumerate(self.shards)}
-        return {**self.part.state_dict(), "param_state": shards, "param_state_sharding_type": FORM}
+        first = self.parts[0].state_dict()
+        return {**first, "param_state": shards, "param_state_sharding_type": FORM}
 
     @torch.no_grad()
     def restore(self, loaded: dict[str, Any]) -> None:
@@ -46,10 +52,11 @@ class OptimizerShards:
         for number, shard in enumerate(self.shards):
             assert shard.data is not None
             shard.data.copy_(loaded["param_state"][str(number)])
-        self.part.load_state_dict({"optimizer": loaded["optimizer"]})  # steps, learning rates
-        for parameter, tensors in self.tensors:
-            others = self.part._get_main_param_and_optimizer_states(parameter)  # AdamW's step
-            self.part._set_main_param_and_optimizer_states(parameter, {**others, **tensors})
+        for part in self.parts:  # steps, learning rates
+            part.load_state_dict({"optimizer": _groups_of(part, loaded["optimizer"])})
+        for part, parameter, tensors in self.tensors:
+            others = part._get_main_param_and_optimizer_states(parameter)  # AdamW's step
+            part._set_main_param_and_optimizer_states(parameter, {**others, **tensors})
 
     @torch.no_grad()
     def round_weights(self) -> None:
@@ -58,8 +65,9 @@ class OptimizerShards:
         A checkpoint has FP8 weights in bf16 and without their scales. Quantised from that they would be
         other numbers than those that the run was stopped with.
         """
-        self.part._copy_main_params_to_model_params()
-        for chunk in self.part.model_chunks:
+        for part in self.parts:
+            part._copy_main_params_to_model_params()
+        for chunk in self.parts[0].model_chunks:
             # At once, where gathering overlaps forward, too: within `gathered_parameters` (a rollback) the
             # next forward would take the weights for gathered.
             chunk.start_param_sync(force_sync=True)
@@ -75,9 +83,15 @@ def optimizer_shards(
         weights: the sharded state of the model's chunks.
         is_loading: first make the state's tensors, if no step has made them.
     """
-    (part,) = optimizer.chained_optimizers
+    # A pipeline stage may have no experts; then the experts' part has no parameters.
+    parts = [
+        part
+        for part in optimizer.chained_optimizers
+        if any(group["params"] for group in part.optimizer.param_groups)
+    ]
     if is_loading:
-        part.load_state_dict(part.state_dict())
+        for part in parts:
+            part.load_state_dict(part.state_dict())
     stored = {
         id(value.data): value
         for value in nested_values(weights)
@@ -85,15 +99,22 @@ def optimizer_shards(
     }
     held = []
     shards: list[ShardedTensor] = []
-    for parameter, start, end in _own_ranges(part):
+    for part, (parameter, start, end) in ((p, own) for p in parts for own in _own_ranges(p)):
         states = part._get_main_param_and_optimizer_states(parameter)
         # AdamW's step is one number for all parameters, which state_dict has.
         tensors = {n: value.detach().float() for n, value in states.items() if n != "step"}
-        held.append((parameter, tensors))
+        held.append((part, parameter, tensors))
         pieces = _pieces(stored[id(parameter)], parameter.shape)
         for name, tensor in tensors.items():
             shards += _rectangles(tensor, start, end, pieces, f"optimizer.state.{name}.")
-    return OptimizerShards(held, shards, part)
+    return OptimizerShards(held, shards, parts)
+
+
+def _groups_of(part: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's parameter groups as those of this part."""
+    of_experts = part.optimizer.param_groups[0]["is_expert_parallel"]
+    groups = [{**group, "is_expert_parallel": of_experts} for group in saved["param_groups"]]
+    return {**saved, "param_groups": groups}
 
 
 def _own_ranges(part: Any) -> Iterator[tuple[Any, int, int]]:
@@ -108,7 +129,8 @@ def _own_ranges(part: Any) -> Iterator[tuple[Any, int, int]]:
 def _pieces(stored: Any, shape: torch.Size) -> list[ShardedTensor]:
     """The tensors that a parameter is stored as, without data, in the order of its rows.
 
-    It is one tensor, but for an MLP's first linear: its gate and its up projection are stored apart.
+    It is one tensor, but for the first linear of an MLP or an expert: its gate and its up projection are
+    stored apart.
     """
     if isinstance(stored, ShardedTensor):
         return [stored]
@@ -126,7 +148,7 @@ def _rectangles(
     Args:
         tensor: the range's values, [end - start].
         start, end: the range.
-        pieces: from `_pieces`; each has one or two axes, beside those that stack layers.
+        pieces: from `_pieces`; each has one or two axes, beside those that stack layers and experts.
         prefix: of the stored tensors' names.
     """
     first = 0  # of the piece, in the flattened parameter

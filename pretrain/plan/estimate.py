@@ -10,7 +10,7 @@ from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig
 from pretrain.plan.attended import Attended, attended
 from pretrain.plan.links import network_of
-from pretrain.plan.memory import memory_plan, room
+from pretrain.plan.memory import is_planned, memory_plan, room
 from pretrain.plan.planner import DEVICES, Hardware
 from pretrain.plan.search import KINDS, row
 from pretrain.run.folder import checkpoint_bytes, stored_bytes
@@ -59,7 +59,7 @@ class Estimate:
     """The number of jobs with the time limit, one after another; 1 without a limit."""
     parameters: int
     memory_bytes: float | None
-    """On the fullest GPU, modelled; None when the precision is not bf16."""
+    """On the fullest GPU, modelled; None where memory is not planned (`is_planned`)."""
     memory_limit_bytes: float
     """The device's memory, less a margin for what the memory model leaves out."""
     checkpoint_bytes: int
@@ -177,7 +177,7 @@ def estimate(
         starting_s=jobs * start_up_s + (jobs - 1) * read_s,
         jobs=jobs,
         parameters=config.model.num_parameters(),
-        memory_bytes=memory_plan(config, dp).total if config.precision == "bf16" else None,
+        memory_bytes=memory_plan(config, dp).total if is_planned(config) else None,
         memory_limit_bytes=room(hardware.device.memory_bytes),
         checkpoint_bytes=checkpoint,
         stored_bytes=stored_bytes(config),
@@ -193,10 +193,11 @@ def _step(
     if mfu is not None:
         step_s = _flops(config, attended) / (ranks * hardware.device.peak_flops * mfu)
         return step_s, mfu, f"an MFU of {mfu:.0%}"
-    if config.precision != "bf16" or model.residual not in KINDS:
+    experts = " with experts" if model.experts.num_moe_experts else ""
+    if config.precision != "bf16" or model.residual not in KINDS or experts:
         raise UserError(
-            f"the planner models {', '.join(KINDS)} in bf16, not {model.residual} in "
-            f"{config.precision}: give an MFU"
+            f"the planner models {', '.join(KINDS)} in bf16 without experts, not {model.residual}{experts} "
+            f"in {config.precision}: give an MFU"
         )
     planned = row(config, ranks, hardware, attended)
     return planned.step_s, planned.mfu, "the planner's model, not measured"

@@ -66,6 +66,12 @@ def what_to_turn(
     config: TrainConfig, dp: int, attention: Attention = "te", longest: int | None = None
 ) -> str:
     """The options with which a step of this run takes less memory, the cheapest first."""
+    if config.model.experts.num_moe_experts is not None:  # its memory is not planned
+        return (
+            "a smaller --micro-batch-size; --recompute full; a larger --parallel."
+            "expert-model-parallel-size; a --model.experts.moe-expert-capacity-factor, which bounds the "
+            "tokens of an expert"
+        )
     plan, parallel, side = (
         memory_plan(config, dp, attention, longest),
         config.parallel,

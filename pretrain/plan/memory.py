@@ -314,5 +314,6 @@ def room(card_bytes: float) -> float:
 
 
 def is_planned(config: TrainConfig) -> bool:
-    """Whether `memory_plan` holds for this run: in bf16, and not for desync."""
-    return config.precision == "bf16" and config.model.residual != "desync"
+    """Whether `memory_plan` holds for this run: in bf16, and neither for desync nor for experts."""
+    plain = config.model.residual != "desync" and config.model.experts.num_moe_experts is None
+    return config.precision == "bf16" and plain

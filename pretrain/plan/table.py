@@ -62,6 +62,10 @@ def setup(options: PlanOptions) -> tuple[TrainConfig, Hardware]:
             "--gpus, --top, --network-gbit-per-s and --storage-gb-per-s must be more than 0"
         )
     config = PRESETS[options.preset]()
+    if config.model.experts.num_moe_experts is not None:
+        raise UserError(
+            f"--preset {options.preset} has experts, which the planner does not model yet: give another one"
+        )
     model, data = config.model, config.data
     if options.seq_length is not None:
         data = replace(data, seq_length=options.seq_length)

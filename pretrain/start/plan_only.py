@@ -37,9 +37,10 @@ def plan_only(argv: list[str]) -> int:
     if config.model.vocab_size is None:
         raise UserError("--plan-only needs model.vocab_size: give it, or data sets")
     if not is_planned(config):
+        experts = " with experts" if config.model.experts.num_moe_experts else ""
         raise UserError(
-            f"--plan-only: memory can be planned in bf16, for every residual kind but desync; this run is "
-            f"{config.model.residual} in {config.precision}"
+            f"--plan-only: memory can be planned in bf16, without experts, for every residual kind but "
+            f"desync; this run is {config.model.residual}{experts} in {config.precision}"
         )
     if config.transformer_impl == "local":
         raise UserError(
