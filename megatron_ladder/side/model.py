@@ -69,6 +69,11 @@ class SideTunedModel(MegatronModule):
         """The model that is not trained."""
         return self._backbone[0]
 
+    @property
+    def decoder(self) -> Any:
+        """The block whose layers are trained: the side network's."""
+        return self.side.blocks.decoder
+
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Takes what the stage before has sent, [s, b, h + h / r] (2 h of ladder kinds)."""
         sent = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
