@@ -51,6 +51,8 @@ def to_hf_config(
         layer_types=[SLIDING if window else FULL for window in windows] if any(windows) else None,
         residual=model.residual,
         ladder_layers=list(layers) if isinstance(layers, tuple) else layers,
+        residual_scaling=model.residual_scaling,
+        layer_norms=model.layer_norms,
         initializer_range=model.init_method_std,
         tie_word_embeddings=model.share_embeddings_and_output_weights,
         eos_token_id=eod_id,

@@ -119,6 +119,11 @@ def check_side(side: SideConfig, model: ModelConfig) -> None:
             f"side.reduction: a {model.residual} model can have no side network, because its ranks do not "
             "share their states: take a model of another kind"
         )
+    if model.residual_scaling != "none" or not model.layer_norms:
+        raise UserError(
+            "side.reduction: a model with scaled outputs or without norms can have no side network yet: "
+            "take another one"
+        )
     if model.experts.num_moe_experts is not None:
         raise UserError(
             "side.reduction: a model with experts can have no side network yet: take a dense model"

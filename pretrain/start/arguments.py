@@ -59,7 +59,12 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
 
         # --ladder-layers chooses among the layers of the original model, before `import` changed any.
         unmodified = chosen.preset == "adapt-control" or chosen.ladder_layers is not None
+        seq_length = default.data.seq_length
         default = starting_from(default, chosen.init_from, unmodified=unmodified)
+        if chosen.preset == "extend":
+            from pretrain.start.extend import with_longer_context
+
+            default = with_longer_context(default, seq_length, options)
     elif chosen.preset in OF_A_MODEL and not {"-h", "--help"} & set(options):
         raise UserError(
             f"--preset {chosen.preset} starts from the weights of an existing model: give "
