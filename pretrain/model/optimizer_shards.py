@@ -29,7 +29,8 @@ class OptimizerShards:
     """
 
     tensors: list[tuple[Any, dict[str, Tensor]]]
-    """For each of this rank's ranges: the parameter, and its 1-D fp32 state by megatron-core's names."""
+    """For each of this rank's ranges: the parameter, and its 1-D fp32 state by megatron-core's names. An
+    average of the weights is not in it."""
     shards: list[ShardedTensor]
     """The same data as rectangles of tensors of the parameters' shapes. Loading fills it."""
     part: Any
@@ -46,7 +47,13 @@ class OptimizerShards:
         for number, shard in enumerate(self.shards):
             assert shard.data is not None
             shard.data.copy_(loaded["param_state"][str(number)])
-        self.part.load_state_dict({"optimizer": loaded["optimizer"]})  # steps, learning rates
+        # Learning rates, weight decay and so on are those of the configuration. Adam's step is the
+        # checkpoint's, where its groups have one.
+        groups = self.part.state_dict()["optimizer"]["param_groups"]
+        for saved in loaded["optimizer"]["param_groups"]:
+            for group in groups if "step" in saved else ():
+                group["step"] = saved["step"]
+        self.part.load_state_dict({"optimizer": {"param_groups": groups}})
         for parameter, tensors in self.tensors:
             others = self.part._get_main_param_and_optimizer_states(parameter)  # AdamW's step
             self.part._set_main_param_and_optimizer_states(parameter, {**others, **tensors})
@@ -66,7 +73,11 @@ class OptimizerShards:
 
 
 def optimizer_shards(
-    optimizer: Any, weights: dict[str, Any], *, is_loading: bool
+    optimizer: Any,
+    weights: dict[str, Any],
+    *,
+    is_loading: bool,
+    averages: dict[Any, Tensor] | None = None,
 ) -> OptimizerShards:
     """Finds this rank's part of the optimizer's state.
 
@@ -74,6 +85,7 @@ def optimizer_shards(
         optimizer: from `build_optimizer`.
         weights: the sharded state of the model's chunks.
         is_loading: first make the state's tensors, if no step has made them.
+        averages: of the weights (ema.py), to be saved or loaded too.
     """
     (part,) = optimizer.chained_optimizers
     if is_loading:
@@ -85,18 +97,19 @@ def optimizer_shards(
     }
     held = []
     shards: list[ShardedTensor] = []
-    for parameter, start, end in _own_ranges(part):
+    for parameter, start, end in own_ranges(part):
         states = part._get_main_param_and_optimizer_states(parameter)
         # AdamW's step is one number for all parameters, which state_dict has.
         tensors = {n: value.detach().float() for n, value in states.items() if n != "step"}
         held.append((parameter, tensors))
         pieces = _pieces(stored[id(parameter)], parameter.shape)
-        for name, tensor in tensors.items():
+        more = {"ema": averages[parameter]} if averages else {}
+        for name, tensor in (tensors | more).items():
             shards += _rectangles(tensor, start, end, pieces, f"optimizer.state.{name}.")
     return OptimizerShards(held, shards, part)
 
 
-def _own_ranges(part: Any) -> Iterator[tuple[Any, int, int]]:
+def own_ranges(part: Any) -> Iterator[tuple[Any, int, int]]:
     """This rank's parameters, with start and end of its range in each flattened parameter."""
     for buffer in part.gbuf_ranges:
         for buckets in buffer.values():

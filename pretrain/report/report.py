@@ -2,6 +2,7 @@
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import in_words
@@ -53,6 +54,10 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         ("parameters", f"{start['parameters']:,}"),
         ("device", f"{start['world_size']} x {start['device']}"),
     ]
+    if trunk := start.get("branch_from"):
+        rows.append(("branch of", in_words(str(trunk))))
+    for line in run.changes:
+        rows.append((f"changed after step {line['step']:,}", _changed(line["changed"])))
     if run.train:
         last = run.train[-1]
         rows += [
@@ -90,6 +95,16 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     state = "finished" if run.finished else "in progress or stopped"
     rows.append(("state", state + (f", {run.restarts} restarts" if run.restarts else "")))
     return rows + _trouble(run)
+
+
+def _changed(changed: dict[str, list[Any]]) -> str:
+    return "; ".join(f"{name}: {_value(a)} -> {_value(b)}" for name, (a, b) in changed.items())
+
+
+def _value(value: Any) -> str:
+    """A value of the configuration; lists, such as of data sets, may be long."""
+    text = in_words(str(value))
+    return text if len(text) < 120 else f"{text[:117]}..."
 
 
 def _trouble(run: Run) -> list[tuple[str, str]]:

@@ -102,7 +102,9 @@ def check_initial(config: TrainConfig, folders: list[DataFolder]) -> None:
     """
     if config.init_from is None:
         return
-    resumed = config.output_dir is not None and latest_checkpoint(config.output_dir) is not None
+    resumed = config.branch_from is not None or (
+        config.output_dir is not None and latest_checkpoint(config.output_dir) is not None
+    )
     if resumed and not config.adapt.distillation_weight and not config.init_from.exists():
         return  # its weights are read no more
     if resumed and config.adapt.distillation_weight:
