@@ -213,7 +213,7 @@ class TrainConfig:
             )
         if not 0 <= schedule.wsd_decay_fraction <= 1 or not 0 <= schedule.min_lr_fraction <= 1:
             raise UserError(
-                "schedule.wsd_decay_fraction and schedule.min_lr_fraction must be from 0 to 1"
+                "schedule.wsd_decay_fraction must be from 0 to 1, and min_lr_fraction from 0 to 1"
             )
         if (decay_steps := schedule.wsd_decay_steps) is not None:
             if schedule.decay != "wsd":

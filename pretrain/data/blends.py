@@ -38,13 +38,11 @@ def check_blends(config: TrainConfig) -> None:
         UserError: weights that are wrong, or no number of tokens.
     """
     data, count = config.data, len(config.data.paths)
-    if data.weights is not None and not data.phases:
-        _check_weights("data.weights", data.weights, count, least="above 0")
-    elif data.weights is not None:
-        _check_weights("data.weights", data.weights, count, least="of 0 or more")
+    if data.weights is not None:
+        _check_weights("data.weights", data.weights, count)
     for number, phase in enumerate(data.phases):
         name = f"data.phases[{number}]"
-        _check_weights(f"{name}.weights", phase.weights, count, least="of 0 or more")
+        _check_weights(f"{name}.weights", phase.weights, count)
         if type(phase.from_tokens) is not int or phase.from_tokens < 1:
             raise UserError(
                 f"{name}.from_tokens is {phase.from_tokens!r}: give a whole number of tokens, 1 or "
@@ -53,14 +51,20 @@ def check_blends(config: TrainConfig) -> None:
 
 
 def check_phases(config: TrainConfig) -> None:
-    """Checks that each phase begins after the one before and within the run.
+    """Checks that each phase begins after the one before and within the run, and that each data set is read.
 
     Args:
-        config: with the batch sizes of the steps trained so far.
+        config: with what the steps trained so far had.
 
     Raises:
-        UserError: one does not.
+        UserError: a phase does not, or a data set is not read at any time.
     """
+    data = config.data
+    if data.weights and min(data.weights) == 0 and not data.phases and not config.past.blends:
+        raise UserError(
+            f"data.weights is {' '.join(map(str, data.weights))}: a data set of weight 0 is never read. Give "
+            "one above 0 for each, or leave its path out"
+        )
     before = 1
     for number, phase in enumerate(config.data.phases):
         name = f"data.phases[{number}]"
@@ -81,12 +85,12 @@ def check_phases(config: TrainConfig) -> None:
         before = first
 
 
-def _check_weights(name: str, weights: tuple[float, ...], count: int, least: str) -> None:
+def _check_weights(name: str, weights: tuple[float, ...], count: int) -> None:
     numbers = all(isinstance(w, int | float) and math.isfinite(w) for w in weights)
-    if not numbers or len(weights) != count or (least == "above 0" and min(weights) <= 0):
+    if not numbers or len(weights) != count:
         raise UserError(
             f"{name} has {len(weights)} values, {' '.join(map(str, weights))}, for {count} data.paths: "
-            f"give one {least} for each"
+            "give one of 0 or more for each"
         )
     if min(weights) < 0 or not sum(weights) > 0:
         raise UserError(

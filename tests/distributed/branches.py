@@ -7,9 +7,8 @@ once killed by SIGKILL and started again. All losses and weights must be the sam
 steps of those that keep the blend must be the trunk's next one.
 """
 
-import subprocess
+import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -67,16 +66,14 @@ def branch_of(trunk: Path, at: int, run: Path, *options: str) -> str:
 
 def interrupted(trunk: Path, at: int, run: Path, *options: str, until: int) -> None:
     """Begins a branch, and kills it when it has trained step `until`."""
-    argv = [sys.executable, "-m", "pretrain.cli", "train", *_options(trunk, at, run, *options)]
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + TIMEOUT_S
     file = run / "metrics.jsonl"
-    while not file.is_file() or file.read_text().count('"kind": "train"') < until - at:
-        assert process.poll() is None, "the branch ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait(TIMEOUT_S)
+
+    def has_trained() -> bool:
+        return file.is_file() and file.read_text().count('"kind": "train"') >= until - at
+
+    log = run.with_name(f"{run.name}.log")
+    codes, said = run_train(_options(trunk, at, run, *options), log, TIMEOUT_S, has_trained)
+    assert set(codes) == {-signal.SIGKILL}, said
 
 
 def losses_after(run: Path, first: int, last: int) -> list[float]:

@@ -105,7 +105,8 @@ def test_a_killed_branch_is_the_one_that_was_never_stopped(
         assert set(rates) == {rates[0]}
         assert losses_after(whole, AT, steps)[: STEPS - AT] == losses(trunk)[AT:]
     else:
-        assert rates[-1] == pytest.approx(0.1 * rates[0] if name == "decay" else 0.0)
+        assert rates[0] < 3e-3
+        assert rates[-1] == pytest.approx(3e-4 if name == "decay" else 0.0)
     if name == "decay":  # the same data
         assert losses_after(whole, AT, steps)[:1] == losses(trunk)[AT : AT + 1]
     if name == "anneal":

@@ -345,8 +345,8 @@ def test_phases_that_mean_nothing_are_refused(paths, phases, message) -> None:
 def test_weights_at_the_start_are_refused_too(paths) -> None:
     with pytest.raises(UserError, match=r"data\.weights is 0.0 0.0 0.0: .* not all of them 0"):
         check_blends(config_for(paths, weights=(0.0,) * 3))
-    with pytest.raises(UserError, match="give one above 0 for each"):
-        check_blends(config_for(paths, phases=()))  # nothing begins later
+    with pytest.raises(UserError, match=r"is never read\. Give one above 0 for each"):
+        check_phases(config_for(paths, phases=()))  # nothing begins later
 
 
 def test_phases_are_saved_and_read_again(paths, tmp_path: Path) -> None:
