@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.report.report import write_report
-from pretrain.run.folder import checkpoint_at, checkpoints
+from pretrain.run.folder import checkpoint_at, checkpoint_step, checkpoints
 from tests.data_sets import write_data_set
 from tests.distributed.branches import (
     assert_same_end,
@@ -21,7 +21,7 @@ from tests.distributed.branches import (
     losses_after,
     train_trunk,
 )
-from tests.distributed.test_training import losses, metrics, train
+from tests.distributed.test_training import command, losses, metrics, train
 from tests.runs import run_train
 
 STEPS, AT = 20, 10
@@ -125,13 +125,13 @@ def test_a_branch_of_a_branch(trunk: Path, tmp_path: Path) -> None:
     ]
     tokens = {m["step"]: m["tokens"] for m in metrics(second, "train")}
     assert tokens == {16: 64 * (80 + 80 + 8), 17: 64 * (160 + 16), 18: 64 * (160 + 24)}
-    assert [m["dataset"] for m in metrics(second, "validation")][-1] == "web"
+    assert [m["dataset"] for m in metrics(second, "validation")][-2:] == ["web", "code"]
 
 
 def test_options_change_on_resume_and_the_report_says_where(
     trunk: Path, data: list[Path], tmp_path: Path
 ) -> None:
-    """Twice; the second change is lost with a damaged checkpoint, and made again from an earlier step."""
+    """And where checkpoints are damaged, the change is made again, at the step of the one that is left."""
     run = tmp_path / "run"
     shutil.copytree(trunk, run)
     shutil.rmtree(checkpoint_at(run, 20))
@@ -145,28 +145,36 @@ def test_options_change_on_resume_and_the_report_says_where(
     assert losses(run, 22)[:10] == losses(trunk)[:10]
     assert losses(run, 22)[10] != losses(trunk)[10]
     undisturbed = losses(run, 22)
-    # As a run leaves it that was killed in step 18: its checkpoints of before, and then again.
-    for step in (20, 22):
-        shutil.rmtree(checkpoint_at(run, step))
+    # Killed, and the newest checkpoint is damaged: the one before it is of the step of the change.
+    damage_last(run, left=15)
     train(data[0], run, *base, *wider, *steps)
-    assert losses(run, 22) == undisturbed
-    # The newest checkpoint is damaged, and the one before it is of before the change.
-    for step in (20, 22):
-        shutil.rmtree(checkpoint_at(run, step))
-    largest = max(checkpoint_at(run, 15).glob("*.distcp"), key=lambda f: f.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-1] + b"\0")
-    log = run.with_name("log")
-    argv = ["--preset", "debug", "--save-interval", "5", "--eval-interval", "10", *base]
-    argv += ["--output-dir", str(run), *wider, *steps]
-    codes, said = run_train(argv, log, TIMEOUT_S)
-    assert codes == [1], said
-    assert "the newest checkpoint is damaged, and options have changed since" in said
-    codes, said = run_train(argv, log, TIMEOUT_S)
-    assert codes == [0], said
     assert losses(run, 22) == undisturbed
     page = write_report([run]).read_text()
     assert "changed after step 10" in page
     assert "global_batch_size: 8 -&gt; 16" in page and "optimizer.lr: 0.003 -&gt; 0.001" in page
+    # Two are damaged, and what is left is of before the change: it holds from there on.
+    damage_last(run, left=15)
+    damage_last(run, left=10)
+    argv = [*command(data[0], run, *base, *wider, *steps)[4:]]
+    codes, said = run_train(argv, run.with_name("log"), TIMEOUT_S)
+    assert codes == [1], said
+    assert "the newest checkpoint is damaged, and options have changed since" in said
+    train(data[0], run, *base, *wider, *steps)
+    assert losses(run, 22)[:5] == losses(trunk)[:5]
+    assert losses(run, 22)[5] != losses(trunk)[5]
+    config = json.loads((run / "config.json").read_text())
+    assert config["past"]["batch_sizes"] == [{"last_step": 5, "global_batch_size": 8}]
+    page = write_report([run]).read_text()
+    assert "changed after step 5" in page and "changed after step 10" not in page
+
+
+def damage_last(run: Path, left: int) -> None:
+    """Deletes the checkpoints after step `left`, and damages that one."""
+    for path in checkpoints(run):
+        if checkpoint_step(path) > left:
+            shutil.rmtree(path)
+    largest = max(checkpoint_at(run, left).glob("*.distcp"), key=lambda f: f.stat().st_size)
+    largest.write_bytes(b"x" + largest.read_bytes()[1:])
 
 
 def test_what_is_no_branch_is_refused(
