@@ -36,7 +36,7 @@ def going_on_from(
         UserError: a value may not change, or not at this step.
     """
     asked = replace(config, past=Past())
-    old = checkpoint and config_of(checkpoint)
+    old = config_of(checkpoint) if checkpoint else None
     if checkpoint is None or old is None:
         return asked, {}
     step = checkpoint_step(checkpoint)
