@@ -1,12 +1,13 @@
 """What is an average of weights worth, beside a learning rate that goes down?
 
-    python benchmarks/commands/averages.py --data DATA --work-dir DIR --json FILE --picture FILE
+    python benchmarks/commands/averages.py --data DATA --work-dir DIR --json FILE --picture FILE [options]
 
 A trunk is trained at a constant learning rate (WSD without its decay), and keeps an average of its weights
 (EMA). At each of the budgets, in steps, four models that have read as many tokens are compared: the trunk's
 checkpoint, its EMA, the mean of its last checkpoints (`merge`), and a branch that goes down over the last
 fifth of the budget. All are `megatron-ladder` commands, and the same command goes on where it was stopped.
-Losses are of the same held-out documents, by the code of `eval`.
+Losses are of the same held-out documents, by the code of `eval`. All other options are given to the trunk's
+`train`: sizes, batch, learning rate.
 """
 
 import subprocess
@@ -29,7 +30,7 @@ from pretrain.evaluation.perplexity import measure_perplexity
 from pretrain.pictures import COLOURS
 from pretrain.run.folder import checkpoint_at
 
-EVERY = 25  # steps between checkpoints
+EVERY = 15  # steps between checkpoints
 MERGED = 5  # checkpoints in a mean
 DECAYED = 0.2  # the share of a budget in which the branch goes down
 WAYS = {
@@ -50,17 +51,17 @@ def loss_of(model: Path, documents: Documents, seq_length: int) -> float:
     return measure_perplexity(plain.model, documents, seq_length, 8)["metrics"]["loss"]
 
 
-def train_trunk(options: Any) -> Path:
+def train_trunk(options: Any, of_train: list[str]) -> Path:
     trunk = options.work_dir / "trunk"
     steps = max(options.budgets)
     run(
-        *("train", "--preset", "tiny", "--parallel.tensor-model-parallel-size", "1"),
+        *("train", "--preset", options.preset, "--parallel.tensor-model-parallel-size", "1"),
         *("--data.paths", str(options.data), "--output-dir", str(trunk)),
         *("--schedule.train-steps", str(steps), "--schedule.decay", "wsd"),
-        *("--schedule.wsd-decay-fraction", "0", "--optimizer.lr", str(options.lr)),
+        *("--schedule.wsd-decay-fraction", "0"),
         *("--optimizer.ema-decay", str(options.ema_decay), "--save-interval", str(EVERY)),
         *("--keep-last", str(steps // EVERY), "--eval-interval", "0", "--eval-sequences", "32"),
-        "--no-tensorboard",
+        *("--no-tensorboard", *of_train),
     )
     return trunk
 
@@ -110,17 +111,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="such as quickstart/data")
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--picture", type=Path, required=True)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[250, 500], help="steps")
-    parser.add_argument("--lr", type=float, default=5e-3, help="of the trunk; default 5e-3")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[150, 300], help="steps")
+    parser.add_argument("--preset", default="tiny", help="of the trunk; default tiny")
     parser.add_argument("--ema-decay", type=float, default=0.98)
-    parser.add_argument("--tokens", type=int, default=60_000, help="held out, for each loss")
-    options = parser.parse_args()
+    parser.add_argument("--tokens", type=int, default=40_000, help="held out, for each loss")
+    options, of_train = parser.parse_known_args()
     for budget in options.budgets:
         if (budget - round(budget * DECAYED)) % EVERY or budget % EVERY:
             parser.error(f"--budgets {budget}: a branch would begin between two checkpoints")
     options.work_dir.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    trunk = train_trunk(options)
+    trunk = train_trunk(options, of_train)
     config = load_config(trunk / "config.json")
     documents = open_split(open_folder(options.data), "validation").at_most(options.tokens, 1)
     length = config.data.seq_length

@@ -144,6 +144,8 @@ def test_options_change_on_resume_and_the_report_says_where(
     assert "global_batch_size: 8 -> 16" in said and "optimizer.lr: 0.003 -> 0.001" in said
     assert losses(run, 22)[:10] == losses(trunk)[:10]
     assert losses(run, 22)[10] != losses(trunk)[10]
+    rates = [m["learning_rate"] for m in metrics(run, "train")]
+    assert rates[9:11] == [3e-3, 1e-3]
     undisturbed = losses(run, 22)
     # Killed, and the newest checkpoint is damaged: the one before it is of the step of the change.
     damage_last(run, left=15)
