@@ -51,7 +51,7 @@ def check_blends(config: TrainConfig) -> None:
 
 
 def check_phases(config: TrainConfig) -> None:
-    """Checks that each phase begins after the one before and within the run, and that each data set is read.
+    """Checks that each phase begins after the one before and within the run; and that all data is read.
 
     Args:
         config: with what the steps trained so far had.
@@ -62,8 +62,8 @@ def check_phases(config: TrainConfig) -> None:
     data = config.data
     if data.weights and min(data.weights) == 0 and not data.phases and not config.past.blends:
         raise UserError(
-            f"data.weights is {' '.join(map(str, data.weights))}: a data set of weight 0 is never read. Give "
-            "one above 0 for each, or leave its path out"
+            f"data.weights is {' '.join(map(str, data.weights))}: a data set of weight 0 is never read. "
+            "Give one above 0 for each, or leave its path out"
         )
     before = 1
     for number, phase in enumerate(config.data.phases):
