@@ -29,6 +29,7 @@ from typing import Any
 
 from measuring import facts
 from measuring.learning import source_text
+from measuring.learning.kinds import KINDS, RESIDUALS, model_fields
 from measuring.learning.modelled_time import Target, modelled
 from measuring.learning.picture import draw
 from measuring.learning.runs import Run, data_facts, last_loss, read_run
@@ -37,7 +38,7 @@ from megatron_ladder.errors import UserError
 from pretrain.data.folders import open_folder
 from pretrain.files import write_atomically
 from pretrain.plan.planner import DEVICES
-from pretrain.plan.search import KINDS
+from pretrain.start.arguments import parse_train
 
 OURS = (
     *("--model.residual", "--model.ladder-layers", "--ladder-layers", "--init-from", "--seed"),
@@ -75,7 +76,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="default 1 2")
     parser.add_argument("--rates", nargs="+", help="learning rates, each with each kind")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(RESIDUALS))
     parser.add_argument(
         "--target",
         nargs="+",
@@ -158,6 +159,8 @@ class Trainings:
     def __init__(self, options: argparse.Namespace, of_train: list[str]) -> None:
         self._options, self._of_train = options, of_train
         trial = options.seconds is not None
+        config, _ = parse_train(["--preset", options.preset, *of_train])
+        self._num_layers = config.model.num_layers
         self._left = trial + len(options.kinds) * len(options.rates or options.seeds)
         self._now: Standby | None = None
         self._next: Standby | None = Standby(Path.cwd(), session=False)
@@ -178,11 +181,14 @@ class Trainings:
 
     def command(self, kind: str, seed: int, run_dir: Path, tokens: int, *more: str) -> list[str]:
         """The options of `train`."""
+        fields = model_fields(kind, self._num_layers)
+        layers = fields.get("ladder_layers")
         return [
             *("--preset", self._options.preset, "--eval-sequences", "None", *self._of_train, *more),
             *("--schedule.train-steps", "None", "--schedule.train-tokens", str(tokens)),
             *("--data.paths", *map(str, self._options.data), "--output-dir", str(run_dir)),
-            *("--model.residual", kind, "--seed", str(seed)),
+            *("--model.residual", fields["residual"], "--seed", str(seed)),
+            *(("--model.ladder-layers", str(layers)) if layers is not None else ()),
         ]
 
     def end(self) -> None:

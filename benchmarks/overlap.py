@@ -59,13 +59,14 @@ from measuring.overlap.hidden import (
     scaled,
     table,
 )
-from measuring.overlap.kinds import ALSO, KINDS, NO_COMM, chosen
+from measuring.overlap.kinds import ALSO, chosen
 from measuring.overlap.late import started_late
 from measuring.precisions import PRECISIONS, precision_of
 from megatron_ladder.collectives import backward_order, ranges
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.decoder import Decoder
 from pretrain.bench.interleaved import measure, slowest
+from pretrain.bench.kinds_plan import KINDS, NO_COMM
 from pretrain.bench.ranks import join
 from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds
@@ -302,8 +303,6 @@ def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
     zero = in_words(over_standard(times, "ladder", "zero"))
     report: dict[str, Any] = {
         "measured": f"{tp} ranks, {device}, {platform.processor() or platform.machine()}",
-        "modelled": f"an all-reduce is {link_s:.6f} s on the link, {ratio} x a sub-module's forward, "
-        f"on top of its own {own_s:.6f} s",
         **facts.header(device, args),
         "attention": facts.attention_of(ladder.decoder.block),
         **facts.peak_memory(),

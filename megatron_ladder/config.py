@@ -4,10 +4,15 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.fields.chosen_layers import chosen_layers
+from megatron_ladder.fields.experts import ExpertsConfig, check_experts
+from megatron_ladder.fields.rope import check_rope
+from megatron_ladder.fields.stages import check_stages
+from megatron_ladder.fields.windows import layer_windows
 
 Residual = Literal["standard", "ladder", "parallel", "parallel-ladder", "desync", "no-comm"]
 # Kinds whose sub-modules read the state without the output of the last one. Each with the kind of its other
@@ -65,15 +70,31 @@ class ModelConfig:
     are standard, or parallel. None makes every layer a ladder layer."""
     max_position_embeddings: int = 2048
     rotary_base: float = 10000.0
+    sliding_window: int | None = None
+    """Tokens that a token attends to, itself and those just before it, as in Mistral. None: all."""
+    sliding_window_layers: int | tuple[int, ...] | None = None
+    """With sliding_window: the last N layers, or a list of layers from 0, have it; the others attend to
+    all tokens. None: every layer has it."""
     rope_scaling_factor: float | None = None
     """Stretches RoPE's wavelengths; None: does not."""
-    rope_scaling_type: Literal["llama3", "linear"] = "llama3"
-    """llama3: long wavelengths alone (low 1, high 4, original context 8192). linear: all."""
+    rope_scaling_type: Literal["llama3", "linear", "yarn"] = "llama3"
+    """llama3: long wavelengths alone (low 1, high 4). linear: all. yarn: long wavelengths alone, and
+    sharper attention (arXiv 2309.00071)."""
+    rope_original_max_position_embeddings: int | None = None
+    """The context before it was stretched. None: 8192 with llama3; with yarn max_position_embeddings /
+    rope_scaling_factor."""
+    rope_beta_fast: float = 32.0
+    """With yarn: what turns more often in the original context is not stretched."""
+    rope_beta_slow: float = 1.0
+    """With yarn: what turns less often in the original context is stretched by the whole factor."""
+    rope_attention_factor: float | None = None
+    """With yarn: multiplies queries and keys. None: 0.1 ln(rope_scaling_factor) + 1. 1: NTK-by-parts."""
     layernorm_epsilon: float = 1e-5
     init_method_std: float = 0.02
     share_embeddings_and_output_weights: bool = True
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
     def __post_init__(self) -> None:
         for name in (
@@ -86,6 +107,8 @@ class ModelConfig:
             "vocab_size",
             "max_position_embeddings",
             "desync_interval",
+            "sliding_window",
+            "rope_original_max_position_embeddings",
         ):
             value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else MOST_SIZE
             if value is not None and not 1 <= value <= most:
@@ -93,7 +116,13 @@ class ModelConfig:
                     f"model.{name} is {value}: it must be at least 1"
                     + (f" and at most {most:,}" if value > most else "")
                 )
-        for name in ("rotary_base", "rope_scaling_factor", "layernorm_epsilon", "init_method_std"):
+        for name in (
+            "rotary_base",
+            "rope_scaling_factor",
+            "rope_attention_factor",
+            "layernorm_epsilon",
+            "init_method_std",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"model.{name} is {value}: it must be a number of 0 or more")
@@ -125,6 +154,8 @@ class ModelConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: a share from 0 up to 1")
         self.layer_residuals()  # refuses ladder_layers that do not exist
+        layer_windows(self)
+        check_rope(self)
 
     @property
     def kv_heads(self) -> int:
@@ -155,22 +186,7 @@ class ModelConfig:
                 f"model.ladder_layers is set but model.residual is {self.residual}: "
                 "set model.residual to ladder or parallel-ladder, or leave ladder_layers out"
             )
-        if isinstance(self.ladder_layers, int):
-            count = self.ladder_layers
-            if not 0 <= count <= self.num_layers:
-                raise UserError(
-                    f"model.ladder_layers {count}: the last N of {self.num_layers} layers means "
-                    f"0 to {self.num_layers}"
-                )
-            chosen = set(range(self.num_layers - count, self.num_layers))
-        else:
-            chosen = set(self.ladder_layers)
-            wrong = sorted(i for i in chosen if not 0 <= i < self.num_layers)
-            if wrong or len(chosen) != len(self.ladder_layers):
-                raise UserError(
-                    f"model.ladder_layers {list(self.ladder_layers)}: layers are numbered 0 to "
-                    f"{self.num_layers - 1}, each at most once"
-                )
+        chosen = chosen_layers("ladder_layers", self.ladder_layers, self.num_layers)
         other = FRESH[self.residual]
         return tuple(self.residual if i in chosen else other for i in range(self.num_layers))
 
@@ -187,18 +203,28 @@ class ModelConfig:
         """
         attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads)
         attention += self.hidden_size * self.head_dim * (2 * self.kv_heads)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + self._vectors_of_a_layer()
-        total = self.num_layers * layer + self.hidden_size
+        layer = attention + self._vectors_of_a_layer()
+        total = self.num_layers * layer + self._mlp_weights(active=False) + self.hidden_size
         if embeddings:
             tables = 1 if self.share_embeddings_and_output_weights else 2
             total += tables * self.padded_vocab_size * self.hidden_size
         return total
 
     def num_matmul_parameters(self) -> int:
-        """Number of weights in matrix products: all but norms, biases and the embedding look-up."""
+        """Number of weights that a token is multiplied by: all but norms, biases, the embedding look-up and
+        the experts that the token is not sent to."""
         vectors = self.num_layers * self._vectors_of_a_layer() + self.hidden_size
         look_up = 0 if self.share_embeddings_and_output_weights else 1
-        return self.num_parameters() - vectors - look_up * self.padded_vocab_size * self.hidden_size
+        idle = self._mlp_weights(active=False) - self._mlp_weights(active=True)
+        others = vectors + look_up * self.padded_vocab_size * self.hidden_size + idle
+        return self.num_parameters() - others
+
+    def _mlp_weights(self, *, active: bool) -> int:
+        """Number of weights of all layers' MLPs and experts; `active`: of those that one token goes
+        through."""
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        experts = self.experts.layer_weights(self.hidden_size, self.ffn_hidden_size, active=active)
+        return sum(experts if e else mlp for e in self.experts.layers(self.num_layers))
 
     def _vectors_of_a_layer(self) -> int:
         """Number of parameters in the norms and biases of one layer."""
@@ -222,6 +248,9 @@ class ParallelConfig:
     """None: as many as in the stages between."""
     num_layers_in_last_pipeline_stage: int | None = None
     context_parallel_size: int = 1
+    """Divides the tokens of each sequence over so many ranks, for long sequences."""
+    expert_model_parallel_size: int = 1
+    """Ranks over which each layer's experts are divided: of the tensor- and data-parallel ones."""
     tp_overlap: TpOverlap = "none"
     """halves: standard and parallel layers hide their tensor-parallel collectives too. The two halves of
     a micro-batch take turns: the collectives of one run while the other computes."""
@@ -234,15 +263,11 @@ class ParallelConfig:
             "num_layers_in_first_pipeline_stage",
             "num_layers_in_last_pipeline_stage",
             "context_parallel_size",
+            "expert_model_parallel_size",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"parallel.{name} is {value}: it must be at least 1")
-        if self.context_parallel_size > 1:
-            raise UserError(
-                f"parallel.context_parallel_size {self.context_parallel_size} is not supported yet: "
-                "use 1, and tensor, pipeline and data parallelism"
-            )
         if self.pipeline_model_parallel_size == 1:
             for name in (
                 "virtual_pipeline_model_parallel_size",
@@ -257,12 +282,19 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """The number of ranks that hold one copy of the model together."""
+        """The number of ranks that hold one copy of the model together, its experts left aside."""
         return (
             self.tensor_model_parallel_size
             * self.pipeline_model_parallel_size
             * self.context_parallel_size
         )
+
+    @property
+    def least_ranks(self) -> int:
+        """The least number of ranks on which the whole model is; there may be any multiple of it."""
+        ep = self.expert_model_parallel_size
+        of_a_stage = self.tensor_model_parallel_size * self.context_parallel_size
+        return self.pipeline_model_parallel_size * math.lcm(of_a_stage, ep)
 
     @property
     def num_chunks(self) -> int:
@@ -273,13 +305,16 @@ class ParallelConfig:
         """The number of copies of the model in `world_size` ranks.
 
         Raises:
-            UserError: `world_size` is not a multiple of `model_parallel_size`.
+            UserError: `world_size` is not a multiple of `least_ranks`.
         """
-        if world_size % self.model_parallel_size:
+        if world_size % self.least_ranks:
+            ep = self.expert_model_parallel_size
             raise UserError(
                 f"{world_size} ranks do not divide into TP {self.tensor_model_parallel_size} x "
                 f"PP {self.pipeline_model_parallel_size} x CP {self.context_parallel_size} = "
-                f"{self.model_parallel_size}: start a multiple of {self.model_parallel_size} ranks"
+                f"{self.model_parallel_size}"
+                + (f", with experts over {ep} of TP x DP" if ep > 1 else "")
+                + f": start a multiple of {self.least_ranks} ranks"
             )
         return world_size // self.model_parallel_size
 
@@ -324,28 +359,5 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"model.residual {model.residual} does not go with parallel.sequence_parallel: its ranks "
             "do not share their residual states"
         )
-    _check_stages(model.num_layers, parallel)
-
-
-def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
-    pp = parallel.pipeline_model_parallel_size
-    first = parallel.num_layers_in_first_pipeline_stage
-    last = parallel.num_layers_in_last_pipeline_stage
-    given = [n for n in (first, last) if n is not None]
-    others, left = pp - len(given), num_layers - sum(given)
-    # All other stages get the same number of layers. Without other stages, no layer may be left over.
-    fits = left == 0 if others == 0 else left >= others and left % others == 0
-    if not fits:
-        raise UserError(
-            f"model.num_layers {num_layers} do not divide over "
-            f"parallel.pipeline_model_parallel_size {pp}"
-            + (f" (first stage: {first or 'even'}, last stage: {last or 'even'})" if given else "")
-            + ": choose another size, or set parallel.num_layers_in_first_pipeline_stage or "
-            "num_layers_in_last_pipeline_stage so that all other stages get the same number of layers"
-        )
-    for layers in {*given, left // others if others else 0}:
-        if layers % parallel.num_chunks:
-            raise UserError(
-                f"{layers} layers of a pipeline stage do not divide into "
-                f"parallel.virtual_pipeline_model_parallel_size {parallel.num_chunks} parts"
-            )
+    check_stages(model.num_layers, parallel)
+    check_experts(model, parallel)

@@ -5,10 +5,11 @@ process so that these calls use the CPU. Training then runs over gloo, with mega
 parallelism, DDP and distributed optimizer.
 """
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.utils._device
@@ -29,11 +30,26 @@ def _on_cpu(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pin_memory", None)  # it is pinned for copies to a GPU
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
         return function(*(_CPU if _is_cuda(a) else a for a in args), **kwargs)
 
     return wrapper
+
+
+class _NoStream:
+    """Stands for a CUDA stream, on which megatron-core's experts copy numbers to the host; and for its
+    event."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def record_event(self) -> Self:
+        return self
+
+    def synchronize(self) -> None: ...
 
 
 def enable() -> bool:
@@ -50,12 +66,14 @@ def enable() -> bool:
     if torch.cuda.is_available():
         return False
 
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.tensor_parallel import random as mcore_random
 
     cuda: Any = torch.cuda
     tensor: Any = torch.Tensor
     cuda.current_device = lambda: _CPU
     cuda.current_stream = lambda *_: None  # a CPU has one stream, and nothing waits for it
+    cuda.Stream, cuda.stream = _NoStream, lambda *_: contextlib.nullcontext()
     cuda.synchronize = lambda *_: None
     cuda.empty_cache = lambda: None
     cuda.manual_seed = torch.manual_seed
@@ -82,7 +100,11 @@ def enable() -> bool:
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor.to = _on_cpu(torch.Tensor.to)
+    # Reading a checkpoint calls it with "cuda", for what another rank has read. Its default factory is
+    # torch's own, from before the patches.
+    ShardedTensor.init_data = _on_cpu(ShardedTensor.init_data)
     _use_torch_in_optimizers()
+    _use_torch_in_experts()
     _enabled = True
     logger.info("No GPU found: the CPU stands in for it (gloo, megatron-core's local layers).")
     return True
@@ -107,3 +129,17 @@ def _use_torch_in_optimizers() -> None:
     distrib_optimizer.Adam = torch.optim.Adam
     distrib_optimizer.HAVE_APEX_OR_TE = False
     distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+
+
+def _use_torch_in_experts() -> None:
+    """Makes megatron-core's mixture of experts use torch instead of Transformer Engine's GEMM.
+
+    The dispatcher turns numbers of tokens into a list where it copies them from a GPU, and needs one.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def on_the_host(numbers: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return numbers.numpy() if as_numpy and torch.is_tensor(numbers) else numbers
+
+    moe_utils.te_general_gemm = None
+    token_dispatcher.maybe_move_tensor_to_cpu = on_the_host

@@ -68,6 +68,11 @@ def check_fp8(
                 "fp8.num_layers_at_start_in_bf16, _at_end_ and primary_weights need an fp8.recipe"
             )
         return
+    if model.experts.num_moe_experts is not None:
+        raise UserError(
+            f"fp8.recipe {fp8.recipe} does not go with experts yet: leave it out, or "
+            "model.experts.num_moe_experts"
+        )
     if precision != "bf16":
         raise UserError(
             f"fp8.recipe {fp8.recipe} needs precision bf16 (it is {precision}): the rest stays bf16"
@@ -83,8 +88,10 @@ def check_fp8(
         )
     tp = parallel.tensor_model_parallel_size
     at_once, of = float(tokens), "data.seq_length x micro_batch_size"
+    if (cp := parallel.context_parallel_size) > 1:
+        at_once, of = at_once / cp, f"{of} / context_parallel_size"
     if parallel.tp_overlap == "halves":
-        at_once, of = tokens / 2, f"{of} / 2 (of parallel.tp_overlap halves)"
+        at_once, of = at_once / 2, f"{of} / 2 (of parallel.tp_overlap halves)"
     heads = model.num_attention_heads + 2 * model.kv_heads
     multiple = 32 if fp8.recipe == "mxfp8" else 16
     for name, size in (

@@ -5,6 +5,7 @@ Saving and loading are in mcore_checkpoints.py. Works with megatron-core 0.16.1 
 """
 
 import contextlib
+import functools
 import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,9 +16,13 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ladder import rope
 from megatron_ladder.config import (
     STALE,
     Attention,
@@ -29,11 +34,20 @@ from megatron_ladder.config import (
     check_layout,
     own_layers,
 )
+from megatron_ladder.fields.experts import megatron_fields
+from megatron_ladder.fields.windows import layer_windows
 from megatron_ladder.fp8 import Fp8Config, config_fields
 from megatron_ladder.layers.attention_choice import CoreAttention, choose
+from megatron_ladder.layers.experts import (
+    CountingRouter,
+    LocalExperts,
+    sum_gradients_over_their_own_ranks,
+)
 from megatron_ladder.layers.stages import connect, sent_config
-from megatron_ladder.specs import block_spec, layer_spec, resolve_impl
+from megatron_ladder.specs import LocalBackend, block_spec, layer_spec, resolve_impl
 
+# 0.16's router asks for it where Transformer Engine is not installed, too.
+moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
 NO_FP8 = Fp8Config()
 TORCHS = CoreAttention("torch", "")
 
@@ -56,6 +70,8 @@ def initialize_model_parallel(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # an expert is never cut
         create_gloo_process_groups=False,
     )
     # Stages draw different numbers. Tensor-parallel ranks share the default state, and have one each, too.
@@ -170,6 +186,9 @@ def transformer_config(
         overlap_p2p_comm=parallel.num_chunks > 1,
         batch_p2p_comm=parallel.num_chunks == 1,
         context_parallel_size=parallel.context_parallel_size,
+        # Transformer Engine's ring, which sends keys and values while it computes. It has no windows: there
+        # keys and values are gathered.
+        cp_comm_type="p2p" if model.sliding_window is None else "all_gather",
         bf16=precision == "bf16",
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         pipeline_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
@@ -184,6 +203,8 @@ def transformer_config(
         apply_rope_fusion=resolve_impl(impl) == "transformer_engine",
         cross_entropy_loss_fusion=on_gpu and not deterministic,
         masked_softmax_fusion=False,
+        softmax_scale=rope.softmax_scale(model),
+        **_windows(model),
         # For local linears, with a kernel of NVIDIA's apex. pretrain/model/optimizer.py sets TE's.
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
@@ -192,6 +213,7 @@ def transformer_config(
         halves=halves,
         **recompute_fields,
         **config_fields(fp8),
+        **megatron_fields(model, parallel, grouped=resolve_impl(impl) == "transformer_engine"),
     )
     config.core_attention = choose(
         config,
@@ -223,9 +245,9 @@ def build_gpt_model(
     # 0.19 logs that HybridModel will replace GPTModel. A user need not act on that.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     residuals = model.layer_residuals()
-    spec = layer_spec(
-        residuals,
-        impl,
+    spec_with = functools.partial(
+        layer_spec,
+        *(residuals, impl),
         desync_interval=model.desync_interval,
         recompute=config.recompute_submodules,
         halves=config.halves,
@@ -233,6 +255,12 @@ def build_gpt_model(
         qk_layernorm=model.qk_layernorm,
         core_attention=config.core_attention.whose,
     )
+    have_experts = model.experts.layers(model.num_layers)
+    kinds = {
+        experts: spec_with(_experts_spec(config) if experts else None)
+        for experts in set(have_experts)
+    }
+    specs = [kinds[experts] for experts in have_experts]
     count = config.virtual_pipeline_model_parallel_size or 1
     seen_by_schedules = sent_config(config, sends_pair=bool(STALE.intersection(residuals)))
     chunks = []
@@ -241,7 +269,7 @@ def build_gpt_model(
         with device or contextlib.nullcontext():
             gpt = GPTModel(
                 config=config,
-                transformer_layer_spec=block_spec(config, spec, impl, chunk),
+                transformer_layer_spec=block_spec(config, specs, impl, chunk),
                 vocab_size=model.padded_vocab_size,
                 max_sequence_length=model.max_position_embeddings,
                 pre_process=parallel_state.is_pipeline_first_stage(False, chunk),
@@ -249,11 +277,16 @@ def build_gpt_model(
                 share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
                 position_embedding_type="rope",
                 rotary_base=model.rotary_base,
-                **_rope_scaling(model),
                 vp_stage=chunk,
             )
+        theirs = gpt.rotary_pos_emb.inv_freq
+        gpt.rotary_pos_emb.inv_freq = rope.frequencies(model).to(theirs.device)
+        if config.softmax_scale is not None:  # for attention over the inference engine's cache
+            for layer in gpt.decoder.layers:
+                layer.self_attention.softmax_scale = config.softmax_scale
         if config.own_layers:
             connect(list(gpt.decoder.layers))
+        sum_gradients_over_their_own_ranks(gpt)
         if config.fp8 and config.fp8_recipe == "delayed":
             from megatron_ladder.te.scales import store_scales_as_numbers
 
@@ -263,9 +296,36 @@ def build_gpt_model(
     return chunks
 
 
-def _rope_scaling(model: ModelConfig) -> dict[str, Any]:
-    if model.rope_scaling_factor is None:
+def _experts_spec(config: LadderConfig) -> Any:
+    """The spec of a mixture of experts: megatron-core's, with a router that counts."""
+    grouped = config.moe_grouped_gemm
+    if grouped:
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        backend: Any = TESpecProvider()
+    else:
+        backend = LocalBackend()
+    spec: Any = get_moe_module_spec_for_backend(
+        backend, num_experts=config.num_moe_experts, moe_grouped_gemm=grouped
+    )
+    # 0.16 has a ModuleSpec of both, 0.19 a partial function.
+    parts = spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
+    parts.router = CountingRouter
+    if not grouped:
+        experts = parts.experts
+        parts.experts = (
+            ModuleSpec(module=LocalExperts, submodules=experts.submodules)
+            if isinstance(experts, ModuleSpec)
+            else functools.partial(LocalExperts, **experts.keywords)
+        )
+    return spec
+
+
+def _windows(model: ModelConfig) -> dict[str, Any]:
+    if model.sliding_window is None:
         return {}
-    if model.rope_scaling_type == "linear":
-        return {"seq_len_interpolation_factor": model.rope_scaling_factor}
-    return {"rope_scaling": True, "rope_scaling_factor": model.rope_scaling_factor}
+    windows = layer_windows(model)
+    return {
+        "window_size": (model.sliding_window - 1, 0),  # tokens before and behind a token
+        "window_attn_skip_freq": None if None not in windows else [w is not None for w in windows],
+    }

@@ -4,6 +4,7 @@
 Engine's, which need a GPU. No other function makes this choice.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -23,7 +24,11 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from megatron_ladder.config import PARALLEL, Residual, TransformerImpl
 from megatron_ladder.errors import UserError
@@ -93,6 +98,7 @@ def resolve_impl(impl: TransformerImpl) -> Literal["local", "transformer_engine"
 def layer_spec(
     residuals: tuple[Residual, ...] | None,
     impl: TransformerImpl = "auto",
+    experts: Any = None,
     *,
     desync_interval: int = 1,
     recompute: bool = False,
@@ -109,6 +115,7 @@ def layer_spec(
     Args:
         residuals: each layer's residual kind, first to last. None: every layer is a ladder layer.
         impl: the implementation of the modules; see `resolve_impl`.
+        experts: the spec of a mixture of experts in place of the MLP, of a standard layer.
         desync_interval: the number of sub-modules from one all-reduce to the next, in desync layers.
         recompute: full recomputation, one sub-module at a time. megatron-core's own layers ignore it: they
             have megatron-core's recomputation.
@@ -119,18 +126,26 @@ def layer_spec(
             torch's in local layers, Transformer Engine's in its layers.
 
     Returns:
-        One spec for all layers. Each layer finds its residual kind by its layer number.
+        One spec for all layers that have experts, or that have none. Each layer finds its residual kind by
+        its layer number.
 
     Raises:
         UserError: from `resolve_impl`.
     """
     chosen = resolve_impl(impl)
     kinds = set(residuals or ("ladder",))
+    assert experts is None or (kinds == {"standard"} and not halves)
     assert kinds <= PARALLEL or not kinds & PARALLEL
     if kinds == {"standard"} and not halves and chosen == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        if experts is not None:
+            from megatron.core.extensions.transformer_engine import TENorm
+
+            spec.submodules.mlp = experts
+            spec.submodules.pre_mlp_layernorm = TENorm
+            spec.submodules.sharded_state_dict_keys_map = {}
     elif kinds == {"standard"} and not halves:
-        submodules = _submodules(LocalBackend(), kinds, qk_layernorm)
+        submodules = _submodules(LocalBackend(), kinds, qk_layernorm, experts)
         spec = ModuleSpec(module=TransformerLayer, submodules=submodules)
     else:
         if chosen == "transformer_engine":
@@ -160,13 +175,16 @@ def layer_spec(
 
 
 def block_spec(
-    config: TransformerConfig, spec: ModuleSpec, impl: TransformerImpl, chunk: int | None
+    config: TransformerConfig,
+    specs: Sequence[ModuleSpec],
+    impl: TransformerImpl,
+    chunk: int | None,
 ) -> TransformerBlockSubmodules:
     """The specs of the layers of this pipeline stage, or of one of its chunks, and of the final norm.
 
     Args:
         config: megatron-core's configuration of the whole model.
-        spec: the spec of one layer, from `layer_spec`.
+        specs: of all layers of the model, from `layer_spec`.
         impl: the implementation of the modules, as for `layer_spec`.
         chunk: with the interleaved schedule, the chunk's number in its stage, from 0. Else None.
 
@@ -177,20 +195,22 @@ def block_spec(
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
     else:
         final_norm = RMSNorm
-    count = get_num_layers_to_build(config, chunk)
-    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=final_norm)
+    first = get_transformer_layer_offset(config, chunk)
+    ours = specs[first : first + get_num_layers_to_build(config, chunk)]
+    return TransformerBlockSubmodules(layer_specs=list(ours), layer_norm=final_norm)
 
 
 def _submodules(
-    backend: Any, kinds: set[Residual], qk_layernorm: bool
+    backend: Any, kinds: set[Residual], qk_layernorm: bool, experts: Any = None
 ) -> TransformerLayerSubmodules:
-    """Norms, attention and MLP of one layer. Parallel kinds have one norm for attention and MLP."""
+    """Norms, attention and MLP or experts of one layer. Parallel kinds have one norm for attention and
+    MLP."""
     norm = backend.layer_norm(rms_norm=True)
     head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if qk_layernorm else IdentityOp
     # A checkpoint names the norms as Transformer Engine's fused norm + linear does. megatron-core's own
     # local spec does so too. So one checkpoint loads into either implementation.
     checkpoint_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if not kinds <= PARALLEL:
+    if not kinds <= PARALLEL and experts is None:
         checkpoint_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return TransformerLayerSubmodules(
         input_layernorm=norm,
@@ -207,7 +227,7 @@ def _submodules(
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=IdentityOp if kinds <= PARALLEL else norm,
-        mlp=get_mlp_module_spec_for_backend(backend=backend),
+        mlp=experts or get_mlp_module_spec_for_backend(backend=backend),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=checkpoint_names,
     )

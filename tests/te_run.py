@@ -4,9 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.layers.context import tokens_of
 from megatron_ladder.layers.documents import Documents
 from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
 
@@ -16,6 +19,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "ladder": {"residual": "ladder"},
     "last-n": {"residual": "ladder", "ladder_layers": 2},
     "desync": {"residual": "desync", "desync_interval": 2},
+    "windows": {
+        "residual": "standard",
+        "sliding_window": 20,
+        "sliding_window_layers": 2,
+        "rope_scaling_type": "yarn",
+        "rope_scaling_factor": 4.0,
+    },
+    "ladder windows": {"residual": "ladder", "sliding_window": 20, "sliding_window_layers": 2},
     "qk-norm": {"residual": "ladder", "qk_layernorm": True, "add_qkv_bias": True},
     "parallel-ladder": {"residual": "parallel-ladder"},
     "standard in halves": {"residual": "standard"},
@@ -106,14 +117,20 @@ class Run:
             self.forward().backward()
         self.weights = {n: p.detach().clone() for n, p in self.own.items()}
         self.gradients = {n: p.grad.float() for n, p in self.own.items() if p.grad is not None}
+        if parallel.context_parallel_size > 1:  # each rank has those of its tokens
+            for gradient in self.gradients.values():
+                dist.all_reduce(gradient, group=parallel_state.get_context_parallel_group())
+                gradient /= parallel.context_parallel_size
 
     def forward(self) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(0, VOCAB, (self.batch, LENGTH + 1), generator=generator).cuda()
         positions = torch.arange(LENGTH).expand(self.batch, -1).cuda()
+        here = parallel_state.get_context_parallel_rank(), self.config.context_parallel_size
+        mine = [tokens_of(x, *here) for x in (tokens[:, :-1], positions, tokens[:, 1:])]
         losses = self.gpt(
-            *(tokens[:, :-1], positions, None),
-            labels=tokens[:, 1:],
+            *(mine[0], mine[1], None),
+            labels=mine[2],
             packed_seq_params=self.documents,
         )
         return losses.float().mean()

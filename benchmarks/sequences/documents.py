@@ -2,10 +2,12 @@
 
     python benchmarks/sequences/documents.py --shapes 128:6:256:8:6000 128:6:256:8:60 --json FILE
     python benchmarks/sequences/documents.py --shapes 64:1:32768:1:1000 --steps 2 --json FILE
+    python benchmarks/sequences/documents.py --shapes 128:6:256:8:data --data quickstart/data --json FILE
 
 A shape is HIDDEN:LAYERS:SEQUENCE:MICRO_BATCH:DOCUMENT, the last the mean length of a document in tokens.
 Lengths are drawn from a log-normal distribution (sigma 1) and cut where sequences end, as those of a data
-set are. Three ways take one training step each in every repetition, in fp32 on one thread of a CPU:
+set are; where DOCUMENT is "data", they are those of the data set --data, shuffled. Each step has other
+documents. Three ways take one training step each in every repetition, in fp32 on one thread of a CPU:
 
     together    tokens attend to all earlier ones of their sequence
     mask        a document's tokens attend to it alone, by a mask of s x s numbers for each sequence
@@ -34,6 +36,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
 
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
 from measuring import facts
 from measuring.batches import random_batch
 from measuring.options import parser_of
@@ -53,6 +57,7 @@ def arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["128:6:256:8:6000", "128:6:256:8:60"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--data", type=Path, help="a data set with the documents to take")
     parser.add_argument("--steps", type=int, default=15, help="interleaved repetitions")
     parser.add_argument("--most-gib", type=float, default=6.0, help="of a mask")
     return parser.parse_args()
@@ -72,15 +77,30 @@ def config_of(hidden: int, layers: int, seq_length: int, batch: int) -> TrainCon
     return TrainConfig(model=model, data=data, micro_batch_size=batch, global_batch_size=batch)
 
 
-def documents_of(config: TrainConfig, mean: float) -> Tensor:
-    """A number for each token, int32 [b, s]: documents one after another, from the middle of one on."""
-    count = config.tokens_per_step
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(4 * math.ceil(count / mean) + 40, generator=generator)
-    lengths = (mean * (drawn - 0.5).exp()).long().clamp(min=2)  # the mean of exp(z) is exp(1/2)
+def documents_of(config: TrainConfig, lengths: Tensor, steps: int = 1) -> Tensor:
+    """A number for each token, int32 [steps, b, s]: documents one after another, from the middle of one on.
+
+    Args:
+        lengths: tokens of each document, int64 [documents].
+    """
+    count = steps * config.tokens_per_step
     numbers = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths)
     first = int(lengths[:20].sum() // 2)
-    return numbers[first : first + count].view(config.micro_batch_size, -1)
+    return numbers[first : first + count].view(steps, config.micro_batch_size, -1)
+
+
+def drawn_lengths(tokens: int, mean: float) -> Tensor:
+    """Lengths of documents that together have at least so many tokens, and half of 20 more: int64."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(4 * math.ceil(tokens / mean) + 40, generator=generator)
+    return (mean * (drawn - 0.5).exp()).long().clamp(min=2)  # the mean of exp(z) is exp(1/2)
+
+
+def lengths_of(folder: Path) -> Tensor:
+    """The lengths of a data set's training documents, shuffled: int64."""
+    index = IndexedDataset(str(folder / "train"))  # it unmaps its arrays when it is deleted
+    lengths = torch.from_numpy(index.sequence_lengths.copy())
+    return lengths[torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))].long()
 
 
 def by_mask(
@@ -108,16 +128,21 @@ def memory() -> dict[str, int]:
 
 
 def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
-    *sizes, mean = map(int, shape.split(":"))
-    config = config_of(*sizes)
-    numbers = documents_of(config, mean)
+    *sizes, mean = shape.split(":")
+    config = config_of(*map(int, sizes))
+    steps = args.steps + 1  # the first one warms up
+    count = steps * config.tokens_per_step
+    lengths = lengths_of(args.data) if mean == "data" else drawn_lengths(count, float(mean))
+    numbers = documents_of(config, lengths, steps)
+    turns = {way: iter(numbers) for way in WAYS}
     batch, parts = random_batch(config), build(config)
     peaks: dict[str, list[int]] = {way: [] for way in WAYS}
     trim = ctypes.CDLL(None).malloc_trim  # or memory of the step before would be free to be used
-    masks = numbers.numel() * config.data.seq_length * 4 / 2**30
+    masks = config.tokens_per_step * config.data.seq_length * 4 / 2**30
 
     def step(way: str) -> tuple[float, ...]:
-        given = batch if way == "together" else {**batch, "documents": numbers}
+        documents = next(turns[way])
+        given = batch if way == "together" else {**batch, "documents": documents}
         gc.collect()
         trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -135,11 +160,11 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         for way in ways
     }
     times = {way: [s for (s,) in of] for way, of in measure(runs, args.steps).items()}
-    lengths = [n for row in Documents(numbers).lengths for n in row]
+    pieces = [n for row in Documents(numbers.flatten(0, 1)).lengths for n in row]
     return {
         "shape": shape,
-        "documents": len(lengths),
-        "attended": sum(n * n for n in lengths) / sum(lengths),
+        "documents": len(pieces) / steps,  # of a micro-batch
+        "attended": sum(n * n for n in pieces) / sum(pieces),
         "mask_gib": masks,
         "seconds": times,
         "peak_bytes": {way: peaks[way][1:] for way in ways},  # the first step warms up
@@ -162,7 +187,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             if f"apart over {way}" in row
         }
         shown.append({**row, **{f"over_{way}": words for way, words in over.items()}})
-    columns = {"shape": "{shape}", "documents": "{documents}", "mask, GiB": "{mask_gib:.2f}"}
+    columns = {"shape": "{shape}", "documents": "{documents:.1f}", "mask, GiB": "{mask_gib:.2f}"}
     columns |= {f"{way}, ms": f"{{{way}_ms:,.0f}}" for way in WAYS}
     columns |= {f"apart over {way}": f"{{over_{way}}}" for way in ("together", "mask")}
     columns |= {f"{way}, MiB": f"{{{way}_mib:,.0f}}" for way in WAYS}

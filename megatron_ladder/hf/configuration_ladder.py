@@ -58,7 +58,7 @@ def ladder_layer_indices(
 
 
 class LadderConfig(PreTrainedConfig):
-    """The fields of Llama's configuration, and four more.
+    """The fields of Llama's configuration, and six more.
 
     Args:
         residual: the state that a sub-module reads. "standard": the last state, as in Llama. "ladder": the
@@ -68,12 +68,16 @@ class LadderConfig(PreTrainedConfig):
             a list of layers, numbered from 0. All other layers are standard, or parallel.
         qkv_bias: biases of queries, keys and values, as in Qwen2.
         qk_norm: RMSNorm of each head's query and key before RoPE, as in Qwen3.
-        rope_parameters: transformers' dictionary, with the `rope_type` "default", "linear" or "llama3". The
-            older `rope_theta` and `rope_scaling` are read too.
+        sliding_window: the tokens that a token attends to, itself and those just before it, as in Mistral.
+            None: all.
+        layer_types: of each layer "full_attention" or "sliding_attention", as in Qwen2. None: every layer
+            has the window, if there is one.
+        rope_parameters: transformers' dictionary, with the `rope_type` "default", "linear", "llama3" or
+            "yarn". The older `rope_theta` and `rope_scaling` are read too.
 
     Raises:
-        ValueError: the heads are not a multiple of the key/value heads, or `ladder_layers` or `residual` is
-            wrong.
+        ValueError: the heads are not a multiple of the key/value heads, or `ladder_layers`, `residual` or
+            `layer_types` is wrong.
     """
 
     model_type = "ladder"
@@ -95,6 +99,8 @@ class LadderConfig(PreTrainedConfig):
         ladder_layers: int | list[int] | None = None,
         qkv_bias: bool = False,
         qk_norm: bool = False,
+        sliding_window: int | None = None,
+        layer_types: list[str] | None = None,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
@@ -120,6 +126,12 @@ class LadderConfig(PreTrainedConfig):
         )
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
+        self.sliding_window = sliding_window
+        # transformers' caches read it too, but only a list.
+        if layer_types is not None:
+            self.layer_types = list(layer_types)
+        elif sliding_window is not None:
+            self.layer_types = ["sliding_attention"] * num_hidden_layers
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         if self.num_attention_heads % self.num_key_value_heads:
@@ -128,6 +140,14 @@ class LadderConfig(PreTrainedConfig):
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         self.ladder_layer_indices()  # refuses layers that do not exist
+        types = set(layer_types or ())
+        if types - {"full_attention", "sliding_attention"} or (
+            "sliding_attention" in types and sliding_window is None
+        ):
+            raise ValueError(
+                f"layer_types names {sorted(types)}: full_attention is supported, and with a "
+                "sliding_window sliding_attention"
+            )
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             bos_token_id=bos_token_id,
@@ -135,6 +155,11 @@ class LadderConfig(PreTrainedConfig):
             pad_token_id=pad_token_id,
             **kwargs,
         )
+
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer, in tokens. None: the layer attends to all tokens."""
+        types = getattr(self, "layer_types", ["full_attention"] * self.num_hidden_layers)
+        return tuple(self.sliding_window if t == "sliding_attention" else None for t in types)
 
     def ladder_layer_indices(self) -> tuple[int, ...]:
         """The ladder layers, numbered from 0."""

@@ -1,8 +1,8 @@
 """Writes a model as a folder that transformers loads.
 
 A folder with another residual than the standard one contains the modelling files (remote code). A model
-with the standard residual is a Llama model, a Qwen2 model (with biases) or a Qwen3 model (with norms of
-queries and keys), and is exported as that. `needs_code` has the exceptions.
+with the standard residual is a Llama model, a Mistral model (with a window), a Qwen2 model (with biases) or
+a Qwen3 model (with norms of queries and keys), and is exported as that. `needs_code` has the exceptions.
 """
 
 import json
@@ -21,24 +21,25 @@ from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.configuration_ladder import LADDERS, LadderConfig
 from megatron_ladder.hf.convert import main_dtype, megatron_to_hf
 from megatron_ladder.hf.end_ids import end_ids as named_ends
 from megatron_ladder.hf.end_ids import one_or_several, several
-from megatron_ladder.hf.output import complete_or_absent, refuse_others, synced_behind
-from megatron_ladder.hf.stored import bytes_of, is_finite, safetensors_header
+from megatron_ladder.hf.files.ahead import one_ahead
+from megatron_ladder.hf.files.output import complete_or_absent, refuse_others, synced_behind
+from megatron_ladder.hf.files.stored import bytes_of, is_finite, safetensors_header
 from megatron_ladder.hf.tokenizer import write_tokenizer
 from megatron_ladder.json_files import read_json
 
 _HERE = Path(__file__).parent
-_MODELLING_FILES = ("configuration_ladder.py", "modeling_ladder.py")
+_MODELLING_FILES = ("configuration_ladder.py", "modeling_ladder.py", "rotary_ladder.py")
 _AUTO_MAP = {
     "AutoConfig": "configuration_ladder.LadderConfig",
     "AutoModel": "modeling_ladder.LadderModel",
@@ -170,14 +171,31 @@ def needs_code(config: LadderConfig, *, own_tokenizer: bool) -> bool:
             ids. So a model with biases and its own tokenizer is not exported as Qwen2.
     """
     theirs = config.residual == "standard" and not (config.qkv_bias and config.qk_norm)
+    # Of Qwen's layers some may have a window. Of Mistral's all have it, or none.
+    if not (config.qkv_bias or config.qk_norm) and len(set(config.layer_windows())) > 1:
+        theirs = False
     return not theirs or (config.qkv_bias and own_tokenizer)
 
 
-def standard_config(config: LadderConfig) -> LlamaConfig | Qwen2Config | Qwen3Config:
+def standard_config(
+    config: LadderConfig,
+) -> LlamaConfig | MistralConfig | Qwen2Config | Qwen3Config:
     """transformers' own configuration of a model with the standard residual."""
     assert config.residual == "standard" and not (config.qkv_bias and config.qk_norm)
-    kind = Qwen3Config if config.qk_norm else Qwen2Config if config.qkv_bias else LlamaConfig
-    return kind(**{name: copy(getattr(config, name)) for name in _SHARED_FIELDS})
+    fields = {name: copy(getattr(config, name)) for name in _SHARED_FIELDS}
+    window, windows = config.sliding_window, config.layer_windows()
+    if not (config.qkv_bias or config.qk_norm):
+        if window is None:
+            return LlamaConfig(**fields)
+        assert None not in windows
+        return MistralConfig(**fields, sliding_window=window)
+    if window is not None:
+        fields |= {"use_sliding_window": True, "sliding_window": window}
+        fields["layer_types"] = copy(config.layer_types)
+        without = windows.count(None)
+        if not any(windows[:without]):  # what older readers know: the first layers have none
+            fields["max_window_layers"] = without
+    return Qwen3Config(**fields) if config.qk_norm else Qwen2Config(**fields)
 
 
 def model_card(

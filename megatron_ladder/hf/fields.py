@@ -17,6 +17,7 @@ SIZES_OR_NULL = ("num_key_value_heads", "head_dim")
 COUNTS_OR_NULL = ("sliding_window", "max_window_layers", "original_max_position_embeddings")
 NUMBERS = ("rms_norm_eps", "initializer_range")
 NUMBERS_OR_NULL = ("rope_theta", "partial_rotary_factor", "attention_dropout")
+ROPE_NUMBERS = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MOST_LABELS = 100_000
 
@@ -58,7 +59,10 @@ def check_fields(values: dict[str, Any], path: Path) -> None:
         for key, value in (rope or {}).items():
             if key in ("rope_type", "type"):
                 need(isinstance(value, str), f"{name}.{key}", value, "a string")
-            elif key in ("factor", "rope_theta", *NUMBERS_OR_NULL) and value is not None:
+            elif key == "original_max_position_embeddings" and value is not None:
+                wanted = f"a whole number from 1 to {MOST_SIZE:,}"
+                need(is_whole(value, 1, MOST_SIZE), f"{name}.{key}", value, wanted)
+            elif key in (*ROPE_NUMBERS, *NUMBERS_OR_NULL) and value is not None:
                 number(f"{name}.{key}", value)
     for name in IDS:
         value = values.get(name)

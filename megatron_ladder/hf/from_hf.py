@@ -9,7 +9,9 @@ import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.fields import check_fields
+from megatron_ladder.hf.model_config import FULL, SLIDING, rope_fields, window_fields
 from megatron_ladder.json_files import in_words, named, read_json, short
+from megatron_ladder.rope import LLAMA3_HIGH, LLAMA3_LOW
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -19,11 +21,19 @@ ARCHITECTURES = (
     "LadderForCausalLM",
 )
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "ladder")
-# The constants of Llama 3's RoPE scaling in megatron-core. All Llama 3 models have these numbers.
-LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+# All Llama 3 models have these numbers.
+LLAMA3 = {"low_freq_factor": LLAMA3_LOW, "high_freq_factor": LLAMA3_HIGH}
+# The models whose layers may have a window or not. The others' layers are all the same.
+WITH_TYPES = ("qwen2", "qwen3", "ladder")
+# Each key that a type of RoPE must have, beside its own of LLAMA3, and those that it may have.
+ROPE_NUMBERS = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+    ),
 }
 
 
@@ -87,13 +97,11 @@ def to_model_config(config: Any, where: Path) -> ModelConfig:
         )
     kind = config.model_type
     wrong = _unsupported(config)
-    rope = dict(config.rope_parameters or {})
-    rope_type = rope.get("rope_type", "default")
     if wrong:
         raise UserError(
-            f"{where}: {'; '.join(wrong)}: supported are RMSNorm, SwiGLU, full causal attention, "
-            "query, key and value biases (Qwen2), query and key norms (Qwen3), RoPE of type default, "
-            "linear or llama3"
+            f"{where}: {'; '.join(wrong)}: supported are RMSNorm, SwiGLU, causal attention, sliding "
+            "windows (Mistral, Qwen), query, key and value biases (Qwen2), query and key norms (Qwen3), "
+            f"RoPE of type {', '.join(ROPE_NUMBERS)}"
         )
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or hidden // heads
@@ -111,9 +119,8 @@ def to_model_config(config: Any, where: Path) -> ModelConfig:
         residual=getattr(config, "residual", "standard"),
         ladder_layers=tuple(layers) if isinstance(layers, list) else layers,
         max_position_embeddings=config.max_position_embeddings,
-        rotary_base=float(rope.get("rope_theta", 10000.0)),
-        rope_scaling_factor=None if rope_type == "default" else float(rope["factor"]),
-        rope_scaling_type="linear" if rope_type == "linear" else "llama3",
+        **window_fields(_window(config), config),
+        **rope_fields(config.rope_parameters or {}),
         layernorm_epsilon=config.rms_norm_eps,
         init_method_std=config.initializer_range,
         share_embeddings_and_output_weights=bool(config.tie_word_embeddings),
@@ -129,15 +136,15 @@ def _unsupported(config: Any) -> list[str]:
             found.append(f"{name} is set")
     if getattr(config, "quantization_config", None):
         found.append("its weights are quantized")
-    # Mistral's window is on unless it is null. Qwen's has a switch, which transformers has already applied.
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        found.append(f"sliding_window is {window}")
-    if any(t != "full_attention" for t in getattr(config, "layer_types", None) or ()):
-        found.append("layer_types has others than full_attention")
+    types = set(getattr(config, "layer_types", None) or ())
+    window = _window(config)
+    if config.model_type == "llama" and window is not None:
+        found.append(f"sliding_window is {window}, which Llama does not have")
+    if types - ({FULL, SLIDING} if config.model_type in WITH_TYPES else {FULL}):
+        found.append(f"layer_types has {', '.join(named(t) for t in sorted(types))}")
     rope = dict(config.rope_parameters or {})
     rope_type = rope.get("rope_type", "default")
-    if rope_type not in ("default", "linear", "llama3"):
+    if rope_type not in ROPE_NUMBERS:
         found.append(f"rope_type is {named(str(rope_type))}")
     if rope_type == "llama3":
         found += [
@@ -145,7 +152,19 @@ def _unsupported(config: Any) -> list[str]:
         ]
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         found.append(f"partial_rotary_factor is {short(rope['partial_rotary_factor'])}")
-    for name in ("rope_theta", *(("factor",) if rope_type in ("linear", "llama3") else ())):
-        if type(rope.get(name, 1.0 if name == "rope_theta" else None)) not in (int, float):
-            found.append(f"{name} is {short(rope.get(name))}")
+    if not rope.get("truncate", True):
+        found.append("truncate is false")
+    required, optional = ROPE_NUMBERS.get(str(rope_type), ((), ()))
+    for name in ("rope_theta", *required, *optional):
+        absent = 1.0 if name == "rope_theta" else None
+        value = rope.get(name, absent)
+        if type(value) not in (int, float) and not (value is None and name in optional):
+            found.append(f"{name} is {short(value)}")
     return found
+
+
+def _window(config: Any) -> int | None:
+    """The window, unless it is as long as the context: then it changes nothing."""
+    # Mistral's window is on unless it is null. Qwen's has a switch, which transformers has already applied.
+    window = getattr(config, "sliding_window", None)
+    return window if window is not None and window < config.max_position_embeddings else None

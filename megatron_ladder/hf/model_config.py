@@ -1,7 +1,13 @@
-"""Translates a training configuration to the configuration of the exported model."""
+"""Translates a training configuration to the configuration of the exported model, and parts of it back."""
 
+from typing import Any
+
+from megatron_ladder import rope
 from megatron_ladder.config import ModelConfig
+from megatron_ladder.fields.windows import layer_windows
 from megatron_ladder.hf.configuration_ladder import LadderConfig
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of layers
 
 
 def to_hf_config(model: ModelConfig, eod_id: int | None = None) -> LadderConfig:
@@ -12,19 +18,7 @@ def to_hf_config(model: ModelConfig, eod_id: int | None = None) -> LadderConfig:
         eod_id: the id of the token that ends a document. Generation stops at it.
     """
     assert model.vocab_size is not None
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": model.rotary_base}
-    if model.rope_scaling_factor is not None and model.rope_scaling_type == "linear":
-        rope |= {"rope_type": "linear", "factor": model.rope_scaling_factor}
-    elif model.rope_scaling_factor is not None:
-        # In megatron-core only the factor of Llama 3's scaling can be set. The other numbers are constants.
-        rope |= {
-            "rope_type": "llama3",
-            "factor": model.rope_scaling_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    layers = model.ladder_layers
+    layers, windows = model.ladder_layers, layer_windows(model)
     return LadderConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -37,10 +31,82 @@ def to_hf_config(model: ModelConfig, eod_id: int | None = None) -> LadderConfig:
         qk_norm=model.qk_layernorm,
         max_position_embeddings=model.max_position_embeddings,
         rms_norm_eps=model.layernorm_epsilon,
-        rope_parameters=rope,
+        rope_parameters=_rope_parameters(model),
+        sliding_window=model.sliding_window if any(windows) else None,
+        layer_types=[SLIDING if window else FULL for window in windows] if any(windows) else None,
         residual=model.residual,
         ladder_layers=list(layers) if isinstance(layers, tuple) else layers,
         initializer_range=model.init_method_std,
         tie_word_embeddings=model.share_embeddings_and_output_weights,
         eos_token_id=eod_id,
     )
+
+
+def _rope_parameters(model: ModelConfig) -> dict[str, object]:
+    parameters: dict[str, object] = {"rope_type": "default", "rope_theta": model.rotary_base}
+    if model.rope_scaling_factor is None:
+        return parameters
+    parameters |= {"rope_type": model.rope_scaling_type, "factor": model.rope_scaling_factor}
+    if model.rope_scaling_type == "linear":
+        return parameters
+    parameters["original_max_position_embeddings"] = rope.original_context(model)
+    if model.rope_scaling_type == "llama3":
+        return parameters | {
+            "low_freq_factor": rope.LLAMA3_LOW,
+            "high_freq_factor": rope.LLAMA3_HIGH,
+        }
+    given = {
+        "beta_fast": None if model.rope_beta_fast == 32 else model.rope_beta_fast,
+        "beta_slow": None if model.rope_beta_slow == 1 else model.rope_beta_slow,
+        "attention_factor": model.rope_attention_factor,
+    }
+    return parameters | {name: value for name, value in given.items() if value is not None}
+
+
+def window_fields(window: int | None, config: Any) -> dict[str, Any]:
+    """`ModelConfig`'s fields about windows.
+
+    Args:
+        window: in tokens. None: the model has none, whatever its layers are named.
+        config: transformers' configuration. Without `layer_types` every layer has the window.
+    """
+    count = config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or [SLIDING] * count
+    layers = tuple(number for number, kind in enumerate(types) if kind == SLIDING)
+    if window is None or not layers:
+        return {}
+    if len(layers) == count:
+        return {"sliding_window": window}
+    last = layers == tuple(range(count - len(layers), count))
+    return {"sliding_window": window, "sliding_window_layers": len(layers) if last else layers}
+
+
+def rope_fields(parameters: dict[str, Any]) -> dict[str, Any]:
+    """`ModelConfig`'s fields about RoPE, from transformers' `rope_parameters`."""
+    kind = parameters.get("rope_type", "default")
+    fields: dict[str, Any] = {"rotary_base": float(parameters.get("rope_theta", 10000.0))}
+    if kind == "default":
+        return fields
+    fields |= {"rope_scaling_factor": float(parameters["factor"]), "rope_scaling_type": kind}
+    if kind == "linear":
+        return fields
+    original = parameters["original_max_position_embeddings"]
+    if (kind, original) != ("llama3", rope.LLAMA3_CONTEXT):
+        fields["rope_original_max_position_embeddings"] = original
+    if kind == "llama3":
+        return fields
+    fields |= {
+        f"rope_{name}": float(parameters[name])
+        for name in ("beta_fast", "beta_slow")
+        if parameters.get(name)
+    }
+    attention = parameters.get("attention_factor")
+    if attention is None and parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        above, below = (
+            rope.yarn_attention_factor(parameters["factor"], parameters[name])
+            for name in ("mscale", "mscale_all_dim")
+        )
+        attention = above / below
+    if attention is not None:
+        fields["rope_attention_factor"] = float(attention)
+    return fields

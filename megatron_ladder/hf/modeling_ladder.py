@@ -18,19 +18,19 @@ the previous layer. So with tensor parallelism the all-reduce of that output can
 """
 
 import inspect
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ladder import LADDERS, PARALLELS, LadderConfig
+from .rotary_ladder import rope_cos_sin, rotate
 
 # The first versions of transformers 5 need the positions of the new tokens in the cache. Later versions ask
 # the cache.
@@ -47,41 +47,6 @@ class LadderRMSNorm(nn.Module):
         wide = x.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
-
-
-def rope_frequencies(config: LadderConfig, device: torch.device) -> Tensor:
-    """The angle per position, in radians, of each pair of channels: [head_dim / 2], fp32."""
-    rope = config.rope_parameters or {}
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-    frequencies = 1.0 / rope.get("rope_theta", 10000.0) ** (exponents / config.head_dim)
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return frequencies
-    if kind == "linear":
-        return frequencies / rope["factor"]
-    if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r} is not supported: use default, linear or llama3")
-    # The number of turns within the original context decides. Frequencies with few turns are divided by the
-    # factor, those with many turns do not change, and between them the change is gradual.
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - keep) * frequencies / rope["factor"] + keep * frequencies
-
-
-def rope_cos_sin(
-    config: LadderConfig, position_ids: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE's angles, [batch, 1, length, head_dim], of `dtype`; the angles are in fp32."""
-    angles = position_ids[:, None, :, None].float() * rope_frequencies(config, position_ids.device)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies RoPE in Llama's convention: channel i is paired with channel i + head_dim / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def eager_attention(
@@ -127,6 +92,7 @@ class LadderAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.sliding_window = config.layer_windows()[layer_idx]
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
@@ -161,8 +127,9 @@ class LadderAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx, places)
         kind = self.config._attn_implementation
         attend = eager_attention if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
-        scaling = self.head_dim**-0.5
-        out, _ = attend(self, query, key, value, mask, scaling=scaling, dropout=0.0, **kwargs)
+        # Flash attention gets the window instead of a mask.
+        kwargs |= {"scaling": self.head_dim**-0.5, "sliding_window": self.sliding_window}
+        out, _ = attend(self, query, key, value, mask, dropout=0.0, **kwargs)
         return self.o_proj(out.flatten(2))
 
 
@@ -227,16 +194,13 @@ class LadderPreTrainedModel(PreTrainedModel):
         return True  # else transformers guesses it from this file's text, each version differently
 
 
-def _check_covers(attention_mask: Tensor | None, length: int) -> None:
+def _check_covers(attention_mask: Any, length: int) -> None:
     """Raises ValueError when a two-dimensional mask does not cover all cached and new tokens.
 
     transformers would apply a mask of the new tokens alone to the first cached ones, and mask the new ones.
     """
-    if (
-        attention_mask is not None
-        and attention_mask.dim() == 2
-        and attention_mask.shape[1] != length
-    ):
+    two_dimensional = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+    if two_dimensional and attention_mask.shape[1] != length:
         raise ValueError(
             f"attention_mask is {list(attention_mask.shape)}: it must be [batch, {length}], "
             "one value for each cached and new token"
@@ -269,7 +233,7 @@ class LadderModel(LadderPreTrainedModel):
         Args:
             input_ids: [batch, length]. Give either this or `inputs_embeds`.
             attention_mask: [batch, cached + length], 0 for padding, which may be on either side. Or
-                transformers' prepared mask with four dimensions.
+                transformers' prepared mask with four dimensions, one or a dictionary by type of layer.
             position_ids: [batch or 1, length]. None: positions are counted from the first cached token.
             past_key_values: any cache of transformers. None: a DynamicCache is made when `use_cache`.
             inputs_embeds: [batch, length, hidden].
@@ -298,20 +262,21 @@ class LadderModel(LadderPreTrainedModel):
         if position_ids is None:
             position_ids = places["cache_position"][None]
         cos, sin = rope_cos_sin(self.config, position_ids, embedding.dtype)
-        mask = create_causal_mask(
-            self.config,
-            embedding,
-            attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            **(places if _MASK_NEEDS_PLACES else {}),
-        )
+        about = {"past_key_values": past_key_values, "position_ids": position_ids}
+        about |= places if _MASK_NEEDS_PLACES else {}
+        masks, windows = {}, self.config.layer_windows()
+        for window in set(windows):
+            make = create_sliding_window_causal_mask if window else create_causal_mask
+            kind = "sliding_attention" if window else "full_attention"
+            given = attention_mask[kind] if isinstance(attention_mask, dict) else attention_mask
+            masks[window] = make(self.config, embedding, given, **about)
 
         # Flash attention finds the sequences that are packed into one by their positions.
         kwargs |= {"position_ids": position_ids, **places}
         a = m = embedding
         states = [m]
-        for layer in self.layers:
+        for layer, window in zip(self.layers, windows, strict=True):
+            mask = masks[window]
             # Gradient checkpointing needs the states as positional arguments, and the cache by name.
             a, m = layer(a, m, cos, sin, mask, past_key_values=past_key_values, **kwargs)
             states.append(m)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megatron_ladder.layers.window import in_window, layer_window
+
 
 class LocalSelfAttention(SelfAttention):
     """megatron-core's self-attention, which also runs on a CPU, where there is no flash-attn."""
@@ -51,14 +53,27 @@ class LocalSelfAttention(SelfAttention):
                 *(block_table, is_decode_only, *args),
                 **kwargs,
             )
+        how = {
+            "window": layer_window(self.config, self.layer_number),
+            "scale": self.config.softmax_scale,
+        }
         if is_decode_only:
-            output = decode(q[:, 0], k, v, seqlens_k, block_table)
+            output = decode(q[:, 0], k, v, seqlens_k, block_table, **how)
         else:
-            output = prefill(q[:, 0], k, v, cu_seqlens_q, seqlens_k, block_table)
+            output = prefill(q[:, 0], k, v, cu_seqlens_q, seqlens_k, block_table, **how)
         return output[:, None]
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, blocks: Tensor) -> Tensor:
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    blocks: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Attention of one new token of each request.
 
     Args:
@@ -66,6 +81,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, blocks: Tensor) -> 
         k, v: the cache, [blocks, tokens of a block, key/value heads, channels].
         lengths: [requests], the number of keys of each request, with the new token's. 0: an unused slot.
         blocks: [requests, most blocks], the numbers of each request's blocks, in order. -1: no block.
+        window: the tokens that a token attends to, itself included. None: all.
+        scale: of the scores. None: 1 / sqrt(channels).
 
     Returns:
         [requests, heads, channels]
@@ -75,13 +92,16 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, blocks: Tensor) -> 
     used = -(-int(lengths.max()) // k.shape[1])
     ids = blocks[:count, :used].long().clamp(min=0)
     keys, values = (cache[ids].flatten(1, 2).transpose(1, 2) for cache in (k, v))
-    mask = torch.arange(keys.shape[2], device=q.device) < lengths[:, None]
+    places = torch.arange(keys.shape[2], device=q.device)
+    mask = places < lengths[:, None]
+    if window is not None:
+        mask &= places >= lengths[:, None] - window
     # Memory that was never written may hold NaN. A mask does not remove NaN from a sum, so write zeros.
     keys, values = (x.masked_fill(~mask[:, None, :, None], 0) for x in (keys, values))
     mask[lengths == 0] = True  # nothing reads the result of an unused slot
     heads = q[:count, :, None]
     attended = F.scaled_dot_product_attention(
-        heads, keys, values, attn_mask=mask[:, None, None], enable_gqa=True
+        heads, keys, values, attn_mask=mask[:, None, None], enable_gqa=True, scale=scale
     )
     output = torch.zeros_like(q)
     output[:count] = attended[:, :, 0]
@@ -89,14 +109,22 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, blocks: Tensor) -> 
 
 
 def prefill(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, blocks: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    blocks: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Causal attention of several new tokens of each request.
 
     Args:
         q: [tokens, heads, channels], the requests one after another.
         starts: [requests + 1], the index of each request's first token in `q`, and of the end.
-        k, v, lengths, blocks: as in `decode`.
+        k, v, lengths, blocks, window, scale: as in `decode`.
 
     Returns:
         [tokens, heads, channels]
@@ -110,13 +138,14 @@ def prefill(
         ids = blocks[i, : -(-size // k.shape[1])].long()
         keys, values = (cache[ids].flatten(0, 1)[:size].transpose(0, 1) for cache in (k, v))
         new = end - begin  # the new tokens are the last tokens of the request
-        mask = torch.ones(new, size, dtype=torch.bool, device=q.device).tril(size - new)
+        mask = in_window(new, size, window, q.device)
         attended = F.scaled_dot_product_attention(
             q[begin:end].transpose(0, 1)[None],
             keys[None],
             values[None],
             attn_mask=mask,
             enable_gqa=True,
+            scale=scale,
         )
         output[begin:end] = attended[0].transpose(0, 1)
     return output

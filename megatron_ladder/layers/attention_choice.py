@@ -35,16 +35,24 @@ class CoreAttention:
         return f"{whose[self.whose]}: {self.kernel}"
 
 
-def check_attention(asked: Attention, impl: TransformerImpl) -> None:
+def check_attention(
+    asked: Attention, impl: TransformerImpl, *, documents_divided: bool = False
+) -> None:
     """Checks that the layers have the attention that was asked for.
 
     Args:
         asked: the option.
         impl: the implementation of the layers, from `resolve_impl`.
+        documents_divided: documents are apart, and context-parallel ranks divide them.
 
     Raises:
         UserError: they do not have it.
     """
+    if asked == "te" and documents_divided:
+        raise UserError(
+            "attention te does not keep documents apart over context-parallel ranks: Transformer Engine "
+            "needs documents of a multiple of 2 x parallel.context_parallel_size tokens. Take auto or torch"
+        )
     if asked == "te" and impl != "transformer_engine":
         raise UserError(
             "attention te is Transformer Engine's, and the layers are megatron-core's local ones: take "
@@ -60,7 +68,11 @@ def choose(
     auto takes torch's attention when torch would use cuDNN's kernel: Transformer Engine (TE) has the same
     kernel, but needs more Python to call it. Else auto takes TE's attention, when the layers are TE's and
     TE would use a fused kernel. In all other cases auto takes torch's. With documents apart TE's kernel is
-    called once; torch's is called for each document, and is not cuDNN's.
+    called once; torch's is called for each document, and is not cuDNN's. TE's kernels know windows; torch's
+    are called for blocks, with masks.
+
+    With context parallelism auto takes TE's ring where TE would use a fused kernel, else torch's, which
+    gathers keys and values (context.py). Documents apart are then torch's.
 
     Args:
         config: a `LadderConfig`.
@@ -71,26 +83,39 @@ def choose(
     Raises:
         UserError: the layers do not have the attention that was asked for.
     """
+    windows = config.window_size is not None and config.window_size[0] + 1 < seq_length
     with_te = config.transformer_impl == "transformer_engine"
-    check_attention(asked, config.transformer_impl)
+    divided = config.context_parallel_size > 1
+    documents_divided = divided and config.documents_apart
+    check_attention(asked, config.transformer_impl, documents_divided=documents_divided)
     if asked == "unfused":
         return CoreAttention("unfused", IN_MEMORY, "attention is unfused")
     shape = {"micro_batch_size": micro_batch_size, "seq_length": seq_length}
-    torchs = _torchs(config, **shape)
-    if asked == "torch" or not with_te or (asked == "auto" and torchs.kernel == CUDNN):
+    torchs = _torchs(config, **shape, masked=windows or divided)
+    if asked == "torch" or not with_te:
         return torchs
+    if asked == "auto" and torchs.kernel == CUDNN and not windows and not divided:
+        return torchs
+    if documents_divided:
+        why = "Transformer Engine does not keep documents apart over context-parallel ranks"
+        return replace(torchs, why="; ".join(filter(None, (why, torchs.why))))
     from megatron_ladder.te.attention import ask
 
     kernel, why = ask(config, **shape, apart=config.documents_apart)
     if kernel:
         return CoreAttention("te", kernel)
+    if asked == "te" and divided:
+        raise UserError(
+            f"attention te has no kernel here for parallel.context_parallel_size "
+            f"{config.context_parallel_size}: {why}. Take auto or torch"
+        )
     if asked == "te":
         return CoreAttention("te", IN_MEMORY, why)
     reasons = [f"Transformer Engine would keep scores: {why}", torchs.why]
     return replace(torchs, why="; ".join(filter(None, reasons)))
 
 
-def _torchs(config: Any, *, micro_batch_size: int, seq_length: int) -> CoreAttention:
+def _torchs(config: Any, *, micro_batch_size: int, seq_length: int, masked: bool) -> CoreAttention:
     tp, dtype = config.tensor_model_parallel_size, config.params_dtype
     heads, channels = config.num_attention_heads // tp, config.kv_channels
     kernel = kernel_of_torch(
@@ -98,10 +123,12 @@ def _torchs(config: Any, *, micro_batch_size: int, seq_length: int) -> CoreAtten
         config.num_query_groups // tp,
         dtype,
         apart=config.documents_apart,
+        masked=masked,
         dropout=config.attention_dropout,
     )
     if kernel in TORCH_KERNELS:
         return CoreAttention("torch", TORCH_KERNELS[kernel])
     of = [str(dtype).removeprefix("torch."), f"{channels} channels a head"]
     of += ["attention dropout"] * (config.attention_dropout > 0)
+    of += ["a mask"] * masked
     return CoreAttention("torch", IN_MEMORY, f"torch has no other kernel for {', '.join(of)}")

@@ -122,9 +122,6 @@ class LadderTransformerLayer(TransformerLayer):
         unsupported = {
             "cross-attention": not isinstance(self.cross_attention, IdentityOp),
             "mixture of experts": self.is_moe_layer,
-            # This layer's code does not prevent context parallelism. But megatron-core's local attention
-            # refuses it, so it cannot be tested on the CPU, and we support only what we test.
-            "context_parallel_size > 1": config.context_parallel_size > 1,
             "biases (add_bias_linear)": config.add_bias_linear,
             f"recompute_modules {sorted(modules)}, other than core_attn,": (
                 config.recompute_granularity == "selective" and bool(modules)

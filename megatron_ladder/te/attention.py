@@ -74,12 +74,16 @@ def parameters(  # type: ignore[no-untyped-def]
         head_dim_qk=channels,
         head_dim_v=channels,
         attn_mask_type=mask_type,
-        window_size=utils.check_set_window_size(mask_type, None),
+        # Layers without a window have at least the kernels that layers with one have.
+        window_size=utils.check_set_window_size(mask_type, config.window_size),
         bottom_right_diagonal=False,
         core_attention_bias_requires_grad=False,
         attention_dropout=config.attention_dropout,
+        context_parallel=config.context_parallel_size > 1,
+        cp_comm_type=config.cp_comm_type or "p2p",
+        cp_size=config.context_parallel_size,
         deterministic=deterministic,
-        softmax_scale=1 / math.sqrt(channels),
+        softmax_scale=config.softmax_scale or 1 / math.sqrt(channels),
     )
 
 

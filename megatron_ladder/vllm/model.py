@@ -102,6 +102,8 @@ class LadderAttention(nn.Module):
             num_kv_heads=self.qkv_proj.num_kv_heads,
             cache_config=vllm_config.cache_config,
             quant_config=quant_config,
+            # vLLM gives layers without a window that of its cache, unless layer_types has both kinds.
+            per_layer_sliding_window=config.layer_windows()[extract_layer_index(prefix)],
             prefix=f"{prefix}.attn",
         )
 

@@ -66,9 +66,10 @@ class Decoder:
         self.block: Any = gpt.decoder
         self._rotary = gpt.rotary_pos_emb(seq_length)
         cut = parallel.tensor_model_parallel_size if config.sequence_parallel else 1
-        shape = (seq_length // cut, micro_batch_size, model.hidden_size)
-        self.state_bytes = seq_length * math.prod(shape[1:]) * config.params_dtype.itemsize
-        """Bytes of the states of all ranks together."""
+        length = seq_length // parallel.context_parallel_size
+        shape = (length // cut, micro_batch_size, model.hidden_size)
+        self.state_bytes = length * math.prod(shape[1:]) * config.params_dtype.itemsize
+        """Bytes of the states of all tensor-parallel ranks together."""
         # Without sequence parallelism all ranks have the same states, as in training.
         generator = torch.Generator().manual_seed(1)
         states = torch.randn(shape, generator=generator).to(config.params_dtype)

@@ -73,8 +73,12 @@ class KindsOptions:
     """For all of it. The most important layouts come first; those that do not fit in are left out."""
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS or self.preset.startswith("adapt"):
-            names = [name for name in PRESETS if not name.startswith("adapt")]
+        names = [
+            name
+            for name, preset in PRESETS.items()
+            if not name.startswith("adapt") and preset().model.experts.num_moe_experts is None
+        ]
+        if self.preset not in names:
             near = difflib.get_close_matches(self.preset, names, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(f"no preset {self.preset!r}{hint}: choose one of {', '.join(names)}")

@@ -3,12 +3,15 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_ladder.config import (
+    STALE,
     ModelConfig,
     ParallelConfig,
     Precision,
     Residual,
+    TpOverlap,
     check_layout,
 )
 from megatron_ladder.errors import UserError
@@ -34,13 +37,28 @@ _FREE_BYTES = 6 * 2**30
 
 @dataclass(frozen=True)
 class Kind:
-    """A residual kind, and how its collectives are waited for."""
+    """Which layers a model has, and how their collectives are waited for."""
 
     residual: Residual
     halves: bool = False
-    """With --parallel.tp-overlap halves."""
+    """Two halves of the micro-batch take turns (`ParallelConfig.tp_overlap`)."""
+    last_half: bool = False
+    """Of the layers only the last half; the others are standard."""
     blocking: bool = False
     """Each collective is waited for where it starts: nothing is hidden."""
+
+    def model_fields(self, layers: int) -> dict[str, Any]:
+        """Those of ModelConfig."""
+        return {"residual": self.residual, "ladder_layers": layers // 2 if self.last_half else None}
+
+    @property
+    def tp_overlap(self) -> TpOverlap:
+        return "halves" if self.halves else "none"
+
+    @property
+    def hides(self) -> bool:
+        """Whether every layer hides its collectives behind other computation."""
+        return not self.last_half and (self.halves or self.residual in STALE)
 
 
 KINDS = {
@@ -50,6 +68,7 @@ KINDS = {
     "parallel": Kind("parallel"),
     "parallel in halves": Kind("parallel", halves=True),
     "ladder": Kind("ladder"),
+    "hybrid (last half)": Kind("ladder", last_half=True),
     "parallel-ladder": Kind("parallel-ladder"),
     NO_COMM: Kind("no-comm"),
 }
@@ -187,9 +206,8 @@ def of_kind(model: ModelConfig, kind: Kind, setting: Setting) -> ModelConfig:
     """The layers of `model` with a residual kind. The vocabulary, which is not measured, is small."""
     return replace(
         model,
-        residual=kind.residual,
-        ladder_layers=None,
         num_layers=setting.num_layers,
+        **kind.model_fields(setting.num_layers),
         vocab_size=128 * setting.tensor_model_parallel_size,
     )
 

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,14 +123,14 @@ def _build(
 ) -> None:
     """Adds the layers of a kind to `decoders`, on the memory of the other kinds' weights."""
     kind = KINDS[name]
-    alike = next((n for n in decoders if KINDS[n].residual == kind.residual), None)
-    if alike and KINDS[alike].halves == kind.halves:  # waited for at once, or not
-        decoders[name] = decoders[alike]
-        return
+    for other, decoder in decoders.items():
+        if replace(KINDS[other], blocking=kind.blocking) == kind:  # waited for at once, or not
+            decoders[name] = decoder
+            return
     parallel = ParallelConfig(
         tensor_model_parallel_size=setting.tensor_model_parallel_size,
         sequence_parallel=setting.sequence_parallel and name != NO_COMM,
-        tp_overlap="halves" if kind.halves else "none",
+        tp_overlap=kind.tp_overlap,
     )
     try:
         made = Decoder(

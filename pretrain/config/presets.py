@@ -1,12 +1,13 @@
 """Named configurations. Each is a function that returns a TrainConfig; options override its fields.
 
-Every preset takes `--model.residual standard|ladder|parallel|parallel-ladder|desync`.
+Every preset but tiny-experts takes `--model.residual standard|ladder|parallel|parallel-ladder|desync`.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.fields.experts import ExpertsConfig
 from pretrain.config.train import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
@@ -53,6 +54,20 @@ def tiny() -> TrainConfig:
         eval_sequences=256,
         save_interval=100,
         log_interval=5,
+    )
+
+
+def tiny_experts() -> TrainConfig:
+    """As tiny, with eight experts a layer, of which a token takes two, and a shared one."""
+    config = tiny()
+    experts = ExpertsConfig(
+        num_moe_experts=8, moe_ffn_hidden_size=128, moe_shared_expert_intermediate_size=128
+    )
+    return replace(
+        config,
+        model=replace(config.model, residual="standard", experts=experts),
+        parallel=ParallelConfig(expert_model_parallel_size=2),
+        micro_batch_size=4,
     )
 
 
@@ -163,6 +178,7 @@ def adapt_control() -> TrainConfig:
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "debug": debug,
     "tiny": tiny,
+    "tiny-experts": tiny_experts,
     "paper-1b": paper_1b,
     "paper-3b": paper_3b,
     "llama-3-8b": llama_3_8b,

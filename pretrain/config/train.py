@@ -190,13 +190,7 @@ class TrainConfig:
                 f"model.max_position_embeddings {self.model.max_position_embeddings}: lower the "
                 "first or raise the second"
             )
-        tp = self.parallel.tensor_model_parallel_size
-        if self.parallel.sequence_parallel and self.data.seq_length % tp:
-            raise UserError(
-                f"data.seq_length {self.data.seq_length} is not divisible by "
-                f"parallel.tensor_model_parallel_size {tp}: sequence parallelism divides each sequence "
-                "over these ranks. Change one of the two"
-            )
+        self._check_cuts()
         if self.parallel.tp_overlap == "halves" and self.micro_batch_size % 2:
             raise UserError(
                 f"micro_batch_size {self.micro_batch_size} has no two equal halves, which "
@@ -236,6 +230,24 @@ class TrainConfig:
                 "fp8.primary_weights with optimizer.moments bf16 is not supported: leave out one of them"
             )
         self._check_adapt()
+
+    def _check_cuts(self) -> None:
+        """Refuses a sequence length that the ranks cannot divide among them."""
+        tp, cp = self.parallel.tensor_model_parallel_size, self.parallel.context_parallel_size
+        length, over = self.data.seq_length, tp if self.parallel.sequence_parallel else 1
+        if cp > 1 and length % (2 * cp * over):
+            raise UserError(
+                f"data.seq_length {length} is not divisible by {2 * cp * over}: "
+                f"parallel.context_parallel_size {cp} cuts each sequence in {2 * cp} chunks"
+                + (f", and sequence parallelism divides these over {tp} ranks" if over > 1 else "")
+                + ". Change one of these"
+            )
+        if length % over:
+            raise UserError(
+                f"data.seq_length {length} is not divisible by "
+                f"parallel.tensor_model_parallel_size {tp}: sequence parallelism divides each sequence "
+                "over these ranks. Change one of the two"
+            )
 
     def _check_adapt(self) -> None:
         adapt = self.adapt

@@ -14,10 +14,10 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.end_ids import end_ids, one_or_several, several
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.fields import check_fields
+from megatron_ladder.hf.files.output import complete_or_absent, refuse_others
+from megatron_ladder.hf.files.stored import weight_files
 from megatron_ladder.hf.from_hf import architecture_of
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.hf.output import complete_or_absent, refuse_others
-from megatron_ladder.hf.stored import weight_files
 from megatron_ladder.json_files import in_words, read_json
 from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.train import TrainConfig, load_config

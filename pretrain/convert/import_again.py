@@ -5,8 +5,8 @@ from pathlib import Path
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import Chunk
-from megatron_ladder.hf.output import refuse_others
-from megatron_ladder.hf.stored import bytes_of
+from megatron_ladder.hf.files.output import refuse_others
+from megatron_ladder.hf.files.stored import bytes_of
 from pretrain.config.train import TrainConfig, differences, load_config
 from pretrain.convert.weights import checkpoint_weights
 from pretrain.run.checkpoint_files import MANIFEST

@@ -18,10 +18,10 @@ from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import hf_to_megatron_chunks, main_dtype
 from megatron_ladder.hf.end_ids import end_ids
+from megatron_ladder.hf.files.output import check_unused, complete_or_absent
+from megatron_ladder.hf.files.stored import stored_tensors
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.hf.output import check_unused, complete_or_absent
-from megatron_ladder.hf.stored import stored_tensors
 from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.train import DataConfig, TrainConfig, save_config
 from pretrain.convert.import_again import refuse_other_imports

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import Chunk
-from megatron_ladder.hf.output import complete_or_absent
+from megatron_ladder.hf.files.output import complete_or_absent
 from megatron_ladder.json_files import read_json
 from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.places import found_from

@@ -15,10 +15,10 @@ from torch import Tensor
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import checked_hf_tensors, main_dtype, megatron_to_hf
+from megatron_ladder.hf.files.stored import stored_tensors
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
-from megatron_ladder.hf.stored import stored_tensors
 from pretrain.config.train import load_config
 from pretrain.convert.model_text import ModelText, text_of_folder, text_of_run
 from pretrain.convert.weights import checkpoint_weights
@@ -88,8 +88,13 @@ def one_rank_model(model: ModelConfig, tensor_model_parallel_size: int, run: Pat
     """The model as a single rank computes it.
 
     Raises:
-        UserError: a desync model that was trained on several tensor-parallel ranks.
+        UserError: a model with experts; a desync model that was trained on several tensor-parallel ranks.
     """
+    if model.experts.num_moe_experts is not None:
+        raise UserError(
+            f"{run} has experts: a model with experts can be trained, but not yet exported, evaluated or "
+            "measured"
+        )
     if model.residual != "desync":
         return model
     if tensor_model_parallel_size > 1:

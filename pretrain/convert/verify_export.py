@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_ladder import cpu_platform
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.stored import stored_tensors
+from megatron_ladder.hf.files.stored import stored_tensors
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
     destroy_model_parallel,

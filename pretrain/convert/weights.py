@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.ahead import one_ahead
 from megatron_ladder.hf.convert import Chunk
+from megatron_ladder.hf.files.ahead import one_ahead
 from megatron_ladder.reading.index import Chunk as StoredChunk
 from megatron_ladder.reading.index import check_files, read_index
 from megatron_ladder.reading.plain_files import NotData, open_plain

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_ladder.layers.context import tokens_of
 from pretrain.config.train import TrainConfig
 from pretrain.processes import obey_parent_alone
 
@@ -112,14 +114,21 @@ class _Sampler:
         return self._indices()
 
 
-_READ = ("tokens", "labels", "loss_mask", "position_ids", "teacher_logits", "scale")
+_OF_TOKENS = ("tokens", "labels", "loss_mask", "position_ids")
+_AS_THEY_ARE = ("teacher_logits", "scale")
 
 
 def to_device(batch: Batch) -> Batch:
-    """Copies the tensors that a forward pass reads to this rank's device.
+    """What a forward pass reads of a micro-batch, on this rank's device.
 
-    All have the shape [micro_batch_size, seq_length, ...], except `scale`, a scalar: the factor of the loss
-    in training. Documents' numbers stay on the host.
+    What is per token is [micro_batch_size, seq_length]. With context parallelism this rank's tokens are cut
+    of it here, and nowhere else. The teacher's logits were made of these: [micro_batch_size, seq_length /
+    context ranks, ...]. `scale` is a scalar, the factor of the loss in training. Documents' numbers stay
+    on the host, those of whole sequences.
     """
     device = torch.cuda.current_device()
-    return {name: batch[name].to(device, non_blocking=True) for name in _READ if name in batch}
+    rank = parallel_state.get_context_parallel_rank()
+    size = parallel_state.get_context_parallel_world_size()
+    whole = {n: batch[n].to(device, non_blocking=True) for n in _OF_TOKENS if n in batch}
+    rest = {n: batch[n].to(device, non_blocking=True) for n in _AS_THEY_ARE if n in batch}
+    return {name: tokens_of(x, rank, size) for name, x in whole.items()} | rest

@@ -1,8 +1,8 @@
 """Which ranks read the data sets, and how the other ranks get their batches.
 
-Of a tensor-parallel group, whose ranks all need the same batch, the first one reads and broadcasts. A
-pipeline stage between the first and the last one needs no tokens, unless documents are apart: each stage
-needs to know where they begin. Ranks that do not read open no file of any data set.
+The tensor- and context-parallel ranks of a pipeline stage need the same sequences: the first of them reads
+and broadcasts. A stage between the first and the last one needs no tokens, unless documents are apart: each
+stage needs to know where they begin. Ranks that do not read open no file of any data set.
 """
 
 import itertools
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ladder.fields.windows import attention_length
 from megatron_ladder.layers.documents import Documents
 from pretrain.config.train import TrainConfig
 from pretrain.data.batches import (
@@ -50,7 +51,10 @@ class RankBatches:
             or parallel_state.is_pipeline_last_stage(ignore_virtual=True)
             or not config.data.attend_across_documents
         )
-        self.reads = self._needs and parallel_state.get_tensor_model_parallel_rank() == 0
+        # All ranks that need the same sequences; with context parallelism each takes its tokens of them
+        # (batches.to_device).
+        self._group = parallel_state.get_tensor_and_context_parallel_group()
+        self.reads = self._needs and self._group.rank() == 0
         """Whether this rank opens the data sets."""
         self._documents: list[torch.Tensor] = []
 
@@ -77,13 +81,11 @@ class RankBatches:
         return batch
 
     def attended(self) -> float:
-        """The tokens of the sequence that a token is in; where documents are apart, of its document: the
-        mean over the tokens that this rank has read for training since the last call."""
+        """`attention_length` of what this rank has read for training since the last call: of sequences, or
+        of documents where they are apart."""
         lengths = [n for part in self._documents for row in Documents(part).lengths for n in row]
         self._documents.clear()
-        if not lengths:
-            return self._config.data.seq_length
-        return sum(n * n for n in lengths) / sum(lengths)
+        return attention_length(self._config.model, lengths or [self._config.data.seq_length])
 
     def received(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The micro-batches of `training` or `validation`, on every rank that needs them; {} on others."""
@@ -116,9 +118,9 @@ class RankBatches:
         return validation_batches(split, self._config, **self._data_parallel)
 
     def _received(self, batch: Batch) -> Batch:
-        """Passes a batch on within the tensor-parallel group, on the device. The host waits for nothing but
-        the documents' numbers, on ranks that do not read: their lengths are arguments of kernels."""
-        group = parallel_state.get_tensor_model_parallel_group()
+        """Passes a batch on within the group, on the device. The host waits for nothing but the documents'
+        numbers, on ranks that do not read: their lengths are arguments of kernels."""
+        group = self._group
         if not self._needs or group.size() == 1:
             return batch
         device: Any = torch.cuda.current_device()
@@ -132,7 +134,7 @@ class RankBatches:
             for row, name in zip(packed, names, strict=True):
                 # To the device first: a copy that converts waits for the GPU.
                 row.copy_(batch[name].to(device, non_blocking=True))
-        dist.broadcast(packed, parallel_state.get_tensor_model_parallel_src_rank(), group)
+        dist.broadcast(packed, dist.get_global_rank(group, 0), group)
         received = dict(zip(names, packed, strict=True))
         if "documents" in received:
             received["documents"] = batch["documents"] if self.reads else packed[3].cpu()

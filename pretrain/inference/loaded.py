@@ -15,9 +15,9 @@ from megatron_ladder import cpu_platform
 from megatron_ladder.config import AllReduce, ModelConfig, ParallelConfig, Precision, check_layout
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import hf_to_megatron_chunks
+from megatron_ladder.hf.files.stored import stored_tensors
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.hf.stored import stored_tensors
 from megatron_ladder.inference.sums import check_all_reduce, set_all_reduce
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
@@ -74,6 +74,11 @@ def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") 
         checkpoint = find_checkpoint(path)
         run = checkpoint.parents[1]
         config = load_config(checkpoint / "config.json")
+        if config.model.experts.num_moe_experts is not None:
+            raise UserError(
+                f"{path} has experts: a model with experts can be trained, but not yet run by `generate` "
+                "or `serve`"
+            )
         tp = config.parallel.tensor_model_parallel_size
         if config.model.residual == "desync" and tp != parallel.tensor_model_parallel_size:
             raise UserError(

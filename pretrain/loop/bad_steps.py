@@ -170,9 +170,13 @@ class BadSteps:
     def _micro_batches(self, step: int, sums: list[Tensor]) -> list[dict[str, Any]]:
         """The mean loss of each micro-batch of this rank, and its samples: first, and one after the last.
 
-        Only the first tensor-parallel rank lists them, so that each micro-batch is listed once.
+        Only the first tensor- and context-parallel rank lists them, so that each micro-batch is listed
+        once.
         """
-        if parallel_state.get_tensor_model_parallel_rank():
+        sums = [pair.clone() for pair in sums]
+        for pair in sums:  # each context-parallel rank has those of its tokens
+            dist.all_reduce(pair, group=parallel_state.get_context_parallel_group())
+        if parallel_state.get_tensor_and_context_parallel_rank():
             return []
         width = self._config.micro_batch_size
         rank = parallel_state.get_data_parallel_rank()

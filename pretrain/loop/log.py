@@ -11,6 +11,7 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
+from megatron_ladder.fields.windows import attention_length
 from megatron_ladder.mcore_compat import LadderConfig
 from pretrain.config.changes import Changes
 from pretrain.config.train import TrainConfig, to_dict
@@ -21,7 +22,7 @@ from pretrain.loop.watchdog import Watchdog
 from pretrain.model import cudnn
 from pretrain.model.fusions import Choice, adam_class, choices, table
 from pretrain.model.graphs import WARM_UP_STEPS
-from pretrain.plan.memory import in_words, is_planned, kept_as, memory_plan
+from pretrain.plan.memory import Attention, in_words, memory_plan
 from pretrain.run.bad_step import BadStep
 from pretrain.run.metrics import MetricsLog, flops_per_token, peak_flops
 from pretrain.run.status import State, Status
@@ -108,8 +109,17 @@ class RunLog:
         """Call it before what may take longer than a step, whatever the run is doing."""
         self._watchdog.allow_more()
 
-    def built(self, mcore_config: LadderConfig) -> None:
-        """Logs what each part of the model runs on, and the planned memory of the fullest GPU."""
+    def built(
+        self,
+        mcore_config: LadderConfig,
+        attention: Attention | None = None,
+        longest: int | None = None,
+    ) -> None:
+        """Logs what each part of the model runs on, and the planned memory of the fullest GPU.
+
+        Args:
+            attention, longest: as in `memory_plan`. None: memory is not planned.
+        """
         if self._log:
             found = choices(mcore_config, adam_class())
             if self._config.compile:
@@ -129,9 +139,9 @@ class RunLog:
             self._log.note("built", words, choices=records)
             for problem in cudnn.problems() if torch.cuda.is_available() else []:
                 logger.warning(problem)
-        if mcore_config.transformer_impl == "transformer_engine" and is_planned(self._config):
+        if attention is not None:
             dp = self._config.parallel.data_parallel_size(self._world_size)
-            plan = memory_plan(self._config, dp, kept_as(mcore_config.core_attention))
+            plan = memory_plan(self._config, dp, attention, longest)
             self._planned = plan.total
             if self._log:
                 words = f"memory of the fullest GPU: planned {in_words(plan)}"
@@ -149,8 +159,18 @@ class RunLog:
             keep_initial(self._config, is_resumed=self._is_resumed)
             self._baselines = baselines
 
+    def is_due(self, step: int) -> bool:
+        """Whether a step's figures are written."""
+        return step % self._config.log_interval == 0 or step == self._config.train_steps
+
     def train(
-        self, step: int, loss: float, grad_norm: float, learning_rate: float, attended: float
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        attended: float,
+        balance: dict[str, float],
     ) -> None:
         """Call it when a step is done.
 
@@ -158,16 +178,12 @@ class RunLog:
             loss: mean cross-entropy of the global batch, in nats a token.
             grad_norm: before clipping.
             attended: of this rank's tokens of the step (RankBatches.attended).
+            balance: of the experts, at a step that is due (load_balance).
         """
         seconds = time.perf_counter() - self._step_started
         self._pending_steps += 1
         self._pending_s += seconds
-        self._pending_flops += self._tokens_per_rank_step * flops_per_token(
-            num_layers=self._config.model.num_layers,
-            hidden_size=self._config.model.hidden_size,
-            seq_length=attended,
-            matmul_parameters=self._config.model.num_matmul_parameters(),
-        )
+        self._pending_flops += self._flops(attended)
         self._trained_s += seconds
         self._recent_s.append(seconds)
         step_s = self._step_s()
@@ -179,10 +195,14 @@ class RunLog:
             tokens_per_second=self._config.tokens_per_step / step_s,
             eta_s=(self._config.train_steps - step) * step_s,
         )
-        due = step % self._config.log_interval == 0 or step == self._config.train_steps
+        due = self.is_due(step)
         if self._log and due:
             mean_s = self._pending_s / self._pending_steps
             achieved = self._pending_flops / self._pending_s
+            whole = {}
+            if self._peak and not self._config.data.attend_across_documents:
+                length = attention_length(self._config.model, [self._config.data.seq_length])
+                whole["mfu_whole_sequences"] = self._flops(length) / mean_s / self._peak
             self._log.train(
                 step=step,
                 tokens=self._config.tokens_after(step),
@@ -193,7 +213,9 @@ class RunLog:
                 tokens_per_second=self._config.tokens_per_step / mean_s,
                 tflops_per_gpu=achieved / 1e12,
                 mfu=achieved / self._peak if self._peak else None,
+                **whole,
                 memory_gib=_peak_memory_gib(),
+                **balance,
             )
         if due:
             self._pending_steps, self._pending_s, self._pending_flops = 0, 0.0, 0.0
@@ -304,6 +326,16 @@ class RunLog:
                 measured=measured,
                 planned=planned,
             )
+
+    def _flops(self, attended: float) -> float:
+        """This rank's operations of a step, where attention works on so many tokens together."""
+        model = self._config.model
+        return self._tokens_per_rank_step * flops_per_token(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            seq_length=attended,
+            matmul_parameters=model.num_matmul_parameters(),
+        )
 
     def _step_s(self) -> float:
         """Seconds of a usual step: the median of the last 100; 0 before the first."""

@@ -19,6 +19,7 @@ from pretrain.config.train import TrainConfig
 from pretrain.data.batches import Batch, to_device
 from pretrain.model.graphs import StepGraph
 from pretrain.model.optimizer import gradient_norm, update
+from pretrain.model.routers import biases_of, restore
 
 
 def _masked_sum(
@@ -124,11 +125,11 @@ def forward_logits(
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of `x` over data-parallel ranks and pipeline stages, in place.
+    """The sum of `x` over data- and context-parallel ranks and pipeline stages, in place.
 
     All stages but the last must hold zeros.
     """
-    torch.distributed.all_reduce(x, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(x, group=parallel_state.get_data_parallel_group(True))
     torch.distributed.all_reduce(x, group=parallel_state.get_pipeline_model_parallel_group())
     return x
 
@@ -160,11 +161,13 @@ def train_step(
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    biases = biases_of(model)
     count = config.num_microbatches(data_parallel_size)
     micro_batches = list(itertools.islice(batches, count))
     tokens = _trained_tokens(micro_batches)
     # Each token has the same weight, whichever micro-batch or rank it is in. So the sum is divided by the
     # number of all tokens, and multiplied by what the schedule (micro-batches) and DDP (ranks) divide by.
+    # DDP divides by the context-parallel ranks too, and the schedule multiplies by their number.
     # The scale is a tensor of the batch, since a number that changes from step to step cannot be part of
     # a CUDA graph.
     scale = (count * data_parallel_size / tokens).float()
@@ -196,6 +199,8 @@ def train_step(
     sums = [output["sum"] for output in outputs]
     if is_good is None or is_good(loss, grad_norm, sums, model):
         update(optimizer, grad_norm)
+    else:
+        restore(biases)
     return loss, grad_norm, learning_rate
 
 
@@ -209,6 +214,7 @@ def pass_over(scheduler: Any, batches: Iterator[Batch], config: TrainConfig) -> 
 def _trained_tokens(micro_batches: list[Batch]) -> Tensor:
     """The number of labels of the global batch that are trained on; 1 when there are none: fp64, a scalar.
 
+    The batches are whole: context-parallel ranks have not cut their tokens of them, and count the same.
     It is 1 on stages that have no labels, which compute no loss. Nothing waits for the device: labels on
     the host are counted there, and the sum over the ranks is queued behind the update before.
     """

@@ -27,8 +27,11 @@ from pretrain.loop.watchdog import Watchdog
 from pretrain.model.gradual import use_ladder_layers
 from pretrain.model.graphs import StepGraph
 from pretrain.model.optimizer import gathered_parameters
+from pretrain.model.routers import load_balance
 from pretrain.model.setup import build, layers_config, smallest_card, start_ranks, stop_ranks
-from pretrain.plan.memory import Attention, check_memory, is_planned, kept_as, out_of_memory
+from pretrain.plan.attended import attended
+from pretrain.plan.fits import check_memory, out_of_memory
+from pretrain.plan.memory import is_planned, kept_as
 from pretrain.ranks import is_first_rank, world_size
 from pretrain.run import random_states
 from pretrain.run.bad_step import BadStep
@@ -78,13 +81,13 @@ def train(
         write_config(config)  # first of all files: it marks the folder as this run's
         begin_branch(config)
     # Found before training: when memory is full, the GPU can answer no more questions.
-    attention: list[Attention] = []
+    kept: list[Any] = []  # the core attention, and the tokens of the longest document
     with Status(config) as status:
         try:
-            exit_status = _train(config, folders, signals, status, watchdog, attention, store)
+            exit_status = _train(config, folders, signals, status, watchdog, kept, store)
         except torch.OutOfMemoryError as error:
             # A new start would not help: this is as a user's mistake.
-            raise UserError(out_of_memory(config, world_size(), error, *attention)) from error
+            raise UserError(out_of_memory(config, world_size(), error, *kept)) from error
     if is_first_rank():
         held.close()
     return exit_status
@@ -96,7 +99,7 @@ def _train(
     signals: StopSignals,
     status: Status,
     watchdog: Watchdog,
-    attention: list[Attention],
+    kept: list[Any],
     store: Any = None,
 ) -> int:
     run_dir = config.output_dir
@@ -107,8 +110,9 @@ def _train(
     starting.phase("joining the other ranks")
     device = start_ranks(config, store)
     if is_planned(config) and resolve_impl(config.transformer_impl) == "transformer_engine":
-        attention.append(kept_as(layers_config(config).core_attention))
-        check_memory(config, torch.distributed.get_world_size(), smallest_card(), *attention)
+        core = layers_config(config).core_attention
+        kept += [kept_as(core), attended(config, folders).longest if core.keeps_scores else None]
+        check_memory(config, torch.distributed.get_world_size(), smallest_card(), *kept)
 
     starting.phase("building the model")
     model, optimizer, scheduler = build(config)
@@ -144,7 +148,7 @@ def _train(
     profile = StepProfile(config)
     bad_steps = BadSteps(config, saver, progress.recent_losses)
     graph = StepGraph(model) if config.cuda_graph else None
-    log.built(model[0].config)
+    log.built(model[0].config, *kept)
     log.data(folders, baselines)
 
     def validates(step: int) -> bool:
@@ -227,7 +231,9 @@ def _train(
                 if bad_steps.found:
                     answer(bad_steps.found, drawn)
                 else:
-                    log.train(step, *figures, data.attended())
+                    due = log.is_due(step)
+                    balance = load_balance(model, config.model.num_layers) if due else {}
+                    log.train(step, *figures, data.attended(), balance)
             log.slow_ranks(step, speed.slow_ranks(step))
             progress = Progress(step, config.samples_after(step), bad_steps.recent_losses)
             last = step == config.train_steps

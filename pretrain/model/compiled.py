@@ -24,6 +24,9 @@ def check_compile(config: TrainConfig) -> None:
         "collectives that overlap computation cannot be compiled: use one tensor-parallel rank": (
             parallel.tensor_model_parallel_size > 1
         ),
+        "gathering over context-parallel ranks is not compiled: use 1": (
+            parallel.context_parallel_size > 1
+        ),
         "pipeline stages are not compiled: use 1": parallel.pipeline_model_parallel_size > 1,
         f"recompute {config.recompute} is not compiled: use none": config.recompute != "none",
         "dropout would draw other numbers: set model.hidden_dropout and model.attention_dropout to 0": (
@@ -34,6 +37,9 @@ def check_compile(config: TrainConfig) -> None:
         ),
         "documents' lengths would be compiled in: leave --data.no-attend-across-documents out": (
             not config.data.attend_across_documents
+        ),
+        "experts are not compiled: numbers of tokens change": (
+            config.model.experts.num_moe_experts is not None
         ),
         "attention unfused cannot be compiled: use auto": config.attention == "unfused",
         f"torch.compile needs {_compiler()}, which was not found: install it": not _has_compiler(),

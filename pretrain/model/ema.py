@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.model.optimizer_shards import own_ranges
+from pretrain.model.optimizer_shards import own_ranges, parts_of
 
 
 class Ema:
@@ -17,9 +17,12 @@ class Ema:
 
     def __init__(self, optimizer: Any, decay: float) -> None:
         """The average of one set of weights: those that the optimizer has now."""
-        (self._part,) = optimizer.chained_optimizers
         self._decay = decay
-        self._parameters = [parameter for parameter, _, _ in own_ranges(self._part)]
+        self._own = [
+            (part, parameter)
+            for part in parts_of(optimizer)
+            for parameter, _, _ in own_ranges(part)
+        ]
         self._averages = [weights.detach().clone() for weights in self._weights()]
 
     @torch.no_grad()
@@ -34,13 +37,14 @@ class Ema:
 
     def tensors(self) -> dict[Any, Tensor]:
         """For each of this rank's parameters the average of its range, 1-D fp32."""
-        return dict(zip(self._parameters, self._averages, strict=True))
+        parameters = [parameter for _, parameter in self._own]
+        return dict(zip(parameters, self._averages, strict=True))
 
     def _weights(self) -> list[Tensor]:
         """The master weights of this rank's ranges. Not by megatron-core's
         `_get_main_param_and_optimizer_states`, which would make empty states before the first step."""
         found = []
-        for parameter in self._parameters:
-            group, number = self._part.model_param_group_index_map[parameter]
-            found.append(self._part.optimizer.param_groups[group]["params"][number].detach())
+        for part, parameter in self._own:
+            group, number = part.model_param_group_index_map[parameter]
+            found.append(part.optimizer.param_groups[group]["params"][number].detach())
         return found

@@ -49,6 +49,7 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
         by_te("linears", "Transformer Engine", "megatron-core", "has no FP8"),
         _precision(config, lacks),
         _attention(config.core_attention),
+        *over_context_ranks(config),
         by_te(
             "norms",
             f"Transformer Engine, {norms}",
@@ -78,6 +79,7 @@ def choices(config: LadderConfig, adam: type) -> list[Choice]:
             config.cross_entropy_loss_fusion,
             "takes three more passes over the logits",
         ),
+        *_experts(config),
         _weight_gradients(config, te, on_gpu),
         _adam(adam, on_gpu),
     ]
@@ -106,6 +108,30 @@ def _precision(config: Any, lacks: str) -> Choice:
 def _attention(taken: CoreAttention) -> Choice:
     cost = "keeps 2 b heads s x s scores a layer for backward, unless recomputed"
     return Choice("attention", str(taken), taken.why, cost if taken.keeps_scores else "")
+
+
+def _experts(config: Any) -> list[Choice]:
+    if config.num_moe_experts is None:
+        return []
+    if config.moe_grouped_gemm:
+        return [Choice("experts", "Transformer Engine, grouped GEMMs", "")]
+    cost = "launches the kernels of each expert by themselves"
+    return [Choice("experts", "megatron-core, one after another", "no grouped GEMMs", cost)]
+
+
+def over_context_ranks(config: LadderConfig) -> list[Choice]:
+    """How attention gets the keys and values of other context-parallel ranks; [] where there are none."""
+    if config.context_parallel_size == 1:
+        return []
+    part = f"context over {config.context_parallel_size} ranks"
+    if config.core_attention.whose == "te":
+        return [Choice(part, "Transformer Engine: keys and values go around a ring", "")]
+    cost = (
+        "their collectives are not hidden, and all keys and values of a layer are kept for backward"
+    )
+    return [
+        Choice(part, "keys and values are gathered", "attention is not Transformer Engine's", cost)
+    ]
 
 
 def _weight_gradients(config: Any, te: bool, on_gpu: bool) -> Choice:

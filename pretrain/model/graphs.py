@@ -36,6 +36,7 @@ def check_cuda_graph(config: TrainConfig) -> None:
     adapt = config.adapt
     reasons = {
         "desync layers in a graph are not tested": config.model.residual == "desync",
+        "experts in a graph are not built yet": config.model.experts.num_moe_experts is not None,
         "there is no GPU": not torch.cuda.is_available(),
         "transfers between pipeline stages are not captured: use one stage": (
             config.parallel.pipeline_model_parallel_size > 1
@@ -54,6 +55,9 @@ def check_cuda_graph(config: TrainConfig) -> None:
         ),
         "distillation in a graph is not tested: set adapt.distillation_weight to 0": (
             adapt.distillation_weight > 0
+        ),
+        "context parallelism in a graph is not tested: set parallel.context_parallel_size to 1": (
+            config.parallel.context_parallel_size > 1
         ),
         "documents' lengths would be captured: leave --data.no-attend-across-documents out": (
             not config.data.attend_across_documents

@@ -27,8 +27,9 @@ def wrap_data_parallel(
 ) -> list[DistributedDataParallel]:
     """Wraps this rank's chunks in megatron-core's DDP.
 
-    Gradients are summed in fp32 over the data-parallel ranks, overlapped with backward. The optimizer's
-    state is sharded over these ranks. The updated parameters are gathered during the next forward.
+    Gradients are summed in fp32 over the data- and context-parallel ranks, overlapped with backward. The
+    optimizer's state is sharded over these ranks. The updated parameters are gathered during the next
+    forward.
 
     Args:
         chunks: from `build_gpt_model`; all share one configuration object, which the schedules read.
@@ -42,7 +43,7 @@ def wrap_data_parallel(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=True,
         overlap_param_gather=not gather_at_once
-        and parallel_state.get_data_parallel_world_size() > 1,
+        and parallel_state.get_data_parallel_world_size(True) > 1,
         use_distributed_optimizer=True,
         fp8_param_gather=config.fp8_param,
     )
@@ -80,7 +81,7 @@ def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
 
 
 def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -> Any:
-    """AdamW, with its state sharded over the data-parallel ranks; in bf16 it keeps fp32 master weights.
+    """AdamW, its state sharded over data- and context-parallel ranks; in bf16 with fp32 master weights.
 
     Args:
         model: from `wrap_data_parallel`.

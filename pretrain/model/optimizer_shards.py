@@ -28,18 +28,23 @@ class OptimizerShards:
     Make it for one save or one load: it refers to tensors of the optimizer, which a step may replace.
     """
 
-    tensors: list[tuple[Any, dict[str, Tensor]]]
-    """For each of this rank's ranges: the parameter, and its 1-D fp32 state by megatron-core's names. An
-    average of the weights is not in it."""
+    tensors: list[tuple[Any, Any, dict[str, Tensor]]]
+    """For each of this rank's ranges: its part, the parameter, and the 1-D fp32 state by megatron-core's
+    names. An average of the weights is not in it."""
     shards: list[ShardedTensor]
     """The same data as rectangles of tensors of the parameters' shapes. Loading fills it."""
-    part: Any
-    """megatron-core's distributed optimizer."""
+    parts: list[Any]
+    """megatron-core's distributed optimizers: one, and in some layouts a second one for experts, whose
+    gradients are summed over other ranks."""
 
     def state(self) -> dict[str, Any]:
-        """For megatron-core's `save` and `load`."""
+        """For megatron-core's `save` and `load`.
+
+        Parameter groups are those of the first part, in every layout: the second part's are like them.
+        """
         shards = {str(number): shard for number, shard in enumerate(self.shards)}
-        return {**self.part.state_dict(), "param_state": shards, "param_state_sharding_type": FORM}
+        first = self.parts[0].state_dict()
+        return {**first, "param_state": shards, "param_state_sharding_type": FORM}
 
     @torch.no_grad()
     def restore(self, loaded: dict[str, Any]) -> None:
@@ -47,16 +52,12 @@ class OptimizerShards:
         for number, shard in enumerate(self.shards):
             assert shard.data is not None
             shard.data.copy_(loaded["param_state"][str(number)])
-        # Learning rates, weight decay and so on are those of the configuration. Adam's step is the
-        # checkpoint's, where its groups have one.
-        groups = self.part.state_dict()["optimizer"]["param_groups"]
-        for saved in loaded["optimizer"]["param_groups"]:
-            for group in groups if "step" in saved else ():
-                group["step"] = saved["step"]
-        self.part.load_state_dict({"optimizer": {"param_groups": groups}})
-        for parameter, tensors in self.tensors:
-            others = self.part._get_main_param_and_optimizer_states(parameter)  # AdamW's step
-            self.part._set_main_param_and_optimizer_states(parameter, {**others, **tensors})
+        for part in self.parts:
+            groups = _groups_of(part, loaded["optimizer"])
+            part.load_state_dict({"optimizer": {"param_groups": groups}})
+        for part, parameter, tensors in self.tensors:
+            others = part._get_main_param_and_optimizer_states(parameter)  # AdamW's step
+            part._set_main_param_and_optimizer_states(parameter, {**others, **tensors})
 
     @torch.no_grad()
     def round_weights(self) -> None:
@@ -65,8 +66,9 @@ class OptimizerShards:
         A checkpoint has FP8 weights in bf16 and without their scales. Quantised from that they would be
         other numbers than those that the run was stopped with.
         """
-        self.part._copy_main_params_to_model_params()
-        for chunk in self.part.model_chunks:
+        for part in self.parts:
+            part._copy_main_params_to_model_params()
+        for chunk in self.parts[0].model_chunks:
             # At once, where gathering overlaps forward, too: within `gathered_parameters` (a rollback) the
             # next forward would take the weights for gathered.
             chunk.start_param_sync(force_sync=True)
@@ -87,9 +89,10 @@ def optimizer_shards(
         is_loading: first make the state's tensors, if no step has made them.
         averages: of the weights (ema.py), to be saved or loaded too.
     """
-    (part,) = optimizer.chained_optimizers
+    parts = parts_of(optimizer)
     if is_loading:
-        part.load_state_dict(part.state_dict())
+        for part in parts:
+            part.load_state_dict(part.state_dict())
     stored = {
         id(value.data): value
         for value in nested_values(weights)
@@ -97,16 +100,39 @@ def optimizer_shards(
     }
     held = []
     shards: list[ShardedTensor] = []
-    for parameter, start, end in own_ranges(part):
+    for part, (parameter, start, end) in ((p, own) for p in parts for own in own_ranges(p)):
         states = part._get_main_param_and_optimizer_states(parameter)
         # AdamW's step is one number for all parameters, which state_dict has.
         tensors = {n: value.detach().float() for n, value in states.items() if n != "step"}
-        held.append((parameter, tensors))
+        held.append((part, parameter, tensors))
         pieces = _pieces(stored[id(parameter)], parameter.shape)
         more = {"ema": averages[parameter]} if averages else {}
         for name, tensor in (tensors | more).items():
             shards += _rectangles(tensor, start, end, pieces, f"optimizer.state.{name}.")
-    return OptimizerShards(held, shards, part)
+    return OptimizerShards(held, shards, parts)
+
+
+def parts_of(optimizer: Any) -> list[Any]:
+    """megatron-core's distributed optimizers that have parameters on this rank.
+
+    A pipeline stage may have no experts; then the experts' part has none.
+    """
+    return [
+        part
+        for part in optimizer.chained_optimizers
+        if any(group["params"] for group in part.optimizer.param_groups)
+    ]
+
+
+def _groups_of(part: Any, saved: dict[str, Any]) -> list[dict[str, Any]]:
+    """This part's parameter groups, whose learning rates, weight decay and so on are the configuration's.
+    Adam's step is the checkpoint's, where its groups have one."""
+    groups = part.state_dict()["optimizer"]["param_groups"]
+    steps = {group["step"] for group in saved["param_groups"] if "step" in group}
+    if not steps:
+        return groups
+    (step,) = steps
+    return [{**group, "step": step} for group in groups]
 
 
 def own_ranges(part: Any) -> Iterator[tuple[Any, int, int]]:
@@ -121,7 +147,8 @@ def own_ranges(part: Any) -> Iterator[tuple[Any, int, int]]:
 def _pieces(stored: Any, shape: torch.Size) -> list[ShardedTensor]:
     """The tensors that a parameter is stored as, without data, in the order of its rows.
 
-    It is one tensor, but for an MLP's first linear: its gate and its up projection are stored apart.
+    It is one tensor, but for the first linear of an MLP or an expert: its gate and its up projection are
+    stored apart.
     """
     if isinstance(stored, ShardedTensor):
         return [stored]
@@ -139,7 +166,7 @@ def _rectangles(
     Args:
         tensor: the range's values, [end - start].
         start, end: the range.
-        pieces: from `_pieces`; each has one or two axes, beside those that stack layers.
+        pieces: from `_pieces`; each has one or two axes, beside those that stack layers and experts.
         prefix: of the stored tensors' names.
     """
     first = 0  # of the piece, in the flattened parameter

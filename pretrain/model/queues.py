@@ -18,7 +18,8 @@ def set_queues(config: TrainConfig) -> None:
     """Sets the variables that the user has not set. Ranks that this process starts inherit them.
 
     With one queue, kernels begin in the order in which they are issued. So a collective that is started
-    before a GEMM gets the few SMs that it needs first. This is Megatron's advice for tensor parallelism.
+    before a GEMM gets the few SMs that it needs first. This is Megatron's advice for tensor and context
+    parallelism.
 
     But with sequence parallelism a layer that hides its collectives (a ladder layer, or one with halves)
     runs work on a second stream, and that work waits for collectives. With one queue, the GEMMs issued

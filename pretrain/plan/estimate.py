@@ -4,12 +4,13 @@ The time of a step comes from the planner (planner.py: modelled, not measured) o
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig
+from pretrain.plan.attended import Attended, attended
 from pretrain.plan.links import network_of
-from pretrain.plan.memory import memory_plan, room
+from pretrain.plan.memory import is_planned, memory_plan, room
 from pretrain.plan.planner import DEVICES, Hardware
 from pretrain.plan.search import KINDS, row
 from pretrain.run.folder import checkpoint_bytes, stored_bytes
@@ -34,7 +35,12 @@ class Estimate:
     step_source: str
     """Where step_s comes from, in words."""
     mfu: float
-    """The share of the device's bf16 peak that is reached."""
+    """The share of the device's bf16 peak that is reached. Operations of attention are those within the
+    sequences, or within the documents where they are apart."""
+    mfu_whole_sequences: float
+    """The same, where operations are counted as if documents were not apart."""
+    attended: Attended
+    """What attention works on."""
     train_steps: int
     tokens: int
     training_s: float
@@ -53,7 +59,7 @@ class Estimate:
     """The number of jobs with the time limit, one after another; 1 without a limit."""
     parameters: int
     memory_bytes: float | None
-    """On the fullest GPU, modelled; None when the precision is not bf16."""
+    """On the fullest GPU, modelled; None where memory is not planned (`is_planned`)."""
     memory_limit_bytes: float
     """The device's memory, less a margin for what the memory model leaves out."""
     checkpoint_bytes: int
@@ -124,7 +130,9 @@ def estimate(
         raise UserError(f"an MFU of {mfu}: it must be above 0 and at most 1, such as 0.4")
     dp = config.parallel.data_parallel_size(ranks)
     config.num_microbatches(dp)
-    step_s, reached, source = _step(config, ranks, hardware, mfu)
+    works_on = attended(config)
+    step_s, reached, source = _step(config, ranks, hardware, mfu, works_on.mean)
+    whole = attended(replace(config, data=replace(config.data, attend_across_documents=True)))
 
     training_s = config.train_steps * step_s
     validation_s = _validations(config) * _sequences_s(config, step_s)
@@ -157,6 +165,8 @@ def estimate(
         step_s=step_s,
         step_source=source,
         mfu=reached,
+        mfu_whole_sequences=reached * _flops(config, whole.mean) / _flops(config, works_on.mean),
+        attended=works_on,
         train_steps=config.train_steps,
         tokens=config.train_steps * config.tokens_per_step,
         training_s=training_s,
@@ -167,7 +177,7 @@ def estimate(
         starting_s=jobs * start_up_s + (jobs - 1) * read_s,
         jobs=jobs,
         parameters=config.model.num_parameters(),
-        memory_bytes=memory_plan(config, dp).total if config.precision == "bf16" else None,
+        memory_bytes=memory_plan(config, dp).total if is_planned(config) else None,
         memory_limit_bytes=room(hardware.device.memory_bytes),
         checkpoint_bytes=checkpoint,
         stored_bytes=stored_bytes(config),
@@ -176,25 +186,32 @@ def estimate(
 
 
 def _step(
-    config: TrainConfig, ranks: int, hardware: Hardware, mfu: float | None
+    config: TrainConfig, ranks: int, hardware: Hardware, mfu: float | None, attended: float
 ) -> tuple[float, float, str]:
     """A step's time in seconds, its MFU, and where the two come from."""
     model = config.model
     if mfu is not None:
-        flops = config.tokens_per_step * flops_per_token(
-            num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
-            seq_length=config.data.seq_length,
-            matmul_parameters=model.num_matmul_parameters(),
-        )
-        return flops / (ranks * hardware.device.peak_flops * mfu), mfu, f"an MFU of {mfu:.0%}"
-    if config.precision != "bf16" or model.residual not in KINDS:
+        step_s = _flops(config, attended) / (ranks * hardware.device.peak_flops * mfu)
+        return step_s, mfu, f"an MFU of {mfu:.0%}"
+    experts = " with experts" if model.experts.num_moe_experts else ""
+    if config.precision != "bf16" or model.residual not in KINDS or experts:
         raise UserError(
-            f"the planner models {', '.join(KINDS)} in bf16, not {model.residual} in "
-            f"{config.precision}: give an MFU"
+            f"the planner models {', '.join(KINDS)} in bf16 without experts, not {model.residual}{experts} "
+            f"in {config.precision}: give an MFU"
         )
-    planned = row(config, ranks, hardware)
+    planned = row(config, ranks, hardware, attended)
     return planned.step_s, planned.mfu, "the planner's model, not measured"
+
+
+def _flops(config: TrainConfig, attended: float) -> float:
+    """Floating-point operations of a step, where attention works on so many tokens together."""
+    model = config.model
+    return config.tokens_per_step * flops_per_token(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        seq_length=attended,
+        matmul_parameters=model.num_matmul_parameters(),
+    )
 
 
 def _validations(config: TrainConfig) -> int:
@@ -220,6 +237,11 @@ def format_estimate(found: Estimate) -> str:
         f"{in_units(found.checkpoint_bytes, 'B')}, each written in {found.write_s:,.0f} s; exported "
         f"{in_units(found.exported_bytes, 'B')}",
     ]
+    if source := found.attended.source:
+        lines.append(
+            f"Documents attention works on {found.attended.mean:,.0f} tokens together ({source}); as if "
+            f"of whole sequences the MFU is {found.mfu_whole_sequences:.1%}"
+        )
     if found.too_slow:
         lines.append(
             "          WRITING TAKES LONGER THAN THE STEPS BETWEEN TWO CHECKPOINTS: raise save_interval"

@@ -1,14 +1,13 @@
-"""Plans the memory of a rank before the first step, and says which options need less.
+"""Plans the memory of a rank before the first step.
 
 The plan counts Transformer Engine's layers. tests/te_stand_in compares it with what the layers save, and
 tests/unit/pretrain/plan/test_memory.py with peaks measured on an H100. HEADROOM is for what it leaves out.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from megatron_ladder.config import PARALLEL, ModelConfig, Recompute
-from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Recipe
 from pretrain.config.train import TrainConfig
 
@@ -75,7 +74,13 @@ class MemoryPlan:
 
 
 def attention_bytes(
-    model: ModelConfig, seq_length: int, attention: Attention, *, again: bool, apart: bool = False
+    model: ModelConfig,
+    seq_length: int,
+    attention: Attention,
+    *,
+    again: bool,
+    apart: bool = False,
+    cp: int = 1,
 ) -> float:
     """Bytes that all heads keep for a token between attention's first linear and its second.
 
@@ -87,9 +92,13 @@ def attention_bytes(
                   view of the linear's whole output, which is kept
     Fused attention also keeps 4 bytes of log-sums for each head, and with documents apart a copy of the
     output. Unfused attention also keeps scores (SCORES): with documents apart those of a document's own
-    tokens, and here each sequence counts as one document.
+    tokens.
+
+    With context parallelism Transformer Engine keeps a rank's own keys and values. Other attention keeps
+    those of all ranks: kv times cp.
 
     Args:
+        seq_length: tokens of a sequence; where documents are apart, of the longest one.
         apart: documents do not attend to each other.
         again: attention is computed again in backward. It keeps its inputs and its output: 3 w + 3 kv, as
             values are a view of the linear's whole output. There are no log-sums.
@@ -99,7 +108,8 @@ def attention_bytes(
     if again:
         return BF16 * 3 * (width + keys)
     if attention in ("te", "torch"):
-        return BF16 * (2 * (width + keys) + width * apart) + FP32 * heads
+        ranks = 1 if attention == "te" else cp
+        return BF16 * (2 * (width + keys * ranks) + width * apart) + FP32 * heads
     numbers = {"te-unfused": 4, "torch-unfused": 7, "unfused": 6 if keys == width else 4}
     scores = SCORES[attention][1 if model.attention_dropout else 0]
     return BF16 * numbers[attention] * width + scores * heads * seq_length
@@ -117,6 +127,7 @@ def activation_bytes(
     attention: Attention = "te",
     apart: bool = False,
     halves: bool = False,
+    cp: int = 1,
 ) -> float:
     """Bytes that one layer keeps for backward, for one micro-batch, on one GPU.
 
@@ -155,7 +166,7 @@ def activation_bytes(
         outputs = in_fp8
     again = recompute == "selective"
     rest = (
-        attention_bytes(model, seq_length, attention, again=again, apart=apart)
+        attention_bytes(model, seq_length, attention, again=again, apart=apart, cp=cp)
         + (2 * BF16 + number) * ffn
     )
     if fp8 == "delayed":
@@ -197,12 +208,15 @@ def stage_parameters(config: TrainConfig, stage: int) -> float:
     return stage_layers(config)[stage] * layer_parameters(config) + table * tables
 
 
-def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> MemoryPlan:
+def memory_plan(
+    config: TrainConfig, dp: int, attention: Attention = "te", longest: int | None = None
+) -> MemoryPlan:
     """The memory of the pipeline stage that takes most.
 
     A parameter takes 2 bytes in bf16, 4 bytes for its fp32 gradient, and 12 bytes / dp in the distributed
-    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16). An average of the weights
-    takes 4 bytes / dp more.
+    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16), and 4 bytes more with an
+    average of the weights. With context parallelism dp cp ranks share it, and a rank has the tokens of a
+    sequence over cp.
 
     Activations are those of `activation_bytes`, for all micro-batches in flight. On the first stage these
     are pp micro-batches in 1F1B, and 1 + (pp - 1) / (pp vpp) times as many in the interleaved schedule.
@@ -210,19 +224,28 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
     In addition there is the larger of two: the logits on the last stage, in bf16 and in fp32, and their
     exponentials if megatron-core's loss is compiled; or what one layer's backward recomputes, and the
     gradients of scores.
+
+    Args:
+        longest: tokens of the longest document, where they are apart (attended.py). A token has no more
+            scores than that: the sum of squares of a micro-batch's documents is at most `longest` times
+            its tokens. None: a document may be as long as a sequence.
     """
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp, sp = parallel.num_chunks, parallel.sequence_parallel
-    seq_length = config.data.seq_length
-    tokens = config.micro_batch_size * seq_length
+    cp = parallel.context_parallel_size
+    tokens = config.micro_batch_size * config.data.seq_length // cp
+    longest = longest or config.data.seq_length
     recipe = config.fp8.recipe
+    # One mask for all layers: a rank's two chunks, with the keys up to the end of each.
+    masks = attention == "torch" and cp > 1 and config.data.attend_across_documents
+    mask = BF16 * masks * (2 * cp + 1) * (config.data.seq_length / (2 * cp)) ** 2
 
     def layer(recompute: Recompute) -> float:
         return activation_bytes(
             model,
             tokens=tokens,
-            seq_length=seq_length,
+            seq_length=longest,
             tp=tp,
             sp=sp,
             recompute=recompute,
@@ -230,13 +253,14 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
             attention=attention,
             apart=not config.data.attend_across_documents,
             halves=parallel.tp_overlap == "halves",
+            cp=cp,
         )
 
     backward = layer("none") if config.recompute == "full" else 0.0
     if config.recompute == "selective":
         backward = max(0.0, layer("none") - layer("selective"))
     if attention in SCORES:
-        backward += SCORES[attention][2] * tokens * seq_length * model.num_attention_heads / tp
+        backward += SCORES[attention][2] * tokens * longest * model.num_attention_heads / tp
     logit = BF16 + (FP32 if config.deterministic else 2 * FP32)
     logits = logit * tokens * model.padded_vocab_size / tp
     state = FP32 + 2 * (BF16 if config.optimizer.moments == "bf16" else FP32)
@@ -264,8 +288,8 @@ def memory_plan(config: TrainConfig, dp: int, attention: Attention = "te") -> Me
                 weights=weights,
                 fp8_weights=copies,
                 gradients=FP32 * parameters,
-                optimizer=state * parameters / dp,
-                activations=in_flight * chunk,
+                optimizer=state * parameters / (dp * cp),
+                activations=in_flight * chunk + mask,
                 logits=logits if at_the_loss else 0.0,
                 backward=0.0 if at_the_loss else backward,
             )
@@ -287,88 +311,6 @@ def room(card_bytes: float) -> float:
 
 
 def is_planned(config: TrainConfig) -> bool:
-    """Whether `memory_plan` holds for this run: in bf16, and not for desync."""
-    return config.precision == "bf16" and config.model.residual != "desync"
-
-
-def check_memory(
-    config: TrainConfig, world_size: int, card_bytes: float, attention: Attention = "te"
-) -> None:
-    """Refuses a run whose plan does not fit in the memory of the fullest GPU.
-
-    Args:
-        card_bytes: the whole memory of the smallest card.
-
-    Raises:
-        UserError: it does not fit; with the plan, the card's memory, and the options that need less.
-    """
-    dp = config.parallel.data_parallel_size(world_size)
-    plan = memory_plan(config, dp, attention)
-    if plan.total > room(card_bytes):
-        raise UserError(
-            f"the fullest GPU would hold {in_words(plan)}, and has {card_in_words(card_bytes)}. To need "
-            f"less: {what_to_turn(config, dp, attention)}"
-        )
-
-
-def card_in_words(card_bytes: float) -> str:
-    """A card's memory, and how much of it a plan may use."""
-    return (
-        f"{card_bytes / 2**30:.2f} GiB, {room(card_bytes) / 2**30:.2f} of it to plan with (the rest is for "
-        "CUDA's context, communication buffers and fragmented memory)"
-    )
-
-
-def out_of_memory(
-    config: TrainConfig, world_size: int, error: Exception, attention: Attention = "te"
-) -> str:
-    """The message for a user when CUDA is out of memory; it begins with the error's first sentences."""
-    said = ". ".join(str(error).split(". ")[:3])
-    dp = config.parallel.data_parallel_size(world_size)
-    planned = ""
-    if is_planned(config):
-        planned = f"Planned for the fullest GPU: {in_words(memory_plan(config, dp, attention))}. "
-    return (
-        f"{said}. {planned}To need less: {what_to_turn(config, dp, attention)}. If the plan is far below "
-        "the card's memory, another process uses it (see nvidia-smi), or it is fragmented (set "
-        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True)"
-    )
-
-
-def what_to_turn(config: TrainConfig, dp: int, attention: Attention = "te") -> str:
-    """The options with which a step of this run takes less memory, the cheapest first."""
-    plan, parallel = memory_plan(config, dp, attention), config.parallel
-    advice = []
-    if config.cuda_graph:
-        advice.append("no --cuda-graph (a graph keeps a step's memory during validation too)")
-    if attention in SCORES:
-        if attention != "torch-unfused":
-            saved = plan.total - memory_plan(config, dp, "torch").total
-            advice.append(f"--attention torch (no scores in memory: {saved / 2**30:.2f} GiB less)")
-        if config.recompute == "none":
-            selective = memory_plan(replace(config, recompute="selective"), dp, attention)
-            saved = plan.total - selective.total
-            advice.append(
-                f"--recompute selective (scores of one layer at a time: {saved / 2**30:.2f} GiB less)"
-            )
-    elif config.recompute == "selective":
-        advice.append("--recompute none (fused attention keeps less than selective recomputation)")
-    if config.micro_batch_size > 1:
-        advice.append(
-            f"--micro-batch-size {config.micro_batch_size // 2} (same global batch, more accumulation)"
-        )
-    tp = parallel.tensor_model_parallel_size
-    if tp > 1 and not parallel.sequence_parallel and config.model.residual != "desync":
-        advice.append("--parallel.sequence-parallel (divides norms' activations over the ranks)")
-    if config.recompute != "full":
-        advice.append("--recompute full (fewer activations, a third more compute)")
-    moment = plan.activations + plan.logits + plan.backward
-    if plan.optimizer + plan.weights + plan.gradients > moment:
-        if config.optimizer.moments == "fp32" and config.precision == "bf16":
-            advice.append("--optimizer.moments bf16 (4 bytes less a parameter; changes training)")
-        advice.append("more GPUs (the optimizer's state is divided over data-parallel ranks)")
-    advice.append(
-        f"--parallel.tensor-model-parallel-size {2 * tp} or more "
-        f"--parallel.pipeline-model-parallel-size ({parallel.pipeline_model_parallel_size} now)"
-    )
-    return "; ".join(advice)
+    """Whether `memory_plan` holds for this run: in bf16, and neither for desync nor for experts."""
+    plain = config.model.residual != "desync" and config.model.experts.num_moe_experts is None
+    return config.precision == "bf16" and plain

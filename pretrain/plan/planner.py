@@ -291,13 +291,13 @@ class Hardware:
 
 
 def submodules(
-    model: ModelConfig, hardware: Hardware, *, tokens: int, seq_length: int, tp: int, sp: bool
+    model: ModelConfig, hardware: Hardware, *, tokens: int, seq_length: float, tp: int, sp: bool
 ) -> tuple[Submodule, Submodule]:
     """The compute of one layer's attention and MLP for a micro-batch of `tokens` tokens.
 
     - GEMMs: 2 operations for each weight and token, twice that in backward.
     - Flash attention: 4 t s h operations, of which half are masked out; 2.5 times that in backward (five
-      products instead of two).
+      products instead of two). s is the tokens that attention works on together (attended.py).
     - Norm, RoPE, SwiGLU and residual add: bytes through memory, twice that in backward. Norm and add work
       on whole states, unless sequence parallelism divides them.
     - The kernels of these, twice as many in backward. Parallel kinds have one norm.
@@ -332,6 +332,7 @@ class Row:
     residual: str
     halves: bool
     tp: int
+    cp: int
     pp: int
     last_stage: int
     """Layers of the last pipeline stage; the others share the rest."""
@@ -343,6 +344,7 @@ class Row:
     step_s: float
     compute_s: float
     exposed_tp_s: float
+    exposed_cp_s: float
     exposed_dp_s: float
     transfers_s: float
     """Transfers between pipeline stages that no compute hides."""
@@ -355,7 +357,15 @@ class Row:
     @property
     def layout(self) -> tuple[object, ...]:
         """All but the residual kind and the halves."""
-        layout = (self.tp, self.pp, self.last_stage, self.vpp, self.dp, self.sequence_parallel)
+        layout = (
+            self.tp,
+            self.cp,
+            self.pp,
+            self.last_stage,
+            self.vpp,
+            self.dp,
+            self.sequence_parallel,
+        )
         return (*layout, self.micro_batch_size, self.recompute)
 
     @property

@@ -14,9 +14,19 @@ from megatron_ladder.config import (
     check_layout,
 )
 from megatron_ladder.errors import UserError
+from megatron_ladder.fields.windows import attention_length
 from pretrain.config.train import TrainConfig
 from pretrain.plan.memory import memory_plan, room, stage_layers, stage_parameters
-from pretrain.plan.planner import BF16, FP32, Device, Hardware, Row, pass_seconds, submodules
+from pretrain.plan.planner import (
+    BF16,
+    FP32,
+    Device,
+    Hardware,
+    Row,
+    pass_seconds,
+    submodules,
+)
+from pretrain.plan.ring import ring_seconds
 from pretrain.run.metrics import flops_per_token
 
 KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder", "parallel-ladder")
@@ -31,6 +41,9 @@ WAYS: tuple[tuple[Residual, TpOverlap], ...] = (
 LESS_IN_LAST_STAGE = 4
 """By how many layers the last pipeline stage may be shorter, because it has the output head."""
 
+LEAST_TOKENS = 8192
+"""Context parallelism is tried where a rank keeps at least so many tokens of a sequence."""
+
 _pass_seconds = functools.lru_cache(maxsize=100_000)(pass_seconds)  # layouts share many passes
 
 
@@ -39,7 +52,7 @@ def way(residual: Residual, overlap: TpOverlap) -> str:
     return f"{residual}, halves" if overlap == "halves" else residual
 
 
-def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
+def row(config: TrainConfig, gpus: int, hardware: Hardware, attended: float | None = None) -> Row:
     """The time of one layout's step. A model, not a measurement.
 
     - Every stage takes as long as the slowest one. The last one has the output head.
@@ -47,25 +60,39 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     - The bubble is (pp - 1) times a chunk's forward and backward.
     - Transfers between stages are exposed: in 1F1B twice for each micro-batch, in the interleaved schedule
       only while the pipeline fills.
-    - Data parallelism reduces gradients (fp32) during the last backward, and gathers parameters (bf16)
-      during the first forward. What takes longer than these is exposed.
+    - Data and context parallelism reduce gradients (fp32) during the last backward, and gather parameters
+      (bf16) during the first forward. What takes longer than these is exposed.
+    - In context parallelism what sending keys and values takes longer than attention is exposed.
 
     Args:
         config: with the layout.
         gpus: the number of GPUs.
+        attended: tokens that attention works on together (attended.py). None: those of whole sequences.
     """
     model, parallel, seq_length = config.model, config.parallel, config.data.seq_length
+    if attended is None:
+        attended = attention_length(model, [seq_length])
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks, sp = parallel.num_chunks, parallel.sequence_parallel
-    dp = parallel.data_parallel_size(gpus)
+    cp, dp = parallel.context_parallel_size, parallel.data_parallel_size(gpus)
     micro_batches = config.num_microbatches(dp)
     halves = parallel.tp_overlap == "halves"
-    tokens = config.micro_batch_size * seq_length
+    tokens = config.micro_batch_size * seq_length // cp
     state = BF16 * tokens * model.hidden_size
     calls = 2 if halves else 1
     attention, mlp = submodules(
-        model, hardware, tokens=tokens // calls, seq_length=seq_length, tp=tp, sp=sp
+        model, hardware, tokens=tokens // calls, seq_length=attended, tp=tp, sp=sp
     )
+    ring_s, ring_back_s = ring_seconds(
+        model, hardware, tokens=tokens // calls, seq_length=attended, tp=tp, cp=cp
+    )
+    attention = replace(
+        attention,
+        forward_s=attention.forward_s + ring_s,
+        backward_s=attention.backward_s + ring_back_s,
+    )
+    again = 2 if config.recompute == "full" else 1
+    layer_ring_s = calls * (again * ring_s + ring_back_s)
     link_s = hardware.link_for(tp).all_reduce_seconds(state / calls) if tp > 1 else 0.0
     head_s = 3 * hardware.gemm_s(2.0 * tokens * model.hidden_size * model.padded_vocab_size / tp)
     stages: list[list[tuple[Residual, ...]]] = [[] for _ in range(pp)]
@@ -95,27 +122,29 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
     if slowest < pp - 1:
         head_s = 0.0
 
-    compute_s = micro_batches * (own_stage_s + head_s)
+    exposed_cp_s = micro_batches * stage_layers(config)[slowest] * layer_ring_s
+    compute_s = micro_batches * (own_stage_s + head_s) - exposed_cp_s
     exposed_tp_s = micro_batches * (stage_s - own_stage_s)
     bubble_s = (pp - 1) * (stage_s + head_s) / chunks
     sent = state * (2 if STALE.intersection(model.layer_residuals()) else 1) / (tp if sp else 1)
     sends = 0 if pp == 1 else 2 * (micro_batches if chunks == 1 else pp - 1)
     transfers_s = sends * hardware.network.seconds(sent)
-    parameters = stage_parameters(config, 0) * (dp - 1) / dp
+    parameters = stage_parameters(config, 0) * (dp * cp - 1) / (dp * cp)
     gradients_s = hardware.network.seconds(FP32 * parameters)
     gather_s = hardware.network.seconds(BF16 * parameters)
     exposed_dp_s = max(0.0, gradients_s - backward_s) + max(0.0, gather_s - forward_s)
-    step_s = compute_s + exposed_tp_s + bubble_s + transfers_s + exposed_dp_s
+    step_s = compute_s + exposed_tp_s + exposed_cp_s + bubble_s + transfers_s + exposed_dp_s
     flops = config.tokens_per_step * flops_per_token(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        seq_length=seq_length,
+        seq_length=attended,
         matmul_parameters=model.num_matmul_parameters(),
     )
     return Row(
         residual=model.residual,
         halves=halves,
         tp=tp,
+        cp=cp,
         pp=pp,
         last_stage=stage_layers(config)[-1],
         vpp=chunks,
@@ -126,6 +155,7 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
         step_s=step_s,
         compute_s=compute_s,
         exposed_tp_s=exposed_tp_s,
+        exposed_cp_s=exposed_cp_s,
         exposed_dp_s=exposed_dp_s,
         transfers_s=transfers_s,
         bubble_s=bubble_s,
@@ -138,17 +168,21 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware) -> Row:
 def layouts(config: TrainConfig, gpus: int, overlap: TpOverlap = "none") -> Iterator[TrainConfig]:
     """Layouts of `config` on this number of GPUs that the trainer accepts.
 
-    Not all of them: TP is a power of two, with sequence parallelism; PP divides the layers; VPP is 1, 2 or
-    4; a micro-batch has up to 16 sequences, a power of two.
+    Not all of them: TP is a power of two, with sequence parallelism; CP is one too, and leaves a rank
+    LEAST_TOKENS of a sequence; PP divides the layers; VPP is 1, 2 or 4; a micro-batch has up to 16
+    sequences, a power of two.
     """
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= gpus]
+    contexts = [1] + [n for n in sizes[1:] if config.data.seq_length >= LEAST_TOKENS * n]
     stages = [n for n in range(1, config.model.num_layers + 1) if config.model.num_layers % n == 0]
     # "selective" is left out: flash attention keeps no scores, so there is nothing to gain.
     recomputes: tuple[Recompute, ...] = ("none", "full")
-    for tp, pp, less, chunks, micro, recompute in itertools.product(
-        sizes, stages, range(LESS_IN_LAST_STAGE + 1), (1, 2, 4), (1, 2, 4, 8, 16), recomputes
+    lasts = range(LESS_IN_LAST_STAGE + 1)
+    for tp, cp, pp, less, chunks, micro, recompute in itertools.product(
+        sizes, contexts, stages, lasts, (1, 2, 4), (1, 2, 4, 8, 16), recomputes
     ):
-        if tp * pp > gpus or gpus % (tp * pp) or (pp == 1 and (chunks > 1 or less)):
+        ranks = tp * cp * pp
+        if ranks > gpus or gpus % ranks or (pp == 1 and (chunks > 1 or less)):
             continue
         last = config.model.num_layers // pp - less
         try:
@@ -158,6 +192,7 @@ def layouts(config: TrainConfig, gpus: int, overlap: TpOverlap = "none") -> Iter
                 pipeline_model_parallel_size=pp,
                 virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
                 num_layers_in_last_pipeline_stage=last if less else None,
+                context_parallel_size=cp,
                 tp_overlap=overlap,
             )
             check_layout(config.model, parallel)
@@ -180,7 +215,8 @@ def fitting(config: TrainConfig, gpus: int, device: Device) -> dict[str, list[Tr
     limit = room(device.memory_bytes)
     found = {}
     for kind, overlap in WAYS:
-        model = replace(config.model, residual=kind, ladder_layers=None)
+        layers = config.model.ladder_layers if kind in STALE else None  # a hybrid's
+        model = replace(config.model, residual=kind, ladder_layers=layers)
         candidates = list(layouts(replace(config, model=model), gpus, overlap))
         if not candidates and overlap == "none":
             raise UserError(

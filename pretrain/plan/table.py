@@ -62,6 +62,10 @@ def setup(options: PlanOptions) -> tuple[TrainConfig, Hardware]:
             "--gpus, --top, --network-gbit-per-s and --storage-gb-per-s must be more than 0"
         )
     config = PRESETS[options.preset]()
+    if config.model.experts.num_moe_experts is not None:
+        raise UserError(
+            f"--preset {options.preset} has experts, which the planner does not model yet: give another one"
+        )
     model, data = config.model, config.data
     if options.seq_length is not None:
         data = replace(data, seq_length=options.seq_length)
@@ -121,6 +125,7 @@ def laid_out(config: TrainConfig, layout: Row) -> TrainConfig:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         num_layers_in_last_pipeline_stage=layout.last_stage if layout.pp > 1 else None,
+        context_parallel_size=layout.cp,
         tp_overlap="halves" if layout.halves else "none",
     )
     return replace(
@@ -140,7 +145,7 @@ def table(found: dict[str, list[Row]], top: int) -> str:
     standard = {r.layout: r for r in found["standard"]}
     best = found["standard"][0]
     lines = [
-        f"{'':17}{'TP':>4}{'PP':>4}{'last':>5}{'VPP':>4}{'DP':>5}{'mbs':>4} {'recompute':10}"
+        f"{'':17}{'TP':>4}{'CP':>4}{'PP':>4}{'last':>5}{'VPP':>4}{'DP':>5}{'mbs':>4} {'recompute':10}"
         f"{'step s':>8}{'MFU':>7}{'GB':>6}{'bubble':>8}{'TP exposed':>11}"
         f"{'x best std':>11}{'x same std':>11}"
     ]
@@ -149,7 +154,7 @@ def table(found: dict[str, list[Row]], top: int) -> str:
             same = standard.get(row.layout)
             against_same = f"{same.step_s / row.step_s:11.3f}" if same else f"{'does not fit':>11}"
             lines.append(
-                f"{name:17}{row.tp:4}{row.pp:4}{row.last_stage:5}{row.vpp:4}{row.dp:5}"
+                f"{name:17}{row.tp:4}{row.cp:4}{row.pp:4}{row.last_stage:5}{row.vpp:4}{row.dp:5}"
                 f"{row.micro_batch_size:4} "
                 f"{row.recompute:10}{row.step_s:8.2f}{row.mfu:7.1%}{row.memory_gb:6.0f}"
                 f"{row.bubble:8.1%}{row.exposed_tp:11.1%}"
@@ -168,11 +173,12 @@ def draw(best: dict[str, Row]) -> bytes:
     figure = Figure(figsize=(9, 1.2 + 0.7 * len(best)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    names = [f"{kind}\nTP{r.tp} PP{r.pp} VPP{r.vpp} DP{r.dp}" for kind, r in best.items()]
+    names = [f"{kind}\nTP{r.tp} CP{r.cp} PP{r.pp} VPP{r.vpp} DP{r.dp}" for kind, r in best.items()]
     left = [0.0] * len(best)
     parts = {
         "compute": "compute_s",
         "tensor parallelism, exposed": "exposed_tp_s",
+        "context parallelism, exposed": "exposed_cp_s",
         "bubble": "bubble_s",
         "stages' transfers": "transfers_s",
         "data parallelism, exposed": "exposed_dp_s",

@@ -14,7 +14,9 @@ WHOLE = ("step", "tokens", "train_steps", "world_size", "tokens_per_step", "rank
 NUMBERS = (
     *("time", "unix_time", "loss", "grad_norm", "learning_rate", "tokens_per_second"),
     *("tflops_per_gpu", "memory_gib", "perplexity", "unigram_loss", "seconds", "median"),
+    *("expert_imbalance", "dropped_share"),
 )
+SHARES = ("mfu", "mfu_whole_sequences")
 WORDS = ("dataset", "what", "host", "name", "residual", "device", "state")
 TEXTS = ("reason",)  # what an error said, in many lines where it is of CUDA or of a checkpoint
 # By the kind of a line of metrics.jsonl.
@@ -72,7 +74,7 @@ def is_start(line: dict[str, Any]) -> bool:
 
 def _wrong(values: dict[str, Any]) -> str | None:
     """The name of a field that does not have its type."""
-    for name in values.keys() & {*WHOLE, *NUMBERS, *WORDS, *TEXTS, "passed_over", "mfu"}:
+    for name in values.keys() & {*WHOLE, *NUMBERS, *WORDS, *TEXTS, "passed_over", *SHARES}:
         value = values[name]
         if name in WHOLE:
             right = is_whole(value, 0, MOST)
@@ -85,7 +87,7 @@ def _wrong(values: dict[str, Any]) -> str | None:
             right = value is None or (len(ends) == 2 and all(is_whole(i, 0, MOST) for i in ends))
         else:
             right = is_whole(value, -MOST, MOST) or type(value) is float
-            right = right or (name in ("mfu", "loss", "tokens_per_second") and value is None)
+            right = right or (name in (*SHARES, "loss", "tokens_per_second") and value is None)
         if not right:
             return name
     return None

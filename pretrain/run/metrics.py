@@ -36,6 +36,8 @@ PEAK_FLOPS = (
     ("RTX 4090", 165e12),
 )
 
+# Figures of a step of a model with experts (load_balance in pretrain/model/routers.py).
+OF_EXPERTS = ("expert_imbalance", "dropped_share")
 # So many values of TensorBoard wait for its thread before training does. Its own number is 10.
 _TENSORBOARD_QUEUE = 10_000
 
@@ -55,8 +57,8 @@ def flops_per_token(
     MFU counts only the operations that the model needs.
 
     Args:
-        seq_length: tokens of the sequence that a token is in. Where documents are apart: of its document,
-            the mean over all tokens.
+        seq_length: tokens of the sequence that a token is in. With windows, or where documents are apart,
+            it is `attention_length` (megatron_ladder/fields/windows.py).
     """
     return 6.0 * matmul_parameters + 12.0 * num_layers * hidden_size * seq_length
 
@@ -180,9 +182,10 @@ class MetricsLog:
     def train(self, **values: Any) -> None:
         """Records a step; docs/reference/formats.md lists the values."""
         self._write({"kind": "train", **values})
-        scalars = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")
+        scalars = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", *OF_EXPERTS)
+        known = {name: values.get(name) for name in scalars}
         self._scalars(
-            {f"train/{name}": values[name] for name in scalars if values[name] is not None},
+            {f"train/{name}": value for name, value in known.items() if value is not None},
             values["step"],
         )
         self._say(self._line(values))
@@ -283,6 +286,12 @@ class MetricsLog:
         ]
         if values["mfu"] is not None:
             parts.append(f"MFU {100 * values['mfu']:.1f}%")
+        if "mfu_whole_sequences" in values:  # documents are apart
+            parts[-1] += f", of whole sequences {100 * values['mfu_whole_sequences']:.1f}%"
+        if "expert_imbalance" in values:
+            parts.append(f"fullest expert {values['expert_imbalance']:.2f}x the mean")
+        if values.get("dropped_share"):
+            parts.append(f"dropped {values['dropped_share']:.1%}")
         parts.append(f"mem {values['memory_gib']:.1f} GiB")
         parts.append(f"ETA {_duration((self._train_steps - step) * self._step_s)}")
         return " | ".join(parts)

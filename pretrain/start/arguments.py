@@ -110,7 +110,7 @@ def _of_branch(chosen: argparse.Namespace, options: list[str]) -> TrainConfig:
 
 def _description() -> str:
     presets = "\n".join(
-        f"  {name:12} {(f.__doc__ or '').splitlines()[0]}" for name, f in PRESETS.items()
+        f"  {name:13} {(f.__doc__ or '').splitlines()[0]}" for name, f in PRESETS.items()
     )
     return (
         f"Train a model. Defaults below are those of the chosen preset:\n\n{presets}\n\n"

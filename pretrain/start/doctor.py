@@ -114,7 +114,7 @@ def _built_of() -> None:
     """Prints which implementation each part of a training step would get."""
     from megatron_ladder.config import ModelConfig, ParallelConfig
     from megatron_ladder.mcore_compat import transformer_config
-    from pretrain.model.fusions import adam_class, choices, table
+    from pretrain.model.fusions import adam_class, choices, over_context_ranks, table
 
     # Which attention kernel is chosen depends on the heads and the length: they are as in the presets.
     model = ModelConfig(
@@ -130,7 +130,9 @@ def _built_of() -> None:
         "\nTraining here (bf16, deterministic off; attention of 16 heads of 64 channels, "
         f"{config.num_query_groups} key heads, {model.max_position_embeddings} tokens)"
     )
-    print(table(choices(config, adam_class())))
+    divided = ParallelConfig(context_parallel_size=2)
+    over_two = over_context_ranks(transformer_config(model, divided, precision="bf16"))
+    print(table([*choices(config, adam_class()), *over_two]))
 
 
 def _cudnn() -> list[str]:

@@ -27,14 +27,13 @@ _FRUITLESS_STARTS = 3
 def local_ranks(config: TrainConfig, asked: int | None) -> int:
     """The number of ranks to start on this machine.
 
-    It is `asked` where that is given, else the number of GPUs, else (on a CPU) as many as one copy of the
-    model needs.
+    It is `asked` where that is given, else the number of GPUs, else (on a CPU) as many as the model needs.
     """
     if asked is not None:
         return asked
     import torch
 
-    return torch.cuda.device_count() or config.parallel.model_parallel_size
+    return torch.cuda.device_count() or config.parallel.least_ranks
 
 
 def become_torchrun(ranks: int, *target: str) -> None:

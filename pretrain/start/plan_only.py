@@ -5,15 +5,9 @@ import argparse
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
 from pretrain.data.checks import with_vocab_size
-from pretrain.plan.memory import (
-    Attention,
-    card_in_words,
-    in_words,
-    is_planned,
-    memory_plan,
-    room,
-    what_to_turn,
-)
+from pretrain.plan.attended import attended
+from pretrain.plan.fits import card_in_words, what_to_turn
+from pretrain.plan.memory import Attention, in_words, is_planned, memory_plan, room
 from pretrain.plan.planner import DEVICES
 from pretrain.start.arguments import parse_train
 from pretrain.start.launch import local_ranks
@@ -42,9 +36,10 @@ def plan_only(argv: list[str]) -> int:
     if config.model.vocab_size is None:
         raise UserError("--plan-only needs model.vocab_size: give it, or data sets")
     if not is_planned(config):
+        experts = " with experts" if config.model.experts.num_moe_experts else ""
         raise UserError(
-            f"--plan-only: memory can be planned in bf16, for every residual kind but desync; this run is "
-            f"{config.model.residual} in {config.precision}"
+            f"--plan-only: memory can be planned in bf16, without experts, for every residual kind but "
+            f"desync; this run is {config.model.residual}{experts} in {config.precision}"
         )
     if config.transformer_impl == "local":
         raise UserError(
@@ -55,21 +50,36 @@ def plan_only(argv: list[str]) -> int:
     name, card_bytes = _card(chosen.plan_only)
     ranks = local_ranks(config, asked)
     dp = config.parallel.data_parallel_size(ranks)
-    attention: Attention = "torch" if config.attention == "auto" else config.attention
-    plan = memory_plan(config, dp, attention)
+    # Over context-parallel ranks auto takes Transformer Engine's, which keeps no other rank's keys.
+    ring = config.parallel.context_parallel_size > 1 and config.data.attend_across_documents
+    fused: Attention = "te" if ring else "torch"
+    attention: Attention = fused if config.attention == "auto" else config.attention
+    works_on = attended(config)
+    plan = memory_plan(config, dp, attention, works_on.longest)
     print(f"The fullest of {ranks} GPUs would hold {in_words(plan)}.")
-    if attention in ("te", "torch"):
-        with_scores = memory_plan(config, dp, "te-unfused").total
+    if attention == "te" and ring:
+        gathered = memory_plan(config, dp, "torch").total
+        print(
+            "That is with Transformer Engine's attention. Where it has no kernel, ranks gather all keys "
+            f"and values: {gathered / 2**30:.2f} GiB."
+        )
+    elif attention in ("te", "torch"):
+        with_scores = memory_plan(config, dp, "te-unfused", works_on.longest).total
         print(
             f"That is with fused attention; without it {with_scores / 2**30:.2f} GiB. `megatron-ladder "
             "doctor` says which attention this machine takes."
+        )
+    if works_on.source:
+        print(
+            f"Scores in memory are those of documents of at most {works_on.longest:,} tokens "
+            f"({works_on.source})."
         )
     print(f"{name} has {card_in_words(card_bytes)}.")
     fits = plan.total <= room(card_bytes)
     print(
         "It fits."
         if fits
-        else f"It does not fit. To need less: {what_to_turn(config, dp, attention)}."
+        else f"It does not fit. To need less: {what_to_turn(config, dp, attention, works_on.longest)}."
     )
     return 0 if fits else 1
 

@@ -63,7 +63,12 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     check_initial(config, folders)
     check_layout(config.model, config.parallel)
     check_machine(config.fp8, resolve_impl(config.transformer_impl))
-    check_attention(config.attention, resolve_impl(config.transformer_impl))
+    check_attention(
+        config.attention,
+        resolve_impl(config.transformer_impl),
+        documents_divided=config.parallel.context_parallel_size > 1
+        and not config.data.attend_across_documents,
+    )
     check_optimizer(config.optimizer, config.precision)
     check_compile(config)
     check_cuda_graph(config)

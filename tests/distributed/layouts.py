@@ -12,6 +12,7 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from torch import Tensor
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.fields.experts import ExpertsConfig
 from megatron_ladder.mcore_compat import initialize_model_parallel
 from pretrain.config.train import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from pretrain.loop.log import RunLog
@@ -22,7 +23,7 @@ from pretrain.model.setup import build
 from pretrain.run.checkpoint import Progress, load_checkpoint
 from pretrain.run.folder import latest_checkpoint
 
-STEPS, BATCH, LENGTH, VOCAB = 10, 8, 12, 100
+STEPS, BATCH, LENGTH, VOCAB = 10, 8, 16, 100
 
 KINDS = {
     "standard": {"residual": "standard"},
@@ -32,7 +33,44 @@ KINDS = {
     "list": {"residual": "ladder", "ladder_layers": (0, 3, 4, 6)},
     "desync": {"residual": "desync", "desync_interval": 3},
     "parallel-ladder": {"residual": "parallel-ladder"},
+    "windows, yarn": {
+        "residual": "ladder",
+        "ladder_layers": (0, 3, 4, 6),
+        "sliding_window": 5,
+        "sliding_window_layers": 4,
+        "rope_scaling_type": "yarn",
+        "rope_scaling_factor": 4.0,
+    },
     "some parallel-ladder": {"residual": "parallel-ladder", "ladder_layers": (1, 2, 5, 7)},
+}
+FOUR = ExpertsConfig(num_moe_experts=4, moe_ffn_hidden_size=24)
+EXPERTS = {
+    "experts": FOUR,
+    "a shared expert": replace(FOUR, moe_shared_expert_intermediate_size=40),
+    "capacity": replace(FOUR, moe_expert_capacity_factor=0.75),
+    "capacity, padded": replace(
+        FOUR, moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True
+    ),
+    "expert bias": replace(
+        FOUR,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=0.01,
+        moe_router_load_balancing_type="none",
+    ),
+    "experts in the first half": replace(FOUR, moe_layer_freq=(1, 1, 0, 0)),
+    "one expert, some MLPs": replace(
+        FOUR,
+        moe_router_topk=1,
+        moe_router_pre_softmax=True,
+        moe_layer_freq=(0, 1, 1, 0),
+        moe_router_load_balancing_type="aux_loss",
+    ),
+}
+"""Mixtures of experts, in standard layers."""
+OF_EXPERTS = {
+    kind: {"residual": "standard", "num_layers": 4, "experts": experts}
+    for kind, experts in EXPERTS.items()
 }
 # Kinds that also run in halves.
 HALVES = {"standard in halves": "standard", "parallel in halves": "parallel"}
@@ -47,26 +85,27 @@ class Layout:
     pp: int = 1
     vpp: int | None = None
     dp: int = 1
+    cp: int = 1
+    ep: int = 1
     first: int | None = None
     recompute: str = "none"
     accumulation: int = 1
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
 
 def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
-            num_layers=8,
             hidden_size=32,
             ffn_hidden_size=48,
             num_attention_heads=4,
             vocab_size=VOCAB,
             max_position_embeddings=LENGTH,
             init_method_std=0.1,
-            **KINDS[HALVES.get(kind, kind)],
+            **({"num_layers": 8} | (OF_EXPERTS.get(kind) or KINDS[HALVES.get(kind, kind)])),
         ),
         data=DataConfig(seq_length=LENGTH),
         # Adam divides by |gradient| + eps: a small eps would make rounding errors of gradients
@@ -79,6 +118,8 @@ def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp,
             num_layers_in_first_pipeline_stage=layout.first,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
             tp_overlap="halves" if kind in HALVES and layout.tp > 1 else "none",
         ),
         micro_batch_size=BATCH // layout.dp // layout.accumulation,
@@ -90,7 +131,11 @@ def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
 def batches() -> list[Tensor]:
     """Of each step: [BATCH, LENGTH + 1] tokens, two batches in turn; one more for validation."""
     generator = torch.Generator().manual_seed(1)
-    first, second, held_out = torch.randint(0, VOCAB, (3, BATCH, LENGTH + 1), generator=generator)
+    drawn = torch.randint(0, VOCAB, (3, BATCH, LENGTH + 1), generator=generator)
+    # A sequence that begins with one token twice has two states that differ by rounding alone. Which of the
+    # two an expert drops would be chance.
+    drawn[..., 1] += drawn[..., 1] == drawn[..., 0]
+    first, second, held_out = drawn % VOCAB
     return [first, second] * (STEPS // 2) + [held_out]
 
 
@@ -149,11 +194,14 @@ def load_start(model: list[Any], folder: Path) -> None:
 
 def save_gradients(model: list[Any], folder: Path) -> None:
     """Saves the gradients of a finished backward as if they were the weights."""
-    group = parallel_state.get_data_parallel_group(True)
+    everyone = parallel_state.get_data_parallel_group(True)
+    of_experts = parallel_state.get_expert_data_parallel_group()
     kept = []
     with torch.no_grad():
         for chunk in model:
-            for buffer in chunk.buffers:
+            buffers = [(buffer, everyone) for buffer in chunk.buffers]
+            buffers += [(buffer, of_experts) for buffer in chunk.expert_parallel_buffers]
+            for buffer, group in buffers:
                 for bucket in buffer.buckets:  # reduced: each rank has its part of the sum
                     mine = shard_buffer(bucket.grad_data, group.size())[group.rank()].clone()
                     dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)

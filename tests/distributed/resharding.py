@@ -47,14 +47,29 @@ LAYOUTS = {
     "TP 2, DP 2": Layout(tp=2, dp=2),
     "PP 2 in 2 chunks, DP 2": Layout(pp=2, vpp=2, dp=2),
     "DP 4": Layout(dp=4),
+    "CP 2, DP 2": Layout(cp=2, dp=2),
 }
+OF_EXPERTS = {
+    "experts on 1 rank": Layout(),
+    "EP 2": Layout(dp=2, ep=2),
+    "TP 2, EP 1": Layout(tp=2, sp=True),
+    "DP 3, EP 1": Layout(dp=3),
+    "TP 2, EP 2": Layout(tp=2, sp=True, ep=2),
+    "PP 2 in 2 chunks, EP 2": Layout(pp=2, vpp=2, dp=2, ep=2),
+    "EP 4": Layout(dp=4, ep=4),
+    "DP 4, EP 2": Layout(dp=4, ep=2),
+    "TP 2, DP 2, EP 2": Layout(tp=2, sp=True, dp=2, ep=2),
+}
+"""Of a model with experts, whose checkpoints only these open."""
+EVERY_LAYOUT = LAYOUTS | OF_EXPERTS
 FORMS = ("shards", "gathered")
 EMA = "optimizer.state.ema."
 
 
-def small(layout: Layout, *, shared: bool = False) -> TrainConfig:
+def small(name: str, *, shared: bool = False) -> TrainConfig:
     """Row lengths that no data-parallel range ends at, so that ranges end within rows."""
-    config = configuration("ladder", layout)
+    kind = "expert bias" if name in OF_EXPERTS else "ladder"
+    config = configuration(kind, EVERY_LAYOUT[name])
     model = replace(
         config.model,
         num_layers=4,
@@ -69,7 +84,7 @@ def small(layout: Layout, *, shared: bool = False) -> TrainConfig:
 
 def write_layout(name: str, folder: Path, shared: bool, forms: tuple[str, ...]) -> None:
     """A layout's checkpoints in all forms (FOLDER/form/name), and their tensors (FOLDER/name.pt)."""
-    parts = start(small(LAYOUTS[name], shared=shared))
+    parts = start(small(name, shared=shared))
     step_at_random(*parts)
     for form in forms:
         if form == "shards":
@@ -85,7 +100,7 @@ def read_layout(
     name: str, folder: Path, shared: bool, forms: tuple[str, ...], sources: list[str]
 ) -> dict[str, dict[str, str]]:
     """By form and the layout that has written it: "bitwise", or what differs when `name` opens it."""
-    parts = start(small(LAYOUTS[name], shared=shared))
+    parts = start(small(name, shared=shared))
     found: dict[str, dict[str, str]] = {form: {} for form in forms}
     for form, source in itertools.product(forms, sources):
         step_at_random(*parts)  # what is loaded must replace what is there
@@ -187,7 +202,7 @@ def write(
     folder: Path, scratch: Path, names: list[str], *, shared: bool = False, forms: Any = FORMS
 ) -> None:
     for name in names:  # each in new processes: gloo keeps the threads of old groups
-        ranks = LAYOUTS[name].ranks
+        ranks = EVERY_LAYOUT[name].ranks
         run_ranks(ranks, write_layout, name, folder, shared, forms, tmp_path=scratch)
 
 
@@ -206,7 +221,7 @@ def read(
     """
     found: dict[str, dict[str, dict[str, str]]] = {form: {} for form in forms}
     for name, written in sources.items():
-        ranks = LAYOUTS[name].ranks
+        ranks = EVERY_LAYOUT[name].ranks
         first, *_ = run_ranks(
             ranks, read_layout, name, folder, shared, forms, written, tmp_path=scratch
         )

@@ -39,6 +39,7 @@ LAYOUTS = [
     Layout(tp=2),
     Layout(tp=2, sp=True, recompute="full"),
     Layout(dp=2),
+    Layout(cp=2, accumulation=2),
     Layout(pp=2, vpp=2, accumulation=4),
     Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4),
 ]

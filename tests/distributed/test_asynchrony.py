@@ -39,12 +39,15 @@ KINDS: dict[str, tuple[dict, list[str]]] = {
 }
 
 
-def record(kind: dict, recompute: str, sequence_parallel: bool, mended: bool = True) -> list[Span]:
+def record(
+    kind: dict, recompute: str, sequence_parallel: bool, mended: bool = True, context: int = 1
+) -> list[Span]:
     backward_order.enabled = mended
     residual = dict(kind)
     parallel = ParallelConfig(
         tensor_model_parallel_size=2,
         sequence_parallel=sequence_parallel,
+        context_parallel_size=context,
         tp_overlap=residual.pop("tp_overlap", "none"),
     )
     parallel_state.destroy_model_parallel()
@@ -90,14 +93,28 @@ class Trace:
         return [(f.start_s, w.start_s) for f, w in zip(flights, waits, strict=True)]
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("kind", KINDS)
+# Each kind with each recomputation; and over two context-parallel ranks, whose attentions wait for each
+# other.
+CASES = [
+    *((kind, recompute, 1) for kind in KINDS for recompute in ("none", "full")),
+    ("ladder", "full", 2),
+    *(
+        pytest.param(kind, recompute, 2, marks=pytest.mark.slow)
+        for kind in KINDS
+        for recompute in ("none", "full")
+        if (kind, recompute) != ("ladder", "full")
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "recompute", "context"), CASES)
 def test_every_collective_but_the_ends_has_a_neighbours_compute_to_hide_behind(
-    kind: str, recompute: str, tmp_path: Path
+    kind: str, recompute: str, context: int, tmp_path: Path
 ) -> None:
     """A neighbour is the next sub-module or layer; of halves it is the other half."""
     options, names = KINDS[kind]
-    spans = run_ranks(2, record, options, recompute, False, tmp_path=tmp_path)[0]
+    how = (options, recompute, False, True, context)
+    spans = run_ranks(2 * context, record, *how, tmp_path=tmp_path)[0]
     forward, backward = Trace(spans, "forward"), Trace(spans, "backward")
     for this, following in pairwise(names):
         ((started, waited),) = forward.collectives(this)
@@ -123,13 +140,13 @@ def test_every_collective_but_the_ends_has_a_neighbours_compute_to_hide_behind(
         assert all(s.kind == "compute" for s in Trace(spans, "recompute").spans)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "recompute", "context"), CASES)
 def test_with_sequence_parallelism_each_of_the_pair_has_a_part_of_the_neighbour(
-    kind: str, recompute: str, tmp_path: Path
+    kind: str, recompute: str, context: int, tmp_path: Path
 ) -> None:
     options, names = KINDS[kind]
-    spans = run_ranks(2, record, options, recompute, True, tmp_path=tmp_path)[0]
+    how = (options, recompute, True, True, context)
+    spans = run_ranks(2 * context, record, *how, tmp_path=tmp_path)[0]
     forward, backward = Trace(spans, "forward"), Trace(spans, "backward")
 
     def computed_between(trace: Trace, name: str, since: float, until: float) -> bool:

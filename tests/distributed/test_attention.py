@@ -27,6 +27,7 @@ LAYOUTS = [
     Layout(tp=2, sp=True, recompute="selective"),
     Layout(tp=2, recompute="full"),
     Layout(tp=2, sp=True, recompute="full"),
+    Layout(cp=2, recompute="selective"),
 ]
 
 
@@ -109,13 +110,22 @@ def of_both(
 
 def odd_cases() -> dict[str, float]:
     initialize_model_parallel(ParallelConfig(), seed=0)
+    long = Documents(torch.tensor([[0] * 300, [0] * 140 + [1] * 160, [0] * 260 + [1] * 40]))
     apart = Documents(torch.tensor([[0] * 3 + [1] * 4, [0, 1, 1, 1, 2, 3, 3], [5] * 7]))
     found = {
         "one query": of_both(modules(), 1, 9),
         "documents": of_both(modules(), 7, 7, apart),
         "another scale": [],
         "a window": of_both(modules(window_size=(2, 0)), 7, 7),
+        "a window, in blocks": of_both(modules(window_size=(99, 0)), 300, 300),
+        "a long window, in blocks": of_both(modules(window_size=(149, 0)), 400, 400),
+        "a window, one query": of_both(modules(window_size=(2, 0)), 1, 9),
+        "a window longer than the sequence": of_both(modules(window_size=(9, 0)), 7, 7),
+        "a window in another layer": of_both(
+            modules(window_size=(2, 0), window_attn_skip_freq=[True, False]), 7, 7
+        ),
         "a window in documents": of_both(modules(window_size=(2, 0)), 7, 7, apart),
+        "a window in documents, in blocks": of_both(modules(window_size=(99, 0)), 300, 300, long),
         "softmax off by one": of_both(modules(softmax_type="off-by-one"), 7, 7),
         "scores over the layer's number": of_both(
             modules(apply_query_key_layer_scaling=True), 7, 7

@@ -18,7 +18,6 @@ from pretrain.model.optimizer import gathered_parameters
 from pretrain.run.checkpoint import load_weights
 from tests.distributed.layouts import (
     BATCH,
-    HALVES,
     LENGTH,
     VOCAB,
     Layout,
@@ -39,6 +38,9 @@ LAYOUTS = [
     Layout(dp=2, accumulation=2),
     Layout(tp=2, sp=True, pp=2, accumulation=4),
     Layout(tp=2, dp=2),
+    Layout(cp=2, accumulation=2, recompute="selective"),
+    Layout(tp=2, sp=True, cp=2, recompute="full"),
+    Layout(cp=4),
 ]
 
 
@@ -112,28 +114,32 @@ def oracle(plain: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "layouts"),
     [
-        "ladder",
-        "standard in halves",
+        pytest.param("ladder", LAYOUTS, id="ladder"),
+        pytest.param("windows, yarn", LAYOUTS[2:3], id="windows"),
+        pytest.param("standard in halves", LAYOUTS[2:3], id="halves"),
         *(
-            pytest.param(kind, marks=pytest.mark.slow)
-            for kind in ("last-n", "standard", "parallel", "parallel-ladder", "parallel in halves")
+            pytest.param(kind, LAYOUTS[::3], id=kind, marks=pytest.mark.slow)
+            for kind in ("last-n", "standard", "parallel", "parallel-ladder")
+        ),
+        pytest.param("windows, yarn", LAYOUTS, id="windows-all", marks=pytest.mark.slow),
+        pytest.param(
+            *("parallel in halves", [layout for layout in LAYOUTS if layout.tp > 1]),
+            id="parallel in halves",
+            marks=pytest.mark.slow,
         ),
     ],
 )
-def test_a_packed_batch_is_its_documents_one_by_one(kind: str, tmp_path: Path) -> None:
+def test_a_packed_batch_is_its_documents_one_by_one(
+    kind: str, layouts: list[Layout], tmp_path: Path
+) -> None:
     weights = tmp_path / "weights"
     run_ranks(1, save_start, kind, weights, tmp_path=tmp_path)
     plain = plain_model(configuration(kind).model, weights)
     expected = oracle(plain)
     expected.backward()
     gradients = {n: p.grad for n, p in plain.named_parameters()}
-    layouts = LAYOUTS if kind == "ladder" else LAYOUTS[::3]
-    if kind in HALVES:
-        layouts = (
-            LAYOUTS[2:3] if kind == "standard in halves" else [la for la in LAYOUTS if la.tp > 1]
-        )
     for ranks in sorted({layout.ranks for layout in layouts}):
         group = [layout for layout in layouts if layout.ranks == ranks]
         folder = tmp_path / f"{ranks} ranks"

@@ -31,6 +31,7 @@ LAYOUTS = {
     "tp2": ("--parallel.tensor-model-parallel-size", "2"),
     "pp2": ("--parallel.pipeline-model-parallel-size", "2"),
     "dp2": (),
+    "cp2": ("--parallel.context-parallel-size", "2"),
 }
 
 
@@ -95,6 +96,8 @@ def assert_same(a: Run, b: Run) -> None:
                 ("tp2", "rollback"),
                 ("pp2", "skip"),
                 ("pp2", "rollback"),
+                ("cp2", "skip"),
+                ("cp2", "rollback"),
             )
         ),
     ],

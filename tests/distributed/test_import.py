@@ -135,6 +135,10 @@ def test_a_round_trip_changes_nothing(name: str, imported: Path, tmp_path: Path)
     ours, theirs = first.config.to_dict(), second.config.to_dict()
     # Settings that change nothing in these models.
     ignored = {"_name_or_path", "architectures", "model_type", "sliding_window", "head_dim"}
+    if "window" in name or "layer_types" in name:
+        ignored = {"_name_or_path"}
+    if "mscale" in name:  # it becomes an attention_factor
+        ignored.add("rope_parameters")
     differing = {k for k in ours if k in theirs and ours[k] != theirs[k]}
     assert differing <= ignored
 

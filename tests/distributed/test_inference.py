@@ -3,8 +3,10 @@ tokens that the exported folder gives in transformers."""
 
 import itertools
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from megatron_ladder.config import FRESH, ModelConfig, ParallelConfig, Residual
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.inference.engine import DynamicEngine, generate_static
+from megatron_ladder.inference.engine import DynamicEngine, _check_window, generate_static
 from megatron_ladder.inference.requests import Request, Sampling
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
@@ -36,10 +38,13 @@ SOME_LAYOUTS = [(1, 1), (2, 1), (1, 2)]
 LAYOUTS = [*SOME_LAYOUTS, (4, 1), (2, 2)]
 KINDS_AND_LAYOUTS = [
     pytest.param("ladder", SOME_LAYOUTS, id="ladder"),
+    pytest.param("ladder, windows", [(2, 1)], id="windows"),
     pytest.param("parallel-ladder", [(2, 1), (1, 2)], id="parallel-ladder"),
     *(
         pytest.param(kind, LAYOUTS, id=f"{kind}-all", marks=pytest.mark.slow)
-        for kind in ("standard", "parallel", "ladder", "last-n", "parallel-ladder")
+        for kind in (
+            *("standard", "parallel", "ladder", "last-n", "parallel-ladder", "standard, windows"),
+        )
     ),
 ]
 NO_EOD = VOCAB + 1
@@ -51,7 +56,7 @@ def prompts() -> list[list[int]]:
 
 
 def tiny(kind: str) -> ModelConfig:
-    return ModelConfig(
+    model = ModelConfig(
         num_layers=4,
         hidden_size=32,
         ffn_hidden_size=64,
@@ -62,8 +67,12 @@ def tiny(kind: str) -> ModelConfig:
         share_embeddings_and_output_weights=False,
         rope_scaling_factor=8.0,
         rotary_base=500_000.0,
-        **KINDS[kind],
+        **KINDS[kind.removesuffix(", windows")],
     )
+    if not kind.endswith("windows"):
+        return model
+    windows = {"sliding_window": 6, "sliding_window_layers": (0, 1, 3)}
+    return replace(model, rope_scaling_type="yarn", **windows)
 
 
 def build(model: ModelConfig, tp: int, pp: int) -> torch.nn.Module:
@@ -295,3 +304,19 @@ def test_sums_of_decode_are_under_way_while_what_comes_next_computes(
                 assert start < begin < end < wait, this
             else:
                 assert start < wait < begin, this
+
+
+def test_an_engine_without_windows_is_not_used_for_them() -> None:
+    """megatron-core 0.16 on a GPU. On a CPU attention is this project's, and 0.19 has windows."""
+    chunks = {
+        is_cuda: SimpleNamespace(parameters=lambda on=is_cuda: iter([SimpleNamespace(is_cuda=on)]))
+        for is_cuda in (False, True)
+    }
+    model = tiny("ladder, windows")
+    _check_window(chunks[False], model)
+    _check_window(chunks[True], replace(model, sliding_window=model.max_position_embeddings))
+    if version("megatron-core") < "0.19":
+        with pytest.raises(UserError, match="sliding_window is 6: the engine of this"):
+            _check_window(chunks[True], model)
+    else:
+        _check_window(chunks[True], model)

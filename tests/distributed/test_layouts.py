@@ -48,6 +48,13 @@ LAYOUTS = [
     Layout(pp=2, dp=2, accumulation=4),
     Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4),
     Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4, recompute="full"),
+    *(Layout(cp=2, recompute=r, accumulation=4) for r in RECOMPUTE),
+    Layout(cp=4),
+    Layout(tp=2, cp=2),
+    *(Layout(tp=2, sp=True, cp=2, recompute=r) for r in RECOMPUTE),
+    Layout(cp=2, dp=2, accumulation=2),
+    Layout(pp=2, cp=2, accumulation=4),
+    Layout(pp=2, vpp=2, cp=2, accumulation=4, recompute="full"),
 ]
 # desync depends on the tensor-parallel size (it is trained at 2 here) and has no sequence parallelism.
 DESYNC_LAYOUTS = [
@@ -56,6 +63,7 @@ DESYNC_LAYOUTS = [
     Layout(tp=2, pp=2, accumulation=4),
     Layout(tp=2, dp=2),
     Layout(tp=2, pp=2, vpp=2, accumulation=4),
+    Layout(tp=2, cp=2),
 ]
 
 
@@ -68,9 +76,12 @@ SOME_LAYOUTS = [
     Layout(pp=2, accumulation=4),
     Layout(pp=2, vpp=2, accumulation=4),
     Layout(dp=2, accumulation=4),
+    Layout(cp=2, accumulation=4),
     Layout(tp=4, sp=True, accumulation=4),
     Layout(tp=2, dp=2),
     Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4, recompute="full"),
+    Layout(tp=2, sp=True, cp=2, recompute="full"),
+    Layout(cp=4),
 ]
 FEW_LAYOUTS = [
     Layout(tp=2, sp=True, recompute="full"),
@@ -88,19 +99,29 @@ FEW_DESYNC_LAYOUTS = [
     Layout(tp=2, dp=2),
     Layout(tp=2, pp=2, vpp=2, accumulation=4),
 ]
+# megatron-core's own layer, over which the ranks of a stage divide the sequences.
+FEW_CONTEXT_LAYOUTS = [
+    Layout(cp=2, recompute="selective"),
+    Layout(pp=2, cp=2, accumulation=4),
+    Layout(cp=2, dp=2, recompute="full"),
+]
 IN_EACH_RUN = {
     "ladder": SOME_LAYOUTS,
+    "standard": FEW_CONTEXT_LAYOUTS,
     "list": FEW_LAYOUTS,
     "desync": FEW_DESYNC_LAYOUTS,
     "some parallel-ladder": FEW_LAYOUTS,
+    "windows, yarn": [Layout(cp=2), *FEW_LAYOUTS],
     "standard in halves": FEW_HALVES_LAYOUTS,
 }
 
 
 def all_layouts(kind: str) -> list[Layout]:
+    """By the number of their ranks, as each number is a run of its own."""
+    layouts = DESYNC_LAYOUTS if kind == "desync" else LAYOUTS
     if kind in HALVES:
-        return [layout for layout in LAYOUTS if layout.tp > 1]
-    return DESYNC_LAYOUTS if kind == "desync" else LAYOUTS
+        layouts = [layout for layout in layouts if layout.tp > 1]
+    return sorted(layouts, key=lambda layout: layout.ranks)
 
 
 @pytest.mark.parametrize(

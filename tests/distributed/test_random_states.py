@@ -54,7 +54,9 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(torch.equal(one["states"][name], other["states"][name]) for name in one["states"])
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2, accumulation=2), Layout(dp=2)])
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2), Layout(pp=2, accumulation=2), Layout(dp=2), Layout(cp=2)]
+)
 def test_the_same_layout_goes_on_with_the_same_dropout(layout: Layout, tmp_path: Path) -> None:
     before = run_ranks(2, saved, layout, tmp_path / "checkpoint", tmp_path=tmp_path)
     after = run_ranks(2, opened, layout, tmp_path / "checkpoint", tmp_path=tmp_path)

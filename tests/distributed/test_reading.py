@@ -26,6 +26,8 @@ LAYOUTS = {
     "tp 2, pp 2": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
     "tp 2, dp 2": ParallelConfig(tensor_model_parallel_size=2),
     "pp 4": ParallelConfig(pipeline_model_parallel_size=4),
+    "cp 2, dp 2": ParallelConfig(context_parallel_size=2),
+    "tp 2, cp 2": ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2),
 }
 NAMES = ("tokens", "labels", "loss_mask", "position_ids", "documents")
 
@@ -96,7 +98,9 @@ def test_every_rank_gets_what_one_alone_would_read(
     run_ranks(1, make, place, config, tmp_path=tmp_path)
     ranks = run_ranks(4, received, place, config, tmp_path=tmp_path)
     needs = [True] * 4 if apart or layout != "pp 4" else [True, False, False, True]
-    first_of_its_group = [True] * 4 if layout == "pp 4" else [True, False, True, False]
+    first_of_its_group = {"pp 4": [True] * 4, "tp 2, cp 2": [True, False, False, False]}.get(
+        layout, [True, False, True, False]
+    )
     for number, rank in enumerate(ranks):
         assert rank["reads"] == (needs[number] and first_of_its_group[number])
         assert rank["random numbers"]  # unchanged on all ranks alike: dropout draws from them

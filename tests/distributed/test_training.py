@@ -41,6 +41,10 @@ def pipeline(size: int) -> tuple[str, ...]:
     return ("--parallel.pipeline-model-parallel-size", str(size))
 
 
+def context_parallel(size: int) -> tuple[str, str]:
+    return ("--parallel.context-parallel-size", str(size))
+
+
 FIRST_STAGE_OF_ONE = ("--parallel.num-layers-in-first-pipeline-stage", "1")
 
 
@@ -103,12 +107,29 @@ def test_a_killed_run_resumes_bitwise(whole_run, data: Path, tmp_path: Path) -> 
     assert "Resuming" in train(data, run, *tensor_parallel(tp))
     assert not list(run.glob("checkpoints/*.tmp"))
     assert metrics(run, "start")[-1]["step"] >= 5  # from a checkpoint, not from the start
+    assert_same(run, whole)
+
+
+def assert_same(run: Path, whole: Path) -> None:
     assert losses(run) == losses(whole)
     last = f"checkpoints/step_{STEPS:08d}"
     expected, got = load_weights(whole / last), load_weights(run / last)
     assert set(got) == set(expected)
     for name, weight in expected.items():
         assert torch.equal(got[name], weight), name
+
+
+@pytest.mark.slow
+def test_a_killed_run_over_context_parallel_ranks_resumes_bitwise(
+    data: Path, tmp_path: Path
+) -> None:
+    """With dropout and documents apart, so that the ranks draw different numbers of random numbers."""
+    options = (*context_parallel(2), "--data.no-attend-across-documents")
+    options += ("--model.hidden-dropout", "0.1", "--model.attention-dropout", "0.1")
+    train(data, tmp_path / "whole", *options)
+    kill_at_step(9, data, tmp_path / "run", *options)
+    assert "Resuming" in train(data, tmp_path / "run", *options)
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_finished_run_is_left_alone(whole_run, data: Path) -> None:
@@ -130,6 +151,7 @@ OTHER_LAYOUTS = [
     pytest.param(ONE, id="tp1", marks=pytest.mark.slow),
     pytest.param((*ONE, "--nproc-per-node", "2"), id="dp2"),
     pytest.param((*TWO, "--nproc-per-node", "4"), id="dp2 x tp2", marks=pytest.mark.slow),
+    pytest.param((*ONE, *context_parallel(2)), id="cp2"),
     pytest.param((*ONE, *pipeline(2), *FIRST_STAGE_OF_ONE), id="pp2, 1 and 3 layers"),
     pytest.param(
         (*TWO, *pipeline(2), "--parallel.sequence-parallel", *INTERLEAVED),

@@ -32,6 +32,13 @@ MODELS = {
         "residual": "ladder",
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
     },
+    "ladder, windows, YaRN": {
+        "residual": "ladder",
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0}
+        | {"original_max_position_embeddings": 32, "attention_factor": 1.3},
+    },
 }
 
 

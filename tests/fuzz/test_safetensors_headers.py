@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import checked_hf_tensors
+from megatron_ladder.hf.files.stored import INDEX, safetensors_header, stored_tensors, weight_files
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.hf.stored import INDEX, safetensors_header, stored_tensors, weight_files
 from tests.fuzz.growth import bounded_memory
 from tests.fuzz.mutations import odd_bytes, odd_json
 

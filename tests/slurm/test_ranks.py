@@ -43,7 +43,9 @@ def test_a_node_without_its_mount_is_named(cluster, submit, profile, tmp_path: P
         def status() -> dict:
             return read_status(run) or {}
 
-        wait_until(lambda: status().get("state") == "failed", 150, explain)
+        # Until all ranks have ended: a rank that reads its data later than the first must not find it.
+        wait_until(lambda: history(run)[-1:] and history(run)[-1][:2] == ["end", "1"], 150, explain)
+        assert status()["state"] == "failed", explain()
         assert re.match(r"rank [23] on node1: ", status()["reason"]), explain()
         assert str(data) in status()["reason"]
     finally:

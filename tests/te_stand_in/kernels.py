@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import gpu_gloo
-from tests.te_stand_in import block_kernels, refusals
+from tests.te_stand_in import block_kernels, refusals, ring
 from tests.te_stand_in.block_kernels import fp8_dtype
 from tests.te_stand_in.refusals import is_fp8
 
@@ -61,6 +61,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     from megatron.core.distributed import param_and_grad_buffer
     from transformer_engine.pytorch.attention.dot_product_attention import backends
 
+    ring.install()
     _gather_one_by_one(param_and_grad_buffer)
     _save_plain_tensors()
     gemm.get_cublas_workspace = lambda *_: torch.empty(1, dtype=torch.uint8)
@@ -237,21 +238,19 @@ def _fused_backend(params: Any) -> tuple[Any, str]:
 
 
 def _fused_attention(  # type: ignore[no-untyped-def]
-    self,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    **how,
+    self, query: Tensor, key: Tensor, value: Tensor, **how
 ) -> Tensor:
     assert query.dtype == torch.bfloat16 and all(x.is_contiguous() for x in (query, key, value))
     attentions.append("fused")
+    if how["cp_group"] is not None:
+        return ring.attend_over_ranks(query, key, value, scale=self.softmax_scale, **how)
     dropout = self.attention_dropout if self.training else 0.0
 
-    def attend(*qkv: Tensor) -> Tensor:
+    def attend(*qkv: Tensor, outside: Tensor) -> Tensor:
         with self.attention_dropout_ctx():
             out = F.scaled_dot_product_attention(
                 *(x.permute(1, 2, 0, 3) for x in qkv),
-                *(None, dropout, True),
+                *(~outside, dropout),
                 scale=self.softmax_scale,
                 enable_gqa=True,
             )
@@ -266,6 +265,7 @@ def _each_document(
     qkv_layout: str,
     attn_mask_type: str,
     attention_mask: Tensor | None,
+    window_size: tuple[int, int],
     cu_seqlens_q: Tensor,
     cu_seqlens_kv: Tensor,
     max_seqlen_q: int,
@@ -275,13 +275,24 @@ def _each_document(
     assert attention_mask is None
     if qkv_layout == "sbhd_sbhd_sbhd":
         assert attn_mask_type == "causal"
-        return attend(*qkv)
+        return attend(*qkv, outside=_outside(len(qkv[0]), window_size))
     assert (qkv_layout, attn_mask_type) == ("thd_thd_thd", "padding_causal")
     assert torch.equal(cu_seqlens_q, cu_seqlens_kv) and cu_seqlens_q[-1] == len(qkv[0])
     lengths = cu_seqlens_q.diff().tolist()
     assert max(lengths) == max_seqlen_q and min(lengths) > 0
     parts = zip(*(x[:, None].split(lengths) for x in qkv), strict=True)
-    return torch.cat([attend(*part)[:, 0] for part in parts])
+    masks = [_outside(length, window_size) for length in lengths]
+    return torch.cat(
+        [attend(*part, outside=mask)[:, 0] for part, mask in zip(parts, masks, strict=True)]
+    )
+
+
+def _outside(length: int, window_size: tuple[int, int]) -> Tensor:
+    """What causal attention masks out: bool [length, length]."""
+    before, behind = window_size
+    assert behind == 0
+    ones = torch.ones(length, length, dtype=torch.bool)
+    return ones.triu(1) if before < 0 else ones.triu(1) | ones.tril(-before - 1)
 
 
 def _unfused_attention(  # type: ignore[no-untyped-def]
@@ -291,10 +302,9 @@ def _unfused_attention(  # type: ignore[no-untyped-def]
     times = query.shape[-2] // key.shape[-2]
     key, value = (x.repeat_interleave(times, dim=-2) for x in (key, value))
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, outside: Tensor) -> Tensor:
         scores = torch.einsum("qbhd,kbhd->bhqk", query, key).float() * self.softmax_scale
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(later, -10000.0).softmax(-1).to(value.dtype)
+        scores = scores.masked_fill(outside, -10000.0).softmax(-1).to(value.dtype)
         with self.attention_dropout_ctx():
             scores = self.attention_dropout(scores)
         return torch.einsum("bhqk,kbhd->qbhd", scores, value).flatten(2)

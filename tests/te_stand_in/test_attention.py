@@ -88,6 +88,61 @@ def test_what_is_asked_is_what_runs(kind: str, layout: str, tmp_path: Path) -> N
         assert not found, "\n".join(found)
 
 
+def run_windows(kind: str, layout: str) -> list[str]:
+    """What is wrong, in words: layers with and without a window, by each attention."""
+    kernels, parallel = begin(layout)
+    from transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention import (
+        _attention_backends as taken,
+    )
+
+    from megatron_ladder.te.attention import parameters
+
+    model, found = model_of(kind), []
+    cases = {
+        ("auto", "", False): (("te", "cuDNN"), "fused"),
+        ("te", REFUSAL, False): (("te", "scores in memory"), "unfused"),
+        ("auto", REFUSAL, False): (("torch", "flash attention"), None),
+        ("unfused", "", False): (("unfused", "scores in memory"), None),
+        ("auto", "", True): (("te", "cuDNN"), "fused"),
+        ("te", REFUSAL, True): (("te", "scores in memory"), "unfused"),
+        ("auto", REFUSAL, True): (("torch", "flash attention"), None),
+        ("unfused", "", True): (("unfused", "scores in memory"), None),
+    }
+    local = {m: Run(model, parallel, impl="local", apart=m) for m in (False, True)}
+    for (attention, refusal, apart), (said, runs) in cases.items():
+        kernels.cudnn_says = refusal
+        kernels.attentions.clear()
+        taken["attention_params"] = None
+        how = {"attention": attention, "apart": apart, "weights": local[apart].weights}
+        run = Run(model, parallel, precision="bf16", **how)
+        core, case = run.config.core_attention, (attention, refusal, apart)
+        if (core.whose, core.kernel) != said:
+            found.append(f"{case}: {core}")
+        if kernels.attentions != ([runs] * LAYERS if runs else []):
+            found.append(f"{case}: TE ran {kernels.attentions}")
+        if not run.worst(local[apart]) < 0.05:
+            found.append(f"{case}: gradients differ by {run.worst(local[apart])}")
+        if runs:  # the last layer has a window
+            asked = parameters(run.config, micro_batch_size=run.batch, seq_length=64, apart=apart)
+            if apart:
+                asked = replace(asked, batch_size=2 * run.batch - 1)
+            if asked != taken["attention_params"]:
+                found.append(f"{case}: {asked} is not {taken['attention_params']}")
+    full = replace(model, sliding_window=None, sliding_window_layers=None)
+    for apart in (False, True):
+        how = {"apart": apart, "weights": local[apart].weights}
+        if not Run(full, parallel, impl="local", **how).worst(local[apart]) > 0.1:
+            found.append(f"the window changes nothing, documents apart {apart}")
+    return found
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("windows", "1"), ("ladder windows", "tp2-sp")])
+def test_windows_by_each_attention(kind: str, layout: str, tmp_path: Path) -> None:
+    ranks = LAYOUTS[layout].tensor_model_parallel_size
+    for found in run_ranks(ranks, run_windows, kind, layout, tmp_path=tmp_path):
+        assert not found, "\n".join(found)
+
+
 def ask_in_odd_ways() -> dict[str, Any]:
     _, parallel = begin("1")
     import transformer_engine_torch as tex

@@ -75,7 +75,7 @@ def train(
             for weight in weights:
                 (weight._data if kernels.is_fp8(weight) else weight.data).zero_()
             (part,) = optimizer.chained_optimizers
-            OptimizerShards([], [], part).round_weights()
+            OptimizerShards([], [], [part]).round_weights()
         in_fp8 = [w for w in weights if kernels.is_fp8(w)]
         total = sum(float(kernels.plain(w).double().abs().sum()) for w in weights)
     return losses, total, len(in_fp8)

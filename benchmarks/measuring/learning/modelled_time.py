@@ -3,12 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from measuring.learning.kinds import KINDS, model_fields
 from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
 from pretrain.plan.links import NVLINK
 from pretrain.plan.links import PRESETS as LINKS
 from pretrain.plan.planner import DEVICES, Hardware, Row
-from pretrain.plan.search import KINDS, search
+from pretrain.plan.search import search
 
 TP = 8
 
@@ -83,13 +84,17 @@ def modelled(target: str, device: str) -> Target:
     if model.vocab_size is None:
         model = replace(model, vocab_size=32_000)
     config = replace(config, model=model, precision="bf16")
-    try:
-        found = search(config, gpus, Hardware(DEVICES[device], NVLINK, link=link or None))
-    except UserError as error:
-        raise UserError(f"--target {preset} on {gpus} x {device}: {error}") from error
     plan: dict[str, dict[str, Row]] = {}
     for kind in KINDS:  # without halves: they change no curve
-        rows = found[kind]
+        fields = model_fields(kind, model.num_layers)
+        try:
+            rows = search(
+                replace(config, model=replace(model, **fields)),
+                gpus,
+                Hardware(DEVICES[device], NVLINK, link=link or None),
+            )[fields["residual"]]
+        except UserError as error:
+            raise UserError(f"--target {preset} on {gpus} x {device}: {error}") from error
         at_tp = [row for row in rows if row.tp == TP]
         if not at_tp:
             raise UserError(

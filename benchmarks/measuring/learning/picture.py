@@ -4,11 +4,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from measuring.learning.kinds import KINDS
 from measuring.learning.modelled_time import TP, Target
 from measuring.learning.runs import Run, mean_and_spread, smoothed, validation
 from measuring.pictures import plain
 from pretrain.pictures import COLOURS, png_bytes, si
-from pretrain.plan.search import KINDS
 
 UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 
@@ -51,7 +51,7 @@ def _curves(axes: Axes, runs: dict[str, list[Run]], scales: dict[str, float]) ->
     """Draws them over tokens times their kind's scale; returns the validation losses shown."""
     shown: list[float] = []
     for kind, of_kind in runs.items():
-        colour = dict(zip(map(str, KINDS), COLOURS, strict=False))[kind]
+        colour = dict(zip(KINDS, COLOURS, strict=False))[kind]
         tokens, mean, low, high = mean_and_spread([smoothed(run) for run in of_kind])
         at, v_mean, v_low, v_high = mean_and_spread([validation(run) for run in of_kind])
         label = f"{kind}: {v_mean[-1]:.3f}"

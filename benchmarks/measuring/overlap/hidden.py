@@ -1,13 +1,13 @@
 """The share of a link's time that is hidden, from measured times, and the largest share that can be."""
 
+import random
 import statistics
 from collections.abc import Callable
 from typing import Any
 
-from measuring.overlap.kinds import Kind
 from megatron_ladder.config import ModelConfig
 from pretrain.bench.interleaved import quotients
-from pretrain.bench.kinds_plan import BLOCKING, NO_COMM
+from pretrain.bench.kinds_plan import BLOCKING, NO_COMM, Kind
 from pretrain.plan.planner import Submodule, pass_seconds
 
 Times = dict[tuple[str, str], list[tuple[float, ...]]]
@@ -35,10 +35,33 @@ def hidden_share(times: Times, name: str, part: str, standard: str = BLOCKING) -
     return 1 - link_time(times, name, part) / link_time(times, standard, part)
 
 
+def uncertainty(times: Times, name: str, part: str) -> float:
+    """Half the width of the hidden share's 90 % interval: repetitions are drawn anew, with replacement
+    (bootstrap), and the share of each draw is computed."""
+    dice, count = random.Random(1), len(times[name, "link"])  # noqa: S311 (no secrets)
+
+    def drawn() -> Times:
+        chosen = dice.choices(range(count), k=count)
+        keys = [(n, way) for n in (name, BLOCKING) for way in ("link", "zero")]
+        return {key: [times[key][i] for i in chosen] for key in keys}
+
+    cuts = statistics.quantiles((hidden_share(drawn(), name, part) for _ in range(400)), n=20)
+    return (cuts[-1] - cuts[0]) / 2
+
+
 def over_standard(times: Times, name: str, link: str) -> list[float]:
     """Quartiles of a line's totals over those of megatron-core's standard, repetition by repetition."""
     mine, standards = (times[_key(times, n, link)] for n in (name, "standard"))
     return quotients(map(sum, mine), map(sum, standards))
+
+
+def link_in_words(report: dict[str, Any]) -> str:
+    """How long the modelled link takes, in a run's JSON."""
+    return (
+        f"an all-reduce is {1e3 * report['link_s']:.3g} ms on the link, "
+        f"{report['link_ratio']:.3g} x a sub-module's forward, "
+        f"on top of its own {1e3 * report['own_s']:.2g} ms"
+    )
 
 
 def in_words(quartiles: list[float]) -> str:
@@ -72,7 +95,7 @@ def most_by_layers(kind: Kind, layers: int, sequence_parallel: bool) -> Shares:
     assert kind.hides
     message = 0.5 if kind.halves else 1.0
     ends = message, (message / 2 if sequence_parallel else 0.0)
-    return _shares(ends, all_link_time(layers, sequence_parallel, 1.0))
+    return shares(ends, all_link_time(layers, sequence_parallel, 1.0))
 
 
 def most_by_planner(
@@ -87,24 +110,13 @@ def most_by_planner(
     Args:
         parts: attention and MLP.
     """
-    return planned_shares(kind, layers, sequence_parallel, parts, 0.0, link_s)
-
-
-def planned_shares(
-    kind: Kind,
-    layers: int,
-    sequence_parallel: bool,
-    parts: tuple[Submodule, Submodule],
-    own_s: float,
-    link_s: float,
-) -> Shares:
-    """The shares that a kind hides by the planner's model; see `planned`."""
     options = {"sequence_parallel": sequence_parallel}
-    exposed = planned(kind, layers, parts, own_s, link_s, options)
-    return _shares(exposed, all_link_time(layers, sequence_parallel, link_s))
+    exposed = planned(kind, layers, parts, 0.0, link_s, options)
+    return shares(exposed, all_link_time(layers, sequence_parallel, link_s))
 
 
-def _shares(exposed: tuple[float, float], whole: tuple[float, float]) -> Shares:
+def shares(exposed: tuple[float, float], whole: tuple[float, float]) -> Shares:
+    """Of forward's and backward's link time the part that is not exposed."""
     return {
         "forward": 1 - exposed[0] / whole[0],
         "backward": 1 - exposed[1] / whole[1],

@@ -1,45 +1,7 @@
-"""The kinds of layers that overlap.py compares, and how each is built."""
+"""Which kinds of layers overlap.py compares."""
 
-from dataclasses import dataclass
-from typing import Any
+from pretrain.bench.kinds_plan import KINDS, NO_COMM
 
-from megatron_ladder.config import STALE, Residual, TpOverlap
-from pretrain.bench.kinds_plan import NO_COMM
-
-
-@dataclass(frozen=True)
-class Kind:
-    residual: Residual
-    halves: bool = False
-    """Two halves of the micro-batch take turns (`ParallelConfig.tp_overlap`)."""
-    last_half: bool = False
-    """Of the layers only the last half; the others are standard."""
-
-    def model_fields(self, layers: int) -> dict[str, Any]:
-        """Those of ModelConfig."""
-        chosen = {"ladder_layers": layers // 2} if self.last_half else {}
-        return {"residual": self.residual, **chosen}
-
-    @property
-    def tp_overlap(self) -> TpOverlap:
-        return "halves" if self.halves else "none"
-
-    @property
-    def hides(self) -> bool:
-        """Whether every layer hides its collectives behind other computation."""
-        return not self.last_half and (self.halves or self.residual in STALE)
-
-
-KINDS = {
-    "standard": Kind("standard"),
-    "standard in halves": Kind("standard", halves=True),
-    "parallel": Kind("parallel"),
-    "parallel in halves": Kind("parallel", halves=True),
-    "ladder": Kind("ladder"),
-    "hybrid (last half)": Kind("ladder", last_half=True),
-    "parallel-ladder": Kind("parallel-ladder"),
-    NO_COMM: Kind("no-comm"),
-}
 ALWAYS = ("standard", "ladder")
 # What else can be measured, by the words of `--also`.
 ALSO = {

@@ -5,8 +5,8 @@ from typing import Any
 
 from measuring import facts
 from measuring.facts import between, percent
-from measuring.overlap.hidden import BLOCKING, PASSES, Shares, Times, over_standard
-from measuring.overlap.kinds import KINDS
+from measuring.overlap.hidden import PASSES, Shares, Times, link_in_words, over_standard
+from pretrain.bench.kinds_plan import BLOCKING, KINDS
 
 Report = dict[str, Any]
 """The JSON of a run."""
@@ -33,7 +33,7 @@ def kinds_table(reports: dict[str, Report]) -> str:
         times: Times = {(t["kind"], t["link"]): t["forward_backward"] for t in report["times_s"]}
         shares = report["hidden_share"][BLOCKING]
         lines = []
-        for kind in (BLOCKING, *KINDS):
+        for kind in KINDS:
             if (kind, "link") not in times:
                 continue
             most = most_hidden(report, kind)
@@ -52,7 +52,7 @@ def kinds_table(reports: dict[str, Report]) -> str:
         repetitions = min(len(found) for found in times.values())
         texts.append(
             f"Part `{name}`, {report['layers']} layers, {repetitions} repetitions. "
-            f"{report['modelled']}.\n\n"
+            f"{link_in_words(report).capitalize()}.\n\n"
             + facts.markdown(["", *PASSES, "no link, over standard", "link, over standard"], lines)
             + "".join(left_out)
         )

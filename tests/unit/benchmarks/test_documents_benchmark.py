@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ladder.layers.documents import Documents, each_by_itself
-from sequences.documents import by_mask, config_of, documents_of
+from sequences.documents import by_mask, config_of, documents_of, drawn_lengths
 
 
 @pytest.mark.parametrize("mean", [3, 20, 5000])
 def test_documents_have_the_length_that_is_asked_for(mean: int) -> None:
     config = config_of(64, 1, 2000, 2)
-    lengths = [n for row in Documents(documents_of(config, mean)).lengths for n in row]
+    drawn = drawn_lengths(3 * config.tokens_per_step, mean)
+    by_step = documents_of(config, drawn, 3)
+    assert by_step.shape == (3, 2, 2000)
+    lengths = [n for row in Documents(by_step[0]).lengths for n in row]
     assert sum(lengths) == 4000
     if mean == 5000:  # longer than sequences
         assert len(lengths) < 6
@@ -24,7 +27,7 @@ def test_documents_have_the_length_that_is_asked_for(mean: int) -> None:
 
 
 def test_a_mask_computes_what_documents_by_themselves_do() -> None:
-    documents = Documents(documents_of(config_of(64, 1, 30, 2), 5))
+    documents = Documents(documents_of(config_of(64, 1, 30, 2), drawn_lengths(60, 5))[0])
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(30, 2, n, 4, generator=generator) for n in (4, 2, 2))
 

@@ -10,8 +10,7 @@ from types import ModuleType
 import pytest
 
 from measuring.overlap import clock
-from measuring.overlap.hidden import BLOCKING
-from measuring.overlap.kinds import KINDS, NO_COMM
+from pretrain.bench.kinds_plan import BLOCKING, KINDS, NO_COMM
 
 ROOT = Path(__file__).parents[3]
 
@@ -57,15 +56,15 @@ def test_a_table_has_measured_and_planned_shares_and_what_is_the_most(table: Mod
                 k: {"forward": f, "backward": b, "total": 0.0} for k, (f, b) in shares.items()
             }
         },
-        **{"layers": 2, "own_s": 0.0, "link_s": 0.1, "modelled": "a link"},
+        **{"layers": 2, "own_s": 0.0, "link_s": 0.1, "link_ratio": 0.1},
         "left_out": {"standard in halves": "a micro-batch of 1 has no two equal halves"},
         "command": "python benchmarks/overlap.py --steps 2 --json a.json",
     }
     text = table.case_table(table.CASES["1-0.5"], report)
     # Two layers: of 4 sums in forward the last is exposed.
-    expected = "| ladder | 0.750 (0.750) | 1.000 (1.000) | 0.750, 1.000 | 1.333 "
+    expected = "| ladder | 0.750 ± 0.000 (0.750) | 1.000 ± 0.000 (1.000) | 0.750, 1.000 | 1.333 "
     assert expected in text
-    assert "| standard | 0.000 (0.000) | 0.500 (1.000) |  | 1.000 " in text
+    assert "| standard | 0.000 ± 0.000 (0.000) | 0.500 ± 0.000 (1.000) |  | 1.000 " in text
     assert "| no-comm |  |  |  | 0.500 (0.500 to 0.500) | 0.417 " in text
     assert "standard in halves left out: a micro-batch of 1 has no two equal halves." in text
     assert "    python benchmarks/overlap.py --steps 2\n" in text

@@ -1,5 +1,6 @@
 """benchmarks/learning.py: what it makes of runs' metrics. Training itself is tested elsewhere."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from pretrain.config.train import save_config
 from pretrain.run.metrics import MetricsLog
 from tests.data_sets import write_data_set
 
-LOSSES = {"standard": 5.0, "parallel": 5.25, "ladder": 5.125, "parallel-ladder": 5.5}
+LOSSES = {"standard": 5.0, "parallel": 5.25, "ladder": 5.125, "hybrid": 5.0, "parallel-ladder": 5.5}
 
 
 def write_run(path: Path, kind: str, seed: int) -> None:
@@ -118,10 +119,15 @@ def test_results_of_runs_that_are_there(
     where = ["--data", str(data), "--work-dir", str(tmp_path / "work")]
     out = ["--json", str(files[0]), "--picture", str(files[1])]
     target = ["--target", "llama-3-8b", "llama-3-70b:64@p2p-off"]
-    monkeypatch.setattr(sys, "argv", ["learning.py", *where, *out, *target, "--precision", "bf16"])
+    kinds = ["standard", "parallel", "ladder", "hybrid"]
+    chosen = ["--kinds", *kinds, *target]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["learning.py", *where, *out, *chosen, "--precision", "bf16"],
+    )
     assert learning.main() == 0
     # Every kind has its first seed before any has its second.
-    kinds = ["standard", "parallel", "ladder", "parallel-ladder"]
     assert trained == [
         (f"{kind}-seed{seed}", str(seed), "1500000", "--precision", "bf16")
         for seed in (1, 2)
@@ -139,6 +145,7 @@ def test_results_of_runs_that_are_there(
         ladder, parallel = (rows[k]["modelled_time"][name] for k in ("ladder", "parallel"))
         # Behind a slow link one message a layer helps more than hiding two.
         assert (parallel < ladder < 1) if "p2p-off" in name else (ladder < parallel < 1)
+        assert ladder < rows["hybrid"]["modelled_time"][name] < 1
         assert target["kinds"]["standard"]["at_tp8"]["tp"] == 8
     assert found["modelled"][1]["device"] == "64 x h100"
     assert len(found["runs"]) == 8
@@ -185,13 +192,29 @@ def test_tokens_are_what_fits_into_the_seconds(
     assert learning.main() == 0
     assert [(name, tokens) for name, _, tokens, *_ in trained] == [
         ("a-trial", "2000"),
-        *((f"{kind}-seed1", "142500") for kind in LOSSES),  # 0.95 x 6000 s / 4 x 100 a second
+        *(
+            (f"{kind}-seed1", "142500") for kind in learning.RESIDUALS
+        ),  # 0.95 x 6000 s / 4 x 100 a second
     ]
     # The same command goes on with as many, whatever is left of the time.
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seconds", "60"])
     trained.clear()
     assert learning.main() == 0
     assert {tokens for _, _, tokens, *_ in trained} == {"142500"}
+
+
+def test_a_hybrid_is_ladder_in_its_last_half(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(learning, "Standby", NoStandby)
+    options = argparse.Namespace(
+        **{"preset": "tiny", "data": [], "seconds": None, "rates": None, "seeds": [1]},
+        **{"kinds": ["ladder", "hybrid"]},
+    )
+    trainings = learning.Trainings(options, ["--model.num-layers", "6"])
+    hybrid, ladder = (
+        " ".join(trainings.command(kind, 1, tmp_path, 8)) for kind in ("hybrid", "ladder")
+    )
+    assert "--model.residual ladder --seed 1 --model.ladder-layers 3" in hybrid
+    assert "--model.residual ladder" in ladder and "ladder-layers" not in ladder
 
 
 def test_rates_are_compared_by_kind(

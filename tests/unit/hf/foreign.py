@@ -26,6 +26,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 # Name: classes, and what differs from `_SHARED`.
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama, untied, llama3": (
@@ -47,6 +53,41 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Qwen3Config,
         Qwen3ForCausalLM,
         {"head_dim": 8, "tie_word_embeddings": True},
+    ),
+    "mistral, window, yarn with mscale": (
+        MistralConfig,
+        MistralForCausalLM,
+        {
+            "head_dim": 16,
+            "sliding_window": 7,
+            "rope_parameters": YARN | {"mscale": 1.5, "mscale_all_dim": 0.5},
+        },
+    ),
+    "qwen2, last layers' window, NTK-by-parts": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "rope_parameters": YARN | {"attention_factor": 1.0},
+        },
+    ),
+    "qwen3, layer_types, yarn": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": YARN,
+        },
+    ),
+    "llama, yarn": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"head_dim": 16, "rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 0.1}},
     ),
 }
 _SHARED = {

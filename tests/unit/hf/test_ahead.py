@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_ladder.hf.ahead import one_ahead
+from megatron_ladder.hf.files.ahead import one_ahead
 
 
 def test_order_and_distance() -> None:

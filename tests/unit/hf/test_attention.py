@@ -60,7 +60,10 @@ def emulated_flash(query, key, value, attention_mask, query_length, is_causal, *
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * options["softmax_scale"]
     allowed = torch.ones(scores.shape[-2:], dtype=torch.bool)
     assert is_causal
-    allowed = allowed.tril(diagonal=key.shape[1] - query_length)[None, None]
+    before = key.shape[1] - query_length
+    allowed = allowed.tril(before)[None, None]
+    if (window := options["sliding_window"]) is not None:
+        allowed = allowed.triu(before - window + 1)
     if attention_mask is not None:
         assert attention_mask.shape == key.shape[:2]
         allowed = allowed & attention_mask[:, None, None].bool()
@@ -70,10 +73,11 @@ def emulated_flash(query, key, value, attention_mask, query_length, is_causal, *
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_flash_attention_is_called_rightly(name, padded, monkeypatch):
+@pytest.mark.parametrize("changes", [{"residual": "ladder", "ladder_layers": 2}, tiny.WINDOWS])
+def test_flash_attention_is_called_rightly(changes, name, padded, monkeypatch):
     """transformers' own caller with only the kernel emulated: there is none for the CPU."""
     monkeypatch.setattr(flash_attention, "_flash_attention_forward", emulated_flash)
-    model = tiny.model(residual="ladder", ladder_layers=2)
+    model = tiny.model(**changes)
     assert model._supports_flash_attn
     ids, mask = left_padded()
     mask = mask if padded else None

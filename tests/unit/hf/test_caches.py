@@ -7,6 +7,7 @@ from transformers import DynamicCache, StaticCache
 from tests.unit.hf import tiny
 
 NEW = 20
+KINDS = tiny.KINDS | {"windows": tiny.WINDOWS}
 
 
 def cache_of(kind: str, model, length: int):
@@ -17,10 +18,10 @@ def cache_of(kind: str, model, length: int):
 
 @pytest.mark.parametrize("how", [{"num_beams": 1}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["ladder", "parallel", "last 2", "parallel-ladder"])
+@pytest.mark.parametrize("kind", ["ladder", "parallel", "last 2", "parallel-ladder", "windows"])
 def test_generation_through_each_cache(kind, attention, how):
     """A batch of two lengths, the shorter padded on its left."""
-    model = tiny.model(**tiny.KINDS[kind])
+    model = tiny.model(**KINDS[kind])
     model.set_attn_implementation(attention)
     ids = tiny.tokens(2, 9)
     mask = torch.ones_like(ids)
@@ -38,9 +39,10 @@ def test_generation_through_each_cache(kind, attention, how):
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_chunks_through_the_cache(cache, padded):
+@pytest.mark.parametrize("kind", ["ladder", "windows"])
+def test_chunks_through_the_cache(kind, cache, padded):
     """A prompt given in pieces of any size, the last of one token."""
-    model = tiny.model(residual="ladder")
+    model = tiny.model(**KINDS[kind])
     ids = tiny.tokens(2, 16)
     mask = torch.ones_like(ids)
     if padded:

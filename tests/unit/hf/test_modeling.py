@@ -3,7 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 from megatron_ladder.config import STALE, ModelConfig
 from megatron_ladder.hf import LadderConfig, LadderForCausalLM
@@ -42,6 +48,43 @@ def test_standard_is_llama(groups, tied, rope):
     assert theirs.keys() == dict(ours.named_parameters()).keys()
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "theirs"),
+    [
+        ({"sliding_window": 6, "rope_parameters": tiny.YARN}, MistralForCausalLM),
+        (tiny.WINDOWS | {"qkv_bias": True}, Qwen2ForCausalLM),
+        (tiny.WINDOWS | {"qk_norm": True, "rope_parameters": tiny.YARN}, Qwen3ForCausalLM),
+    ],
+)
+def test_standard_with_windows_is_theirs(changes, theirs):
+    ours = tiny.model(**(changes | {"residual": "standard"}))
+    model = theirs(standard_config(ours.config)).eval()
+    model.load_state_dict(ours.state_dict())
+    ids = tiny.tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 7] = -100  # no prediction from padding
+    results = [m(ids, attention_mask=mask, labels=labels) for m in (ours, model)]
+    real = mask.bool()
+    torch.testing.assert_close(*(r.logits[real] for r in results), atol=1e-5, rtol=1e-5)
+    for result in results:
+        result.loss.backward()
+    gradients = dict(model.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-5, rtol=1e-5)
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    tokens = [m.generate(ids, attention_mask=mask, **options) for m in (ours, model)]
+    assert torch.equal(*tokens)
+    assert len(tokens[0][1, 40:].unique()) > 3
+    # What the window and YaRN change is far above the tolerances.
+    full = LadderForCausalLM(
+        tiny.config(residual="standard", qkv_bias=ours.config.qkv_bias, qk_norm=ours.config.qk_norm)
+    ).eval()
+    full.load_state_dict(ours.state_dict())
+    assert (full(ids).logits[1] - ours(ids).logits[1]).abs().max() > 0.05
 
 
 def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor:
@@ -297,9 +340,12 @@ def test_config_round_trip(tmp_path):
 def test_config_errors():
     with pytest.raises(ValueError, match="num_key_value_heads"):
         tiny.config(num_key_value_heads=3)
-    model = tiny.model(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4})
-    with pytest.raises(ValueError, match="yarn"):
+    model = tiny.model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(ValueError, match="rope_type 'dynamic'"):
         model(tiny.tokens())
+    for wrong in ({"layer_types": ["sliding_attention"] * 4}, {"layer_types": ["chunked"] * 4}):
+        with pytest.raises(ValueError, match="layer_types names"):
+            tiny.config(**wrong)
 
 
 def test_standard_config_keeps_every_field():

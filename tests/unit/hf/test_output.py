@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.output import complete_or_absent, refuse_others
+from megatron_ladder.hf.files.output import complete_or_absent, refuse_others
 
 
 def write_and_wait(output_dir: Path, ready) -> None:

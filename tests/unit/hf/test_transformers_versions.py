@@ -37,6 +37,7 @@ def packages(tmp_path_factory) -> Path:
 def test_the_oldest_answers_the_same(packages, tmp_path, bpe_file):
     kinds = ("layers 0 and 2", "parallel", "parallel-ladder 0 and 2")
     models = [tiny.model(**tiny.KINDS[kind], rope_parameters=tiny.LLAMA3) for kind in kinds]
+    models.append(tiny.model(**tiny.WINDOWS, rope_parameters=tiny.YARN))
     folders = [export(m, tmp_path / str(i), bpe_file) for i, m in enumerate(models)]
     subprocess.run(
         [sys.executable, "-I", answers.__file__, packages, *folders],

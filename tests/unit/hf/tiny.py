@@ -20,6 +20,23 @@ KINDS = {
     "parallel-ladder": {"residual": "parallel-ladder"},
     "parallel-ladder 0 and 2": {"residual": "parallel-ladder", "ladder_layers": [0, 2]},
 }
+# Some layers with a window, shorter than the tests' sequences.
+WINDOWS = {
+    "residual": "ladder",
+    "sliding_window": 6,
+    "layer_types": [
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+    ],
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,

@@ -4,7 +4,9 @@ import pytest
 
 from megatron_ladder.config import ModelConfig, ParallelConfig, check_layout
 from megatron_ladder.errors import UserError
+from megatron_ladder.fields.windows import attention_length, layer_windows
 
+YARN = {"rope_scaling_type": "yarn", "rope_scaling_factor": 4.0}
 MODEL = ModelConfig(
     num_layers=4,
     hidden_size=64,
@@ -47,11 +49,48 @@ def test_each_layer_has_its_residual_kind(residual, ladder_layers, kinds) -> Non
         ({"ladder_layers": (4,)}, "numbered 0 to 3"),
         ({"ladder_layers": (1, 1)}, "at most once"),
         ({"residual": "parallel", "ladder_layers": 2}, "model.residual is parallel"),
+        ({"sliding_window": 0}, "model.sliding_window is 0"),
+        ({"sliding_window_layers": 2}, "model.sliding_window is not"),
+        ({"sliding_window": 8, "sliding_window_layers": 5}, "sliding_window_layers 5.* 0 to 4"),
+        ({"sliding_window": 8, "sliding_window_layers": (1, 1)}, "at most once"),
+        ({"rope_scaling_type": "yarn"}, "rope_scaling_factor is None"),
+        ({"rope_scaling_type": "yarn", "rope_scaling_factor": 0.5}, "rope_scaling_factor is 0.5"),
+        (YARN | {"rope_beta_slow": 40.0}, "rope_beta_slow is 40.0"),
+        (YARN | {"rope_beta_fast": float("nan")}, "rope_beta_fast nan"),
+        (YARN | {"rotary_base": 1.0}, "rotary_base is 1.0"),
+        ({"rope_beta_fast": 16.0}, "it is llama3"),
+        ({"rope_attention_factor": 1.0}, "it is llama3"),
+        ({"rope_original_max_position_embeddings": 64}, "goes with a model.rope_scaling_factor"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(change, message) -> None:
     with pytest.raises(UserError, match=message):
         replace(MODEL, **change)
+
+
+@pytest.mark.parametrize(
+    ("layers", "windows"),
+    [(None, "wwww"), (0, "----"), (1, "---w"), ((0, 2), "w-w-")],
+)
+def test_each_layer_has_its_window(layers, windows) -> None:
+    model = replace(MODEL, sliding_window=8, sliding_window_layers=layers)
+    assert layer_windows(model) == tuple(8 if w == "w" else None for w in windows)
+    assert layer_windows(MODEL) == (None,) * 4
+
+
+def test_scores_of_windows_are_counted() -> None:
+    """Of each layer the scores that no mask removes, next to those of full attention."""
+    model = replace(MODEL, sliding_window=8, sliding_window_layers=1)
+    for length in (4, 8, 20):
+        full, window = length**2 / 2, sum(min(i - 0.5, 8) for i in range(1, length + 1))
+        share = (3 * full + window) / (4 * full)
+        assert attention_length(model, [length]) == pytest.approx(share * length)
+        assert attention_length(model, [length] * 3) == pytest.approx(share * length)
+        assert attention_length(MODEL, [length]) == length
+    # Documents of 4 and 20 tokens: 8 and 200 scores, of which a window leaves 8 and 8 * 20 - 32.
+    scores = 3 * (8 + 200) + 8 + 128
+    assert attention_length(model, [4, 20]) == pytest.approx(2 * scores / 4 / 24)
+    assert attention_length(MODEL, [4, 20]) == pytest.approx((16 + 400) / 24)
 
 
 @pytest.mark.parametrize(
@@ -77,11 +116,6 @@ def test_ranks_that_do_not_fit_the_layout_are_refused() -> None:
     assert parallel.data_parallel_size(8) == 2
     with pytest.raises(UserError, match=r"6 ranks do not divide into TP 4 x PP 1 x CP 1 = 4"):
         parallel.data_parallel_size(6)
-
-
-def test_layouts_not_supported_yet_are_refused() -> None:
-    with pytest.raises(UserError, match="context_parallel_size 2 is not supported yet"):
-        ParallelConfig(context_parallel_size=2)
 
 
 @pytest.mark.parametrize(

@@ -35,15 +35,24 @@ from megatron_ladder.vllm import register
 class PlainAttention(nn.Module):
     """Causal attention over one sequence, with the interface of vLLM's. q, k, v: [tokens, width]."""
 
-    def __init__(self, num_heads: int, head_size: int, scale: float, **kwargs) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        per_layer_sliding_window: int | None = None,
+        **kwargs,
+    ) -> None:
         super().__init__()
         self.head_size, self.scale = head_size, scale
+        self.window = per_layer_sliding_window
 
     def forward(self, *qkv: Tensor) -> Tensor:
         q, k, v = (x.unflatten(-1, (-1, self.head_size)).transpose(0, 1)[None] for x in qkv)
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
-        )
+        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        if self.window is not None:
+            seen = seen.triu(1 - self.window)
+        out = F.scaled_dot_product_attention(q, k, v, seen, scale=self.scale, enable_gqa=True)
         return out[0].transpose(0, 1).flatten(1)
 
 

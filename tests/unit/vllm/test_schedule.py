@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_ladder.hf import LadderForCausalLM
-from megatron_ladder.hf.modeling_ladder import rope_cos_sin
+from megatron_ladder.hf.rotary_ladder import rope_cos_sin
 from megatron_ladder.vllm.all_reduce import FINISH, START, AllReduce, run_between_graphs
 from megatron_ladder.vllm.schedule import (
     InFlight,

@@ -70,14 +70,22 @@ def edit_tensors(model: Path, change) -> None:
         ({"attention_bias": True}, "attention_bias is set"),
         ({"mlp_bias": True}, "mlp_bias is set"),
         ({"quantization_config": {"quant_method": "x", "bits": 4}}, "weights are quantized"),
+        ({"sliding_window": 32}, "sliding_window is 32, which Llama does not have"),
+        (
+            {"layer_types": ["chunked_attention"] + ["full_attention"] * 3},
+            "layer_types has chunked_attention, full_attention",
+        ),
         (
             {
                 "architectures": ["MistralForCausalLM"],
                 "model_type": "mistral",
                 "sliding_window": 32,
+                "layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2,
             },
-            "sliding_window is 32",
+            "model_type ministral does not go with MistralForCausalLM",
         ),
+        ({"rope_parameters": foreign.YARN | {"truncate": False}}, "truncate is false"),
+        ({"rope_parameters": foreign.YARN | {"factor": None}}, "factor is None"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type is dynamic",

@@ -140,7 +140,7 @@ def edit_tensor(folder: Path, name: str) -> None:
 
 
 def edit_code(folder: Path) -> None:
-    path = folder / "modeling_ladder.py"
+    path = folder / "rotary_ladder.py"
     code = path.read_text()
     assert "* cos +" in code
     path.write_text(code.replace("* cos +", "* cos -"))

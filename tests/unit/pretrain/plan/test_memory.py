@@ -14,17 +14,16 @@ from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
 from pretrain.commands.train import train
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig
+from pretrain.plan.fits import check_memory, what_to_turn
 from pretrain.plan.memory import (
     HEADROOM,
     Attention,
     MemoryPlan,
     activation_bytes,
-    check_memory,
     in_words,
     layer_parameters,
     memory_plan,
     stage_layers,
-    what_to_turn,
 )
 from pretrain.start import launch
 
@@ -378,3 +377,29 @@ def test_halves_keep_what_own_layers_keep(config: TrainConfig) -> None:
         for halves in (False, True)
     }
     assert kept == {False: 2 * 4096 / 2, True: 4 * 2 * 4096 / 2}
+
+
+def test_the_ranks_of_a_sequence_share_its_memory(config: TrainConfig) -> None:
+    model = replace(config.model, max_position_embeddings=32768)
+    config = replace(config, model=model, data=replace(config.data, seq_length=32768))
+
+    def plan(cp: int, attention: Attention = "te") -> MemoryPlan:
+        parallel = ParallelConfig(context_parallel_size=cp)
+        return memory_plan(replace(config, parallel=parallel), 2, attention)
+
+    one, four = plan(1), plan(4)
+    assert four.activations == one.activations / 4
+    assert four.logits == one.logits / 4
+    assert four.optimizer == one.optimizer / 4
+    assert (four.weights, four.gradients) == (one.weights, one.gradients)
+    # Where keys and values are gathered: in bf16 those of all tokens instead of a quarter, in each layer;
+    # and one mask of two chunks of 4,096 tokens, whose keys are nine chunks together.
+    gathered = 32 * 2 * 2 * 8 * 128 * (32768 - 8192)
+    mask = 2 * 9 * 4096**2
+    assert plan(4, "torch").activations - four.activations == gathered + mask
+    assert plan(1, "torch") == one
+    apart = replace(config, data=replace(config.data, attend_across_documents=False))
+    parallel = ParallelConfig(context_parallel_size=4)
+    copies = 32 * 2 * 4096 * 8192
+    found = memory_plan(replace(apart, parallel=parallel), 2, "torch")
+    assert found.activations - four.activations == gathered + copies

@@ -8,9 +8,11 @@ import pytest
 from megatron_ladder.config import ParallelConfig, check_layout
 from pretrain.commands.bench import bench
 from pretrain.config.presets import PRESETS as TRAIN_PRESETS
-from pretrain.plan.links import MIB, NVLINK, PRESETS, Link
+from pretrain.config.train import TrainConfig
+from pretrain.plan.links import MIB, NVLINK, PRESETS, Link, Network
 from pretrain.plan.memory import room
 from pretrain.plan.planner import DEVICES, Hardware, Submodule, pass_seconds
+from pretrain.plan.ring import ring_seconds
 from pretrain.plan.search import WAYS, layouts, row, search, way
 
 ATTENTION = Submodule(forward_s=3.0, backward_s=6.0, weight_gradient_s=1.0)
@@ -166,6 +168,7 @@ def test_what_is_found_fits_and_is_sorted_and_ladder_is_no_slower(hardware) -> N
         assert [r.step_s for r in rows] == sorted(r.step_s for r in rows)
         for r in rows:
             parts = r.compute_s + r.exposed_tp_s + r.bubble_s + r.transfers_s + r.exposed_dp_s
+            assert r.exposed_cp_s == 0
             assert parts == pytest.approx(r.step_s)
             assert 0 < r.mfu < 1
     standard = {r.layout: r for r in found["standard"]}
@@ -225,6 +228,56 @@ def test_the_slowest_stage_of_a_hybrid_counts(hardware) -> None:
     assert exposed(residual="ladder", ladder_layers=4) == exposed(residual="standard")
     assert exposed(residual="ladder") < exposed(residual="standard")
     assert exposed(residual="parallel-ladder", ladder_layers=4) == exposed(residual="parallel")
+
+
+def long(config: TrainConfig, length: int) -> TrainConfig:
+    model = replace(config.model, max_position_embeddings=length)
+    return replace(config, model=model, data=replace(config.data, seq_length=length))
+
+
+def test_a_ring_exposes_what_a_transfer_takes_longer_than_attention(hardware) -> None:
+    model = TRAIN_PRESETS["llama-3-8b"]().model
+    slow = replace(hardware, network=Network(latency_s=0.0, bytes_per_s=1e9))
+
+    def exposed(tp: int, cp: int, device: Hardware = slow) -> tuple[float, float]:
+        return ring_seconds(model, device, tokens=1000, seq_length=1000 * cp, tp=tp, cp=cp)
+
+    # Keys and values of 8 heads of 128 channels, in bf16; in backward their gradients as well.
+    sent_s = 1000 * 2 * 8 * 128 * 2 / 8 / 1e9
+    part_s = hardware.attention_s(2 * 1000 * 1000 * 4096 / 8)
+    assert exposed(8, 4) == pytest.approx((3 * (sent_s - part_s), 3 * (2 * sent_s - 2.5 * part_s)))
+    # Eight ranks are in one node, and go over its links, behind attention.
+    nodes = NVLINK.seconds(1000 * 2 * 8 * 128 * 2 / 2)
+    part_s = hardware.attention_s(2 * 1000 * 1000 * 4096 / 2)
+    forward_s, _ = exposed(2, 4)
+    assert forward_s == pytest.approx(3 * max(0.0, nodes - part_s))
+    assert exposed(8, 1) == (0, 0)
+
+
+def test_long_sequences_are_divided_over_ranks_too(hardware) -> None:
+    config = replace(long(TRAIN_PRESETS["llama-3-8b"](), 32768), global_batch_size=8)
+    found = list(layouts(config, 32))
+    assert {c.parallel.context_parallel_size for c in found} == {1, 2, 4}  # 8,192 tokens at least
+    slow = replace(hardware, network=Network(latency_s=1e-5, bytes_per_s=1e9))
+    planned = [row(c, 32, slow) for c in found if c.parallel.context_parallel_size == 4]
+    assert any(r.exposed_cp_s for r in planned)
+    for r in planned:
+        parts = r.compute_s + r.exposed_tp_s + r.exposed_cp_s + r.bubble_s + r.transfers_s
+        assert parts + r.exposed_dp_s == pytest.approx(r.step_s)
+        assert r.tp * r.cp * r.pp * r.dp == 32
+
+
+def test_the_ranks_of_a_sequence_share_its_compute(hardware) -> None:
+    """Its GEMMs and its scores; the time of a kernel stays, and each sequence is one micro-batch."""
+    config = replace(long(TRAIN_PRESETS["llama-3-8b"](), 32768), global_batch_size=8)
+    free = replace(hardware, kernel_s=0.0)
+    one, four = (
+        row(replace(config, parallel=ParallelConfig(context_parallel_size=cp)), 8, free)
+        for cp in (1, 4)
+    )
+    assert (one.dp, four.dp) == (8, 2)
+    assert four.compute_s == pytest.approx(one.compute_s)  # a quarter, for four sequences a rank
+    assert four.exposed_cp_s == 0  # behind attention of 32,768 tokens
 
 
 @pytest.mark.parametrize(

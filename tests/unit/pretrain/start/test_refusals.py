@@ -7,10 +7,16 @@ import pytest
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
+from megatron_ladder.fp8 import Fp8Config
 from megatron_ladder.layers.attention_choice import check_attention
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig, save_config
 from pretrain.convert.export import export_run
+from pretrain.inference.loaded import find
+from pretrain.plan.estimate import estimate, hardware_of
+from pretrain.plan.memory import is_planned
+from pretrain.plan.table import PlanOptions, setup
+from pretrain.start.plan_only import plan_only
 from pretrain.start.preflight import preflight
 from tests.data_sets import write_data_set
 
@@ -67,6 +73,65 @@ def test_desync_of_several_ranks_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="desync-2 at tensor-parallel size 2: its weights"):
         export_run(checkpoint, tmp_path / "out", None, "5GB")
     assert not (tmp_path / "out").exists()
+
+
+EXPERTS = PRESETS["tiny-experts"]()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"compile": True, "parallel": ParallelConfig()}, "--compile: experts are not compiled"),
+        ({"cuda_graph": True, "parallel": ParallelConfig()}, "--cuda-graph: experts in a graph"),
+        (
+            {"model": replace(EXPERTS.model, residual="parallel")},
+            "model.residual parallel does not go with experts yet",
+        ),
+    ],
+)
+def test_what_experts_cannot_do_yet_is_refused_before_ranks_start(
+    change: dict, message: str, tmp_path: Path
+) -> None:
+    data = write_data_set(tmp_path / "data")
+    config = replace(EXPERTS, data=replace(EXPERTS.data, paths=(data,)), **change)
+    with pytest.raises(UserError, match=message):
+        preflight(config, 2)
+
+
+def test_experts_in_fp8_are_refused() -> None:
+    with pytest.raises(UserError, match="recipe tensorwise does not go with experts yet"):
+        replace(EXPERTS, fp8=Fp8Config("tensorwise"), precision="bf16")
+
+
+def test_experts_are_not_planned_but_estimated_by_an_mfu() -> None:
+    vocabulary = replace(EXPERTS.model, vocab_size=1000)
+    config = replace(EXPERTS, model=vocabulary, precision="bf16")
+    assert not is_planned(config)
+    hardware = hardware_of("h100")
+    with pytest.raises(UserError, match="not standard with experts in bf16: give an MFU"):
+        estimate(config, ranks=2, hardware=hardware)
+    found = estimate(config, ranks=2, hardware=hardware, mfu=0.4)
+    assert found.memory_bytes is None
+    assert found.parameters == vocabulary.num_parameters()
+    flops = 6 * vocabulary.num_matmul_parameters() + 12 * 6 * 128 * 256
+    assert found.step_s == pytest.approx(8 * 256 * flops / (2 * 989e12 * 0.4))
+    with pytest.raises(UserError, match="has experts, which the planner does not model yet"):
+        setup(PlanOptions("tiny-experts", 8))
+    with pytest.raises(UserError, match="this run is standard with experts in bf16"):
+        plan_only(PLAN_ONLY.split())
+
+
+PLAN_ONLY = "--preset tiny-experts --precision bf16 --model.vocab-size 1000 --plan-only h100"
+
+
+def test_models_with_experts_are_not_exported_or_run(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run/checkpoints/step_00000001"
+    checkpoint.mkdir(parents=True)
+    save_config(EXPERTS, checkpoint / "config.json")
+    with pytest.raises(UserError, match="can be trained, but not yet exported"):
+        export_run(checkpoint, tmp_path / "out", None, "5GB")
+    with pytest.raises(UserError, match="can be trained, but not yet run by `generate`"):
+        find(checkpoint, ParallelConfig())
 
 
 def test_local_layers_have_no_attention_of_transformer_engine() -> None:

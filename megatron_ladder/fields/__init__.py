@@ -1,0 +1,1 @@
+"""What fields of config.py mean, and whether they go together."""

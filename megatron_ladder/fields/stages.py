@@ -1,0 +1,35 @@
+"""The fields of pipeline stages."""
+
+from typing import Any
+
+from megatron_ladder.errors import UserError
+
+
+def check_stages(num_layers: int, parallel: Any) -> None:
+    """Checks that layers divide over pipeline stages. Raises UserError when they do not.
+
+    Args:
+        num_layers: of the model.
+        parallel: a `ParallelConfig`.
+    """
+    pp = parallel.pipeline_model_parallel_size
+    first = parallel.num_layers_in_first_pipeline_stage
+    last = parallel.num_layers_in_last_pipeline_stage
+    given = [n for n in (first, last) if n is not None]
+    others, left = pp - len(given), num_layers - sum(given)
+    # All other stages get the same number of layers. Without other stages, no layer may be left over.
+    fits = left == 0 if others == 0 else left >= others and left % others == 0
+    if not fits:
+        raise UserError(
+            f"model.num_layers {num_layers} do not divide over "
+            f"parallel.pipeline_model_parallel_size {pp}"
+            + (f" (first stage: {first or 'even'}, last stage: {last or 'even'})" if given else "")
+            + ": choose another size, or set parallel.num_layers_in_first_pipeline_stage or "
+            "num_layers_in_last_pipeline_stage so that all other stages get the same number of layers"
+        )
+    for layers in {*given, left // others if others else 0}:
+        if layers % parallel.num_chunks:
+            raise UserError(
+                f"{layers} layers of a pipeline stage do not divide into "
+                f"parallel.virtual_pipeline_model_parallel_size {parallel.num_chunks} parts"
+            )

@@ -1,0 +1,27 @@
+"""The time that context parallelism adds to a step: keys and values that go around a ring. Modelled."""
+
+from megatron_ladder.config import ModelConfig
+from pretrain.plan.links import GPUS_PER_NODE, NVLINK
+from pretrain.plan.planner import BF16, Hardware
+
+
+def ring_seconds(
+    model: ModelConfig, hardware: Hardware, *, tokens: int, seq_length: float, tp: int, cp: int
+) -> tuple[float, float]:
+    """What a ring of context-parallel ranks adds to one layer's forward and backward of a micro-batch.
+
+    A rank computes attention in cp parts. During each but the last it sends keys and values on; in
+    backward their gradients as well. What a transfer takes longer than a part is exposed.
+
+    Args:
+        tokens: of the micro-batch, of one rank.
+    """
+    if cp == 1:
+        return 0.0, 0.0
+    sent = BF16 * tokens * 2 * model.kv_heads * model.head_dim / tp
+    part_s = hardware.attention_s(2.0 * tokens * seq_length * model.hidden_size / tp) / cp
+    # Ranks that are all in one node need no network.
+    link = NVLINK if tp * cp <= GPUS_PER_NODE else hardware.network
+    forward_s = max(0.0, link.seconds(sent) - part_s)
+    backward_s = max(0.0, link.seconds(2 * sent) - 2.5 * part_s)
+    return (cp - 1) * forward_s, (cp - 1) * backward_s

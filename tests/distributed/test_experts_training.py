@@ -1,0 +1,117 @@
+"""Runs with experts by the command line: resumed, killed and resumed, moved to other layouts."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.run.checkpoint import load_weights
+from tests.data_sets import write_data_set
+from tests.distributed.test_training import (
+    STEPS,
+    kill_at_step,
+    losses,
+    metrics,
+    tensor_parallel,
+    train,
+)
+
+BIASED = (
+    *("--model.residual", "standard", "--model.experts.num-moe-experts", "4"),
+    *("--model.experts.moe-ffn-hidden-size", "48"),
+    *("--model.experts.moe-router-score-function", "sigmoid"),
+    "--model.experts.moe-router-enable-expert-bias",
+)
+
+
+def expert_parallel(size: int) -> tuple[str, str]:
+    return ("--parallel.expert-model-parallel-size", str(size))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data_set(tmp_path_factory.mktemp("data") / "data", vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two data-parallel ranks, each with half of the experts. Nothing disturbed it."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    train(data, run, *BIASED, *expert_parallel(2))
+    return run
+
+
+def half_of(whole: Path, to: Path) -> Path:
+    shutil.copytree(whole, to)
+    shutil.rmtree(to / f"checkpoints/step_{STEPS:08d}")
+    return to
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert losses(run) == losses(whole)
+    last = f"checkpoints/step_{STEPS:08d}"
+    expected, got = load_weights(whole / last), load_weights(run / last)
+    assert set(got) == set(expected)
+    for name, weight in expected.items():
+        assert torch.equal(got[name], weight), name
+
+
+def test_a_resumed_run_is_bitwise_the_same(whole_run: Path, data: Path, tmp_path: Path) -> None:
+    run = half_of(whole_run, tmp_path / "run")
+    train(data, run, *BIASED, *expert_parallel(2))
+    assert metrics(run, "start")[-1]["step"] == 15
+    assert_same(run, whole_run)
+    bias = load_weights(run / f"checkpoints/step_{STEPS:08d}")[
+        "decoder.layers.mlp.router.expert_bias"
+    ]
+    assert bias.dtype == torch.float32
+    assert 1e-3 <= bias.abs().max() <= STEPS * 1e-3 * 1.001
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bitwise(whole_run: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    step = random.Random(1).randrange(6, STEPS - 2)
+    kill_at_step(step, data, run, *BIASED, *expert_parallel(2))
+    assert "Resuming" in train(data, run, *BIASED, *expert_parallel(2))
+    assert_same(run, whole_run)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="one rank"),
+        pytest.param(
+            (*tensor_parallel(2), "--parallel.sequence-parallel", *expert_parallel(2)),
+            id="tp2 with sp, ep2",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_checkpoint_continues_at_other_layouts(
+    options: tuple[str, ...], whole_run: Path, data: Path, tmp_path: Path
+) -> None:
+    run = half_of(whole_run, tmp_path / "run")
+    assert "expert_model_parallel_size: 2 -> " in train(data, run, *BIASED, *options) or options
+    assert losses(run) == pytest.approx(losses(whole_run), abs=1e-4)
+
+
+def test_the_balance_is_logged(whole_run: Path) -> None:
+    for line in metrics(whole_run, "train"):
+        assert 1 <= line["expert_imbalance"] <= 4 / 2
+        assert line["dropped_share"] == 0
+    assert losses(whole_run)[-1] < losses(whole_run)[0] - 1
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_weights_of_another(
+    whole_run: Path, data: Path, tmp_path: Path
+) -> None:
+    """A run that starts from the weights of one with experts has its loss."""
+    run = tmp_path / "run"
+    start = ("--init-from", str(whole_run), "--preset", "debug")
+    train(data, run, *BIASED, *start)
+    first, before = metrics(run, "validation")[0], metrics(whole_run, "validation")[-1]
+    assert first["loss"] == pytest.approx(before["loss"], abs=1e-5)

@@ -1,0 +1,44 @@
+"""What a run logs of a step's operations."""
+
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from pretrain.config.presets import PRESETS
+from pretrain.loop import log as module
+from pretrain.loop.log import RunLog
+from pretrain.run.metrics import flops_per_token
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_mfu_of_documents_and_of_whole_sequences(
+    apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(PRESETS["paper-1b"](), output_dir=tmp_path)
+    config = replace(config, data=replace(config.data, attend_across_documents=not apart))
+    monkeypatch.setattr(module, "dist", Mock(get_rank=lambda: 0, get_world_size=lambda: 64))
+    monkeypatch.setattr(module, "MetricsLog", Mock(return_value=Mock(time_so_far=0.0)))
+    run = RunLog(config, 0, "NVIDIA H100 80GB HBM3", Mock(), Mock())
+    for step in range(1, config.log_interval + 1):
+        run.train(step, 2.0, 1.0, 1e-3, 100.0 if apart else 2048.0)
+    assert run._log is not None
+    logged = run._log.train.call_args.kwargs  # type: ignore[attr-defined]
+    model = config.model
+
+    def flops(length: float) -> float:
+        return flops_per_token(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            seq_length=length,
+            matmul_parameters=model.num_matmul_parameters(),
+        )
+
+    if apart:
+        ratio = logged["mfu_whole_sequences"] / logged["mfu"]
+        assert ratio == pytest.approx(flops(2048) / flops(100))
+    else:
+        assert "mfu_whole_sequences" not in logged
+        expected = flops(2048) * logged["tokens_per_second"] / 64 / 989e12
+        assert logged["mfu"] == pytest.approx(expected, rel=0.01)
