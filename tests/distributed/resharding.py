@@ -121,7 +121,8 @@ def step_at_random(model: list[Any], optimizer: Any, _scheduler: Any) -> None:
         for parameter in chunk.parameters():
             parameter.main_grad.normal_()
     optimizer.step()
-    optimizer.ema.update()
+    if optimizer.ema:
+        optimizer.ema.update()
 
 
 def save_as_runs_do(parts: tuple[Any, Any, Any], folder: Path) -> None:
