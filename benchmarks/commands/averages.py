@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
 
@@ -27,7 +28,7 @@ from pretrain.convert.plain_model import load_plain_model
 from pretrain.data.folders import open_folder
 from pretrain.evaluation.documents import Documents, open_split
 from pretrain.evaluation.perplexity import measure_perplexity
-from pretrain.pictures import COLOURS
+from pretrain.pictures import COLOURS, si
 from pretrain.run.folder import checkpoint_at
 
 EVERY = 15  # steps between checkpoints
@@ -88,15 +89,24 @@ def draw(curve: list[tuple[int, float]], rows: list[dict[str, Any]], path: Path)
     axes.plot(
         *zip(*curve, strict=True), color=COLOURS[0], marker="o", markersize=3, label=WAYS["trunk"]
     )
-    for (way, label), colour in zip(list(WAYS.items())[1:], COLOURS[1:], strict=False):
+    looks = zip(list(WAYS.items())[1:], COLOURS[1:], "s^D", strict=False)
+    for (way, label), colour, marker in looks:
         points = [(row["tokens"], row["losses"][way]) for row in rows]
         if way == "decay":
-            for row in rows:
-                start = (row["decay_from_tokens"], dict(curve).get(row["decay_from_tokens"]))
-                line = zip(start, (row["tokens"], row["losses"][way]), strict=True)
-                axes.plot(*line, color=colour, linestyle=":", linewidth=1)
-        axes.plot(*zip(*points, strict=True), "D", color=colour, label=label)
+            for row, end in zip(rows, points, strict=True):
+                begin = (row["decay_from_tokens"], dict(curve).get(row["decay_from_tokens"]))
+                axes.plot(*zip(begin, end, strict=True), color=colour, linestyle=":", linewidth=1)
+        style = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.6}
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            marker=marker,
+            linestyle="",
+            label=label,
+            **style,
+        )
     axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: si(tokens)))
     axes.set_ylabel("loss on held-out documents, nats a token")
     low = min(min(row["losses"].values()) for row in rows)
     first = next(loss for tokens, loss in curve if tokens >= rows[0]["tokens"] / 2)
