@@ -37,6 +37,8 @@ from megatron_ladder.collectives.ranges import named
 from megatron_ladder.config import AllReduce
 
 Group = dist.ProcessGroup
+Scale = float | Tensor | None
+"""What a sub-module's output is multiplied by; None: nothing (layers/norm.py)."""
 
 # megatron-core passes a layer's outputs on unchanged, and a sub-module passes its input unchanged to its
 # first linear. So the collectives of a tensor can be stored as an attribute of that tensor.
@@ -73,6 +75,8 @@ class SubmoduleCollectives:
         self.gradient_in_fp8: Callable[[Tensor, Group], Tensor] | None = None
         """Quantises a rank's part of the output's gradient, when the sub-module's last linear is in FP8."""
         self._input: Flight | None = None
+        self.scale: Scale = None
+        """What the output is multiplied by when it has come."""
         self._output: Flight | None = None
         self._partial_gradient: Tensor | None = None
         self._input_gradient: Flight | None = None
@@ -324,19 +328,23 @@ def input_wait(x: Tensor) -> Tensor:
     return used_here(x)
 
 
-def output_start(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
+def output_start(
+    x: Tensor, collectives: SubmoduleCollectives | None, scale: Scale = None
+) -> Tensor:
     """Starts the sum of a sub-module's partial outputs over the ranks.
 
     Args:
         x: [s, b, h] partial sums. Do not use it afterwards: the sum may overwrite it.
-        collectives: `collectives_of` the sub-module's input. None (one rank): `x` is returned as it is.
+        collectives: `collectives_of` the sub-module's input. None (one rank): `x` is complete.
+        scale: what the sum is multiplied by.
 
     Returns:
         [s, b, h], or [s/tp, b, h] with sequence parallelism. It is in flight: read it only after
         `output_wait`.
     """
     if collectives is None:
-        return x
+        return _scaled(x, scale)
+    collectives.scale = scale
     if collectives.sequence_parallel:
         x = _OutputStart.apply(x, collectives)
     else:
@@ -354,12 +362,17 @@ def output_wait(x: Tensor) -> Tensor:
         x: from `output_start`.
 
     Returns:
-        The sum, complete: [s, b, h], or [s/tp, b, h] with sequence parallelism.
+        The sum, complete and scaled: [s, b, h], or [s/tp, b, h] with sequence parallelism.
     """
     collectives = collectives_of(x)
     if collectives is None:
         return x
     if collectives.sequence_parallel:
-        return used_here(_OutputWait.apply(x, collectives))
-    collectives.wait_output()
-    return x
+        x = used_here(_OutputWait.apply(x, collectives))
+    else:
+        collectives.wait_output()
+    return _scaled(x, collectives.scale)
+
+
+def _scaled(x: Tensor, scale: Scale) -> Tensor:
+    return x if scale is None else x * scale

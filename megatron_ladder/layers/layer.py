@@ -16,6 +16,7 @@ complete, packed as one tensor (stages.py).
     parallel         n = norm(m)                m' = m + (attn(n) + mlp(n))
     parallel-ladder  n = norm(a)                m' = m + (attn(n) + mlp(n))
     desync           as standard, with collectives at every n-th sub-module only (desync.py)
+    with residual scaling, each attn, mlp or (attn + mlp) is multiplied before it is added (norm.py)
 
 A ladder sub-module reads the state without the output of the previous sub-module. So the collective of that
 output can run while the ladder sub-module computes. In backward, the reduction of its input's gradient runs
@@ -46,9 +47,10 @@ from megatron_ladder.collectives.points import (
     output_wait,
 )
 from megatron_ladder.collectives.ranges import named
-from megatron_ladder.config import PARALLEL, STALE, AllReduce, Residual
-from megatron_ladder.layers.desync import meet, part_ways, sum_weight_gradients
+from megatron_ladder.config import PARALLEL, STALE, AllReduce, Residual, ResidualScaling
+from megatron_ladder.layers.desync import meet, part_ways, sum_gradients
 from megatron_ladder.layers.halves import Call, Submodule, calls_of, half_of, join, split
+from megatron_ladder.layers.norm import residual_scales
 from megatron_ladder.layers.recompute import numbers_drawn, recomputed
 from megatron_ladder.layers.stages import pack, unpack
 
@@ -61,6 +63,7 @@ class LadderTransformerLayer(TransformerLayer):
 
     Args:
         residuals: the residual kind of each layer of the whole model. None: all are ladder layers.
+        residual_scaling: what each output is multiplied by before it is added (norm.py).
         desync_interval: the n of desync-n, for desync layers.
         recompute: compute each sub-module's activations again in backward (recompute.py).
         halves: standard and parallel layers run each sub-module on two halves of the micro-batch in turn.
@@ -75,6 +78,7 @@ class LadderTransformerLayer(TransformerLayer):
         self,
         *args: Any,
         residuals: tuple[Residual, ...] | None = None,
+        residual_scaling: ResidualScaling = "none",
         desync_interval: int = 1,
         recompute: bool = False,
         halves: bool = False,
@@ -89,6 +93,7 @@ class LadderTransformerLayer(TransformerLayer):
             ("both",) if self.residual in PARALLEL else ("attention", "mlp")
         )
         self._calls = calls_of(self.submodules, halves)
+        self.residual_scales = residual_scales(residual_scaling, len(self.submodules), self.config)
         self.is_last_layer = self.layer_number == self.config.num_layers
         self.recompute = recompute
         self.in_fp8 = bool(self.config.fp8) and not is_first_last_bf16_layer(
@@ -108,7 +113,8 @@ class LadderTransformerLayer(TransformerLayer):
                 first_linear.register_forward_hook(self._run_chain)
         self.desync_interval = desync_interval
         if self.residual == "desync":
-            sum_weight_gradients((self.input_layernorm, self.pre_mlp_layernorm), self.tp_group)
+            own = [p for name, p in self.named_parameters() if name.count(".") < 2]  # norms, scales
+            sum_gradients(own, self.tp_group)
 
     @property
     def hides(self) -> bool:
@@ -258,6 +264,7 @@ class LadderTransformerLayer(TransformerLayer):
                 x = part_ways(x, self.tp_group)
             number += 1
             output = self._compute(name, norm(x), **(kwargs if name == "attention" else {}))
+            output = output_start(output, None, self.residual_scales[self.submodules.index(name)])
             if number % self.desync_interval == 0 or number == last:
                 x = meet(self._add(x / self.tp_group.size(), output), self.tp_group)
             else:
@@ -338,7 +345,7 @@ class LadderTransformerLayer(TransformerLayer):
                 last = self.self_attention.linear_proj if is_attention else self.mlp.linear_fc2
                 own.gradient_in_fp8 = last.output_gradient
             output = self._compute(name, x, **(kwargs if name == "attention" else {}))
-        output = output_start(output, own)
+        output = output_start(output, own, self.residual_scales[self.submodules.index(name)])
         assert not self._chain, "the sub-module's first linear did not run"
         if chain is not None and not results:
             run()

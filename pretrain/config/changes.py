@@ -33,7 +33,7 @@ _ANY_TIME = (
     "tensorboard",
     "wandb",
 )
-# They hold for the steps to come; start/changes.py refuses what would contradict the steps trained so far.
+# They hold for the steps to come; start/going_on/changes.py refuses what would contradict the steps so far.
 _FROM_HERE_ON = (
     "data.paths",
     "data.weights",

@@ -2,7 +2,7 @@
 
 A run may be resumed, or branched off another one, with another batch size, length or blend. Which sequences
 its steps have read stays as it was. So the configuration of each start also has the values of before.
-start/changes.py writes them.
+start/going_on/changes.py writes them.
 """
 
 import math

@@ -46,8 +46,8 @@ from pretrain.run.ends import leave
 from pretrain.run.folder import checkpoint_at, write_config
 from pretrain.run.lock import lock
 from pretrain.run.status import Status
-from pretrain.start.branch import begin_branch
-from pretrain.start.changes import changes_at_start
+from pretrain.start.going_on.branch import begin_branch
+from pretrain.start.going_on.changes import changes_at_start
 from pretrain.start.initial import initial_checkpoint
 from pretrain.start.launch import STOPPED
 

@@ -16,7 +16,7 @@ from megatron_ladder.config import PARALLEL, Residual
 from megatron_ladder.errors import UserError
 from pretrain.config.past import Past
 from pretrain.config.places import found_from, run_of, with_names
-from pretrain.config.presets import PRESETS
+from pretrain.config.presets import OF_A_MODEL, PRESETS
 from pretrain.config.train import TrainConfig, load_config
 from pretrain.ranks import is_first_rank
 from pretrain.start.ladder_layers import with_ladder_layers
@@ -65,8 +65,13 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
 
         # --ladder-layers chooses among the layers of the original model, before `import` changed any.
         unmodified = chosen.preset == "adapt-control" or chosen.ladder_layers is not None
+        seq_length = default.data.seq_length
         default = starting_from(default, chosen.init_from, unmodified=unmodified)
-    elif (chosen.preset or "").startswith("adapt") and not {"-h", "--help"} & set(options):
+        if chosen.preset == "extend":
+            from pretrain.start.extend import with_longer_context
+
+            default = with_longer_context(default, seq_length, options)
+    elif chosen.preset in OF_A_MODEL and not {"-h", "--help"} & set(options):
         raise UserError(
             f"--preset {chosen.preset} starts from the weights of an existing model: give "
             "--init-from RUN, where RUN is a run or a folder that `import` wrote"
@@ -99,7 +104,7 @@ def _of_branch(chosen: argparse.Namespace, options: list[str]) -> TrainConfig:
                 f"--{name.replace('_', '-')} out"
             )
     # Imported here because it imports more than --help needs.
-    from pretrain.start.branch import options_of_trunk
+    from pretrain.start.going_on.branch import options_of_trunk
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--output-dir", type=Path)

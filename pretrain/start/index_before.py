@@ -11,8 +11,8 @@ from pretrain.data.fim import fill_in_the_middle
 from pretrain.index.cache import is_made, make_index
 from pretrain.processes import shield_forked_children
 from pretrain.run.folder import check_output_dir, lock
+from pretrain.start.going_on.changes import with_past
 from pretrain.start.open_files import raise_limit
-from pretrain.start.preflight import with_past
 
 logger = logging.getLogger(__name__)
 

@@ -11,18 +11,18 @@ from megatron_ladder.specs import resolve_impl
 from pretrain.config.optimizer import check_optimizer
 from pretrain.config.places import with_absolute_paths
 from pretrain.config.train import TrainConfig
-from pretrain.data.blends import check_phases, describe
+from pretrain.data.blends import describe
 from pretrain.data.checks import open_data, with_vocab_size
 from pretrain.data.fim import fill_in_the_middle
 from pretrain.data.folders import DataFolder
 from pretrain.model.compiled import check_compile
 from pretrain.model.graphs import check_cuda_graph
-from pretrain.run.folder import check_free_space, check_output_dir, latest_checkpoint, plan_of
-from pretrain.start.branch import is_to_begin, trunk_checkpoint
-from pretrain.start.changes import going_on_from
+from pretrain.run.folder import check_free_space, check_output_dir, plan_of
+from pretrain.start.extend import extension
+from pretrain.start.going_on.changes import with_past
+from pretrain.start.going_on.past import is_same
 from pretrain.start.initial import check_initial
 from pretrain.start.open_files import check_open_files
-from pretrain.start.past import is_same, same_data
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,8 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     plan = plan_of(config)
     if plan and (config.data.phases or config.past.blends):
         plan = f"{plan}\n{describe(config, folders)}"
+    if plan and (longer := extension(config)):
+        plan = f"{plan}\n{longer}"
     check_free_space(config)
     if config.wandb:
         try:
@@ -93,26 +95,3 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
                 "--wandb: the wandb package is not installed: run `pip install wandb`"
             ) from None
     return with_absolute_paths(config), folders, plan
-
-
-def with_past(
-    config: TrainConfig, folders: list[DataFolder]
-) -> tuple[TrainConfig, list[DataFolder]]:
-    """The configuration with what the steps so far had, and the data sets with their first names.
-
-    Args:
-        config: that `check_output_dir` has accepted.
-
-    Raises:
-        UserError: a value may not change, or the data sets are others.
-    """
-    assert config.output_dir is not None
-    trunk = None
-    if is_to_begin(config):
-        assert config.branch_from is not None
-        trunk = trunk_checkpoint(config.branch_from)
-    folders = same_data(config.output_dir, folders, trunk)
-    checkpoint = trunk or latest_checkpoint(config.output_dir)
-    config, _ = going_on_from(checkpoint, config, folders)
-    check_phases(config)
-    return config, folders

@@ -212,7 +212,7 @@ def test_a_checkpoint_that_goes_while_it_is_linked_leaves_nothing(
     """As the trunk deletes it: renamed, then file by file. The next start may begin."""
     mine = tmp_path / "trunk"
     shutil.copytree(trunk, mine)
-    from pretrain.start import branch
+    from pretrain.start.going_on import branch
 
     link = branch._link
 

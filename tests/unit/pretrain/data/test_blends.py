@@ -26,7 +26,7 @@ from pretrain.data.phased import PhasedSequences
 from pretrain.data.sequences import Sequences, train_sequences
 from pretrain.index.cache import _facts
 from pretrain.run.folder import write_config
-from pretrain.start.preflight import with_past
+from pretrain.start.going_on.changes import with_past
 from tests.data_sets import write_data_set
 
 BATCH, LENGTH, STEPS = 8, 64, 20

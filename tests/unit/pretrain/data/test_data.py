@@ -20,7 +20,7 @@ from pretrain.data.batches import train_batches, validation_batches
 from pretrain.data.checks import open_data
 from pretrain.data.folders import keep_facts, kept_facts, open_folder, unigram_loss
 from pretrain.index.parts import index_parts
-from pretrain.start.past import same_data
+from pretrain.start.going_on.past import same_data
 from tests.data_sets import write_data_set
 
 

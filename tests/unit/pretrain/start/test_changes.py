@@ -19,8 +19,7 @@ from pretrain.data.checks import open_data, with_vocab_size
 from pretrain.data.folders import keep_facts
 from pretrain.run.folder import check_output_dir, checkpoint_at, plan_of, write_config
 from pretrain.start.arguments import parse_train
-from pretrain.start.changes import going_on_from
-from pretrain.start.preflight import with_past
+from pretrain.start.going_on.changes import going_on_from, with_past
 from tests.data_sets import write_data_set
 
 GUIDE = Path(__file__).parents[4] / "docs/guides/change-a-run.md"

@@ -26,8 +26,8 @@ from pretrain.run.folder import (
     write_config,
 )
 from pretrain.start.arguments import parse_train
+from pretrain.start.going_on.past import same_data
 from pretrain.start.initial import check_initial, keep_initial
-from pretrain.start.past import same_data
 from pretrain.start.preflight import preflight
 from tests.data_sets import write_data_set
 from tests.held_out import validation_sequences

@@ -14,10 +14,35 @@ from pretrain.config.changes import Changes, refuse_other_desync, refuse_other_r
 from pretrain.config.past import Past, PastBatchSize, PastBlend
 from pretrain.config.places import with_absolute_paths
 from pretrain.config.train import TrainConfig, differences, load_config
-from pretrain.data.blends import Blend, blends, in_force
+from pretrain.data.blends import Blend, blends, check_phases, in_force
 from pretrain.data.folders import DataFolder
 from pretrain.run.ends import Crash
-from pretrain.run.folder import checkpoint_step
+from pretrain.run.folder import checkpoint_step, latest_checkpoint
+from pretrain.start.going_on.branch import is_to_begin, trunk_checkpoint
+from pretrain.start.going_on.past import same_data
+
+
+def with_past(
+    config: TrainConfig, folders: list[DataFolder]
+) -> tuple[TrainConfig, list[DataFolder]]:
+    """The configuration with what the steps so far had, and the data sets with their first names.
+
+    Args:
+        config: that `check_output_dir` has accepted.
+
+    Raises:
+        UserError: a value may not change, or the data sets are others.
+    """
+    assert config.output_dir is not None
+    trunk = None
+    if is_to_begin(config):
+        assert config.branch_from is not None
+        trunk = trunk_checkpoint(config.branch_from)
+    folders = same_data(config.output_dir, folders, trunk)
+    checkpoint = trunk or latest_checkpoint(config.output_dir)
+    config, _ = going_on_from(checkpoint, config, folders)
+    check_phases(config)
+    return config, folders
 
 
 def going_on_from(
