@@ -96,7 +96,7 @@ def draw(curve: list[tuple[int, float]], rows: list[dict[str, Any]], path: Path)
             for row, end in zip(rows, points, strict=True):
                 begin = (row["decay_from_tokens"], dict(curve).get(row["decay_from_tokens"]))
                 axes.plot(*zip(begin, end, strict=True), color=colour, linestyle=":", linewidth=1)
-        style = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.6}
+        style: dict[str, Any] = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.6}
         axes.plot(
             *zip(*points, strict=True),
             color=colour,
