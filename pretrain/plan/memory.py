@@ -212,8 +212,9 @@ def memory_plan(
     """The memory of the pipeline stage that takes most.
 
     A parameter takes 2 bytes in bf16, 4 bytes for its fp32 gradient, and 12 bytes / dp in the distributed
-    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16). With context parallelism
-    dp cp ranks share it, and a rank has the tokens of a sequence over cp.
+    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16), and 4 bytes more with an
+    average of the weights. With context parallelism dp cp ranks share it, and a rank has the tokens of a
+    sequence over cp.
 
     Activations are those of `activation_bytes`, for all micro-batches in flight. On the first stage these
     are pp micro-batches in 1F1B, and 1 + (pp - 1) / (pp vpp) times as many in the interleaved schedule.
@@ -265,6 +266,8 @@ def memory_plan(
     logit = BF16 + (FP32 if config.deterministic else 2 * FP32)
     logits = logit * tokens * model.padded_vocab_size / tp
     state = FP32 + 2 * (BF16 if config.optimizer.moments == "bf16" else FP32)
+    if config.optimizer.ema_decay is not None:
+        state += FP32
     most = config.num_microbatches(dp) * vpp
     not_in_fp8 = config.fp8.num_layers_at_start_in_bf16 + config.fp8.num_layers_at_end_in_bf16
     layers = stage_layers(config)
