@@ -97,7 +97,9 @@ def attention_bytes(
     tokens.
 
     With context parallelism Transformer Engine keeps a rank's own keys and values. Other attention keeps
-    those of all ranks: kv times cp.
+    those of all ranks: kv times cp. Torch's repeats them for their group's heads where there is a mask
+    (attention.py): with windows kv becomes w; with context parallelism each chunk has its own copies, of
+    the keys up to its end, and kv becomes w (2 cp + 1) / 2. The count is of a layer that has a window.
 
     Args:
         seq_length: tokens of a sequence; where documents are apart, of the longest one.
@@ -105,13 +107,18 @@ def attention_bytes(
         again: attention is computed again in backward. It keeps its inputs and its output: 3 w + 3 kv, as
             values are a view of the linear's whole output. There are no log-sums.
     """
-    heads, keys = model.num_attention_heads, model.kv_heads * model.head_dim
+    heads = model.num_attention_heads
     width = heads * model.head_dim
+    keys: float = model.kv_heads * model.head_dim
     if again:
         return BF16 * 3 * (width + keys)
     if attention in ("te", "torch"):
-        ranks = 1 if attention == "te" else cp
-        return BF16 * (2 * (width + keys * ranks) + width * apart) + FP32 * heads
+        window = model.sliding_window is not None and model.sliding_window < seq_length
+        if attention == "torch" and model.kv_heads < heads and (cp > 1 or window):
+            keys = width * ((2 * cp + 1) / 2 if cp > 1 else 1)
+        elif attention == "torch":
+            keys *= cp
+        return BF16 * (2 * (width + keys) + width * apart) + FP32 * heads
     numbers = {"te-unfused": 4, "torch-unfused": 7, "unfused": 6 if keys == width else 4}
     scores = SCORES[attention][1 if model.attention_dropout else 0]
     return BF16 * numbers[attention] * width + scores * heads * seq_length
@@ -240,7 +247,7 @@ def memory_plan(
     longest = longest or config.data.seq_length
     recipe, side = config.fp8.recipe, config.side
     # One mask for all layers: a rank's two chunks, with the keys up to the end of each.
-    masks = attention == "torch" and cp > 1 and config.data.attend_across_documents
+    masks = attention == "torch" and cp > 1
     mask = BF16 * masks * (2 * cp + 1) * (config.data.seq_length / (2 * cp)) ** 2
 
     def layer(recompute: Recompute, of: ModelConfig = model) -> float:
