@@ -5,7 +5,6 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megatron_ladder import rope
 from megatron_ladder.config import PARALLEL, ModelConfig
@@ -18,6 +17,7 @@ from pretrain.data.folders import DataFolder, has_ids_of, kept_facts
 from pretrain.files import write_atomically
 from pretrain.run.checkpoint_files import written_files
 from pretrain.run.folder import INITIAL, find_checkpoint, latest_checkpoint, started_from
+from pretrain.start.first_rank import by_first_of_groups
 
 logger = logging.getLogger(__name__)
 
@@ -83,18 +83,7 @@ def initial_checkpoint(init_from: Path) -> Path:
     Raises:
         UserError: on every rank: there is no checkpoint, or it is damaged.
     """
-    from torch.distributed import broadcast_object_list, get_rank
-
-    found: list[Any] = [None]
-    if get_rank() == 0:
-        try:
-            found = [find_checkpoint(init_from)]
-        except UserError as error:
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+    return by_first_of_groups(lambda: find_checkpoint(init_from))
 
 
 def starting_from(config: TrainConfig, init_from: Path, *, unmodified: bool) -> TrainConfig:
