@@ -30,6 +30,11 @@ FREE = (
     "init_method_std",
     "attention_dropout",
     "hidden_dropout",
+    "experts.moe_router_load_balancing_type",
+    "experts.moe_aux_loss_coeff",
+    "experts.moe_router_bias_update_rate",
+    "experts.moe_expert_capacity_factor",
+    "experts.moe_pad_expert_input_to_capacity",
 )
 # Fields that may differ, too, where the context is longer than the saved model's.
 ROPE = (
