@@ -171,8 +171,13 @@ def _check_train(arguments: list[str], ranks: int, *, is_first: bool) -> Path:
 
         preflight(config, ranks)
     else:
+        from megatron_ladder.layers.attention_choice import check_attention
+
         # Any vocabulary size will do here: it is padded to a size that the layout divides.
         model = replace(config.model, vocab_size=config.model.vocab_size or 1)
         check_layout(model, config.parallel)
+        check_attention(
+            *(config.attention, "transformer_engine"), documents_divided=config.documents_divided
+        )
         config.num_microbatches(config.parallel.data_parallel_size(ranks))
     return config.output_dir

@@ -282,6 +282,11 @@ class TrainConfig:
         return self.global_batch_size * self.data.seq_length
 
     @property
+    def documents_divided(self) -> bool:
+        """Whether documents are apart, and context-parallel ranks divide them."""
+        return self.parallel.context_parallel_size > 1 and not self.data.attend_across_documents
+
+    @property
     def train_steps(self) -> int:
         return self._steps("train_steps", "train_tokens", default=1000)
 

@@ -47,6 +47,7 @@ from pretrain.run.ends import leave
 from pretrain.run.folder import checkpoint_at, write_config
 from pretrain.run.lock import lock
 from pretrain.run.status import Status
+from pretrain.start.first_rank import by_first_of_groups
 from pretrain.start.going_on.branch import begin_branch
 from pretrain.start.going_on.changes import changes_at_start
 from pretrain.start.initial import initial_checkpoint
@@ -112,7 +113,10 @@ def _train(
     device = start_ranks(config, store)
     if is_planned(config) and resolve_impl(config.transformer_impl) == "transformer_engine":
         core = layers_config(config).core_attention
-        kept += [kept_as(core), attended(config, folders).longest if core.keeps_scores else None]
+        longest = None
+        if core.keeps_scores:  # the other ranks may open no file of a data set
+            longest = by_first_of_groups(lambda: attended(config, folders).longest)
+        kept += [kept_as(core), longest]
         check_memory(config, torch.distributed.get_world_size(), smallest_card(), *kept)
 
     starting.phase("building the model")

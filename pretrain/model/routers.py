@@ -13,6 +13,8 @@ def routers_of(model: list[Any]) -> list[Any]:
     Args:
         model: chunks in DDP.
     """
+    if model[0].config.num_moe_experts is None:  # each step asks: a dense model answers at once
+        return []
     layers = (layer for chunk in model for layer in chunk.module.decoder.layers)
     return [layer.mlp.router for layer in layers if layer.is_moe_layer]
 
@@ -43,13 +45,12 @@ def load_balance(model: list[Any], num_layers: int) -> dict[str, float]:
         layer in which that is largest; 1 is even. "dropped_share": of all choices of an expert by a token,
         the share that was dropped. {} for a model without experts.
     """
-    routers = routers_of(model)
-    here = torch.cuda.current_device()
     experts = model[0].config.num_moe_experts
     if experts is None:
         return {}
+    here = torch.cuda.current_device()
     counts = torch.zeros(num_layers, 2, experts, dtype=torch.float64, device=here)
-    for router in routers:
+    for router in routers_of(model):
         for which, count in enumerate((router.tokens_chosen, router.tokens_dropped)):
             counts[router.layer_number - 1, which] = count
             count.zero_()

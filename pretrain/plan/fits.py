@@ -4,7 +4,10 @@ less."""
 from dataclasses import replace
 
 from megatron_ladder.errors import UserError
+from megatron_ladder.layers.attention_choice import check_attention
 from pretrain.config.train import TrainConfig
+from pretrain.model.compiled import check_compile
+from pretrain.model.graphs import check_cuda_graph
 from pretrain.plan.memory import SCORES, Attention, in_words, is_planned, memory_plan, room
 
 
@@ -62,6 +65,21 @@ def out_of_memory(
     )
 
 
+def is_accepted(config: TrainConfig, context_parallel_size: int) -> bool:
+    """Whether this run could start with so many context-parallel ranks."""
+    parallel = replace(config.parallel, context_parallel_size=context_parallel_size)
+    try:
+        changed = replace(config, parallel=parallel)
+        check_compile(changed)
+        check_cuda_graph(changed)
+        check_attention(
+            *(config.attention, "transformer_engine"), documents_divided=changed.documents_divided
+        )
+    except UserError:
+        return False
+    return True
+
+
 def what_to_turn(
     config: TrainConfig, dp: int, attention: Attention = "te", longest: int | None = None
 ) -> str:
@@ -113,8 +131,9 @@ def what_to_turn(
         if config.optimizer.moments == "fp32" and config.precision == "bf16":
             advice.append("--optimizer.moments bf16 (4 bytes less a parameter; changes training)")
         advice.append("more GPUs (the optimizer's state is divided over data-parallel ranks)")
-    elif config.micro_batch_size == 1 and config.model.experts.num_moe_experts is None:
-        cp = 2 * parallel.context_parallel_size
+    elif config.micro_batch_size == 1 and is_accepted(
+        config, cp := 2 * parallel.context_parallel_size
+    ):
         advice.append(
             f"--parallel.context-parallel-size {cp} (divides the tokens of each sequence)"
         )

@@ -26,7 +26,7 @@ from pretrain.plan.planner import (
     pass_seconds,
     submodules,
 )
-from pretrain.plan.ring import ring_seconds
+from pretrain.plan.ring import gathers, ring_seconds
 from pretrain.run.metrics import flops_per_token
 
 KINDS: tuple[Residual, ...] = ("standard", "parallel", "ladder", "parallel-ladder")
@@ -62,7 +62,8 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware, attended: float | No
       only while the pipeline fills.
     - Data and context parallelism reduce gradients (fp32) during the last backward, and gather parameters
       (bf16) during the first forward. What takes longer than these is exposed.
-    - In context parallelism what sending keys and values takes longer than attention is exposed.
+    - In context parallelism what sending keys and values takes longer than attention is exposed; all of it
+      where they are gathered (documents apart, windows, torch's attention).
 
     Args:
         config: with the layout.
@@ -84,7 +85,13 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware, attended: float | No
         model, hardware, tokens=tokens // calls, seq_length=attended, tp=tp, sp=sp
     )
     ring_s, ring_back_s = ring_seconds(
-        model, hardware, tokens=tokens // calls, seq_length=attended, tp=tp, cp=cp
+        model,
+        hardware,
+        tokens=tokens // calls,
+        seq_length=attended,
+        tp=tp,
+        cp=cp,
+        gathers=gathers(config),
     )
     attention = replace(
         attention,

@@ -11,7 +11,7 @@ from typing import Literal
 
 from megatron_ladder.config import ParallelConfig, Residual
 from megatron_ladder.errors import UserError
-from pretrain.config.presets import PRESETS
+from pretrain.config.presets import OF_A_MODEL, PRESETS
 from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
 from pretrain.plan.estimate import STORAGE_BYTES_PER_S, estimate, format_estimate
@@ -27,7 +27,7 @@ class PlanOptions:
     collectives of standard and parallel layers hidden in halves too. Modelled, not measured."""
 
     preset: str
-    """A preset of `train`; its model, sequence length and global batch."""
+    """A preset of `train` with a model of its own; its model, sequence length and global batch."""
     gpus: int
     seq_length: int | None = None
     """None: the preset's."""
@@ -52,10 +52,11 @@ class PlanOptions:
 
 def setup(options: PlanOptions) -> tuple[TrainConfig, Hardware]:
     """The run to lay out, and the GPUs and links. Raises UserError on wrong options."""
-    if options.preset not in PRESETS:
-        near = difflib.get_close_matches(options.preset, PRESETS, n=1)
+    names = [name for name in PRESETS if name not in OF_A_MODEL]
+    if options.preset not in names:
+        near = difflib.get_close_matches(options.preset, names, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"no preset {options.preset!r}{hint}: choose one of {', '.join(PRESETS)}")
+        raise UserError(f"no preset {options.preset!r}{hint}: choose one of {', '.join(names)}")
     rates = (options.network_gbit_per_s, options.storage_gb_per_s)
     if options.gpus < 1 or options.top < 1 or min(rates) <= 0:
         raise UserError(

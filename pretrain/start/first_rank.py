@@ -1,4 +1,4 @@
-"""What one rank finds out for all, before torch has process groups: by the store through which ranks meet.
+"""What one rank finds out for all. Before torch has process groups: by the store through which ranks meet.
 
 A file system that a thousand nodes share answers one rank quickly, and four thousand that ask the same at
 the same time slowly.
@@ -54,6 +54,29 @@ def by_first_rank(store: Any, rank: Rank | None, name: str, find_out: Callable[[
         raise
     _tell(store, rank, name, (answer, None))
     return answer
+
+
+def by_first_of_groups(find_out: Callable[[], Found]) -> Found:
+    """Calls a function on rank 0 only, where torch has process groups. Called by every rank.
+
+    Returns:
+        What the function returned, on every rank.
+
+    Raises:
+        UserError: what the function raised, on every rank.
+    """
+    from torch.distributed import broadcast_object_list, get_rank
+
+    found: list[Any] = [None]
+    if get_rank() == 0:
+        try:
+            found = [find_out()]
+        except UserError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
 
 
 def first_words(store: Any, rank: Rank, name: str, mine: str) -> str:

@@ -5,7 +5,6 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megatron_ladder import rope
 from megatron_ladder.config import PARALLEL, ModelConfig
@@ -24,6 +23,7 @@ from pretrain.run.folder import (
     latest_checkpoint,
     started_from,
 )
+from pretrain.start.first_rank import by_first_of_groups
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,11 @@ FREE = (
     "init_method_std",
     "attention_dropout",
     "hidden_dropout",
+    "experts.moe_router_load_balancing_type",
+    "experts.moe_aux_loss_coeff",
+    "experts.moe_router_bias_update_rate",
+    "experts.moe_expert_capacity_factor",
+    "experts.moe_pad_expert_input_to_capacity",
 )
 # Fields that may differ, too, where the context is longer than the saved model's.
 ROPE = (
@@ -100,18 +105,7 @@ def initial_checkpoint(init_from: Path) -> Path:
     Raises:
         UserError: on every rank: there is no checkpoint, or it is damaged.
     """
-    from torch.distributed import broadcast_object_list, get_rank
-
-    found: list[Any] = [None]
-    if get_rank() == 0:
-        try:
-            found = [find_checkpoint(init_from)]
-        except UserError as error:
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+    return by_first_of_groups(lambda: find_checkpoint(init_from))
 
 
 def starting_from(config: TrainConfig, init_from: Path, *, unmodified: bool) -> TrainConfig:

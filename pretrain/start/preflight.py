@@ -68,8 +68,7 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     check_attention(
         config.attention,
         resolve_impl(config.transformer_impl),
-        documents_divided=config.parallel.context_parallel_size > 1
-        and not config.data.attend_across_documents,
+        documents_divided=config.documents_divided,
     )
     check_optimizer(config.optimizer, config.precision)
     check_compile(config)

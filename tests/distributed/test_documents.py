@@ -43,6 +43,7 @@ LAYOUTS = [
     Layout(cp=2, accumulation=2, recompute="selective"),
     Layout(tp=2, sp=True, cp=2, recompute="full"),
     Layout(cp=4),
+    Layout(pp=2, cp=2, accumulation=4),
 ]
 
 

@@ -34,6 +34,12 @@ def test_mistakes_of_all_packages_are_a_line(tmp_path: Path) -> None:
     for argv, message in {
         ("train", "--preset", "debug"): "no --output-dir: give the folder",
         ("--after", "x", "report", "run"): "--after x: give a job's number",  # slurm's own
+        # Of a later job the options alone are checked.
+        (
+            *("--ranks-per-node", "2", "--after", "1"),
+            *("train", "--preset", "debug", "--output-dir", "run", "--attention", "te"),
+            *("--parallel.context-parallel-size", "2", "--data.no-attend-across-documents"),
+        ): "attention te does not keep documents apart",
     }.items():
         ended = submitted(tmp_path, *argv)
         assert (ended.returncode, ended.stdout) == (2, "")

@@ -324,6 +324,15 @@ def test_advice_is_of_this_run(config: TrainConfig) -> None:
     model = replace(config.model, max_position_embeddings=131072)
     long = replace(small, model=model, data=replace(config.data, seq_length=131072))
     assert "context-parallel-size 2" in what_to_turn(long, dp=32)
+    # Not where the run would then be refused.
+    apart = replace(long.data, attend_across_documents=False)
+    for refused in (
+        replace(long, data=replace(config.data, seq_length=131072 - 2)),  # not of 4 x TP 2 parts
+        replace(long, compile=True),
+        replace(long, cuda_graph=True),
+        replace(long, data=apart, attention="te"),
+    ):
+        assert "context-parallel" not in what_to_turn(refused, dp=32)
 
 
 def test_out_of_memory_says_what_to_turn(

@@ -273,6 +273,33 @@ def test_a_ring_exposes_what_a_transfer_takes_longer_than_attention(hardware) ->
     assert exposed(8, 1) == (0, 0)
 
 
+def test_keys_that_are_gathered_are_all_exposed(hardware) -> None:
+    """Documents apart, windows and torch's attention have no ring."""
+    config = replace(long(TRAIN_PRESETS["llama-3-8b"](), 32768), global_batch_size=8)
+    config = replace(config, parallel=ParallelConfig(context_parallel_size=4))
+    sent_s = NVLINK.seconds(2 * 8192 * 2 * 8 * 128)
+    apart = replace(config.data, attend_across_documents=False)
+    windows = replace(config.model, sliding_window=32768)  # as many scores
+    assert row(config, 8, hardware).exposed_cp_s == 0
+    for changed in (
+        replace(config, data=apart),
+        replace(config, model=windows),
+        replace(config, attention="torch"),
+    ):
+        found = row(changed, 8, hardware)
+        # Four micro-batches, 32 layers; backward sends twice as much.
+        expected = 4 * 32 * 3 * (sent_s + NVLINK.seconds(2 * 2 * 8192 * 2 * 8 * 128))
+        assert found.exposed_cp_s == pytest.approx(expected)
+        alone = replace(changed, parallel=ParallelConfig())
+        assert row(alone, 8, hardware).exposed_cp_s == 0
+
+
+@pytest.mark.parametrize("preset", ["extend", "adapt", "adapt-control"])
+def test_a_preset_without_a_model_of_its_own_is_refused(preset: str, capsys) -> None:
+    assert bench(["plan", "--preset", preset, "--gpus", "8"]) == 2
+    assert f"no preset '{preset}'" in capsys.readouterr().err
+
+
 def test_long_sequences_are_divided_over_ranks_too(hardware) -> None:
     config = replace(long(TRAIN_PRESETS["llama-3-8b"](), 32768), global_batch_size=8)
     found = list(layouts(config, 32))

@@ -9,6 +9,7 @@ import torch
 from megatron_ladder import rope
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
+from megatron_ladder.fields.experts import ExpertsConfig
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import AdaptConfig, save_config
 from pretrain.data.checks import open_data
@@ -141,6 +142,26 @@ def test_a_context_longer_than_the_sequences(tmp_path: Path) -> None:
 def test_what_is_refused(before: dict, options: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         extended(write_base(tmp_path, **before), *options.split())
+
+
+def test_the_balance_of_experts_may_differ(tmp_path: Path) -> None:
+    """No tensor depends on it."""
+    experts = ExpertsConfig(num_moe_experts=4, moe_ffn_hidden_size=48)
+    base = write_base(tmp_path, residual="standard", experts=experts)
+    argv = ["--preset", "extend", "--init-from", str(base), "--data.seq-length", "512"]
+    config, _ = parse_train([*argv, "--data.paths", str(tmp_path / "data")])
+    folders = open_data(config)
+
+    def check(**changes) -> None:
+        model = replace(config.model, experts=replace(experts, **changes))
+        check_initial(replace(config, model=model), folders)
+
+    check(moe_aux_loss_coeff=0.1, moe_router_load_balancing_type="aux_loss")
+    check(moe_expert_capacity_factor=2.0, moe_pad_expert_input_to_capacity=True)
+    check(moe_router_bias_update_rate=0.1)
+    for shape in ({"moe_ffn_hidden_size": 64}, {"moe_shared_expert_intermediate_size": 64}):
+        with pytest.raises(UserError, match=f"model.experts.{next(iter(shape))}"):
+            check(**shape)
 
 
 def test_what_may_differ_from_the_saved_model(tmp_path: Path) -> None:

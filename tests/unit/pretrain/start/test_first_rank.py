@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from megatron_ladder.errors import UserError
 from pretrain.ranks import Rank
 from pretrain.start import first_rank
-from pretrain.start.first_rank import by_first_rank, first_words
+from pretrain.start.first_rank import by_first_of_groups, by_first_rank, first_words
+from tests.ranks import run_ranks
 
 RANKS = 4
 
@@ -44,6 +46,21 @@ def test_a_result_is_found_out_once() -> None:
     assert on_ranks(lambda s, r: by_first_rank(s, r, "x", find_out)) == [{"number": 3}] * RANKS
     assert len(calls) == 1
     assert by_first_rank(None, None, "x", find_out) == {"number": 3}  # the only rank
+
+
+def ask_groups() -> tuple[int, str]:
+    """What the groups' rank 0 found out, and the message of its mistake."""
+
+    def mistake() -> None:
+        raise UserError(f"rank {dist.get_rank()}'s")
+
+    with pytest.raises(UserError) as raised:
+        by_first_of_groups(mistake)
+    return by_first_of_groups(lambda: 3 + dist.get_rank()), str(raised.value)
+
+
+def test_process_groups_pass_it_on_as_well(tmp_path: Path) -> None:
+    assert run_ranks(2, ask_groups, tmp_path=tmp_path) == [(3, "rank 0's")] * 2
 
 
 @pytest.mark.parametrize(
