@@ -34,6 +34,7 @@ from megatron_ladder.config import PARALLEL, Residual, TransformerImpl
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.attention import LocalSelfAttention
 from megatron_ladder.layers.attention import TorchAttention, UnfusedAttention
+from megatron_ladder.layers.expert_layer import LadderExpertsLayer
 from megatron_ladder.layers.layer import LadderTransformerLayer
 from megatron_ladder.layers.linear import (
     CommFreeColumnParallelLinear,
@@ -115,7 +116,7 @@ def layer_spec(
     Args:
         residuals: each layer's residual kind, first to last. None: every layer is a ladder layer.
         impl: the implementation of the modules; see `resolve_impl`.
-        experts: the spec of a mixture of experts in place of the MLP, of a standard layer.
+        experts: the spec of a mixture of experts in place of the MLP, of standard and ladder layers.
         desync_interval: the number of sub-modules from one all-reduce to the next, in desync layers.
         recompute: full recomputation, one sub-module at a time. megatron-core's own layers ignore it: they
             have megatron-core's recomputation.
@@ -134,7 +135,7 @@ def layer_spec(
     """
     chosen = resolve_impl(impl)
     kinds = set(residuals or ("ladder",))
-    assert experts is None or (kinds == {"standard"} and not halves)
+    assert experts is None or (kinds <= {"standard", "ladder"} and not halves)
     assert kinds <= PARALLEL or not kinds & PARALLEL
     if kinds == {"standard"} and not halves and chosen == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
@@ -155,8 +156,8 @@ def layer_spec(
         else:
             backend = LocalCommFreeBackend()
         spec = ModuleSpec(
-            module=LadderTransformerLayer,
-            submodules=_submodules(backend, kinds, qk_layernorm),
+            module=LadderTransformerLayer if experts is None else LadderExpertsLayer,
+            submodules=_submodules(backend, kinds, qk_layernorm, experts),
             params={
                 "residuals": residuals,
                 "desync_interval": desync_interval,

@@ -117,6 +117,31 @@ class SubmoduleCollectives:
                 self._output.arrive()
             self._output = None
 
+    # What the points of a layer ask of any sub-module's collectives.
+
+    def arrived(self, x: Tensor) -> Tensor:
+        """`input_wait` of the input `x`."""
+        self.wait_input()
+        return used_here(x)
+
+    def sent(self, x: Tensor) -> Tensor:
+        """`output_start` of the output `x`."""
+        if self.sequence_parallel:
+            x = _OutputStart.apply(x, self)
+        else:
+            # The sum is written to `x`'s own memory, without autograd: the gradient of `x` is the gradient
+            # of the sum. `x` is not marked dirty: Transformer Engine's outputs are views, and autograd
+            # allows no function to change those in place.
+            self.start_output(x)
+        return take_part(x, self)
+
+    def complete(self, x: Tensor) -> Tensor:
+        """`output_wait` of the output `x`."""
+        if self.sequence_parallel:
+            return used_here(_OutputWait.apply(x, self))
+        self.wait_output()
+        return x
+
     # Backward.
 
     def start_input_gradient(self, grad: Tensor) -> None:
@@ -318,13 +343,10 @@ def input_wait(x: Tensor) -> Tensor:
         [s, b, h], complete.
     """
     collectives = collectives_of(x)
-    if collectives is None:
-        return x
-    collectives.wait_input()
-    return used_here(x)
+    return x if collectives is None else collectives.arrived(x)
 
 
-def output_start(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
+def output_start(x: Tensor, collectives: Any) -> Tensor:
     """Starts the sum of a sub-module's partial outputs over the ranks.
 
     Args:
@@ -335,16 +357,7 @@ def output_start(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
         [s, b, h], or [s/tp, b, h] with sequence parallelism. It is in flight: read it only after
         `output_wait`.
     """
-    if collectives is None:
-        return x
-    if collectives.sequence_parallel:
-        x = _OutputStart.apply(x, collectives)
-    else:
-        # The sum is written to `x`'s own memory, without autograd: the gradient of `x` is the gradient of
-        # the sum. `x` is not marked dirty: Transformer Engine's outputs are views, and autograd allows no
-        # function to change those in place.
-        collectives.start_output(x)
-    return take_part(x, collectives)
+    return x if collectives is None else collectives.sent(x)
 
 
 def output_wait(x: Tensor) -> Tensor:
@@ -357,9 +370,4 @@ def output_wait(x: Tensor) -> Tensor:
         The sum, complete: [s, b, h], or [s/tp, b, h] with sequence parallelism.
     """
     collectives = collectives_of(x)
-    if collectives is None:
-        return x
-    if collectives.sequence_parallel:
-        return used_here(_OutputWait.apply(x, collectives))
-    collectives.wait_output()
-    return x
+    return x if collectives is None else collectives.complete(x)

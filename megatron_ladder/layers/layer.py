@@ -71,6 +71,8 @@ class LadderTransformerLayer(TransformerLayer):
         ValueError: the configuration has an option of megatron-core that this layer does not support.
     """
 
+    has_experts = False
+
     def __init__(
         self,
         *args: Any,
@@ -103,12 +105,16 @@ class LadderTransformerLayer(TransformerLayer):
         # At most one item: the function to call in the middle of the running sub-module, and whether it
         # records gradients; see `_submodule`. A list, because to assign a module's attribute is slow.
         self._chain: list[tuple[Callable[[], None], bool]] = []
-        if self.config.sequence_parallel and "both" not in self.submodules:
-            for first_linear in (self.self_attention.linear_qkv, self.mlp.linear_fc1):
+        if (self.config.sequence_parallel or self.has_experts) and "both" not in self.submodules:
+            for first_linear in self._first_linears():
                 first_linear.register_forward_hook(self._run_chain)
         self.desync_interval = desync_interval
         if self.residual == "desync":
             sum_weight_gradients((self.input_layernorm, self.pre_mlp_layernorm), self.tp_group)
+
+    def _first_linears(self) -> tuple[Any, Any]:
+        """Those of attention and of the MLP: `_run_chain` runs behind them."""
+        return self.self_attention.linear_qkv, self.mlp.linear_fc1
 
     @property
     def hides(self) -> bool:
@@ -121,7 +127,7 @@ class LadderTransformerLayer(TransformerLayer):
         modules = set(config.recompute_modules or ()) - {"core_attn"}
         unsupported = {
             "cross-attention": not isinstance(self.cross_attention, IdentityOp),
-            "mixture of experts": self.is_moe_layer,
+            "mixture of experts": self.is_moe_layer and not self.has_experts,
             "biases (add_bias_linear)": config.add_bias_linear,
             f"recompute_modules {sorted(modules)}, other than core_attn,": (
                 config.recompute_granularity == "selective" and bool(modules)
@@ -313,7 +319,8 @@ class LadderTransformerLayer(TransformerLayer):
         """
         own = collectives_of(x)
         sequence_parallel = own is not None and own.sequence_parallel
-        since = streams.moment() if sequence_parallel else None
+        in_the_middle = sequence_parallel or self.has_experts
+        since = streams.moment() if in_the_middle else None
         x = input_wait(x)
         results: list[tuple[Tensor, Tensor | None]] = []
 
@@ -323,10 +330,10 @@ class LadderTransformerLayer(TransformerLayer):
                 results.append(chain())
 
         # Without sequence parallelism the chain has one wait. It runs as late as possible, after the
-        # sub-module. With sequence parallelism the chain has two collectives, one after the other. It runs
-        # in the middle of the sub-module, so that each collective overlaps with a part of the sub-module:
-        # in forward, and in backward too, because of the order in which the nodes are made.
-        if chain is not None and sequence_parallel:
+        # sub-module. With sequence parallelism, or experts, the chain has two collectives, one after the
+        # other. It runs in the middle of the sub-module, so that each collective overlaps with a part of
+        # the sub-module: in forward, and in backward too, by the order in which the nodes are made.
+        if chain is not None and in_the_middle:
             self._chain.append((run, torch.is_grad_enabled()))
         if name == "both":
             attention = self._compute("attention", x, **kwargs)
