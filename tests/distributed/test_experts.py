@@ -21,6 +21,7 @@ from tests.distributed.layouts import (
     Layout,
     batches,
     configuration,
+    load_start,
     micro_batches,
     run_layouts,
     save_start,
@@ -180,11 +181,14 @@ def test_the_first_weights_are_those_of_every_layout(tmp_path: Path) -> None:
             assert torch.equal(other[name], weight), (layout, name)
 
 
-def count_and_skip(layout: Layout, kind: str) -> tuple[dict[str, float], list[int], bool]:
+def count_and_skip(
+    layout: Layout, kind: str, weights: Path
+) -> tuple[dict[str, float], list[int], bool]:
     """What is counted in a step, each expert's tokens by this rank's count, and whether a step that does
     not count leaves the biases alone."""
     config = configuration(kind, layout)
     model, optimizer, scheduler = start(config)
+    load_start(model, weights)
     tokens = batches()[0]
     counted = []
 
@@ -217,7 +221,7 @@ def test_the_balance_is_that_of_all_tokens(kind: str, layout: Layout, tmp_path: 
     oracle.losses(batches()[0], cut_of(layout))
     uneven = max((c.max() / c.mean()).item() for c in oracle.chosen.values())
     choices = sum(c.sum().item() for c in oracle.chosen.values())
-    found = run_ranks(layout.ranks, count_and_skip, layout, kind, tmp_path=tmp_path)
+    found = run_ranks(layout.ranks, count_and_skip, layout, kind, weights, tmp_path=tmp_path)
     for balance, counted, biases_stay in found:
         assert biases_stay
         assert balance["expert_imbalance"] == pytest.approx(uneven)
