@@ -22,6 +22,7 @@ STALE: frozenset[Residual] = frozenset(FRESH)
 # Kinds whose attention and MLP read one input, through one norm.
 PARALLEL: frozenset[Residual] = frozenset(("parallel", "parallel-ladder"))
 TpOverlap = Literal["none", "halves"]
+ResidualScaling = Literal["none", "1/n", "1/sqrt-n", "skipinit"]
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
@@ -68,6 +69,12 @@ class ModelConfig:
     ladder_layers: int | tuple[int, ...] | None = None
     """With residual=ladder or parallel-ladder: the last N layers, or a list of layers from 0; the others
     are standard, or parallel. None makes every layer a ladder layer."""
+    residual_scaling: ResidualScaling = "none"
+    """What an output is multiplied by before it is added (arXiv 2510.03470): 1/n or 1/sqrt(n), for n = 2
+    num_layers sub-modules. skipinit: a learned number that starts at 0. none: megatron-core's initial
+    weights alone have 1/sqrt(n)."""
+    layer_norms: bool = True
+    """False: attention and MLP read the state without a norm; the norm after the last layer stays."""
     max_position_embeddings: int = 2048
     rotary_base: float = 10000.0
     sliding_window: int | None = None
@@ -126,10 +133,12 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"model.{name} is {value}: it must be a number of 0 or more")
-        if self.residual not in get_args(Residual):
-            raise UserError(
-                f"model.residual is {self.residual!r}: choose one of {', '.join(get_args(Residual))}"
-            )
+        for name, choices in (("residual", Residual), ("residual_scaling", ResidualScaling)):
+            if getattr(self, name) not in get_args(choices):
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)!r}: choose one of "
+                    f"{', '.join(get_args(choices))}"
+                )
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"model.hidden_size {self.hidden_size} is not a multiple of "
@@ -192,8 +201,9 @@ class ModelConfig:
 
     @property
     def is_standard(self) -> bool:
-        """Whether every layer has the standard residual."""
-        return set(self.layer_residuals()) == {"standard"}
+        """Whether every layer is one of Llama's: standard, with norms, and outputs added as they are."""
+        plain = self.residual_scaling == "none" and self.layer_norms
+        return plain and set(self.layer_residuals()) == {"standard"}
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Number of trained parameters.
@@ -227,8 +237,10 @@ class ModelConfig:
         return sum(experts if e else mlp for e in self.experts.layers(self.num_layers))
 
     def _vectors_of_a_layer(self) -> int:
-        """Number of parameters in the norms and biases of one layer."""
-        count = self.hidden_size * (1 if self.residual in PARALLEL else 2)
+        """Number of parameters in the norms, biases and learned scales of one layer."""
+        outputs = 1 if self.residual in PARALLEL else 2  # that are added; as many norms
+        norm = self.hidden_size if self.layer_norms else 0
+        count = outputs * (norm + (self.residual_scaling == "skipinit"))
         if self.add_qkv_bias:
             count += self.head_dim * (self.num_attention_heads + 2 * self.kv_heads)
         return count + (2 * self.head_dim if self.qk_layernorm else 0)

@@ -86,6 +86,11 @@ def check_fp8(
         raise UserError(
             "fp8.primary_weights with fp8.recipe mxfp8 is not supported: leave out fp8.primary_weights"
         )
+    if not model.layer_norms:
+        raise UserError(
+            f"fp8.recipe {fp8.recipe} quantises what norms give, and model.layer_norms is off: train "
+            "without fp8.recipe"
+        )
     tp = parallel.tensor_model_parallel_size
     at_once, of = float(tokens), "data.seq_length x micro_batch_size"
     if (cp := parallel.context_parallel_size) > 1:

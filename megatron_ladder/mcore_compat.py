@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import init_method_normal
 
 from megatron_ladder import rope
 from megatron_ladder.config import (
@@ -175,6 +176,11 @@ def transformer_config(
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
+        # None: megatron-core divides the initial weights of each sub-module's last linear by sqrt(2 L).
+        # Outputs that are scaled are not scaled twice.
+        output_layer_init_method=(
+            None if model.residual_scaling == "none" else init_method_normal(model.init_method_std)
+        ),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -248,6 +254,8 @@ def build_gpt_model(
     spec_with = functools.partial(
         layer_spec,
         *(residuals, impl),
+        residual_scaling=model.residual_scaling,
+        layer_norms=model.layer_norms,
         desync_interval=model.desync_interval,
         recompute=config.recompute_submodules,
         halves=config.halves,

@@ -30,11 +30,11 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_ladder.config import PARALLEL, Residual, TransformerImpl
+from megatron_ladder.config import PARALLEL, Residual, ResidualScaling, TransformerImpl
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.attention import LocalSelfAttention
 from megatron_ladder.layers.attention import TorchAttention, UnfusedAttention
-from megatron_ladder.layers.expert_layer import LadderExpertsLayer
+from megatron_ladder.layers.experts import LadderExpertsLayer
 from megatron_ladder.layers.layer import LadderTransformerLayer
 from megatron_ladder.layers.linear import (
     CommFreeColumnParallelLinear,
@@ -101,6 +101,8 @@ def layer_spec(
     impl: TransformerImpl = "auto",
     experts: Any = None,
     *,
+    residual_scaling: ResidualScaling = "none",
+    layer_norms: bool = True,
     desync_interval: int = 1,
     recompute: bool = False,
     halves: bool = False,
@@ -110,13 +112,15 @@ def layer_spec(
 ) -> ModuleSpec:
     """The spec of a model's layers.
 
-    A model with standard residuals alone uses megatron-core's own TransformerLayer, unless it runs in
-    halves: it is the baseline for comparisons.
+    A model with standard residuals alone uses megatron-core's own TransformerLayer, unless its outputs are
+    scaled, it has no norms or it runs in halves: it is the baseline for comparisons.
 
     Args:
         residuals: each layer's residual kind, first to last. None: every layer is a ladder layer.
         impl: the implementation of the modules; see `resolve_impl`.
         experts: the spec of a mixture of experts in place of the MLP, of standard and ladder layers.
+        residual_scaling: what each output is multiplied by before it is added.
+        layer_norms: attention and MLP read the state through norms.
         desync_interval: the number of sub-modules from one all-reduce to the next, in desync layers.
         recompute: full recomputation, one sub-module at a time. megatron-core's own layers ignore it: they
             have megatron-core's recomputation.
@@ -137,7 +141,8 @@ def layer_spec(
     kinds = set(residuals or ("ladder",))
     assert experts is None or (kinds <= {"standard", "ladder"} and not halves)
     assert kinds <= PARALLEL or not kinds & PARALLEL
-    if kinds == {"standard"} and not halves and chosen == "transformer_engine":
+    theirs = kinds == {"standard"} and residual_scaling == "none" and layer_norms and not halves
+    if theirs and chosen == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         if experts is not None:
             from megatron.core.extensions.transformer_engine import TENorm
@@ -145,8 +150,8 @@ def layer_spec(
             spec.submodules.mlp = experts
             spec.submodules.pre_mlp_layernorm = TENorm
             spec.submodules.sharded_state_dict_keys_map = {}
-    elif kinds == {"standard"} and not halves:
-        submodules = _submodules(LocalBackend(), kinds, qk_layernorm, experts)
+    elif theirs:
+        submodules = _submodules(LocalBackend(), kinds, qk_layernorm, experts=experts)
         spec = ModuleSpec(module=TransformerLayer, submodules=submodules)
     else:
         if chosen == "transformer_engine":
@@ -157,9 +162,10 @@ def layer_spec(
             backend = LocalCommFreeBackend()
         spec = ModuleSpec(
             module=LadderTransformerLayer if experts is None else LadderExpertsLayer,
-            submodules=_submodules(backend, kinds, qk_layernorm, experts),
+            submodules=_submodules(backend, kinds, qk_layernorm, layer_norms, experts),
             params={
                 "residuals": residuals,
+                "residual_scaling": residual_scaling,
                 "desync_interval": desync_interval,
                 "recompute": recompute,
                 "halves": halves,
@@ -202,11 +208,15 @@ def block_spec(
 
 
 def _submodules(
-    backend: Any, kinds: set[Residual], qk_layernorm: bool, experts: Any = None
+    backend: Any,
+    kinds: set[Residual],
+    qk_layernorm: bool,
+    layer_norms: bool = True,
+    experts: Any = None,
 ) -> TransformerLayerSubmodules:
     """Norms, attention and MLP or experts of one layer. Parallel kinds have one norm for attention and
     MLP."""
-    norm = backend.layer_norm(rms_norm=True)
+    norm = backend.layer_norm(rms_norm=True) if layer_norms else IdentityOp
     head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if qk_layernorm else IdentityOp
     # A checkpoint names the norms as Transformer Engine's fused norm + linear does. megatron-core's own
     # local spec does so too. So one checkpoint loads into either implementation.

@@ -96,7 +96,7 @@ def desync_logits(plain: LadderForCausalLM, model: ModelConfig, tp: int, tokens:
             )
         ):
             outputs = [
-                _part(module, last, rank, tp, norm(stream), extra)
+                layer.scaled(_part(module, last, rank, tp, norm(stream), extra), j)
                 for rank, stream in enumerate(streams)
             ]
             number = 2 * i + j + 1

@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ladder windows": {"residual": "ladder", "sliding_window": 20, "sliding_window_layers": 2},
     "qk-norm": {"residual": "ladder", "qk_layernorm": True, "add_qkv_bias": True},
     "parallel-ladder": {"residual": "parallel-ladder"},
+    "ladder by 1/sqrt-n": {"residual": "ladder", "residual_scaling": "1/sqrt-n"},
     "standard in halves": {"residual": "standard"},
     "parallel in halves": {"residual": "parallel"},
 }

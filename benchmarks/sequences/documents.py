@@ -98,7 +98,8 @@ def drawn_lengths(tokens: int, mean: float) -> Tensor:
 
 def lengths_of(folder: Path) -> Tensor:
     """The lengths of a data set's training documents, shuffled: int64."""
-    lengths = torch.from_numpy(IndexedDataset(str(folder / "train")).sequence_lengths.copy())
+    index = IndexedDataset(str(folder / "train"))  # it unmaps its arrays when it is deleted
+    lengths = torch.from_numpy(index.sequence_lengths.copy())
     return lengths[torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))].long()
 
 

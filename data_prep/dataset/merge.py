@@ -68,6 +68,8 @@ def join(place: Workplace, plan: dict[str, Any]) -> str:
     shutil.copyfile(place.folder / tokenizer, new / tokenizer)
     sync_file(new / tokenizer)
     manifest = {**plan["manifest"], "sources": _sources(plan, results), "splits": splits}
+    if "min_tokens" in manifest["options"]:
+        manifest["too_short"] = _too_short(results)
     if left_out := plan.get("left_out"):
         manifest["left_out"] = left_out
     write_durably(new / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -260,10 +262,22 @@ def _summary(manifest: dict[str, Any], results: list[tuple[str, dict[str, Any]]]
     return "\n".join(lines())
 
 
+def _too_short(results: list[tuple[str, dict[str, Any]]]) -> dict[str, int]:
+    """The documents left out by --min-tokens, and their tokens."""
+    # Parts that an older version made have no such field.
+    counts = [result.get("too_short", {}) for _, result in results]
+    return {key: sum(one.get(key, 0) for one in counts) for key in ("documents", "tokens")}
+
+
 def _left_out(results: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
     """What was found in the files and is not in the data set as it was."""
     if empty := sum(result["empty"] for _, result in results):
         yield f"{empty:,} empty documents left out"
+    if (short := _too_short(results))["documents"]:
+        yield (
+            f"{short['documents']:,} documents shorter than --min-tokens left out, "
+            f"{short['tokens']:,} tokens"
+        )
     if replaced := sum(result["bad"]["replaced"] for _, result in results):
         yield f"{replaced:,} documents with invalid UTF-8, replaced by U+FFFD"
     if count := sum(result["bad"]["count"] for _, result in results):

@@ -73,6 +73,9 @@ class Tokenize:
     """File name patterns to take from folders, such as "*.py"; read as plain text."""
     exclude: tuple[str, ...] = ()
     """Patterns of paths to leave out of folders."""
+    min_tokens: int | None = None
+    """Documents of fewer tokens, the one that ends them included, are left out; None: none is. For
+    training on long sequences."""
     max_bad_lines: int = 100
     """More lines that cannot be used than this stop the work."""
     max_document_bytes: int = 16 << 20
@@ -153,6 +156,7 @@ def _work(
         eod_token=options.eod_token,
         eod_id=encoder.eod_id,
         bos_id=find_bos(options.tokenizer, encoder) if options.add_bos else None,
+        min_tokens=options.min_tokens or 1,
         dtype=token_dtype(encoder.vocab_size),
         engine=Verdict(False, (), f"engine: {encoder.kind}'s own, as asked"),
         reading=reading,
@@ -268,6 +272,7 @@ def _manifest(options: Tokenize, encoder: Encoder, how: Reading) -> dict[str, An
             "validation_fraction": options.validation_fraction,
             "test_fraction": options.test_fraction,
             "bad_files": options.bad_files,
+            **({} if options.min_tokens is None else {"min_tokens": options.min_tokens}),
         },
     }
 
@@ -290,6 +295,8 @@ def _check_numbers(options: Tokenize) -> None:
         raise UserError("--text-field needs a name")
     if options.max_document_bytes < 1:
         raise UserError(f"--max-document-bytes {options.max_document_bytes} must be 1 or more")
+    if options.min_tokens is not None and options.min_tokens < 1:
+        raise UserError(f"--min-tokens {options.min_tokens} must be 1 or more")
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers} must be 1 or more")
     if options.rank is None and options.world_size != 1:

@@ -34,10 +34,18 @@ class PartFiles:
     STEM.train.mask too: for each token, whether it is trained on."""
 
     def __init__(
-        self, stem: str, dtype: str, eod_id: int, fractions: Fractions, bos_id: int | None = None
+        self,
+        stem: str,
+        dtype: str,
+        eod_id: int,
+        fractions: Fractions,
+        bos_id: int | None = None,
+        min_tokens: int = 1,
     ) -> None:
         self._stem, self._eod_id, self._fractions = stem, eod_id, fractions
-        self._bos_id = bos_id
+        self._bos_id, self._min_tokens = bos_id, min_tokens
+        self.empty = 0
+        self.too_short = {"documents": 0, "tokens": 0}
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._open: dict[str, _SplitFiles] = {}
 
@@ -51,8 +59,9 @@ class PartFiles:
                 Path(file.name).unlink(missing_ok=True)
 
     def add(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
-        """Appends documents, each with EOD, and with BOS where it is asked for; the empty ones are left
-        out. A document that begins with BOS, as a chat template may write it, gets no second one.
+        """Appends documents, each with EOD, and with BOS where it is asked for. Those that are empty, or
+        have fewer than `min_tokens` tokens with EOD and BOS, are left out and counted. A document that
+        begins with BOS, as a chat template may write it, gets no second one.
 
         Returns:
             Documents and tokens written.
@@ -78,15 +87,25 @@ class PartFiles:
         trained: np.ndarray | None,
         end_trained: np.ndarray | None,
     ) -> tuple[int, int]:
-        kept = lengths > 0
-        ends = lengths[kept].cumsum()
-        begins = np.zeros(len(ends), np.int64)  # 1: a BOS is added
+        filled = lengths > 0
+        begins = np.zeros(len(lengths), np.int64)  # 1: a BOS is added
         if self._bos_id is not None:
-            begins = (ids[ends - lengths[kept]] != self._bos_id).astype(np.int64)
+            begins[filled] = ids[(lengths.cumsum() - lengths)[filled]] != self._bos_id
+        counts = lengths + 1 + begins
+        kept = filled & (counts >= self._min_tokens)
+        short = filled & ~kept
+        self.empty += int((~filled).sum())
+        if short.any():
+            self.too_short["documents"] += int(short.sum())
+            self.too_short["tokens"] += int(counts[short].sum())
+            of_kept = np.repeat(kept, lengths)
+            ids, trained = ids[of_kept], trained[of_kept] if trained is not None else None
+        lengths, begins, counts = lengths[kept], begins[kept], counts[kept]
+        ends = lengths.cumsum()
         # A document's tokens move on by one place for each EOD before them, and for each BOS.
-        tokens = np.full(len(ids) + len(ends) + begins.sum(), self._eod_id, self._dtype)
+        tokens = np.full(counts.sum(), self._eod_id, self._dtype)
         eods = ends + np.arange(len(ends)) + begins.cumsum()
-        firsts = (eods - lengths[kept] - begins)[begins.astype(bool)]
+        firsts = (eods - lengths - begins)[begins.astype(bool)]
         text = np.ones(len(tokens), bool)
         text[eods] = text[firsts] = False
         tokens[text] = ids
@@ -95,7 +114,6 @@ class PartFiles:
         if trained is not None and end_trained is not None:
             mask = np.zeros(len(tokens), np.uint8)
             mask[text], mask[eods] = trained, end_trained[kept]
-        counts = lengths[kept] + 1 + begins
         if len(counts) and counts.max() > MOST_TOKENS:
             raise UserError(
                 f"a document has {counts.max():,} tokens, a data set holds at most {MOST_TOKENS:,} of each "

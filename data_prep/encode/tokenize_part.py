@@ -40,6 +40,7 @@ class Job:
     eod_token: str | None
     eod_id: int
     bos_id: int | None
+    min_tokens: int
     dtype: str
     engine: Verdict
     reading: Reading
@@ -63,9 +64,8 @@ def tokenize_part(job: Job, engine: Engine, part: Part, tally: Tally) -> dict[st
     started = time.monotonic()
     bad = BadLines(job.max_bad_lines)
     sources: list[dict[str, Any]] = []
-    empty = 0
     stem = f"{job.marker(part).with_suffix('')}"
-    with PartFiles(stem, job.dtype, job.eod_id, job.fractions, job.bos_id) as files:
+    with PartFiles(stem, job.dtype, job.eod_id, job.fractions, job.bos_id, job.min_tokens) as files:
         for segment in part.segments:
             facts: dict[str, Any] = {
                 "path": segment.source.path,
@@ -82,7 +82,6 @@ def tokenize_part(job: Job, engine: Engine, part: Part, tally: Tally) -> dict[st
                         )
                     else:
                         documents, tokens = files.add(texts, *engine.encode(texts))
-                    empty += len(texts) - documents
                     facts["documents"] += documents
                     tally.add(0, tokens)
             except (TooManyBadLines, NoTextField):
@@ -97,7 +96,8 @@ def tokenize_part(job: Job, engine: Engine, part: Part, tally: Tally) -> dict[st
     result = {
         "splits": splits,
         "sources": sources,
-        "empty": empty,
+        "empty": files.empty,
+        "too_short": files.too_short,
         "bad": {"count": bad.count, "examples": bad.examples, "replaced": bad.replaced},
         "seconds": time.monotonic() - started,
         "peak_memory": peak_memory(),

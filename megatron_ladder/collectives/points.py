@@ -37,6 +37,8 @@ from megatron_ladder.collectives.ranges import named
 from megatron_ladder.config import AllReduce
 
 Group = dist.ProcessGroup
+Scale = float | Tensor | None
+"""What a sub-module's output is multiplied by; None: nothing (layers/norm.py)."""
 
 # megatron-core passes a layer's outputs on unchanged, and a sub-module passes its input unchanged to its
 # first linear. So the collectives of a tensor can be stored as an attribute of that tensor.
@@ -73,6 +75,8 @@ class SubmoduleCollectives:
         self.gradient_in_fp8: Callable[[Tensor, Group], Tensor] | None = None
         """Quantises a rank's part of the output's gradient, when the sub-module's last linear is in FP8."""
         self._input: Flight | None = None
+        self.scale: Scale = None
+        """What the output is multiplied by when it has come."""
         self._output: Flight | None = None
         self._partial_gradient: Tensor | None = None
         self._input_gradient: Flight | None = None
@@ -124,8 +128,9 @@ class SubmoduleCollectives:
         self.wait_input()
         return used_here(x)
 
-    def sent(self, x: Tensor) -> Tensor:
+    def sent(self, x: Tensor, scale: Scale) -> Tensor:
         """`output_start` of the output `x`."""
+        self.scale = scale
         if self.sequence_parallel:
             x = _OutputStart.apply(x, self)
         else:
@@ -138,9 +143,10 @@ class SubmoduleCollectives:
     def complete(self, x: Tensor) -> Tensor:
         """`output_wait` of the output `x`."""
         if self.sequence_parallel:
-            return used_here(_OutputWait.apply(x, self))
-        self.wait_output()
-        return x
+            x = used_here(_OutputWait.apply(x, self))
+        else:
+            self.wait_output()
+        return _scaled(x, self.scale)
 
     # Backward.
 
@@ -346,18 +352,19 @@ def input_wait(x: Tensor) -> Tensor:
     return x if collectives is None else collectives.arrived(x)
 
 
-def output_start(x: Tensor, collectives: Any) -> Tensor:
+def output_start(x: Tensor, collectives: Any, scale: Scale = None) -> Tensor:
     """Starts the sum of a sub-module's partial outputs over the ranks.
 
     Args:
         x: [s, b, h] partial sums. Do not use it afterwards: the sum may overwrite it.
-        collectives: `collectives_of` the sub-module's input. None (one rank): `x` is returned as it is.
+        collectives: `collectives_of` the sub-module's input. None (one rank): `x` is complete.
+        scale: what the sum is multiplied by.
 
     Returns:
         [s, b, h], or [s/tp, b, h] with sequence parallelism. It is in flight: read it only after
         `output_wait`.
     """
-    return x if collectives is None else collectives.sent(x)
+    return _scaled(x, scale) if collectives is None else collectives.sent(x, scale)
 
 
 def output_wait(x: Tensor) -> Tensor:
@@ -367,7 +374,11 @@ def output_wait(x: Tensor) -> Tensor:
         x: from `output_start`.
 
     Returns:
-        The sum, complete: [s, b, h], or [s/tp, b, h] with sequence parallelism.
+        The sum, complete and scaled: [s, b, h], or [s/tp, b, h] with sequence parallelism.
     """
     collectives = collectives_of(x)
     return x if collectives is None else collectives.complete(x)
+
+
+def _scaled(x: Tensor, scale: Scale) -> Tensor:
+    return x if scale is None else x * scale

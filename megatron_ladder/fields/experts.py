@@ -169,6 +169,11 @@ def check_experts(model: Any, parallel: Any) -> None:
                 "(model.experts.num_moe_experts): leave it out"
             )
         return
+    if model.residual_scaling != "none" or not model.layer_norms:
+        raise UserError(
+            "model.residual_scaling and model.no_layer_norms do not go with experts yet: leave them, or "
+            "model.experts.num_moe_experts, out"
+        )
     if not set(model.layer_residuals()) <= {"standard", "ladder"}:
         raise UserError(
             f"model.residual {model.residual} does not go with experts yet: give --model.residual ladder "

@@ -13,6 +13,9 @@ LADDERS = {"ladder": "standard", "parallel-ladder": "parallel"}
 # The kinds whose attention and MLP read one state, through one norm.
 PARALLELS = ("parallel", "parallel-ladder")
 RESIDUALS = ("standard", "ladder", "parallel", "parallel-ladder")
+# What outputs are multiplied by before they are added: this power of the number of attentions and MLPs, or
+# learned numbers.
+SCALINGS = {"none": 0.0, "1/n": -1.0, "1/sqrt-n": -0.5, "skipinit": None}
 
 
 def ladder_layer_indices(
@@ -58,7 +61,7 @@ def ladder_layer_indices(
 
 
 class LadderConfig(PreTrainedConfig):
-    """The fields of Llama's configuration, and six more.
+    """The fields of Llama's configuration, and eight more.
 
     Args:
         residual: the state that a sub-module reads. "standard": the last state, as in Llama. "ladder": the
@@ -66,6 +69,11 @@ class LadderConfig(PreTrainedConfig):
             "parallel-ladder": as parallel, of the state before the last layer's output.
         ladder_layers: with "ladder" or "parallel-ladder": None (every layer), an int (the last N layers) or
             a list of layers, numbered from 0. All other layers are standard, or parallel.
+        residual_scaling: what the outputs of attention and MLP are multiplied by before they are added
+            (arXiv 2510.03470). "none": they are added as they are. "1/n" and "1/sqrt-n": n is the number of
+            attentions and MLPs, 2 num_hidden_layers. "skipinit": by learned numbers, two a layer; one for
+            the sum of both in a parallel or parallel-ladder layer.
+        layer_norms: attention and MLP read the state through norms. The norm after the last layer stays.
         qkv_bias: biases of queries, keys and values, as in Qwen2.
         qk_norm: RMSNorm of each head's query and key before RoPE, as in Qwen3.
         sliding_window: the tokens that a token attends to, itself and those just before it, as in Mistral.
@@ -76,8 +84,8 @@ class LadderConfig(PreTrainedConfig):
             "yarn". The older `rope_theta` and `rope_scaling` are read too.
 
     Raises:
-        ValueError: the heads are not a multiple of the key/value heads, or `ladder_layers`, `residual` or
-            `layer_types` is wrong.
+        ValueError: the heads are not a multiple of the key/value heads, or `ladder_layers`, `residual`,
+            `residual_scaling` or `layer_types` is wrong.
     """
 
     model_type = "ladder"
@@ -97,6 +105,8 @@ class LadderConfig(PreTrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         residual: str = "ladder",
         ladder_layers: int | list[int] | None = None,
+        residual_scaling: str = "none",
+        layer_norms: bool = True,
         qkv_bias: bool = False,
         qk_norm: bool = False,
         sliding_window: int | None = None,
@@ -124,6 +134,8 @@ class LadderConfig(PreTrainedConfig):
         self.ladder_layers = (
             list(ladder_layers) if isinstance(ladder_layers, list | tuple) else ladder_layers
         )
+        self.residual_scaling = residual_scaling
+        self.layer_norms = layer_norms
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
         self.sliding_window = sliding_window
@@ -138,6 +150,10 @@ class LadderConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if residual_scaling not in SCALINGS:
+            raise ValueError(
+                f"residual_scaling is {residual_scaling!r}: choose one of {', '.join(SCALINGS)}"
             )
         self.ladder_layer_indices()  # refuses layers that do not exist
         types = set(layer_types or ())
@@ -155,6 +171,11 @@ class LadderConfig(PreTrainedConfig):
             pad_token_id=pad_token_id,
             **kwargs,
         )
+
+    def residual_scale(self) -> float | None:
+        """What each output is multiplied by before it is added; None: by learned numbers."""
+        power = SCALINGS[self.residual_scaling]
+        return None if power is None else (2 * self.num_hidden_layers) ** power
 
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer, in tokens. None: the layer attends to all tokens."""

@@ -3,14 +3,15 @@
 Both sides have whole tensors, not tensor-parallel shards. megatron-core stacks the layers on axis 0:
 
     embedding.word_embeddings.weight                              [padded_vocab, h]
-    decoder.layers.self_attention.linear_qkv.layer_norm_weight    [L, h]
+    decoder.layers.self_attention.linear_qkv.layer_norm_weight    [L, h], absent without layer_norms
     decoder.layers.self_attention.linear_qkv.weight               [L, (heads + 2 groups) head_dim, h]
     decoder.layers.self_attention.linear_qkv.bias                 [L, (heads + 2 groups) head_dim], Qwen2's
     decoder.layers.self_attention.q_layernorm.weight              [L, head_dim], Qwen3's; and k_layernorm
     decoder.layers.self_attention.linear_proj.weight              [L, h, heads head_dim]
-    decoder.layers.mlp.linear_fc1.layer_norm_weight               [L, h], absent when parallel
+    decoder.layers.mlp.linear_fc1.layer_norm_weight               [L, h], absent when parallel, too
     decoder.layers.mlp.linear_fc1.weight                          [L, 2 ffn, h]
     decoder.layers.mlp.linear_fc2.weight                          [L, h, ffn]
+    decoder.layers.residual_scales                                [L, 2], of skipinit; [L, 1] when parallel
     decoder.final_layernorm.weight                                [h]
     output_layer.weight                                           [padded_vocab, h], absent when tied
 
@@ -22,9 +23,10 @@ A tensor may be an object that reads its data only when needed. It must have `sh
 `tensor[layer]` or `tensor[:]`, which return a torch.Tensor.
 """
 
+import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,8 @@ from torch import Tensor
 from megatron_ladder.hf.configuration_ladder import PARALLELS, LadderConfig
 
 _STACKED = "decoder.layers."
+# A sub-module's output is what its last linear gives.
+_LAST_LINEARS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ def _entries(config: LadderConfig) -> list[_Entry]:
         _Entry(attention + "linear_qkv.layer_norm_weight", {"input_layernorm.weight": (h,)}),
         _Entry(attention + "linear_qkv.weight", qkv_names),
     ]
+    if not config.layer_norms:
+        del entries[1]
     if config.qkv_bias:
         biases = {n.replace("weight", "bias"): (rows,) for n, (rows, _) in qkv_names.items()}
         entries.append(_Entry(attention + "linear_qkv.bias", biases))
@@ -86,13 +92,18 @@ def _entries(config: LadderConfig) -> list[_Entry]:
             norm = {f"self_attn.{one}_norm.weight": (config.head_dim,)}
             entries.append(_Entry(attention + f"{one}_layernorm.weight", norm))
     entries.append(_Entry(attention + "linear_proj.weight", {"self_attn.o_proj.weight": (h, q)}))
-    if config.residual not in PARALLELS:
+    if config.layer_norms and config.residual not in PARALLELS:
         entries.append(
             _Entry(mlp + "linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (h,)})
         )
     entries += [
         _Entry(mlp + "linear_fc1.weight", fc1_names),
         _Entry(mlp + "linear_fc2.weight", {"mlp.down_proj.weight": (h, ffn)}),
+    ]
+    if config.residual_scaling == "skipinit":
+        scales = {"residual_scales": (1 if config.residual in PARALLELS else 2,)}
+        entries.append(_Entry(_STACKED + "residual_scales", scales))
+    entries += [
         _Entry("decoder.final_layernorm.weight", {"model.norm.weight": (h,)}),
     ]
     if not config.tie_word_embeddings:
@@ -141,6 +152,32 @@ def megatron_to_hf(
             yield from _split(entry, tensors[entry.megatron][:], 0, config)
 
     return stream()
+
+
+def scale_in_weights(
+    config: LadderConfig, dtypes: Collection[torch.dtype]
+) -> tuple[LadderConfig, Callable[[str, Tensor], Tensor]]:
+    """Moves residual scaling into weights, where no logit changes by a bit.
+
+    Multiplication by a power of two changes a number's exponent alone. So the outputs of linears with
+    weights s W are s times those with W, bit by bit, if s is a power of two and nothing is too small for
+    its dtype's exponents. Another s would round each weight, so the model keeps it.
+
+    Args:
+        config: the model's configuration.
+        dtypes: of its weights, as they are stored and as they will be.
+
+    Returns:
+        The configuration of the model to write: without scaling if it was moved, else `config`. And the
+        function that gives the weight to write, from its Hugging Face name and its value.
+    """
+    scale = config.residual_scale() or 1.0  # learned scales are no powers of two
+    is_power = math.frexp(scale)[0] == 0.5
+    if scale == 1 or not is_power or not set(dtypes) <= {torch.float32, torch.bfloat16}:
+        return config, lambda _, weight: weight
+    plain = copy.copy(config)
+    plain.residual_scaling = "none"
+    return plain, lambda name, weight: weight * scale if name.endswith(_LAST_LINEARS) else weight
 
 
 @dataclass(frozen=True)

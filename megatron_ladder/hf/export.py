@@ -1,6 +1,7 @@
 """Writes a model as a folder that transformers loads.
 
-A folder with another residual than the standard one contains the modelling files (remote code). A model
+A folder with another residual than the standard one contains the modelling files (remote code), and so does
+one with residual scaling that could not be moved into the weights (`scale_in_weights`). A model
 with the standard residual is a Llama model, a Mistral model (with a window), a Qwen2 model (with biases) or
 a Qwen3 model (with norms of queries and keys), and is exported as that. `needs_code` has the exceptions.
 """
@@ -8,7 +9,7 @@ a Qwen3 model (with norms of queries and keys), and is exported as that. `needs_
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from transformers import (
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.configuration_ladder import LADDERS, LadderConfig
-from megatron_ladder.hf.convert import main_dtype, megatron_to_hf
+from megatron_ladder.hf.convert import main_dtype, megatron_to_hf, scale_in_weights
 from megatron_ladder.hf.end_ids import end_ids as named_ends
 from megatron_ladder.hf.end_ids import one_or_several, several
 from megatron_ladder.hf.files.ahead import one_ahead
@@ -128,6 +129,8 @@ def export_folder(
         raise ValueError(f"model_card_facts has {sorted(unknown)}: it may have {list(CARD_FACTS)}")
     if not several(config.eos_token_id):
         raise ValueError("config.eos_token_id is not set: it is the id that ends a document")
+    dtypes = {tensor.dtype for tensor in tensors.values()} | ({dtype} if dtype else set())
+    config, written = scale_in_weights(config, dtypes)
     with complete_or_absent(output_dir) as folder:
         with_code = needs_code(config, own_tokenizer=not Path(tokenizer).is_dir())
         named = dtype or config.dtype or main_dtype(tensors)
@@ -137,6 +140,7 @@ def export_folder(
                 copy = folder / path.relative_to(tokenizer)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, copy)
+            _allow_longer_texts(folder, Path(tokenizer), config.max_position_embeddings)
         else:
             write_tokenizer(
                 Path(tokenizer),
@@ -147,7 +151,7 @@ def export_folder(
                 begins_with=begins_with,
             )
         _name_ends(folder, end_ids)
-        weights = _weights(tensors, config, dtype, max_shard_size, folder)
+        weights = _weights(tensors, config, dtype, max_shard_size, folder, written)
         if compare_with is not None:
             refuse_others(compare_with, weights)
         else:
@@ -171,6 +175,7 @@ def needs_code(config: LadderConfig, *, own_tokenizer: bool) -> bool:
             ids. So a model with biases and its own tokenizer is not exported as Qwen2.
     """
     theirs = config.residual == "standard" and not (config.qkv_bias and config.qk_norm)
+    theirs = theirs and config.residual_scaling == "none" and config.layer_norms
     # Of Qwen's layers some may have a window. Of Mistral's all have it, or none.
     if not (config.qkv_bias or config.qk_norm) and len(set(config.layer_windows())) > 1:
         theirs = False
@@ -267,6 +272,20 @@ def _write_configs(
     ).save_pretrained(folder)
 
 
+def _allow_longer_texts(folder: Path, original: Path, context: int) -> None:
+    """The longest text of a copied tokenizer, where the context is longer than the original model's."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or not (original / "config.json").is_file():
+        return
+    before = read_json(original / "config.json", "a model's configuration")
+    fields = read_json(path, "a tokenizer's settings")
+    old, longest = before.get("max_position_embeddings"), fields.get("model_max_length")
+    if type(old) is int and old < context and type(longest) is int and longest < context:
+        fields["model_max_length"] = context
+        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+
 def _name_ends(folder: Path, more: Sequence[int]) -> None:
     """All end tokens in generation_config.json, where transformers and vLLM look for them."""
     path = folder / "generation_config.json"
@@ -283,6 +302,7 @@ def _weights(
     dtype: torch.dtype | None,
     max_shard_size: str,
     folder: Path,
+    written: Callable[[str, Tensor], Tensor],
 ) -> Iterator[tuple[str, bytes | memoryview]]:
     """What the weight files hold: a file's name and bytes to append to it. Writes the index, if any."""
     # The plan of the files is made from tensors without data, so that no weight is read yet.
@@ -311,7 +331,8 @@ def _weights(
     )
     for name, tensor in stream:
         for piece in tensor.detach().reshape(-1).split(_PIECE):
-            yield file_of[name], bytes_of(_converted(piece, planned[name].dtype, name))
+            converted = _converted(written(name, piece), planned[name].dtype, name)
+            yield file_of[name], bytes_of(converted)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": file_of}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

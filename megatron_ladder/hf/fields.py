@@ -76,7 +76,7 @@ def check_fields(values: dict[str, Any], path: Path) -> None:
     types = values.get("layer_types")
     right = types is None or (isinstance(types, list) and all(isinstance(t, str) for t in types))
     need(right, "layer_types", types, "a list of names")
-    for name in ("model_type", "residual", "hidden_act"):
+    for name in ("model_type", "residual", "residual_scaling", "hidden_act"):
         value = values.get(name, "")
         need(isinstance(value, str), name, value, "a string")
     for name in (
@@ -85,6 +85,7 @@ def check_fields(values: dict[str, Any], path: Path) -> None:
         "attention_bias",
         "mlp_bias",
         "qkv_bias",
+        "layer_norms",
     ):
         value = values.get(name, False)
         need(value is None or type(value) is bool, name, value, "true or false")

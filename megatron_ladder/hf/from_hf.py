@@ -118,6 +118,8 @@ def to_model_config(config: Any, where: Path) -> ModelConfig:
         vocab_size=config.vocab_size,
         residual=getattr(config, "residual", "standard"),
         ladder_layers=tuple(layers) if isinstance(layers, list) else layers,
+        residual_scaling=getattr(config, "residual_scaling", "none"),
+        layer_norms=getattr(config, "layer_norms", True),
         max_position_embeddings=config.max_position_embeddings,
         **window_fields(_window(config), config),
         **rope_fields(config.rope_parameters or {}),

@@ -1,5 +1,6 @@
 """Continues prompts with the model of an exported folder."""
 
+import logging
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -14,9 +15,11 @@ import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.end_ids import end_ids
 from megatron_ladder.hf.from_hf import read_hf_config
+from megatron_ladder.inference.cache import Part, check_batch
 from megatron_ladder.inference.requests import Sampling, check_text
 from megatron_ladder.json_files import in_words, short
 
+logger = logging.getLogger(__name__)
 _FILL = 0
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -50,7 +53,7 @@ def generate_text(
 
     Raises:
         UserError: `folder` is missing, incomplete or damaged, a prompt is empty or does not fit the context
-            together with its new tokens, or an option is out of range.
+            together with its new tokens, the prompts do not fit the memory, or an option is out of range.
     """
     folder = Path(folder)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p)  # refuses what is out of range
@@ -98,6 +101,25 @@ def generate_text(
         raise UserError(f"{folder}: its weights cannot be loaded: {short(missing[0])} is missing")
     model = model.to(device).eval()
     length = max(map(len, encoded))
+    said = check_batch(
+        Part.of(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads,
+            ffn=config.intermediate_size,
+            vocab_size=vocab_size,
+            dtype=model.dtype,
+            device=model.device,
+        ),
+        prompts=len(encoded),
+        longest_prompt=length,
+        longest=length + max_new_tokens,
+        instead="give fewer or shorter ones, or use `serve`, where prompts wait for each other",
+    )
+    logger.info("%s", said)
     # Many tokenizers have no token to pad with; what is masked, or comes after a text's end, is not seen.
     input_ids = torch.tensor([[_FILL] * (length - len(ids)) + ids for ids in encoded])
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded])

@@ -13,6 +13,8 @@ and `a`, the residual stream without the last output that was added to it. Both 
     parallel          a' = m                     m' = m + attn(norm1(m)) + mlp(norm1(m))
     parallel-ladder   a' = m                     m' = m + attn(norm1(a)) + mlp(norm1(a))
 
+With `residual_scaling` the outputs of attn and mlp are multiplied by a number before they are added.
+
 A ladder sub-module does not read the output of the previous sub-module, nor a parallel-ladder layer that of
 the previous layer. So with tensor parallelism the all-reduce of that output can run while it computes.
 """
@@ -160,21 +162,31 @@ class LadderDecoderLayer(GradientCheckpointingLayer):
         )
         self.self_attn = LadderAttention(config, layer_idx)
         self.mlp = LadderMLP(config)
-        self.input_layernorm = LadderRMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm = LadderRMSNorm if config.layer_norms else nn.Identity
+        self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps)
         if self.residual not in PARALLELS:
-            self.post_attention_layernorm = LadderRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
+        self.residual_scale = config.residual_scale()
+        if self.residual_scale is None:  # of attention's and the MLP's output, or of their sum
+            self.residual_scales = nn.Parameter(torch.zeros(2 - (self.residual in PARALLELS)))
+
+    def scaled(self, output: Tensor, which: int) -> Tensor:
+        """The output of attention (`which` 0) or of the MLP (-1) as it is added."""
+        if self.residual_scale is None:
+            return output * self.residual_scales[which]
+        return output if self.residual_scale == 1 else output * self.residual_scale
 
     def forward(
         self, a: Tensor, m: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         is_ladder = self.residual in LADDERS
         normed = self.input_layernorm(a if is_ladder else m)
-        attended = m + self.self_attn(normed, cos, sin, mask, **kwargs)
+        attended = m + self.scaled(self.self_attn(normed, cos, sin, mask, **kwargs), 0)
         if self.residual in PARALLELS:
-            return m, attended + self.mlp(normed)
+            return m, attended + self.scaled(self.mlp(normed), -1)
         mlp_reads = m if is_ladder else attended
         a = attended
-        m = a + self.mlp(self.post_attention_layernorm(mlp_reads))
+        m = a + self.scaled(self.mlp(self.post_attention_layernorm(mlp_reads)), -1)
         return a, m
 
 

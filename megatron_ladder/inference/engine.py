@@ -4,12 +4,13 @@ Every rank of a model makes an engine and calls its methods in the same order. A
 tokens.
 """
 
+import contextlib
 import itertools
 import logging
 import math
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,27 +19,45 @@ import torch
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference import cpu
+from megatron_ladder.inference.cache import (
+    BLOCK_TOKENS,
+    Cache,
+    Part,
+    check_batch,
+    in_blocks,
+    plan_cache,
+)
 from megatron_ladder.inference.controller import controller_of
 from megatron_ladder.inference.requests import Output, Request, Sampling, check_prompt
 
-BLOCK_TOKENS = 16
-"""Tokens in a block of the key-value cache."""
+PROMPT_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Tokens of prompts in a step, by device. More would fill it no better, and requests that decode wait for
+the step; a GPU needs more to be filled."""
+
+logger = logging.getLogger(__name__)
 
 
 class DynamicEngine:
     """Continuous batching: requests may start and end between any two steps.
 
     The key-value cache consists of blocks. A request starts when the cache has room for its longest
-    possible output, so no request is ever evicted. Every rank of the model makes an engine and calls its
-    methods in the same order. Raises UserError when the cache is smaller than one block (16 tokens).
+    possible output, so no request is ever evicted. A long prompt is read in chunks, one a step, while other
+    requests decode. Every rank of the model makes an engine and calls its methods in the same order.
 
     Args:
         chunk: this rank's part of the model, from build_gpt_model.
         model: with vocab_size set.
         end_ids: the tokens that end a text. Empty: none does.
         max_requests: the most requests that run at once. Others wait.
-        cache_tokens: the size of the key-value cache, in tokens. None: max_requests full contexts.
+        cache_tokens: the size of the key-value cache, in tokens. None: useful_tokens, or what the memory
+            has room for.
+        useful_tokens: the most tokens that requests can use at once. None: max_requests full contexts.
+        prompt_tokens: how many tokens of prompts a step reads, about: the engine rounds. None: see
+            PROMPT_TOKENS.
         seed: for sampling.
+
+    Raises:
+        UserError: the cache does not fit the memory, or is smaller than one block (16 tokens).
     """
 
     def __init__(
@@ -49,27 +68,39 @@ class DynamicEngine:
         end_ids: Sequence[int],
         max_requests: int = 8,
         cache_tokens: int | None = None,
+        useful_tokens: int | None = None,
+        prompt_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
         cpu.enable()
         _check_window(chunk, model)
+        from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
         from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 
         _quiet()
-        per_request = math.ceil(model.max_position_embeddings / BLOCK_TOKENS)
-        if cache_tokens is None:
-            self._blocks = max_requests * per_request
-        else:
-            self._blocks = cache_tokens // BLOCK_TOKENS
-        if self._blocks < 1:
-            raise UserError(
-                f"a cache of {cache_tokens} tokens is smaller than one block of {BLOCK_TOKENS}"
-            )
+        tp = chunk.decoder.config.tensor_model_parallel_size
+        context_length = model.max_position_embeddings
+        slots = math.ceil(max_requests / tp) * tp  # 0.19 needs a multiple of tp
+        if prompt_tokens is None:
+            prompt_tokens = PROMPT_TOKENS[next(chunk.parameters()).device.type]
+        # Each request that decodes takes one token of a step.
+        self._step_tokens: int = DynamicInferenceContext.round_up_tokens(
+            min(prompt_tokens, context_length) + slots, tp
+        )
+        self.cache = plan_cache(
+            chunk,
+            model,
+            step_tokens=self._step_tokens,
+            requests=slots,
+            useful_tokens=useful_tokens or max_requests * in_blocks(context_length),
+            cache_tokens=cache_tokens,
+        )
+        logger.info("%s", self.cache)
         self._max_requests = max_requests
         self._model, self._end_ids = model, tuple(end_ids)
         self._waiting: deque[Request] = deque()
         self._running: dict[int, tuple[Request, Any]] = {}
-        context, options = _dynamic_context(chunk, model, max_requests, self._blocks)
+        context, options = _dynamic_context(chunk, model, slots, self._step_tokens, self.cache)
         self._controller = controller_of(
             chunk, model, context, end_ids, max_requests, seed, running=self._running
         )
@@ -80,7 +111,7 @@ class DynamicEngine:
     @property
     def free_blocks(self) -> int:
         """The number of cache blocks that no running request can need."""
-        return self._blocks - sum(_blocks_of(request) for request, _ in self._running.values())
+        return self.cache.blocks - sum(_blocks_of(request) for request, _ in self._running.values())
 
     @property
     def num_waiting(self) -> int:
@@ -95,11 +126,13 @@ class DynamicEngine:
     def check(self, request: Request) -> None:
         """Raises UserError when a request can never run."""
         check_prompt(request, self._model)
-        if _blocks_of(request) > self._blocks:
+        if _blocks_of(request) > self.cache.blocks:
+            more = ", or start with a larger one (--cache-tokens)"
+            if self.cache.is_cut:
+                more = ". The memory has no room for a larger one"
             raise UserError(
                 f"a prompt of {len(request.prompt_ids)} tokens and {request.sampling.max_new_tokens} new "
-                f"ones exceed the cache of {self._blocks * BLOCK_TOKENS} tokens: ask for fewer, or "
-                "start with a larger one (--cache-tokens)"
+                f"ones exceed the cache of {self.cache.tokens} tokens: ask for fewer{more}"
             )
 
     def add(self, request: Request) -> None:
@@ -112,6 +145,9 @@ class DynamicEngine:
         """Ends the request with this id, if there is one. `step` returns no more outputs of it."""
         self._waiting = deque(r for r in self._waiting if r.id != request_id)
         if request_id in self._running:
+            theirs = self._running[request_id][1]
+            # The engine ends no request whose prompt it is reading: let it read one token more, the last.
+            theirs.remaining_prompt_tokens = theirs.remaining_prompt_tokens[:1]
             # The engine treats this like a stop word: the next step frees the request's blocks.
             self._engine.stop_word_finished_request_ids.add(request_id)
             self._cancelled.add(request_id)
@@ -121,10 +157,12 @@ class DynamicEngine:
         return bool(self._waiting or self._running)
 
     def step(self) -> list[Output]:
-        """Runs one forward pass: the whole prompt of each new request, and one token of each other request.
+        """Runs one forward pass: one token of each request whose prompt has been read, and as much of the
+        prompts of others, in their order, as a step may hold.
 
         Returns:
-            The new tokens, one item for each running request that was not cancelled.
+            The new tokens, one item for each running request that has any or is over, unless it was
+            cancelled.
         """
         self._begin_waiting()
         if not self._running:
@@ -133,7 +171,14 @@ class DynamicEngine:
         return [output for id in list(self._running) if (output := self._output(id))]
 
     def _begin_waiting(self) -> None:
-        while self._waiting and len(self._running) < self._max_requests:
+        # Requests whose prompt this step would not reach stay here, where `cancel` ends them at once. So at
+        # most one prompt has been read in part.
+        unread = sum(len(theirs.remaining_prompt_tokens) for _, theirs in self._running.values())
+        while (
+            self._waiting
+            and len(self._running) < self._max_requests
+            and unread + len(self._running) < self._step_tokens
+        ):
             if _blocks_of(self._waiting[0]) > self.free_blocks:
                 return  # requests start in order, so that shorter ones cannot delay a long one for ever
             request = self._waiting.popleft()
@@ -141,6 +186,7 @@ class DynamicEngine:
             self._engine.add_request(request.id, list(request.prompt_ids), params)
             self._running[request.id] = (request, self._engine.get_request(request.id))
             self._seen[request.id] = 0
+            unread += len(request.prompt_ids)
 
     def _output(self, request_id: int) -> Output | None:
         request, theirs = self._running[request_id]
@@ -161,6 +207,8 @@ class DynamicEngine:
             if not is_over:  # megatron-core knows one end token of a request; this is another
                 self.cancel(request_id)
             return Output(request_id, new[:-1], "stop")
+        if not new and not is_over:
+            return None  # its prompt has not been read to the end
         return Output(request_id, new, "length" if is_over else None)
 
 
@@ -183,7 +231,8 @@ def generate_static(
         seed: for sampling.
 
     Raises:
-        UserError: a prompt is empty, or it does not fit the context together with its new tokens.
+        UserError: a prompt is empty, or it does not fit the context together with its new tokens, or the
+            batch does not fit the memory.
 
     Returns:
         The new tokens of each prompt, without the token that ends the text.
@@ -199,6 +248,15 @@ def generate_static(
 
     _quiet()
     length = max(request.most_tokens for request in requests)
+    longest_prompt = max(len(request.prompt_ids) for request in requests)
+    said = check_batch(
+        Part.of_rank(chunk, model),
+        prompts=len(requests),
+        longest_prompt=longest_prompt,
+        longest=length,
+        instead="leave out --batching static, and prompts wait for each other; or give fewer",
+    )
+    logger.info("%s", said)
     context = StaticInferenceContext(len(requests), length)
     sampling = requests[0].sampling
     controller = controller_of(
@@ -234,7 +292,7 @@ def _check_window(chunk: Any, model: ModelConfig) -> None:
 
 
 def _blocks_of(request: Request) -> int:
-    return math.ceil(request.most_tokens / BLOCK_TOKENS)
+    return in_blocks(request.most_tokens) // BLOCK_TOKENS
 
 
 def _sampling_params(sampling: Sampling, end_ids: Sequence[int], model: ModelConfig) -> Any:
@@ -258,45 +316,51 @@ def _sampling_params(sampling: Sampling, end_ids: Sequence[int], model: ModelCon
 
 
 def _dynamic_context(
-    chunk: Any, model: ModelConfig, max_requests: int, blocks: int
+    chunk: Any, model: ModelConfig, slots: int, step_tokens: int, cache: Cache
 ) -> tuple[Any, dict[str, Any]]:
     """The engine's context, which holds the cache, and the engine's options."""
     from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
     config = chunk.decoder.config
-    dtype = config.params_dtype
-    tp = config.tensor_model_parallel_size
-    layers = len(chunk.decoder.layers)
-    heads = model.kv_heads // tp
-    block_bytes = dtype.itemsize * 2 * layers * BLOCK_TOKENS * heads * model.head_dim
     # One more block, because the context keeps one for padding. And half a block, because the size is
     # given in GiB, which is not exact.
-    size_gb = (blocks + 1.5) * block_bytes / 1024**3
-    slots = math.ceil(max_requests / tp) * tp  # 0.19 needs a multiple of tp
-    max_tokens = max(model.max_position_embeddings, slots)
+    size_gb = (cache.blocks + 1.5) * BLOCK_TOKENS * cache.token_bytes / 1024**3
     shared = {
         "block_size_tokens": BLOCK_TOKENS,
         "buffer_size_gb": size_gb,
         "max_requests": slots,
-        "max_tokens": max_tokens,
+        "max_tokens": step_tokens,
         "max_sequence_length": model.max_position_embeddings,
         "use_flashinfer_fused_rope": False,
     }
     if find_spec("megatron.core.inference.config"):  # 0.19
         from megatron.core.inference.config import InferenceConfig
 
-        inference = InferenceConfig(**shared, enable_chunked_prefill=False)
-        return DynamicInferenceContext(config, inference), {}
-    context = DynamicInferenceContext(
-        params_dtype=dtype,
-        num_layers=layers,
-        kv_channels=model.head_dim,
-        num_attention_heads=model.kv_heads,
-        tensor_model_parallel_size=tp,
-        **shared,
-    )
-    options = {"random_seed": 0, "enable_cuda_graph": False, "enable_chunked_prefill": False}
+        inference = InferenceConfig(**shared, enable_chunked_prefill=True)
+        with _no_infos():
+            return DynamicInferenceContext(config, inference), {}
+    with _no_infos():
+        context = DynamicInferenceContext(
+            params_dtype=config.params_dtype,
+            num_layers=len(chunk.decoder.layers),
+            kv_channels=model.head_dim,
+            num_attention_heads=model.kv_heads,
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            **shared,
+        )
+    options = {"random_seed": 0, "enable_cuda_graph": False, "enable_chunked_prefill": True}
     return context, options
+
+
+@contextlib.contextmanager
+def _no_infos() -> Iterator[None]:
+    """The context logs its cache's size by the root logger. The engine has done so."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.INFO))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _quiet() -> None:

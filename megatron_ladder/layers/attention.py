@@ -107,7 +107,11 @@ class TorchAttention(UnfusedAttention):
         # Torch aligns its causal mask to the first key. That is right only when there are as many queries.
         # A single query, of the last token, attends to all keys. Others of the last tokens need a bias.
         assert len(query) <= len(key)
-        causal, bias = len(query) == len(key) > 1, None
+        causal, bias = False, None
+        if (
+            len(query) == len(key) > 1
+        ):  # a branch, as traced for any length the condition is no bool
+            causal = True
         window = self._window if self._window and self._window < len(key) else None
         if window is None and 1 < len(query) < len(key):
             earlier = len(key) - len(query)

@@ -8,7 +8,6 @@ the model depends on the number of ranks. It is trained and used at one tensor-p
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -30,10 +29,10 @@ def meet(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return reduce_from_tensor_model_parallel_region(x, group=group)
 
 
-def sum_weight_gradients(modules: Iterable[torch.nn.Module], group: dist.ProcessGroup) -> None:
-    """Makes backward sum the gradients of the weights in `modules` over the ranks.
+def sum_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """Makes backward sum the gradients of `parameters` over the ranks.
 
-    Every rank has these weights whole, but applies them to its own, different state.
+    Every rank has them whole, but applies them to its own, different state.
     """
     if group.size() == 1:
         return
@@ -43,6 +42,5 @@ def sum_weight_gradients(modules: Iterable[torch.nn.Module], group: dist.Process
         dist.all_reduce(grad, group=group)
         return grad
 
-    for module in modules:
-        for parameter in module.parameters():
-            parameter.register_hook(summed)
+    for parameter in parameters:
+        parameter.register_hook(summed)

@@ -16,6 +16,7 @@ complete, packed as one tensor (stages.py).
     parallel         n = norm(m)                m' = m + (attn(n) + mlp(n))
     parallel-ladder  n = norm(a)                m' = m + (attn(n) + mlp(n))
     desync           as standard, with collectives at every n-th sub-module only (desync.py)
+    with residual scaling, each attn, mlp or (attn + mlp) is multiplied before it is added (norm.py)
 
 A ladder sub-module reads the state without the output of the previous sub-module. So the collective of that
 output can run while the ladder sub-module computes. In backward, the reduction of its input's gradient runs
@@ -46,9 +47,11 @@ from megatron_ladder.collectives.points import (
     output_wait,
 )
 from megatron_ladder.collectives.ranges import named
-from megatron_ladder.config import PARALLEL, STALE, AllReduce, Residual
-from megatron_ladder.layers.desync import meet, part_ways, sum_weight_gradients
+from megatron_ladder.config import PARALLEL, STALE, AllReduce, Residual, ResidualScaling
+from megatron_ladder.layers.desync import meet, part_ways, sum_gradients
 from megatron_ladder.layers.halves import Call, Submodule, calls_of, half_of, join, split
+from megatron_ladder.layers.linear import first_linears
+from megatron_ladder.layers.norm import residual_scales
 from megatron_ladder.layers.recompute import numbers_drawn, recomputed
 from megatron_ladder.layers.stages import pack, unpack
 
@@ -61,6 +64,7 @@ class LadderTransformerLayer(TransformerLayer):
 
     Args:
         residuals: the residual kind of each layer of the whole model. None: all are ladder layers.
+        residual_scaling: what each output is multiplied by before it is added (norm.py).
         desync_interval: the n of desync-n, for desync layers.
         recompute: compute each sub-module's activations again in backward (recompute.py).
         halves: standard and parallel layers run each sub-module on two halves of the micro-batch in turn.
@@ -71,12 +75,11 @@ class LadderTransformerLayer(TransformerLayer):
         ValueError: the configuration has an option of megatron-core that this layer does not support.
     """
 
-    has_experts = False
-
     def __init__(
         self,
         *args: Any,
         residuals: tuple[Residual, ...] | None = None,
+        residual_scaling: ResidualScaling = "none",
         desync_interval: int = 1,
         recompute: bool = False,
         halves: bool = False,
@@ -91,6 +94,7 @@ class LadderTransformerLayer(TransformerLayer):
             ("both",) if self.residual in PARALLEL else ("attention", "mlp")
         )
         self._calls = calls_of(self.submodules, halves)
+        self.residual_scales = residual_scales(residual_scaling, len(self.submodules), self.config)
         self.is_last_layer = self.layer_number == self.config.num_layers
         self.recompute = recompute
         self.in_fp8 = bool(self.config.fp8) and not is_first_last_bf16_layer(
@@ -105,16 +109,13 @@ class LadderTransformerLayer(TransformerLayer):
         # At most one item: the function to call in the middle of the running sub-module, and whether it
         # records gradients; see `_submodule`. A list, because to assign a module's attribute is slow.
         self._chain: list[tuple[Callable[[], None], bool]] = []
-        if (self.config.sequence_parallel or self.has_experts) and "both" not in self.submodules:
-            for first_linear in self._first_linears():
+        if (self.config.sequence_parallel or self.is_moe_layer) and "both" not in self.submodules:
+            for first_linear in first_linears(self):
                 first_linear.register_forward_hook(self._run_chain)
         self.desync_interval = desync_interval
         if self.residual == "desync":
-            sum_weight_gradients((self.input_layernorm, self.pre_mlp_layernorm), self.tp_group)
-
-    def _first_linears(self) -> tuple[Any, Any]:
-        """Those of attention and of the MLP: `_run_chain` runs behind them."""
-        return self.self_attention.linear_qkv, self.mlp.linear_fc1
+            own = [p for name, p in self.named_parameters() if name.count(".") < 2]  # norms, scales
+            sum_gradients(own, self.tp_group)
 
     @property
     def hides(self) -> bool:
@@ -127,7 +128,7 @@ class LadderTransformerLayer(TransformerLayer):
         modules = set(config.recompute_modules or ()) - {"core_attn"}
         unsupported = {
             "cross-attention": not isinstance(self.cross_attention, IdentityOp),
-            "mixture of experts": self.is_moe_layer and not self.has_experts,
+            "mixture of experts": self.is_moe_layer and type(self) is LadderTransformerLayer,
             "biases (add_bias_linear)": config.add_bias_linear,
             f"recompute_modules {sorted(modules)}, other than core_attn,": (
                 config.recompute_granularity == "selective" and bool(modules)
@@ -264,6 +265,7 @@ class LadderTransformerLayer(TransformerLayer):
                 x = part_ways(x, self.tp_group)
             number += 1
             output = self._compute(name, norm(x), **(kwargs if name == "attention" else {}))
+            output = output_start(output, None, self.residual_scales[self.submodules.index(name)])
             if number % self.desync_interval == 0 or number == last:
                 x = meet(self._add(x / self.tp_group.size(), output), self.tp_group)
             else:
@@ -319,7 +321,7 @@ class LadderTransformerLayer(TransformerLayer):
         """
         own = collectives_of(x)
         sequence_parallel = own is not None and own.sequence_parallel
-        in_the_middle = sequence_parallel or self.has_experts
+        in_the_middle = sequence_parallel or self.is_moe_layer
         since = streams.moment() if in_the_middle else None
         x = input_wait(x)
         results: list[tuple[Tensor, Tensor | None]] = []
@@ -345,7 +347,7 @@ class LadderTransformerLayer(TransformerLayer):
                 last = self.self_attention.linear_proj if is_attention else self.mlp.linear_fc2
                 own.gradient_in_fp8 = last.output_gradient
             output = self._compute(name, x, **(kwargs if name == "attention" else {}))
-        output = output_start(output, own)
+        output = output_start(output, own, self.residual_scales[self.submodules.index(name)])
         assert not self._chain, "the sub-module's first linear did not run"
         if chain is not None and not results:
             run()

@@ -57,7 +57,7 @@ def parameters(  # type: ignore[no-untyped-def]
         os.getenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") == "0"
         or torch.are_deterministic_algorithms_enabled()
     )
-    tokens = micro_batch_size * seq_length
+    tokens, divided = micro_batch_size * seq_length, config.context_parallel_size > 1
     return utils.AttentionParams(
         qkv_dtype=config.params_dtype,
         # RoPE makes new queries and keys. The values are a view of the linear's output, and TE copies them.
@@ -79,8 +79,9 @@ def parameters(  # type: ignore[no-untyped-def]
         bottom_right_diagonal=False,
         core_attention_bias_requires_grad=False,
         attention_dropout=config.attention_dropout,
-        context_parallel=config.context_parallel_size > 1,
-        cp_comm_type=config.cp_comm_type or "p2p",
+        context_parallel=divided,
+        # megatron-core tells it with context parallelism alone.
+        cp_comm_type=config.cp_comm_type if divided else "p2p",
         cp_size=config.context_parallel_size,
         deterministic=deterministic,
         softmax_scale=config.softmax_scale or 1 / math.sqrt(channels),

@@ -55,6 +55,7 @@ from megatron_ladder.vllm.schedule import (
     standard_layer,
     whole,
 )
+from megatron_ladder.vllm.supported import check_supported
 
 
 class LadderAttention(nn.Module):
@@ -249,6 +250,7 @@ class LadderForCausalLM(nn.Module, SupportsPP, SupportsQuant):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
+        check_supported(config)
         self.config = config
         self.model = LadderModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:

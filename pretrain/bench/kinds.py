@@ -33,7 +33,7 @@ from pretrain.bench.kinds_plan import (
     write_job,
 )
 from pretrain.bench.machine import NO_MEMORY, Machine, look, processor, topology, without_folders
-from pretrain.config.presets import PRESETS
+from pretrain.config.presets import OF_A_MODEL, PRESETS
 from pretrain.config.values import to_dict
 from pretrain.files import write_atomically
 from pretrain.model.queues import PRIORITY, queue_variables
@@ -76,7 +76,7 @@ class KindsOptions:
         names = [
             name
             for name, preset in PRESETS.items()
-            if not name.startswith("adapt") and preset().model.experts.num_moe_experts is None
+            if name not in OF_A_MODEL and preset().model.experts.num_moe_experts is None
         ]
         if self.preset not in names:
             near = difflib.get_close_matches(self.preset, names, n=1)

@@ -176,6 +176,25 @@ def adapt_control() -> TrainConfig:
     return adapt()
 
 
+def extend() -> TrainConfig:
+    """A model that exists (--init-from), with a context of --data.seq-length tokens: YaRN's 400 steps."""
+    config = adapt()
+    return replace(
+        config,
+        data=DataConfig(seq_length=32_768),
+        # arXiv 2309.00071, section 4.1.
+        optimizer=OptimizerConfig(lr=2e-5, weight_decay=0.0),
+        schedule=ScheduleConfig(train_steps=400, warmup_steps=20),
+        model=replace(config.model, max_position_embeddings=32_768),
+        global_batch_size=64,
+        recompute="full",  # what a long sequence keeps for backward would not fit
+        eval_interval=50,
+        eval_sequences=64,
+        save_interval=50,
+        log_interval=1,
+    )
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "debug": debug,
     "tiny": tiny,
@@ -186,4 +205,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "llama-3-70b": llama_3_70b,
     "adapt": adapt,
     "adapt-control": adapt_control,
+    "extend": extend,
 }
+# They have no model of their own: it is that of --init-from.
+OF_A_MODEL = frozenset(("adapt", "adapt-control", "extend"))

@@ -7,6 +7,7 @@ from torch import Tensor
 from megatron_ladder.config import PARALLEL
 from pretrain.convert.plain_model import PlainModel
 from pretrain.depth.conversion import Conversion, measure_conversion
+from pretrain.depth.growth import Growth, measure_growth
 from pretrain.depth.measures import (
     Contributions,
     SkipEffects,
@@ -27,6 +28,7 @@ class Measured:
     """The residual of each layer: standard, ladder, parallel or parallel-ladder."""
     loss: float
     contributions: Contributions
+    growth: Growth
     skipped: SkipEffects
     """Layers are skipped at all positions; effects are measured at all positions."""
     skipped_before: SkipEffects
@@ -53,6 +55,7 @@ def measure(plain: PlainModel, label: str, sequences: Tensor, data: str) -> Meas
         residual=[str(layer.residual) for layer in model.model.layers],
         loss=mean_loss(model, sequences),
         contributions=contributions,
+        growth=measure_growth(model, sequences),
         skipped=skipped,
         skipped_before=skipped_before,
         conversion=measure_conversion(model, sequences, data),
@@ -80,6 +83,16 @@ def layer_table(model: Measured) -> list[list[str]]:
         line.append("-" if loss is None else f"{loss - model.loss:+.4f}")
         lines.append(line)
     return lines
+
+
+def growth_in_words(model: Measured) -> str:
+    """How much the stream has grown after the last layer, and what is predicted."""
+    found = model.growth
+    return (
+        f"after {len(model.residual)} layers the residual stream is {found.measured[-1]:.4g} times the "
+        f"embedding; from the sizes alone, {found.independent[-1]:.4g} if what is added is independent, "
+        f"{found.aligned[-1]:.4g} if it all points the same way"
+    )
 
 
 def rule_table(model: Measured) -> list[list[str]]:

@@ -35,6 +35,25 @@ def draw_contributions(models: list[Measured]) -> bytes:
     return png_bytes(figure)
 
 
+def draw_growth(models: list[Measured]) -> bytes:
+    """The size of the stream after each layer over the embedding's, measured and predicted."""
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for model, colour in zip(models, COLOURS, strict=False):
+        name = f"{model.label}, " if len(models) > 1 else ""
+        for values, style, what in (
+            (model.growth.measured, "-", "measured"),
+            (model.growth.independent, "--", "predicted, independent"),
+            (model.growth.aligned, ":", "predicted, all the same way"),
+        ):
+            axes.plot([1.0, *values], style, color=colour, label=name + what)
+    _by_layer(axes, "size of the stream over the embedding's", "layers before")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return png_bytes(figure)
+
+
 def draw_skip_effects(models: list[Measured]) -> bytes:
     """What skipping a layer changes in each later layer: at all positions, and at later positions only."""
     figure = Figure(figsize=(WIDTH, 0.4 + 3.9 * len(models)), layout="constrained")

@@ -16,7 +16,14 @@ from pretrain.data.folders import DataFolder, open_folder
 from pretrain.data.sample import check_tokenizer, held_out_split, sample_sequences
 from pretrain.depth import plots
 from pretrain.depth.maps import map_errors, states_after_layers
-from pretrain.depth.measured import Measured, as_text, layer_table, measure, rule_table
+from pretrain.depth.measured import (
+    Measured,
+    as_text,
+    growth_in_words,
+    layer_table,
+    measure,
+    rule_table,
+)
 from pretrain.files import write_atomically
 from pretrain.model.staleness import save_staleness
 from pretrain.report.pages import labels, render
@@ -73,6 +80,7 @@ def write_depth_report(
     _save_staleness(plains, models, output_dir)
     for model in models:
         print(f"\n{model.label}: loss {model.loss:.4f} nats a token; {words}")
+        print(f"{model.label}: {growth_in_words(model)}")
         for table in (layer_table(model), rule_table(model)):
             if table:
                 print(as_text(table), end="\n\n")
@@ -141,6 +149,7 @@ def _maps(plains: list[PlainModel], sequences: Tensor) -> dict[str, Any]:
 def _pictures(models: list[Measured], maps: dict[str, Any] | None) -> dict[str, bytes]:
     pictures = {
         "contributions": plots.draw_contributions(models),
+        "growth": plots.draw_growth(models),
         "skip_effects": plots.draw_skip_effects(models),
         "skip_outputs": plots.draw_skip_outputs(models),
         "staleness": plots.draw_staleness(models),

@@ -68,16 +68,18 @@ def run(
 
         hook(model.model.embed_tokens, partial(_keep, states))
         for index, layer in enumerate(layers):
-            # The output of a sub-module's last matrix is what it adds, for every residual kind.
-            parts = ((layer.self_attn.o_proj, attention), (layer.mlp.down_proj, mlp))
-            for module, kept in parts:
+            # The output of a sub-module's last matrix, scaled, is what it adds, for every residual kind.
+            parts = ((layer.self_attn.o_proj, attention, 0), (layer.mlp.down_proj, mlp, -1))
+            for module, kept, which in parts:
                 if index == skip:
                     hook(module, nothing)  # before `_keep`, which must keep what is really added
-                hook(module, partial(_keep, kept))
+                hook(module, partial(_keep, kept, scaled=partial(layer.scaled, which=which)))
             hook(layer, lambda pair: _keep(states, pair[1]))
         logits = model(ids[None], use_cache=False).logits[0].float()
     return Pass(torch.stack(states), torch.stack(attention), torch.stack(mlp), logits)
 
 
-def _keep(kept: list[Tensor], output: Tensor) -> None:
-    kept.append(output[0].float())
+def _keep(
+    kept: list[Tensor], output: Tensor, scaled: Callable[[Tensor], Tensor] = Tensor.detach
+) -> None:
+    kept.append(scaled(output)[0].float())

@@ -1,6 +1,7 @@
 """`megatron-ladder eval`: measures a model on data sets and on tasks."""
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +16,16 @@ from pretrain.data.sample import check_tokenizer
 from pretrain.evaluation import harness
 from pretrain.evaluation.documents import Documents, Texts, open_split
 from pretrain.evaluation.likelihood import TextModel
+from pretrain.evaluation.needle import ITEMS as NEEDLES
+from pretrain.evaluation.needle import Haystack, run_needle
 from pretrain.evaluation.offline_tasks import ITEMS, run_task
 from pretrain.evaluation.options import EvalOptions
 from pretrain.evaluation.perplexity import measure_perplexity
-from pretrain.evaluation.results import FOLDER, Result, new_file, save, table
+from pretrain.evaluation.results import FOLDER, Result, curve, grid, new_file, save, table
 from pretrain.run.folder import checkpoint_step, find_checkpoint
 from pretrain.run.versions import versions
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(options: EvalOptions) -> Path:
@@ -38,7 +43,9 @@ def evaluate(options: EvalOptions) -> Path:
     manager = harness.find_tasks(names, options.include_path) if names else None
     plain = load_plain_model(options.model)
     seq_length = _seq_length(options, plain)
-    if "perplexity" in options.offline_tasks():
+    if {"perplexity", "needle"}.intersection(
+        options.offline_tasks()
+    ):  # they use the data's own ids
         for documents in splits:
             check_tokenizer(documents.folder, plain.tokenizer_file, plain.path)
     folder, step = _place(options)
@@ -64,9 +71,11 @@ def evaluate(options: EvalOptions) -> Path:
 def _seq_length(options: EvalOptions, plain: PlainModel) -> int:
     context = plain.config.max_position_embeddings
     if options.seq_length is not None and options.seq_length > context:
-        raise UserError(
-            f"--seq-length {options.seq_length}: the context of {plain.path} is {context:,} tokens; "
-            "give at most as many"
+        # Allowed: it shows what an extension of the context is for.
+        logger.warning(
+            "--seq-length %d is beyond the context of %s, %d tokens: the model was not trained on such "
+            "positions",
+            *(options.seq_length, plain.path, context),
         )
     return options.seq_length or context
 
@@ -116,6 +125,10 @@ def _measurements(
     def offline(name: str, documents: Documents) -> list[Result]:
         if name == "perplexity":
             found = perplexity(documents)
+        elif name == "needle":
+            haystack = Haystack(documents, plain.text.tokenizer, begin)
+            count = options.limit or NEEDLES
+            found = run_needle(plain.model, haystack, seq_length, count, seed, batch_size)
         else:
             count = options.limit or ITEMS
             found = run_task(name, Texts(documents), count, seed, text_model.likelihoods)
@@ -141,8 +154,11 @@ def _report(results: list[Result]) -> str:
             parts.append(
                 f"{result['data']} {result['split']}: {result['documents']:,} documents ({drawn}), "
                 f"{result['text_bytes']:,} bytes, in windows of {result['seq_length']:,} tokens; "
-                f"{result['tokens_per_second']:,.0f} tokens a second"
+                f"{result['tokens_per_second']:,.0f} tokens a second\n"
+                f"loss by the number of tokens before: {curve(result)}"
             )
+        elif result["task"] == "needle":
+            parts.append(f"needle, accuracy by depth and length of the prompt:\n{grid(result)}")
         elif "example" in result:
             example = result["example"]
             answer = example["choices"][example["answer"]]

@@ -25,7 +25,7 @@ def token_losses(
     """The cross-entropy of each token of each sequence; the longest sequences come first.
 
     Args:
-        model: a causal language model with the interface of transformers.
+        model: a `LadderForCausalLM`.
         sequences: token ids, each [n + 1] with n >= 1.
         batch_size: sequences in one forward pass; shorter ones are padded on the right.
         title: the title of the progress bar, which counts predicted tokens.
@@ -58,21 +58,23 @@ def token_losses(
             if lengths.min() < lengths.max():
                 mask = torch.arange(ids.shape[1] - 1) < lengths[:, None] - 1
                 mask = mask.to(model.device, torch.int64)
-            logits = model(ids[:, :-1], attention_mask=mask, use_cache=False).logits
+            states = model.model(ids[:, :-1], attention_mask=mask, use_cache=False)
             for row, i in enumerate(batch):
                 length = int(lengths[row]) - 1
-                nats, best = _losses(logits[row, :length], ids[row, 1 : length + 1])
+                some = states.last_hidden_state[row, :length]
+                nats, best = _losses(model.lm_head, some, ids[row, 1 : length + 1])
                 progress.update(length)
                 yield i, nats, best
 
 
-def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _losses(head: Any, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The cross-entropy of each label, and whether it is the likeliest token; computed in parts.
 
-    In parts, since all logits in fp32 would take much memory.
+    In parts, since the logits of a long sequence would take much memory.
 
     Args:
-        logits: [n, vocab_size].
+        head: from states to logits.
+        states: [n, hidden_size], after the last norm.
         labels: int64 [n].
 
     Returns:
@@ -80,10 +82,11 @@ def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     parts = []
     for some, these in zip(
-        logits.split(POSITIONS_AT_ONCE), labels.split(POSITIONS_AT_ONCE), strict=True
+        states.split(POSITIONS_AT_ONCE), labels.split(POSITIONS_AT_ONCE), strict=True
     ):
-        nats = F.cross_entropy(some.float(), these, reduction="none")
-        parts.append((nats, some.argmax(-1) == these))
+        logits = head(some)
+        nats = F.cross_entropy(logits.float(), these, reduction="none")
+        parts.append((nats, logits.argmax(-1) == these))
     return torch.cat([nats for nats, _ in parts]).cpu(), torch.cat([b for _, b in parts]).cpu()
 
 

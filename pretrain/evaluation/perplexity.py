@@ -1,4 +1,4 @@
-"""Measures the loss of a model on a data set, in nats a token and in bits a byte."""
+"""Measures the loss of a model on a data set, in nats a token, in bits a byte, and by position."""
 
 import math
 import time
@@ -8,6 +8,7 @@ import numpy as np
 
 from pretrain.evaluation.documents import Documents
 from pretrain.evaluation.likelihood import token_losses
+from pretrain.evaluation.positions import bucket_ends, bucket_sums, by_position, ratio_stderr
 
 
 def measure_perplexity(
@@ -22,8 +23,9 @@ def measure_perplexity(
 
     Returns:
         A result as results.py writes it. `loss` is the mean over tokens, EOD included, in nats; its
-        standard error treats windows as independent. `bits_per_byte` is the loss of all tokens, EOD
-        included, divided by the bytes of the text. Where the data set has a mask, `trained_loss` is the
+        standard error treats windows as independent. `by_position` has the mean over the tokens that have
+        so many tokens before them in their window. `bits_per_byte` is the loss of all tokens, EOD included,
+        divided by the bytes of the text. Where the data set has a mask, `trained_loss` is the
         mean over the tokens that are trained on.
     """
     eod = np.array([documents.folder.tokenizer["eod_id"]])
@@ -31,28 +33,31 @@ def measure_perplexity(
     stream = np.concatenate([eod.astype(ids.dtype), ids])
     starts = range(0, len(ids), seq_length)
     windows = [stream[start : start + seq_length + 1] for start in starts]
-    nats = np.zeros(len(windows))
+    ends = bucket_ends(seq_length)
+    sums = np.zeros((len(windows), len(ends)))  # nats of each window's buckets of positions
     trained_nats = 0.0
     begin = time.perf_counter()
     title = f"perplexity, {documents.folder.name}"
     for i, losses, _ in token_losses(model, windows, batch_size, title):
         of_window = losses.double().numpy()
-        nats[i] = of_window.sum()
+        sums[i] = bucket_sums(of_window, ends)
         if trained is not None:
             trained_nats += of_window[trained[starts[i] : starts[i] + len(of_window)]].sum()
     seconds = time.perf_counter() - begin
-    counts = np.array([len(window) - 1 for window in windows])
+    counts = np.stack([bucket_sums(np.ones(len(window) - 1), ends) for window in windows])
+    nats = sums.sum(1)
     loss = float(nats.sum() / len(ids))
     text_bytes = documents.text_bytes()
     metrics: dict[str, float | None] = {
         "loss": loss,
-        "loss_stderr": ratio_stderr(nats, counts),
+        "loss_stderr": ratio_stderr(nats, counts.sum(1)),
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": float(nats.sum() / (text_bytes * math.log(2))),
     }
     found: dict[str, Any] = {
         "task": "perplexity",
         "metrics": metrics,
+        "by_position": by_position(sums, counts, ends),
         "tokens": len(ids),
         "documents": len(documents),
         "is_whole_split": documents.is_whole,
@@ -65,20 +70,3 @@ def measure_perplexity(
         metrics["trained_loss"] = float(trained_nats / trained.sum())
         found["trained_tokens"] = int(trained.sum())
     return found
-
-
-def ratio_stderr(sums: np.ndarray, counts: np.ndarray) -> float | None:
-    """The standard error of sum(sums) / sum(counts), where the pairs are drawn independently.
-
-    Args:
-        sums: [n], such as the summed loss of each window.
-        counts: [n], such as the number of tokens of each window.
-
-    Returns:
-        None for a single pair, which does not show how pairs vary.
-    """
-    number = len(sums)
-    if number < 2:
-        return None
-    rest = sums - counts * (sums.sum() / counts.sum())
-    return float(math.sqrt((rest**2).sum() * number / (number - 1)) / counts.sum())

@@ -89,13 +89,43 @@ def _is_result(result: Result) -> bool:
     names = [result.get("task"), *metrics, *(result[k] for k in ("data", "split") if k in result)]
     counts = [result.get(key) for key in ("tokens", "trained_tokens", "items")]
     counts += [value for value in metrics.values() if type(value) is int]
+    curve, places = result.get("by_position", []), result.get("by_place", [])
     needs = "trained_loss" not in metrics or result.get("trained_tokens") is not None
     return (
         needs
+        and _are_rows(curve, ("first", "last", "loss"))
+        and _are_rows(places, ("length", "depth", "accuracy"))
         and all(map(is_word, names))
         and all(n is None or is_whole(n, -MOST, MOST) for n in counts)
         and result.get("tokens", 0) is not None
     )
+
+
+def _are_rows(rows: Any, names: tuple[str, ...]) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and all(_is_number(row.get(name)) for name in names) for row in rows
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """One that can be drawn; a loss may be NaN."""
+    return type(value) in (int, float) and (abs(value) <= MOST or value != value)
+
+
+def curve(result: Result) -> str:
+    """The loss by position as a line of text: the last position of each bucket, and the bucket's loss."""
+    return ", ".join(f"{row['last']:,}: {row['loss']:.2f}" for row in result["by_position"])
+
+
+def grid(result: Result) -> str:
+    """The accuracy of needle as text: a line for each depth, a column for each length."""
+    found = {(row["length"], row["depth"]): row["accuracy"] for row in result["by_place"]}
+    lengths, depths = (sorted({place[i] for place in found}) for i in (0, 1))
+    lines = [["depth", *(f"{length:,}" for length in lengths)]]
+    for depth in depths:
+        shown = [found.get((length, depth)) for length in lengths]
+        lines.append([f"{depth:.0%}", *("-" if one is None else f"{one:.2f}" for one in shown)])
+    return "\n".join(" ".join(cell.rjust(8) for cell in line) for line in lines)
 
 
 def cells(results: list[Result]) -> list[tuple[str, str, str, str, str]]:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from megatron_ladder.free_memory import memory_here
 from pretrain.config.train import TrainConfig
 from pretrain.data.folders import DataFolder
 from pretrain.files import sync
@@ -248,17 +249,3 @@ class _Report:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def memory_here() -> int:
-    """Bytes of memory that this process may still use: the machine's, and its control group's."""
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        name = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
-        group = Path("/sys/fs/cgroup") / name
-        for folder in (group, *group.parents):
-            limit = folder / "memory.max"
-            if limit.is_file() and (text := limit.read_text().strip()) != "max":
-                used = int((folder / "memory.current").read_text())
-                free = min(free, max(0, int(text) - used))
-    return free

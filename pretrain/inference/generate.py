@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from megatron_ladder.config import AllReduce, ParallelConfig
+from megatron_ladder.inference.cache import in_blocks
 from megatron_ladder.inference.engine import DynamicEngine, generate_static
 from megatron_ladder.inference.requests import Request, Sampling, check_prompt
 from pretrain.inference.loaded import find, load
@@ -37,7 +38,8 @@ def generate_from_run(
         seed: of the sampling.
 
     Raises:
-        UserError: there is no such run, a prompt is empty or too long, or the layout does not fit.
+        UserError: there is no such run, a prompt is empty or too long, for the model or for the memory, or
+            the layout does not fit.
     """
     found = find(run, parallel, all_reduce)
     requests = [
@@ -52,7 +54,13 @@ def generate_from_run(
         static = generate_static(chunk, found.model, requests, **options)
         new = {i: list(ids) for i, ids in enumerate(static)}
     else:
-        engine = DynamicEngine(chunk, found.model, max_requests=max(1, len(prompts)), **options)
+        engine = DynamicEngine(
+            chunk,
+            found.model,
+            max_requests=max(1, len(prompts)),
+            useful_tokens=sum(in_blocks(request.most_tokens) for request in requests),
+            **options,
+        )
         for request in requests:
             engine.add(request)
         while engine.has_work():

@@ -64,7 +64,7 @@ class ServeOptions(_Layout):
     max_waiting: int = 64
     """That wait for room; more are refused (429)."""
     cache_tokens: int | None = None
-    """Size of the key-value cache; None: max_requests whole contexts."""
+    """Size of the key-value cache; None: max_requests whole contexts, or what the memory has room for."""
     max_body_bytes: int = 4 << 20
     """Of a request; larger ones are refused (413)."""
     allow_origins: tuple[str, ...] = ()

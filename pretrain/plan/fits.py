@@ -102,7 +102,7 @@ def what_to_turn(
         if config.optimizer.moments == "fp32" and config.precision == "bf16":
             advice.append("--optimizer.moments bf16 (4 bytes less a parameter; changes training)")
         advice.append("more GPUs (the optimizer's state is divided over data-parallel ranks)")
-    elif config.micro_batch_size == 1:
+    elif config.micro_batch_size == 1 and config.model.experts.num_moe_experts is None:
         cp = 2 * parallel.context_parallel_size
         advice.append(
             f"--parallel.context-parallel-size {cp} (divides the tokens of each sequence)"

@@ -137,6 +137,8 @@ def activation_bytes(
         attention                                               `attention_bytes`
         the outputs of the MLP's first linear and of SwiGLU     3 ffn
     The first two are divided by tp only with sequence parallelism. A layer of a parallel kind has one norm.
+    With learned scales (skipinit) what a layer adds is kept too, as much as the inputs of its norms.
+    Without norms the first linears read, and keep, the states themselves.
     Two halves of a micro-batch keep as much as the whole.
     "selective" computes attention again and does not keep scores in memory. Fused attention has no scores,
     and keeps less than "selective" does.
@@ -154,7 +156,8 @@ def activation_bytes(
     cut = tp if sp else 1
     parallel, own_layers = model.residual in PARALLEL, halves or not model.is_standard
     norms = 1 if parallel else 2
-    inputs: float = BF16 * norms * h / cut
+    learned = model.residual_scaling == "skipinit"
+    inputs: float = BF16 * norms * h * (model.layer_norms + learned) / cut
     outputs = BF16 * norms * h / (1 if sp and parallel else cut)
     number = FP8 * FP8_SCALES[fp8] if fp8 else BF16
     in_fp8 = number * 2 * h / (1 if parallel else cut)

@@ -315,11 +315,13 @@ def submodules(
         return Submodule(first + second + core + memory, backward, first + hardware.kernel_s)
 
     cut = tp if sp else 1
-    norm, add = 2 * h / cut, 3 * h / cut  # elements that are read and written for each token
+    # Elements that are read and written for each token.
+    norm, add = 2 * h * model.layer_norms / cut, 3 * h / cut
     core = hardware.attention_s(2.0 * tokens * seq_length * h / tp)
     elements = norm + 2 * (h + kv) / tp + add
-    attention = submodule(gemm(h, h + 2 * kv), gemm(h, h), core, elements, ATTENTION_KERNELS)
-    norms = 0 if model.residual in PARALLEL else 1
+    kernels = ATTENTION_KERNELS - (not model.layer_norms)
+    attention = submodule(gemm(h, h + 2 * kv), gemm(h, h), core, elements, kernels)
+    norms = 0 if model.residual in PARALLEL or not model.layer_norms else 1
     elements = norms * norm + 3 * ffn / tp + add
     mlp = submodule(gemm(h, 2 * ffn), gemm(ffn, h), 0.0, elements, MLP_KERNELS - 1 + norms)
     return attention, mlp

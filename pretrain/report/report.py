@@ -6,8 +6,9 @@ from pathlib import Path
 from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import in_words
 from pretrain.config.train import differences, load_config
-from pretrain.evaluation.results import cells, latest_results
+from pretrain.evaluation.results import cells
 from pretrain.files import write_atomically
+from pretrain.report.evaluated import draw_needles, draw_positions
 from pretrain.report.pages import labels, render
 from pretrain.report.plots import draw_losses, draw_series
 from pretrain.report.runs import Lines, Run, read_run
@@ -38,6 +39,12 @@ def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
         "grad_norm": (draw_series(runs, "grad_norm"), "Gradient norm, before clipping"),
         "throughput": (draw_series(runs, "tokens_per_second"), "Tokens a second"),
     }
+    if any(run.results("by_position") for run in runs):
+        title = "Loss against the number of tokens before a token, as `eval` measured it"
+        pictures["loss_by_position"] = (draw_positions(runs), title)
+    if any(run.results("by_place") for run in runs):
+        title = "Needles in a haystack of the data set's text, as `eval` measured them"
+        pictures["needle"] = (draw_needles(runs), title)
     for name, (png, _) in pictures.items():
         write_atomically(output_dir / f"{name}.png", png)
     page = output_dir / "index.html"
@@ -81,8 +88,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
             unigram = run.unigram[dataset]
             rows.append((f"entropy of single tokens, {dataset}", f"{unigram:.4f}"))
             rows.append((f"nats below that entropy, {dataset}", f"{unigram - last['loss']:.4f}"))
-    if measured := latest_results(run.path):
-        step, results = measured
+    if run.evaluated:
+        step, results = run.evaluated
         rows.append(("evaluated at step", f"{step:,}"))
         rows += [
             (f"{task} {metric}, {data}", value) for task, data, metric, value, _ in cells(results)

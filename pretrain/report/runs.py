@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
+from pretrain.evaluation.results import Result, latest_results
 from pretrain.run.goodput import Goodput, read_goodput
 from pretrain.run.metrics import read_metrics
 
@@ -29,6 +30,8 @@ class Run:
     bad_steps: Lines
     slow_ranks: Lines
     finished: bool
+    evaluated: tuple[int, list[Result]] | None
+    """The step that `eval` measured last, and the results."""
     config_text: str = field(repr=False)
 
     def datasets(self) -> list[str]:
@@ -36,6 +39,10 @@ class Run:
 
     def validation_of(self, dataset: str) -> Lines:
         return [line for line in self.validation if line["dataset"] == dataset]
+
+    def results(self, having: str) -> list[Result]:
+        """The results of `eval` that have this field."""
+        return [result for result in (self.evaluated or (0, []))[1] if result.get(having)]
 
     def loss_at(self, dataset: str, seconds: float) -> float | None:
         """Validation loss after `seconds` of training time, interpolated between two validations.
@@ -74,5 +81,6 @@ def read_run(path: Path, label: str) -> Run:
         bad_steps=by_kind.get("bad_step", []),
         slow_ranks=by_kind.get("slow_rank", []),
         finished=any(line["reason"] == "finished" for line in by_kind.get("end", [])),
+        evaluated=latest_results(path),
         config_text=config.read_text() if config.is_file() else "",
     )

@@ -14,7 +14,7 @@ import tyro
 from megatron_ladder.config import PARALLEL, Residual
 from megatron_ladder.errors import UserError
 from pretrain.config.places import found_from, run_of, with_names
-from pretrain.config.presets import PRESETS
+from pretrain.config.presets import OF_A_MODEL, PRESETS
 from pretrain.config.train import TrainConfig, load_config
 from pretrain.ranks import is_first_rank
 from pretrain.start.ladder_layers import with_ladder_layers
@@ -59,8 +59,13 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
 
         # --ladder-layers chooses among the layers of the original model, before `import` changed any.
         unmodified = chosen.preset == "adapt-control" or chosen.ladder_layers is not None
+        seq_length = default.data.seq_length
         default = starting_from(default, chosen.init_from, unmodified=unmodified)
-    elif (chosen.preset or "").startswith("adapt") and not {"-h", "--help"} & set(options):
+        if chosen.preset == "extend":
+            from pretrain.start.extend import with_longer_context
+
+            default = with_longer_context(default, seq_length, options)
+    elif chosen.preset in OF_A_MODEL and not {"-h", "--help"} & set(options):
         raise UserError(
             f"--preset {chosen.preset} starts from the weights of an existing model: give "
             "--init-from RUN, where RUN is a run or a folder that `import` wrote"

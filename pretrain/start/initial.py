@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ladder import rope
 from megatron_ladder.config import PARALLEL, ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.fields import check_fields
@@ -30,11 +31,28 @@ FREE = (
     "attention_dropout",
     "hidden_dropout",
 )
+# Fields that may differ, too, where the context is longer than the saved model's.
+ROPE = (
+    "rotary_base",
+    "rope_scaling_factor",
+    "rope_scaling_type",
+    "rope_original_max_position_embeddings",
+    "rope_beta_fast",
+    "rope_beta_slow",
+    "rope_attention_factor",
+)
 
 
 def initial_model(init_from: Path) -> ModelConfig:
     """The model of a run or of a checkpoint. Raises UserError when `init_from` is neither."""
-    return load_config(find_checkpoint(init_from) / "config.json").model
+    return _settled(load_config(find_checkpoint(init_from) / "config.json").model)
+
+
+def _settled(model: ModelConfig) -> ModelConfig:
+    """With YaRN's original context as a number: else it would follow max_position_embeddings."""
+    if model.rope_scaling_type != "yarn":
+        return model
+    return replace(model, rope_original_max_position_embeddings=rope.original_context(model))
 
 
 def original_model(init_from: Path) -> ModelConfig:
@@ -46,14 +64,14 @@ def original_model(init_from: Path) -> ModelConfig:
     checkpoint = find_checkpoint(init_from)
     config = load_config(checkpoint / "config.json")
     if config.data.paths:  # a trained run, not an import: this is the model it was trained as
-        return config.model
+        return _settled(config.model)
     # The configurations of transformers' own architectures have neither field: they are standard models.
     path = checkpoint.parents[1] / "imported" / "config.json"
     original = read_json(path, "a model's configuration")
     check_fields(original, path)
     layers = original.get("ladder_layers")
     return replace(
-        config.model,
+        _settled(config.model),
         residual=original.get("residual", "standard"),
         ladder_layers=tuple(layers) if isinstance(layers, list) else layers,
     )
@@ -108,17 +126,30 @@ def check_initial(config: TrainConfig, folders: list[DataFolder]) -> None:
     if resumed and config.adapt.distillation_weight:
         _check_unchanged(config)
     theirs = initial_model(config.init_from)
-    changed = differences(theirs, config.model)
-    wrong = {f"model.{name}": pair for name, pair in changed.items() if name not in FREE}
+    changed = differences(theirs, _settled(config.model))
+    is_longer = config.model.max_position_embeddings > theirs.max_position_embeddings
+    free = (*FREE, *ROPE) if is_longer else FREE
+    wrong = {f"model.{name}": pair for name, pair in changed.items() if name not in free}
     if (theirs.residual in PARALLEL) != (config.model.residual in PARALLEL):  # other norms
         wrong["model.residual"] = (theirs.residual, config.model.residual)
     if wrong:
         detail = "; ".join(f"{name}: {a} there, {b} here" for name, (a, b) in wrong.items())
+        if not wrong.keys() - {f"model.{name}" for name in ROPE}:
+            detail += (
+                ". RoPE may change only with a context longer than that model's, "
+                f"{theirs.max_position_embeddings:,} tokens: model.max_position_embeddings"
+            )
         raise UserError(
             f"init_from {config.init_from} holds a model that differs from this run's: {detail}"
         )
     if config.adapt.distillation_weight:
         teacher = original_model(config.init_from)
+        if config.data.seq_length > teacher.max_position_embeddings:
+            raise UserError(
+                f"adapt.distillation_weight: data.seq_length {config.data.seq_length:,} is beyond the "
+                f"teacher's context, {teacher.max_position_embeddings:,} tokens: shorten it, or leave "
+                "distillation out"
+            )
         if teacher.layer_residuals() == config.model.layer_residuals():
             raise UserError(
                 "adapt.distillation_weight: the model is the same as its teacher, the unmodified model: "

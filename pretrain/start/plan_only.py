@@ -10,6 +10,7 @@ from pretrain.plan.fits import card_in_words, what_to_turn
 from pretrain.plan.memory import Attention, in_words, is_planned, memory_plan, room
 from pretrain.plan.planner import DEVICES
 from pretrain.start.arguments import parse_train
+from pretrain.start.extend import extension
 from pretrain.start.launch import local_ranks
 
 
@@ -56,6 +57,8 @@ def plan_only(argv: list[str]) -> int:
     attention: Attention = fused if config.attention == "auto" else config.attention
     works_on = attended(config)
     plan = memory_plan(config, dp, attention, works_on.longest)
+    if longer := extension(config):
+        print(longer)
     print(f"The fullest of {ranks} GPUs would hold {in_words(plan)}.")
     if attention == "te" and ring:
         gathered = memory_plan(config, dp, "torch").total

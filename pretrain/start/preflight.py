@@ -18,6 +18,7 @@ from pretrain.data.folders import DataFolder
 from pretrain.model.compiled import check_compile
 from pretrain.model.graphs import check_cuda_graph
 from pretrain.run.folder import check_free_space, check_output_dir
+from pretrain.start.extend import extension
 from pretrain.start.initial import check_initial
 from pretrain.start.open_files import check_open_files
 from pretrain.start.past import check_past, is_same, same_data
@@ -83,6 +84,8 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     check_past(config, folders)
     if plan and config.data.phases:
         plan = f"{plan}\n{describe(config, folders)}"
+    if plan and (longer := extension(config)):
+        plan = f"{plan}\n{longer}"
     check_free_space(config)
     if config.wandb:
         try:

@@ -42,6 +42,29 @@ KINDS = {
         "rope_scaling_factor": 4.0,
     },
     "some parallel-ladder": {"residual": "parallel-ladder", "ladder_layers": (1, 2, 5, 7)},
+    "ladder by skipinit": {"residual": "ladder", "residual_scaling": "skipinit"},
+    "list by 1/n": {"residual": "ladder", "ladder_layers": (0, 3, 4, 6), "residual_scaling": "1/n"},
+    "standard by skipinit": {"residual": "standard", "residual_scaling": "skipinit"},
+    "parallel by 1/sqrt-n": {"residual": "parallel", "residual_scaling": "1/sqrt-n"},
+    "desync by skipinit": {
+        "residual": "desync",
+        "desync_interval": 3,
+        "residual_scaling": "skipinit",
+    },
+    "parallel-ladder by skipinit": {
+        "residual": "parallel-ladder",
+        "residual_scaling": "skipinit",
+    },
+    "ladder without norms": {
+        "residual": "ladder",
+        "residual_scaling": "1/sqrt-n",
+        "layer_norms": False,
+    },
+    "parallel without norms": {
+        "residual": "parallel",
+        "residual_scaling": "skipinit",
+        "layer_norms": False,
+    },
 }
 FOUR = ExpertsConfig(num_moe_experts=4, moe_ffn_hidden_size=24)
 EXPERTS = {
@@ -79,7 +102,11 @@ LADDER_EXPERTS["hybrid, a shared expert"] = {
 }
 OF_EXPERTS |= LADDER_EXPERTS
 # Kinds that also run in halves.
-HALVES = {"standard in halves": "standard", "parallel in halves": "parallel"}
+HALVES = {
+    "standard in halves": "standard",
+    "parallel in halves": "parallel",
+    "standard by skipinit in halves": "standard by skipinit",
+}
 
 
 @dataclass(frozen=True)
@@ -168,12 +195,15 @@ def start(config: TrainConfig) -> tuple[list[Any], Any, Any]:
 
 
 def save_start(kind: str, folder: Path) -> None:
-    """Weights that every layout begins with. Norms start as ones, which would hide a wrong one."""
+    """Weights that every layout begins with. Norms start as ones, which would hide a wrong one, and learned
+    scales at zero, which would hide all layers."""
     model, _, _ = start(configuration(kind))
     noise = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model[0].module.named_parameters():
-            if "norm" in name:
+            if "scales" in name:
+                parameter.fill_(0.5)
+            if "norm" in name or "scales" in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=noise))
     save_weights(model, folder)
 

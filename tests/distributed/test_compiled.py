@@ -23,9 +23,10 @@ from tests.ranks import run_ranks
 STEPS = 3
 
 
-def config(residual: str = "ladder", **changes: Any) -> TrainConfig:
+def config(residual: str = "ladder", residual_scaling: str = "none", **changes: Any) -> TrainConfig:
     debug = PRESETS["debug"]()
     options = {"ladder_layers": (2, 3)} if residual == "hybrid" else {"residual": residual}
+    options |= {"residual_scaling": residual_scaling}
     model = replace(debug.model, vocab_size=128, num_layers=4, **options)
     return replace(debug, model=model, **changes)
 
@@ -84,6 +85,7 @@ CASES = {
     "hybrid": (config("hybrid"), "aot_eager", 1),
     "parallel": (config("parallel"), "aot_eager", 1),
     "parallel-ladder": (config("parallel-ladder"), "aot_eager", 1),
+    "scaled": (config(residual_scaling="1/sqrt-n"), "aot_eager", 1),
     "bf16": (config(precision="bf16"), "aot_eager", 1),
     "two data-parallel ranks": (config(micro_batch_size=2), "aot_eager", 2),
 }
@@ -122,6 +124,7 @@ def in_parallel(**sizes: Any) -> TrainConfig:
     [
         (in_parallel(tensor_model_parallel_size=2), "use one tensor-parallel rank"),
         (in_parallel(pipeline_model_parallel_size=2), "pipeline stages are not compiled"),
+        (in_parallel(context_parallel_size=2), "context-parallel ranks is not compiled"),
         (config(recompute="full"), "recompute full is not compiled: use none"),
         (
             config(data=replace(config().data, attend_across_documents=False)),

@@ -50,7 +50,7 @@ def generate(model: ModelConfig, tp: int, folder: Path) -> list[tuple[list[int],
     own = torch.Generator().manual_seed(10 + torch.distributed.get_rank())
     with torch.no_grad():
         for name, parameter in gpt.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "scales" in name:
                 parameter.uniform_(0.5, 1.5, generator=same)
             else:  # each rank has a part of it
                 parameter.normal_(std=0.25, generator=own)

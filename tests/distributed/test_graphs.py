@@ -105,6 +105,10 @@ def with_model(**changes: Any) -> TrainConfig:
     ("given", "message"),
     [
         (config(parallel=ParallelConfig(pipeline_model_parallel_size=2)), "pipeline stages"),
+        (
+            config(parallel=ParallelConfig(context_parallel_size=2)),
+            "context parallelism in a graph",
+        ),
         (config(recompute="selective"), "recompute selective puts random states back"),
         (
             config(data=replace(config().data, attend_across_documents=False)),

@@ -40,6 +40,7 @@ KINDS_AND_LAYOUTS = [
     pytest.param("ladder", SOME_LAYOUTS, id="ladder"),
     pytest.param("ladder, windows", [(2, 1)], id="windows"),
     pytest.param("parallel-ladder", [(2, 1), (1, 2)], id="parallel-ladder"),
+    pytest.param("ladder by skipinit", [(2, 1), (1, 2)], id="ladder by skipinit"),
     *(
         pytest.param(kind, LAYOUTS, id=f"{kind}-all", marks=pytest.mark.slow)
         for kind in (
@@ -89,7 +90,7 @@ def save_weights(model: ModelConfig, folder: Path) -> None:
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in gpt.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "scales" in name:
                 parameter.uniform_(0.5, 1.5, generator=draw)
             else:
                 parameter.normal_(std=0.25, generator=draw)

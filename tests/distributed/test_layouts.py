@@ -94,6 +94,15 @@ FEW_HALVES_LAYOUTS = [
     Layout(tp=2, dp=2, recompute="full"),
     Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4),
 ]
+# Where a learned scale's gradient is complete on each rank, and where it is a part; a stage's last output,
+# which the next one adds.
+FEW_SCALED_LAYOUTS = [
+    Layout(),
+    Layout(tp=2),
+    Layout(tp=2, sp=True, recompute="full"),
+    Layout(pp=2, accumulation=4),
+    Layout(cp=2),
+]
 FEW_DESYNC_LAYOUTS = [
     Layout(tp=2, recompute="full"),
     Layout(tp=2, dp=2),
@@ -113,12 +122,17 @@ IN_EACH_RUN = {
     "some parallel-ladder": FEW_LAYOUTS,
     "windows, yarn": [Layout(cp=2), *FEW_LAYOUTS],
     "standard in halves": FEW_HALVES_LAYOUTS,
+    "ladder by skipinit": FEW_SCALED_LAYOUTS,
+    "list by 1/n": FEW_SCALED_LAYOUTS[3:4],
+    "ladder without norms": FEW_SCALED_LAYOUTS[2:3],
+    "desync by skipinit": FEW_DESYNC_LAYOUTS[:1],
+    "standard by skipinit in halves": FEW_SCALED_LAYOUTS[2:3],
 }
 
 
 def all_layouts(kind: str) -> list[Layout]:
     """By the number of their ranks, as each number is a run of its own."""
-    layouts = DESYNC_LAYOUTS if kind == "desync" else LAYOUTS
+    layouts = DESYNC_LAYOUTS if kind.startswith("desync") else LAYOUTS
     if kind in HALVES:
         layouts = [layout for layout in layouts if layout.tp > 1]
     return sorted(layouts, key=lambda layout: layout.ranks)

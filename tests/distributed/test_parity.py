@@ -34,6 +34,7 @@ KINDS = {
     "last-n": {"residual": "ladder", "ladder_layers": 2},
     "list": {"residual": "ladder", "ladder_layers": (0, 2)},
     "parallel-ladder": {"residual": "parallel-ladder"},
+    "ladder by skipinit": {"residual": "ladder", "residual_scaling": "skipinit"},
 }
 SOME_RANKS = {
     "standard": (2,),
@@ -92,10 +93,10 @@ def run_model(model: ModelConfig, tp: int, folder: Path, recompute: str = "none"
     initialize_model_parallel(parallel, seed=0)
     config = transformer_config(model, parallel, recompute=recompute)
     (gpt,) = build_gpt_model(model, config)
-    with torch.no_grad():  # norms start as ones, which would hide a wrong one
+    with torch.no_grad():  # norms start as ones and scales at zero, which would hide a wrong one
         noise = torch.Generator().manual_seed(2)
         for name, parameter in gpt.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "scales" in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=noise))
     save_model(gpt, folder / "weights")
 

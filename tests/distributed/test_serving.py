@@ -233,8 +233,19 @@ def test_more_than_may_wait_are_refused_and_clients_that_go_leave_nothing(addres
     wait_until_idle(address)
 
 
-def test_a_signal_finishes_what_runs(folder: Path, expected: str) -> None:
-    with serving(folder) as (address, process):
+def test_a_cache_that_is_small_and_a_signal_that_finishes_what_runs(
+    folder: Path, expected: str
+) -> None:
+    with serving(folder, "--cache-tokens", 96) as (address, process):
+        assert httpx.get(f"{address}/v1/models/model").json()["max_model_len"] == 96
+        body = {"model": "model", "prompt": PROMPT, "max_tokens": 96}
+        refused = httpx.post(f"{address}/v1/completions", json=body)
+        assert refused.status_code == 400
+        assert "exceed the cache of 96 tokens" in refused.json()["error"]["message"]
+        chat = {"model": "model", "messages": [{"role": "user", "content": "hello"}]}
+        to_the_end = httpx.post(f"{address}/v1/chat/completions", json=chat, timeout=60)
+        assert to_the_end.json()["usage"]["total_tokens"] == 96
+
         body = {
             "model": "model",
             "prompt": PROMPT,

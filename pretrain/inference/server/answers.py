@@ -43,6 +43,8 @@ class Served:
     special_ids: dict[str, int]
     """Of the tokens that no text shows."""
     context_length: int
+    """The most tokens of a prompt and its answer: the model's context, or what the cache holds if that is
+    less."""
     render: Render
     created: int
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from megatron_ladder.inference.engine import BLOCK_TOKENS, DynamicEngine
+from megatron_ladder.inference.cache import BLOCK_TOKENS
+from megatron_ladder.inference.engine import DynamicEngine
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
 

@@ -15,7 +15,7 @@ def encode(text: ModelText, prompt: str, most: int, *, is_rendered: bool = False
     are twice as many as may be. (Not once, because a cut between two pieces may add a few.)
 
     Args:
-        most: the tokens that the model's context holds.
+        most: the tokens that a request may have.
         is_rendered: by a chat template, which writes itself what stands before a text.
 
     Raises:
@@ -29,7 +29,7 @@ def encode(text: ModelText, prompt: str, most: int, *, is_rendered: bool = False
             count += len(text.tokenizer.encode(piece, add_special_tokens=False).ids)
             if count > 2 * most:
                 raise UserError(
-                    f"a prompt of {len(prompt):,} characters exceeds the model's context of {most} "
-                    "tokens: shorten the prompt"
+                    f"a prompt of {len(prompt):,} characters exceeds the {most} tokens that a request may "
+                    "have: shorten the prompt"
                 )
     return text.prompt_ids(prompt, is_rendered=is_rendered)

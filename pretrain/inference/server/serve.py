@@ -48,6 +48,12 @@ def serve(options: ServeOptions) -> None:
         cache_tokens=options.cache_tokens,
         seed=options.seed,
     )
+    logger.info(
+        "At most %d requests run at a time, %d of them of %s tokens, the most that one may have.",
+        options.max_requests,
+        min(options.max_requests, engine.cache.tokens // engine.cache.longest),
+        f"{engine.cache.longest:,}",
+    )
     metrics = Metrics()
     desk = FrontDesk(
         engine, metrics, max_running=options.max_requests, max_waiting=options.max_waiting
@@ -80,7 +86,7 @@ def _serve_http(
             for token_id, token in found.text.tokenizer.get_added_tokens_decoder().items()
             if token.special
         },
-        context_length=found.model.max_position_embeddings,
+        context_length=engine.cache.longest,
         render=render,
         created=int(time.time()),
     )

@@ -277,3 +277,20 @@ def test_a_model_like_qwen2_keeps_its_own_tokenizer(tmp_path, bpe_file):
     export(model, tmp_path / "theirs", tmp_path / "imported")
     config = json.loads((tmp_path / "theirs/config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("own", "context", "found"), [(100, 256, 256), (100, 128, 100), (512, 256, 512)]
+)
+def test_a_copied_tokenizer_takes_texts_of_a_longer_context(
+    own: int, context: int, found: int, tmp_path, bpe_file
+):
+    """Only of a context that is longer than the original's, 128 tokens; what was lower there stays so."""
+    first = export(tiny.model(), tmp_path / "first", bpe_file)
+    settings = json.loads((first / "tokenizer_config.json").read_text())
+    (first / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": own}))
+    longer = tiny.model(max_position_embeddings=context)
+    second = export(longer, tmp_path / "second", first)
+    settings = json.loads((second / "tokenizer_config.json").read_text())
+    assert settings["model_max_length"] == found
+    assert AutoTokenizer.from_pretrained(second).model_max_length == found

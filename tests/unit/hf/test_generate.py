@@ -10,6 +10,7 @@ import torch
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.generate import generate_text
+from megatron_ladder.inference import cache
 from tests.unit.hf import tiny
 from tests.unit.hf.test_export import export
 
@@ -119,6 +120,12 @@ def test_errors(folder, tmp_path):
         fails("its weights cannot be loaded", damaged)
     (broken / "config.json").write_text('{"model_type": "bert"}')
     fails("architecture none is not supported", broken)
+
+
+def test_prompts_that_the_memory_has_no_room_for(folder, monkeypatch):
+    monkeypatch.setattr(cache, "memory_here", lambda: 10_000)
+    with pytest.raises(UserError, match=r"batch of 2 prompts of up to \d+ tokens.*use `serve`"):
+        generate_text(folder, PROMPTS, max_new_tokens=6)
 
 
 def test_a_temperature_that_is_almost_0_is_0(folder):

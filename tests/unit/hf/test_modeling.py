@@ -91,8 +91,9 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
     """Logits of one unpadded sequence from x_k = x_{k-1} + h_k(norm_k(x_{k-s})), k = 1..2L.
 
     s = 2 in a ladder layer (x_{-1} = x_0 = the embedding), 1 in a standard one. In parallel models h_k is
-    attention and MLP of one layer together, k = 1..L, and s = 2 in a parallel-ladder layer. Written from
-    the paper: one head at a time, the causal softmax spelled out, RoPE by complex numbers.
+    attention and MLP of one layer together, k = 1..L, and s = 2 in a parallel-ladder layer. With residual
+    scaling h_k is multiplied. Written from the paper: one head at a time, the causal softmax spelled out,
+    RoPE by complex numbers.
     """
     d = config.head_dim
     angles = torch.outer(
@@ -101,6 +102,8 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
     turn = torch.polar(torch.ones_like(angles), angles)
 
     def norm(x, name):
+        if "layers." in name and not config.layer_norms:
+            return x
         return x / (x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weights[name]
 
     def rope(x):
@@ -123,6 +126,11 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
         gate, up = (x @ weights[f"{prefix}.{n}_proj.weight"].T for n in ("gate", "up"))
         return (gate * torch.sigmoid(gate) * up) @ weights[f"{prefix}.down_proj.weight"].T
 
+    def scale(layer, which):
+        n = 2 * config.num_hidden_layers
+        fixed = {"none": 1, "1/n": 1 / n, "1/sqrt-n": n**-0.5}.get(config.residual_scaling)
+        return fixed or weights[f"model.layers.{layer}.residual_scales"][which]
+
     embedding = weights["model.embed_tokens.weight"][ids]
     if config.residual in ("parallel", "parallel-ladder"):
         count = config.num_hidden_layers
@@ -131,9 +139,8 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
         for i in range(count):
             prefix = f"model.layers.{i}"
             n = norm(states[i - 1 if i in stale else i], f"{prefix}.input_layernorm.weight")
-            states[i + 1] = (
-                states[i] + attention(n, f"{prefix}.self_attn") + mlp(n, f"{prefix}.mlp")
-            )
+            both = attention(n, f"{prefix}.self_attn") + mlp(n, f"{prefix}.mlp")
+            states[i + 1] = states[i] + scale(i, 0) * both
         x = states[count]
     else:
         ladder = config.ladder_layers
@@ -153,15 +160,15 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
                 out = attention(
                     norm(read, f"{prefix}.input_layernorm.weight"), f"{prefix}.self_attn"
                 )
-            states[k] = states[k - 1] + out
+            states[k] = states[k - 1] + scale(layer, int(is_mlp)) * out
         x = states[2 * count]
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     return norm(x, "model.norm.weight") @ head.T
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", {**tiny.KINDS, **tiny.SCALED})
 def test_residual_kinds_are_the_papers(kind):
-    model = tiny.model(**tiny.KINDS[kind])
+    model = tiny.model(**(tiny.KINDS | tiny.SCALED)[kind])
     ids = tiny.tokens(1, 12)[0]
     weights = {n: t.detach().double().requires_grad_() for n, t in model.state_dict().items()}
     expected = recurrence(weights, model.config, ids)
@@ -270,6 +277,10 @@ def test_new_weights_are_drawn_as_llamas():
     assert (model.model.norm.weight == 1).all()
     parallel = LadderForCausalLM(tiny.config(residual="parallel"))
     assert not any("post_attention_layernorm" in name for name in parallel.state_dict())
+    for residual, count in (("ladder", 2), ("parallel-ladder", 1)):
+        skipinit = LadderForCausalLM(tiny.config(residual=residual, residual_scaling="skipinit"))
+        for layer in skipinit.model.layers:
+            assert layer.residual_scales.tolist() == [0.0] * count
 
 
 @pytest.mark.parametrize(
@@ -340,6 +351,8 @@ def test_config_round_trip(tmp_path):
 def test_config_errors():
     with pytest.raises(ValueError, match="num_key_value_heads"):
         tiny.config(num_key_value_heads=3)
+    with pytest.raises(ValueError, match="residual_scaling is '1/2': choose one of none, 1/n, 1/s"):
+        tiny.config(residual_scaling="1/2")
     model = tiny.model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(ValueError, match="rope_type 'dynamic'"):
         model(tiny.tokens())
@@ -357,6 +370,8 @@ def test_standard_config_keeps_every_field():
         "model_type",
         "residual",
         "ladder_layers",
+        "residual_scaling",
+        "layer_norms",
         "qkv_bias",
         "qk_norm",
         "architectures",

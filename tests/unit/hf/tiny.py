@@ -20,6 +20,23 @@ KINDS = {
     "parallel-ladder": {"residual": "parallel-ladder"},
     "parallel-ladder 0 and 2": {"residual": "parallel-ladder", "ladder_layers": [0, 2]},
 }
+# Residual scaling of some kinds.
+SCALED = {
+    "ladder by skipinit": {"residual": "ladder", "residual_scaling": "skipinit"},
+    "standard by 1/sqrt-n": {"residual": "standard", "residual_scaling": "1/sqrt-n"},
+    "parallel by 1/sqrt-n": {"residual": "parallel", "residual_scaling": "1/sqrt-n"},
+    "layers 0 and 2 by 1/n": {
+        "residual": "ladder",
+        "ladder_layers": [0, 2],
+        "residual_scaling": "1/n",
+    },
+    "parallel-ladder by skipinit": {"residual": "parallel-ladder", "residual_scaling": "skipinit"},
+    "ladder without norms": {
+        "residual": "ladder",
+        "residual_scaling": "1/sqrt-n",
+        "layer_norms": False,
+    },
+}
 # Some layers with a window, shorter than the tests' sequences.
 WINDOWS = {
     "residual": "ladder",
@@ -67,7 +84,7 @@ def model(**changes) -> LadderForCausalLM:
     built = LadderForCausalLM(config(**changes)).eval()
     with torch.no_grad():
         for name, parameter in built.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "scales" in name:
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(std=0.15)

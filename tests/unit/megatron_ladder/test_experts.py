@@ -99,6 +99,11 @@ def test_parameters_of_all_experts_and_of_those_that_a_token_meets() -> None:
     [
         ({"residual": "parallel"}, {}, "residual parallel does not go with experts yet"),
         ({"residual": "desync"}, {}, "residual desync does not go with experts yet"),
+        (
+            {"residual_scaling": "1/n"},
+            {},
+            "model.residual_scaling and .* do not go with experts yet",
+        ),
         ({}, {"expert_model_parallel_size": 3}, "num_moe_experts 8 is not divisible by .* 3"),
         ({}, {"tensor_model_parallel_size": 2}, "give --parallel.sequence-parallel"),
         (

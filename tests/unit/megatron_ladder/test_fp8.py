@@ -89,6 +89,7 @@ def test_transformer_engine_is_needed(monkeypatch) -> None:
         (Fp8Config("delayed"), {"tokens": 24}, "micro_batch_size, 24, is not a multiple of 16"),
         (Fp8Config("mxfp8"), {"tokens": 16}, "micro_batch_size, 16, is not a multiple of 32"),
         (Fp8Config("delayed"), {"model": {"hidden_size": 72}}, "hidden_size, 72, is not"),
+        (Fp8Config("delayed"), {"model": {"layer_norms": False}}, "model.layer_norms is off"),
         (Fp8Config("delayed"), {"model": {"kv_channels": 6}}, "keys and values of a rank, 24,"),
         (
             Fp8Config("delayed"),

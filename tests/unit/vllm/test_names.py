@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_ladder.vllm.names import STACKED
+from megatron_ladder.vllm.supported import check_supported
 from tests.unit.hf import tiny
 
 
@@ -37,3 +38,11 @@ def test_every_weight_has_its_place(kind: str) -> None:
         "self_attn.q_norm.weight",
     }
     assert layer >= {"self_attn.o_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight"}
+
+
+def test_scaled_outputs_are_refused() -> None:
+    check_supported(tiny.config())
+    with pytest.raises(ValueError, match=r"residual_scaling is skipinit: .* Serve this model with"):
+        check_supported(tiny.config(residual_scaling="skipinit"))
+    with pytest.raises(ValueError, match="layer_norms is false"):
+        check_supported(tiny.config(layer_norms=False))

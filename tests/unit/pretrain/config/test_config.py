@@ -7,7 +7,7 @@ import pytest
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from pretrain.config.faults import FaultConfig
-from pretrain.config.presets import PRESETS
+from pretrain.config.presets import OF_A_MODEL, PRESETS
 from pretrain.config.train import (
     AdaptConfig,
     DataConfig,
@@ -24,7 +24,7 @@ from pretrain.run.checkpoint_files import write_manifest
 from pretrain.start.arguments import parse_train
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("adapt")])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in OF_A_MODEL])
 @pytest.mark.parametrize("residual", ["standard", "ladder", "parallel", "parallel-ladder"])
 def test_every_preset_takes_every_residual_kind_and_survives_saving(
     name: str, residual: str, tmp_path: Path
@@ -143,7 +143,7 @@ def test_interleaved_stages_need_micro_batches_in_groups() -> None:
 
 
 def test_adapting_needs_a_model_that_exists() -> None:
-    for preset in ("adapt", "adapt-control"):
+    for preset in OF_A_MODEL:
         with pytest.raises(UserError, match=f"--preset {preset} starts from the weights"):
             parse_train(["--preset", preset])
     with pytest.raises(UserError, match="auto:2 chooses among the layers of an existing model"):

@@ -26,6 +26,7 @@ from tests.unit.hf import foreign, tiny
 # One kind of model a line: what differs from tiny.config.
 MODELS = {
     **tiny.KINDS,
+    **tiny.SCALED,
     "tied": {"residual": "ladder", "tie_word_embeddings": True},
     "parallel, tied": {"residual": "parallel", "tie_word_embeddings": True},
     "as Qwen2": {"residual": "standard", "qkv_bias": True},

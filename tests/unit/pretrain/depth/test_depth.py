@@ -13,6 +13,7 @@ from megatron_ladder.hf import LadderForCausalLM
 from pretrain import cli
 from pretrain.convert.import_model import import_model
 from pretrain.depth.conversion import measure_conversion
+from pretrain.depth.growth import measure_growth
 from pretrain.depth.maps import map_errors, states_after_layers
 from pretrain.depth.measures import measure_contributions, measure_skips
 from pretrain.depth.report import write_depth_report
@@ -69,6 +70,12 @@ def residual_stream(model: LadderForCausalLM, ids: Tensor) -> tuple[Tensor, Tens
         gate, up = (x @ weights[f"{prefix}.{n}_proj.weight"].T for n in ("gate", "up"))
         return (gate * gate.sigmoid() * up) @ weights[f"{prefix}.down_proj.weight"].T
 
+    def scaled(output: Tensor, layer: int, which: int) -> Tensor:
+        if config.residual_scaling == "skipinit":
+            return output * weights[f"model.layers.{layer}.residual_scales"][which]
+        power = {"none": 0, "1/n": -1, "1/sqrt-n": -0.5}[config.residual_scaling]
+        return output * (2 * config.num_hidden_layers) ** power
+
     ladder = config.ladder_layer_indices()
     x = [weights["model.embed_tokens.weight"][ids]]
     before, attentions, mlps = [], [], []
@@ -77,14 +84,15 @@ def residual_stream(model: LadderForCausalLM, ids: Tensor) -> tuple[Tensor, Tens
         before.append(x[-1])
         read = x[-2] if layer in ladder and layer > 0 else x[-1]
         normed = norm(read, f"{prefix}.input_layernorm.weight")
-        attentions.append(attention(normed, f"{prefix}.self_attn"))
+        attentions.append(scaled(attention(normed, f"{prefix}.self_attn"), layer, 0))
         if "parallel" in config.residual:
-            mlps.append(mlp(normed, f"{prefix}.mlp"))
+            mlps.append(scaled(mlp(normed, f"{prefix}.mlp"), layer, -1))
             x.append(x[-1] + attentions[-1] + mlps[-1])
             continue
         x.append(x[-1] + attentions[-1])
         read = x[-2] if layer in ladder else x[-1]
-        mlps.append(mlp(norm(read, f"{prefix}.post_attention_layernorm.weight"), f"{prefix}.mlp"))
+        normed = norm(read, f"{prefix}.post_attention_layernorm.weight")
+        mlps.append(scaled(mlp(normed, f"{prefix}.mlp"), layer, -1))
         x.append(x[-1] + mlps[-1])
     return torch.stack(before), torch.stack(attentions), torch.stack(mlps)
 
@@ -113,6 +121,29 @@ def test_contributions_are_those_of_the_recurrence(kind: str) -> None:
         assert (
             F.cosine_similarity(m, h, dim=-1) - F.cosine_similarity(m, h + a, dim=-1)
         ).std() > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["standard", "ladder by skipinit", "parallel by 1/sqrt-n"])
+def test_growth_is_that_of_the_recurrence(kind: str) -> None:
+    model = tiny.model(**(tiny.KINDS | tiny.SCALED)[kind])
+    ids = tiny.tokens(1, 11)
+    found = measure_growth(model, ids)
+    h, a, m = residual_stream(model, ids[0, :-1])
+    added = [a + m] if "parallel" in kind else [a, m]
+    logs = torch.zeros(3, tiny.LAYERS, dtype=torch.float64)
+    for layer in range(tiny.LAYERS):
+        stream = h[layer]
+        for output in added:
+            c = output[layer].norm(dim=-1) / stream.norm(dim=-1)
+            logs[1, layer:] += (1 + c**2).sqrt().log().mean()
+            logs[2, layer:] += (1 + c).log().mean()
+            stream = stream + output[layer]
+        logs[0, layer] = (stream.norm(dim=-1) / h[0].norm(dim=-1)).log().mean()
+    measured = torch.tensor([found.measured, found.independent, found.aligned]).log()
+    torch.testing.assert_close(measured.double(), logs, atol=1e-4, rtol=1e-4)
+    assert (measured[0] - measured[1]).abs().max() > 0.01  # outputs are not at right angles
+    assert (measured[2] > measured[:2]).all()
 
 
 def without(model: LadderForCausalLM, layer: int) -> LadderForCausalLM:
@@ -270,7 +301,7 @@ def test_one_model(folders: dict[str, Path], tmp_path: Path, capsys) -> None:
     argv = [str(folders["run"]), "--data", str(folders["data"]), "--sequences", "2"]
     assert cli.main(["report", "depth", *argv, "--seq-length", "12"]) == 0
     output = folders["run"] / "depth"
-    names = {"contributions", "skip_effects", "skip_outputs", "staleness", "rules"}
+    names = {"contributions", "growth", "skip_effects", "skip_outputs", "staleness", "rules"}
     assert {path.stem for path in output.glob("*.png")} == names
     assert all(path.read_bytes().startswith(PNG) for path in output.glob("*.png"))
     html = (output / "index.html").read_text()

@@ -30,9 +30,24 @@ def texts() -> list[str]:
     ]
 
 
-def write_texts(path: Path) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
+def plain_texts() -> list[str]:
+    """150 documents of 20 to 120 words, of some fifty words in all."""
+    rng = random.Random(1)
+    parts = ("ba", "de", "fi", "go", "lu", "ma", "ne", "pi", "ro", "su", "ta", "ve")
+    words = sorted({rng.choice(parts) + rng.choice(parts) for _ in range(70)})
+    return [" ".join(rng.choice(words) for _ in range(rng.randint(20, 120))) for _ in range(150)]
+
+
+def write_texts(path: Path, some: list[str] | None = None) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in some or texts()))
     return path
+
+
+def train_tokenizer(source: Path, folder: Path) -> Path:
+    """A tokenizer in which each word of `plain_texts` is one token."""
+    argv = ["train-tokenizer", str(source), "--vocab-size", "480", "--output-dir", str(folder)]
+    assert data_cli.main(argv) == 0
+    return folder / "tokenizer.model"
 
 
 def tokenize(source: Path, tokenizer: Path, out: Path, *options: str) -> Path:

@@ -112,7 +112,6 @@ def test_what_is_refused(made: Path, tmp_path: Path, capsys) -> None:
         (run, "--data", others): "tokenized with another tokenizer",
         (bare, "--data", data): "has no tokenizer",
         (run, "--data", data, "--split", "test"): "nothing in its test split",
-        (run, "--data", data, "--seq-length", "129"): "context of",
         (run, "--data", data, "--batch-size", "0"): "--batch-size 0: give 1 or more",
         (run, "--data", data, "--tasks", "toy"): "--data is not for toy",
         (run, "--data", data, data): "several folders are named data",
@@ -123,6 +122,18 @@ def test_what_is_refused(made: Path, tmp_path: Path, capsys) -> None:
     # Text is text: the tasks take it from any data set.
     argv = ["eval", str(run), "--data", str(others), "--tasks", "last_word", "--limit", "3"]
     assert main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
+
+
+def test_positions_beyond_the_context_are_measured_with_a_warning(
+    made: Path, tmp_path: Path, capsys
+) -> None:
+    argv = ["eval", str(made / "run"), "--data", str(made / "data"), "--max-tokens", "3000"]
+    assert main([*argv, "--seq-length", "256", "--output-dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "--seq-length 256 is beyond the context of" in said.out + said.err
+    (result,) = results_of(tmp_path / "out")["results"]
+    assert result["by_position"][-1]["last"] == result["seq_length"] == 256
+    assert "loss by the number of tokens before: 8: " in said.out
 
 
 def test_without_the_harness_its_tasks_say_what_to_install(made: Path, capsys, monkeypatch) -> None:

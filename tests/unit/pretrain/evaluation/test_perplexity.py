@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from megatron_ladder.errors import UserError
 from pretrain.data.folders import open_folder
 from pretrain.evaluation.documents import Documents, Texts, open_split
-from pretrain.evaluation.perplexity import measure_perplexity, ratio_stderr
+from pretrain.evaluation.perplexity import measure_perplexity
+from pretrain.evaluation.positions import ratio_stderr
 from tests.data_sets import write_data_set
 from tests.unit.hf import tiny
 from tests.unit.pretrain.evaluation import eval_models

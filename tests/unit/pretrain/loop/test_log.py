@@ -22,7 +22,7 @@ def test_mfu_of_documents_and_of_whole_sequences(
     monkeypatch.setattr(module, "MetricsLog", Mock(return_value=Mock(time_so_far=0.0)))
     run = RunLog(config, 0, "NVIDIA H100 80GB HBM3", Mock(), Mock())
     for step in range(1, config.log_interval + 1):
-        run.train(step, 2.0, 1.0, 1e-3, 100.0 if apart else 2048.0)
+        run.train(step, 2.0, 1.0, 1e-3, 100.0 if apart else 2048.0, {})
     assert run._log is not None
     logged = run._log.train.call_args.kwargs  # type: ignore[attr-defined]
     model = config.model

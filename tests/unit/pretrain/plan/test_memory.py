@@ -59,6 +59,24 @@ def test_a_layer_by_hand() -> None:
     assert kept(tp=2, sp=True, recompute="full", fp8="blockwise") == both
 
 
+def test_what_residual_scaling_keeps(config: TrainConfig) -> None:
+    """Numbers that are given: nothing more, and a standard layer is one of this project's. Learned scales:
+    what is added, 2 h a token, or h in a parallel layer. Without norms: no input of a norm, 2 h less."""
+    kept = partial(activation_bytes, tokens=1, seq_length=8192, tp=8, recompute="none")
+    for residual, outputs in (("standard", 2), ("ladder", 2), ("parallel", 1)):
+        model = replace(config.model, residual=residual)
+        fixed, learned = (replace(model, residual_scaling=s) for s in ("1/n", "skipinit"))
+        for sp, cut in ((False, 1), (True, 8)):
+            before = kept(model, sp=sp)
+            more = 2 * outputs * model.hidden_size / cut
+            assert kept(fixed, sp=sp) == before
+            assert kept(learned, sp=sp) == before + more
+            assert kept(replace(fixed, layer_norms=False), sp=sp) == before - more
+    standard = replace(config.model, residual="standard", residual_scaling="1/n")
+    full = partial(kept, sp=True, recompute="full")
+    assert full(standard) == full(config.model)
+
+
 @pytest.mark.parametrize(
     ("attention", "numbers", "bytes_of_a_score"),
     [("torch", 300, 0), ("te-unfused", 400, 2), ("torch-unfused", 700, 4), ("unfused", 400, 6)],
@@ -302,6 +320,10 @@ def test_advice_is_of_this_run(config: TrainConfig) -> None:
     for knob in ("micro-batch-size", "sequence-parallel", "--recompute"):
         assert knob not in advice
     assert "tensor-model-parallel-size 4" in advice
+    assert "context-parallel" not in advice  # what takes most is the optimizer's
+    model = replace(config.model, max_position_embeddings=131072)
+    long = replace(small, model=model, data=replace(config.data, seq_length=131072))
+    assert "context-parallel-size 2" in what_to_turn(long, dp=32)
 
 
 def test_out_of_memory_says_what_to_turn(

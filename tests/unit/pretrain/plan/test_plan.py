@@ -11,7 +11,7 @@ from pretrain.config.presets import PRESETS as TRAIN_PRESETS
 from pretrain.config.train import TrainConfig
 from pretrain.plan.links import MIB, NVLINK, PRESETS, Link, Network
 from pretrain.plan.memory import room
-from pretrain.plan.planner import DEVICES, Hardware, Submodule, pass_seconds
+from pretrain.plan.planner import DEVICES, Hardware, Submodule, pass_seconds, submodules
 from pretrain.plan.ring import ring_seconds
 from pretrain.plan.search import WAYS, layouts, row, search, way
 
@@ -23,6 +23,25 @@ COMPUTE = 2 * (3 + 5), 2 * (6 + 10)  # of two layers
 def seconds(kinds: str, collective: float, **options) -> tuple[float, float]:
     names = {"s": "standard", "l": "ladder", "p": "parallel", "q": "parallel-ladder"}
     return pass_seconds([names[k] for k in kinds], ATTENTION, MLP, collective, **options)
+
+
+def test_residual_scaling_does_not_change_the_modelled_compute() -> None:
+    """One multiplication of a state is not counted. Without norms there is less to read and to launch."""
+    model = TRAIN_PRESETS["llama-3-8b"]().model
+    sizes = {"tokens": 8192, "seq_length": 8192, "tp": 8, "sp": True}
+    for residual in ("standard", "ladder", "parallel"):
+        given = replace(model, residual=residual)
+        plain, *others = (
+            submodules(replace(given, **options), Hardware(DEVICES["h100"], NVLINK), **sizes)
+            for options in (
+                {},
+                {"residual_scaling": "1/n"},
+                {"residual_scaling": "skipinit"},
+                {"layer_norms": False},
+            )
+        )
+        assert others[:2] == [plain, plain]
+        assert others[2][0].forward_s < plain[0].forward_s
 
 
 @pytest.mark.parametrize("kinds", ["ss", "ll", "pp", "qq", "sl", "ls", "pq", "qp"])

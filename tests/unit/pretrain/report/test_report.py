@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import pytest
 from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import save_config
+from pretrain.evaluation.results import save
+from pretrain.report.evaluated import draw_needles, draw_positions, titled
 from pretrain.report.report import write_report
+from pretrain.report.runs import Run, read_run
 from pretrain.run.metrics import MetricsLog, flops_per_token, peak_flops, read_metrics
 
 PNG = b"\x89PNG"
@@ -85,6 +89,78 @@ def test_one_run(tmp_path: Path) -> None:
     pictures = sorted(run.glob("report/*.png"))
     assert len(pictures) == 5
     assert all(p.read_bytes().startswith(PNG) for p in pictures)
+
+
+def evaluated(run: Path, *results: dict) -> Path:
+    """The run, with a file of `eval`."""
+    (run / "evaluations").mkdir()
+    facts = {"step": 20, "unix_time": 1.0}
+    whole = [{"data": "d", "split": "validation", "metrics": {}, **one} for one in results]
+    save(run / "evaluations" / "a.json", facts, whole)
+    return run
+
+
+CURVE = [
+    {"first": 1, "last": 8, "loss": 5.0},
+    {"first": 9, "last": 16, "loss": 4.0},
+    {"first": 17, "last": 4096, "loss": math.nan},
+]
+PLACES = [
+    {"length": length, "depth": depth, "accuracy": depth}
+    for length in (64, 128)
+    for depth in (0.0, 0.5, 1.0)
+]
+
+
+def moved(run: Run) -> Run:
+    """The run, with other losses and accuracies."""
+    text = json.dumps(run.evaluated)
+    step, results = json.loads(
+        text.replace('"loss": 4.0', '"loss": 4.5').replace(": 0.5}", ": 0.7}")
+    )
+    return replace(run, evaluated=(step, results))
+
+
+def test_what_was_measured_of_long_sequences_is_drawn(tmp_path: Path) -> None:
+    before = evaluated(
+        write_run(tmp_path / "before"), {"task": "perplexity", "tokens": 9, "by_position": CURVE}
+    )
+    after = evaluated(
+        write_run(tmp_path / "after"),
+        {"task": "perplexity", "tokens": 9, "by_position": CURVE[:2]},
+        {"task": "needle", "items": 6, "by_place": PLACES},
+        {"task": "needle", "data": "e", "items": 3, "by_place": PLACES[:3]},
+    )
+    html = write_report([before, after], tmp_path / "both").read_text()
+    assert "Loss against the number of tokens before a token" in html
+    assert "Needles in a haystack" in html
+    for name in ("loss_by_position", "needle"):
+        assert (tmp_path / "both" / f"{name}.png").read_bytes().startswith(PNG)
+    run = read_run(after, "after")
+    for draw in (draw_positions, draw_needles):  # what is drawn depends on what was measured
+        assert draw([run]) != draw([moved(run)])
+    html = write_report([before], tmp_path / "one").read_text()
+    assert "Needles in a haystack" not in html
+    assert not (tmp_path / "one" / "needle.png").exists()
+    titles = [title for title, _ in titled([read_run(after, "after")], "by_place")]
+    assert titles == ["after, d validation", "after, e validation"]
+    assert [title for title, _ in titled([read_run(before, "b")], "by_position")] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"task": "perplexity", "by_position": [{"first": 1, "last": 8}]},
+        {"task": "perplexity", "by_position": [{"first": 1, "last": 8, "loss": True}]},
+        {"task": "perplexity", "by_position": {"first": 1}},
+        {"task": "needle", "by_place": [{"length": 10**400, "depth": 0, "accuracy": 1}]},
+        {"task": "needle", "by_place": ["no object"]},
+    ],
+)
+def test_a_file_with_other_rows_is_refused(wrong: dict, tmp_path: Path) -> None:
+    run = evaluated(write_run(tmp_path / "run"), wrong)
+    with pytest.raises(UserError, match=r"a\.json is not a file of `megatron-ladder eval`"):
+        write_report([run])
 
 
 def test_runs_side_by_side_are_compared_at_the_end_and_at_equal_time(tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ def test_safe_changes_are_said_and_others_refused(config) -> None:
         check_output_dir(replace(config, seed=5, parallel=parallel))
     assert "parallel" not in str(refused.value).split("\n")[0]
     assert "may change" in str(refused.value)
+    scaled = replace(config, model=replace(config.model, residual_scaling="skipinit"))
+    with pytest.raises(UserError, match=r"residual_scaling: none -> skipinit"):
+        check_output_dir(scaled)
 
 
 def test_a_folder_of_something_else_is_left_alone(config) -> None:

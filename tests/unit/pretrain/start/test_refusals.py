@@ -146,3 +146,5 @@ def test_local_layers_have_no_attention_of_transformer_engine() -> None:
     check_attention("te", "transformer_engine")
     with pytest.raises(UserError, match="attention te is Transformer Engine's"):
         check_attention("te", "local")
+    with pytest.raises(UserError, match="documents apart over context-parallel ranks"):
+        check_attention("te", "transformer_engine", documents_divided=True)
