@@ -129,7 +129,7 @@ def main() -> None:
             runs[name, link] = partial(one_pass, gpt.train(), args, link_s)
     times = measure(runs, args.steps)
     if dist.get_rank() == 0:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, (_, shared) in KINDS.items():
             for number, which in enumerate(("forward", "backward")):
                 # Of each repetition by itself: a slow moment of the machine hits both of its runs.

@@ -247,7 +247,7 @@ def collectives_of(x: Tensor) -> SubmoduleCollectives | None:
     return getattr(x, _SUBMODULE, None)
 
 
-def take_part(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
+def take_part(x: Tensor, collectives: Any) -> Tensor:
     """Marks `x` as the input or output of the sub-module with these `collectives`, and returns `x`."""
     if collectives is not None:
         setattr(x, _SUBMODULE, collectives)

@@ -126,8 +126,9 @@ class LadderExpertsLayer(LadderTransformerLayer):
 
     def _compute(self, name: Submodule, x: Tensor, **kwargs: Any) -> Tensor:
         if name == "mlp":
+            own: Any = collectives_of(x)
             with named(f"layer {self.layer_number}: experts"):
-                return collectives_of(x).compute(x)
+                return own.compute(x)
         return super()._compute(name, x, **kwargs)
 
 
