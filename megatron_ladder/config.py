@@ -325,7 +325,7 @@ class ParallelConfig:
                 f"{world_size} ranks do not divide into TP {self.tensor_model_parallel_size} x "
                 f"PP {self.pipeline_model_parallel_size} x CP {self.context_parallel_size} = "
                 f"{self.model_parallel_size}"
-                + (f", with experts over {ep} of TP x DP" if ep > 1 else "")
+                + (f", with experts over {ep} of TP x CP x DP" if ep > 1 else "")
                 + f": start a multiple of {self.least_ranks} ranks"
             )
         return world_size // self.model_parallel_size

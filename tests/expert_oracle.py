@@ -98,8 +98,13 @@ class Oracle:
 
     def losses(self, tokens: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy of [batch, length + 1] tokens, and the loss of the balance."""
+        logits, balance = self.logits(tokens[:, :-1], cut)
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), balance
+
+    def logits(self, tokens: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+        """[batch, length] tokens -> [batch, length, vocabulary], and the loss of the balance."""
         embedding = self.weights["embedding.word_embeddings.weight"]
-        x, balance = embedding[tokens[:, :-1]], torch.zeros(())
+        x, balance = embedding[tokens], torch.zeros(())
         has_experts = self.model.experts.layers(self.model.num_layers)
         last = x  # the state without the last sub-module's output
         for i, residual in enumerate(self.model.layer_residuals()):
@@ -116,8 +121,8 @@ class Oracle:
                 n = self._norm(reads, self.of_layer(i, "mlp.linear_fc1.layer_norm_weight"))
                 output = self._mlp(n, i, "mlp")
             last, x = x, x + output
-        logits = self._norm(x, self.weights["decoder.final_layernorm.weight"]) @ embedding.t()
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), balance
+        norm = self.weights["decoder.final_layernorm.weight"]
+        return self._norm(x, norm) @ embedding.t(), balance
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.model.layernorm_epsilon)

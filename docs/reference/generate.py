@@ -214,8 +214,8 @@ def _presets(defaults: dict[str, Any]) -> Iterator[str]:
     yield "## Presets"
     yield (
         "What each preset sets. An empty cell is the default above. [train](command-line.md#train) says "
-        "what each is for.\n`adapt`, `adapt-control` and `extend` take the model of `--init-from` in place "
-        "of the `model` fields here."
+        "what each is for.\n`adapt`, `adapt-control`, `extend` and `side-tune` take the model of "
+        "`--init-from` in place of the `model` fields here."
     )
     made = {name: dict(_fields(preset())) for name, preset in PRESETS.items()}
     names = list(made)

@@ -20,9 +20,11 @@ from megatron_ladder.config import (
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config, check_fp8
 from megatron_ladder.json_files import read_json
+from megatron_ladder.side.config import SideConfig
 from pretrain.config.faults import FaultConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.profile import ProfileConfig
+from pretrain.config.side import check_side_run
 from pretrain.config.values import from_dict, to_dict
 from pretrain.files import write_atomically
 
@@ -102,6 +104,7 @@ class TrainConfig:
     """A run or an imported model whose weights training starts from. Its model is taken too; some of
     its layers may be made ladder layers."""
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    side: SideConfig = field(default_factory=SideConfig)
     output_dir: Path | None = None
     """The run's folder; a run found there with the same configuration is resumed."""
     micro_batch_size: int = 1
@@ -215,6 +218,7 @@ class TrainConfig:
                 "fp8.primary_weights with optimizer.moments bf16 is not supported: leave out one of them"
             )
         self._check_adapt()
+        check_side_run(self)
 
     def _check_cuts(self) -> None:
         """Refuses a sequence length that the ranks cannot divide among them."""
@@ -297,6 +301,12 @@ class TrainConfig:
                 "schedule runs them in groups of that size"
             )
         return count
+
+
+def trained_parameters(config: TrainConfig) -> int:
+    """The number of parameters that a run trains: the model's, or its side network's."""
+    model, side = config.model, config.side
+    return side.num_parameters(model) if side.is_on else model.num_parameters()
 
 
 # Fields that may change when a run is resumed. None of them changes the numbers trained on or the order

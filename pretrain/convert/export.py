@@ -24,7 +24,7 @@ from pretrain.config.train import TrainConfig, load_config
 from pretrain.convert.import_tokenizer import has_tokenizer
 from pretrain.convert.plain_model import one_rank_model
 from pretrain.convert.verify_export import verify_export
-from pretrain.convert.weights import checkpoint_weights
+from pretrain.convert.weights import run_weights
 from pretrain.data.folders import DataFolder, kept_facts, labels
 from pretrain.files import sha256
 from pretrain.run.folder import checkpoint_step, find_checkpoint
@@ -71,8 +71,9 @@ def export_run(
     config = load_config(checkpoint / "config.json")
     model = one_rank_model(config.model, config.parallel.tensor_model_parallel_size, run)
     data = kept_facts(checkpoint.parents[1])[0]
-    weights = checkpoint_weights(checkpoint)
-    hf_config = to_hf_config(model, data.tokenizer["eod_id"] if data.has_tokenizer else None)
+    weights = run_weights(checkpoint)
+    eod_id = data.tokenizer["eod_id"] if data.has_tokenizer else None
+    hf_config = to_hf_config(model, eod_id, config.side)
     begins_with = data.tokenizer.get("bos_id") if data.has_tokenizer else None
     hf_config.bos_token_id = begins_with
     imported = checkpoint.parents[1] / "imported"
@@ -104,7 +105,7 @@ def export_run(
         return output_dir
     with complete_or_absent(output_dir) as folder:
         export(folder)
-        found = verify_export(folder, weights, model, as_dtype)
+        found = verify_export(folder, weights, model, as_dtype, config.side)
     logger.info("%s: %s", output_dir, found)
     return output_dir
 

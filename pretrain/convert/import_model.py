@@ -25,7 +25,7 @@ from megatron_ladder.hf.convert import Chunk, hf_to_megatron_chunks, main_dtype
 from megatron_ladder.hf.end_ids import end_ids
 from megatron_ladder.hf.files.output import check_unused, complete_or_absent
 from megatron_ladder.hf.files.stored import stored_tensors
-from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
+from megatron_ladder.hf.from_hf import read_hf_config, refuse_side, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.mcore_checkpoints import save_without_tensors
 from megatron_ladder.reading.plain_files import refuse_links
@@ -76,6 +76,9 @@ def import_model(
     if not (output_dir / "config.json").is_file():  # else it may be this import
         check_unused(output_dir)
     hf_config = read_hf_config(source)
+    refuse_side(
+        hf_config, source, "it can be evaluated and can generate, but not be trained further"
+    )
     model = to_model_config(hf_config, source / "config.json")
     with TemporaryDirectory() as scratch:
         home = folder_with_tokenizer(source, Path(scratch))

@@ -37,8 +37,10 @@ from megatron_ladder.reading.index import Chunk as StoredChunk
 from megatron_ladder.reading.index import check_files, read_index
 from megatron_ladder.reading.plain_files import NotData, open_plain
 from megatron_ladder.reading.tensors import read_tensor
+from pretrain.config.train import load_config
 from pretrain.files import sync
 from pretrain.run.checkpoint_files import NO_WEIGHTS, Facts, refuse_damaged, sums
+from pretrain.run.folder import backbone_of, find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,19 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
         for name, tensor in index.tensors.items()
         if not name.startswith(NO_WEIGHTS)
     }
+
+
+def run_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
+    """As `checkpoint_weights`, and of a side-tuned run the weights of its backbone too.
+
+    Raises:
+        UserError: from `checkpoint_weights`, or the backbone is not in the run's folder.
+    """
+    weights = checkpoint_weights(checkpoint)
+    if load_config(checkpoint / "config.json").side.is_on:
+        backbone = find_checkpoint(backbone_of(checkpoint.parents[1]))
+        weights = {**checkpoint_weights(backbone), **weights}
+    return weights
 
 
 def write_weights(folder: Path, chunks: Sequence[Chunk]) -> Facts:

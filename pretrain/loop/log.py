@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_ladder.fields.windows import attention_length
 from megatron_ladder.mcore_compat import LadderConfig
-from pretrain.config.train import TrainConfig, to_dict
+from pretrain.config.train import TrainConfig, to_dict, trained_parameters
 from pretrain.data.baselines import Baselines
 from pretrain.data.folders import DataFolder, keep_facts
 from pretrain.loop.rank_speed import SlowRank
@@ -22,6 +22,7 @@ from pretrain.model import cudnn
 from pretrain.model.fusions import Choice, adam_class, choices, table
 from pretrain.model.graphs import WARM_UP_STEPS
 from pretrain.plan.memory import Attention, in_words, memory_plan
+from pretrain.plan.side import with_side_network
 from pretrain.run.bad_step import BadStep
 from pretrain.run.metrics import MetricsLog, flops_per_token, peak_flops
 from pretrain.run.status import State, Status
@@ -75,6 +76,7 @@ class RunLog:
                 residual=config.model.residual,
                 versions=versions(),
                 parameters=config.model.num_parameters(),
+                trained_parameters=trained_parameters(config),
                 tokens_per_step=config.tokens_per_step,
                 train_steps=config.train_steps,
                 device=device,
@@ -324,12 +326,15 @@ class RunLog:
     def _flops(self, attended: float) -> float:
         """This rank's operations of a step, where attention works on so many tokens together."""
         model = self._config.model
-        return self._tokens_per_rank_step * flops_per_token(
+        flops = flops_per_token(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
             seq_length=attended,
             matmul_parameters=model.num_matmul_parameters(),
         )
+        if self._config.side.is_on:
+            flops = with_side_network(self._config, flops, attended)
+        return self._tokens_per_rank_step * flops
 
     def _step_s(self) -> float:
         """Seconds of a usual step: the median of the last 100; 0 before the first."""

@@ -19,6 +19,7 @@ from pretrain.loop.log import RunLog
 from pretrain.loop.profile import StepProfile
 from pretrain.loop.rank_speed import RankSpeed
 from pretrain.loop.saving import CheckpointSaver
+from pretrain.loop.side import load_backbone, start_side
 from pretrain.loop.starting import Starting
 from pretrain.loop.step import pass_over, train_step, validate
 from pretrain.loop.stopping import StopSignals
@@ -113,13 +114,16 @@ def _train(
 
     starting.phase("building the model")
     model, optimizer, scheduler = build(config)
+    if config.side.is_on:
+        starting.phase("reading the backbone")
+        load_backbone(config, model)
     teacher = Teacher(config) if config.adapt.distillation_weight else None
     progress = Progress(step=0, consumed_samples=0)
     starting.phase("checking the newest checkpoint")
     if checkpoint := newest_valid(run_dir):
         starting.phase(f"reading the checkpoint {checkpoint.name}")
         progress = load_checkpoint(checkpoint, model, optimizer, scheduler)
-    elif config.init_from:
+    elif config.init_from and not config.side.is_on:
         starting.phase("reading the initial weights")
         load_initial_weights(initial_checkpoint(config.init_from), model_chunks(model))
         optimizer.reload_model_params()
@@ -128,6 +132,9 @@ def _train(
         starting.progress(how_far)
     starting.phase("opening the data sets")
     data = RankBatches(config, folders, cache.path)
+    if config.side.is_on and not checkpoint:
+        starting.phase("finding the side network's first weights")
+        start_side(config, model, optimizer, data)
     speed = RankSpeed(config, reads=data.reads)
     batches = data.received(speed.timed(data.training(progress.consumed_samples)))
     log = RunLog(config, progress.step, device, status, watchdog)

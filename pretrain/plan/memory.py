@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from megatron_ladder.config import PARALLEL, ModelConfig, Recompute
+from megatron_ladder.fields.stages import layers_of_stages
 from megatron_ladder.fp8 import Fp8Recipe
 from pretrain.config.train import TrainConfig
+from pretrain.plan.side import share_of_layers, side_parameters
 
 if TYPE_CHECKING:  # because the command line starts without torch
     from megatron_ladder.layers.attention_choice import CoreAttention
@@ -181,14 +183,7 @@ def activation_bytes(
 
 def stage_layers(config: TrainConfig) -> list[int]:
     """The number of layers of each pipeline stage."""
-    parallel, pp = config.parallel, config.parallel.pipeline_model_parallel_size
-    first = parallel.num_layers_in_first_pipeline_stage
-    last = parallel.num_layers_in_last_pipeline_stage
-    given = [n for n in (first, last) if n is not None]
-    each = (config.model.num_layers - sum(given)) // max(1, pp - len(given))
-    between = [each] * (pp - 2)
-    ends = (each if first is None else first), (each if last is None else last)
-    return [ends[0], *between, ends[1]] if pp > 1 else [config.model.num_layers]
+    return layers_of_stages(config.model.num_layers, config.parallel)
 
 
 def layer_parameters(config: TrainConfig) -> float:
@@ -227,6 +222,10 @@ def memory_plan(
     exponentials if megatron-core's loss is compiled; or what one layer's backward recomputes, and the
     gradients of scores.
 
+    With a side network its parameters alone have gradients and a state of the optimizer. Its blocks keep
+    activations, and its down-projections the backbone's states. Where its first weights are pruned by the
+    backbone's gradients, the backward for that keeps the backbone's activations, if these are more.
+
     Args:
         longest: tokens of the longest document, where they are apart (attended.py). A token has no more
             scores than that: the sum of squares of a micro-batch's documents is at most `longest` times
@@ -238,14 +237,14 @@ def memory_plan(
     cp = parallel.context_parallel_size
     tokens = config.micro_batch_size * config.data.seq_length // cp
     longest = longest or config.data.seq_length
-    recipe = config.fp8.recipe
+    recipe, side = config.fp8.recipe, config.side
     # One mask for all layers: a rank's two chunks, with the keys up to the end of each.
     masks = attention == "torch" and cp > 1 and config.data.attend_across_documents
     mask = BF16 * masks * (2 * cp + 1) * (config.data.seq_length / (2 * cp)) ** 2
 
-    def layer(recompute: Recompute) -> float:
+    def layer(recompute: Recompute, of: ModelConfig = model) -> float:
         return activation_bytes(
-            model,
+            of,
             tokens=tokens,
             seq_length=longest,
             tp=tp,
@@ -273,8 +272,15 @@ def memory_plan(
     for stage in {0, min(1, pp - 1), pp - 1}:  # of the stages between, the first has most in flight
         warm_up = (pp - 1 - stage) * (1 if vpp == 1 else 2) + (vpp - 1) * pp
         in_flight = min(warm_up + 1, most)
-        parameters = stage_parameters(config, stage)
+        parameters = trained = stage_parameters(config, stage)
         chunk = layers[stage] / vpp * layer(config.recompute)
+        if side.is_on:
+            trained = side_parameters(config, stage, layers[stage])
+            blocks = layers[stage] * share_of_layers(config) / vpp
+            states = BF16 * tokens * model.hidden_size / (tp if sp else 1)
+            kept = blocks * (layer("none", side.model(model)) + states)
+            chunk = max(chunk, kept) if side.start == "fisher" else kept
+            parameters += trained
         weights, copies = BF16 * parameters, 0.0
         if recipe:
             linears = layers[stage] * layer_parameters(config)
@@ -287,8 +293,8 @@ def memory_plan(
             MemoryPlan(
                 weights=weights,
                 fp8_weights=copies,
-                gradients=FP32 * parameters,
-                optimizer=state * parameters / (dp * cp),
+                gradients=FP32 * trained,
+                optimizer=state * trained / (dp * cp),
                 activations=in_flight * chunk + mask,
                 logits=logits if at_the_loss else 0.0,
                 backward=0.0 if at_the_loss else backward,

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import is_word, read_json
+from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.places import with_absolute_paths
 from pretrain.config.train import (
     TrainConfig,
@@ -14,12 +15,15 @@ from pretrain.config.train import (
     is_safe_to_change,
     load_config,
     save_config,
+    trained_parameters,
 )
+from pretrain.files import sync
 from pretrain.run.checkpoint_files import damage, refuse_damaged, refuse_newer, written_files
 from pretrain.run.lock import lock
 from pretrain.run.metrics import has_finished
 from pretrain.sizes import in_units
 
+BACKBONE = "backbone"
 INITIAL = "initial.json"  # in a run's folder; docs/reference/formats.md
 
 
@@ -155,7 +159,7 @@ def _is_used(run_dir: Path) -> bool:
 
 def checkpoint_bytes(config: TrainConfig) -> int:
     """The size of one checkpoint: weights, and AdamW's fp32 master weights and two moments."""
-    return config.model.num_parameters() * (16 if config.precision == "fp32" else 14)
+    return trained_parameters(config) * (16 if config.precision == "fp32" else 14)
 
 
 def stored_bytes(config: TrainConfig) -> int:
@@ -198,3 +202,32 @@ def _existing_parent(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def keep_backbone(run_dir: Path, checkpoint: Path) -> None:
+    """Keeps a checkpoint as the backbone of a side-tuned run: the one that the run began with.
+
+    Checkpoints of such a run hold the side network alone, since the backbone does not change. RUN/backbone
+    is a folder like a run's, with that checkpoint in it. Its files are hard links where the file system
+    allows: they take no room, and stay when the other run deletes its own. Elsewhere they are copied, once.
+    So the run is whole by itself, and the checkpoint's manifest has the checksums that show damage.
+    """
+    refuse_links(checkpoint, home=checkpoint.parents[1])
+    folder = backbone_of(run_dir) / "checkpoints"
+    new = folder / f"{checkpoint.name}.tmp"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    for file in sorted(checkpoint.iterdir()):
+        try:
+            os.link(file, new / file.name)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(file, new / file.name)
+            sync(new / file.name)
+    sync(new)
+    new.rename(folder / checkpoint.name)
+    sync(folder)
+
+
+def backbone_of(run_dir: Path) -> Path:
+    """The folder of a side-tuned run's backbone, for `find_checkpoint`."""
+    return run_dir / BACKBONE

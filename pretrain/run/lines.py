@@ -9,7 +9,10 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import is_whole, is_word, short
 
 MOST = (1 << 63) - 1
-WHOLE = ("step", "tokens", "train_steps", "world_size", "tokens_per_step", "rank")
+WHOLE = (
+    *("step", "tokens", "train_steps", "world_size", "tokens_per_step", "rank"),
+    *("parameters", "trained_parameters"),
+)
 # Losses may be NaN.
 NUMBERS = (
     *("time", "unix_time", "loss", "grad_norm", "learning_rate", "tokens_per_second"),

@@ -10,7 +10,8 @@ from megatron_ladder.layers.attention_choice import check_attention
 from megatron_ladder.specs import resolve_impl
 from pretrain.config.optimizer import check_optimizer
 from pretrain.config.places import with_absolute_paths
-from pretrain.config.train import TrainConfig
+from pretrain.config.side import check_side_layout
+from pretrain.config.train import TrainConfig, trained_parameters
 from pretrain.data.blends import describe
 from pretrain.data.checks import open_data, with_vocab_size
 from pretrain.data.fim import fill_in_the_middle
@@ -61,6 +62,7 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             )
     check_initial(config, folders)
     check_layout(config.model, config.parallel)
+    check_side_layout(config.side, config.model, config.parallel)
     check_machine(config.fp8, resolve_impl(config.transformer_impl))
     check_attention(
         config.attention,
@@ -84,6 +86,11 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     check_past(config, folders)
     if plan and config.data.phases:
         plan = f"{plan}\n{describe(config, folders)}"
+    if plan and config.side.is_on:
+        plan = (
+            f"{plan}\nA side network of {trained_parameters(config):,} parameters is trained. The "
+            f"backbone, {config.model.num_parameters():,} parameters, is not"
+        )
     if plan and (longer := extension(config)):
         plan = f"{plan}\n{longer}"
     check_free_space(config)
