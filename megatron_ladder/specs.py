@@ -34,6 +34,7 @@ from megatron_ladder.config import PARALLEL, Residual, ResidualScaling, Transfor
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.attention import LocalSelfAttention
 from megatron_ladder.layers.attention import TorchAttention, UnfusedAttention
+from megatron_ladder.layers.experts import LadderExpertsLayer
 from megatron_ladder.layers.layer import LadderTransformerLayer
 from megatron_ladder.layers.linear import (
     CommFreeColumnParallelLinear,
@@ -117,7 +118,7 @@ def layer_spec(
     Args:
         residuals: each layer's residual kind, first to last. None: every layer is a ladder layer.
         impl: the implementation of the modules; see `resolve_impl`.
-        experts: the spec of a mixture of experts in place of the MLP, of a standard layer.
+        experts: the spec of a mixture of experts in place of the MLP, of standard and ladder layers.
         residual_scaling: what each output is multiplied by before it is added.
         layer_norms: attention and MLP read the state through norms.
         desync_interval: the number of sub-modules from one all-reduce to the next, in desync layers.
@@ -138,9 +139,9 @@ def layer_spec(
     """
     chosen = resolve_impl(impl)
     kinds = set(residuals or ("ladder",))
+    assert experts is None or (kinds <= {"standard", "ladder"} and not halves)
     assert kinds <= PARALLEL or not kinds & PARALLEL
     theirs = kinds == {"standard"} and residual_scaling == "none" and layer_norms and not halves
-    assert theirs or experts is None
     if theirs and chosen == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         if experts is not None:
@@ -160,8 +161,8 @@ def layer_spec(
         else:
             backend = LocalCommFreeBackend()
         spec = ModuleSpec(
-            module=LadderTransformerLayer,
-            submodules=_submodules(backend, kinds, qk_layernorm, layer_norms),
+            module=LadderTransformerLayer if experts is None else LadderExpertsLayer,
+            submodules=_submodules(backend, kinds, qk_layernorm, layer_norms, experts),
             params={
                 "residuals": residuals,
                 "residual_scaling": residual_scaling,

@@ -1,4 +1,4 @@
-"""The unsharded reference of a mixture of experts: standard layers in plain PyTorch, trained in fp32.
+"""The unsharded reference of a mixture of experts: ladder and standard layers in plain PyTorch, in fp32.
 
 Weights have the names that they have in a checkpoint, those of layers are stacked, so gradients have them
 too.
@@ -106,19 +106,23 @@ class Oracle:
         embedding = self.weights["embedding.word_embeddings.weight"]
         x, balance = embedding[tokens], torch.zeros(())
         has_experts = self.model.experts.layers(self.model.num_layers)
-        for i in range(self.model.num_layers):
+        last = x  # the state without the last sub-module's output
+        for i, residual in enumerate(self.model.layer_residuals()):
+            is_ladder = residual == "ladder"
             norm = self.of_layer(i, "self_attention.linear_qkv.layer_norm_weight")
-            x = x + self._attention(self._norm(x, norm), i)
+            output = self._attention(self._norm(last if is_ladder else x, norm), i)
+            last, x = x, x + output
+            reads = last if is_ladder else x
             if has_experts[i]:
-                n = self._norm(x, self.of_layer(i, "pre_mlp_layernorm.weight"))
+                n = self._norm(reads, self.of_layer(i, "pre_mlp_layernorm.weight"))
                 output, loss = self._experts(n, i, cut)
-                x, balance = x + output, balance + loss
+                balance = balance + loss
             else:
-                n = self._norm(x, self.of_layer(i, "mlp.linear_fc1.layer_norm_weight"))
-                x = x + self._mlp(n, i, "mlp")
-        return self._norm(
-            x, self.weights["decoder.final_layernorm.weight"]
-        ) @ embedding.t(), balance
+                n = self._norm(reads, self.of_layer(i, "mlp.linear_fc1.layer_norm_weight"))
+                output = self._mlp(n, i, "mlp")
+            last, x = x, x + output
+        norm = self.weights["decoder.final_layernorm.weight"]
+        return self._norm(x, norm) @ embedding.t(), balance
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.model.layernorm_epsilon)

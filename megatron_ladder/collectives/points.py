@@ -121,6 +121,33 @@ class SubmoduleCollectives:
                 self._output.arrive()
             self._output = None
 
+    # What the points of a layer ask of any sub-module's collectives.
+
+    def arrived(self, x: Tensor) -> Tensor:
+        """`input_wait` of the input `x`."""
+        self.wait_input()
+        return used_here(x)
+
+    def sent(self, x: Tensor, scale: Scale) -> Tensor:
+        """`output_start` of the output `x`."""
+        self.scale = scale
+        if self.sequence_parallel:
+            x = _OutputStart.apply(x, self)
+        else:
+            # The sum is written to `x`'s own memory, without autograd: the gradient of `x` is the gradient
+            # of the sum. `x` is not marked dirty: Transformer Engine's outputs are views, and autograd
+            # allows no function to change those in place.
+            self.start_output(x)
+        return take_part(x, self)
+
+    def complete(self, x: Tensor) -> Tensor:
+        """`output_wait` of the output `x`."""
+        if self.sequence_parallel:
+            x = used_here(_OutputWait.apply(x, self))
+        else:
+            self.wait_output()
+        return _scaled(x, self.scale)
+
     # Backward.
 
     def start_input_gradient(self, grad: Tensor) -> None:
@@ -220,7 +247,7 @@ def collectives_of(x: Tensor) -> SubmoduleCollectives | None:
     return getattr(x, _SUBMODULE, None)
 
 
-def take_part(x: Tensor, collectives: SubmoduleCollectives | None) -> Tensor:
+def take_part(x: Tensor, collectives: Any) -> Tensor:
     """Marks `x` as the input or output of the sub-module with these `collectives`, and returns `x`."""
     if collectives is not None:
         setattr(x, _SUBMODULE, collectives)
@@ -322,15 +349,10 @@ def input_wait(x: Tensor) -> Tensor:
         [s, b, h], complete.
     """
     collectives = collectives_of(x)
-    if collectives is None:
-        return x
-    collectives.wait_input()
-    return used_here(x)
+    return x if collectives is None else collectives.arrived(x)
 
 
-def output_start(
-    x: Tensor, collectives: SubmoduleCollectives | None, scale: Scale = None
-) -> Tensor:
+def output_start(x: Tensor, collectives: Any, scale: Scale = None) -> Tensor:
     """Starts the sum of a sub-module's partial outputs over the ranks.
 
     Args:
@@ -342,17 +364,7 @@ def output_start(
         [s, b, h], or [s/tp, b, h] with sequence parallelism. It is in flight: read it only after
         `output_wait`.
     """
-    if collectives is None:
-        return _scaled(x, scale)
-    collectives.scale = scale
-    if collectives.sequence_parallel:
-        x = _OutputStart.apply(x, collectives)
-    else:
-        # The sum is written to `x`'s own memory, without autograd: the gradient of `x` is the gradient of
-        # the sum. `x` is not marked dirty: Transformer Engine's outputs are views, and autograd allows no
-        # function to change those in place.
-        collectives.start_output(x)
-    return take_part(x, collectives)
+    return _scaled(x, scale) if collectives is None else collectives.sent(x, scale)
 
 
 def output_wait(x: Tensor) -> Tensor:
@@ -365,13 +377,7 @@ def output_wait(x: Tensor) -> Tensor:
         The sum, complete and scaled: [s, b, h], or [s/tp, b, h] with sequence parallelism.
     """
     collectives = collectives_of(x)
-    if collectives is None:
-        return x
-    if collectives.sequence_parallel:
-        x = used_here(_OutputWait.apply(x, collectives))
-    else:
-        collectives.wait_output()
-    return _scaled(x, collectives.scale)
+    return x if collectives is None else collectives.complete(x)
 
 
 def _scaled(x: Tensor, scale: Scale) -> Tensor:

@@ -50,6 +50,7 @@ from megatron_ladder.collectives.ranges import named
 from megatron_ladder.config import PARALLEL, STALE, AllReduce, Residual, ResidualScaling
 from megatron_ladder.layers.desync import meet, part_ways, sum_gradients
 from megatron_ladder.layers.halves import Call, Submodule, calls_of, half_of, join, split
+from megatron_ladder.layers.linear import first_linears
 from megatron_ladder.layers.norm import residual_scales
 from megatron_ladder.layers.recompute import numbers_drawn, recomputed
 from megatron_ladder.layers.stages import pack, unpack
@@ -108,8 +109,8 @@ class LadderTransformerLayer(TransformerLayer):
         # At most one item: the function to call in the middle of the running sub-module, and whether it
         # records gradients; see `_submodule`. A list, because to assign a module's attribute is slow.
         self._chain: list[tuple[Callable[[], None], bool]] = []
-        if self.config.sequence_parallel and "both" not in self.submodules:
-            for first_linear in (self.self_attention.linear_qkv, self.mlp.linear_fc1):
+        if (self.config.sequence_parallel or self.is_moe_layer) and "both" not in self.submodules:
+            for first_linear in first_linears(self):
                 first_linear.register_forward_hook(self._run_chain)
         self.desync_interval = desync_interval
         if self.residual == "desync":
@@ -127,7 +128,7 @@ class LadderTransformerLayer(TransformerLayer):
         modules = set(config.recompute_modules or ()) - {"core_attn"}
         unsupported = {
             "cross-attention": not isinstance(self.cross_attention, IdentityOp),
-            "mixture of experts": self.is_moe_layer,
+            "mixture of experts": self.is_moe_layer and type(self) is LadderTransformerLayer,
             "biases (add_bias_linear)": config.add_bias_linear,
             f"recompute_modules {sorted(modules)}, other than core_attn,": (
                 config.recompute_granularity == "selective" and bool(modules)
@@ -320,7 +321,8 @@ class LadderTransformerLayer(TransformerLayer):
         """
         own = collectives_of(x)
         sequence_parallel = own is not None and own.sequence_parallel
-        since = streams.moment() if sequence_parallel else None
+        in_the_middle = sequence_parallel or self.is_moe_layer
+        since = streams.moment() if in_the_middle else None
         x = input_wait(x)
         results: list[tuple[Tensor, Tensor | None]] = []
 
@@ -330,10 +332,10 @@ class LadderTransformerLayer(TransformerLayer):
                 results.append(chain())
 
         # Without sequence parallelism the chain has one wait. It runs as late as possible, after the
-        # sub-module. With sequence parallelism the chain has two collectives, one after the other. It runs
-        # in the middle of the sub-module, so that each collective overlaps with a part of the sub-module:
-        # in forward, and in backward too, because of the order in which the nodes are made.
-        if chain is not None and sequence_parallel:
+        # sub-module. With sequence parallelism, or experts, the chain has two collectives, one after the
+        # other. It runs in the middle of the sub-module, so that each collective overlaps with a part of
+        # the sub-module: in forward, and in backward too, by the order in which the nodes are made.
+        if chain is not None and in_the_middle:
             self._chain.append((run, torch.is_grad_enabled()))
         if name == "both":
             attention = self._compute("attention", x, **kwargs)

@@ -127,3 +127,10 @@ def _add_to_main_grad(weight: Any, grad: Tensor, x: Tensor) -> Tensor:
         add_product(grad, x, weight.main_grad)
     weight.grad_added_to_main_grad = True  # so DDP adds nothing
     return torch.empty_like(weight)
+
+
+def first_linears(layer: Any) -> tuple[Any, Any]:
+    """The first linears that run in a layer's attention, and in its MLP or its experts."""
+    experts = layer.mlp.experts if layer.is_moe_layer else layer.mlp
+    first = experts.local_experts[0] if hasattr(experts, "local_experts") else experts
+    return layer.self_attention.linear_qkv, first.linear_fc1

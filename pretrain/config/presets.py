@@ -1,6 +1,7 @@
 """Named configurations. Each is a function that returns a TrainConfig; options override its fields.
 
-Every preset but tiny-experts takes `--model.residual standard|ladder|parallel|parallel-ladder|desync`.
+Every preset takes `--model.residual standard|ladder|parallel|parallel-ladder|desync`, and tiny-experts the
+first two.
 """
 
 from collections.abc import Callable

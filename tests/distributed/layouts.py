@@ -90,11 +90,17 @@ EXPERTS = {
         moe_router_load_balancing_type="aux_loss",
     ),
 }
-"""Mixtures of experts, in standard layers."""
+"""Mixtures of experts."""
 OF_EXPERTS = {
     kind: {"residual": "standard", "num_layers": 4, "experts": experts}
     for kind, experts in EXPERTS.items()
 }
+LADDER_EXPERTS = {f"ladder, {kind}": {**OF_EXPERTS[kind], "residual": "ladder"} for kind in EXPERTS}
+LADDER_EXPERTS["hybrid, a shared expert"] = {
+    **LADDER_EXPERTS["ladder, a shared expert"],
+    "ladder_layers": (1, 2),
+}
+OF_EXPERTS |= LADDER_EXPERTS
 # Kinds that also run in halves.
 HALVES = {
     "standard in halves": "standard",

@@ -106,6 +106,24 @@ def test_the_balance_is_logged(whole_run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_of_ladder_layers_resumes_bitwise(data: Path, tmp_path: Path) -> None:
+    options = (
+        *BIASED,
+        *expert_parallel(2),
+        "--model.residual",
+        "ladder",
+        "--recompute",
+        "selective",
+    )
+    whole = tmp_path / "whole"
+    train(data, whole, *options)
+    run = half_of(whole, tmp_path / "run")
+    train(data, run, *options)
+    assert_same(run, whole)
+    assert losses(whole)[-1] < losses(whole)[0] - 1
+
+
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another(
     whole_run: Path, data: Path, tmp_path: Path
 ) -> None:

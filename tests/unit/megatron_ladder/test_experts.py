@@ -97,7 +97,8 @@ def test_parameters_of_all_experts_and_of_those_that_a_token_meets() -> None:
 @pytest.mark.parametrize(
     ("model", "parallel", "message"),
     [
-        ({"residual": "ladder"}, {}, "residual ladder does not go with experts yet"),
+        ({"residual": "parallel"}, {}, "residual parallel does not go with experts yet"),
+        ({"residual": "desync"}, {}, "residual desync does not go with experts yet"),
         (
             {"residual_scaling": "1/n"},
             {},

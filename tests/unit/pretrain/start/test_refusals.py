@@ -98,6 +98,13 @@ def test_what_experts_cannot_do_yet_is_refused_before_ranks_start(
         preflight(config, 2)
 
 
+def test_full_recomputation_of_ladder_layers_with_experts_is_refused() -> None:
+    ladder = replace(EXPERTS.model, residual="ladder")
+    replace(EXPERTS, recompute="full")
+    with pytest.raises(UserError, match="recompute full does not go with experts in ladder layers"):
+        replace(EXPERTS, model=ladder, recompute="full")
+
+
 def test_experts_in_fp8_are_refused() -> None:
     with pytest.raises(UserError, match="recipe tensorwise does not go with experts yet"):
         replace(EXPERTS, fp8=Fp8Config("tensorwise"), precision="bf16")
