@@ -131,7 +131,9 @@ def test_experts_are_divided_over_tensor_and_data_parallel_ranks() -> None:
     check_layout(MODEL, parallel)
     assert (parallel.model_parallel_size, parallel.least_ranks) == (4, 8)
     assert parallel.data_parallel_size(16) == 4
-    with pytest.raises(UserError, match="with experts over 4 of TP x CP x DP: start a multiple of 8"):
+    with pytest.raises(
+        UserError, match="with experts over 4 of TP x CP x DP: start a multiple of 8"
+    ):
         parallel.data_parallel_size(12)
     assert ParallelConfig(tensor_model_parallel_size=2).least_ranks == 2
     with pytest.raises(UserError, match="expert_model_parallel_size is 0"):
