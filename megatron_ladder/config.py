@@ -262,7 +262,7 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Divides the tokens of each sequence over so many ranks, for long sequences."""
     expert_model_parallel_size: int = 1
-    """Ranks over which each layer's experts are divided: of the tensor- and data-parallel ones."""
+    """Ranks that divide each layer's experts: of the tensor-, context- and data-parallel ones."""
     tp_overlap: TpOverlap = "none"
     """halves: standard and parallel layers hide their tensor-parallel collectives too. The two halves of
     a micro-batch take turns: the collectives of one run while the other computes."""

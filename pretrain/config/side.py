@@ -29,6 +29,12 @@ def check_side_run(config: Any) -> None:
         "context parallelism is not supported yet: set parallel.context_parallel_size to 1": (
             config.parallel.context_parallel_size > 1
         ),
+        "an average of its weights is not supported yet: leave optimizer.ema_decay out": (
+            config.optimizer.ema_decay is not None
+        ),
+        "branches of such a run are not supported yet: give --init-from, and begin anew": (
+            config.branch_from is not None
+        ),
         "CUDA graphs are not supported: leave --cuda-graph out": config.cuda_graph,
         "the backbone does not adapt: leave adapt.gradual_steps and adapt.distillation_weight out": bool(
             config.adapt.gradual_steps or config.adapt.distillation_weight

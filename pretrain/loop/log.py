@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_ladder.fields.windows import attention_length
 from megatron_ladder.mcore_compat import LadderConfig
+from pretrain.config.changes import Changes
 from pretrain.config.train import TrainConfig, to_dict, trained_parameters
 from pretrain.data.baselines import Baselines
 from pretrain.data.folders import DataFolder, keep_facts
@@ -41,6 +42,7 @@ class RunLog:
         device: "cpu" or the GPU's name.
         status: gets what the run is doing.
         watchdog: gets the end of each step.
+        changed: options that have other values from here on than before.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class RunLog:
         device: str,
         status: Status,
         watchdog: Watchdog,
+        changed: Changes | None = None,
     ) -> None:
         self._config = config
         self._status = status
@@ -78,8 +81,11 @@ class RunLog:
                 parameters=config.model.num_parameters(),
                 trained_parameters=trained_parameters(config),
                 tokens_per_step=config.tokens_per_step,
+                tokens=config.tokens_after(resume_step),
                 train_steps=config.train_steps,
                 device=device,
+                branch_from=str(config.branch_from) if config.branch_from else None,
+                changed={name: list(pair) for name, pair in (changed or {}).items()},
             )
         self._peak = None if device == "cpu" else peak_flops(device)
         self._tokens_per_rank_step = config.tokens_per_step / self._world_size
@@ -186,7 +192,7 @@ class RunLog:
         self._status.update(
             "training",
             step=step,
-            tokens=step * self._config.tokens_per_step,
+            tokens=self._config.tokens_after(step),
             loss=loss,
             tokens_per_second=self._config.tokens_per_step / step_s,
             eta_s=(self._config.train_steps - step) * step_s,
@@ -201,7 +207,7 @@ class RunLog:
                 whole["mfu_whole_sequences"] = self._flops(length) / mean_s / self._peak
             self._log.train(
                 step=step,
-                tokens=step * self._config.tokens_per_step,
+                tokens=self._config.tokens_after(step),
                 time=self._trained_s,
                 loss=loss,
                 grad_norm=grad_norm,
@@ -231,7 +237,7 @@ class RunLog:
         if bad.action == "rollback":
             self._pending_steps, self._pending_s, self._pending_flops = 0, 0.0, 0.0
             self._trained_s = self._log.time_so_far if self._log else 0.0
-        self._status.update("training", step=step, tokens=step * self._config.tokens_per_step)
+        self._status.update("training", step=step, tokens=self._config.tokens_after(step))
         self._step_done(step)
 
     def slow_ranks(self, step: int, ranks: list[SlowRank]) -> None:
@@ -260,7 +266,7 @@ class RunLog:
         if self._log:
             self._log.validation(
                 step=step,
-                tokens=step * self._config.tokens_per_step,
+                tokens=self._config.tokens_after(step),
                 time=self._trained_s,
                 dataset=dataset,
                 loss=loss,

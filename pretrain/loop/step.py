@@ -1,4 +1,7 @@
-"""One optimizer step, and one validation pass, by megatron-core's schedules."""
+"""One optimizer step, and one validation pass, by megatron-core's schedules.
+
+In shapes s is the number of tokens of a sequence that a rank has: seq_length / context_parallel_size.
+"""
 
 import collections
 import itertools

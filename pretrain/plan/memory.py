@@ -97,7 +97,9 @@ def attention_bytes(
     tokens.
 
     With context parallelism Transformer Engine keeps a rank's own keys and values. Other attention keeps
-    those of all ranks: kv times cp.
+    those of all ranks: kv times cp. Torch's repeats them for their group's heads where there is a mask
+    (attention.py): with windows kv becomes w; with context parallelism each chunk has its own copies, of
+    the keys up to its end, and kv becomes w (2 cp + 1) / 2. The count is of a layer that has a window.
 
     Args:
         seq_length: tokens of a sequence; where documents are apart, of the longest one.
@@ -105,13 +107,18 @@ def attention_bytes(
         again: attention is computed again in backward. It keeps its inputs and its output: 3 w + 3 kv, as
             values are a view of the linear's whole output. There are no log-sums.
     """
-    heads, keys = model.num_attention_heads, model.kv_heads * model.head_dim
+    heads = model.num_attention_heads
     width = heads * model.head_dim
+    keys: float = model.kv_heads * model.head_dim
     if again:
         return BF16 * 3 * (width + keys)
     if attention in ("te", "torch"):
-        ranks = 1 if attention == "te" else cp
-        return BF16 * (2 * (width + keys * ranks) + width * apart) + FP32 * heads
+        window = model.sliding_window is not None and model.sliding_window < seq_length
+        if attention == "torch" and model.kv_heads < heads and (cp > 1 or window):
+            keys = width * ((2 * cp + 1) / 2 if cp > 1 else 1)
+        elif attention == "torch":
+            keys *= cp
+        return BF16 * (2 * (width + keys) + width * apart) + FP32 * heads
     numbers = {"te-unfused": 4, "torch-unfused": 7, "unfused": 6 if keys == width else 4}
     scores = SCORES[attention][1 if model.attention_dropout else 0]
     return BF16 * numbers[attention] * width + scores * heads * seq_length
@@ -212,8 +219,9 @@ def memory_plan(
     """The memory of the pipeline stage that takes most.
 
     A parameter takes 2 bytes in bf16, 4 bytes for its fp32 gradient, and 12 bytes / dp in the distributed
-    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16). With context parallelism
-    dp cp ranks share it, and a rank has the tokens of a sequence over cp.
+    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16), and 4 bytes more with an
+    average of the weights. With context parallelism dp cp ranks share it, and a rank has the tokens of a
+    sequence over cp.
 
     Activations are those of `activation_bytes`, for all micro-batches in flight. On the first stage these
     are pp micro-batches in 1F1B, and 1 + (pp - 1) / (pp vpp) times as many in the interleaved schedule.
@@ -239,7 +247,7 @@ def memory_plan(
     longest = longest or config.data.seq_length
     recipe, side = config.fp8.recipe, config.side
     # One mask for all layers: a rank's two chunks, with the keys up to the end of each.
-    masks = attention == "torch" and cp > 1 and config.data.attend_across_documents
+    masks = attention == "torch" and cp > 1
     mask = BF16 * masks * (2 * cp + 1) * (config.data.seq_length / (2 * cp)) ** 2
 
     def layer(recompute: Recompute, of: ModelConfig = model) -> float:
@@ -265,6 +273,8 @@ def memory_plan(
     logit = BF16 + (FP32 if config.deterministic else 2 * FP32)
     logits = logit * tokens * model.padded_vocab_size / tp
     state = FP32 + 2 * (BF16 if config.optimizer.moments == "bf16" else FP32)
+    if config.optimizer.ema_decay is not None:
+        state += FP32
     most = config.num_microbatches(dp) * vpp
     not_in_fp8 = config.fp8.num_layers_at_start_in_bf16 + config.fp8.num_layers_at_end_in_bf16
     layers = stage_layers(config)

@@ -61,6 +61,10 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         ("parameters", _parameters(start)),
         ("device", f"{start['world_size']} x {start['device']}"),
     ]
+    if trunk := start.get("branch_from"):
+        rows.append(("branch of", in_words(str(trunk))))
+    for line in run.changes:
+        rows.append((f"changed after step {line['step']:,}", _changed(line["changed"])))
     if run.train:
         last = run.train[-1]
         rows += [
@@ -105,6 +109,16 @@ def _parameters(start: dict[str, Any]) -> str:
     whole = start["parameters"]
     trained = start.get("trained_parameters", whole)  # older runs have trained all
     return f"{whole:,}" if trained == whole else f"{whole:,}, and {trained:,} of a side network"
+
+
+def _changed(changed: dict[str, list[Any]]) -> str:
+    return "; ".join(f"{name}: {_value(a)} -> {_value(b)}" for name, (a, b) in changed.items())
+
+
+def _value(value: Any) -> str:
+    """A value of the configuration; lists, such as of data sets, may be long."""
+    text = in_words(str(value))
+    return text if len(text) < 120 else f"{text[:117]}..."
 
 
 def _trouble(run: Run) -> list[tuple[str, str]]:

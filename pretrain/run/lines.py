@@ -49,6 +49,15 @@ def check_metrics(line: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name} is missing")
     if wrong := _wrong(line):
         raise UserError(f"{where}: {wrong} is {short(line[wrong])}")
+    if kind == "start" and not _are_changes(line.get("changed", {})):
+        raise UserError(f"{where}: changed is {short(line['changed'])}")
+
+
+def _are_changes(value: Any) -> bool:
+    """Whether it is a dictionary of names and pairs: the value before, and the value from here on."""
+    return isinstance(value, dict) and all(
+        is_word(name) and isinstance(pair, list) and len(pair) == 2 for name, pair in value.items()
+    )
 
 
 def is_status(values: dict[str, Any]) -> bool:

@@ -17,7 +17,9 @@ def sharded_states() -> dict[str, ShardedTensor]:
     """This rank's random states, for megatron-core's `save` and `load`.
 
     Each is a tensor of bytes, [pipeline ranks, tensor ranks, context ranks, bytes]. All data-parallel ranks
-    have the same states, since they draw the same numbers for other data: one of them is stored.
+    have the same states, since they draw the same numbers for other data: one of them is stored. With
+    expert parallelism the tracker's state for experts differs between them. That does no harm: it is drawn
+    from for their first weights alone, on a GPU.
     """
     stage, stages = parallel_state.get_pipeline_model_parallel_rank(), _layout()["pp"]
     tensor, tensors = parallel_state.get_tensor_model_parallel_rank(), _layout()["tp"]

@@ -141,7 +141,9 @@ def check_initial(config: TrainConfig, folders: list[DataFolder]) -> None:
                 "side.reduction: a side network stands beside a model that exists: give --init-from RUN"
             )
         return
-    resumed = config.output_dir is not None and latest_checkpoint(config.output_dir) is not None
+    resumed = config.branch_from is not None or (
+        config.output_dir is not None and latest_checkpoint(config.output_dir) is not None
+    )
     if resumed and not config.adapt.distillation_weight and not config.init_from.exists():
         return  # its weights are read no more
     if resumed and config.adapt.distillation_weight:

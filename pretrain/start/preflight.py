@@ -18,11 +18,12 @@ from pretrain.data.fim import fill_in_the_middle
 from pretrain.data.folders import DataFolder
 from pretrain.model.compiled import check_compile
 from pretrain.model.graphs import check_cuda_graph
-from pretrain.run.folder import check_free_space, check_output_dir
+from pretrain.run.folder import check_free_space, check_output_dir, plan_of
 from pretrain.start.extend import extension
+from pretrain.start.going_on.changes import with_past
+from pretrain.start.going_on.past import is_same
 from pretrain.start.initial import check_initial
 from pretrain.start.open_files import check_open_files
-from pretrain.start.past import check_past, is_same, same_data
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +81,10 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             f"keep_last is {config.keep_last}: give at least 2, so that another checkpoint is left when "
             "the newest one is damaged"
         )
-    plan = check_output_dir(config)
-    assert config.output_dir is not None
-    folders = same_data(config.output_dir, folders)
-    check_past(config, folders)
-    if plan and config.data.phases:
+    check_output_dir(config)
+    config, folders = with_past(config, folders)
+    plan = plan_of(config)
+    if plan and (config.data.phases or config.past.blends):
         plan = f"{plan}\n{describe(config, folders)}"
     if plan and config.side.is_on:
         plan = (
