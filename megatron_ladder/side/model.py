@@ -21,7 +21,7 @@ from megatron_ladder.config import ModelConfig, ParallelConfig, TransformerImpl
 from megatron_ladder.layers.stages import complete_state
 from megatron_ladder.mcore_compat import LadderConfig, build_gpt_model
 from megatron_ladder.side.config import SideConfig
-from megatron_ladder.side.network import SideNetwork
+from megatron_ladder.side.network import SideNetwork, weakly
 
 
 class SideTunedModel(MegatronModule):
@@ -57,12 +57,14 @@ class SideTunedModel(MegatronModule):
         self._before: Tensor | None = None  # the embedding, or the side network's state from before
         self._states: list[Tensor] = []
         self._newest: tuple[Any, Any] | None = None
+        # Weak, since a cycle of references would keep the process groups, which the layers refer to.
         if self.pre_process:
-            backbone.embedding.register_forward_hook(self._keep_embedding)
+            backbone.embedding.register_forward_hook(weakly(self._keep_embedding))
         for layer in backbone.decoder.layers:
-            layer.register_forward_hook(self._keep_state)
+            layer.register_forward_hook(weakly(self._keep_state))
         if self.post_process:
-            backbone.decoder.final_layernorm.register_forward_pre_hook(self._final_input)
+            hook = weakly(self._final_input)
+            backbone.decoder.final_layernorm.register_forward_pre_hook(hook)
 
     @property
     def backbone(self) -> GPTModel:

@@ -1,5 +1,7 @@
 """The side network: small transformer blocks. Each reads a state of the backbone through a gate."""
 
+import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -82,7 +84,8 @@ class SideNetwork(MegatronModule):
         self.up = Linear(config, small, hidden_size, zeros=starts_with_zero) if last else None
         self._states: list[Tensor] = []
         for number, layer in enumerate(own):
-            layer.register_forward_pre_hook(partial(self._through_gate, number), with_kwargs=True)
+            hook = partial(weakly(self._through_gate), number)
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def forward(self, x: Tensor, states: list[Tensor], documents: Any = None) -> Tensor:
         """Runs the blocks of this chunk.
@@ -130,6 +133,18 @@ class SideNetwork(MegatronModule):
                 replace_prefix_for_sharding(part, own, f"{prefix}{name}.")
                 state |= part
         return state
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound method that does not keep its object, for a hook of a module that the object refers to."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        found = reference()
+        assert found is not None, "the side network of this model is gone"
+        return found(*args)
+
+    return call
 
 
 def _sum_with_sequence_parallelism(parameter: Any, config: Any) -> None:
