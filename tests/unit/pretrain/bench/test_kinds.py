@@ -21,6 +21,7 @@ from pretrain.bench import interleaved, kinds, kinds_ranks, wire
 from pretrain.bench.kinds_page import draw, figures, table
 from pretrain.bench.kinds_plan import (
     BLOCKING,
+    KINDS,
     NO_COMM,
     STANDARD,
     Job,
@@ -59,7 +60,7 @@ def test_kinds_that_a_layout_cannot_have_are_not_in_it() -> None:
     found = settings_of(MODEL_8B, 2, "fp32", fp8=False)
     assert {s.hardware_queues for s in found} == {1}
     kinds_of = {(s.tensor_model_parallel_size, s.micro_batch_size): s.kinds for s in found}
-    assert len(kinds_of[2, 2]) == 8
+    assert kinds_of[2, 2] == list(KINDS)
     assert set(kinds_of[2, 2]) - set(kinds_of[2, 1]) == {
         "standard in halves",
         "parallel in halves",
@@ -436,7 +437,7 @@ def test_all_kinds_have_the_same_weights_in_memory() -> None:
             kinds_ranks._build(name, job, layout, decoders, failed)
         assert not failed and list(decoders) == layout.kinds
         assert decoders[BLOCKING] is decoders[STANDARD]
-        assert len({id(decoder) for decoder in decoders.values()}) == 7
+        assert len({id(decoder) for decoder in decoders.values()}) == len(KINDS) - 1
         for name in ("self_attention.linear_qkv", "mlp.linear_fc2"):
             weights = [
                 decoder.block.layers[1].get_submodule(name).weight for decoder in decoders.values()
@@ -446,8 +447,9 @@ def test_all_kinds_have_the_same_weights_in_memory() -> None:
         for name, config in configs.items():
             assert config.halves == ("halves" in name)
             assert config.sequence_parallel == (name != NO_COMM)  # it has no sums to cut
-            residual = "standard" if name == BLOCKING else name.removesuffix(" in halves")
-            assert decoders[name].model.residual == residual
+            assert decoders[name].model.residual == KINDS[name].residual
+        hybrid = decoders["hybrid (last half)"].model
+        assert hybrid.layer_residuals() == ("standard", "ladder")
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
