@@ -64,10 +64,10 @@ def checkpoint_state(
         **weights,
         "optimizer": optimizer_shards(optimizer, weights, is_loading=False).state(),
         "scheduler": scheduler.state_dict(),
-        "rng": random_states.sharded_states(),
+        "rng": random_states.sharded_states(model[0].config),
         "progress": asdict(progress),
     }
-    return state, {**_METADATA, "rng": random_states.kinds()}
+    return state, {**_METADATA, "rng": random_states.kinds(model[0].config)}
 
 
 def newest_valid(run_dir: Path) -> Path | None:
@@ -104,13 +104,13 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
     dropout draws from them. Called by all ranks.
     """
     saved = dist_checkpointing.load_content_metadata(str(path))
-    same_layout = saved.get("rng") == random_states.kinds()
+    same_layout = saved.get("rng") == random_states.kinds(model[0].config)
     weights = {name: _without_states_of_norms(part) for name, part in _weights(model).items()}
     with loading_optimizer(optimizer):
         shards = optimizer_shards(optimizer, weights, is_loading=True)
         state = {**weights, "optimizer": shards.state()}
         if same_layout:
-            state["rng"] = random_states.sharded_states()
+            state["rng"] = random_states.sharded_states(model[0].config)
         loaded = load_in_parallel(state, path)
         shards.restore(loaded["optimizer"])
     for name, chunk in model_chunks(model).items():
