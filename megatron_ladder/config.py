@@ -262,7 +262,7 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Divides the tokens of each sequence over so many ranks, for long sequences."""
     expert_model_parallel_size: int = 1
-    """Ranks over which each layer's experts are divided: of the tensor- and data-parallel ones."""
+    """Ranks that divide each layer's experts: of the tensor-, context- and data-parallel ones."""
     tp_overlap: TpOverlap = "none"
     """halves: standard and parallel layers hide their tensor-parallel collectives too. The two halves of
     a micro-batch take turns: the collectives of one run while the other computes."""
@@ -325,7 +325,7 @@ class ParallelConfig:
                 f"{world_size} ranks do not divide into TP {self.tensor_model_parallel_size} x "
                 f"PP {self.pipeline_model_parallel_size} x CP {self.context_parallel_size} = "
                 f"{self.model_parallel_size}"
-                + (f", with experts over {ep} of TP x DP" if ep > 1 else "")
+                + (f", with experts over {ep} of TP x CP x DP" if ep > 1 else "")
                 + f": start a multiple of {self.least_ranks} ranks"
             )
         return world_size // self.model_parallel_size

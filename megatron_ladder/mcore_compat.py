@@ -236,6 +236,7 @@ def build_gpt_model(
     impl: TransformerImpl = "auto",
     *,
     device: torch.device | None = None,
+    blocks_only: bool = False,
 ) -> list[GPTModel]:
     """Builds this rank's part of megatron-core's GPTModel, with this project's layers.
 
@@ -243,6 +244,8 @@ def build_gpt_model(
         model: with `vocab_size` set.
         config: from `transformer_config` of the same model.
         device: meta makes parameters without data. None: the rank's own device.
+        blocks_only: without embedding, final norm and output layer; forward takes what `set_input_tensor`
+            got.
 
     Returns:
         The chunks of this pipeline stage, first to last; one unless the schedule is interleaved. Their
@@ -280,8 +283,10 @@ def build_gpt_model(
                 transformer_layer_spec=block_spec(config, specs, impl, chunk),
                 vocab_size=model.padded_vocab_size,
                 max_sequence_length=model.max_position_embeddings,
-                pre_process=parallel_state.is_pipeline_first_stage(False, chunk),
-                post_process=parallel_state.is_pipeline_last_stage(False, chunk),
+                pre_process=not blocks_only
+                and parallel_state.is_pipeline_first_stage(False, chunk),
+                post_process=not blocks_only
+                and parallel_state.is_pipeline_last_stage(False, chunk),
                 share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
                 position_embedding_type="rope",
                 rotary_base=model.rotary_base,

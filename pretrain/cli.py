@@ -14,6 +14,7 @@ USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says mor
   train     pretrain a model on data sets
   import    make a run's folder of a Hugging Face model
   export    write a run's checkpoint as a Hugging Face folder
+  merge     write the mean of several checkpoints of a run
   generate  continue prompts with a run or an exported folder
   serve     the same over HTTP, as OpenAI's API
   eval      perplexity, small offline tasks and lm-evaluation-harness on a run or an exported folder
@@ -70,6 +71,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
             from pretrain.commands.convert import export
 
             return export
+        case "merge":
+            from pretrain.commands.convert import merge
+
+            return merge
         case "generate":
             from pretrain.commands.inference import generate
 

@@ -98,8 +98,13 @@ class Oracle:
 
     def losses(self, tokens: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy of [batch, length + 1] tokens, and the loss of the balance."""
+        logits, balance = self.logits(tokens[:, :-1], cut)
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), balance
+
+    def logits(self, tokens: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+        """[batch, length] tokens -> [batch, length, vocabulary], and the loss of the balance."""
         embedding = self.weights["embedding.word_embeddings.weight"]
-        x, balance = embedding[tokens[:, :-1]], torch.zeros(())
+        x, balance = embedding[tokens], torch.zeros(())
         has_experts = self.model.experts.layers(self.model.num_layers)
         for i in range(self.model.num_layers):
             norm = self.of_layer(i, "self_attention.linear_qkv.layer_norm_weight")
@@ -111,8 +116,9 @@ class Oracle:
             else:
                 n = self._norm(x, self.of_layer(i, "mlp.linear_fc1.layer_norm_weight"))
                 x = x + self._mlp(n, i, "mlp")
-        logits = self._norm(x, self.weights["decoder.final_layernorm.weight"]) @ embedding.t()
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), balance
+        return self._norm(
+            x, self.weights["decoder.final_layernorm.weight"]
+        ) @ embedding.t(), balance
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.model.layernorm_epsilon)

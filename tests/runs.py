@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pretrain.commands.train import train
@@ -17,8 +18,13 @@ from pretrain.start.launch import local_ranks
 from tests.ranks import fork_managers
 
 
-def run_train(argv: list[str], log: Path, timeout_s: float) -> tuple[list[int | None], str]:
+def run_train(
+    argv: list[str], log: Path, timeout_s: float, kill_when: Callable[[], bool] | None = None
+) -> tuple[list[int | None], str]:
     """Trains to the end, on as many ranks as the command would start.
+
+    Args:
+        kill_when: when it is true, all ranks get SIGKILL.
 
     Returns:
         The ranks' exit statuses, and what they printed.
@@ -35,6 +41,11 @@ def run_train(argv: list[str], log: Path, timeout_s: float) -> tuple[list[int | 
     for process in processes:
         process.start()
     deadline = time.monotonic() + timeout_s
+    while kill_when and any(process.is_alive() for process in processes):
+        if kill_when() or time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.005)
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():

@@ -196,7 +196,7 @@ def trained_once(
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     warm_up, steps, began = max(1, options.steps // 10), options.steps, time.process_time()
-    losses: dict[str, list[float]] = {"training": [], "validation": []}
+    losses: dict[str, list[float | None]] = {"training": [], "validation": []}
     at: list[int] = []
     for step in range(1, steps + 1):
         over = math.pi * max(0, step - warm_up) / max(1, steps - warm_up)
@@ -209,9 +209,11 @@ def trained_once(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses["training"].append(round(loss.item(), 5))
-        if not math.isfinite(losses["training"][-1]):
+        value = loss.item()
+        if not math.isfinite(value):
+            losses["training"].append(None)  # JSON has no NaN
             break
+        losses["training"].append(round(value, 5))
         if step % max(1, steps // 4) == 0 or step == steps:
             at.append(step)
             with torch.no_grad():
@@ -263,7 +265,7 @@ def growth_table(rows: list[dict[str, Any]]) -> str:
 def last_losses(runs: list[dict[str, Any]], norms: bool, scaling: str) -> list[float | None]:
     """The validation loss at the end of each seed; None for a run that ended at NaN."""
     of = [r for r in runs if (r["norms"], r["scaling"]) == (norms, scaling)]
-    good = [math.isfinite(r["training"][-1]) and len(r["validation"]) > 0 for r in of]
+    good = [r["training"][-1] is not None for r in of]
     return [r["validation"][-1] if g else None for r, g in zip(of, good, strict=True)]
 
 

@@ -20,8 +20,9 @@ from unittest import mock
 import tyro
 
 from pretrain.cli import COMMANDS, USAGE, main
+from pretrain.config.changes import may_change
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import Phase, TrainConfig, is_safe_to_change
+from pretrain.config.train import Phase, TrainConfig
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by `python docs/reference/generate.py`: change the options' help, not this page. -->"
@@ -165,8 +166,8 @@ def configuration() -> str:
         "`--parallel.no-sequence-parallel`.\n"
         "A run keeps its fields in `config.json`, which `--config` reads. `train` starts from a "
         "[preset](#presets).\nWhat the preset does not set has the default of these tables.\n"
-        "Resume: yes where a run may be resumed with another value. A change of `data` is for the steps "
-        "to come.",
+        "Resume: yes where a run may be resumed with another value, for the steps to come. "
+        "[Change a run](../guides/change-a-run.md)\nsays when, and why others may not change.",
     ]
     fields = dict(_fields(TrainConfig))
     actions = {
@@ -186,9 +187,7 @@ def configuration() -> str:
             else:
                 assert name == "data.phases", f"{name} is no option: say here how it is given"
                 kind, default, meaning = "list", "none", "Only in a file: see [below](#phases)."
-            rows.append(
-                (f"`{name}`", kind, default, "yes" if is_safe_to_change(name) else "no", meaning)
-            )
+            rows.append((f"`{name}`", kind, default, "yes" if may_change(name) else "no", meaning))
         parts.append(_table(("field", "type", "default", "resume", "meaning"), rows))
         if section == "data":
             parts.append("### phases")
@@ -214,8 +213,8 @@ def _presets(defaults: dict[str, Any]) -> Iterator[str]:
     yield "## Presets"
     yield (
         "What each preset sets. An empty cell is the default above. [train](command-line.md#train) says "
-        "what each is for.\n`adapt`, `adapt-control` and `extend` take the model of `--init-from` in place "
-        "of the `model` fields here."
+        "what each is for.\n`adapt`, `adapt-control`, `extend` and `side-tune` take the model of "
+        "`--init-from` in place of the `model` fields here."
     )
     made = {name: dict(_fields(preset())) for name, preset in PRESETS.items()}
     names = list(made)
@@ -235,6 +234,8 @@ def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(config if is_class else type(config))
     sections = []
     for field in dataclasses.fields(config):
+        if field.name == "past":  # no option, `train` writes it: formats.md
+            continue
         if dataclasses.is_dataclass(hint := hints[field.name]):
             sections.append((field.name, hint if is_class else getattr(config, field.name)))
         else:

@@ -181,8 +181,6 @@ def check_experts(model: Any, parallel: Any) -> None:
         )
     if parallel.tp_overlap == "halves":
         raise UserError("parallel.tp_overlap halves does not go with experts yet: leave it out")
-    if parallel.context_parallel_size > 1:
-        raise UserError("parallel.context_parallel_size does not go with experts yet: leave it out")
     if experts.num_moe_experts % ep:
         raise UserError(
             f"model.experts.num_moe_experts {experts.num_moe_experts} is not divisible by "

@@ -25,6 +25,11 @@ def check_rope(model: Any) -> None:
                 f"model.rope_beta_slow is {slow} and model.rope_beta_fast {fast}: they must be above 0, "
                 "and rope_beta_slow the smaller"
             )
+        attention = model.rope_attention_factor
+        if attention is not None and not 0 < attention < math.inf:
+            raise UserError(
+                f"model.rope_attention_factor is {attention}: it must be above 0; leave it out for YaRN's"
+            )
         if model.rotary_base <= 1:
             raise UserError(
                 f"model.rotary_base is {model.rotary_base}: model.rope_scaling_type yarn needs one above 1"

@@ -33,3 +33,20 @@ def check_stages(num_layers: int, parallel: Any) -> None:
                 f"{layers} layers of a pipeline stage do not divide into "
                 f"parallel.virtual_pipeline_model_parallel_size {parallel.num_chunks} parts"
             )
+
+
+def layers_of_stages(num_layers: int, parallel: Any) -> list[int]:
+    """The number of layers of each pipeline stage, first to last.
+
+    Args:
+        parallel: a `ParallelConfig` that `check_stages` allows.
+    """
+    pp = parallel.pipeline_model_parallel_size
+    if pp == 1:
+        return [num_layers]
+    first = parallel.num_layers_in_first_pipeline_stage
+    last = parallel.num_layers_in_last_pipeline_stage
+    given = [n for n in (first, last) if n is not None]
+    each = (num_layers - sum(given)) // max(1, pp - len(given))
+    ends = (each if first is None else first), (each if last is None else last)
+    return [ends[0], *[each] * (pp - 2), ends[1]]

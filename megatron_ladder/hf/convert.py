@@ -19,12 +19,19 @@ The rows of linear_qkv are ordered by query group: the group's query heads, its 
 The rows of linear_fc1 are those of the gate projection, then those of the up projection. RoPE pairs the
 same channels on both sides, so no row moves within a head.
 
+A side network (megatron_ladder/side) has these too, with K blocks of h / r channels:
+
+    side.first.weight, side.up.weight                             [h/r, h], [h, h/r]
+    side.rungs.gate, side.rungs.down.weight                       [K, 1], [K, h/r, h]
+    side.blocks.decoder.layers. ...                               as above, of K layers
+
 A tensor may be an object that reads its data only when needed. It must have `shape`, `dtype`, and
 `tensor[layer]` or `tensor[:]`, which return a torch.Tensor.
 """
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,8 +41,9 @@ import torch
 from torch import Tensor
 
 from megatron_ladder.hf.configuration_ladder import PARALLELS, LadderConfig
+from megatron_ladder.hf.modeling_side import LadderSideConfig
 
-_STACKED = "decoder.layers."
+_LAYERS = "decoder.layers."
 # A sub-module's output is what its last linear gives.
 _LAST_LINEARS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
@@ -45,70 +53,100 @@ class _Entry:
     """A megatron-core tensor, and the Hugging Face tensors in it (in one layer of it, if stacked)."""
 
     megatron: str
-    hugging_face: Mapping[str, tuple[int, ...]]  # name, without "model.layers.N." -> shape
+    hugging_face: Mapping[str, tuple[int, ...]]  # name, without `layer_name` -> shape
+    of: LadderConfig  # has its heads and layers
+    layer_name: str = (
+        ""  # what Hugging Face's names begin with, if stacked, such as model.layers.{}.
+    )
     vocabulary: bool = False  # megatron-core pads its rows
 
     @property
     def stacked(self) -> bool:
-        return self.megatron.startswith(_STACKED)
+        return bool(self.layer_name)
 
     def full_name(self, name: str, layer: int | str) -> str:
-        return f"model.layers.{layer}.{name}" if self.stacked else name
+        return self.layer_name.format(layer) + name
 
-    def layers(self, config: LadderConfig) -> range:
-        return range(config.num_hidden_layers if self.stacked else 1)
+    @property
+    def layers(self) -> range:
+        return range(self.of.num_hidden_layers if self.stacked else 1)
 
-    def megatron_shape(self, config: LadderConfig, padded_vocab_size: int) -> tuple[int, ...]:
+    def megatron_shape(self, padded_vocab_size: int) -> tuple[int, ...]:
         shapes = list(self.hugging_face.values())
         rows = padded_vocab_size if self.vocabulary else sum(shape[0] for shape in shapes)
         shape = (rows, *shapes[0][1:])
-        return (config.num_hidden_layers, *shape) if self.stacked else shape
+        return (self.of.num_hidden_layers, *shape) if self.stacked else shape
 
 
 def _entries(config: LadderConfig) -> list[_Entry]:
     """The only map of names, in the order in which Hugging Face lists its tensors."""
-    h, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    h, vocab = config.hidden_size, config.vocab_size
+    table = {"model.embed_tokens.weight": (vocab, h)}
+    entries = [
+        _Entry("embedding.word_embeddings.weight", table, config, vocabulary=True),
+        *_layer_entries(config, _LAYERS, "model.layers.{}."),
+        _Entry("decoder.final_layernorm.weight", {"model.norm.weight": (h,)}, config),
+    ]
+    if not config.tie_word_embeddings:
+        head = {"lm_head.weight": (vocab, h)}
+        entries.append(_Entry("output_layer.weight", head, config, vocabulary=True))
+    if isinstance(config, LadderSideConfig):
+        blocks, name = config.blocks(), "model.side.blocks.{}."
+        small = blocks.hidden_size
+        first, up = (
+            {f"model.side.{end}.weight": shape}
+            for end, shape in (("first", (small, h)), ("up", (h, small)))
+        )
+        down = {"down.weight": (small, h)}
+        entries += [
+            _Entry("side.first.weight", first, config),
+            _Entry("side.rungs.gate", {"gate": (1,)}, blocks, name),
+            _Entry("side.rungs.down.weight", down, blocks, name),
+            *_layer_entries(blocks, f"side.blocks.{_LAYERS}", f"{name}layer."),
+            _Entry("side.up.weight", up, config),
+        ]
+    return entries
+
+
+def _layer_entries(config: LadderConfig, layers: str, name: str) -> list[_Entry]:
+    """The map of a stack of layers.
+
+    Args:
+        layers: what megatron-core's names begin with.
+        name: as `_Entry.layer_name`.
+    """
+    h, ffn = config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    attention, mlp = _STACKED + "self_attention.", _STACKED + "mlp."
-    qkv_names = {
+    qkv = {
         "self_attn.q_proj.weight": (q, h),
         "self_attn.k_proj.weight": (kv, h),
         "self_attn.v_proj.weight": (kv, h),
     }
-    fc1_names = {"mlp.gate_proj.weight": (ffn, h), "mlp.up_proj.weight": (ffn, h)}
-    entries = [
-        _Entry("embedding.word_embeddings.weight", {"model.embed_tokens.weight": (vocab, h)}, True),
-        _Entry(attention + "linear_qkv.layer_norm_weight", {"input_layernorm.weight": (h,)}),
-        _Entry(attention + "linear_qkv.weight", qkv_names),
-    ]
-    if not config.layer_norms:
-        del entries[1]
+    tensors: dict[str, dict[str, tuple[int, ...]]] = {}
+    if config.layer_norms:
+        tensors["self_attention.linear_qkv.layer_norm_weight"] = {"input_layernorm.weight": (h,)}
+    tensors["self_attention.linear_qkv.weight"] = dict(qkv)
     if config.qkv_bias:
-        biases = {n.replace("weight", "bias"): (rows,) for n, (rows, _) in qkv_names.items()}
-        entries.append(_Entry(attention + "linear_qkv.bias", biases))
+        biases = {n.replace("weight", "bias"): (rows,) for n, (rows, _) in qkv.items()}
+        tensors["self_attention.linear_qkv.bias"] = dict(biases)
     if config.qk_norm:
         for one in "qk":
             norm = {f"self_attn.{one}_norm.weight": (config.head_dim,)}
-            entries.append(_Entry(attention + f"{one}_layernorm.weight", norm))
-    entries.append(_Entry(attention + "linear_proj.weight", {"self_attn.o_proj.weight": (h, q)}))
+            tensors[f"self_attention.{one}_layernorm.weight"] = dict(norm)
+    tensors["self_attention.linear_proj.weight"] = {"self_attn.o_proj.weight": (h, q)}
     if config.layer_norms and config.residual not in PARALLELS:
-        entries.append(
-            _Entry(mlp + "linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (h,)})
-        )
-    entries += [
-        _Entry(mlp + "linear_fc1.weight", fc1_names),
-        _Entry(mlp + "linear_fc2.weight", {"mlp.down_proj.weight": (h, ffn)}),
-    ]
+        tensors["mlp.linear_fc1.layer_norm_weight"] = {"post_attention_layernorm.weight": (h,)}
+    tensors["mlp.linear_fc1.weight"] = {
+        "mlp.gate_proj.weight": (ffn, h),
+        "mlp.up_proj.weight": (ffn, h),
+    }
+    tensors["mlp.linear_fc2.weight"] = {"mlp.down_proj.weight": (h, ffn)}
     if config.residual_scaling == "skipinit":
-        scales = {"residual_scales": (1 if config.residual in PARALLELS else 2,)}
-        entries.append(_Entry(_STACKED + "residual_scales", scales))
-    entries += [
-        _Entry("decoder.final_layernorm.weight", {"model.norm.weight": (h,)}),
-    ]
-    if not config.tie_word_embeddings:
-        entries.append(_Entry("output_layer.weight", {"lm_head.weight": (vocab, h)}, True))
-    return entries
+        tensors["residual_scales"] = {
+            "residual_scales": (1 if config.residual in PARALLELS else 2,)
+        }
+    return [_Entry(layers + megatron, theirs, config, name) for megatron, theirs in tensors.items()]
 
 
 def megatron_to_hf(
@@ -137,19 +175,16 @@ def megatron_to_hf(
             f"embedding.word_embeddings.weight has {padded_vocab_size} rows, fewer than the "
             f"vocabulary's {config.vocab_size}"
         )
-    expected = {e.megatron: e.megatron_shape(config, padded_vocab_size) for e in entries}
+    expected = {e.megatron: e.megatron_shape(padded_vocab_size) for e in entries}
     _check(tensors, expected, "megatron-core")
 
     def stream() -> Iterator[tuple[str, Tensor]]:
-        outside = [entry for entry in entries if not entry.stacked]
-        for entry in outside[:1]:
-            yield from _split(entry, tensors[entry.megatron][:], 0, config)
-        for layer in range(config.num_hidden_layers):
-            for entry in entries:
-                if entry.stacked:
-                    yield from _split(entry, tensors[entry.megatron][layer], layer, config)
-        for entry in outside[1:]:
-            yield from _split(entry, tensors[entry.megatron][:], 0, config)
+        for stacked, group in itertools.groupby(entries, key=lambda entry: entry.stacked):
+            some = list(group)
+            for layer in some[0].layers:
+                for entry in some:
+                    tensor = tensors[entry.megatron][layer if stacked else slice(None)]
+                    yield from _split(entry, tensor, layer)
 
     return stream()
 
@@ -217,7 +252,7 @@ def checked_hf_tensors(state: Mapping[str, Any], config: LadderConfig) -> Mappin
     expected = {
         entry.full_name(name, layer): shape
         for entry in _entries(config)
-        for layer in entry.layers(config)
+        for layer in entry.layers
         for name, shape in entry.hugging_face.items()
     }
     _check(state, expected, "Hugging Face")
@@ -252,7 +287,7 @@ def hf_to_megatron_chunks(
 
     def make(entry: _Entry, layer: int) -> Tensor:
         parts = [state[entry.full_name(name, layer)][:] for name in entry.hugging_face]
-        tensor = _join(parts, config)
+        tensor = _join(parts, entry.of)
         if entry.vocabulary and len(tensor) < padded_vocab_size:
             tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padded_vocab_size - len(tensor)))
         return tensor
@@ -261,7 +296,7 @@ def hf_to_megatron_chunks(
     for entry in entries:
         dtypes = {
             state[entry.full_name(name, layer)].dtype
-            for layer in entry.layers(config)
+            for layer in entry.layers
             for name in entry.hugging_face
         }
         if len(dtypes) > 1:
@@ -270,8 +305,8 @@ def hf_to_megatron_chunks(
                 f"{', '.join(sorted(map(str, dtypes)))}. A checkpoint holds them as one tensor: store "
                 "them all in one dtype"
             )
-        shape = entry.megatron_shape(config, padded_vocab_size)
-        for layer in entry.layers(config):
+        shape = entry.megatron_shape(padded_vocab_size)
+        for layer in entry.layers:
             number = layer if entry.stacked else None
             makes = functools.partial(make, entry, layer)
             chunks.append(Chunk(entry.megatron, shape, next(iter(dtypes)), number, makes))
@@ -304,11 +339,9 @@ def main_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
     return max(elements, key=elements.__getitem__)
 
 
-def _split(
-    entry: _Entry, tensor: Tensor, layer: int, config: LadderConfig
-) -> Iterator[tuple[str, Tensor]]:
+def _split(entry: _Entry, tensor: Tensor, layer: int) -> Iterator[tuple[str, Tensor]]:
     """Splits a megatron-core tensor, or one layer of a stacked one, into its Hugging Face tensors."""
-    names = [entry.full_name(name, layer) for name in entry.hugging_face]
+    names, config = [entry.full_name(name, layer) for name in entry.hugging_face], entry.of
     if entry.vocabulary:
         parts = [tensor[: config.vocab_size]]
     elif len(names) == 3:  # q, k, v

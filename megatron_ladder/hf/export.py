@@ -36,6 +36,7 @@ from megatron_ladder.hf.end_ids import one_or_several, several
 from megatron_ladder.hf.files.ahead import one_ahead
 from megatron_ladder.hf.files.output import complete_or_absent, refuse_others, synced_behind
 from megatron_ladder.hf.files.stored import bytes_of, is_finite, safetensors_header
+from megatron_ladder.hf.modeling_side import LadderSideConfig
 from megatron_ladder.hf.tokenizer import write_tokenizer
 from megatron_ladder.json_files import read_json
 
@@ -45,6 +46,13 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_ladder.LadderConfig",
     "AutoModel": "modeling_ladder.LadderModel",
     "AutoModelForCausalLM": "modeling_ladder.LadderForCausalLM",
+}
+# Of a model with a side network, with one file more.
+_SIDE_FILE = "modeling_side.py"
+_SIDE_AUTO_MAP = {
+    "AutoConfig": "modeling_side.LadderSideConfig",
+    "AutoModel": "modeling_side.LadderSideModel",
+    "AutoModelForCausalLM": "modeling_side.LadderSideForCausalLM",
 }
 _SHARED_FIELDS = (
     "vocab_size",
@@ -176,6 +184,8 @@ def needs_code(config: LadderConfig, *, own_tokenizer: bool) -> bool:
     """
     theirs = config.residual == "standard" and not (config.qkv_bias and config.qk_norm)
     theirs = theirs and config.residual_scaling == "none" and config.layer_norms
+    if isinstance(config, LadderSideConfig):
+        theirs = False
     # Of Qwen's layers some may have a window. Of Mistral's all have it, or none.
     if not (config.qkv_bias or config.qk_norm) and len(set(config.layer_windows())) > 1:
         theirs = False
@@ -228,6 +238,7 @@ def model_card(
         remote_code=with_code,
         architecture="" if with_code else _architecture(standard_config(config)),
         ladder_layers=config.ladder_layer_indices(),
+        side=config if isinstance(config, LadderSideConfig) else None,
         other_residual=LADDERS.get(config.residual),
         dtype=_name(dtype),
         facts={name: facts.get(name) for name in CARD_FACTS},
@@ -250,9 +261,10 @@ def _write_configs(
         extra["rope_theta"] = rope.pop("rope_theta")
         extra["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     else:
-        exported = LadderConfig.from_dict(config.to_dict())
-        extra["auto_map"] = _AUTO_MAP
-        for name in _MODELLING_FILES:
+        has_side = isinstance(config, LadderSideConfig)
+        exported = type(config).from_dict(config.to_dict())
+        extra["auto_map"] = _SIDE_AUTO_MAP if has_side else _AUTO_MAP
+        for name in (*_MODELLING_FILES, *([_SIDE_FILE] if has_side else [])):
             shutil.copyfile(_HERE / name, folder / name)
     exported.architectures = [_architecture(exported)]
     exported.dtype = dtype

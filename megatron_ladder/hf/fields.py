@@ -12,7 +12,13 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import is_whole, short
 
 # Each may be absent. Where null is allowed, it means the same.
-SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "side_reduction",
+)
 SIZES_OR_NULL = ("num_key_value_heads", "head_dim")
 COUNTS_OR_NULL = ("sliding_window", "max_window_layers", "original_max_position_embeddings")
 NUMBERS = ("rms_norm_eps", "initializer_range")
@@ -69,10 +75,11 @@ def check_fields(values: dict[str, Any], path: Path) -> None:
         ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
         right = all(i is None or is_whole(i, -1, MOST_SIZE) for i in ids)
         need(right, name, value, "a token id")
-    layers = values.get("ladder_layers")
-    some = layers if isinstance(layers, list) else [0 if layers is None else layers]
-    right = all(is_whole(layer, 0, MOST_LAYERS) for layer in some)
-    need(right, "ladder_layers", layers, "null, a number or a list of layers")
+    for name in ("ladder_layers", "side_layers"):
+        layers = values.get(name)
+        some = layers if isinstance(layers, list) else [0 if layers is None else layers]
+        right = all(is_whole(layer, 0, MOST_LAYERS) for layer in some)
+        need(right, name, layers, "null, a number or a list of layers")
     types = values.get("layer_types")
     right = types is None or (isinstance(types, list) and all(isinstance(t, str) for t in types))
     need(right, "layer_types", types, "a list of names")
@@ -86,6 +93,7 @@ def check_fields(values: dict[str, Any], path: Path) -> None:
         "mlp_bias",
         "qkv_bias",
         "layer_norms",
+        "side_add_last_state",
     ):
         value = values.get(name, False)
         need(value is None or type(value) is bool, name, value, "true or false")

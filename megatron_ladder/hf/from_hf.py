@@ -5,11 +5,12 @@ from typing import Any
 
 from transformers import AutoConfig
 
-import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
+import megatron_ladder.hf  # noqa: F401 (registers "ladder" and "ladder-side" with transformers)
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.fields import check_fields
 from megatron_ladder.hf.model_config import FULL, SLIDING, rope_fields, window_fields
+from megatron_ladder.hf.modeling_side import LadderSideConfig
 from megatron_ladder.json_files import in_words, named, read_json, short
 from megatron_ladder.rope import LLAMA3_HIGH, LLAMA3_LOW
 
@@ -19,8 +20,9 @@ ARCHITECTURES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "LadderForCausalLM",
+    "LadderSideForCausalLM",
 )
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "ladder")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "ladder", "ladder-side")
 # All Llama 3 models have these numbers.
 LLAMA3 = {"low_freq_factor": LLAMA3_LOW, "high_freq_factor": LLAMA3_HIGH}
 # The models whose layers may have a window or not. The others' layers are all the same.
@@ -69,6 +71,17 @@ def read_hf_config(folder: Path) -> Any:
             f"{path}: model_type {named(str(config.model_type))} does not go with {architecture}"
         )
     return config
+
+
+def refuse_side(config: Any, folder: Path, what: str) -> None:
+    """Raises UserError when a folder has a side network, with which the caller cannot work.
+
+    Args:
+        config: from `read_hf_config`.
+        what: the caller cannot do, and what to do instead.
+    """
+    if isinstance(config, LadderSideConfig):
+        raise UserError(f"{folder} has a side network: {what}")
 
 
 def architecture_of(values: dict[str, Any]) -> str:

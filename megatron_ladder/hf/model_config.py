@@ -1,25 +1,40 @@
 """Translates a training configuration to the configuration of the exported model, and parts of it back."""
 
+import functools
 from typing import Any
 
 from megatron_ladder import rope
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.fields.windows import layer_windows
 from megatron_ladder.hf.configuration_ladder import LadderConfig
+from megatron_ladder.hf.modeling_side import LadderSideConfig
+from megatron_ladder.side.config import SideConfig
 
+NO_SIDE = SideConfig()
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of layers
 
 
-def to_hf_config(model: ModelConfig, eod_id: int | None = None) -> LadderConfig:
+def to_hf_config(
+    model: ModelConfig, eod_id: int | None = None, side: SideConfig = NO_SIDE
+) -> LadderConfig:
     """Translates a training configuration to Hugging Face's fields.
 
     Args:
         model: with `vocab_size` set.
         eod_id: the id of the token that ends a document. Generation stops at it.
+        side: of the side network. With one, the result is a LadderSideConfig.
     """
     assert model.vocab_size is not None
     layers, windows = model.ladder_layers, layer_windows(model)
-    return LadderConfig(
+    kind: Any = LadderConfig
+    if side.reduction is not None:
+        kind = functools.partial(
+            LadderSideConfig,
+            side_reduction=side.reduction,
+            side_layers=list(side.kept_layers(model.num_layers)),
+            side_add_last_state=side.add_last_state,
+        )
+    return kind(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
         intermediate_size=model.ffn_hidden_size,
@@ -112,3 +127,15 @@ def rope_fields(parameters: dict[str, Any]) -> dict[str, Any]:
     if attention is not None:
         fields["rope_attention_factor"] = float(attention)
     return fields
+
+
+def side_fields(config: Any) -> SideConfig:
+    """The side network of a folder's model; the default where it has none.
+
+    Args:
+        config: transformers' configuration.
+    """
+    if not isinstance(config, LadderSideConfig):
+        return NO_SIDE
+    dropped = tuple(i for i in range(config.num_hidden_layers) if i not in config.side_layers)
+    return SideConfig(config.side_reduction, dropped or None, "fisher", config.side_add_last_state)

@@ -191,7 +191,7 @@ class LadderDecoderLayer(GradientCheckpointingLayer):
 
 
 class LadderPreTrainedModel(PreTrainedModel):
-    config_class = LadderConfig
+    config_class: type[LadderConfig] = LadderConfig
     base_model_prefix = "model"
     _no_split_modules = ["LadderDecoderLayer"]  # noqa: RUF012 (transformers' own name)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -292,7 +292,8 @@ class LadderModel(LadderPreTrainedModel):
             # Gradient checkpointing needs the states as positional arguments, and the cache by name.
             a, m = layer(a, m, cos, sin, mask, past_key_values=past_key_values, **kwargs)
             states.append(m)
-        states[-1] = self.norm(m)
+        kwargs |= {"mask": mask, "past_key_values": past_key_values}
+        states[-1] = self.norm(self._final_input(states, **kwargs))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return BaseModelOutputWithPast(
@@ -301,13 +302,19 @@ class LadderModel(LadderPreTrainedModel):
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
+    def _final_input(self, states: list[Tensor], **kwargs: Any) -> Tensor:
+        """What the final norm reads, of the embedding and the `m` of each layer: the last one. A model with
+        a side network (modeling_side.py) reads them all, and uses `kwargs`."""
+        return states[-1]
+
 
 class LadderForCausalLM(LadderPreTrainedModel, GenerationMixin):
+    _model_class = LadderModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: LadderConfig) -> None:
         super().__init__(config)
-        self.model = LadderModel(config)
+        self.model = self._model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

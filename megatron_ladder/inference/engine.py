@@ -29,6 +29,7 @@ from megatron_ladder.inference.cache import (
 )
 from megatron_ladder.inference.controller import controller_of
 from megatron_ladder.inference.requests import Output, Request, Sampling, check_prompt
+from megatron_ladder.rope import softmax_scale
 
 PROMPT_TOKENS = {"cpu": 512, "cuda": 2048}
 """Tokens of prompts in a step, by device. More would fill it no better, and requests that decode wait for
@@ -73,7 +74,7 @@ class DynamicEngine:
         seed: int = 0,
     ) -> None:
         cpu.enable()
-        _check_window(chunk, model)
+        _check_attention(chunk, model)
         from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
         from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 
@@ -277,16 +278,22 @@ def generate_static(
     return [tuple(itertools.takewhile(lambda token: token not in ends, ids)) for ids in new]
 
 
-def _check_window(chunk: Any, model: ModelConfig) -> None:
-    if (
-        model.sliding_window is not None
-        and model.sliding_window < model.max_position_embeddings
-        and next(chunk.parameters()).is_cuda
-        and not find_spec("megatron.core.inference.config")  # before 0.19
-    ):
+def _check_attention(chunk: Any, model: ModelConfig) -> None:
+    """Raises UserError for attention that megatron-core's engine for GPUs does not compute before 0.19."""
+    if not next(chunk.parameters()).is_cuda or find_spec("megatron.core.inference.config"):
+        return
+    engine, lacks = "the engine of this megatron-core", ""
+    if model.sliding_window is not None and model.sliding_window < model.max_position_embeddings:
+        lacks = f"model.sliding_window is {model.sliding_window}: {engine} attends to all tokens"
+    elif (
+        softmax_scale(model) is not None
+    ):  # it passes the scale for prompts, and not for new tokens
+        lacks = (
+            f"model.rope_scaling_type is yarn: {engine} does not scale new tokens' scores for it"
+        )
+    if lacks:
         raise UserError(
-            f"model.sliding_window is {model.sliding_window}: the engine of this megatron-core attends to "
-            "all tokens. Use megatron-core 0.19, which needs Python 3.12, or export the model and run it "
+            f"{lacks}. Use megatron-core 0.19, which needs Python 3.12, or export the model and run it "
             "with transformers or vLLM"
         )
 

@@ -29,10 +29,11 @@ class UnfusedAttention(DotProductAttention):
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        alone = copy.copy(config)
-        alone.context_parallel_size = 1  # megatron-core's module refuses more
-        super().__init__(alone, *args, **kwargs)
         divided = config.context_parallel_size > 1
+        if divided:
+            config = copy.copy(config)
+            config.context_parallel_size = 1  # megatron-core's module refuses more
+        super().__init__(config, *args, **kwargs)
         self._context_group = parallel_state.get_context_parallel_group() if divided else None
 
     def forward(
@@ -66,10 +67,16 @@ class UnfusedAttention(DotProductAttention):
             return self.attend(query, key, value)
         return each_by_itself(self.attend, packed_seq_params, query, key, value)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, most: tuple[int, int] | None = None
+    ) -> Tensor:
         """Causal attention. The arguments and the result are those of `forward`.
 
         There may be more keys than queries: the queries are those of the last tokens.
+
+        Args:
+            most: the most queries, and the most keys before the first of them, of all calls that may share
+                a mask. None: this call's.
         """
         mask = None
         if 1 < len(query) < len(key):
@@ -101,21 +108,22 @@ class TorchAttention(UnfusedAttention):
         with _without_cudnn() if apart and query.is_cuda else contextlib.nullcontext():
             return super().forward(query, *args, **kwargs)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, most: tuple[int, int] | None = None
+    ) -> Tensor:
         if self._unsupported:
             return super().attend(query, key, value)
         # Torch aligns its causal mask to the first key. That is right only when there are as many queries.
         # A single query, of the last token, attends to all keys. Others of the last tokens need a bias.
         assert len(query) <= len(key)
         causal, bias = False, None
-        if (
-            len(query) == len(key) > 1
-        ):  # a branch, as traced for any length the condition is no bool
+        # A branch: traced for any length the condition is no bool.
+        if len(query) == len(key) > 1:
             causal = True
         window = self._window if self._window and self._window < len(key) else None
         if window is None and 1 < len(query) < len(key):
-            earlier = len(key) - len(query)
-            bias = bias_of_last(len(query), earlier, len(key), query.dtype, query.device)
+            most = most or (len(query), len(key) - len(query))
+            bias = bias_of_last(len(query), len(key), most, None, query.dtype, query.device)
         masked = window is not None or bias is not None
         groups = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
         if keys_are_repeated(groups, query.device, query.dtype, masked=masked):

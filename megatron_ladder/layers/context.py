@@ -47,7 +47,7 @@ def gathered(key: Tensor, value: Tensor, group: Any) -> tuple[Tensor, Tensor]:
 
 
 def attend_over_ranks(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor],
     group: Any,
     documents: Documents | None,
     query: Tensor,
@@ -58,7 +58,8 @@ def attend_over_ranks(
 
     Args:
         attend: causal attention of the last queries: [queries, b, heads, channels] and [keys, b, key/value
-            heads, channels] -> [queries, b, heads x channels].
+            heads, channels] -> [queries, b, heads x channels]. It also gets the most queries and the most
+            keys before them that a document has in the chunk.
         group: the n ranks among which the sequences are divided.
         documents: of the whole sequences. None: each sequence is one.
         query: [s/n, b, heads, channels].
@@ -77,7 +78,7 @@ def attend_over_ranks(
 
 
 def _attend(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor],
     rank: int,
     size: int,
     lengths: list[int],
@@ -90,8 +91,11 @@ def _attend(
     for number, own in zip(chunks_of(rank, size), query.chunk(2), strict=True):
         end = (number + 1) * len(own)
         queries, keys = parts_of_chunk(lengths, end - len(own), end)
-        seen = [x[end - sum(keys) : end].split(keys) for x in (key, value)]
-        attended += [attend(*part) for part in zip(own.split(queries), *seen, strict=True)]
+        seen = (x[end - sum(keys) : end].split(keys) for x in (key, value))
+        most = len(own), end - len(own)
+        attended += [
+            attend(q, k, v, most) for q, k, v in zip(own.split(queries), *seen, strict=True)
+        ]
     return torch.cat(attended)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ladder.layers.halves import join
+
 
 def pack(a: Tensor, y: Tensor) -> Tensor:
     """Packs the pair of states, both complete, in the one tensor that a stage sends.
@@ -29,6 +31,23 @@ def unpack(x: Tensor, hidden_size: int) -> tuple[Tensor, Tensor | None]:
         return x, None
     a, y = x.chunk(2, dim=-1)
     return a.contiguous(), y.contiguous()
+
+
+def complete_state(layer: Any, output: Tensor, context: Any) -> Tensor:
+    """The state with all outputs, m, of what a layer has returned. It waits for the layer's last output.
+
+    Args:
+        layer: in training mode: in evaluation mode outputs become the states that they are added to.
+        output, context: what its forward returned.
+
+    Returns:
+        [s, b, h], or [s/tp, b, h] with sequence parallelism.
+    """
+    if context is None:
+        a, y = unpack(output, layer.config.hidden_size)
+        return a if y is None else layer._add(a, y)
+    *complete, a = context if isinstance(context, tuple) else (context,)
+    return join((*complete, layer._add(a, output)))
 
 
 def connect(layers: list[Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 LEAST_BLOCK = 128
 """Fewest queries that are computed at a time. Small blocks would be many calls."""
 ALIGNMENT = 16
-"""Rows of a bias begin at multiples of so many numbers: torch's kernel on GPUs would copy other ones."""
+"""Rows of a bias begin at multiples of so many numbers: torch's kernel on GPUs copies or refuses others."""
 
 
 def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
@@ -34,9 +34,7 @@ def attend_in_window(
     """Causal attention of each token to the last `window` tokens, block by block.
 
     A block of queries sees the keys of its own tokens and of the window before them. So no more than
-    s (block + window) scores are computed. Two biases, of the first block and of the others, are enough for
-    all lengths and layers; where tokens before the first query are keys too, the first block may have one
-    of its own.
+    s (block + window) scores are computed. The biases are parts of one, for all lengths and layers.
 
     Args:
         query: [b, heads, s, channels], of the last s tokens.
@@ -53,31 +51,48 @@ def attend_in_window(
     for start in range(0, length, size):
         stop = min(start + size, length)
         first, last = max(0, keys - length + start - window + 1), keys - length + stop
-        before = last - first - (stop - start)
-        bias = bias_of_last(size, before, window, query.dtype, query.device)
+        most = size, window - 1
+        bias = bias_of_last(stop - start, last - first, most, window, query.dtype, query.device)
         parts.append(
-            attend(
-                query[:, :, start:stop],
-                key[:, :, first:last],
-                value[:, :, first:last],
-                bias[: stop - start, : last - first],
-            )
+            attend(query[:, :, start:stop], key[:, :, first:last], value[:, :, first:last], bias)
         )
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
-@functools.lru_cache(maxsize=8)
 def bias_of_last(
-    queries: int, before: int, window: int, dtype: torch.dtype, device: torch.device
+    queries: int,
+    keys: int,
+    most: tuple[int, int],
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    """What is added to the scores of tokens, with their own keys and those of `before` tokens before them.
+    """What is added to the scores of the last `queries` of `keys` tokens.
 
-    Its upper left part is that of fewer tokens. It is kept, so that all layers share it: autograd would
-    keep one for each of them.
+    Whether a token sees a key depends on the distance between them alone. So every bias is a part of a
+    larger one, which is kept: documents have many lengths, and autograd would keep a bias for each of them
+    and each layer.
+
+    Args:
+        most: the most queries, and the most keys before the first of them, that are asked for.
+        window: None: all tokens up to its own.
 
     Returns:
-        [queries, before + queries] of `dtype`: 0 within the window, else -inf.
+        [queries, keys] of `dtype`: 0 within the window, else -inf. A view.
     """
+    most_queries, most_before = most
+    before = keys - queries
+    assert queries <= most_queries and before <= most_before
+    column = most_before - before
+    row = -column % ALIGNMENT  # so many columns further too: the same distances, aligned
+    kept = _largest_bias(most_queries + ALIGNMENT - 1, most_before, window, dtype, device)
+    return kept[row : row + queries, column + row : column + row + keys]
+
+
+@functools.lru_cache(maxsize=8)
+def _largest_bias(
+    queries: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     keys = before + queries
     with torch.inference_mode(False):  # training may use it later
         rows = torch.zeros(queries, -(-keys // ALIGNMENT) * ALIGNMENT, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""`megatron-ladder export` and `import`."""
+"""`megatron-ladder export`, `merge` and `import`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ class ExportOptions:
     """Of the weights; None keeps that of each tensor."""
     max_shard_size: str = "5GB"
     """Larger models are written as several files of at most this."""
+    weights: Literal["trained", "ema"] = "trained"
+    """ema: their average over the steps, of a run with --optimizer.ema-decay."""
     license: str | None = None
     """For the model card: the hub's name of it, such as apache-2.0."""
     push: str | None = None
@@ -49,9 +51,36 @@ def export(argv: list[str]) -> int:
         options.dtype,
         options.max_shard_size,
         options.license,
+        options.weights,
     )
     if options.push is not None:
         print(push_folder(options.output_dir, options.push, private=options.private))
+    return 0
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """Write the mean of several checkpoints of a run, for export, eval and --init-from.
+
+    It has weights alone, so no training goes on with it."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    last: int | None = None
+    """The mean of so many of its newest checkpoints."""
+    steps: tuple[int, ...] | None = None
+    """Or of the checkpoints of these steps."""
+    output_dir: Path | None = None
+    """A new folder; None: one in RUN/merged."""
+
+
+@for_users
+def merge(argv: list[str]) -> int:
+    """Writes the mean of several checkpoints."""
+    options = tyro.cli(MergeOptions, args=argv, prog="megatron-ladder merge")
+    from pretrain.convert.merge import merge_run
+
+    print(merge_run(options.run, options.last, options.steps, options.output_dir))
     return 0
 
 

@@ -16,7 +16,7 @@ import tyro
 from data_prep.cli import Command as DataCommand
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
-from pretrain.commands.convert import ExportOptions, ImportOptions
+from pretrain.commands.convert import ExportOptions, ImportOptions, MergeOptions
 from pretrain.commands.index import parse_index
 from pretrain.commands.report import ReportOptions
 from pretrain.commands.users import for_users
@@ -118,6 +118,9 @@ def _step(command: list[str], ranks: int, *, is_first: bool) -> Step:
         output = getattr(parsed, "output_dir", None) or getattr(parsed, "output", None)
         output = output or parsed.data  # commands that only read data sets have no output folder
         output = output[0] if isinstance(output, tuple) else output
+    elif name == "merge":
+        merging = tyro.cli(MergeOptions, args=arguments, prog="megatron-ladder merge")
+        output = merging.output_dir or merging.run
     elif name in ("export", "import"):
         options: Any = ExportOptions if name == "export" else ImportOptions
         output = tyro.cli(options, args=arguments, prog=f"megatron-ladder {name}").output_dir
@@ -129,7 +132,7 @@ def _step(command: list[str], ranks: int, *, is_first: bool) -> Step:
         output = tyro.cli(EvalOptions, args=arguments, prog="megatron-ladder eval").model
     else:
         raise UserError(
-            f"submit {name}: submit takes train, index, data, import, export, eval and report"
+            f"submit {name}: submit takes train, index, data, import, export, merge, eval and report"
         )
     return Step(tuple(command), Path(output).absolute(), tasks)
 

@@ -23,6 +23,22 @@ class OptimizerConfig:
     moments: Literal["fp32", "bf16"] = "fp32"
     """Of Adam's two moments. bf16 takes 8 bytes a parameter of the optimizer's 12; it needs precision
     bf16 and Transformer Engine's FusedAdam."""
+    ema_decay: float | None = None
+    """Also keep an average of the weights: after each step ema = ema_decay * ema + (1 - ema_decay) *
+    weights, in fp32. None: do not. `export --weights ema` writes it."""
+
+    def __post_init__(self) -> None:
+        if self.ema_decay is None:
+            return
+        if not 0 < self.ema_decay < 1:
+            raise UserError(
+                f"optimizer.ema_decay is {self.ema_decay}: it must be above 0 and below 1, such as 0.999"
+            )
+        if self.moments != "fp32":
+            raise UserError(
+                f"optimizer.ema_decay with optimizer.moments {self.moments} is not supported: leave out "
+                "one of them"
+            )
 
 
 def check_optimizer(optimizer: OptimizerConfig, precision: Precision) -> None:

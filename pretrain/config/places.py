@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig
 
 
@@ -13,6 +14,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         config,
         data=replace(config.data, paths=tuple(path.absolute() for path in config.data.paths)),
         init_from=config.init_from and config.init_from.absolute(),
+        branch_from=config.branch_from and config.branch_from.absolute(),
         output_dir=config.output_dir and config.output_dir.absolute(),
     )
 
@@ -31,6 +33,25 @@ def with_names(config: TrainConfig) -> TrainConfig:
         data=replace(config.data, paths=tuple(map(named, config.data.paths))),
         output_dir=config.output_dir and named(config.output_dir),
     )
+
+
+def run_and_step(branch_from: Path) -> tuple[Path, int]:
+    """The run and the step of RUN@STEP.
+
+    Raises:
+        UserError: it is nothing of that form.
+    """
+    run, _, step = str(branch_from).rpartition("@")
+    if not run or not (step.isascii() and step.isdigit() and len(step) < 9):
+        raise UserError(
+            f"--branch-from {branch_from}: give a run's folder and a step, as runs/trunk@300"
+        )
+    return Path(run), int(step)
+
+
+def branch_at(run: Path, step: int) -> Path:
+    """RUN@STEP."""
+    return run.with_name(f"{run.name}@{step}")
 
 
 def run_of(file: Path) -> Path | None:
@@ -59,9 +80,14 @@ def found_from(run: Path, config: TrainConfig) -> TrainConfig:
         moved = Path(os.path.normpath(run.absolute() / os.path.relpath(path, saved_run)))
         return moved if moved.exists() else path
 
+    def found_trunk(branch_from: Path) -> Path:
+        trunk, step = run_and_step(branch_from)
+        return branch_at(found(trunk), step)
+
     return replace(
         config,
         data=replace(config.data, paths=tuple(map(found, config.data.paths))),
         init_from=config.init_from and found(config.init_from),
+        branch_from=config.branch_from and found_trunk(config.branch_from),
         output_dir=run,
     )

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.fields.experts import ExpertsConfig
+from megatron_ladder.side.config import SideConfig
 from pretrain.config.train import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
@@ -194,6 +195,20 @@ def extend() -> TrainConfig:
     )
 
 
+def side_tune() -> TrainConfig:
+    """A model that exists (--init-from), not trained, and a small network beside it that is (LST)."""
+    config = adapt()
+    return replace(
+        config,
+        side=SideConfig(reduction=8),
+        data=DataConfig(seq_length=2048),
+        # arXiv 2206.06522: the learning rate of T5-base, and the warm-up of its scripts.
+        optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.0),
+        schedule=ScheduleConfig(train_steps=2_000, warmup_steps=200),
+        global_batch_size=32,
+    )
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "debug": debug,
     "tiny": tiny,
@@ -205,6 +220,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "adapt": adapt,
     "adapt-control": adapt_control,
     "extend": extend,
+    "side-tune": side_tune,
 }
 # They have no model of their own: it is that of --init-from.
-OF_A_MODEL = frozenset(("adapt", "adapt-control", "extend"))
+OF_A_MODEL = frozenset(("adapt", "adapt-control", "extend", "side-tune"))

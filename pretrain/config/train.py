@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from megatron_ladder.config import (
     STALE,
     Attention,
@@ -20,9 +22,12 @@ from megatron_ladder.config import (
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config, check_fp8
 from megatron_ladder.json_files import read_json
+from megatron_ladder.side.config import SideConfig
 from pretrain.config.faults import FaultConfig
 from pretrain.config.optimizer import OptimizerConfig
+from pretrain.config.past import Past
 from pretrain.config.profile import ProfileConfig
+from pretrain.config.side import check_side_run
 from pretrain.config.values import from_dict, to_dict
 from pretrain.files import write_atomically
 
@@ -72,7 +77,9 @@ class ScheduleConfig:
     decay: Literal["cosine", "wsd"] = "cosine"
     """cosine: down from the end of warm-up. wsd: warm-up, stable, then down in the last part."""
     wsd_decay_fraction: float = 0.2
-    """The share of training in which wsd goes down, linearly."""
+    """The share of training in which wsd goes down, linearly; 0: it does not, and runs branch off it."""
+    wsd_decay_steps: int | None = None
+    """The same in steps, in place of the share."""
     min_lr_fraction: float = 0.1
     """The last learning rate over the peak."""
 
@@ -101,7 +108,11 @@ class TrainConfig:
     init_from: Path | None = None
     """A run or an imported model whose weights training starts from. Its model is taken too; some of
     its layers may be made ladder layers."""
+    branch_from: Path | None = None
+    """RUN@STEP: go on in another folder from that checkpoint, with its weights, optimizer, step and place
+    in the data; options not given are that run's."""
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    side: SideConfig = field(default_factory=SideConfig)
     output_dir: Path | None = None
     """The run's folder; a run found there with the same configuration is resumed."""
     micro_batch_size: int = 1
@@ -141,6 +152,8 @@ class TrainConfig:
     wandb: bool = False
     faults: FaultConfig = field(default_factory=FaultConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    past: tyro.conf.Suppress[Past] = field(default_factory=Past)
+    """What the steps trained so far had, where the fields above say otherwise; `train` writes it."""
 
     def __post_init__(self) -> None:
         at_least_1 = {
@@ -164,6 +177,7 @@ class TrainConfig:
             "optimizer.clip_grad": self.optimizer.clip_grad,
             "schedule.warmup_steps": self.schedule.warmup_steps,
             "schedule.warmup_tokens": self.schedule.warmup_tokens,
+            "schedule.wsd_decay_steps": self.schedule.wsd_decay_steps,
             "adapt.gradual_steps": self.adapt.gradual_steps,
         }
         for least, values in ((1, at_least_1), (0, not_negative)):
@@ -194,10 +208,20 @@ class TrainConfig:
                 f"warm-up takes {self.warmup_steps} steps, the whole run {self.train_steps}: shorten "
                 "warm-up, or train longer"
             )
-        if not 0 < schedule.wsd_decay_fraction <= 1 or not 0 <= schedule.min_lr_fraction <= 1:
+        if not 0 <= schedule.wsd_decay_fraction <= 1 or not 0 <= schedule.min_lr_fraction <= 1:
             raise UserError(
-                "schedule.wsd_decay_fraction must be above 0 and at most 1, and min_lr_fraction from 0 to 1"
+                "schedule.wsd_decay_fraction must be from 0 to 1, and min_lr_fraction from 0 to 1"
             )
+        if (decay_steps := schedule.wsd_decay_steps) is not None:
+            if schedule.decay != "wsd":
+                raise UserError(
+                    "schedule.wsd_decay_steps needs schedule.decay wsd: give that, or leave it out"
+                )
+            if self.warmup_steps + decay_steps > self.train_steps:
+                raise UserError(
+                    f"schedule.wsd_decay_steps {decay_steps} and warm-up ({self.warmup_steps} steps) are "
+                    f"longer than the run ({self.train_steps} steps): shorten them, or train longer"
+                )
 
         check_fp8(
             *(self.fp8, self.model, self.parallel, self.precision),
@@ -209,6 +233,7 @@ class TrainConfig:
                 "fp8.primary_weights with optimizer.moments bf16 is not supported: leave out one of them"
             )
         self._check_adapt()
+        check_side_run(self)
 
     def _check_cuts(self) -> None:
         """Refuses a sequence length that the ranks cannot divide among them."""
@@ -253,6 +278,7 @@ class TrainConfig:
 
     @property
     def tokens_per_step(self) -> int:
+        """Of the steps to come."""
         return self.global_batch_size * self.data.seq_length
 
     @property
@@ -268,9 +294,31 @@ class TrainConfig:
     def warmup_steps(self) -> int:
         return self._steps("warmup_steps", "warmup_tokens", default=0)
 
+    @property
+    def wsd_decay_steps(self) -> int:
+        """Steps in which wsd goes down, at the end of the run; 0: it does not."""
+        if (steps := self.schedule.wsd_decay_steps) is not None:
+            return steps
+        share = self.schedule.wsd_decay_fraction
+        return max(1, round(self.train_steps * share)) if share else 0
+
+    def samples_after(self, step: int) -> int:
+        """The sequences that the first `step` steps train on."""
+        return self.past.samples_after(step, self.global_batch_size)
+
+    def tokens_after(self, step: int) -> int:
+        """The tokens that the first `step` steps train on."""
+        return self.samples_after(step) * self.data.seq_length
+
     def steps_for(self, tokens: int) -> int:
         """The number of steps that train on at least `tokens` tokens."""
-        return -(-tokens // self.tokens_per_step)
+        samples = -(-tokens // self.data.seq_length)
+        return self.past.steps_for(samples, self.global_batch_size)
+
+    @property
+    def drawn_samples(self) -> int:
+        """The number of sequences that the order of the data is drawn for (Past.drawn)."""
+        return self.past.drawn or self.samples_after(self.train_steps)
 
     def _steps(self, steps: str, tokens: str, default: int) -> int:
         if (count := getattr(self.schedule, tokens)) is not None:
@@ -298,43 +346,16 @@ class TrainConfig:
         return count
 
 
-# Fields that may change when a run is resumed. None of them changes the numbers trained on or the order
-# of the data (a layout changes numbers by rounding only). A blend may change only for later steps:
-# start/past.py checks this. Steps that were skipped or rolled back stay so, whatever `faults` says now.
-SAFE_TO_CHANGE = (
-    "data.paths",
-    "data.weights",
-    "data.phases",
-    "faults.",
-    "parallel.",
-    "profile.",
-    "output_dir",
-    "data.num_workers",
-    "micro_batch_size",
-    "transformer_impl",
-    "attention",
-    "recompute",
-    "compile",
-    "cuda_graph",
-    "eval_interval",
-    "eval_sequences",
-    "save_interval",
-    "keep_last",
-    "async_save",
-    "log_interval",
-    "tensorboard",
-    "wandb",
-)
+def trained_parameters(config: TrainConfig) -> int:
+    """The number of parameters that a run trains: the model's, or its side network's."""
+    model, side = config.model, config.side
+    return side.num_parameters(model) if side.is_on else model.num_parameters()
 
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """The fields that differ: their dotted names, each with the old and the new value."""
     a, b = _flat(to_dict(old)), _flat(to_dict(new))
     return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
-
-
-def is_safe_to_change(name: str) -> bool:
-    return name.startswith(SAFE_TO_CHANGE)
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,16 +18,16 @@ from megatron_ladder.hf.files.output import complete_or_absent, refuse_others
 from megatron_ladder.hf.files.stored import weight_files
 from megatron_ladder.hf.from_hf import architecture_of
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.json_files import read_json
+from megatron_ladder.json_files import in_words, read_json
 from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.train import TrainConfig, load_config
 from pretrain.convert.import_tokenizer import has_tokenizer
 from pretrain.convert.plain_model import one_rank_model
 from pretrain.convert.verify_export import verify_export
-from pretrain.convert.weights import checkpoint_weights
+from pretrain.convert.weights import run_weights
 from pretrain.data.folders import DataFolder, kept_facts, labels
 from pretrain.files import sha256
-from pretrain.run.folder import checkpoint_step, find_checkpoint
+from pretrain.run.folder import MERGED, checkpoint_step, find_checkpoint
 from pretrain.run.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ def export_run(
     dtype: str | None,
     max_shard_size: str,
     license: str | None = None,
+    which: Literal["trained", "ema"] = "trained",
 ) -> Path:
     """Writes the newest checkpoint of a run (or the given one) as a Hugging Face folder.
 
@@ -53,6 +54,7 @@ def export_run(
         dtype: "fp32", "bf16" or "fp16"; None keeps that of each tensor.
         max_shard_size: the largest size of one safetensors file, such as "5GB".
         license: for the model card, as Hugging Face's hub names it, such as "apache-2.0".
+        which: the weights that were trained, or their average.
 
     Returns:
         `output_dir`.
@@ -71,8 +73,9 @@ def export_run(
     config = load_config(checkpoint / "config.json")
     model = one_rank_model(config.model, config.parallel.tensor_model_parallel_size, run)
     data = kept_facts(checkpoint.parents[1])[0]
-    weights = checkpoint_weights(checkpoint)
-    hf_config = to_hf_config(model, data.tokenizer["eod_id"] if data.has_tokenizer else None)
+    weights = run_weights(checkpoint, which)
+    eod_id = data.tokenizer["eod_id"] if data.has_tokenizer else None
+    hf_config = to_hf_config(model, eod_id, config.side)
     begins_with = data.tokenizer.get("bos_id") if data.has_tokenizer else None
     hf_config.bos_token_id = begins_with
     imported = checkpoint.parents[1] / "imported"
@@ -96,7 +99,7 @@ def export_run(
         begins_with=begins_with,
         max_shard_size=max_shard_size,
         dtype=as_dtype,
-        model_card_facts={**_facts(checkpoint, config), "license": license},
+        model_card_facts={**_facts(checkpoint, config, which), "license": license},
     )
     if (output_dir / "config.json").is_file():
         _refuse_other_models(output_dir, checkpoint, export)
@@ -104,7 +107,7 @@ def export_run(
         return output_dir
     with complete_or_absent(output_dir) as folder:
         export(folder)
-        found = verify_export(folder, weights, model, as_dtype)
+        found = verify_export(folder, weights, model, as_dtype, config.side)
     logger.info("%s: %s", output_dir, found)
     return output_dir
 
@@ -153,7 +156,7 @@ def _stated_dtype(original: dict[str, Any]) -> torch.dtype | None:
     return next((dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{name}"), None)
 
 
-def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
+def _facts(checkpoint: Path, config: TrainConfig, which: str) -> dict[str, Any]:
     """The facts for the model card: the run's origin, its data, and its figures at the exported step."""
     step = checkpoint_step(checkpoint)
     run_dir = checkpoint.parents[1]
@@ -174,13 +177,23 @@ def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
     )
     training = {
         "Steps": f"{step:,} of {config.train_steps:,}",
-        "Tokens": f"{step * config.tokens_per_step:,}",
+        "Tokens": f"{config.tokens_after(step):,}",
         "Sequence length": config.data.seq_length,
         "Global batch size": f"{config.global_batch_size} sequences",
         "Peak learning rate": f"{config.optimizer.lr:g} ({config.schedule.decay})",
         "Precision": config.precision,
         "Tensor-parallel size": config.parallel.tensor_model_parallel_size,
     }
+    facts |= {"data": data, "training": training}
+    # The losses of a run are those of its trained weights.
+    if which == "ema":
+        decay = config.optimizer.ema_decay
+        training["Weights"] = f"the average over the steps, with a decay of {decay}"
+        return facts
+    if (run_dir / MERGED).is_file():
+        steps = read_json(run_dir / MERGED, "what a mean is of").get("steps")
+        training["Weights"] = f"the mean of the checkpoints of steps {in_words(str(steps))}"
+        return facts
     for line in read_metrics(run_dir):
         # Later lines replace earlier ones, so the last validation up to the step stays.
         if line["kind"] == "validation" and line["step"] <= step:
@@ -188,7 +201,7 @@ def _facts(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
                 f"{line['loss']:.4f} nats a token at step {line['step']}, "
                 f"perplexity {line['perplexity']:.2f}"
             )
-    return {**facts, "data": data, "training": training}
+    return facts
 
 
 def _sources(folder: DataFolder) -> str:

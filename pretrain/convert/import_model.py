@@ -8,39 +8,33 @@ OUT/staleness.json                                what --ladder-layers auto:N me
 
 import json
 import shutil
-import sys
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
-from megatron_ladder import cpu_platform
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.convert import Chunk, hf_to_megatron_chunks, main_dtype
+from megatron_ladder.hf.convert import hf_to_megatron_chunks, main_dtype
 from megatron_ladder.hf.end_ids import end_ids
 from megatron_ladder.hf.files.output import check_unused, complete_or_absent
 from megatron_ladder.hf.files.stored import stored_tensors
-from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
+from megatron_ladder.hf.from_hf import read_hf_config, refuse_side, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.mcore_checkpoints import save_without_tensors
 from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.train import DataConfig, TrainConfig, save_config
 from pretrain.convert.import_again import refuse_other_imports
 from pretrain.convert.import_tokenizer import folder_with_tokenizer
 from pretrain.convert.model_text import text_of_folder
 from pretrain.convert.plain_model import load_plain_model
-from pretrain.convert.weights import write_weights
+from pretrain.convert.weights_only import write_checkpoint
 from pretrain.data.checks import check_ids
 from pretrain.data.folders import open_folder
 from pretrain.data.sample import check_tokenizer, sample_sequences
 from pretrain.data.tokenizer_facts import tokenizer_facts
 from pretrain.model.staleness import Staleness, measure_staleness, save_staleness
-from pretrain.run.checkpoint_files import write_manifest
+from pretrain.run.folder import checkpoint_at
 from pretrain.sizes import in_units
 from pretrain.start.ladder_layers import auto_count, is_auto, with_ladder_layers
 
@@ -76,6 +70,9 @@ def import_model(
     if not (output_dir / "config.json").is_file():  # else it may be this import
         check_unused(output_dir)
     hf_config = read_hf_config(source)
+    refuse_side(
+        hf_config, source, "it can be evaluated and can generate, but not be trained further"
+    )
     model = to_model_config(hf_config, source / "config.json")
     with TemporaryDirectory() as scratch:
         home = folder_with_tokenizer(source, Path(scratch))
@@ -128,7 +125,7 @@ def _import(
             refuse_other_imports(output_dir, source, chunks, config, Path(kept))
         return f"{output_dir} is the import of {source}: nothing to do"
     with complete_or_absent(output_dir) as new:
-        _write_checkpoint(new / "checkpoints" / "step_00000000", chunks, config)
+        write_checkpoint(checkpoint_at(new, 0), chunks, config, "importing")
         save_config(config, new / "config.json")
         _keep_files(source, new, home, tokenizer)
         if staleness:
@@ -163,36 +160,6 @@ def _measured(
     sequences = sample_sequences(data, SAMPLE_SEQUENCES, length)
     plain = load_plain_model(source)
     return measure_staleness(plain.model, sequences.to(plain.device), data.name)
-
-
-def _write_checkpoint(folder: Path, chunks: list[Chunk], config: TrainConfig) -> None:
-    """Writes a checkpoint as megatron-core would, with weights only."""
-    folder.mkdir(parents=True)
-    cpu_platform.enable()
-    alone = not dist.is_initialized()
-    if alone:  # megatron-core needs a process group
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        progress = {"progress": {"step": 0, "consumed_samples": 0}}
-        save_without_tensors(progress, {"weights_only": True}, str(folder))
-    finally:
-        if alone:
-            dist.destroy_process_group()
-    quiet = not sys.stderr.isatty()
-    with tqdm(
-        total=len(chunks), desc="importing", unit=" tensors", leave=False, disable=quiet
-    ) as bar:
-        facts = write_weights(folder, [_counted(chunk, bar) for chunk in chunks])
-    save_config(config, folder / "config.json")
-    write_manifest(folder, facts)
-
-
-def _counted(chunk: Chunk, bar: Any) -> Chunk:
-    def make() -> torch.Tensor:
-        bar.update()
-        return chunk.make()
-
-    return replace(chunk, make=make)
 
 
 def _keep_files(

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
+from megatron_ladder.hf.configuration_ladder import LadderConfig
 from megatron_ladder.hf.convert import checked_hf_tensors, main_dtype, megatron_to_hf
 from megatron_ladder.hf.files.stored import stored_tensors
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
-from megatron_ladder.hf.model_config import to_hf_config
+from megatron_ladder.hf.model_config import side_fields, to_hf_config
 from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.modeling_side import LadderSideConfig, LadderSideForCausalLM
 from pretrain.config.train import load_config
 from pretrain.convert.model_text import ModelText, text_of_folder, text_of_run
-from pretrain.convert.weights import checkpoint_weights
+from pretrain.convert.weights import run_weights
 from pretrain.data.folders import kept_facts
 from pretrain.data.tokenizer_facts import tokenizer_facts
 from pretrain.run.folder import find_checkpoint
@@ -71,13 +73,13 @@ def _from_run(path: Path) -> PlainModel:
     config = load_config(checkpoint / "config.json")
     model = one_rank_model(config.model, config.parallel.tensor_model_parallel_size, path)
     facts = kept_facts(run)[0]
-    weights = checkpoint_weights(checkpoint)
-    tensors = megatron_to_hf(weights, to_hf_config(model))
+    weights, hf_config = run_weights(checkpoint), to_hf_config(model, side=config.side)
+    tensors = megatron_to_hf(weights, hf_config)
     return PlainModel(
         name=run.name,
         path=run,
         config=model,
-        model=_build(model, tensors, main_dtype(weights)),
+        model=_build(hf_config, tensors, main_dtype(weights)),
         tokenizer=facts.tokenizer,
         tokenizer_file=facts.path / facts.tokenizer["file"],
         text=text_of_run(run, facts),
@@ -110,15 +112,16 @@ def _from_hf(folder: Path) -> PlainModel:
     hf_config = read_hf_config(folder)
     model = to_model_config(hf_config, folder / "config.json")
     tokenizer = tokenizer_facts(folder, hf_config)
+    ours = to_hf_config(model, side=side_fields(hf_config))
     try:
-        tensors = checked_hf_tensors(stored_tensors(folder), to_hf_config(model))
+        tensors = checked_hf_tensors(stored_tensors(folder), ours)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
     return PlainModel(
         name=folder.name,
         path=folder,
         config=model,
-        model=_build(model, ((n, t[:]) for n, t in tensors.items()), main_dtype(tensors)),
+        model=_build(ours, ((n, t[:]) for n, t in tensors.items()), main_dtype(tensors)),
         tokenizer=tokenizer,
         tokenizer_file=folder / tokenizer["file"],
         text=text_of_folder(folder, tokenizer["file"]),
@@ -126,11 +129,12 @@ def _from_hf(folder: Path) -> PlainModel:
 
 
 def _build(
-    model: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+    config: LadderConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> LadderForCausalLM:
     device, dtype = ("cuda", dtype) if torch.cuda.is_available() else ("cpu", torch.float32)
     with torch.device("meta"):
-        plain = LadderForCausalLM(to_hf_config(model))
+        has_side = isinstance(config, LadderSideConfig)
+        plain = (LadderSideForCausalLM if has_side else LadderForCausalLM)(config)
     # Each tensor is copied: it may be a view, which would keep a whole shard or all layers in memory.
     state = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors}
     missing, unknown = plain.load_state_dict(state, strict=False, assign=True)

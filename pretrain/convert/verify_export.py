@@ -30,12 +30,16 @@ from megatron_ladder import cpu_platform
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.files.stored import stored_tensors
+from megatron_ladder.hf.model_config import NO_SIDE
 from megatron_ladder.mcore_compat import (
+    LadderConfig,
     build_gpt_model,
     destroy_model_parallel,
     initialize_model_parallel,
     transformer_config,
 )
+from megatron_ladder.side.config import SideConfig
+from megatron_ladder.side.model import side_tuned
 from pretrain.convert.weights import CheckpointTensor
 from pretrain.run.checkpoint import checkpoint_names
 
@@ -52,6 +56,7 @@ def verify_export(
     weights: Mapping[str, CheckpointTensor],
     model: ModelConfig,
     dtype: torch.dtype | None,
+    side: SideConfig = NO_SIDE,
 ) -> str:
     """Compares a folder that `export_folder` wrote with the weights that it was written from.
 
@@ -64,6 +69,7 @@ def verify_export(
         weights: the checkpoint's weights, by megatron-core's names.
         model: the run's model, with `vocab_size` set.
         dtype: the dtype of the exported weights; None: each has that of the checkpoint.
+        side: of the run's side network.
 
     Returns:
         A text to print that says how large the difference is.
@@ -73,7 +79,7 @@ def verify_export(
     """
     whole = 4 * model.num_parameters() < 0.75 * psutil.virtual_memory().available
     exported = exported_logits(folder, sample(model), whole=whole)
-    expected = run_logits(weights, model, dtype, sample(model))
+    expected = run_logits(weights, model, dtype, sample(model), side)
     difference = (exported - expected).abs().max().item()
     relative = difference / max(expected.std().item(), torch.finfo(torch.float32).tiny)
     how = "whole" if whole else "layer by layer"
@@ -140,6 +146,7 @@ def run_logits(
     model: ModelConfig,
     dtype: torch.dtype | None,
     tokens: Tensor,
+    side: SideConfig = NO_SIDE,
 ) -> Tensor:
     """The logits of megatron-core's GPTModel with weights rounded to `dtype`: fp32 [1, length, vocab_size].
 
@@ -148,24 +155,47 @@ def run_logits(
         model: the run's model, with `vocab_size` set.
         dtype: the dtype of the exported weights; None: each has that of the checkpoint.
         tokens: int64 [1, length].
+        side: of the run's side network, which is in memory as a whole.
     """
     with _one_rank():
-        config = transformer_config(model, ParallelConfig(), impl="local")
-        config.use_cpu_initialization = (
-            True  # otherwise parameters are made on the GPU, if there is one
-        )
-        (gpt,) = build_gpt_model(model, config, "local", device=torch.device("meta"))
+        model = side.backbone(model)  # dropout is off in any case
+        config, meta = _meta_config(model), torch.device("meta")
+        (gpt,) = whole = build_gpt_model(model, config, "local", device=meta)
         device = torch.cuda.current_device()
+        runs: Any = gpt
+        if side.is_on:
+            small = _meta_config(side.model(model))
+            (runs,) = side_tuned(whole, model, side, ParallelConfig(), small, "local", device=meta)
+            ours = {
+                name: _read(weights[key], _layer_of(key, name), dtype, device)
+                for name, key in checkpoint_names(runs).items()
+            }
+            _assign(runs, ours, [name for name, _ in runs.named_parameters()])
         makes = {}
         for name, key in checkpoint_names(gpt).items():
-            which: Any = slice(None)
-            if name.startswith("decoder.layers."):
-                which = int(name.split(".")[2])
+            which = _layer_of(key, name)
             makes[name] = functools.partial(_read, weights[key], which, dtype, device)
         _load_by_layers(gpt, gpt.decoder.layers, "decoder.layers.", makes)
         tokens = tokens.to(device)
         positions = torch.arange(tokens.shape[1], device=device)[None]
-        return gpt.eval()(tokens, positions, None)[..., : model.vocab_size].cpu()
+        return runs.eval()(tokens, positions, None)[..., : model.vocab_size].cpu()
+
+
+def _meta_config(model: ModelConfig) -> LadderConfig:
+    config = transformer_config(model, ParallelConfig(), impl="local")
+    # Otherwise parameters are made on the GPU, if there is one.
+    config.use_cpu_initialization = True
+    return config
+
+
+def _layer_of(key: str, name: str) -> Any:
+    """The layer of a stacked tensor, from its name in the model; slice(None) where it is not stacked.
+
+    Args:
+        key: its name in checkpoints, which has no number.
+    """
+    number = [part for part in name.split(".") if part.isdigit()]
+    return int(number[0]) if name != key else slice(None)
 
 
 def _read(

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,8 +38,10 @@ from megatron_ladder.reading.index import Chunk as StoredChunk
 from megatron_ladder.reading.index import check_files, read_index
 from megatron_ladder.reading.plain_files import NotData, open_plain
 from megatron_ladder.reading.tensors import read_tensor
+from pretrain.config.train import load_config
 from pretrain.files import sync
 from pretrain.run.checkpoint_files import NO_WEIGHTS, Facts, refuse_damaged, sums
+from pretrain.run.folder import backbone_of, find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,24 @@ class CheckpointTensor:
 
     shape: torch.Size
     dtype: torch.dtype
+    """Of what indexing returns."""
     folder: Path
     """Of the checkpoint."""
     pieces: tuple[StoredChunk, ...]
+    stored_dtype: torch.dtype
 
     def __getitem__(self, which: int | slice) -> Tensor:
         """Reads one layer (an index on axis 0), or with `[:]` the whole tensor."""
+        return self.as_stored(which).to(self.dtype)
+
+    def as_stored(self, which: int | slice) -> Tensor:
+        """The same in the dtype that it is stored in."""
         assert isinstance(which, int) or which == slice(None)
         if isinstance(which, int):
             pieces = [p for p in self.pieces if _holds(p, which)]
-            result = torch.empty(self.shape[1:], dtype=self.dtype)
+            result = torch.empty(self.shape[1:], dtype=self.stored_dtype)
         else:
-            pieces, result = list(self.pieces), torch.empty(self.shape, dtype=self.dtype)
+            pieces, result = list(self.pieces), torch.empty(self.shape, dtype=self.stored_dtype)
         for chunk in pieces:
             piece = self._read(chunk)
             begin, size = list(chunk.offsets), list(chunk.sizes)
@@ -72,12 +81,12 @@ class CheckpointTensor:
 
     def _read(self, chunk: StoredChunk) -> Tensor:
         if (place := chunk.place) is None:  # it has no elements
-            return torch.empty(chunk.sizes, dtype=self.dtype)
+            return torch.empty(chunk.sizes, dtype=self.stored_dtype)
         try:
             file, _ = open_plain(self.folder, place.file)
             with file:
                 piece = read_tensor(file, place.begin, place.length)
-            if piece.dtype != self.dtype or piece.shape != chunk.sizes:
+            if piece.dtype != self.stored_dtype or piece.shape != chunk.sizes:
                 raise NotData("has another shape or dtype than its index says")
         except NotData as error:
             raise UserError(
@@ -86,18 +95,31 @@ class CheckpointTensor:
         return piece
 
 
+_STATES = {"trained": "", "master": "optimizer.state.param.", "ema": "optimizer.state.ema."}
+"""What a name in the checkpoint begins with."""
+
+
 def _holds(chunk: StoredChunk, layer: int) -> bool:
     return chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
 
 
-def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
+Which = Literal["trained", "master", "ema"]
+
+
+def checkpoint_weights(checkpoint: Path, which: Which = "trained") -> dict[str, CheckpointTensor]:
     """A checkpoint's weights by megatron-core's names. Layers are stacked on axis 0.
 
     Nothing is read into memory until a weight is indexed. It needs no model, no process group and no GPU,
     and takes checkpoints of any layout.
 
+    Args:
+        which: trained: the weights as training computes with them. master: the optimizer's fp32 copies of
+            them, where it has some. ema: their average over the steps. All have the weights' dtype, however
+            they are stored.
+
     Raises:
-        UserError: a file is damaged or missing. All files are read once to check that.
+        UserError: a file is damaged or missing, or there is no average. All files are read once to check
+            that.
     """
     refuse_damaged(checkpoint, read=True)
     try:
@@ -105,13 +127,32 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, CheckpointTensor]:
         check_files(index, checkpoint)
     except (NotData, FileNotFoundError) as error:
         raise UserError(f"{checkpoint} cannot be read: {error}") from error
-    return {
-        name: CheckpointTensor(
-            torch.Size(tensor.shape), getattr(torch, tensor.dtype), checkpoint, tensor.chunks
-        )
-        for name, tensor in index.tensors.items()
-        if not name.startswith(NO_WEIGHTS)
-    }
+    found = {}
+    for name, weight in index.tensors.items():
+        if name.startswith(NO_WEIGHTS):
+            continue
+        tensor = index.tensors.get(f"{_STATES[which]}{name}", weight)
+        if which == "ema" and tensor is weight:
+            raise UserError(
+                f"{checkpoint} has no average of the weights: a run keeps one with --optimizer.ema-decay"
+            )
+        shape, dtype = torch.Size(tensor.shape), getattr(torch, weight.dtype)
+        stored = getattr(torch, tensor.dtype)
+        found[name] = CheckpointTensor(shape, dtype, checkpoint, tensor.chunks, stored)
+    return found
+
+
+def run_weights(checkpoint: Path, which: Which = "trained") -> dict[str, CheckpointTensor]:
+    """As `checkpoint_weights`, and of a side-tuned run the weights of its backbone too.
+
+    Raises:
+        UserError: from `checkpoint_weights`, or the backbone is not in the run's folder.
+    """
+    weights = checkpoint_weights(checkpoint, which)
+    if load_config(checkpoint / "config.json").side.is_on:
+        backbone = find_checkpoint(backbone_of(checkpoint.parents[1]))
+        weights = {**checkpoint_weights(backbone), **weights}
+    return weights
 
 
 def write_weights(folder: Path, chunks: Sequence[Chunk]) -> Facts:

@@ -39,7 +39,7 @@ def train_batches(
     def indices() -> Iterator[list[int]]:
         together = config.micro_batch_size * data_parallel_size
         first = data_parallel_rank * config.micro_batch_size
-        end = config.train_steps * config.global_batch_size
+        end = config.samples_after(config.train_steps)
         for start in range(consumed_samples, end, together):
             yield list(range(start + first, start + first + config.micro_batch_size))
 

@@ -72,7 +72,7 @@ class RankBatches:
             )
             return map(self._counted, batches)
         together = config.micro_batch_size * self._data_parallel["data_parallel_size"]
-        end = config.train_steps * config.global_batch_size
+        end = config.samples_after(config.train_steps)
         return itertools.repeat({}, len(range(consumed_samples, end, together)))
 
     def _counted(self, batch: Batch) -> Batch:

@@ -23,7 +23,7 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from pretrain.config.train import TrainConfig
-from pretrain.data.blends import blends
+from pretrain.data.blends import blends, stretches
 from pretrain.data.fim import FillInTheMiddle, fill_in_the_middle
 from pretrain.data.folders import DataFolder
 from pretrain.data.manifests import SPLITS
@@ -205,20 +205,21 @@ def train_sequences(
     if made and isinstance(start, BlendedDataset):
         for name in ("dataset_index", "dataset_sample_index"):
             setattr(start, name, _mapped(getattr(start, f"path_to_{name}")))
-    if not config.data.phases:
+    parts = stretches(config, folders)
+    if len(parts) == 1:
         return start
 
     def epoch(number: int, seed: int) -> Dataset:
         one = (replace(config, seed=seed), folders[number], "train", None, cache)
         return one_split(*one, made=made)
 
-    return PhasedSequences(start, blends(config, folders), config, cache, epoch, made=made)
+    return PhasedSequences(start, parts, config, cache, epoch, made=made)
 
 
 def first_blend(
     config: TrainConfig, folders: list[DataFolder], cache: Path, *, made: bool
 ) -> Dataset:
-    """The sequences of the whole run, if it kept the blend that it begins with.
+    """The sequences that are drawn when the run begins: of the whole run, by the blend that it begins with.
 
     Args:
         made: nothing is made or looked up: the index files are there when the first sequence is read.
@@ -226,8 +227,7 @@ def first_blend(
     weights = blends(config, folders)[0].weights
     weighed = [(f.prefix("train"), w) for f, w in zip(folders, weights, strict=True) if w]
     blend = ([prefix for prefix, _ in weighed], [weight for _, weight in weighed])
-    samples = config.train_steps * config.global_batch_size
-    return _build(config, folders, "train", blend, samples, cache, made)
+    return _build(config, folders, "train", blend, config.drawn_samples, cache, made)
 
 
 def one_split(

@@ -20,7 +20,9 @@ import torch.distributed as dist
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import read_json
+from pretrain.config.past import Past
 from pretrain.config.train import TrainConfig
+from pretrain.config.values import to_dict
 from pretrain.data.folders import DataFolder
 from pretrain.data.manifests import MOST_BYTES
 from pretrain.data.sequences import MADE
@@ -170,13 +172,15 @@ def _facts(config: TrainConfig, folders: list[DataFolder]) -> dict[str, Any]:
     """Everything that the index files depend on."""
     manifests = json.dumps([folder.manifest for folder in folders], sort_keys=True)
     phases = [[phase.from_tokens, *phase.weights] for phase in config.data.phases]
+    past, batch = config.past, config.global_batch_size
     return {
         "folders": [str(folder.path) for folder in folders],
         "manifests": hashlib.sha256(manifests.encode()).hexdigest(),
         "weights": list(config.data.weights or ()),
         "seq_length": config.data.seq_length,
-        "sequences": config.train_steps * config.global_batch_size,
+        "sequences": config.samples_after(config.train_steps),
         "seed": config.seed,
-        # Without phases no field: made.json of a run from before there were phases has none either.
+        # No fields where there is nothing: made.json of a run from before there were any has none either.
         **({"phases": phases} if phases else {}),
+        **({"past": to_dict(past), "batch": batch} if past != Past() else {}),
     }

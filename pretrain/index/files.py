@@ -23,6 +23,7 @@ import psutil
 
 from megatron_ladder.free_memory import memory_here
 from pretrain.config.train import TrainConfig
+from pretrain.data.blends import stretches
 from pretrain.data.folders import DataFolder
 from pretrain.files import sync
 from pretrain.index.parts import OrderPart, Part, PhasesPart, index_parts
@@ -75,9 +76,9 @@ class Maker:
         mine = parts if self._rank is None else parts[self._rank :: self._world_size]
         with self._temporary() as folder:
             yield from self._work(mine, folder)
-            if self._config.data.phases and self._rank is None:
-                size = self._config.train_steps * self._config.global_batch_size
-                yield from self._work([PhasesPart(size)], folder)
+            stretched = stretches(self._config, self._folders)
+            if len(stretched) > 1 and self._rank is None:
+                yield from self._work([PhasesPart(stretched[-1].end)], folder)
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[Path]:

@@ -96,12 +96,12 @@ class OrderPart:
 
 @dataclass(frozen=True, eq=False)
 class PhasesPart:
-    """The files of a run whose blend changes (phased.py), which are made of all the others."""
+    """The files of a run with several stretches (phased.py), which are made of all the others."""
 
     size: int
     files: tuple[Path, ...] = ()
     """Not known before they are made."""
-    what = "the order of the data sets after a change of the blend"
+    what = "the order of the data sets after a change of the run"
     tokens = 0
 
     @property
@@ -116,7 +116,7 @@ Part = SplitPart | OrderPart | PhasesPart
 
 
 def index_parts(config: TrainConfig, folders: list[DataFolder], cache: Path) -> list[Part]:
-    """The parts that do not need each other. With data.phases, a `PhasesPart` comes after them.
+    """The parts that do not need each other. With several stretches, a `PhasesPart` comes after them.
 
     Args:
         cache: the folder of the index files. Nothing in it is read.

@@ -16,7 +16,7 @@ from megatron_ladder.config import AllReduce, ModelConfig, ParallelConfig, Preci
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import hf_to_megatron_chunks
 from megatron_ladder.hf.files.stored import stored_tensors
-from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
+from megatron_ladder.hf.from_hf import read_hf_config, refuse_side, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.inference.sums import check_all_reduce, set_all_reduce
 from megatron_ladder.mcore_compat import (
@@ -67,6 +67,12 @@ def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") 
         raise UserError(f"{path} does not exist: give a run or an exported folder")
     if is_hf_folder(path):
         hf_config = read_hf_config(path)
+        refuse_side(
+            hf_config,
+            path,
+            "the inference engines' cache has no room for it. `generate` on this folder runs it by "
+            "transformers, and so does `transformers serve`",
+        )
         model = to_model_config(hf_config, path / "config.json")
         facts = tokenizer_facts(path, hf_config)
         found = Found(path.name, path, True, model, text_of_folder(path, facts["file"]), path)
@@ -74,6 +80,11 @@ def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") 
         checkpoint = find_checkpoint(path)
         run = checkpoint.parents[1]
         config = load_config(checkpoint / "config.json")
+        if config.side.is_on:
+            raise UserError(
+                f"{path} is side-tuned, and the inference engines' cache has no room for a side network: "
+                "`megatron-ladder export` it, and give `generate` the folder"
+            )
         if config.model.experts.num_moe_experts is not None:
             raise UserError(
                 f"{path} has experts: a model with experts can be trained, but not yet run by `generate` "

@@ -152,12 +152,11 @@ class BadSteps:
         ranks: list[Any] = [None] * dist.get_world_size()
         mine = self._micro_batches(step, sums), _bad_gradients(model)
         dist.all_gather_object(ranks, mine)
-        size = self._config.global_batch_size
         return {
             "loss": _plain(loss),
             "grad_norm": _plain(grad_norm),
             # Positions in the order in which the run reads its data: the first, and one after the last.
-            "samples": [(step - 1) * size, step * size],
+            "samples": [self._config.samples_after(step - 1), self._config.samples_after(step)],
             "micro_batches": sorted(
                 (entry for entries, _ in ranks for entry in entries), key=lambda e: e["samples"]
             ),
@@ -185,7 +184,7 @@ class BadSteps:
         entries = []
         for number, pair in enumerate(sums):
             total, tokens = pair.tolist()
-            first = (step - 1) * self._config.global_batch_size + (number * size + rank) * width
+            first = self._config.samples_after(step - 1) + (number * size + rank) * width
             loss = _plain(total / max(tokens, 1.0))
             entries.append({"samples": [first, first + width], "loss": loss})
         return entries

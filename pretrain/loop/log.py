@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from megatron_ladder.fields.windows import attention_length
 from megatron_ladder.mcore_compat import LadderConfig
-from pretrain.config.train import TrainConfig, to_dict
+from pretrain.config.changes import Changes
+from pretrain.config.train import TrainConfig, to_dict, trained_parameters
 from pretrain.data.baselines import Baselines
 from pretrain.data.folders import DataFolder, keep_facts
 from pretrain.loop.rank_speed import SlowRank
@@ -22,6 +23,7 @@ from pretrain.model import cudnn
 from pretrain.model.fusions import Choice, adam_class, choices, table
 from pretrain.model.graphs import WARM_UP_STEPS
 from pretrain.plan.memory import Attention, in_words, memory_plan
+from pretrain.plan.side import with_side_network
 from pretrain.run.bad_step import BadStep
 from pretrain.run.metrics import MetricsLog, flops_per_token, peak_flops
 from pretrain.run.status import State, Status
@@ -40,6 +42,7 @@ class RunLog:
         device: "cpu" or the GPU's name.
         status: gets what the run is doing.
         watchdog: gets the end of each step.
+        changed: options that have other values from here on than before.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class RunLog:
         device: str,
         status: Status,
         watchdog: Watchdog,
+        changed: Changes | None = None,
     ) -> None:
         self._config = config
         self._status = status
@@ -75,9 +79,13 @@ class RunLog:
                 residual=config.model.residual,
                 versions=versions(),
                 parameters=config.model.num_parameters(),
+                trained_parameters=trained_parameters(config),
                 tokens_per_step=config.tokens_per_step,
+                tokens=config.tokens_after(resume_step),
                 train_steps=config.train_steps,
                 device=device,
+                branch_from=str(config.branch_from) if config.branch_from else None,
+                changed={name: list(pair) for name, pair in (changed or {}).items()},
             )
         self._peak = None if device == "cpu" else peak_flops(device)
         self._tokens_per_rank_step = config.tokens_per_step / self._world_size
@@ -184,7 +192,7 @@ class RunLog:
         self._status.update(
             "training",
             step=step,
-            tokens=step * self._config.tokens_per_step,
+            tokens=self._config.tokens_after(step),
             loss=loss,
             tokens_per_second=self._config.tokens_per_step / step_s,
             eta_s=(self._config.train_steps - step) * step_s,
@@ -199,7 +207,7 @@ class RunLog:
                 whole["mfu_whole_sequences"] = self._flops(length) / mean_s / self._peak
             self._log.train(
                 step=step,
-                tokens=step * self._config.tokens_per_step,
+                tokens=self._config.tokens_after(step),
                 time=self._trained_s,
                 loss=loss,
                 grad_norm=grad_norm,
@@ -229,7 +237,7 @@ class RunLog:
         if bad.action == "rollback":
             self._pending_steps, self._pending_s, self._pending_flops = 0, 0.0, 0.0
             self._trained_s = self._log.time_so_far if self._log else 0.0
-        self._status.update("training", step=step, tokens=step * self._config.tokens_per_step)
+        self._status.update("training", step=step, tokens=self._config.tokens_after(step))
         self._step_done(step)
 
     def slow_ranks(self, step: int, ranks: list[SlowRank]) -> None:
@@ -258,7 +266,7 @@ class RunLog:
         if self._log:
             self._log.validation(
                 step=step,
-                tokens=step * self._config.tokens_per_step,
+                tokens=self._config.tokens_after(step),
                 time=self._trained_s,
                 dataset=dataset,
                 loss=loss,
@@ -324,12 +332,15 @@ class RunLog:
     def _flops(self, attended: float) -> float:
         """This rank's operations of a step, where attention works on so many tokens together."""
         model = self._config.model
-        return self._tokens_per_rank_step * flops_per_token(
+        flops = flops_per_token(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
             seq_length=attended,
             matmul_parameters=model.num_matmul_parameters(),
         )
+        if self._config.side.is_on:
+            flops = with_side_network(self._config, flops, attended)
+        return self._tokens_per_rank_step * flops
 
     def _step_s(self) -> float:
         """Seconds of a usual step: the median of the last 100; 0 before the first."""

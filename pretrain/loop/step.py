@@ -1,4 +1,7 @@
-"""One optimizer step, and one validation pass, by megatron-core's schedules."""
+"""One optimizer step, and one validation pass, by megatron-core's schedules.
+
+In shapes s is the number of tokens of a sequence that a rank has: seq_length / context_parallel_size.
+"""
 
 import collections
 import itertools
@@ -122,6 +125,19 @@ def forward_logits(
         model, micro_batches, config, _logits, forward_only=True, wants_logits=True
     )
     return [output["logits"] for output in outputs]
+
+
+def backward_only(model: list[Any], micro_batches: list[Batch], config: TrainConfig) -> None:
+    """Forward and backward of the mean cross-entropy of each micro-batch, without an update.
+
+    Args:
+        model: this rank's chunks, not in DDP: gradients stay with their parameters.
+    """
+    count = len(micro_batches)
+    one = torch.ones(())  # stages without labels compute no loss
+    counted = [b["loss_mask"].sum() if "loss_mask" in b else one for b in micro_batches]
+    scaled = [{**b, "scale": count / n} for b, n in zip(micro_batches, counted, strict=True)]
+    _run_schedule(model, scaled, config, partial(_masked_sum, config), forward_only=False)
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:

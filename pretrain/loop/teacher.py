@@ -46,8 +46,8 @@ class Teacher:
     def add_logits(self, micro_batches: list[Batch]) -> None:
         """Adds `teacher_logits` to each micro-batch, on ranks of the last pipeline stage.
 
-        Their shape is [micro_batch_size, seq_length, padded_vocab_size / tp]. Those of all micro-batches of
-        a step are in memory at the same time.
+        Their shape is [micro_batch_size, seq_length / context_parallel_size, padded_vocab_size / tp]. Those
+        of all micro-batches of a step are in memory at the same time.
         """
         logits = forward_logits(self._chunks, micro_batches, self._config)
         for batch, mine in zip(micro_batches, logits, strict=False):  # [] on other stages

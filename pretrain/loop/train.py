@@ -19,6 +19,7 @@ from pretrain.loop.log import RunLog
 from pretrain.loop.profile import StepProfile
 from pretrain.loop.rank_speed import RankSpeed
 from pretrain.loop.saving import CheckpointSaver
+from pretrain.loop.side import load_backbone, start_side
 from pretrain.loop.starting import Starting
 from pretrain.loop.step import pass_over, train_step, validate
 from pretrain.loop.stopping import StopSignals
@@ -47,6 +48,8 @@ from pretrain.run.folder import checkpoint_at, write_config
 from pretrain.run.lock import lock
 from pretrain.run.status import Status
 from pretrain.start.first_rank import by_first_of_groups
+from pretrain.start.going_on.branch import begin_branch
+from pretrain.start.going_on.changes import changes_at_start
 from pretrain.start.initial import initial_checkpoint
 from pretrain.start.launch import STOPPED
 
@@ -78,6 +81,7 @@ def train(
     if is_first_rank():
         held = lock(run_dir)
         write_config(config)  # first of all files: it marks the folder as this run's
+        begin_branch(config)
     # Found before training: when memory is full, the GPU can answer no more questions.
     kept: list[Any] = []  # the core attention, and the tokens of the longest document
     with Status(config) as status:
@@ -117,24 +121,40 @@ def _train(
 
     starting.phase("building the model")
     model, optimizer, scheduler = build(config)
+    if config.side.is_on:
+        starting.phase("reading the backbone")
+        load_backbone(config, model)
     teacher = Teacher(config) if config.adapt.distillation_weight else None
     progress = Progress(step=0, consumed_samples=0)
     starting.phase("checking the newest checkpoint")
-    if checkpoint := newest_valid(run_dir):
+    checkpoint = newest_valid(run_dir)
+    if checkpoint is None and config.branch_from:
+        raise UserError(
+            f"no checkpoint is left in {run_dir}, and the one that the branch begins with is damaged: "
+            f"start again when {config.branch_from} is whole, or branch off another step"
+        )
+    changed = changes_at_start(checkpoint, config, folders)
+    if checkpoint:
         starting.phase(f"reading the checkpoint {checkpoint.name}")
         progress = load_checkpoint(checkpoint, model, optimizer, scheduler)
-    elif config.init_from:
+        assert progress.consumed_samples == config.samples_after(progress.step)
+    elif config.init_from and not config.side.is_on:
         starting.phase("reading the initial weights")
         load_initial_weights(initial_checkpoint(config.init_from), model_chunks(model))
         optimizer.reload_model_params()
+        if optimizer.ema:
+            optimizer.ema.begin()
     starting.phase("making the data sets' index files")
     for how_far in cache.wait():
         starting.progress(how_far)
     starting.phase("opening the data sets")
     data = RankBatches(config, folders, cache.path)
+    if config.side.is_on and not checkpoint:
+        starting.phase("finding the side network's first weights")
+        start_side(config, model, optimizer, data)
     speed = RankSpeed(config, reads=data.reads)
     batches = data.received(speed.timed(data.training(progress.consumed_samples)))
-    log = RunLog(config, progress.step, device, status, watchdog)
+    log = RunLog(config, progress.step, device, status, watchdog, changed)
     saver = CheckpointSaver(config, log)
     profile = StepProfile(config)
     bad_steps = BadSteps(config, saver, progress.recent_losses)
@@ -226,7 +246,7 @@ def _train(
                     balance = load_balance(model, config.model.num_layers) if due else {}
                     log.train(step, *figures, data.attended(), balance)
             log.slow_ranks(step, speed.slow_ranks(step))
-            progress = Progress(step, step * config.global_batch_size, bad_steps.recent_losses)
+            progress = Progress(step, config.samples_after(step), bad_steps.recent_losses)
             last = step == config.train_steps
 
             saver.complete()

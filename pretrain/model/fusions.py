@@ -124,14 +124,16 @@ def over_context_ranks(config: LadderConfig) -> list[Choice]:
     if config.context_parallel_size == 1:
         return []
     part = f"context over {config.context_parallel_size} ranks"
+    gathered = "keys and values are gathered"
+    cost = "their collectives are not hidden"
     if config.core_attention.whose == "te":
-        return [Choice(part, "Transformer Engine: keys and values go around a ring", "")]
-    cost = (
-        "their collectives are not hidden, and all keys and values of a layer are kept for backward"
-    )
-    return [
-        Choice(part, "keys and values are gathered", "attention is not Transformer Engine's", cost)
-    ]
+        if config.cp_comm_type == "p2p":
+            return [Choice(part, "Transformer Engine: keys and values go around a ring", "")]
+        why = "its ring has no sliding windows"
+        return [Choice(part, f"Transformer Engine: {gathered}", why, cost)]
+    why = "attention is not Transformer Engine's"
+    cost += ", and all keys and values of a layer are kept for backward"
+    return [Choice(part, gathered, why, cost)]
 
 
 def _weight_gradients(config: Any, te: bool, on_gpu: bool) -> Choice:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from pretrain.config.train import TrainConfig
+from pretrain.model.ema import Ema
 from pretrain.model.torch_adam import use_fused_kernel
 
 
@@ -85,7 +87,7 @@ def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -
         model: from `wrap_data_parallel`.
 
     Returns:
-        megatron-core's chained optimizer.
+        megatron-core's chained optimizer, and in its `ema` the average of the weights (None: none is kept).
     """
     o = config.optimizer
     moments = torch.bfloat16 if o.moments == "bf16" else torch.float32
@@ -114,6 +116,7 @@ def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -
         use_gloo_process_groups=False,
     )
     use_fused_kernel(optimizer)
+    optimizer.ema = None if o.ema_decay is None else Ema(optimizer, o.ema_decay)
     return optimizer
 
 
@@ -142,11 +145,16 @@ def update(optimizer: Any, grad_norm: float) -> None:
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
+    if optimizer.ema:
+        optimizer.ema.update()
 
 
 def build_scheduler(optimizer: Any, config: TrainConfig) -> OptimizerParamScheduler:
     """The learning rate of each step: a linear warm-up, then cosine, or constant and linear decay (WSD)."""
     peak, total = config.optimizer.lr, config.train_steps
+    style = "WSD" if config.schedule.decay == "wsd" else "cosine"
+    if style == "WSD" and config.wsd_decay_steps == 0:
+        style = "constant"
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -154,11 +162,18 @@ def build_scheduler(optimizer: Any, config: TrainConfig) -> OptimizerParamSchedu
         min_lr=peak * config.schedule.min_lr_fraction,
         lr_warmup_steps=config.warmup_steps,
         lr_decay_steps=total,
-        lr_decay_style="WSD" if config.schedule.decay == "wsd" else "cosine",
-        wsd_decay_steps=max(1, round(total * config.schedule.wsd_decay_fraction)),
+        lr_decay_style=style,
+        wsd_decay_steps=config.wsd_decay_steps,
         lr_wsd_decay_style="linear",
         start_wd=config.optimizer.weight_decay,
         end_wd=config.optimizer.weight_decay,
         wd_incr_steps=total,
         wd_incr_style="constant",
     )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of one step, counted from 1, by the run's schedule."""
+    scheduler = build_scheduler(SimpleNamespace(param_groups=[]), config)
+    scheduler.num_steps = step
+    return scheduler.get_lr({})

@@ -30,7 +30,7 @@ class OptimizerShards:
 
     tensors: list[tuple[Any, Any, dict[str, Tensor]]]
     """For each of this rank's ranges: its part, the parameter, and the 1-D fp32 state by megatron-core's
-    names."""
+    names. An average of the weights is not in it."""
     shards: list[ShardedTensor]
     """The same data as rectangles of tensors of the parameters' shapes. Loading fills it."""
     parts: list[Any]
@@ -52,8 +52,9 @@ class OptimizerShards:
         for number, shard in enumerate(self.shards):
             assert shard.data is not None
             shard.data.copy_(loaded["param_state"][str(number)])
-        for part in self.parts:  # steps, learning rates
-            part.load_state_dict({"optimizer": _groups_of(part, loaded["optimizer"])})
+        for part in self.parts:
+            groups = _groups_of(part, loaded["optimizer"])
+            part.load_state_dict({"optimizer": {"param_groups": groups}})
         for part, parameter, tensors in self.tensors:
             others = part._get_main_param_and_optimizer_states(parameter)  # AdamW's step
             part._set_main_param_and_optimizer_states(parameter, {**others, **tensors})
@@ -74,7 +75,11 @@ class OptimizerShards:
 
 
 def optimizer_shards(
-    optimizer: Any, weights: dict[str, Any], *, is_loading: bool
+    optimizer: Any,
+    weights: dict[str, Any],
+    *,
+    is_loading: bool,
+    averages: dict[Any, Tensor] | None = None,
 ) -> OptimizerShards:
     """Finds this rank's part of the optimizer's state.
 
@@ -82,13 +87,9 @@ def optimizer_shards(
         optimizer: from `build_optimizer`.
         weights: the sharded state of the model's chunks.
         is_loading: first make the state's tensors, if no step has made them.
+        averages: of the weights (ema.py), to be saved or loaded too.
     """
-    # A pipeline stage may have no experts; then the experts' part has no parameters.
-    parts = [
-        part
-        for part in optimizer.chained_optimizers
-        if any(group["params"] for group in part.optimizer.param_groups)
-    ]
+    parts = parts_of(optimizer)
     if is_loading:
         for part in parts:
             part.load_state_dict(part.state_dict())
@@ -99,25 +100,42 @@ def optimizer_shards(
     }
     held = []
     shards: list[ShardedTensor] = []
-    for part, (parameter, start, end) in ((p, own) for p in parts for own in _own_ranges(p)):
+    for part, (parameter, start, end) in ((p, own) for p in parts for own in own_ranges(p)):
         states = part._get_main_param_and_optimizer_states(parameter)
         # AdamW's step is one number for all parameters, which state_dict has.
         tensors = {n: value.detach().float() for n, value in states.items() if n != "step"}
         held.append((part, parameter, tensors))
         pieces = _pieces(stored[id(parameter)], parameter.shape)
-        for name, tensor in tensors.items():
+        more = {"ema": averages[parameter]} if averages else {}
+        for name, tensor in (tensors | more).items():
             shards += _rectangles(tensor, start, end, pieces, f"optimizer.state.{name}.")
     return OptimizerShards(held, shards, parts)
 
 
-def _groups_of(part: Any, saved: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's parameter groups as those of this part."""
-    of_experts = part.optimizer.param_groups[0]["is_expert_parallel"]
-    groups = [{**group, "is_expert_parallel": of_experts} for group in saved["param_groups"]]
-    return {**saved, "param_groups": groups}
+def parts_of(optimizer: Any) -> list[Any]:
+    """megatron-core's distributed optimizers that have parameters on this rank.
+
+    A pipeline stage may have no experts; then the experts' part has none.
+    """
+    return [
+        part
+        for part in optimizer.chained_optimizers
+        if any(group["params"] for group in part.optimizer.param_groups)
+    ]
 
 
-def _own_ranges(part: Any) -> Iterator[tuple[Any, int, int]]:
+def _groups_of(part: Any, saved: dict[str, Any]) -> list[dict[str, Any]]:
+    """This part's parameter groups, whose learning rates, weight decay and so on are the configuration's.
+    Adam's step is the checkpoint's, where its groups have one."""
+    groups = part.state_dict()["optimizer"]["param_groups"]
+    steps = {group["step"] for group in saved["param_groups"] if "step" in group}
+    if not steps:
+        return groups
+    (step,) = steps
+    return [{**group, "step": step} for group in groups]
+
+
+def own_ranges(part: Any) -> Iterator[tuple[Any, int, int]]:
     """This rank's parameters, with start and end of its range in each flattened parameter."""
     for buffer in part.gbuf_ranges:
         for buckets in buffer.values():

@@ -1,6 +1,7 @@
 """Starts ranks and process groups, and builds the model with its optimizer."""
 
 import os
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,8 @@ from megatron_ladder.mcore_compat import (
     initialize_model_parallel,
     transformer_config,
 )
+from megatron_ladder.side.config import SideConfig
+from megatron_ladder.side.model import SideTunedModel, side_tuned
 from pretrain.config.train import TrainConfig
 from pretrain.model.compiled import compile_layers
 from pretrain.model.graphs import use_own_stream
@@ -136,13 +139,30 @@ def layers_config(config: TrainConfig) -> LadderConfig:
     )
 
 
+def _build_side(config: TrainConfig) -> list[SideTunedModel]:
+    side, parallel, impl = config.side, config.parallel, config.transformer_impl
+    alone = replace(config, side=SideConfig(), model=side.backbone(config.model))
+    layers = layers_config(alone)
+    layers.gradient_accumulation_fusion = False  # into buffers that the backbone does not have
+    backbone = build_gpt_model(alone.model, layers, impl)
+    # The blocks do not run in halves.
+    whole = replace(parallel, tp_overlap="none")
+    blocks = layers_config(replace(alone, model=side.model(config.model), parallel=whole))
+    return side_tuned(backbone, config.model, side, parallel, blocks, impl)
+
+
 def build(config: TrainConfig) -> tuple[list[Any], Any, Any]:
     """Builds this rank's part of the model.
 
     Returns:
-        The chunks in DDP, their optimizer, and its learning-rate schedule.
+        The chunks in DDP, their optimizer, and its learning-rate schedule. With a side network each chunk
+        is a SideTunedModel, whose backbone has no weights yet.
     """
-    chunks = build_gpt_model(config.model, layers_config(config), config.transformer_impl)
+    chunks: list[Any]
+    if config.side.is_on:
+        chunks = _build_side(config)
+    else:
+        chunks = build_gpt_model(config.model, layers_config(config), config.transformer_impl)
     if config.compile:
         compile_layers(chunks)
     model = wrap_data_parallel(chunks, gather_at_once=config.compile or config.cuda_graph)

@@ -90,15 +90,26 @@ def what_to_turn(
             "expert-model-parallel-size; a --model.experts.moe-expert-capacity-factor, which bounds the "
             "tokens of an expert"
         )
-    plan, parallel = memory_plan(config, dp, attention, longest), config.parallel
+    plan, parallel, side = (
+        memory_plan(config, dp, attention, longest),
+        config.parallel,
+        config.side,
+    )
     advice = []
+    if side.start == "fisher" and side.is_on:
+        pruned = replace(config, side=replace(side, start="magnitude"))
+        saved = plan.total - memory_plan(pruned, dp, attention, longest).total
+        if saved:
+            advice.append(
+                f"--side.start magnitude (no backward through the backbone: {saved / 2**30:.2f} GiB less)"
+            )
     if config.cuda_graph:
         advice.append("no --cuda-graph (a graph keeps a step's memory during validation too)")
     if attention in SCORES:
         if attention != "torch-unfused":
             saved = plan.total - memory_plan(config, dp, "torch").total
             advice.append(f"--attention torch (no scores in memory: {saved / 2**30:.2f} GiB less)")
-        if config.recompute == "none":
+        if config.recompute == "none" and not side.is_on:
             selective = memory_plan(replace(config, recompute="selective"), dp, attention, longest)
             saved = plan.total - selective.total
             advice.append(
@@ -113,7 +124,7 @@ def what_to_turn(
     tp = parallel.tensor_model_parallel_size
     if tp > 1 and not parallel.sequence_parallel and config.model.residual != "desync":
         advice.append("--parallel.sequence-parallel (divides norms' activations over the ranks)")
-    if config.recompute != "full":
+    if config.recompute != "full" and not side.is_on:
         advice.append("--recompute full (fewer activations, a third more compute)")
     moment = plan.activations + plan.logits + plan.backward
     if plan.optimizer + plan.weights + plan.gradients > moment:

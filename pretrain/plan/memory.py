@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from megatron_ladder.config import PARALLEL, ModelConfig, Recompute
+from megatron_ladder.fields.stages import layers_of_stages
 from megatron_ladder.fp8 import Fp8Recipe
 from pretrain.config.train import TrainConfig
+from pretrain.plan.side import share_of_layers, side_parameters
 
 if TYPE_CHECKING:  # because the command line starts without torch
     from megatron_ladder.layers.attention_choice import CoreAttention
@@ -95,7 +97,9 @@ def attention_bytes(
     tokens.
 
     With context parallelism Transformer Engine keeps a rank's own keys and values. Other attention keeps
-    those of all ranks: kv times cp.
+    those of all ranks: kv times cp. Torch's repeats them for their group's heads where there is a mask
+    (attention.py): with windows kv becomes w; with context parallelism each chunk has its own copies, of
+    the keys up to its end, and kv becomes w (2 cp + 1) / 2. The count is of a layer that has a window.
 
     Args:
         seq_length: tokens of a sequence; where documents are apart, of the longest one.
@@ -103,13 +107,18 @@ def attention_bytes(
         again: attention is computed again in backward. It keeps its inputs and its output: 3 w + 3 kv, as
             values are a view of the linear's whole output. There are no log-sums.
     """
-    heads, keys = model.num_attention_heads, model.kv_heads * model.head_dim
+    heads = model.num_attention_heads
     width = heads * model.head_dim
+    keys: float = model.kv_heads * model.head_dim
     if again:
         return BF16 * 3 * (width + keys)
     if attention in ("te", "torch"):
-        ranks = 1 if attention == "te" else cp
-        return BF16 * (2 * (width + keys * ranks) + width * apart) + FP32 * heads
+        window = model.sliding_window is not None and model.sliding_window < seq_length
+        if attention == "torch" and model.kv_heads < heads and (cp > 1 or window):
+            keys = width * ((2 * cp + 1) / 2 if cp > 1 else 1)
+        elif attention == "torch":
+            keys *= cp
+        return BF16 * (2 * (width + keys) + width * apart) + FP32 * heads
     numbers = {"te-unfused": 4, "torch-unfused": 7, "unfused": 6 if keys == width else 4}
     scores = SCORES[attention][1 if model.attention_dropout else 0]
     return BF16 * numbers[attention] * width + scores * heads * seq_length
@@ -181,14 +190,7 @@ def activation_bytes(
 
 def stage_layers(config: TrainConfig) -> list[int]:
     """The number of layers of each pipeline stage."""
-    parallel, pp = config.parallel, config.parallel.pipeline_model_parallel_size
-    first = parallel.num_layers_in_first_pipeline_stage
-    last = parallel.num_layers_in_last_pipeline_stage
-    given = [n for n in (first, last) if n is not None]
-    each = (config.model.num_layers - sum(given)) // max(1, pp - len(given))
-    between = [each] * (pp - 2)
-    ends = (each if first is None else first), (each if last is None else last)
-    return [ends[0], *between, ends[1]] if pp > 1 else [config.model.num_layers]
+    return layers_of_stages(config.model.num_layers, config.parallel)
 
 
 def layer_parameters(config: TrainConfig) -> float:
@@ -217,8 +219,9 @@ def memory_plan(
     """The memory of the pipeline stage that takes most.
 
     A parameter takes 2 bytes in bf16, 4 bytes for its fp32 gradient, and 12 bytes / dp in the distributed
-    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16). With context parallelism
-    dp cp ranks share it, and a rank has the tokens of a sequence over cp.
+    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16), and 4 bytes more with an
+    average of the weights. With context parallelism dp cp ranks share it, and a rank has the tokens of a
+    sequence over cp.
 
     Activations are those of `activation_bytes`, for all micro-batches in flight. On the first stage these
     are pp micro-batches in 1F1B, and 1 + (pp - 1) / (pp vpp) times as many in the interleaved schedule.
@@ -226,6 +229,10 @@ def memory_plan(
     In addition there is the larger of two: the logits on the last stage, in bf16 and in fp32, and their
     exponentials if megatron-core's loss is compiled; or what one layer's backward recomputes, and the
     gradients of scores.
+
+    With a side network its parameters alone have gradients and a state of the optimizer. Its blocks keep
+    activations, and its down-projections the backbone's states. Where its first weights are pruned by the
+    backbone's gradients, the backward for that keeps the backbone's activations, if these are more.
 
     Args:
         longest: tokens of the longest document, where they are apart (attended.py). A token has no more
@@ -238,14 +245,14 @@ def memory_plan(
     cp = parallel.context_parallel_size
     tokens = config.micro_batch_size * config.data.seq_length // cp
     longest = longest or config.data.seq_length
-    recipe = config.fp8.recipe
+    recipe, side = config.fp8.recipe, config.side
     # One mask for all layers: a rank's two chunks, with the keys up to the end of each.
-    masks = attention == "torch" and cp > 1 and config.data.attend_across_documents
+    masks = attention == "torch" and cp > 1
     mask = BF16 * masks * (2 * cp + 1) * (config.data.seq_length / (2 * cp)) ** 2
 
-    def layer(recompute: Recompute) -> float:
+    def layer(recompute: Recompute, of: ModelConfig = model) -> float:
         return activation_bytes(
-            model,
+            of,
             tokens=tokens,
             seq_length=longest,
             tp=tp,
@@ -266,6 +273,8 @@ def memory_plan(
     logit = BF16 + (FP32 if config.deterministic else 2 * FP32)
     logits = logit * tokens * model.padded_vocab_size / tp
     state = FP32 + 2 * (BF16 if config.optimizer.moments == "bf16" else FP32)
+    if config.optimizer.ema_decay is not None:
+        state += FP32
     most = config.num_microbatches(dp) * vpp
     not_in_fp8 = config.fp8.num_layers_at_start_in_bf16 + config.fp8.num_layers_at_end_in_bf16
     layers = stage_layers(config)
@@ -273,8 +282,15 @@ def memory_plan(
     for stage in {0, min(1, pp - 1), pp - 1}:  # of the stages between, the first has most in flight
         warm_up = (pp - 1 - stage) * (1 if vpp == 1 else 2) + (vpp - 1) * pp
         in_flight = min(warm_up + 1, most)
-        parameters = stage_parameters(config, stage)
+        parameters = trained = stage_parameters(config, stage)
         chunk = layers[stage] / vpp * layer(config.recompute)
+        if side.is_on:
+            trained = side_parameters(config, stage, layers[stage])
+            blocks = layers[stage] * share_of_layers(config) / vpp
+            states = BF16 * tokens * model.hidden_size / (tp if sp else 1)
+            kept = blocks * (layer("none", side.model(model)) + states)
+            chunk = max(chunk, kept) if side.start == "fisher" else kept
+            parameters += trained
         weights, copies = BF16 * parameters, 0.0
         if recipe:
             linears = layers[stage] * layer_parameters(config)
@@ -287,8 +303,8 @@ def memory_plan(
             MemoryPlan(
                 weights=weights,
                 fp8_weights=copies,
-                gradients=FP32 * parameters,
-                optimizer=state * parameters / (dp * cp),
+                gradients=FP32 * trained,
+                optimizer=state * trained / (dp * cp),
                 activations=in_flight * chunk + mask,
                 logits=logits if at_the_loss else 0.0,
                 backward=0.0 if at_the_loss else backward,

@@ -49,6 +49,8 @@ def draw_losses(runs: list[Run], against: str) -> bytes:
                 label=f"{run.label}, validation" + (f" ({dataset})" if several else ""),
             )
         unigrams |= run.unigram
+        for line in run.changes if against == "tokens" else ():
+            axes.axvline(line.get("tokens", 0), color=colour, linestyle=":", linewidth=1.2)
     for dataset, loss in unigrams.items():
         axes.axhline(loss, color=GREY, linestyle=":", linewidth=1.4)
         axes.annotate(

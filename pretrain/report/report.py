@@ -2,6 +2,7 @@
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import in_words
@@ -57,9 +58,13 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     start = run.start
     rows = [
         ("residual", start["residual"]),
-        ("parameters", f"{start['parameters']:,}"),
+        ("parameters", _parameters(start)),
         ("device", f"{start['world_size']} x {start['device']}"),
     ]
+    if trunk := start.get("branch_from"):
+        rows.append(("branch of", in_words(str(trunk))))
+    for line in run.changes:
+        rows.append((f"changed after step {line['step']:,}", _changed(line["changed"])))
     if run.train:
         last = run.train[-1]
         rows += [
@@ -97,6 +102,23 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     state = "finished" if run.finished else "in progress or stopped"
     rows.append(("state", state + (f", {run.restarts} restarts" if run.restarts else "")))
     return rows + _trouble(run)
+
+
+def _parameters(start: dict[str, Any]) -> str:
+    """The number of the model's parameters; of a side-tuned run the side network's too."""
+    whole = start["parameters"]
+    trained = start.get("trained_parameters", whole)  # older runs have trained all
+    return f"{whole:,}" if trained == whole else f"{whole:,}, and {trained:,} of a side network"
+
+
+def _changed(changed: dict[str, list[Any]]) -> str:
+    return "; ".join(f"{name}: {_value(a)} -> {_value(b)}" for name, (a, b) in changed.items())
+
+
+def _value(value: Any) -> str:
+    """A value of the configuration; lists, such as of data sets, may be long."""
+    text = in_words(str(value))
+    return text if len(text) < 120 else f"{text[:117]}..."
 
 
 def _trouble(run: Run) -> list[tuple[str, str]]:

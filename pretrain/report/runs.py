@@ -27,6 +27,8 @@ class Run:
     restarts: int
     goodput: Goodput | None
     """None for a run of an older version, which did not record its starts."""
+    changes: Lines
+    """The starts at which options got other values, in the order of their steps."""
     bad_steps: Lines
     slow_ranks: Lines
     finished: bool
@@ -78,9 +80,16 @@ def read_run(path: Path, label: str) -> Run:
         unigram={b["dataset"]: b["unigram_loss"] for b in by_kind.get("baseline", [])},
         restarts=restarts,
         goodput=goodput,
+        changes=_changes(by_kind["start"]),
         bad_steps=by_kind.get("bad_step", []),
         slow_ranks=by_kind.get("slow_rank", []),
         finished=any(line["reason"] == "finished" for line in by_kind.get("end", [])),
         evaluated=latest_results(path),
         config_text=config.read_text() if config.is_file() else "",
     )
+
+
+def _changes(starts: Lines) -> Lines:
+    """Of several starts at one step, the last counts: the others trained no step that is left."""
+    last = {line.get("step", 0): line for line in starts}
+    return [line for _, line in sorted(last.items()) if line.get("changed")]

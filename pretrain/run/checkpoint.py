@@ -60,14 +60,17 @@ def checkpoint_state(
         The sharded state, and metadata that `load_checkpoint` reads first.
     """
     weights = _weights(model)
+    averages = optimizer.ema.tensors() if optimizer.ema else None
+    shards = optimizer_shards(optimizer, weights, is_loading=False, averages=averages)
     state = {
         **weights,
-        "optimizer": optimizer_shards(optimizer, weights, is_loading=False).state(),
+        "optimizer": shards.state(),
         "scheduler": scheduler.state_dict(),
         "rng": random_states.sharded_states(model[0].config),
         "progress": asdict(progress),
     }
-    return state, {**_METADATA, "rng": random_states.kinds(model[0].config)}
+    kinds = random_states.kinds(model[0].config)
+    return state, {**_METADATA, "rng": kinds, "ema": averages is not None}
 
 
 def newest_valid(run_dir: Path) -> Path | None:
@@ -101,13 +104,15 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
 
     The checkpoint may have been written at another layout. Random states belong to a layout: at another
     one, or where the checkpoint does not say to which they belong, they are seeded anew. In training only
-    dropout draws from them. Called by all ranks.
+    dropout draws from them. Of optimizer and scheduler, what the configuration says stays: rates, decay. An
+    average of the weights that the checkpoint does not have begins with its weights. Called by all ranks.
     """
     saved = dist_checkpointing.load_content_metadata(str(path))
     same_layout = saved.get("rng") == random_states.kinds(model[0].config)
     weights = {name: _without_states_of_norms(part) for name, part in _weights(model).items()}
+    averages = optimizer.ema.tensors() if optimizer.ema and saved.get("ema") else None
     with loading_optimizer(optimizer):
-        shards = optimizer_shards(optimizer, weights, is_loading=True)
+        shards = optimizer_shards(optimizer, weights, is_loading=True, averages=averages)
         state = {**weights, "optimizer": shards.state()}
         if same_layout:
             state["rng"] = random_states.sharded_states(model[0].config)
@@ -117,8 +122,10 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
         missing, unknown = chunk.load_state_dict(loaded[name], strict=False)
         assert not unknown and all(map(_is_state_of_norm, missing)), missing
     shards.round_weights()
-    scheduler.num_steps = 0  # loading adds to it, and a rollback loads into a scheduler in use
-    scheduler.load_state_dict(loaded["scheduler"])
+    if optimizer.ema and averages is None:
+        optimizer.ema.begin()
+    scheduler.num_steps = 0  # a step adds to it, and a rollback loads into a scheduler in use
+    scheduler.step(increment=loaded["scheduler"]["num_steps"])
     progress = Progress(**loaded["progress"])
     if same_layout:
         random_states.restore(loaded["rng"])

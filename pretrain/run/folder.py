@@ -2,25 +2,34 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import is_word, read_json
+from megatron_ladder.reading.plain_files import refuse_links
+from pretrain.config.changes import Changes, refuse_other_desync, refuse_other_runs, told
+from pretrain.config.past import Past
 from pretrain.config.places import with_absolute_paths
 from pretrain.config.train import (
     TrainConfig,
     differences,
-    is_safe_to_change,
     load_config,
     save_config,
+    trained_parameters,
 )
+from pretrain.files import sync
 from pretrain.run.checkpoint_files import damage, refuse_damaged, refuse_newer, written_files
 from pretrain.run.lock import lock
 from pretrain.run.metrics import has_finished
 from pretrain.sizes import in_units
 
-INITIAL = "initial.json"  # in a run's folder; docs/reference/formats.md
+# In a run's folder; docs/reference/formats.md.
+BACKBONE = "backbone"
+INITIAL = "initial.json"
+TRUNK = "trunk.json"
+MERGED = "merged.json"
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -64,12 +73,8 @@ def find_checkpoint(run: Path) -> Path:
     return found
 
 
-def check_output_dir(config: TrainConfig) -> str:
+def check_output_dir(config: TrainConfig) -> None:
     """Checks that this run may write to its folder. Called by one process for all ranks.
-
-    Returns:
-        What will happen, for the log: a new run, or a resumed one and what has changed. "" when the run in
-        the folder is finished. Its last checkpoint has the sizes that were written; it is not read.
 
     Raises:
         UserError: no folder is given, it cannot be written to, it holds something else or another run, or
@@ -87,39 +92,62 @@ def check_output_dir(config: TrainConfig) -> str:
             f"--output-dir {run_dir} is not empty and holds no run: choose another folder"
         )
     _check_writable(run_dir)
+    if (run_dir / MERGED).is_file():
+        raise UserError(
+            f"{run_dir} holds a mean of checkpoints, which has no optimizer's state to go on with: begin a "
+            f"run with its weights, by --init-from {run_dir} and another --output-dir"
+        )
+    if not saved.is_file():
+        return
+    changed = _changed(load_config(saved), config)
+    refuse_other_runs(changed, f"{run_dir} holds")
+    if config.model.residual == "desync":
+        refuse_other_desync(changed, config.model.desync_interval, str(run_dir))
+    lock(run_dir).close()  # raises UserError while another process trains here
+    if latest := latest_checkpoint(run_dir):
+        refuse_newer(latest)
+
+
+def plan_of(config: TrainConfig) -> str:
+    """What will happen, for the log: a new run, or a resumed one and what has changed.
+
+    "" when the run in the folder is finished. Its last checkpoint has the sizes that were written; it is
+    not read.
+
+    Args:
+        config: that `check_output_dir` has accepted, with what the steps so far had.
+    """
+    run_dir = config.output_dir
+    assert run_dir is not None
+    saved = run_dir / "config.json"
+    latest = latest_checkpoint(run_dir)
+    if config.branch_from and not latest:
+        return f"New branch in {run_dir}, of {config.branch_from}"
     if not saved.is_file():
         return f"New run in {run_dir}"
-
-    old = load_config(saved)
-    changed = differences(with_absolute_paths(old), with_absolute_paths(config))
-    if old.init_from and config.init_from and _same_start(run_dir, old.init_from, config.init_from):
-        changed.pop("init_from", None)
-    unsafe = [name for name in changed if not is_safe_to_change(name)]
-    if unsafe:
-        detail = "; ".join(f"{n}: {changed[n][0]} -> {changed[n][1]}" for n in unsafe)
-        raise UserError(
-            f"{run_dir} holds another run: {detail}.\nChoose another --output-dir, or give these their "
-            "old values. The layout, batch split, intervals and logging may change."
-        )
-    tp = changed.get("parallel.tensor_model_parallel_size")
-    if tp and config.model.residual == "desync":
-        raise UserError(
-            f"{run_dir} was trained with desync-{config.model.desync_interval} at "
-            f"parallel.tensor_model_parallel_size {tp[0]}: its ranks' residual states differ between "
-            f"two sums, so at {tp[1]} the same weights would be a different model. Keep {tp[0]}"
-        )
-    lock(run_dir).close()  # raises UserError while another process trains here
-    latest = latest_checkpoint(run_dir)
-    if latest:
-        refuse_newer(latest)
     is_trained = latest is not None and checkpoint_step(latest) >= config.train_steps
     # Without its last validation the run goes on, if only for that.
     has_ended = is_trained and has_finished(run_dir, config.train_steps)
     if latest and has_ended and not damage(latest, read=False):
         return ""
     where = f"step {checkpoint_step(latest)}" if latest else "the start: it has no checkpoint yet"
-    what = ", ".join(f"{n}: {a} -> {b}" for n, (a, b) in changed.items() if n != "output_dir")
+    changed = {n: pair for n, pair in _changed(load_config(saved), config).items() if told(n)}
+    what = ", ".join(f"{n}: {a} -> {b}" for n, (a, b) in changed.items())
     return f"Resuming {run_dir} from {where}" + (f" (changed: {what})" if what else "")
+
+
+def _changed(old: TrainConfig, config: TrainConfig) -> Changes:
+    """How a run's configuration differs from the saved one, apart from names of the same folders."""
+    old, config = (replace(with_absolute_paths(c), past=Past()) for c in (old, config))
+    changed = differences(old, config)
+    assert config.output_dir is not None
+    if old.init_from and config.init_from and _same_start(config, old.init_from):
+        changed.pop("init_from", None)
+    if old.branch_from and config.branch_from:
+        has_begun = latest_checkpoint(config.output_dir) is not None
+        if not has_begun or _same_trunk(old.branch_from, config.branch_from):
+            changed.pop("branch_from", None)
+    return changed
 
 
 def started_from(run_dir: Path) -> dict[str, Any] | None:
@@ -135,12 +163,18 @@ def started_from(run_dir: Path) -> dict[str, Any] | None:
     return found
 
 
-def _same_start(run_dir: Path, old: Path, now: Path) -> bool:
-    """Whether two folders are the same one, or hold the same weights."""
-    if old.resolve() == now.resolve():
+def _same_start(config: TrainConfig, old: Path) -> bool:
+    """Whether a run is to begin with the same folder as before, or with the same weights."""
+    assert config.output_dir is not None and config.init_from is not None
+    if old.resolve() == config.init_from.resolve():
         return True
-    kept = started_from(run_dir)
-    return kept is not None and kept["files"] == written_files(find_checkpoint(now))
+    kept = started_from(config.output_dir)
+    return kept is not None and kept["files"] == written_files(find_checkpoint(config.init_from))
+
+
+def _same_trunk(old: Path, now: Path) -> bool:
+    """Whether a branch is to begin at the same step of a run of the same name: the run may have moved."""
+    return old.name == now.name or old.resolve() == now.resolve()
 
 
 def _is_used(run_dir: Path) -> bool:
@@ -154,8 +188,11 @@ def _is_used(run_dir: Path) -> bool:
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """The size of one checkpoint: weights, and AdamW's fp32 master weights and two moments."""
-    return config.model.num_parameters() * (16 if config.precision == "fp32" else 14)
+    """The size of one checkpoint: weights, AdamW's fp32 master weights and two moments, the average."""
+    a_parameter = 16 if config.precision == "fp32" else 14
+    if config.optimizer.ema_decay is not None:
+        a_parameter += 4
+    return trained_parameters(config) * a_parameter
 
 
 def stored_bytes(config: TrainConfig) -> int:
@@ -198,3 +235,32 @@ def _existing_parent(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def keep_backbone(run_dir: Path, checkpoint: Path) -> None:
+    """Keeps a checkpoint as the backbone of a side-tuned run: the one that the run began with.
+
+    Checkpoints of such a run hold the side network alone, since the backbone does not change. RUN/backbone
+    is a folder like a run's, with that checkpoint in it. Its files are hard links where the file system
+    allows: they take no room, and stay when the other run deletes its own. Elsewhere they are copied, once.
+    So the run is whole by itself, and the checkpoint's manifest has the checksums that show damage.
+    """
+    refuse_links(checkpoint, home=checkpoint.parents[1])
+    folder = backbone_of(run_dir) / "checkpoints"
+    new = folder / f"{checkpoint.name}.tmp"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    for file in sorted(checkpoint.iterdir()):
+        try:
+            os.link(file, new / file.name)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(file, new / file.name)
+            sync(new / file.name)
+    sync(new)
+    new.rename(folder / checkpoint.name)
+    sync(folder)
+
+
+def backbone_of(run_dir: Path) -> Path:
+    """The folder of a side-tuned run's backbone, for `find_checkpoint`."""
+    return run_dir / BACKBONE

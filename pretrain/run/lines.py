@@ -9,7 +9,10 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import is_whole, is_word, short
 
 MOST = (1 << 63) - 1
-WHOLE = ("step", "tokens", "train_steps", "world_size", "tokens_per_step", "rank")
+WHOLE = (
+    *("step", "tokens", "train_steps", "world_size", "tokens_per_step", "rank"),
+    *("parameters", "trained_parameters"),
+)
 # Losses may be NaN.
 NUMBERS = (
     *("time", "unix_time", "loss", "grad_norm", "learning_rate", "tokens_per_second"),
@@ -46,6 +49,15 @@ def check_metrics(line: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name} is missing")
     if wrong := _wrong(line):
         raise UserError(f"{where}: {wrong} is {short(line[wrong])}")
+    if kind == "start" and not _are_changes(line.get("changed", {})):
+        raise UserError(f"{where}: changed is {short(line['changed'])}")
+
+
+def _are_changes(value: Any) -> bool:
+    """Whether it is a dictionary of names and pairs: the value before, and the value from here on."""
+    return isinstance(value, dict) and all(
+        is_word(name) and isinstance(pair, list) and len(pair) == 2 for name, pair in value.items()
+    )
 
 
 def is_status(values: dict[str, Any]) -> bool:

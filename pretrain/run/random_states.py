@@ -18,9 +18,9 @@ def sharded_states(config: Any) -> dict[str, ShardedTensor]:
     """This rank's random states, for megatron-core's `save` and `load`.
 
     Each is a tensor of bytes, [pipeline ranks, tensor ranks, context ranks, bytes]. Data-parallel ranks
-    have the same states, since they draw the same numbers for other data: one of them is stored. Only
-    "expert-parallel-rng" differs among those that divide experts. On a GPU the first weights of experts are
-    drawn from it, and then nothing.
+    have the same states, since they draw the same numbers for other data: one of them is stored. With
+    expert parallelism the tracker's state for experts differs between them. That does no harm: it is drawn
+    from for their first weights alone, on a GPU.
 
     Where documents are apart, attention draws its dropout for each document by itself, and the ranks have
     other documents: then each data-parallel rank's states are stored, along a fourth axis before the bytes.

@@ -47,7 +47,7 @@ class Status:
     def __init__(self, config: TrainConfig) -> None:
         assert config.output_dir is not None
         self._run_dir = config.output_dir
-        self._tokens_per_step = config.tokens_per_step
+        self._tokens_after = config.tokens_after
         self._changed = -math.inf
         self._newest: deque[dict[str, Any]] = deque(maxlen=1)  # the thread has not written it yet
         self._thread = ThreadPoolExecutor(1, "status")
@@ -102,7 +102,7 @@ class Status:
         """Records that training begins, or is resumed, after `step`."""
         if is_first_rank():
             _append(self._run_dir, {"kind": "train", "unix_time": time.time(), "step": step})
-        tokens = step * self._tokens_per_step
+        tokens = self._tokens_after(step)
         facts = {"step": step, "tokens": tokens, "last_checkpoint": last_checkpoint}
         self.update("training", phase="", **facts)
 

@@ -1,7 +1,8 @@
 """The command line of `train`.
 
 The user gives a preset, a saved configuration, or both: the configuration then replaces fields of the
-preset. All other options change single fields of the result.
+preset. For a branch the trunk's options take the preset's place. All other options change single fields of
+the result.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import tyro
 
 from megatron_ladder.config import PARALLEL, Residual
 from megatron_ladder.errors import UserError
+from pretrain.config.past import Past
 from pretrain.config.places import found_from, run_of, with_names
 from pretrain.config.presets import OF_A_MODEL, PRESETS
 from pretrain.config.train import TrainConfig, load_config
@@ -33,9 +35,12 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
     first.add_argument("--config", type=Path)
     first.add_argument("--nproc-per-node", type=int)
     first.add_argument("--init-from", type=Path)
+    first.add_argument("--branch-from", type=Path)
     first.add_argument("--ladder-layers")
     chosen, options = first.parse_known_args(argv)
-    if chosen.config and not chosen.preset:
+    if chosen.branch_from:
+        default = _of_branch(chosen, options)
+    elif chosen.config and not chosen.preset:
         default = load_config(chosen.config)
     else:
         name = chosen.preset or ("debug" if {"-h", "--help"} & set(options) else "")
@@ -51,8 +56,9 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
         default = PRESETS[name]()
         if chosen.config:  # some of the fields, such as those that `data blend` writes
             default = load_config(chosen.config, onto=default)
-    if chosen.config and (run := run_of(chosen.config)):
+    if chosen.config and not chosen.branch_from and (run := run_of(chosen.config)):
         default = found_from(run, default)
+    default = replace(default, past=Past())  # what the steps so far had is read from the run
     if chosen.init_from:
         # Imported here because it imports torch, which --help does not need.
         from pretrain.start.initial import starting_from
@@ -87,6 +93,24 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
         console_outputs=is_first_rank(),
     )
     return with_names(config), chosen.nproc_per_node
+
+
+def _of_branch(chosen: argparse.Namespace, options: list[str]) -> TrainConfig:
+    """The defaults of a branch. Where it has begun, they are in its own folder."""
+    for name in ("preset", "init_from", "ladder_layers"):
+        if getattr(chosen, name) is not None:
+            raise UserError(
+                f"--branch-from takes model and options of the run that it branches off: leave "
+                f"--{name.replace('_', '-')} out"
+            )
+    # Imported here because it imports more than --help needs.
+    from pretrain.start.going_on.branch import options_of_trunk
+
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--output-dir", type=Path)
+    output_dir = own.parse_known_args(options)[0].output_dir
+    default = options_of_trunk(chosen.branch_from, output_dir)
+    return load_config(chosen.config, onto=default) if chosen.config else default
 
 
 def _description() -> str:

@@ -11,8 +11,8 @@ from pretrain.data.fim import fill_in_the_middle
 from pretrain.index.cache import is_made, make_index
 from pretrain.processes import shield_forked_children
 from pretrain.run.folder import check_output_dir, lock
+from pretrain.start.going_on.changes import with_past
 from pretrain.start.open_files import raise_limit
-from pretrain.start.past import check_past, same_data
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,7 @@ def index_before(config: TrainConfig, rank: int | None = None, world_size: int =
         check_output_dir(config)
     if config.output_dir is None:
         raise UserError("no --output-dir: give the folder of the run that will train")
-    folders = same_data(config.output_dir, folders)
-    check_past(config, folders)
+    config, folders = with_past(config, folders)
     config = with_absolute_paths(config)
     assert config.output_dir is not None
     path = config.output_dir / "dataset_cache"

@@ -16,7 +16,13 @@ from pretrain.config.train import TrainConfig, differences, load_config
 from pretrain.data.folders import DataFolder, has_ids_of, kept_facts
 from pretrain.files import write_atomically
 from pretrain.run.checkpoint_files import written_files
-from pretrain.run.folder import INITIAL, find_checkpoint, latest_checkpoint, started_from
+from pretrain.run.folder import (
+    INITIAL,
+    backbone_of,
+    find_checkpoint,
+    latest_checkpoint,
+    started_from,
+)
 from pretrain.start.first_rank import by_first_of_groups
 
 logger = logging.getLogger(__name__)
@@ -49,8 +55,18 @@ ROPE = (
 
 
 def initial_model(init_from: Path) -> ModelConfig:
-    """The model of a run or of a checkpoint. Raises UserError when `init_from` is neither."""
-    return _settled(load_config(find_checkpoint(init_from) / "config.json").model)
+    """The model of a run or of a checkpoint.
+
+    Raises:
+        UserError: `init_from` is neither, or a side-tuned run, whose checkpoints have a side network alone.
+    """
+    config = load_config(find_checkpoint(init_from) / "config.json")
+    if config.side.is_on:
+        raise UserError(
+            f"init_from {init_from} is side-tuned: its checkpoints hold a side network, and no other "
+            f"training starts from one. Its backbone, as it was, is {backbone_of(_run_of(init_from))}"
+        )
+    return _settled(config.model)
 
 
 def _settled(model: ModelConfig) -> ModelConfig:
@@ -66,6 +82,7 @@ def original_model(init_from: Path) -> ModelConfig:
     Raises:
         UserError: `init_from` is neither a run nor a checkpoint.
     """
+    initial_model(init_from)  # refuses others
     checkpoint = find_checkpoint(init_from)
     config = load_config(checkpoint / "config.json")
     if config.data.paths:  # a trained run, not an import: this is the model it was trained as
@@ -113,8 +130,14 @@ def check_initial(config: TrainConfig, folders: list[DataFolder]) -> None:
         UserError: the weights, the teacher or the tokenizer do not fit; it names what differs.
     """
     if config.init_from is None:
+        if config.side.is_on:
+            raise UserError(
+                "side.reduction: a side network stands beside a model that exists: give --init-from RUN"
+            )
         return
-    resumed = config.output_dir is not None and latest_checkpoint(config.output_dir) is not None
+    resumed = config.branch_from is not None or (
+        config.output_dir is not None and latest_checkpoint(config.output_dir) is not None
+    )
     if resumed and not config.adapt.distillation_weight and not config.init_from.exists():
         return  # its weights are read no more
     if resumed and config.adapt.distillation_weight:
@@ -194,6 +217,8 @@ def keep_initial(config: TrainConfig, *, is_resumed: bool) -> None:
         refuse_links(imported, home=checkpoint.parents[1])
         shutil.copytree(imported, new)
         new.rename(mine)
+    if config.side.is_on:  # it was kept when the run began
+        checkpoint = find_checkpoint(backbone_of(config.output_dir))
     files = written_files(checkpoint)
     if files and not is_resumed:
         facts = {"checkpoint": checkpoint.name, "files": files}

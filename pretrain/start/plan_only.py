@@ -4,6 +4,7 @@ import argparse
 
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
+from pretrain.config.side import check_side_layout
 from pretrain.data.checks import with_vocab_size
 from pretrain.plan.attended import attended
 from pretrain.plan.fits import card_in_words, what_to_turn
@@ -48,6 +49,7 @@ def plan_only(argv: list[str]) -> int:
             "--transformer-impl local"
         )
     check_layout(config.model, config.parallel)
+    check_side_layout(config.side, config.model, config.parallel)
     name, card_bytes = _card(chosen.plan_only)
     ranks = local_ranks(config, asked)
     dp = config.parallel.data_parallel_size(ranks)
@@ -60,6 +62,11 @@ def plan_only(argv: list[str]) -> int:
     if longer := extension(config):
         print(longer)
     print(f"The fullest of {ranks} GPUs would hold {in_words(plan)}.")
+    if config.side.is_on:
+        trained, whole = config.side.num_parameters(config.model), config.model.num_parameters()
+        print(
+            f"The side network has {trained:,} parameters, all that is trained; the backbone {whole:,}."
+        )
     if attention == "te" and ring:
         gathered = memory_plan(config, dp, "torch").total
         print(

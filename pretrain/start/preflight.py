@@ -10,18 +10,20 @@ from megatron_ladder.layers.attention_choice import check_attention
 from megatron_ladder.specs import resolve_impl
 from pretrain.config.optimizer import check_optimizer
 from pretrain.config.places import with_absolute_paths
-from pretrain.config.train import TrainConfig
+from pretrain.config.side import check_side_layout
+from pretrain.config.train import TrainConfig, trained_parameters
 from pretrain.data.blends import describe
 from pretrain.data.checks import open_data, with_vocab_size
 from pretrain.data.fim import fill_in_the_middle
 from pretrain.data.folders import DataFolder
 from pretrain.model.compiled import check_compile
 from pretrain.model.graphs import check_cuda_graph
-from pretrain.run.folder import check_free_space, check_output_dir
+from pretrain.run.folder import check_free_space, check_output_dir, plan_of
 from pretrain.start.extend import extension
+from pretrain.start.going_on.changes import with_past
+from pretrain.start.going_on.past import is_same
 from pretrain.start.initial import check_initial
 from pretrain.start.open_files import check_open_files
-from pretrain.start.past import check_past, is_same, same_data
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             )
     check_initial(config, folders)
     check_layout(config.model, config.parallel)
+    check_side_layout(config.side, config.model, config.parallel)
     check_machine(config.fp8, resolve_impl(config.transformer_impl))
     check_attention(
         config.attention,
@@ -77,12 +80,16 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
             f"keep_last is {config.keep_last}: give at least 2, so that another checkpoint is left when "
             "the newest one is damaged"
         )
-    plan = check_output_dir(config)
-    assert config.output_dir is not None
-    folders = same_data(config.output_dir, folders)
-    check_past(config, folders)
-    if plan and config.data.phases:
+    check_output_dir(config)
+    config, folders = with_past(config, folders)
+    plan = plan_of(config)
+    if plan and (config.data.phases or config.past.blends):
         plan = f"{plan}\n{describe(config, folders)}"
+    if plan and config.side.is_on:
+        plan = (
+            f"{plan}\nA side network of {trained_parameters(config):,} parameters is trained. The "
+            f"backbone, {config.model.num_parameters():,} parameters, is not"
+        )
     if plan and (longer := extension(config)):
         plan = f"{plan}\n{longer}"
     check_free_space(config)

@@ -1,6 +1,7 @@
 """Documents apart, and loss masks: a packed batch is trained on as each document by itself, in loss and
 in every gradient, at layouts that cut it in all ways."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tests.distributed.layouts import (
     save_start,
     start,
 )
+from tests.expert_oracle import Cut, Oracle
 from tests.oracle import plain_model
 from tests.ranks import run_ranks
 
@@ -98,8 +100,12 @@ def run(kind: str, layouts: list[Layout], weights: Path, folder: Path) -> list[d
     return results
 
 
-def oracle(plain: Any) -> Tensor:
-    """The mean over all trained labels, of documents that the plain model sees one at a time."""
+def oracle(logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean over all trained labels, of documents that a plain model sees one at a time.
+
+    Args:
+        logits_of: of [1, length] tokens: [1, length, vocabulary].
+    """
     total, count = torch.zeros(()), 0
     for tokens, documents, trained in zip(*packed(), strict=True):
         for number in documents.unique():
@@ -107,7 +113,7 @@ def oracle(plain: Any) -> Tensor:
             text, wanted = tokens[here], trained[here]
             # The last token of the sequence is a label only.
             if len(text) > 1 and wanted[1:].any():
-                logits = plain(text[None, :-1]).logits[0]
+                logits = logits_of(text[None, :-1])[0]
                 losses = F.cross_entropy(logits, text[1:], reduction="none")
                 total = total + losses[wanted[1:]].sum()
             count += int(wanted[1:].sum())
@@ -138,7 +144,7 @@ def test_a_packed_batch_is_its_documents_one_by_one(
     weights = tmp_path / "weights"
     run_ranks(1, save_start, kind, weights, tmp_path=tmp_path)
     plain = plain_model(configuration(kind).model, weights)
-    expected = oracle(plain)
+    expected = oracle(lambda text: plain(text).logits)
     expected.backward()
     gradients = {n: p.grad for n, p in plain.named_parameters()}
     for ranks in sorted({layout.ranks for layout in layouts}):
@@ -171,4 +177,31 @@ def test_documents_that_see_each_other_have_another_loss(tmp_path: Path) -> None
         plain(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
     )
     together = losses[trained[:, 1:].flatten()].mean()
-    assert abs(together - oracle(plain)) > 100 * 2e-5
+    apart = oracle(lambda text: plain(text).logits)
+    assert abs(together - apart) > 100 * 2e-5
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(cp=2, ep=2, accumulation=2),
+        pytest.param(Layout(dp=2, ep=2, accumulation=2), marks=pytest.mark.slow),
+        pytest.param(Layout(tp=2, sp=True, ep=2, recompute="full"), marks=pytest.mark.slow),
+        pytest.param(Layout(pp=2, dp=2, ep=2, accumulation=2), marks=pytest.mark.slow),
+    ],
+)
+def test_experts_see_documents_one_by_one(layout: Layout, tmp_path: Path) -> None:
+    """Without a loss for the balance, which is that of sequences."""
+    kind, weights = "expert bias", tmp_path / "weights"
+    run_ranks(1, save_start, kind, weights, tmp_path=tmp_path)
+    plain = Oracle(configuration(kind), load_weights(weights))
+    expected = oracle(lambda text: plain.logits(text, Cut(1))[0])
+    expected.backward()
+    by_rank = run_ranks(layout.ranks, run, kind, [layout], weights, tmp_path, tmp_path=tmp_path)
+    for (result,) in by_rank:
+        assert result["loss"] == pytest.approx(expected.item(), abs=2e-5)
+        assert result["validation"] == pytest.approx(expected.item(), abs=2e-5)
+    found = load_weights(tmp_path / "0")
+    for name, weight in plain.weights.items():
+        if weight.grad is not None:
+            torch.testing.assert_close(found[name], weight.grad, atol=2e-6, rtol=1e-4)

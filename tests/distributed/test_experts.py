@@ -44,6 +44,13 @@ LAYOUTS = [
     Layout(pp=2, dp=2, ep=2, accumulation=2),
     Layout(pp=2, vpp=2, dp=2, ep=2, accumulation=2, recompute="selective"),
 ]
+# Of context-parallel ranks each has two pieces of each sequence, and sends its tokens by itself.
+WITH_CP = [
+    Layout(cp=2, accumulation=4),
+    Layout(cp=2, ep=2, accumulation=4),
+    Layout(cp=2, dp=2, ep=4, accumulation=2),
+    Layout(cp=2, tp=2, sp=True, ep=2, accumulation=4),
+]
 # The ranks of a sequence each have a part of it.
 WITH_TP = [
     Layout(tp=2, sp=True, accumulation=4),
@@ -55,7 +62,7 @@ WITH_TP = [
     Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4),
 ]
 IN_EACH_RUN = {
-    "experts": [LAYOUTS[0], LAYOUTS[3], WITH_TP[0], WITH_TP[4], LAYOUTS[7]],
+    "experts": [LAYOUTS[0], LAYOUTS[3], WITH_TP[0], WITH_TP[4], LAYOUTS[7], WITH_CP[1]],
     "a shared expert": [WITH_TP[1]],
     "capacity, padded": [LAYOUTS[3]],
     "capacity": [WITH_TP[1]],
@@ -76,7 +83,11 @@ def cut_of(layout: Layout) -> Cut:
         *(
             pytest.param(kind, layouts, id=f"{kind}-{name}", marks=pytest.mark.slow)
             for kind in EXPERTS
-            for name, layouts in (("all", LAYOUTS), ("all with TP", WITH_TP))
+            for name, layouts in (
+                ("all", LAYOUTS),
+                ("all with TP", WITH_TP),
+                ("all with CP", WITH_CP),
+            )
         ),
     ],
 )

@@ -19,7 +19,7 @@ from megatron_ladder.config import FRESH, ModelConfig, ParallelConfig, Residual
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.inference.engine import DynamicEngine, _check_window, generate_static
+from megatron_ladder.inference.engine import DynamicEngine, _check_attention, generate_static
 from megatron_ladder.inference.requests import Request, Sampling
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
@@ -307,17 +307,23 @@ def test_sums_of_decode_are_under_way_while_what_comes_next_computes(
                 assert start < wait < begin, this
 
 
-def test_an_engine_without_windows_is_not_used_for_them() -> None:
-    """megatron-core 0.16 on a GPU. On a CPU attention is this project's, and 0.19 has windows."""
+def test_an_engine_that_lacks_a_models_attention_is_not_used() -> None:
+    """megatron-core 0.16 on a GPU. On a CPU attention is this project's, and 0.19 has both."""
     chunks = {
         is_cuda: SimpleNamespace(parameters=lambda on=is_cuda: iter([SimpleNamespace(is_cuda=on)]))
         for is_cuda in (False, True)
     }
-    model = tiny("ladder, windows")
-    _check_window(chunks[False], model)
-    _check_window(chunks[True], replace(model, sliding_window=model.max_position_embeddings))
-    if version("megatron-core") < "0.19":
-        with pytest.raises(UserError, match="sliding_window is 6: the engine of this"):
-            _check_window(chunks[True], model)
-    else:
-        _check_window(chunks[True], model)
+    windows = tiny("ladder, windows")
+    yarn = replace(windows, sliding_window=windows.max_position_embeddings)
+    _check_attention(chunks[True], tiny("ladder"))
+    _check_attention(chunks[True], replace(yarn, rope_attention_factor=1.0))
+    for model, message in (
+        (windows, "sliding_window is 6: the engine of this"),
+        (yarn, "rope_scaling_type is yarn: the engine of this"),
+    ):
+        _check_attention(chunks[False], model)
+        if version("megatron-core") < "0.19":
+            with pytest.raises(UserError, match=message):
+                _check_attention(chunks[True], model)
+        else:
+            _check_attention(chunks[True], model)

@@ -39,9 +39,10 @@ MAY_IMPORT_OF_OURS = {
 ROOMS = {
     "megatron_ladder": "errors json_files free_memory reading one_cudnn fields config rope fp8 "
     "cpu_platform distillation collectives te layers te.layers inference specs mcore_compat "
-    "mcore_checkpoints megatron_lm hf.files hf vllm",
-    "pretrain": "files processes ranks pictures sizes config data index model run plan start loop convert "
-    "evaluation report inference inference.server depth bench commands cli __main__",
+    "side mcore_checkpoints megatron_lm hf.files hf vllm",
+    "pretrain": "files processes ranks pictures sizes config data index model run plan start.going_on "
+    "start loop convert evaluation report inference inference.server depth bench commands "
+    "cli __main__",
     "data_prep": "errors version files json_files left_out progress broken_pipe read parts encode dataset "
     "clean cli __main__",
     "slurm": "errors files jobs submit watch cli",
@@ -90,7 +91,12 @@ def test_the_library_imports_only_what_it_needs(package: str) -> None:
 
 
 def test_exported_modelling_files_need_only_torch_and_transformers() -> None:
-    for name in ("configuration_ladder.py", "modeling_ladder.py", "rotary_ladder.py"):
+    for name in (
+        "configuration_ladder.py",
+        "modeling_ladder.py",
+        "modeling_side.py",
+        "rotary_ladder.py",
+    ):
         file = ROOT / "megatron_ladder" / "hf" / name
         used = imports(file) - set(sys.stdlib_module_names)
         assert used <= {"torch", "transformers"}, name

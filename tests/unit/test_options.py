@@ -49,5 +49,6 @@ def test_what_train_reads_before_its_configuration_is_in_its_usage(pages: dict[s
         main(["train", "--plan-only", "--help"])
     assert {"--preset", "--plan-only"} <= read
     section = pages["command-line.md"].partition("\n## train\n")[2].partition("\n## ")[0]
-    assert {option for option in read if f"[{option}" not in section} == {"--init-from"}
-    assert "`init_from`" in pages["configuration.md"]
+    others = {option for option in read if f"[{option}" not in section}
+    assert others == {"--init-from", "--branch-from"}
+    assert all(f"`{name}`" in pages["configuration.md"] for name in ("init_from", "branch_from"))

@@ -67,7 +67,7 @@ def test_two_runs(tmp_path: Path) -> None:
         assert found["validation"][-1] < found["validation"][0]
         assert len(found["training"]) == 20
     assert [len(layer) for layer in runs[0]["scales"]] == [2, 2]
-    runs.append({**runs[0], "scaling": "none", "training": [float("nan")], "validation": []})
+    runs.append({**runs[0], "scaling": "none", "training": [None], "validation": []})
     last = f"{runs[0]['validation'][-1]:.4f}"
     table = learning_table(runs, [1, 2])
     assert f"| norms | skipinit | {last} |  | {last} |" in table

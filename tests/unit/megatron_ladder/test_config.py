@@ -58,6 +58,8 @@ def test_each_layer_has_its_residual_kind(residual, ladder_layers, kinds) -> Non
         (YARN | {"rope_beta_slow": 40.0}, "rope_beta_slow is 40.0"),
         (YARN | {"rope_beta_fast": float("nan")}, "rope_beta_fast nan"),
         (YARN | {"rotary_base": 1.0}, "rotary_base is 1.0"),
+        (YARN | {"rope_attention_factor": 0.0}, "rope_attention_factor is 0.0"),
+        (YARN | {"rope_attention_factor": float("inf")}, "rope_attention_factor is inf"),
         ({"rope_beta_fast": 16.0}, "it is llama3"),
         ({"rope_attention_factor": 1.0}, "it is llama3"),
         ({"rope_original_max_position_embeddings": 64}, "goes with a model.rope_scaling_factor"),

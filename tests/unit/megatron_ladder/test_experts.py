@@ -114,7 +114,6 @@ def test_parameters_of_all_experts_and_of_those_that_a_token_meets() -> None:
             },
             "halves does not go with experts yet",
         ),
-        ({}, {"context_parallel_size": 2}, "context_parallel_size does not go with experts yet"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused(model: dict, parallel: dict, message: str) -> None:
@@ -132,7 +131,9 @@ def test_experts_are_divided_over_tensor_and_data_parallel_ranks() -> None:
     check_layout(MODEL, parallel)
     assert (parallel.model_parallel_size, parallel.least_ranks) == (4, 8)
     assert parallel.data_parallel_size(16) == 4
-    with pytest.raises(UserError, match="with experts over 4 of TP x DP: start a multiple of 8"):
+    with pytest.raises(
+        UserError, match="with experts over 4 of TP x CP x DP: start a multiple of 8"
+    ):
         parallel.data_parallel_size(12)
     assert ParallelConfig(tensor_model_parallel_size=2).least_ranks == 2
     with pytest.raises(UserError, match="expert_model_parallel_size is 0"):

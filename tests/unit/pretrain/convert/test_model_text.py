@@ -22,8 +22,8 @@ from pretrain.data.sample import check_tokenizer
 from pretrain.evaluation.documents import Texts, open_split
 from pretrain.inference.server.chat import chat_renderer
 from pretrain.start import initial
+from pretrain.start.going_on.past import same_data
 from pretrain.start.initial import check_initial, initial_model
-from pretrain.start.past import same_data
 from tests import chat_models
 from tests.data_sets import write_data_set
 from tests.unit.hf.tiny import train_sentencepiece

@@ -15,17 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ladder.errors import UserError
+from pretrain.config.past import Past, PastBatchSize, PastBlend
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import DataConfig, Phase, TrainConfig, load_config, save_config
 from pretrain.data.batches import train_batches
-from pretrain.data.blends import check_blends, describe, interleave
+from pretrain.data.blends import check_blends, check_phases, describe, interleave
 from pretrain.data.checks import open_data
 from pretrain.data.folders import keep_facts
 from pretrain.data.phased import PhasedSequences
 from pretrain.data.sequences import Sequences, train_sequences
 from pretrain.index.cache import _facts
 from pretrain.run.folder import write_config
-from pretrain.start.past import check_past, same_data
+from pretrain.start.going_on.changes import with_past
 from tests.data_sets import write_data_set
 
 BATCH, LENGTH, STEPS = 8, 64, 20
@@ -149,6 +150,70 @@ def test_what_follows_changes_nothing_before_it(paths, cache) -> None:
         assert not all(equal[same * BATCH : (same + 1) * BATCH])
 
 
+def tokens_of(config: TrainConfig, cache: Path) -> list[torch.Tensor]:
+    ours = sequences(config, cache)
+    return [ours[i]["tokens"] for i in range(config.samples_after(config.train_steps))]
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0, 0.0), (1.0, 0.0, 0.0)])
+def test_a_longer_or_shorter_run_reads_the_same_before(paths, cache, weights) -> None:
+    """Another number of steps, of batches, another blend: what the steps so far have read stays."""
+    used = sum(map(bool, weights))
+    config = config_for(paths[:used], (), weights[:used])
+    ours = tokens_of(config, cache)
+    drawn = Past(drawn=STEPS * BATCH)
+    for changed, same in {
+        replace(config, past=drawn, schedule=replace(config.schedule, train_steps=50)): STEPS,
+        replace(config, past=drawn, schedule=replace(config.schedule, train_steps=7)): 7,
+        replace(
+            config,
+            past=replace(drawn, batch_sizes=(PastBatchSize(10, BATCH),)),
+            global_batch_size=4 * BATCH,
+        ): STEPS,
+    }.items():
+        theirs = tokens_of(changed, cache)
+        both = list(zip(ours, theirs, strict=False))
+        assert len(both) == same * BATCH
+        assert all(torch.equal(a, b) for a, b in both)
+        # What follows goes through a data set once more, and no sequence of it twice.
+        of_a = sequences(changed, cache)
+        if isinstance(of_a, PhasedSequences):
+            numbers = of_a._places["sequence"][of_a._places["data_set"] == 0]
+            assert numbers.tolist() == list(range(len(numbers)))
+    # The order is drawn otherwise where a longer run begins: that is why it is kept.
+    anew = tokens_of(replace(config, schedule=replace(config.schedule, train_steps=50)), cache)
+    assert not all(torch.equal(a, b) for a, b in zip(ours, anew, strict=False))
+
+
+def test_a_run_that_changed_twice_reads_the_same_before_each(paths, cache) -> None:
+    config = config_for(paths, (), (3.0, 1.0, 2.0))
+    once = Past(
+        blends=(PastBlend(1, (3.0, 1.0, 2.0)),),
+        blends_to=7,
+        batch_sizes=(PastBatchSize(7, BATCH),),
+        drawn=STEPS * BATCH,
+    )
+    first = replace(
+        config, past=once, global_batch_size=12, data=replace(config.data, weights=(1.0, 1.0, 1.0))
+    )
+    longer = replace(first, schedule=replace(config.schedule, train_steps=40))
+    twice = replace(
+        once,
+        blends=(*once.blends, PastBlend(8, (1.0, 1.0, 1.0))),
+        blends_to=15,
+        batch_sizes=(*once.batch_sizes, PastBatchSize(15, 12)),
+    )
+    second = replace(
+        longer, past=twice, global_batch_size=4, data=replace(config.data, weights=(1.0, 0.0, 9.0))
+    )
+    whole, one, two = (tokens_of(c, cache) for c in (config, longer, second))
+    assert all(torch.equal(a, b) for a, b in zip(whole[: 7 * BATCH], one, strict=False))
+    samples = 7 * BATCH + 8 * 12
+    assert all(torch.equal(a, b) for a, b in zip(one[:samples], two, strict=False))
+    assert len(two) == samples + 25 * 4
+    assert not torch.equal(one[samples + 1], two[samples + 1])
+
+
 def test_a_data_set_is_gone_through_before_it_begins_anew(paths, cache) -> None:
     """c joins late: each of its epochs holds every document once, but what no sequence's end took."""
     config = config_for(paths)
@@ -268,15 +333,20 @@ def test_index_files_are_made_again_for_another_plan(paths) -> None:
     ],
 )
 def test_phases_that_mean_nothing_are_refused(paths, phases, message) -> None:
+    def check() -> None:
+        config = config_for(paths, tuple(phases))
+        check_blends(config)
+        check_phases(config)
+
     with pytest.raises(UserError, match=message):
-        check_blends(config_for(paths, tuple(phases)))
+        check()
 
 
 def test_weights_at_the_start_are_refused_too(paths) -> None:
     with pytest.raises(UserError, match=r"data\.weights is 0.0 0.0 0.0: .* not all of them 0"):
         check_blends(config_for(paths, weights=(0.0,) * 3))
-    with pytest.raises(UserError, match="give one above 0 for each"):
-        check_blends(config_for(paths, phases=()))  # nothing begins later
+    with pytest.raises(UserError, match=r"is never read\. Give one above 0 for each"):
+        check_phases(config_for(paths, phases=()))  # nothing begins later
 
 
 def test_phases_are_saved_and_read_again(paths, tmp_path: Path) -> None:
@@ -304,39 +374,53 @@ def stopped(paths, tmp_path: Path) -> TrainConfig:
     return config
 
 
-def resume(config: TrainConfig, **data) -> None:
+def resume(config: TrainConfig, **data) -> TrainConfig:
     config = replace(config, data=replace(config.data, **data))
-    assert config.output_dir is not None
-    folders = same_data(config.output_dir, open_data(config))
-    check_past(config, folders)
+    return with_past(config, open_data(config))[0]
 
 
 def test_what_is_still_to_come_may_change(stopped, paths, tmp_path: Path) -> None:
     first, second = PHASES
-    resume(stopped)
-    resume(stopped, phases=(first,))
-    resume(stopped, phases=(first, replace(second, from_tokens=11 * STEP)))
-    resume(stopped, phases=(first, replace(second, weights=(1.0, 0.0, 0.0))))
-    resume(stopped, weights=(6.0, 2.0, 0.0))  # the same shares
+    for data in (
+        {},
+        {"phases": (first,)},
+        {"phases": (first, replace(second, from_tokens=11 * STEP))},
+        {"phases": (first, replace(second, weights=(1.0, 0.0, 0.0)))},
+        {"weights": (6.0, 2.0, 0.0)},  # the same shares
+    ):
+        assert resume(stopped, **data).past == Past()
     joined = write_data_set(tmp_path / "d")
     phases = (Phase(6 * STEP, (1.0, 2.0, 0.0, 0.0)), Phase(13 * STEP, (0.0, 0.0, 0.0, 1.0)))
-    resume(stopped, paths=(*paths, joined), weights=(3.0, 1.0, 0.0, 0.0), phases=phases)
+    four = resume(stopped, paths=(*paths, joined), weights=(3.0, 1.0, 0.0, 0.0), phases=phases)
+    assert four.past == Past()
 
 
-def test_what_was_trained_on_may_not(stopped, paths, tmp_path: Path) -> None:
+def planned(config: TrainConfig) -> str:
+    return describe(config, open_data(config))
+
+
+def test_what_was_trained_on_stays(stopped) -> None:
+    """Where a plan says otherwise of steps that are trained, it holds from the next step on."""
+    first, second = PHASES
+    before = "Blend of steps 1 to 6: a 75.0%, b 25.0%\nBlend of steps 7 to 10: a 33.3%, b 66.7%\n"
+    other = resume(stopped, phases=(replace(first, weights=(1.0, 1.0, 0.0)), second))
+    assert planned(other) == (
+        f"{before}Blend of steps 11 to 13: a 50.0%, b 50.0%\nBlend of steps 14 to 20: b 25.0%, c 75.0%"
+    )
+    earlier = resume(stopped, phases=(first, replace(second, from_tokens=9 * STEP)))
+    assert planned(earlier) == f"{before}Blend of steps 11 to 20: b 25.0%, c 75.0%"
+    no_phases = resume(stopped, weights=(1.0, 1.0, 2.0), phases=())
+    assert planned(no_phases) == f"{before}Blend of steps 11 to 20: a 25.0%, b 25.0%, c 50.0%"
+
+
+def test_a_change_that_changes_nothing_to_come_is_refused(stopped, paths) -> None:
     first, second = PHASES
     refused = partial(pytest.raises, UserError)
     with refused(
         match=r"trained to step 10 \(5,120 tokens\) with the weights 3 1 0 from step 1 on; "
     ):
         resume(stopped, phases=(replace(first, from_tokens=5 * STEP), second))
-    with refused(
-        match="now say 3 1 0 from step 1 on; 1 1 0 from step 7 on. A blend may change only"
-    ):
-        resume(stopped, phases=(replace(first, weights=(1.0, 1.0, 0.0)), second))
-    with refused(match="now say 3 1 0 from step 1 on; 1 2 0 from step 7 on; 0 1 3 from step 10 on"):
-        resume(stopped, phases=(first, replace(second, from_tokens=9 * STEP)))
-    with refused(match="now say 2 1 0 from step 1 on"):
+    with refused(match=r"now say 2 1 0 from step 1 on; .* which is the same for the steps to come"):
         resume(stopped, weights=(2.0, 1.0, 0.0))
     with refused(match="give these first and in this order"):
         resume(stopped, paths=paths[::-1])
@@ -345,14 +429,14 @@ def test_what_was_trained_on_may_not(stopped, paths, tmp_path: Path) -> None:
 
 
 def test_a_run_by_tokens_may_get_phases(paths, tmp_path: Path) -> None:
-    """Its weights were none; they are said in the refusal, and what they are is the same."""
+    """Its weights were none: those that it had are kept."""
     config = replace(config_for(paths[:2], phases=(), weights=None), output_dir=tmp_path / "run")
     began(config)
-    resume(config, phases=(Phase(10 * STEP, (1.0, 1.0)),))
+    assert resume(config, phases=(Phase(10 * STEP, (1.0, 1.0)),)).past == Past()
     later = {"paths": paths, "phases": (Phase(10 * STEP, (1.0, 1.0, 1.0)),)}
-    with pytest.raises(UserError, match="with the weights 3200 960 0 from step 1 on"):
-        resume(config, **later)
-    resume(config, **later, weights=(3200.0, 960.0, 0.0))
+    by_tokens = PastBlend(1, (3200.0, 960.0, 0.0))
+    assert resume(config, **later).past == Past(blends=(by_tokens,), blends_to=10)
+    assert resume(config, **later, weights=(3200.0, 960.0, 0.0)).past == Past()
 
 
 def test_before_the_first_checkpoint_all_may_change(stopped) -> None:

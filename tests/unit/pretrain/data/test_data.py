@@ -20,7 +20,7 @@ from pretrain.data.batches import train_batches, validation_batches
 from pretrain.data.checks import open_data
 from pretrain.data.folders import keep_facts, kept_facts, open_folder, unigram_loss
 from pretrain.index.parts import index_parts
-from pretrain.start.past import same_data
+from pretrain.start.going_on.past import same_data
 from tests.data_sets import write_data_set
 
 
@@ -170,8 +170,8 @@ def test_a_validation_split_without_a_whole_sequence_is_left_out_and_said(
 
 
 def test_weights_must_fit_the_paths(data: Path) -> None:
-    for weights in ((1.0, 2.0), (0.0,)):
-        with pytest.raises(UserError, match="give one above 0 for each"):
+    for weights, said in (((1.0, 2.0), "give one of 0 or more"), ((0.0,), "not all of them 0")):
+        with pytest.raises(UserError, match=said):
             open_data(config_for(data, weights=weights))
 
 

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.mcore_compat import LadderConfig, transformer_config
-from pretrain.model.fusions import Choice, adam_class, choices, table
+from pretrain.model.fusions import Choice, adam_class, choices, over_context_ranks, table
 
 
 def config_of(**changed: object) -> LadderConfig:
@@ -89,3 +91,20 @@ def test_one_line_a_part() -> None:
     assert len(lines) == len(found)
     for choice, line in zip(found, lines, strict=True):
         assert (f"({choice.why}" in line) == bool(choice.why)
+
+
+@pytest.mark.parametrize(
+    ("whose", "comm", "implementation", "why"),
+    [
+        ("te", "p2p", "Transformer Engine: keys and values go around a ring", ""),
+        ("te", "all_gather", "Transformer Engine: keys and values are gathered", "its ring has no"),
+        ("torch", "all_gather", "keys and values are gathered", "is not Transformer Engine's"),
+    ],
+)
+def test_how_keys_reach_other_ranks(whose: str, comm: str, implementation: str, why: str) -> None:
+    config = config_of(context_parallel_size=2, cp_comm_type=comm)
+    config.core_attention = replace(config.core_attention, whose=whose)
+    [choice] = over_context_ranks(config)
+    assert choice.implementation == implementation
+    assert why in choice.why
+    assert bool(choice.cost) == bool(choice.why)

@@ -423,14 +423,31 @@ def test_the_ranks_of_a_sequence_share_its_memory(config: TrainConfig) -> None:
     assert four.logits == one.logits / 4
     assert four.optimizer == one.optimizer / 4
     assert (four.weights, four.gradients) == (one.weights, one.gradients)
-    # Where keys and values are gathered: in bf16 those of all tokens instead of a quarter, in each layer;
-    # and one mask of two chunks of 4,096 tokens, whose keys are nine chunks together.
-    gathered = 32 * 2 * 2 * 8 * 128 * (32768 - 8192)
-    mask = 2 * 9 * 4096**2
+    # Where keys and values are gathered: two chunks of 4,096 tokens, whose keys are nine chunks together.
+    # In each layer they are kept in bf16, repeated for all 32 heads, instead of 8,192 tokens' for 8 heads.
+    gathered = 32 * 2 * 2 * 128 * (32 * 9 * 4096 - 8 * 8192)
+    mask = 2 * 9 * 4096**2  # one for all layers
     assert plan(4, "torch").activations - four.activations == gathered + mask
     assert plan(1, "torch") == one
     apart = replace(config, data=replace(config.data, attend_across_documents=False))
     parallel = ParallelConfig(context_parallel_size=4)
     copies = 32 * 2 * 4096 * 8192
     found = memory_plan(replace(apart, parallel=parallel), 2, "torch")
-    assert found.activations - four.activations == gathered + copies
+    assert found.activations - four.activations == gathered + copies + mask
+    # With a key for each head nothing is repeated: those of all tokens are kept, instead of a quarter.
+    config = replace(config, model=replace(model, num_query_groups=32))
+    gathered = 32 * 2 * 2 * 4096 * (32768 - 8192)
+    assert plan(4, "torch").activations - plan(4).activations == gathered + mask
+
+
+def test_windows_by_torch_keep_the_keys_of_all_heads(config: TrainConfig) -> None:
+    def kept(attention: Attention, window: int | None) -> float:
+        model = replace(config.model, sliding_window=window)
+        one = replace(config, model=model, parallel=ParallelConfig())
+        return memory_plan(one, 2, attention).activations
+
+    tokens = config.micro_batch_size * config.data.seq_length
+    repeated = 32 * 2 * 2 * tokens * (32 - 8) * 128
+    assert kept("torch", 1024) - kept("torch", None) == repeated
+    assert kept("torch", config.data.seq_length) == kept("torch", None)
+    assert kept("te", 1024) == kept("te", None)

@@ -13,9 +13,15 @@ from pretrain.run.folder import (
     check_output_dir,
     checkpoints,
     latest_checkpoint,
+    plan_of,
     write_config,
 )
 from pretrain.run.lock import lock
+
+
+def planned(config) -> str:
+    check_output_dir(config)
+    return plan_of(config)
 
 
 @pytest.fixture
@@ -32,7 +38,7 @@ def add_checkpoint(config, name: str) -> Path:
 
 
 def test_a_new_run_is_announced(config) -> None:
-    assert check_output_dir(config) == f"New run in {config.output_dir}"
+    assert planned(config) == f"New run in {config.output_dir}"
     assert not config.output_dir.exists()  # checking writes nothing
 
 
@@ -45,20 +51,20 @@ def test_only_complete_checkpoints_count(config) -> None:
 
 def test_a_run_is_resumed_or_finished(config) -> None:
     write_config(config)
-    assert "no checkpoint yet" in check_output_dir(config)
+    assert "no checkpoint yet" in planned(config)
     add_checkpoint(config, "step_00000010")
-    assert "from step 10" in check_output_dir(config)
+    assert "from step 10" in planned(config)
     add_checkpoint(config, "step_00000020")
-    assert "from step 20" in check_output_dir(config)  # its last validation may be missing
+    assert "from step 20" in planned(config)  # its last validation may be missing
     end = {"kind": "end", "step": 20, "reason": "finished"}
     (config.output_dir / "metrics.jsonl").write_text(json.dumps(end) + "\n")
-    assert check_output_dir(config) == ""
+    assert planned(config) == ""
 
 
 def test_safe_changes_are_said_and_others_refused(config) -> None:
     write_config(config)
     parallel = replace(config.parallel, tensor_model_parallel_size=2)
-    plan = check_output_dir(replace(config, parallel=parallel))
+    plan = planned(replace(config, parallel=parallel))
     assert "parallel.tensor_model_parallel_size: 1 -> 2" in plan
     with pytest.raises(UserError, match=r"holds another run: seed: 1234 -> 5") as refused:
         check_output_dir(replace(config, seed=5, parallel=parallel))
@@ -118,7 +124,7 @@ def test_desync_stays_at_its_tensor_parallel_size(config) -> None:
     ):
         check_output_dir(wider)
     other = ParallelConfig(pipeline_model_parallel_size=2)
-    assert "Resuming" in check_output_dir(replace(desync, parallel=other))
+    assert "Resuming" in planned(replace(desync, parallel=other))
 
 
 def test_a_run_s_first_moment_is_no_other_thing(config) -> None:
@@ -127,4 +133,4 @@ def test_a_run_s_first_moment_is_no_other_thing(config) -> None:
     (config.output_dir / "lock").touch()
     (config.output_dir / "config.json.tmp").write_text("{")
     (config.output_dir / "hangs").mkdir()  # the disk may have hung before the run began
-    assert "New run" in check_output_dir(config)
+    assert "New run" in planned(config)

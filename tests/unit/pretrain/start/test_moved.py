@@ -18,10 +18,16 @@ from pretrain.data.checks import open_data
 from pretrain.data.folders import DataFolder, keep_facts, kept_facts, labels, open_folder
 from pretrain.data.sequences import train_sequences
 from pretrain.run.checkpoint_files import write_manifest, written_files
-from pretrain.run.folder import check_output_dir, find_checkpoint, started_from, write_config
+from pretrain.run.folder import (
+    check_output_dir,
+    find_checkpoint,
+    plan_of,
+    started_from,
+    write_config,
+)
 from pretrain.start.arguments import parse_train
+from pretrain.start.going_on.past import same_data
 from pretrain.start.initial import check_initial, keep_initial
-from pretrain.start.past import same_data
 from pretrain.start.preflight import preflight
 from tests.data_sets import write_data_set
 from tests.held_out import validation_sequences
@@ -62,6 +68,11 @@ def begin(config: TrainConfig) -> None:
     write_config(config)
     keep_facts(config.output_dir, open_data(config))
     (config.output_dir / "checkpoints/step_00000010").mkdir(parents=True)
+
+
+def planned(config: TrainConfig) -> str:
+    check_output_dir(config)
+    return plan_of(config)
 
 
 def resumed(*paths: str | Path) -> list[DataFolder]:
@@ -259,10 +270,10 @@ def test_the_model_a_run_started_from_may_be_moved(place: Path, base: Path) -> N
     keep_initial(config, is_resumed=False)
     (place / "link").symlink_to("base")
     for path in (base, Path("./base"), Path("link")):
-        assert "Resuming" in check_output_dir(replace(config, init_from=path))
+        assert "Resuming" in planned(replace(config, init_from=path))
     base.rename("moved")
     moved = replace(config, init_from=Path("moved"))
-    assert "Resuming" in check_output_dir(moved)
+    assert "Resuming" in planned(moved)
     check_initial(config, open_data(config))  # nothing is read of it any more
     write_weights(place / "moved/checkpoints/step_00000010", "other")
     with pytest.raises(UserError, match=r"another run: init_from: .*base -> .*moved"):
@@ -283,7 +294,7 @@ def test_a_teacher_that_was_trained_on_is_refused(place: Path, base: Path) -> No
         check_initial(config, open_data(config))
     older = replace(config, init_from=base / "checkpoints/step_00000010")
     check_initial(older, open_data(older))
-    assert "Resuming" in check_output_dir(older)
+    assert "Resuming" in planned(older)
 
 
 def test_what_a_run_started_from_is_noted_at_its_first_step_only(place: Path, base: Path) -> None:

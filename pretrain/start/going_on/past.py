@@ -1,5 +1,4 @@
-"""Checks of a resumed run: the data that it has been trained on so far may not change.
-
+"""Checks of a resumed run or a branch: it keeps the data sets that it has been trained on so far.
 
 Data sets are compared by their manifests. Their folders may have been moved, renamed or written otherwise.
 """
@@ -8,53 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_ladder.errors import UserError
-from pretrain.config.train import TrainConfig, load_config
-from pretrain.data.blends import Blend, blends
+from pretrain.config.train import load_config
 from pretrain.data.folders import DataFolder, kept_facts, same_ids
-from pretrain.run.folder import checkpoint_step, latest_checkpoint
+from pretrain.run.folder import latest_checkpoint
 
 
-def check_past(config: TrainConfig, folders: list[DataFolder]) -> None:
-    """Refuses to resume a run with blends other than those it has been trained on.
-
-    A blend may change after the newest checkpoint's step.
-
-    Raises:
-        UserError: an earlier blend has changed.
-    """
-    assert config.output_dir is not None
-    saved = config.output_dir / "config.json"
-    if not saved.is_file():
-        return
-    old = load_config(saved)
-    known = len(old.data.paths)
-    latest = latest_checkpoint(config.output_dir)
-    step = checkpoint_step(latest) if latest else 0
-    past = [b for b in blends(old, folders[:known]) if b.first_step <= step]
-    now = [b for b in blends(config, folders) if b.first_step <= step]
-    joined = (0.0,) * (len(folders) - known)
-    if [(b.first_step, (*b.shares, *joined)) for b in past] != [
-        (b.first_step, b.shares) for b in now
-    ]:
-        was = "; ".join(_words(Blend(b.first_step, (*b.weights, *joined))) for b in past)
-        raise UserError(
-            f"{config.output_dir} has been trained to step {step} ({step * config.tokens_per_step:,} "
-            f"tokens) with the weights {was}, but data.weights and data.phases now say "
-            f"{'; '.join(map(_words, now))}. A blend may change only after that step: undo the change, "
-            "and add the new blend to data.phases"
-        )
-
-
-def _words(blend: Blend) -> str:
-    return f"{' '.join(f'{w:.17g}' for w in blend.weights)} from step {blend.first_step} on"
-
-
-def same_data(run_dir: Path, folders: list[DataFolder]) -> list[DataFolder]:
-    """Refuses to resume a run with other data sets than those that it began with, or in another order.
+def same_data(
+    run_dir: Path, folders: list[DataFolder], trunk: Path | None = None
+) -> list[DataFolder]:
+    """Refuses to go on with other data sets than those that were trained on so far, or in another order.
 
     Args:
         run_dir: the run's folder.
         folders: of data.paths as they are given now.
+        trunk: of a branch that is about to begin, the checkpoint that it begins with.
 
     Returns:
         `folders`, with the names that they had when the run began: sequences depend on them
@@ -65,10 +31,15 @@ def same_data(run_dir: Path, folders: list[DataFolder]) -> list[DataFolder]:
     """
     saved = run_dir / "config.json"
     started = (run_dir / "data" / "0" / "manifest.json").is_file() or latest_checkpoint(run_dir)
-    if not saved.is_file() or not started:
+    if trunk:
+        run_dir = trunk.parents[1]
+        paths = load_config(trunk / "config.json").data.paths
+        kept = kept_facts(run_dir, paths)[: len(paths)]  # others may have joined later
+    elif saved.is_file() and started:
+        paths = load_config(saved).data.paths
+        kept = kept_facts(run_dir, paths)
+    else:
         return folders
-    paths = load_config(saved).data.paths
-    kept = kept_facts(run_dir, paths)
     if not same_ids(kept[0], folders[0]):
         raise UserError(
             f"{folders[0].path} was tokenized with another tokenizer than the run in {run_dir} was "
