@@ -66,10 +66,11 @@ def checkpoint_state(
         **weights,
         "optimizer": shards.state(),
         "scheduler": scheduler.state_dict(),
-        "rng": random_states.sharded_states(),
+        "rng": random_states.sharded_states(model[0].config),
         "progress": asdict(progress),
     }
-    return state, {**_METADATA, "rng": random_states.kinds(), "ema": averages is not None}
+    kinds = random_states.kinds(model[0].config)
+    return state, {**_METADATA, "rng": kinds, "ema": averages is not None}
 
 
 def newest_valid(run_dir: Path) -> Path | None:
@@ -107,14 +108,14 @@ def load_checkpoint(path: Path, model: list[Any], optimizer: Any, scheduler: Any
     average of the weights that the checkpoint does not have begins with its weights. Called by all ranks.
     """
     saved = dist_checkpointing.load_content_metadata(str(path))
-    same_layout = saved.get("rng") == random_states.kinds()
+    same_layout = saved.get("rng") == random_states.kinds(model[0].config)
     weights = {name: _without_states_of_norms(part) for name, part in _weights(model).items()}
     averages = optimizer.ema.tensors() if optimizer.ema and saved.get("ema") else None
     with loading_optimizer(optimizer):
         shards = optimizer_shards(optimizer, weights, is_loading=True, averages=averages)
         state = {**weights, "optimizer": shards.state()}
         if same_layout:
-            state["rng"] = random_states.sharded_states()
+            state["rng"] = random_states.sharded_states(model[0].config)
         loaded = load_in_parallel(state, path)
         shards.restore(loaded["optimizer"])
     for name, chunk in model_chunks(model).items():

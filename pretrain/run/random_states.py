@@ -1,4 +1,5 @@
-"""The random states in a checkpoint: those of each pipeline stage, tensor rank and context rank."""
+"""The random states in a checkpoint: those of each pipeline stage, tensor rank and context rank; of each
+data-parallel rank, too, where they draw other numbers."""
 
 from typing import Any
 
@@ -13,35 +14,53 @@ from megatron.core.tensor_parallel.random import convert_cuda_rng_state
 from torch import Tensor
 
 
-def sharded_states() -> dict[str, ShardedTensor]:
+def sharded_states(config: Any) -> dict[str, ShardedTensor]:
     """This rank's random states, for megatron-core's `save` and `load`.
 
-    Each is a tensor of bytes, [pipeline ranks, tensor ranks, context ranks, bytes]. All data-parallel ranks
+    Each is a tensor of bytes, [pipeline ranks, tensor ranks, context ranks, bytes]. Data-parallel ranks
     have the same states, since they draw the same numbers for other data: one of them is stored. With
     expert parallelism the tracker's state for experts differs between them. That does no harm: it is drawn
     from for their first weights alone, on a GPU.
+
+    Where documents are apart, attention draws its dropout for each document by itself, and the ranks have
+    other documents: then each data-parallel rank's states are stored, along a fourth axis before the bytes.
+
+    Args:
+        config: the model's, a `LadderConfig`.
     """
-    stage, stages = parallel_state.get_pipeline_model_parallel_rank(), _layout()["pp"]
-    tensor, tensors = parallel_state.get_tensor_model_parallel_rank(), _layout()["tp"]
-    context, contexts = parallel_state.get_context_parallel_rank(), _layout()["cp"]
+    places = [
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+    ]
+    replica = parallel_state.get_data_parallel_rank()
+    layout = _layout(config)
+    if "dp" in layout:
+        places, replica = [*places, replica], 0
+    axes = enumerate(zip(places, layout.values(), strict=True))
+    offsets = [(axis, place, size) for axis, (place, size) in axes]
     return {
         name: ShardedTensor.from_rank_offsets(
             f"rng.{name}",
             state,
-            *((0, stage, stages), (1, tensor, tensors), (2, context, contexts)),
-            replica_id=(0, 0, parallel_state.get_data_parallel_rank()),
-            prepend_axis_num=3,
+            *offsets,
+            replica_id=(0, 0, replica),
+            prepend_axis_num=len(offsets),
         )
         for name, state in states().items()
     }
 
 
-def kinds() -> dict[str, Any]:
-    """What random states belong to: the layout without data parallelism, and the size in bytes of each.
+def kinds(config: Any) -> dict[str, Any]:
+    """What random states belong to: the layout, and the size in bytes of each.
 
-    States of another kind cannot be restored here.
+    Data parallelism is a part of the layout only where its ranks have states of their own. States of
+    another kind cannot be restored here.
+
+    Args:
+        config: as in `sharded_states`.
     """
-    return {"layout": _layout(), "bytes": {n: s.numel() for n, s in states().items()}}
+    return {"layout": _layout(config), "bytes": {n: s.numel() for n, s in states().items()}}
 
 
 def restore(states: dict[str, Tensor]) -> None:
@@ -65,7 +84,7 @@ def restore(states: dict[str, Tensor]) -> None:
 def reseed(step: int) -> None:
     """Gives this rank's random states new values, by the seed that it began with and the step.
 
-    Tensor ranks again share what they must share, and data-parallel ranks have the same states.
+    Tensor ranks again share what they must share, and data-parallel ranks begin with the same states.
     """
     seed = torch.initial_seed() + step
     torch.manual_seed(seed)
@@ -73,12 +92,16 @@ def reseed(step: int) -> None:
     model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=graphs)
 
 
-def _layout() -> dict[str, int]:
-    return {
+def _layout(config: Any) -> dict[str, int]:
+    """The sizes of the axes along which random states differ."""
+    sizes = {
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "cp": parallel_state.get_context_parallel_world_size(),
     }
+    if config.documents_apart and config.attention_dropout > 0:
+        sizes["dp"] = parallel_state.get_data_parallel_world_size()
+    return sizes
 
 
 def states() -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from pretrain.run.checkpoint import load_checkpoint
 from pretrain.run.random_states import states as random_states
 from tests.distributed.layouts import Layout, batches, configuration, micro_batches, start
 from tests.distributed.resharding import save
+from tests.distributed.test_documents import packed_config, packed_micro_batches
 from tests.ranks import run_ranks
 
 
@@ -43,6 +44,29 @@ def opened(layout: Layout, checkpoint: Path) -> dict[str, Any]:
     return {"place": place(), "states": states, "loss": train(config, parts, 1)}
 
 
+def begin_packed(dp: int) -> tuple[Any, tuple[Any, Any, Any]]:
+    config = packed_config("ladder", Layout(dp=dp))
+    config = replace(config, model=replace(config.model, num_layers=2, attention_dropout=0.2))
+    return config, start(config)
+
+
+def train_packed(config: Any, parts: tuple[Any, Any, Any]) -> float:
+    return train_step(*parts, iter(packed_micro_batches(config)), config)[0]
+
+
+def saved_packed(checkpoint: Path) -> dict[str, Any]:
+    config, parts = begin_packed(2)
+    train_packed(config, parts)
+    save(parts, checkpoint)
+    return {"states": random_states(), "loss": train_packed(config, parts)}
+
+
+def opened_packed(checkpoint: Path, dp: int = 2) -> dict[str, Any]:
+    config, parts = begin_packed(dp)
+    load_checkpoint(checkpoint, *parts)
+    return {"states": random_states(), "loss": train_packed(config, parts)}
+
+
 def place() -> tuple[int, int]:
     return (
         parallel_state.get_pipeline_model_parallel_rank(),
@@ -63,6 +87,19 @@ def test_the_same_layout_goes_on_with_the_same_dropout(layout: Layout, tmp_path:
     for one, other in zip(before, after, strict=True):
         assert same(one, other)
         assert one["loss"] == other["loss"]
+
+
+def test_documents_make_data_parallel_ranks_drop_differently(tmp_path: Path) -> None:
+    """Attention draws for each document by itself, and each rank has other documents."""
+    checkpoint = tmp_path / "checkpoint"
+    before = run_ranks(2, saved_packed, checkpoint, tmp_path=tmp_path)
+    assert not same(*before)
+    after = run_ranks(2, opened_packed, checkpoint, tmp_path=tmp_path)
+    for one, other in zip(before, after, strict=True):
+        assert same(one, other)
+        assert one["loss"] == other["loss"]
+    alone = run_ranks(1, opened_packed, checkpoint, 1, tmp_path=tmp_path)
+    assert not any(same(alone[0], rank) for rank in before), "seeded anew"
 
 
 def test_other_numbers_of_data_parallel_ranks_take_the_states_of_their_place(
