@@ -1,4 +1,4 @@
-"""What a run with a side network cannot have, beside what its model cannot."""
+"""What a run with a side network cannot have, beside what its model cannot, and what it trains."""
 
 from typing import Any
 
@@ -71,3 +71,14 @@ def check_side_layout(side: SideConfig, model: Any, parallel: ParallelConfig) ->
                 "pipeline stages"
             )
         first += size
+
+
+def trained_parameters(config: Any) -> int:
+    """The number of parameters that a run trains: the model's, or its side network's.
+
+    Args:
+        config: a TrainConfig.
+    """
+    model, side = config.model, config.side
+    count: int = side.num_parameters(model) if side.is_on else model.num_parameters()
+    return count

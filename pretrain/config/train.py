@@ -352,12 +352,6 @@ class TrainConfig:
         return count
 
 
-def trained_parameters(config: TrainConfig) -> int:
-    """The number of parameters that a run trains: the model's, or its side network's."""
-    model, side = config.model, config.side
-    return side.num_parameters(model) if side.is_on else model.num_parameters()
-
-
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """The fields that differ: their dotted names, each with the old and the new value."""
     a, b = _flat(to_dict(old)), _flat(to_dict(new))

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron_ladder.fields.windows import attention_length
 from megatron_ladder.mcore_compat import LadderConfig
 from pretrain.config.changes import Changes
-from pretrain.config.train import TrainConfig, to_dict, trained_parameters
+from pretrain.config.side import trained_parameters
+from pretrain.config.train import TrainConfig, to_dict
 from pretrain.data.baselines import Baselines
 from pretrain.data.folders import DataFolder, keep_facts
 from pretrain.loop.rank_speed import SlowRank

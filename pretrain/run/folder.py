@@ -12,12 +12,12 @@ from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.changes import Changes, refuse_other_desync, refuse_other_runs, told
 from pretrain.config.past import Past
 from pretrain.config.places import with_absolute_paths
+from pretrain.config.side import trained_parameters
 from pretrain.config.train import (
     TrainConfig,
     differences,
     load_config,
     save_config,
-    trained_parameters,
 )
 from pretrain.files import sync
 from pretrain.run.checkpoint_files import damage, refuse_damaged, refuse_newer, written_files

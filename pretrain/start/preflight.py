@@ -10,8 +10,8 @@ from megatron_ladder.layers.attention_choice import check_attention
 from megatron_ladder.specs import resolve_impl
 from pretrain.config.optimizer import check_optimizer
 from pretrain.config.places import with_absolute_paths
-from pretrain.config.side import check_side_layout
-from pretrain.config.train import TrainConfig, trained_parameters
+from pretrain.config.side import check_side_layout, trained_parameters
+from pretrain.config.train import TrainConfig
 from pretrain.data.blends import describe
 from pretrain.data.checks import open_data, with_vocab_size
 from pretrain.data.fim import fill_in_the_middle
