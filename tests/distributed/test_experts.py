@@ -103,11 +103,12 @@ def cut_of(layout: Layout) -> Cut:
         *(
             pytest.param(kind, possible(kind, layouts), id=f"{kind}-{name}", marks=pytest.mark.slow)
             for kind in OF_EXPERTS
-            for name, layouts in (
-                ("all", LAYOUTS),
-                ("all with TP", WITH_TP),
-                ("all with CP", WITH_CP),
-            )
+            for name, layouts in (("all", LAYOUTS), ("all with TP", WITH_TP))
+        ),
+        # Kinds that do not depend on how sequences are cut: the oracle does not cut them as CP does.
+        *(
+            pytest.param(kind, WITH_CP, id=f"{kind}-all with CP", marks=pytest.mark.slow)
+            for kind in ("experts", "expert bias", "ladder, experts")
         ),
     ],
 )

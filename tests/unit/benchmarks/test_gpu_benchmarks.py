@@ -86,7 +86,7 @@ def test_learnings_models_are_of_25_million_parameters(
         # The trial, which may be all there is time for, is longer than warm-up.
         assert config.steps_for(options.trial_tokens) > config.warmup_steps
         for target in options.target:
-            assert set(modelled(target, options.device).plan) == set(options.kinds)
+            assert set(options.kinds) <= set(modelled(target, options.device).plan)
         assert options.seconds == part.limit_s - 30
 
 

@@ -4,6 +4,8 @@ decode."""
 from pathlib import Path
 from typing import Any
 
+from megatron.core import parallel_state
+
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
@@ -17,6 +19,7 @@ PROMPT = 290
 
 
 def both() -> list[dict[str, Any]]:
+    parallel_state.destroy_model_parallel()  # a test of the process that this one is forked from
     initialize_model_parallel(ParallelConfig(), seed=0)
     model = model_of(32, 2, PROMPT)
     (gpt,) = build_gpt_model(model, transformer_config(model, ParallelConfig()))

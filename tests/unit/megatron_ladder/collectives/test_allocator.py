@@ -161,6 +161,8 @@ class Layer(LadderTransformerLayer):
         self.tp_group, self.in_fp8 = group, False
         self.config: Any = SimpleNamespace(sequence_parallel=True)
         self.next_layer = ()
+        self.residual_scales = (None,) * len(self.submodules)
+        self.is_moe_layer = False
 
     def _start_submodule(self, name: Any, x: Tensor, behind: Any = None) -> Tensor:
         return input_start(x * 2, self.tp_group, True)
