@@ -148,7 +148,7 @@ def averages(run: Path, step: int) -> dict[str, Tensor]:
     return {name.removeprefix(EMA): t for name, t in found if name.startswith(EMA)}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_the_average_is_the_one_by_hand(precision: str, data: Path, tmp_path: Path) -> None:
     """Turned on at step 4 of a run, and kept through a stop; then at two data-parallel ranks."""
     run = tmp_path / "run"

@@ -151,6 +151,7 @@ def test_every_kind_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[s
                 "standard",
                 "parallel",
                 "ladder",
+                "hybrid (last half)",
                 "parallel-ladder",
                 "no-comm",
             }

@@ -89,7 +89,9 @@ def test_a_branch_shares_the_trunk_s_files_and_outlives_it(trunk: Path, tmp_path
     assert "has no checkpoint of step 10; it has none" in said
 
 
-@pytest.mark.parametrize("name", ["decay", "anneal", "longer"])
+@pytest.mark.parametrize(
+    "name", ["anneal", *(pytest.param(n, marks=pytest.mark.slow) for n in ("decay", "longer"))]
+)
 def test_a_killed_branch_is_the_one_that_was_never_stopped(
     name: str, trunk: Path, data: list[Path], tmp_path: Path
 ) -> None:

@@ -240,7 +240,14 @@ def resume(layout: Layout, folder: Path) -> list[list[Tensor]]:
     return ends
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(dp=2), Layout(pp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (Layout(tp=2, sp=True), Layout(dp=2))),
+        Layout(pp=2),
+    ],
+    ids=str,
+)
 def test_a_resumed_run_is_the_same_bit_by_bit(layout: Layout, tmp_path: Path) -> None:
     run_ranks(1, save_base, "ladder", SIDE, tmp_path, tmp_path=tmp_path)
     for whole, resumed in run_ranks(2, resume, layout, tmp_path, tmp_path=tmp_path):
