@@ -67,7 +67,6 @@ WITH_TP = [
 IN_EACH_RUN = {
     "experts": [LAYOUTS[0], LAYOUTS[3], WITH_TP[0], WITH_TP[4], LAYOUTS[7], WITH_CP[1]],
     "a shared expert": [WITH_TP[1]],
-    "capacity, padded": [LAYOUTS[3]],
     "capacity": [WITH_TP[1]],
     "expert bias": [WITH_TP[1], LAYOUTS[0]],
     "one expert, some MLPs": [LAYOUTS[3]],

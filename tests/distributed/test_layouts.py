@@ -123,10 +123,7 @@ IN_EACH_RUN = {
     "windows, yarn": [Layout(cp=2), *FEW_LAYOUTS],
     "standard in halves": FEW_HALVES_LAYOUTS,
     "ladder by skipinit": FEW_SCALED_LAYOUTS,
-    "list by 1/n": FEW_SCALED_LAYOUTS[3:4],
     "ladder without norms": FEW_SCALED_LAYOUTS[2:3],
-    "desync by skipinit": FEW_DESYNC_LAYOUTS[:1],
-    "standard by skipinit in halves": FEW_SCALED_LAYOUTS[2:3],
 }
 
 
