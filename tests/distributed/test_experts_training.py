@@ -11,6 +11,7 @@ from pretrain.run.checkpoint import load_weights
 from tests.data_sets import write_data_set
 from tests.distributed.test_training import (
     STEPS,
+    assert_same,
     kill_at_step,
     losses,
     metrics,
@@ -47,15 +48,6 @@ def half_of(whole: Path, to: Path) -> Path:
     shutil.copytree(whole, to)
     shutil.rmtree(to / f"checkpoints/step_{STEPS:08d}")
     return to
-
-
-def assert_same(run: Path, whole: Path) -> None:
-    assert losses(run) == losses(whole)
-    last = f"checkpoints/step_{STEPS:08d}"
-    expected, got = load_weights(whole / last), load_weights(run / last)
-    assert set(got) == set(expected)
-    for name, weight in expected.items():
-        assert torch.equal(got[name], weight), name
 
 
 def test_a_resumed_run_is_bitwise_the_same(whole_run: Path, data: Path, tmp_path: Path) -> None:
