@@ -60,3 +60,22 @@ def test_times_are_compared_within_a_repetition() -> None:
     }
     assert hidden.over_standard(times, "no-comm", "zero") == [0.5, 0.5, 0.5]
     assert hidden.over_standard(times, "no-comm", "link") == [0.1, 0.5, 1.0]
+
+
+def test_the_uncertainty_of_a_share_is_that_of_its_medians() -> None:
+    """The standard error of the median of n evenly spread times is half their range over sqrt(n)."""
+
+    def spread(step: float) -> float:
+        once = [(1.0, 1.0)] * 41
+        times = {
+            (BLOCKING, "zero"): once,
+            (BLOCKING, "link"): [(2.0, 2.0)] * 41,
+            ("ladder", "zero"): once,
+            ("ladder", "link"): [(1.0 + step * i, 1.0) for i in range(41)],
+        }
+        assert hidden.uncertainty(times, "ladder", "backward") == 0
+        return hidden.uncertainty(times, "ladder", "forward")
+
+    standard_error = 0.41 / 2 / 41**0.5
+    assert spread(0.01) == pytest.approx(1.645 * standard_error, rel=0.15)  # 90 % of a normal one
+    assert spread(0.02) == pytest.approx(2 * spread(0.01))
