@@ -1,8 +1,15 @@
 """Writes files so that readers never see a half-written one; syncs files and computes checksums."""
 
+import errno
 import hashlib
+import logging
 import os
+import shutil
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -30,6 +37,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    """Gives a file a second name; where the file system has no hard links, copies it."""
+    try:
+        os.link(file, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        logger.info("%s is copied: %s cannot link to it (%s)", file, target.parent, error.strerror)
+        shutil.copyfile(file, target)
+        sync(target)
 
 
 def sha256(path: Path) -> str:

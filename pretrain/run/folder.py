@@ -19,7 +19,7 @@ from pretrain.config.train import (
     load_config,
     save_config,
 )
-from pretrain.files import sync
+from pretrain.files import link_or_copy, sync
 from pretrain.run.checkpoint_files import damage, refuse_damaged, refuse_newer, written_files
 from pretrain.run.lock import lock
 from pretrain.run.metrics import has_finished
@@ -251,11 +251,7 @@ def keep_backbone(run_dir: Path, checkpoint: Path) -> None:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     for file in sorted(checkpoint.iterdir()):
-        try:
-            os.link(file, new / file.name)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(file, new / file.name)
-            sync(new / file.name)
+        link_or_copy(file, new / file.name)
     sync(new)
     new.rename(folder / checkpoint.name)
     sync(folder)

@@ -216,7 +216,7 @@ def test_a_checkpoint_that_goes_while_it_is_linked_leaves_nothing(
     shutil.copytree(trunk, mine)
     from pretrain.start.going_on import branch
 
-    link = branch._link
+    link = branch.link_or_copy
 
     def late(file: Path, target: Path) -> None:
         if file.suffix == ".distcp":
@@ -226,7 +226,7 @@ def test_a_checkpoint_that_goes_while_it_is_linked_leaves_nothing(
     run = tmp_path / "branch"
     argv = ["--branch-from", f"{mine}@{AT}", "--output-dir", str(run), *ONE_RANK]
     with monkeypatch.context() as patch:
-        patch.setattr(branch, "_link", late)
+        patch.setattr(branch, "link_or_copy", late)
         codes, said = run_train(argv, tmp_path / "log", TIMEOUT_S)
     assert codes == [2]
     assert "its run has just deleted it. Choose another step" in said
@@ -234,7 +234,7 @@ def test_a_checkpoint_that_goes_while_it_is_linked_leaves_nothing(
     shutil.copytree(checkpoint_at(trunk, AT), checkpoint_at(mine, AT))
     # And where the file system has no links, the files are copied.
     with monkeypatch.context() as patch:
-        patch.setattr(branch.os, "link", _no_links)
+        patch.setattr("pretrain.files.os.link", _no_links)
         codes, said = run_train(argv, tmp_path / "log", TIMEOUT_S)
     assert codes == [0], said
     assert "is copied: " in said

@@ -10,10 +10,7 @@ deletes them by its own --keep-last. Only where a file system has no such links 
     RUN/data, RUN/imported, RUN/initial.json    as in the trunk's folder
 """
 
-import errno
 import json
-import logging
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +22,7 @@ from pretrain.config.past import Past
 from pretrain.config.places import found_from, run_and_step
 from pretrain.config.train import TrainConfig, load_config, to_dict
 from pretrain.config.values import from_dict
-from pretrain.files import sync, write_atomically
+from pretrain.files import link_or_copy, sync, write_atomically
 from pretrain.run.checkpoint_files import damage, refuse_newer
 from pretrain.run.folder import (
     INITIAL,
@@ -36,10 +33,6 @@ from pretrain.run.folder import (
     checkpoints,
     latest_checkpoint,
 )
-
-logger = logging.getLogger(__name__)
-
-_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def trunk_checkpoint(branch_from: Path) -> Path:
@@ -109,7 +102,7 @@ def begin_branch(config: TrainConfig) -> None:
     try:
         refuse_links(source, home=source)
         for file in source.iterdir():
-            _link(file, new / file.name)
+            link_or_copy(file, new / file.name)
         what = damage(new, read=False)
     except FileNotFoundError as error:
         what = f"{error.filename} is missing"
@@ -128,18 +121,6 @@ def begin_branch(config: TrainConfig) -> None:
     sync(new)
     new.rename(target)
     sync(target.parent)
-
-
-def _link(file: Path, target: Path) -> None:
-    """Gives a file a second name; where the file system has no hard links, copies it."""
-    try:
-        os.link(file, target, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        logger.info("%s is copied: %s cannot link to it (%s)", file, target.parent, error.strerror)
-        shutil.copyfile(file, target)
-        sync(target)
 
 
 def _copy_facts(trunk: Path, output_dir: Path, data_sets: int) -> None:
