@@ -29,8 +29,8 @@ from pretrain.loop.log import RunLog
 from pretrain.loop.saving import CheckpointSaver
 from pretrain.loop.step import train_step
 from pretrain.loop.watchdog import Watchdog
-from pretrain.model.optimizer import gathered_parameters
 from pretrain.model.setup import build, start_ranks, stop_ranks
+from pretrain.optim.optimizer import gathered_parameters
 from pretrain.run.checkpoint import Progress
 from pretrain.run.folder import latest_checkpoint
 from pretrain.run.status import Status

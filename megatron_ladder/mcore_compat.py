@@ -211,7 +211,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         softmax_scale=rope.softmax_scale(model),
         **_windows(model),
-        # For local linears, with a kernel of NVIDIA's apex. pretrain/model/optimizer.py sets TE's.
+        # For local linears, with a kernel of NVIDIA's apex. pretrain/optim/optimizer.py sets TE's.
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         documents_apart=documents_apart,

@@ -17,8 +17,8 @@ from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig
 from pretrain.loop.step import train_step, validate
 from pretrain.model.graphs import WARM_UP_STEPS, StepGraph
-from pretrain.model.optimizer import gathered_parameters
 from pretrain.model.setup import build
+from pretrain.optim.optimizer import gathered_parameters
 from tests.recorded_graph import RecordedGraph, recorded
 
 STEPS = WARM_UP_STEPS + 3

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
 from measuring import facts
 from measuring.options import parser_of
 from pretrain.config.presets import PRESETS
-from pretrain.model.optimizer_shards import _rectangles
+from pretrain.optim.shards import _rectangles
 
 TP = 8
 

@@ -43,9 +43,9 @@ from megatron_ladder.mcore_checkpoints import BackgroundSave, SharedSaving, star
 from pretrain.bench.interleaved import measure
 from pretrain.config.train import DataConfig, ScheduleConfig, TrainConfig
 from pretrain.loop.step import train_step
-from pretrain.model.optimizer import gathered_parameters
 from pretrain.model.setup import build, start_ranks
-from pretrain.model.torch_adam import loading_optimizer
+from pretrain.optim.optimizer import gathered_parameters
+from pretrain.optim.torch_adam import loading_optimizer
 from pretrain.processes import die_with_parent
 from pretrain.run.checkpoint import Progress, checkpoint_state, load_checkpoint, model_chunks
 from pretrain.run.checkpoint_files import sums

@@ -21,8 +21,8 @@ from megatron_ladder.layers.documents import Documents
 from pretrain.config.train import TrainConfig
 from pretrain.data.batches import Batch, to_device
 from pretrain.model.graphs import StepGraph
-from pretrain.model.optimizer import gradient_norm, update
 from pretrain.model.routers import biases_of, restore
+from pretrain.optim.optimizer import gradient_norm, update
 
 
 def _masked_sum(

@@ -27,9 +27,9 @@ from pretrain.loop.teacher import Teacher
 from pretrain.loop.watchdog import Watchdog
 from pretrain.model.gradual import use_ladder_layers
 from pretrain.model.graphs import StepGraph
-from pretrain.model.optimizer import gathered_parameters
 from pretrain.model.routers import load_balance
 from pretrain.model.setup import build, layers_config, smallest_card, start_ranks, stop_ranks
+from pretrain.optim.optimizer import gathered_parameters
 from pretrain.plan.attended import attended
 from pretrain.plan.fits import check_memory, out_of_memory
 from pretrain.plan.memory import is_planned, kept_as

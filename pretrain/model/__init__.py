@@ -1,1 +1,1 @@
-"""The model and its optimizer, and how they run: compiled layers, CUDA graphs, queues, cuDNN."""
+"""The model, and how it runs: compiled layers, CUDA graphs, queues, cuDNN."""

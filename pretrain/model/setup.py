@@ -21,8 +21,8 @@ from megatron_ladder.side.model import SideTunedModel, side_tuned
 from pretrain.config.train import TrainConfig
 from pretrain.model.compiled import compile_layers
 from pretrain.model.graphs import use_own_stream
-from pretrain.model.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.model.queues import set_queues
+from pretrain.optim.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from pretrain.ranks import launched_rank, take_gpu
 
 _ORDERED = ("Ring", "Tree")  # NCCL's algorithms that add in an order of their own

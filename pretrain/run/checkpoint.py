@@ -4,7 +4,7 @@ A checkpoint is a folder RUN/checkpoints/step_00000100 in megatron-core's distri
 stores each tensor under its global name; a rank's shard is a part of it. So any layout can read it.
 
 Data-parallel ranks share the work. Each saves and loads its own part of the optimizer's state
-(model/optimizer_shards.py). Of the weights, which they all have, each writes and reads a part.
+(optim/shards.py). Of the weights, which they all have, each writes and reads a part.
 """
 
 import logging
@@ -22,8 +22,8 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.mcore_checkpoints import load_in_parallel
 from megatron_ladder.reading.in_megatron import says_what_is_wrong
 from megatron_ladder.reading.index import check_files, read_index
-from pretrain.model.optimizer_shards import FORM, optimizer_shards
-from pretrain.model.torch_adam import loading_optimizer
+from pretrain.optim.shards import FORM, optimizer_shards
+from pretrain.optim.torch_adam import loading_optimizer
 from pretrain.run import random_states
 from pretrain.run.checkpoint_files import (
     NO_WEIGHTS,

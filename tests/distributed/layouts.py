@@ -18,8 +18,8 @@ from pretrain.config.train import DataConfig, OptimizerConfig, ScheduleConfig, T
 from pretrain.loop.log import RunLog
 from pretrain.loop.saving import CheckpointSaver
 from pretrain.loop.step import train_step, validate
-from pretrain.model.optimizer import gathered_parameters
 from pretrain.model.setup import build
+from pretrain.optim.optimizer import gathered_parameters
 from pretrain.run.checkpoint import Progress, load_checkpoint
 from pretrain.run.folder import latest_checkpoint
 

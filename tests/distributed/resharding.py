@@ -30,7 +30,7 @@ from torch.distributed.checkpoint import load as dcp_load
 from megatron_ladder.config import Precision
 from megatron_ladder.mcore_checkpoints import BackgroundSave, SharedSaving
 from pretrain.config.train import TrainConfig
-from pretrain.model.optimizer import gathered_parameters
+from pretrain.optim.optimizer import gathered_parameters
 from pretrain.run.checkpoint import Progress, checkpoint_state, load_checkpoint, model_chunks
 from pretrain.run.checkpoint_files import sums
 from tests.distributed.layouts import Layout, configuration, start

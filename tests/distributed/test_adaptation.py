@@ -18,7 +18,7 @@ from pretrain.config.train import AdaptConfig, TrainConfig, save_config
 from pretrain.loop.step import train_step, validate
 from pretrain.loop.teacher import Teacher
 from pretrain.model.gradual import ladder_layers_at, use_ladder_layers
-from pretrain.model.optimizer import gathered_parameters
+from pretrain.optim.optimizer import gathered_parameters
 from pretrain.run.checkpoint import load_initial_weights, model_chunks
 from pretrain.run.folder import find_checkpoint
 from pretrain.start.initial import original_model

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_ladder.hf.convert import megatron_to_hf
 from pretrain.config.train import DataConfig, TrainConfig
 from pretrain.loop.step import train_step, validate
-from pretrain.model.optimizer import gathered_parameters
+from pretrain.optim.optimizer import gathered_parameters
 from pretrain.run.checkpoint import load_weights
 from tests.distributed.layouts import (
     BATCH,

@@ -12,7 +12,7 @@ from pretrain.config.train import TrainConfig
 from pretrain.loop.log import RunLog
 from pretrain.loop.saving import CheckpointSaver
 from pretrain.loop.step import train_step
-from pretrain.model.optimizer import gathered_parameters
+from pretrain.optim.optimizer import gathered_parameters
 from pretrain.run.checkpoint import Progress, load_checkpoint
 from pretrain.run.folder import latest_checkpoint
 from tests.distributed.layouts import Layout, batches, configuration, micro_batches, start

@@ -14,7 +14,7 @@ from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.mcore_compat import initialize_model_parallel
 from pretrain.bench.decoder import Decoder
 from pretrain.loop import step
-from pretrain.model.optimizer import gradient_norm, update
+from pretrain.optim.optimizer import gradient_norm, update
 from tests.distributed.layouts import Layout, batches, configuration, micro_batches, start
 from tests.ranks import run_ranks
 

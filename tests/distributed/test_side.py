@@ -22,7 +22,7 @@ from pretrain.loop.log import RunLog
 from pretrain.loop.saving import CheckpointSaver
 from pretrain.loop.side import fisher, load_backbone
 from pretrain.loop.step import train_step, validate
-from pretrain.model.optimizer import gathered_parameters
+from pretrain.optim.optimizer import gathered_parameters
 from pretrain.run.checkpoint import Progress, load_checkpoint, load_weights, model_chunks
 from pretrain.run.folder import backbone_of, find_checkpoint, latest_checkpoint
 from tests.distributed.layouts import (

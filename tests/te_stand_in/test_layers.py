@@ -115,7 +115,7 @@ def run_under_ddp(kind: str, layout: str, fp8: Fp8Config) -> tuple[float, bool]:
 
     kernels.install()
     from megatron_ladder.mcore_compat import initialize_model_parallel
-    from pretrain.model.optimizer import wrap_data_parallel
+    from pretrain.optim.optimizer import wrap_data_parallel
 
     model, parallel = model_of(kind), layout_of(kind, layout)
     initialize_model_parallel(parallel, seed=0)

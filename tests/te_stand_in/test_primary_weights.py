@@ -34,9 +34,9 @@ def train(
     from pretrain.config.presets import PRESETS
     from pretrain.config.train import OptimizerConfig, ScheduleConfig
     from pretrain.loop.step import train_step
-    from pretrain.model.optimizer import gathered_parameters
-    from pretrain.model.optimizer_shards import OptimizerShards
     from pretrain.model.setup import build
+    from pretrain.optim.optimizer import gathered_parameters
+    from pretrain.optim.shards import OptimizerShards
 
     initialize_model_parallel(ParallelConfig(), seed=0)
     config = replace(

@@ -102,7 +102,7 @@ def config_of(checkpoint: Path) -> TrainConfig | None:
 def _check_rate(new: TrainConfig, old: TrainConfig, step: int) -> None:
     """Refuses another schedule if the learning rate would jump, but for another peak."""
     # Imported where needed: it imports megatron-core.
-    from pretrain.model.optimizer import learning_rate
+    from pretrain.optim.optimizer import learning_rate
 
     with_old_peak = replace(new, optimizer=replace(new.optimizer, lr=old.optimizer.lr))
     was, now = learning_rate(old, step), learning_rate(with_old_peak, step)

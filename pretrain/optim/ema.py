@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.model.optimizer_shards import own_ranges, parts_of
+from pretrain.optim.shards import own_ranges, parts_of
 
 
 class Ema:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pretrain.model.optimizer_shards import _rectangles
+from pretrain.optim.shards import _rectangles
 
 
 def stored(key: str, shape: tuple[int, ...], offset: tuple[int, ...], whole: tuple[int, ...]):

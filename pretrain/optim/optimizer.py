@@ -18,8 +18,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from pretrain.config.train import TrainConfig
-from pretrain.model.ema import Ema
-from pretrain.model.torch_adam import use_fused_kernel
+from pretrain.optim.ema import Ema
+from pretrain.optim.torch_adam import use_fused_kernel
 
 
 def wrap_data_parallel(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.model.torch_adam import loading_optimizer, use_fused_kernel
+from pretrain.optim.torch_adam import loading_optimizer, use_fused_kernel
 
 
 def wrapped(parameters: list[Tensor]) -> Any:
