@@ -10,8 +10,8 @@ from torch import Tensor
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.hf.convert import megatron_to_hf
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
-from megatron_ladder.hf.rotary_ladder import rope_cos_sin
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.modelling.rotary_ladder import rope_cos_sin
 from pretrain.config.train import TrainConfig
 from pretrain.run.checkpoint import load_weights
 

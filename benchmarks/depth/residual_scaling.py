@@ -2,7 +2,7 @@
 
     python benchmarks/depth/residual_scaling.py --data DATA --json FILE --picture FILE
 
-All of it runs in the oracle (hf/modeling_ladder.py), which the tests hold the training code to.
+All of it runs in the oracle (hf/modelling/modeling_ladder.py), which the tests hold the training code to.
 
 Growth is measured at initialisation, on random tokens: the size of the residual stream after the last layer
 over the embedding's. All weights are drawn with the standard deviation 1/sqrt(hidden size), embeddings
@@ -43,8 +43,8 @@ from measuring.learning.runs import data_facts, mean_and_spread  # noqa: E402
 from measuring.options import parser_of  # noqa: E402
 from measuring.pictures import plain, save  # noqa: E402
 from megatron_ladder.config import PARALLEL  # noqa: E402
-from megatron_ladder.hf.configuration_ladder import SCALINGS, LadderConfig  # noqa: E402
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM  # noqa: E402
+from megatron_ladder.hf.modelling.configuration_ladder import SCALINGS, LadderConfig  # noqa: E402
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM  # noqa: E402
 from pretrain.data.folders import open_folder  # noqa: E402
 from pretrain.data.sample import sample_sequences  # noqa: E402
 from pretrain.depth.growth import measure_growth  # noqa: E402

@@ -6,9 +6,9 @@ After an import of this package transformers' Auto classes load folders of the m
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from megatron_ladder.hf.configuration_ladder import LadderConfig
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM, LadderModel
-from megatron_ladder.hf.modeling_side import (
+from megatron_ladder.hf.modelling.configuration_ladder import LadderConfig
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM, LadderModel
+from megatron_ladder.hf.modelling.modeling_side import (
     LadderSideConfig,
     LadderSideForCausalLM,
     LadderSideModel,

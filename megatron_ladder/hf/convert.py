@@ -40,8 +40,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ladder.hf.configuration_ladder import PARALLELS, LadderConfig
-from megatron_ladder.hf.modeling_side import LadderSideConfig
+from megatron_ladder.hf.modelling.configuration_ladder import PARALLELS, LadderConfig
+from megatron_ladder.hf.modelling.modeling_side import LadderSideConfig
 
 _LAYERS = "decoder.layers."
 # A sub-module's output is what its last linear gives.

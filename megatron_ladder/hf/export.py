@@ -29,18 +29,19 @@ from transformers import (
 )
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.configuration_ladder import LADDERS, LadderConfig
 from megatron_ladder.hf.convert import main_dtype, megatron_to_hf, scale_in_weights
 from megatron_ladder.hf.end_ids import end_ids as named_ends
 from megatron_ladder.hf.end_ids import one_or_several, several
 from megatron_ladder.hf.files.ahead import one_ahead
 from megatron_ladder.hf.files.output import complete_or_absent, refuse_others, synced_behind
 from megatron_ladder.hf.files.stored import bytes_of, is_finite, safetensors_header
-from megatron_ladder.hf.modeling_side import LadderSideConfig
+from megatron_ladder.hf.modelling.configuration_ladder import LADDERS, LadderConfig
+from megatron_ladder.hf.modelling.modeling_side import LadderSideConfig
 from megatron_ladder.hf.tokenizer import write_tokenizer
 from megatron_ladder.json_files import read_json
 
 _HERE = Path(__file__).parent
+_MODELLING = _HERE / "modelling"
 _MODELLING_FILES = ("configuration_ladder.py", "modeling_ladder.py", "rotary_ladder.py")
 _AUTO_MAP = {
     "AutoConfig": "configuration_ladder.LadderConfig",
@@ -265,7 +266,7 @@ def _write_configs(
         exported = type(config).from_dict(config.to_dict())
         extra["auto_map"] = _SIDE_AUTO_MAP if has_side else _AUTO_MAP
         for name in (*_MODELLING_FILES, *([_SIDE_FILE] if has_side else [])):
-            shutil.copyfile(_HERE / name, folder / name)
+            shutil.copyfile(_MODELLING / name, folder / name)
     exported.architectures = [_architecture(exported)]
     exported.dtype = dtype
     fields = json.loads(exported.to_json_string()) | extra

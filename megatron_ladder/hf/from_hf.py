@@ -10,7 +10,7 @@ from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.fields import check_fields
 from megatron_ladder.hf.model_config import FULL, SLIDING, rope_fields, window_fields
-from megatron_ladder.hf.modeling_side import LadderSideConfig
+from megatron_ladder.hf.modelling.modeling_side import LadderSideConfig
 from megatron_ladder.json_files import in_words, named, read_json, short
 from megatron_ladder.rope import LLAMA3_HIGH, LLAMA3_LOW
 

@@ -6,8 +6,8 @@ from typing import Any
 from megatron_ladder import rope
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.fields.windows import layer_windows
-from megatron_ladder.hf.configuration_ladder import LadderConfig
-from megatron_ladder.hf.modeling_side import LadderSideConfig
+from megatron_ladder.hf.modelling.configuration_ladder import LadderConfig
+from megatron_ladder.hf.modelling.modeling_side import LadderSideConfig
 from megatron_ladder.side.config import SideConfig
 
 NO_SIDE = SideConfig()

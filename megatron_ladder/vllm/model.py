@@ -44,7 +44,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from megatron_ladder.hf.configuration_ladder import PARALLELS
+from megatron_ladder.hf.modelling.configuration_ladder import PARALLELS
 from megatron_ladder.vllm import all_reduce
 from megatron_ladder.vllm.names import STACKED
 from megatron_ladder.vllm.schedule import (

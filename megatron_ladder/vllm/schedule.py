@@ -11,8 +11,8 @@ layer computes:
     compute      attention 1, MLP 1 | attention 2, MLP 2 | ...
     all-reduce                      | attention 1, MLP 1 | ...
 
-The states are those of hf/modeling_ladder.py: `m` is the residual stream, and `a` the residual stream
-without the last output. Both are [tokens, hidden].
+The states are those of modeling_ladder.py: `m` is the residual stream, and `a` the residual stream without
+the last output. Both are [tokens, hidden].
 """
 
 from collections.abc import Callable

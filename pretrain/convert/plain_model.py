@@ -14,13 +14,13 @@ from torch import Tensor
 
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.configuration_ladder import LadderConfig
 from megatron_ladder.hf.convert import checked_hf_tensors, main_dtype, megatron_to_hf
 from megatron_ladder.hf.files.stored import stored_tensors
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import side_fields, to_hf_config
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
-from megatron_ladder.hf.modeling_side import LadderSideConfig, LadderSideForCausalLM
+from megatron_ladder.hf.modelling.configuration_ladder import LadderConfig
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.modelling.modeling_side import LadderSideConfig, LadderSideForCausalLM
 from pretrain.config.train import load_config
 from pretrain.convert.model_text import ModelText, text_of_folder, text_of_run
 from pretrain.convert.weights import run_weights

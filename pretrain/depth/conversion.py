@@ -6,7 +6,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ladder.config import STALE
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
 from pretrain.model.staleness import (
     Staleness,
     kinds_of_layers,

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ladder.config import PARALLEL
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
 from pretrain.depth.measures import relative
 from pretrain.depth.states import run
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
 from pretrain.depth.measures import relative
 from pretrain.depth.states import run
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
 
 
 @dataclass(frozen=True)

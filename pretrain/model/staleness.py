@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_ladder.config import FRESH
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
 from megatron_ladder.json_files import read_json
 from pretrain.config.values import from_dict
 from pretrain.files import write_atomically

@@ -17,7 +17,7 @@ from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.hf.convert import megatron_to_hf
 from megatron_ladder.hf.export import export_folder, standard_config
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
     initialize_model_parallel,

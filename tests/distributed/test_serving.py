@@ -21,7 +21,7 @@ from megatron_ladder.hf.convert import hf_to_megatron
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.generate import generate_text
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
 from pretrain import cli
 from tests.unit.hf.tiny import VOCAB, train_sentencepiece
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_ladder.hf.convert import megatron_to_hf
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
-from megatron_ladder.hf.modeling_side import LadderSideForCausalLM
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.modelling.modeling_side import LadderSideForCausalLM
 from megatron_ladder.side.config import SideConfig
 from megatron_ladder.side.prune import magnitudes, prune
 from pretrain.config.train import TrainConfig, save_config

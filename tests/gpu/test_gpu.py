@@ -11,7 +11,7 @@ import torch
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.hf.convert import megatron_to_hf
 from megatron_ladder.hf.model_config import to_hf_config
-from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
 from tests.data_sets import write_data_set
 
 pytestmark = [

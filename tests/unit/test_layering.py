@@ -39,7 +39,7 @@ MAY_IMPORT_OF_OURS = {
 ROOMS = {
     "megatron_ladder": "errors json_files free_memory reading one_cudnn fields config rope fp8 "
     "cpu_platform distillation collectives te layers te.layers inference specs mcore_compat "
-    "side mcore_checkpoints megatron_lm hf.files hf vllm",
+    "side mcore_checkpoints megatron_lm hf.modelling hf.files hf vllm",
     "pretrain": "files processes ranks pictures sizes config data index optim model run plan "
     "start.going_on start loop convert evaluation report inference inference.server depth bench commands "
     "cli __main__",
@@ -97,7 +97,7 @@ def test_exported_modelling_files_need_only_torch_and_transformers() -> None:
         "modeling_side.py",
         "rotary_ladder.py",
     ):
-        file = ROOT / "megatron_ladder" / "hf" / name
+        file = ROOT / "megatron_ladder" / "hf" / "modelling" / name
         used = imports(file) - set(sys.stdlib_module_names)
         assert used <= {"torch", "transformers"}, name
 

@@ -8,7 +8,7 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_ladder.hf.convert import hf_to_megatron, megatron_to_hf
-from megatron_ladder.hf.rotary_ladder import rope_cos_sin, rotate
+from megatron_ladder.hf.modelling.rotary_ladder import rope_cos_sin, rotate
 from tests.unit.hf import tiny
 
 PADDED = 512

@@ -13,8 +13,8 @@ from transformers import (
 
 from megatron_ladder.config import STALE, ModelConfig
 from megatron_ladder.hf import LadderConfig, LadderForCausalLM
-from megatron_ladder.hf.configuration_ladder import LADDERS, ladder_layer_indices
 from megatron_ladder.hf.export import standard_config
+from megatron_ladder.hf.modelling.configuration_ladder import LADDERS, ladder_layer_indices
 from tests.unit.hf import tiny
 
 

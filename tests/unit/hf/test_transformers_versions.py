@@ -56,7 +56,7 @@ def test_the_oldest_answers_the_same(packages, tmp_path, bpe_file):
         assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("name", ["modeling_ladder.py", "model_card.md.jinja"])
+@pytest.mark.parametrize("name", ["modelling/modeling_ladder.py", "model_card.md.jinja"])
 def test_the_range_is_said_where_the_model_goes(name):
     words = (ROOT / "megatron_ladder" / "hf" / name).read_text().split()
     assert f"transformers {RANGE}" in " ".join(words).replace("(", "")

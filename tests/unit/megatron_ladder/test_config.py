@@ -164,7 +164,7 @@ def test_desync_and_sequence_parallelism_exclude_each_other() -> None:
 @pytest.mark.parametrize("residual", ["standard", "ladder", "parallel"])
 def test_parameters_are_those_of_the_exported_model(residual, tied) -> None:
     from megatron_ladder.hf.model_config import to_hf_config
-    from megatron_ladder.hf.modeling_ladder import LadderForCausalLM
+    from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
 
     model = replace(MODEL, residual=residual, share_embeddings_and_output_weights=tied)
     config = to_hf_config(model)
@@ -184,7 +184,7 @@ def test_paper_shapes_have_the_papers_parameter_counts() -> None:
 
 
 def test_the_exported_configuration_chooses_the_same_layers() -> None:
-    from megatron_ladder.hf.configuration_ladder import ladder_layer_indices
+    from megatron_ladder.hf.modelling.configuration_ladder import ladder_layer_indices
 
     for layers in (None, 0, 2, 4, (0, 2), (3,)):
         ours = replace(MODEL, ladder_layers=layers).layer_residuals()

@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_ladder import rope
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.hf.model_config import rope_fields, to_hf_config
-from megatron_ladder.hf.rotary_ladder import rope_frequencies
+from megatron_ladder.hf.modelling.rotary_ladder import rope_frequencies
 
 QWEN = {
     "rope_type": "yarn",

@@ -1,4 +1,4 @@
-"""The order of sub-modules and sums when serving, without vLLM: hf/modeling_ladder.py is the oracle."""
+"""The order of sub-modules and sums when serving, without vLLM; modeling_ladder.py is the oracle."""
 
 import operator
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_ladder.hf import LadderForCausalLM
-from megatron_ladder.hf.rotary_ladder import rope_cos_sin
+from megatron_ladder.hf.modelling.rotary_ladder import rope_cos_sin
 from megatron_ladder.vllm.all_reduce import FINISH, START, AllReduce, run_between_graphs
 from megatron_ladder.vllm.schedule import (
     InFlight,
