@@ -27,7 +27,7 @@ TransformerImpl = Literal["auto", "local", "transformer_engine"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 Attention = Literal["auto", "te", "torch", "unfused"]
-"""The implementation of core attention. auto: attention_choice.py chooses. unfused: megatron-core's own."""
+"""The implementation of core attention; auto: layers/attention/choice.py. unfused: megatron-core's own."""
 AllReduce = Literal["exact", "int8"]
 """How partial outputs are summed over tensor-parallel ranks. int8: inference only (quantised_sum.py)."""
 

@@ -38,7 +38,7 @@ from megatron_ladder.config import (
 from megatron_ladder.fields.experts import megatron_fields
 from megatron_ladder.fields.windows import layer_windows
 from megatron_ladder.fp8 import Fp8Config, config_fields
-from megatron_ladder.layers.attention_choice import CoreAttention, choose
+from megatron_ladder.layers.attention.choice import CoreAttention, choose
 from megatron_ladder.layers.experts import (
     CountingRouter,
     LocalExperts,

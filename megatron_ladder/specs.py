@@ -33,7 +33,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_ladder.config import PARALLEL, Residual, ResidualScaling, TransformerImpl
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.attention import LocalSelfAttention
-from megatron_ladder.layers.attention import TorchAttention, UnfusedAttention
+from megatron_ladder.layers.attention.core import TorchAttention, UnfusedAttention
 from megatron_ladder.layers.experts import LadderExpertsLayer
 from megatron_ladder.layers.layer import LadderTransformerLayer
 from megatron_ladder.layers.linear import (

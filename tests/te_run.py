@@ -9,8 +9,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
-from megatron_ladder.layers.context import tokens_of
-from megatron_ladder.layers.documents import Documents
+from megatron_ladder.layers.attention.context import tokens_of
+from megatron_ladder.layers.attention.documents import Documents
 from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
 
 KINDS: dict[str, dict[str, Any]] = {

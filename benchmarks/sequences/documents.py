@@ -43,8 +43,8 @@ from measuring.batches import random_batch
 from measuring.options import parser_of
 from measuring.rows import Rows
 from megatron_ladder.config import ModelConfig
-from megatron_ladder.layers.attention import TorchAttention
-from megatron_ladder.layers.documents import Documents
+from megatron_ladder.layers.attention.core import TorchAttention
+from megatron_ladder.layers.attention.documents import Documents
 from pretrain.bench.interleaved import measure, quotients
 from pretrain.config.train import DataConfig, TrainConfig
 from pretrain.loop.step import train_step

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_ladder.layers.window import in_window, layer_window
+from megatron_ladder.layers.attention.window import in_window, layer_window
 
 
 class LocalSelfAttention(SelfAttention):

@@ -171,7 +171,7 @@ def _check_train(arguments: list[str], ranks: int, *, is_first: bool) -> Path:
 
         preflight(config, ranks)
     else:
-        from megatron_ladder.layers.attention_choice import check_attention
+        from megatron_ladder.layers.attention.choice import check_attention
 
         # Any vocabulary size will do here: it is padded to a size that the layout divides.
         model = replace(config.model, vocab_size=config.model.vocab_size or 1)

@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_ladder.layers.context import tokens_of
+from megatron_ladder.layers.attention.context import tokens_of
 from pretrain.config.train import TrainConfig
 from pretrain.processes import obey_parent_alone
 

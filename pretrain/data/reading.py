@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ladder.fields.windows import attention_length
-from megatron_ladder.layers.documents import Documents
+from megatron_ladder.layers.attention.documents import Documents
 from pretrain.config.train import TrainConfig
 from pretrain.data.batches import (
     Batch,

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ladder.distillation import distilled_losses
-from megatron_ladder.layers.documents import Documents
+from megatron_ladder.layers.attention.documents import Documents
 from pretrain.config.train import TrainConfig
 from pretrain.data.batches import Batch, to_device
 from pretrain.model.graphs import StepGraph

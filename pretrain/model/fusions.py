@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core import optimizer
 
-from megatron_ladder.layers.attention_choice import CoreAttention
+from megatron_ladder.layers.attention.choice import CoreAttention
 from megatron_ladder.mcore_compat import LadderConfig
 
 

@@ -122,7 +122,7 @@ def stop_ranks() -> None:
 
 
 def layers_config(config: TrainConfig) -> LadderConfig:
-    """megatron-core's configuration of the model. The core attention is chosen here (attention_choice.py),
+    """megatron-core's configuration of the model. The core attention is chosen here (attention/choice.py),
     which asks Transformer Engine what it would use."""
     return transformer_config(
         config.model,

@@ -4,7 +4,7 @@ less."""
 from dataclasses import replace
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.layers.attention_choice import check_attention
+from megatron_ladder.layers.attention.choice import check_attention
 from pretrain.config.train import TrainConfig
 from pretrain.model.compiled import check_compile
 from pretrain.model.graphs import check_cuda_graph

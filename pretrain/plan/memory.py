@@ -14,7 +14,7 @@ from pretrain.config.train import TrainConfig
 from pretrain.plan.side import share_of_layers, side_parameters
 
 if TYPE_CHECKING:  # because the command line starts without torch
-    from megatron_ladder.layers.attention_choice import CoreAttention
+    from megatron_ladder.layers.attention.choice import CoreAttention
 
 BF16, FP32, FP8 = 2, 4, 1  # bytes
 HEADROOM = 0.05
@@ -98,8 +98,8 @@ def attention_bytes(
 
     With context parallelism Transformer Engine keeps a rank's own keys and values. Other attention keeps
     those of all ranks: kv times cp. Torch's repeats them for their group's heads where there is a mask
-    (attention.py): with windows kv becomes w; with context parallelism each chunk has its own copies, of
-    the keys up to its end, and kv becomes w (2 cp + 1) / 2. The count is of a layer that has a window.
+    (attention/core.py): with windows kv becomes w; with context parallelism each chunk has its own copies,
+    of the keys up to its end, and kv becomes w (2 cp + 1) / 2. The count is of a layer that has a window.
 
     Args:
         seq_length: tokens of a sequence; where documents are apart, of the longest one.

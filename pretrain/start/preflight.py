@@ -6,7 +6,7 @@ from itertools import combinations
 from megatron_ladder.config import check_layout
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import check_machine
-from megatron_ladder.layers.attention_choice import check_attention
+from megatron_ladder.layers.attention.choice import check_attention
 from megatron_ladder.specs import resolve_impl
 from pretrain.config.optimizer import check_optimizer
 from pretrain.config.places import with_absolute_paths

@@ -11,8 +11,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_ladder.config import ParallelConfig
-from megatron_ladder.layers.attention import TorchAttention, UnfusedAttention
-from megatron_ladder.layers.documents import Documents
+from megatron_ladder.layers.attention.core import TorchAttention, UnfusedAttention
+from megatron_ladder.layers.attention.documents import Documents
 from megatron_ladder.mcore_compat import initialize_model_parallel, transformer_config
 from pretrain.config.train import DataConfig
 from pretrain.loop.step import train_step

@@ -17,9 +17,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_ladder.config import ParallelConfig
-from megatron_ladder.layers.attention import TorchAttention, UnfusedAttention
-from megatron_ladder.layers.context import tokens_of
-from megatron_ladder.layers.documents import Documents
+from megatron_ladder.layers.attention.context import tokens_of
+from megatron_ladder.layers.attention.core import TorchAttention, UnfusedAttention
+from megatron_ladder.layers.attention.documents import Documents
 from megatron_ladder.mcore_compat import initialize_model_parallel, transformer_config
 from pretrain.loop.bad_steps import BadSteps
 from pretrain.loop.saving import CheckpointSaver

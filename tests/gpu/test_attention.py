@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
-from megatron_ladder.layers.attention import TorchAttention, kernel_of_torch
-from megatron_ladder.layers.attention_choice import IN_MEMORY
-from megatron_ladder.layers.documents import Documents, each_by_itself
+from megatron_ladder.layers.attention.choice import IN_MEMORY
+from megatron_ladder.layers.attention.core import TorchAttention, kernel_of_torch
+from megatron_ladder.layers.attention.documents import Documents, each_by_itself
 from megatron_ladder.mcore_compat import initialize_model_parallel, transformer_config
 
 pytestmark = [

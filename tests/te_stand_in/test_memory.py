@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron_ladder.collectives.points import SubmoduleCollectives
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
-from megatron_ladder.layers.attention import TorchAttention
-from megatron_ladder.layers.documents import Documents
+from megatron_ladder.layers.attention.core import TorchAttention
+from megatron_ladder.layers.attention.documents import Documents
 from pretrain.plan.memory import Attention
 from tests.ranks import run_ranks
 from tests.te_run import LAYOUTS

@@ -6,7 +6,7 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_ladder.layers.documents import Documents
+from megatron_ladder.layers.attention.documents import Documents
 
 
 class TEDocumentsAttention(TEDotProductAttention):
@@ -23,7 +23,7 @@ class TEDocumentsAttention(TEDotProductAttention):
         packed_seq_params: Documents | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As `TorchAttention.forward` (megatron_ladder/layers/attention.py)."""
+        """As `TorchAttention.forward` (megatron_ladder/layers/attention/core.py)."""
         if packed_seq_params is None:
             return super().forward(query, key, value, attention_mask, attn_mask_type, **kwargs)
         assert attention_mask is None and attention_bias is None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ladder.layers.documents import Documents, each_by_itself
+from megatron_ladder.layers.attention.documents import Documents, each_by_itself
 from sequences.documents import by_mask, config_of, documents_of, drawn_lengths
 
 

@@ -13,7 +13,7 @@ import torch
 
 from measuring import facts, standby
 from measuring.rows import Rows
-from megatron_ladder.layers.attention_choice import CoreAttention
+from megatron_ladder.layers.attention.choice import CoreAttention
 from pretrain.bench.recorder import Recorder
 
 

@@ -6,9 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ladder.layers.context import attend_over_ranks, chunks_of, parts_of_chunk, tokens_of
-from megatron_ladder.layers.documents import Documents
-from megatron_ladder.layers.window import ALIGNMENT, bias_of_last, in_window
+from megatron_ladder.layers.attention.context import (
+    attend_over_ranks,
+    chunks_of,
+    parts_of_chunk,
+    tokens_of,
+)
+from megatron_ladder.layers.attention.documents import Documents
+from megatron_ladder.layers.attention.window import ALIGNMENT, bias_of_last, in_window
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -66,7 +71,7 @@ def test_every_bias_is_a_part_of_one(window: int | None) -> None:
 
 def test_the_documents_of_a_chunk_share_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "megatron_ladder.layers.context.gathered", lambda key, value, group: (key, value)
+        "megatron_ladder.layers.attention.context.gathered", lambda key, value, group: (key, value)
     )
     shared = []
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_ladder.layers.documents import Documents, each_by_itself
+from megatron_ladder.layers.attention.documents import Documents, each_by_itself
 from megatron_ladder.layers.halves import half_of
 
 NUMBERS = torch.tensor([[3, 3, 5, 5, 5], [7, 8, 8, 8, 3], [0] * 5, [0, 0, 0, 0, 1]])

@@ -8,7 +8,7 @@ import pytest
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config
-from megatron_ladder.layers.attention_choice import check_attention
+from megatron_ladder.layers.attention.choice import check_attention
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig, save_config
 from pretrain.convert.export import export_run

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from megatron_ladder.config import Attention, TransformerImpl
 from megatron_ladder.errors import UserError
-from megatron_ladder.layers.attention import kernel_of_torch
+from megatron_ladder.layers.attention.core import kernel_of_torch
 
 IN_MEMORY, CUDNN = "scores in memory", "cuDNN"
 TORCH_KERNELS = {

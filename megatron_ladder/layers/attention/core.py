@@ -15,9 +15,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_ladder.layers.context import attend_over_ranks
-from megatron_ladder.layers.documents import Documents, each_by_itself
-from megatron_ladder.layers.window import attend_in_window, bias_of_last, in_window, layer_window
+from megatron_ladder.layers.attention.context import attend_over_ranks
+from megatron_ladder.layers.attention.documents import Documents, each_by_itself
+from megatron_ladder.layers.attention.window import (
+    attend_in_window,
+    bias_of_last,
+    in_window,
+    layer_window,
+)
 
 logger = logging.getLogger(__name__)
 

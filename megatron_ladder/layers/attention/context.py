@@ -15,7 +15,7 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_ladder.layers.documents import Documents
+from megatron_ladder.layers.attention.documents import Documents
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""Core attention: torch's kernels, windows, documents, context parallelism; which of the kernels runs."""
