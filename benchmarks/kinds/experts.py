@@ -30,6 +30,7 @@ from megatron.core import parallel_state  # noqa: E402
 from measuring.facts import header  # noqa: E402
 from measuring.options import parser_of  # noqa: E402
 from measuring.overlap.clock import restart, use_processor_time  # noqa: E402
+from measuring.overlap.hidden import half_width  # noqa: E402
 from megatron_ladder import cpu_platform  # noqa: E402
 from megatron_ladder.config import ModelConfig, ParallelConfig  # noqa: E402
 from megatron_ladder.fields.experts import ExpertsConfig  # noqa: E402
@@ -134,7 +135,8 @@ def main() -> None:
             for number, which in enumerate(("forward", "backward")):
                 # Of each repetition by itself: a slow moment of the machine hits both of its runs.
                 pairs = list(zip(times[name, "link"], times[name, "none"], strict=True))
-                added = statistics.median(a[number] - b[number] for a, b in pairs)
+                added = [a[number] - b[number] for a, b in pairs]
+                added_s = statistics.median(added)
                 link_s = statistics.median(a[2] for a, _ in pairs)
                 rows.append(
                     {
@@ -142,8 +144,13 @@ def main() -> None:
                         "pass": which,
                         "without_link_s": statistics.median(b[number] for _, b in pairs),
                         "link_s": link_s,
-                        "added_s": added,
-                        "hidden_share": 1 - added / link_s,
+                        "added_s": added_s,
+                        "hidden_share": 1 - added_s / link_s,
+                        "plus_or_minus": half_width(
+                            lambda chosen, of=added: statistics.median(of[i] for i in chosen),
+                            len(added),
+                        )
+                        / link_s,
                         "most": most(args.layers, shared) if "ladder" in name else 0.0,
                     }
                 )
@@ -151,7 +158,7 @@ def main() -> None:
             print(
                 f"{row['kind']:24} {row['pass']:9} {1e3 * row['without_link_s']:7.1f} ms, link "
                 f"{1e3 * row['link_s']:6.1f} ms, adds {1e3 * row['added_s']:6.1f} ms: hidden "
-                f"{row['hidden_share']:5.2f} (at most {row['most']:.2f})"
+                f"{row['hidden_share']:5.2f} +- {row['plus_or_minus']:.2f} (at most {row['most']:.2f})"
             )
         if args.json:
             report = {**header("cpu", args), "rows": rows}

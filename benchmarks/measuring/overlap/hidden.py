@@ -35,18 +35,24 @@ def hidden_share(times: Times, name: str, part: str, standard: str = BLOCKING) -
     return 1 - link_time(times, name, part) / link_time(times, standard, part)
 
 
-def uncertainty(times: Times, name: str, part: str) -> float:
-    """Half the width of the hidden share's 90 % interval: repetitions are drawn anew, with replacement
-    (bootstrap), and the share of each draw is computed."""
-    dice, count = random.Random(1), len(times[name, "link"])  # noqa: S311 (no secrets)
-
-    def drawn() -> Times:
-        chosen = dice.choices(range(count), k=count)
-        keys = [(n, way) for n in (name, BLOCKING) for way in ("link", "zero")]
-        return {key: [times[key][i] for i in chosen] for key in keys}
-
-    cuts = statistics.quantiles((hidden_share(drawn(), name, part) for _ in range(400)), n=20)
+def half_width(of: Callable[[list[int]], float], count: int) -> float:
+    """Half the width of a figure's 90 % interval: `count` repetitions are drawn anew, with replacement
+    (bootstrap), and `of` gives the figure of each draw, from the numbers of its repetitions."""
+    dice = random.Random(1)  # noqa: S311 (no secrets)
+    draws = (of(dice.choices(range(count), k=count)) for _ in range(400))
+    cuts = statistics.quantiles(draws, n=20)
     return (cuts[-1] - cuts[0]) / 2
+
+
+def uncertainty(times: Times, name: str, part: str) -> float:
+    """Half the width of the hidden share's 90 % interval."""
+    keys = [(n, way) for n in (name, BLOCKING) for way in ("link", "zero")]
+
+    def share(chosen: list[int]) -> float:
+        drawn = {key: [times[key][i] for i in chosen] for key in keys}
+        return hidden_share(drawn, name, part)
+
+    return half_width(share, len(times[name, "link"]))
 
 
 def over_standard(times: Times, name: str, link: str) -> list[float]:
