@@ -52,7 +52,6 @@ METHODS = {
     "lora": ("LoRA, rank 8, all linears", 3e-3),
     "lst": ("LST", 3e-3),
     "lst-random": ("LST, random first weights", 3e-3),
-    "lst-added": ("LST, added to the last state", 3e-3),
 }
 
 
@@ -128,8 +127,6 @@ def trained_model(work: Path, method: str, large: bool) -> Any:
     config = kinds[1].from_pretrained(work / ("side" if side else "base"))
     if large:
         config = kinds[1](**config.to_dict() | LARGE | {"head_dim": 64, "side_layers": None})
-    if method == "lst-added":
-        config.side_add_last_state = True
     if large:
         model = kinds[0](config)
     else:
@@ -144,8 +141,6 @@ def trained_model(work: Path, method: str, large: bool) -> Any:
             parameter.requires_grad_(".side." in name)
             if method == "lst-random" and parameter.requires_grad and parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=config.initializer_range)
-        if method == "lst-added":
-            torch.nn.init.zeros_(model.model.side.up.weight)
     return model
 
 

@@ -93,7 +93,6 @@ def check_fields(values: dict[str, Any], path: Path) -> None:
         "mlp_bias",
         "qkv_bias",
         "layer_norms",
-        "side_add_last_state",
     ):
         value = values.get(name, False)
         need(value is None or type(value) is bool, name, value, "true or false")

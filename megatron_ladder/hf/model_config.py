@@ -32,7 +32,6 @@ def to_hf_config(
             LadderSideConfig,
             side_reduction=side.reduction,
             side_layers=list(side.kept_layers(model.num_layers)),
-            side_add_last_state=side.add_last_state,
         )
     return kind(
         vocab_size=model.vocab_size,
@@ -138,4 +137,4 @@ def side_fields(config: Any) -> SideConfig:
     if not isinstance(config, LadderSideConfig):
         return NO_SIDE
     dropped = tuple(i for i in range(config.num_hidden_layers) if i not in config.side_layers)
-    return SideConfig(config.side_reduction, dropped or None, "fisher", config.side_add_last_state)
+    return SideConfig(config.side_reduction, dropped or None, "fisher")

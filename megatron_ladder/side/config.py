@@ -25,9 +25,6 @@ class SideConfig:
     start: Literal["fisher", "magnitude", "random"] = "fisher"
     """The first weights of the blocks: the backbone's, pruned by the squares of their gradients (one
     global batch, backward through the backbone) or by their magnitude; or random."""
-    add_last_state: bool = False
-    """The final norm reads the side network's output plus the backbone's last state. So training starts
-    from the backbone's predictions. False, as in the paper: the output alone."""
 
     @property
     def is_on(self) -> bool:
@@ -81,8 +78,8 @@ def check_side(side: SideConfig, model: ModelConfig) -> None:
     if not side.is_on:
         if side != SideConfig():
             raise UserError(
-                "side.dropped_layers, side.start and side.add_last_state are of a side network, and there "
-                "is none: give --preset side-tune, or side.reduction"
+                "side.dropped_layers and side.start are of a side network, and there is none: give "
+                "--preset side-tune, or side.reduction"
             )
         return
     assert side.reduction is not None

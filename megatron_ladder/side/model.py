@@ -35,21 +35,17 @@ class SideTunedModel(MegatronModule):
         backbone: from `build_gpt_model`, of a model without dropout (`SideConfig.backbone`).
         side: beside this chunk.
         config: for megatron-core's schedules; all chunks share it.
-        add_last_state: the final norm reads the backbone's last state, too.
     """
 
     # megatron-core sums the gradients of a tied table over its two stages. This table has none.
     share_embeddings_and_output_weights = False
 
-    def __init__(
-        self, backbone: GPTModel, side: SideNetwork, config: LadderConfig, *, add_last_state: bool
-    ) -> None:
+    def __init__(self, backbone: GPTModel, side: SideNetwork, config: LadderConfig) -> None:
         super().__init__(config=config)
         assert not backbone.decoder.config.hidden_dropout
         # A tuple, because torch would register a module.
         self._backbone = (backbone.requires_grad_(False),)
         self.side = side
-        self.add_last_state = add_last_state
         self.pre_process, self.post_process = backbone.pre_process, backbone.post_process
         self.model_type, self.vp_stage = backbone.model_type, backbone.vp_stage
         self._is_running = False
@@ -139,10 +135,7 @@ class SideTunedModel(MegatronModule):
 
     def _final_input(self, _: Any, args: Any) -> Any:
         """What the final norm reads instead of the backbone's last state."""
-        if not self._is_running:
-            return args
-        output = self._side_output()
-        return (args[0] + output if self.add_last_state else output,)
+        return (self._side_output(),) if self._is_running else args
 
 
 def side_tuned(
@@ -178,7 +171,6 @@ def side_tuned(
             model.hidden_size,
             first=theirs.pre_process,
             last=theirs.post_process,
-            starts_with_zero=side.add_last_state,
         ).to(device or torch.cuda.current_device())
-        chunks.append(SideTunedModel(theirs, network, seen, add_last_state=side.add_last_state))
+        chunks.append(SideTunedModel(theirs, network, seen))
     return chunks

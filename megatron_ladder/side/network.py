@@ -19,9 +19,9 @@ from megatron_ladder.side.config import TEMPERATURE
 class Linear(torch.nn.Linear):
     """A linear without bias that every tensor-parallel rank has whole."""
 
-    def __init__(self, config: Any, inputs: int, outputs: int, *, zeros: bool = False) -> None:
+    def __init__(self, config: Any, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False, dtype=config.params_dtype)
-        torch.nn.init.normal_(self.weight, std=0.0 if zeros else config.init_method_std)
+        torch.nn.init.normal_(self.weight, std=config.init_method_std)
         _sum_with_sequence_parallelism(self.weight, config)
 
 
@@ -56,7 +56,6 @@ class SideNetwork(MegatronModule):
         hidden_size: the backbone's.
         first: with the projection of the embedding.
         last: with the final up-projection.
-        starts_with_zero: the up-projection is 0 before training.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class SideNetwork(MegatronModule):
         *,
         first: bool,
         last: bool,
-        starts_with_zero: bool,
     ) -> None:
         config = blocks.decoder.config
         super().__init__(config=config)
@@ -81,7 +79,7 @@ class SideNetwork(MegatronModule):
         self.first = Linear(config, hidden_size, small) if first else None
         self.rungs = torch.nn.ModuleList([Rung(config, hidden_size) for _ in own])
         self.blocks = blocks
-        self.up = Linear(config, small, hidden_size, zeros=starts_with_zero) if last else None
+        self.up = Linear(config, small, hidden_size) if last else None
         self._states: list[Tensor] = []
         for number, layer in enumerate(own):
             hook = partial(weakly(self._through_gate), number)

@@ -125,7 +125,7 @@ def prune(chunks: list[SideTunedModel], importance: Importance) -> None:
         chosen = torch.eye(len(importance.states), device=states.device)[states]
         if side.first is not None:
             side.first.weight.copy_(chosen)
-        if side.up is not None and not chunk.add_last_state:
+        if side.up is not None:
             side.up.weight.copy_(chosen.t())
         backbone = dict(layers_of([chunk]))
         for number, rung, block in zip(

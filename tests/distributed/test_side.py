@@ -179,7 +179,7 @@ def tune_plainly(config: TrainConfig, folder: Path) -> tuple[dict[str, list[floa
     ("kind", "layouts", "side"),
     [
         ("ladder", LAYOUTS, SIDE),
-        ("standard", [Layout(tp=2), Layout(pp=2)], replace(SIDE, add_last_state=True)),
+        ("standard", [Layout(tp=2), Layout(pp=2)], SIDE),
         ("parallel", [Layout(tp=2, sp=True)], replace(SIDE, dropped_layers=(0, 2))),
         ("standard in halves", [Layout(tp=2, sp=True)], SIDE),
         *(

@@ -25,12 +25,11 @@ TEMPERATURE = 0.1
 
 
 class LadderSideConfig(LadderConfig):
-    """The fields of the backbone's configuration, and three more.
+    """The fields of the backbone's configuration, and two more.
 
     Args:
         side_reduction: r; widths of the side network are the backbone's, divided by it.
         side_layers: the layers whose states the side network reads, from 0, ascending. None: all.
-        side_add_last_state: the final norm also reads the backbone's last state.
 
     Raises:
         ValueError: a width is not a multiple of `side_reduction`, or a layer does not exist.
@@ -42,14 +41,12 @@ class LadderSideConfig(LadderConfig):
         self,
         side_reduction: int = 8,
         side_layers: list[int] | None = None,
-        side_add_last_state: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         layers = range(self.num_hidden_layers)
         self.side_reduction = side_reduction
         self.side_layers = list(layers if side_layers is None else side_layers)
-        self.side_add_last_state = side_add_last_state
         widths = (self.hidden_size, self.intermediate_size, self.head_dim)
         if any(width % side_reduction for width in widths):
             raise ValueError(f"side_reduction {side_reduction} does not divide {widths}")
@@ -123,8 +120,7 @@ class LadderSideModel(LadderModel):
         x = side.first(states[0])
         for block, layer in zip(side.blocks, config.side_layers, strict=True):
             x = block(x, states[layer + 1], cos, sin, mask, **kwargs)
-        x = side.up(x)
-        return states[-1] + x if config.side_add_last_state else x
+        return side.up(x)
 
 
 def _make_room(cache: Any, layers: int) -> None:

@@ -24,7 +24,7 @@ def model(**changes) -> LadderSideForCausalLM:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_generation_through_a_cache(attention, how):
     """A batch of two lengths, the shorter padded on its left."""
-    built = model(side_layers=[0, 3], side_add_last_state=True)
+    built = model(side_layers=[0, 3])
     built.set_attn_implementation(attention)
     ids = tiny.tokens(2, 9)
     mask = torch.ones_like(ids)

@@ -77,7 +77,7 @@ def test_the_number_of_options_stays_small() -> None:
     # no option.
     values = to_dict(PRESETS["debug"]())
     del values["past"]
-    assert count(values) <= 117
+    assert count(values) <= 116
 
 
 def test_lengths_in_tokens_are_rounded_up_to_steps() -> None:

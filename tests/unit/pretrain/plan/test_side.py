@@ -90,7 +90,7 @@ def test_the_operations_of_a_token(config: TrainConfig) -> None:
         (SideConfig(8, (32,)), {}, "numbered 0 to 31"),
         (SideConfig(8), {"residual": "desync"}, "desync"),
         (SideConfig(8), {"sliding_window": 64}, "sliding window"),
-        (SideConfig(add_last_state=True), {}, "there is none"),
+        (SideConfig(dropped_layers=4), {}, "there is none"),
     ],
 )
 def test_what_a_model_cannot_have(
