@@ -106,6 +106,10 @@ def one_pass(model: Any, args: argparse.Namespace, link_s: float) -> tuple[float
     return middle - begin, end - middle, sum(spent) / 2
 
 
+def median_of(values: list[float], chosen: list[int]) -> float:
+    return statistics.median(values[i] for i in chosen)
+
+
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=6)
@@ -146,11 +150,7 @@ def main() -> None:
                         "link_s": link_s,
                         "added_s": added_s,
                         "hidden_share": 1 - added_s / link_s,
-                        "plus_or_minus": half_width(
-                            lambda chosen, of=added: statistics.median(of[i] for i in chosen),
-                            len(added),
-                        )
-                        / link_s,
+                        "plus_or_minus": half_width(partial(median_of, added), len(added)) / link_s,
                         "most": most(args.layers, shared) if "ladder" in name else 0.0,
                     }
                 )
