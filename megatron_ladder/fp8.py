@@ -16,6 +16,8 @@ CAPABILITIES: dict[Fp8Recipe, tuple[tuple[int, int], str]] = {
     "blockwise": ((9, 0), "Hopper and later"),
     "mxfp8": ((10, 0), "data-centre Blackwell"),
 }
+# The recipes that are tested with a mixture of experts. delayed would keep a history for each expert.
+OF_EXPERTS: tuple[Fp8Recipe, ...] = ("tensorwise", "blockwise")
 # Two more requirements of Transformer Engine. Its blockwise GEMM needs the cuBLAS of CUDA 12.9. Its mxfp8
 # needs a compute capability below MXFP8_BELOW: from there on it does not have all layouts of that GEMM.
 BLOCKWISE_CUDA, MXFP8_BELOW = (12, 9), (12, 0)
@@ -68,10 +70,12 @@ def check_fp8(
                 "fp8.num_layers_at_start_in_bf16, _at_end_ and primary_weights need an fp8.recipe"
             )
         return
-    if model.experts.num_moe_experts is not None:
+    experts = model.experts
+    has_experts = experts.num_moe_experts is not None
+    if has_experts and (fp8.recipe not in OF_EXPERTS or fp8.primary_weights):
         raise UserError(
-            f"fp8.recipe {fp8.recipe} does not go with experts yet: leave it out, or "
-            "model.experts.num_moe_experts"
+            f"fp8.recipe {fp8.recipe} {'with fp8.primary_weights ' * fp8.primary_weights}does not go with "
+            f"experts yet: give {' or '.join(OF_EXPERTS)} alone, or leave model.experts.num_moe_experts out"
         )
     if precision != "bf16":
         raise UserError(
@@ -104,6 +108,11 @@ def check_fp8(
         ("queries, keys and values of a rank", heads * model.head_dim // tp),
         ("attention's output of a rank", model.num_attention_heads * model.head_dim // tp),
         ("model.ffn_hidden_size of a rank", model.ffn_hidden_size // tp),
+        ("model.experts.moe_ffn_hidden_size", experts.moe_ffn_hidden_size or 0),
+        (
+            "model.experts.moe_shared_expert_intermediate_size of a rank",
+            (experts.moe_shared_expert_intermediate_size or 0) / tp,
+        ),
         (of, at_once),
     ):
         if size % multiple:

@@ -34,7 +34,7 @@ from megatron_ladder.config import PARALLEL, Residual, ResidualScaling, Transfor
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.attention import LocalSelfAttention
 from megatron_ladder.layers.attention.core import TorchAttention, UnfusedAttention
-from megatron_ladder.layers.experts import LadderExpertsLayer
+from megatron_ladder.layers.experts_layer import LadderExpertsLayer
 from megatron_ladder.layers.layer import LadderTransformerLayer
 from megatron_ladder.layers.linear import (
     CommFreeColumnParallelLinear,
@@ -118,7 +118,7 @@ def layer_spec(
     Args:
         residuals: each layer's residual kind, first to last. None: every layer is a ladder layer.
         impl: the implementation of the modules; see `resolve_impl`.
-        experts: the spec of a mixture of experts in place of the MLP, of standard and ladder layers.
+        experts: the spec of a mixture of experts in place of the MLP.
         residual_scaling: what each output is multiplied by before it is added.
         layer_norms: attention and MLP read the state through norms.
         desync_interval: the number of sub-modules from one all-reduce to the next, in desync layers.
@@ -139,7 +139,7 @@ def layer_spec(
     """
     chosen = resolve_impl(impl)
     kinds = set(residuals or ("ladder",))
-    assert experts is None or (kinds <= {"standard", "ladder"} and not halves)
+    assert experts is None or not halves
     assert kinds <= PARALLEL or not kinds & PARALLEL
     theirs = kinds == {"standard"} and residual_scaling == "none" and layer_norms and not halves
     if theirs and chosen == "transformer_engine":

@@ -1,4 +1,4 @@
-"""The unsharded reference of a mixture of experts: ladder and standard layers in plain PyTorch, in fp32.
+"""The unsharded reference of a mixture of experts in plain PyTorch, in fp32: every residual kind with one.
 
 Weights have the names that they have in a checkpoint, those of layers are stacked, so gradients have them
 too.
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ladder.config import PARALLEL, STALE
 from pretrain.config.train import TrainConfig
 
 BIAS = "mlp.router.expert_bias"
@@ -63,10 +64,14 @@ class Oracle:
         self._optimizer = torch.optim.AdamW(
             [
                 {
-                    "params": [w for n, w in self._trained() if ("norm" in n) == are_norms],
-                    "weight_decay": 0.0 if are_norms else o.weight_decay,
+                    "params": [
+                        w
+                        for n, w in self._trained()
+                        if ("norm" in n or "scales" in n) == are_vectors
+                    ],
+                    "weight_decay": 0.0 if are_vectors else o.weight_decay,
                 }
-                for are_norms in (True, False)
+                for are_vectors in (True, False)
             ],
             lr=o.lr,
             betas=(o.adam_beta1, o.adam_beta2),
@@ -105,24 +110,43 @@ class Oracle:
         """[batch, length] tokens -> [batch, length, vocabulary], and the loss of the balance."""
         embedding = self.weights["embedding.word_embeddings.weight"]
         x, balance = embedding[tokens], torch.zeros(())
-        has_experts = self.model.experts.layers(self.model.num_layers)
-        last = x  # the state without the last sub-module's output
+        last = x  # the state without the last output
         for i, residual in enumerate(self.model.layer_residuals()):
-            is_ladder = residual == "ladder"
-            norm = self.of_layer(i, "self_attention.linear_qkv.layer_norm_weight")
-            output = self._attention(self._norm(last if is_ladder else x, norm), i)
-            last, x = x, x + output
-            reads = last if is_ladder else x
-            if has_experts[i]:
-                n = self._norm(reads, self.of_layer(i, "pre_mlp_layernorm.weight"))
-                output, loss = self._experts(n, i, cut)
-                balance = balance + loss
-            else:
-                n = self._norm(reads, self.of_layer(i, "mlp.linear_fc1.layer_norm_weight"))
-                output = self._mlp(n, i, "mlp")
-            last, x = x, x + output
+            is_stale, is_parallel = residual in STALE, residual in PARALLEL
+            n = self._normed(
+                last if is_stale else x, i, "self_attention.linear_qkv.layer_norm_weight"
+            )
+            attended = self._attention(n, i)
+            if not is_parallel:
+                last, x = x, x + self._scale(i, 0) * attended
+                n = self._normed(last if is_stale else x, i, self._mlp_norm(i))
+            output, loss = self._feed_forward(n, i, cut)
+            balance = balance + loss
+            if is_parallel:
+                output = attended + output
+            last, x = x, x + self._scale(i, 0 if is_parallel else 1) * output
         norm = self.weights["decoder.final_layernorm.weight"]
         return self._norm(x, norm) @ embedding.t(), balance
+
+    def _mlp_norm(self, i: int) -> str:
+        has_experts = self.model.experts.layers(self.model.num_layers)[i]
+        return "pre_mlp_layernorm.weight" if has_experts else "mlp.linear_fc1.layer_norm_weight"
+
+    def _feed_forward(self, n: Tensor, i: int, cut: Cut) -> tuple[Tensor, Tensor]:
+        """The output of a layer's experts, or its MLP, and its part of the loss of the balance."""
+        if self.model.experts.layers(self.model.num_layers)[i]:
+            return self._experts(n, i, cut)
+        return self._mlp(n, i, "mlp"), torch.zeros(())
+
+    def _scale(self, i: int, which: int) -> Tensor | float:
+        """What the first or second output of a layer is multiplied by."""
+        if self.model.residual_scaling == "skipinit":
+            return self.of_layer(i, "residual_scales")[which]
+        n = 2 * self.model.num_layers
+        return {"none": 1.0, "1/n": 1 / n, "1/sqrt-n": n**-0.5}[self.model.residual_scaling]
+
+    def _normed(self, x: Tensor, i: int, name: str) -> Tensor:
+        return self._norm(x, self.of_layer(i, name)) if self.model.layer_norms else x
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.model.layernorm_epsilon)

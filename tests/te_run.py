@@ -1,5 +1,6 @@
 """A small model built of either kind of layers, for tests that compare them on a GPU or its stand-in."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -144,7 +145,7 @@ class Run:
 
 
 def name_of(name: str) -> str:
-    """A parameter's name in layers without fused norms."""
+    """A parameter's name in layers without fused norms, and with grouped experts."""
     for fused, separate in FUSED.items():
         name = name.replace(fused, separate)
-    return name
+    return re.sub(r"local_experts\.(\d+)\.(linear_fc\d)\.weight", r"\2.weight\1", name)

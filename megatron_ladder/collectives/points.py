@@ -146,7 +146,7 @@ class SubmoduleCollectives:
             x = used_here(_OutputWait.apply(x, self))
         else:
             self.wait_output()
-        return _scaled(x, self.scale)
+        return scaled(x, self.scale)
 
     # Backward.
 
@@ -364,7 +364,7 @@ def output_start(x: Tensor, collectives: Any, scale: Scale = None) -> Tensor:
         [s, b, h], or [s/tp, b, h] with sequence parallelism. It is in flight: read it only after
         `output_wait`.
     """
-    return _scaled(x, scale) if collectives is None else collectives.sent(x, scale)
+    return scaled(x, scale) if collectives is None else collectives.sent(x, scale)
 
 
 def output_wait(x: Tensor) -> Tensor:
@@ -380,5 +380,6 @@ def output_wait(x: Tensor) -> Tensor:
     return x if collectives is None else collectives.complete(x)
 
 
-def _scaled(x: Tensor, scale: Scale) -> Tensor:
+def scaled(x: Tensor, scale: Scale) -> Tensor:
+    """`x` times the scale of a sub-module's output."""
     return x if scale is None else x * scale

@@ -22,6 +22,11 @@ def _second_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream(priority=-1)
 
 
+def host_runs_ahead() -> bool:
+    """Whether the host launches work and does not do it (a GPU). Then it waits where it reads a result."""
+    return torch.cuda.is_available()
+
+
 def moment() -> Any:
     """An event at the present point of the current stream's work; `beside` waits for it. None on a CPU."""
     return torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None

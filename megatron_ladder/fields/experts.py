@@ -11,7 +11,7 @@ LoadBalancing = Literal["seq_aux_loss", "aux_loss", "global_aux_loss", "none"]
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """A mixture of experts in place of the MLP, in ladder and standard layers (docs/guides/experts.md)."""
+    """A mixture of experts in place of the MLP (docs/guides/experts.md)."""
 
     num_moe_experts: int | None = None
     """Routed experts of a layer; None: each layer has one MLP."""
@@ -169,15 +169,10 @@ def check_experts(model: Any, parallel: Any) -> None:
                 "(model.experts.num_moe_experts): leave it out"
             )
         return
-    if model.residual_scaling != "none" or not model.layer_norms:
+    if model.residual in ("desync", "no-comm"):
         raise UserError(
-            "model.residual_scaling and model.no_layer_norms do not go with experts yet: leave them, or "
-            "model.experts.num_moe_experts, out"
-        )
-    if not set(model.layer_residuals()) <= {"standard", "ladder"}:
-        raise UserError(
-            f"model.residual {model.residual} does not go with experts yet: give --model.residual ladder "
-            "or standard, or leave model.experts.num_moe_experts out"
+            f"model.residual {model.residual} does not go with experts: its ranks do not share their "
+            "states. Give another kind, or leave model.experts.num_moe_experts out"
         )
     if parallel.tp_overlap == "halves":
         raise UserError("parallel.tp_overlap halves does not go with experts yet: leave it out")

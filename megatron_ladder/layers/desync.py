@@ -15,6 +15,31 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from megatron_ladder.collectives.points import output_start
+
+
+def run(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Runs one desync layer (layer.py): [s, b, h] -> [s, b, h].
+
+    Args:
+        layer: a LadderTransformerLayer.
+        kwargs: for self-attention.
+    """
+    number = 2 * (layer.layer_number - 1)  # the number of sub-modules before this one
+    last = 2 * layer.config.num_layers
+    for name, scale in zip(layer.submodules, layer.residual_scales, strict=True):
+        norm = layer.input_layernorm if name == "attention" else layer.pre_mlp_layernorm
+        if number % layer.desync_interval == 0:
+            x = part_ways(x, layer.tp_group)
+        number += 1
+        output = layer._compute(name, norm(x), **(kwargs if name == "attention" else {}))
+        output = output_start(output, None, scale)
+        if number % layer.desync_interval == 0 or number == last:
+            x = meet(layer._add(x / layer.tp_group.size(), output), layer.tp_group)
+        else:
+            x = layer._add(x, output)
+    return x
+
 
 def part_ways(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Starts a part of the model in which the ranks' states differ: identity, [s, b, h].

@@ -48,9 +48,9 @@ from megatron_ladder.collectives.points import (
 )
 from megatron_ladder.collectives.ranges import named
 from megatron_ladder.config import PARALLEL, STALE, AllReduce, Residual, ResidualScaling
-from megatron_ladder.layers.desync import meet, part_ways, sum_gradients
+from megatron_ladder.layers import desync
 from megatron_ladder.layers.halves import Call, Submodule, calls_of, half_of, join, split
-from megatron_ladder.layers.linear import first_linears
+from megatron_ladder.layers.linear import first_linear
 from megatron_ladder.layers.norm import residual_scales
 from megatron_ladder.layers.recompute import numbers_drawn, recomputed
 from megatron_ladder.layers.stages import pack, unpack
@@ -109,13 +109,18 @@ class LadderTransformerLayer(TransformerLayer):
         # At most one item: the function to call in the middle of the running sub-module, and whether it
         # records gradients; see `_submodule`. A list, because to assign a module's attribute is slow.
         self._chain: list[tuple[Callable[[], None], bool]] = []
-        if (self.config.sequence_parallel or self.is_moe_layer) and "both" not in self.submodules:
-            for first_linear in first_linears(self):
-                first_linear.register_forward_hook(self._run_chain)
+        both = "both" in self.submodules
+        # The chain may start experts: of parallel kinds those of the next layer.
+        self.chain_dispatches = self.is_moe_layer or (
+            both and self.config.num_moe_experts is not None
+        )
+        if (self.config.sequence_parallel or self.is_moe_layer) and not both:
+            self._hook_attention()
+            first_linear(self.mlp).register_forward_hook(self._run_chain)
         self.desync_interval = desync_interval
         if self.residual == "desync":
             own = [p for name, p in self.named_parameters() if name.count(".") < 2]  # norms, scales
-            sum_gradients(own, self.tp_group)
+            desync.sum_gradients(own, self.tp_group)
 
     @property
     def hides(self) -> bool:
@@ -185,7 +190,7 @@ class LadderTransformerLayer(TransformerLayer):
             states = (a,)
 
         if self.residual == "desync":
-            return self._desync(states[0], attention_kwargs), None
+            return desync.run(self, states[0], attention_kwargs), None
         run = self._hiding if self.hides else self._waiting
         y, states = run(states, y, attention_kwargs)
         *complete, a = states
@@ -256,22 +261,6 @@ class LadderTransformerLayer(TransformerLayer):
         assert y is not None
         return y, (state,)
 
-    def _desync(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        number = 2 * (self.layer_number - 1)  # the number of sub-modules before this one
-        last = 2 * self.config.num_layers
-        for name in self.submodules:
-            norm = self.input_layernorm if name == "attention" else self.pre_mlp_layernorm
-            if number % self.desync_interval == 0:
-                x = part_ways(x, self.tp_group)
-            number += 1
-            output = self._compute(name, norm(x), **(kwargs if name == "attention" else {}))
-            output = output_start(output, None, self.residual_scales[self.submodules.index(name)])
-            if number % self.desync_interval == 0 or number == last:
-                x = meet(self._add(x / self.tp_group.size(), output), self.tp_group)
-            else:
-                x = self._add(x, output)
-        return x
-
     def _start_submodule(
         self, name: Submodule, x: Tensor, behind: SubmoduleCollectives | None = None
     ) -> Tensor:
@@ -282,14 +271,13 @@ class LadderTransformerLayer(TransformerLayer):
             x = self._normalised(x, self.input_layernorm, self.self_attention.linear_qkv)
         else:
             x = self._normalised(x, self.pre_mlp_layernorm, self.mlp.linear_fc1)
-        return input_start(
-            x,
-            self.comm_group,
-            self.config.sequence_parallel,
-            None if behind is None else behind.number,
-            self.all_reduce,
-            readers=2 if name == "both" else 1,
-        )
+        return self._bring(x, behind, readers=2 if name == "both" else 1)
+
+    def _bring(self, x: Tensor, behind: SubmoduleCollectives | None, readers: int) -> Tensor:
+        """`input_start` of a normalised input, which so many linears read."""
+        number = None if behind is None else behind.number
+        sequence_parallel = self.config.sequence_parallel
+        return input_start(x, self.comm_group, sequence_parallel, number, self.all_reduce, readers)
 
     def _normalised(self, x: Tensor, norm: Any, linear: Any) -> Tensor:
         """norm(x). For an FP8 `linear` it is in FP8, so that the all-gather is in FP8 too."""
@@ -321,7 +309,7 @@ class LadderTransformerLayer(TransformerLayer):
         """
         own = collectives_of(x)
         sequence_parallel = own is not None and own.sequence_parallel
-        in_the_middle = sequence_parallel or self.is_moe_layer
+        in_the_middle = sequence_parallel or self.chain_dispatches
         since = streams.moment() if in_the_middle else None
         x = input_wait(x)
         results: list[tuple[Tensor, Tensor | None]] = []
@@ -338,9 +326,7 @@ class LadderTransformerLayer(TransformerLayer):
         if chain is not None and in_the_middle:
             self._chain.append((run, torch.is_grad_enabled()))
         if name == "both":
-            attention = self._compute("attention", x, **kwargs)
-            self._run_chain()
-            output = attention + self._compute("mlp", x)
+            output = self._both(x, **kwargs)
         else:
             if own is not None and sequence_parallel and self.in_fp8:
                 is_attention = name == "attention"
@@ -355,9 +341,19 @@ class LadderTransformerLayer(TransformerLayer):
             streams.rejoin(*results[0])
         return output, results[0] if results else None
 
+    def _both(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Attention and MLP of one input, and the chain between them."""
+        attention = self._compute("attention", x, **kwargs)
+        self._run_chain()
+        return attention + self._compute("mlp", x)
+
+    def _hook_attention(self) -> None:
+        """Makes the chain run in the middle of attention."""
+        self.self_attention.linear_qkv.register_forward_hook(self._run_chain)
+
     def _run_chain(self, *_: Any) -> None:
-        """Runs the chain of the running sub-module, in its middle: between attention and MLP, or as forward
-        hook of its first linear. In recomputation there is no chain to run."""
+        """Runs the chain of the running sub-module, in its middle: between attention and MLP, or as hook of
+        a linear. In recomputation there is no chain to run."""
         if self._chain:
             chain, records = self._chain.pop()
             with torch.set_grad_enabled(records):  # gradients are off in recomputation's first pass
@@ -382,14 +378,13 @@ class LadderTransformerLayer(TransformerLayer):
         return recomputed(submodule, x) if self.recompute and self.training else submodule(x)
 
     def _prepare_next(self, a: Tensor) -> Tensor:
-        """With sequence parallelism, starts the input of the next layer.
+        """Starts the input of the next layer, if that is a collective.
 
-        Here, in the middle of this layer's last sub-module, its all-gather overlaps with computation.
+        Here, in the middle of this layer's last sub-module, it overlaps with computation.
         """
-        if not self.config.sequence_parallel or self.tp_group.size() == 1:
-            return a
         for following in self.next_layer:
-            if following.hides:
+            dispatches = following.is_moe_layer and "both" in following.submodules
+            if following.hides and (self.config.sequence_parallel or dispatches):
                 setattr(a, _PREPARED, following._start_submodule(following.submodules[0], a))
         return a
 

@@ -129,8 +129,8 @@ def _add_to_main_grad(weight: Any, grad: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(weight)
 
 
-def first_linears(layer: Any) -> tuple[Any, Any]:
-    """The first linears that run in a layer's attention, and in its MLP or its experts."""
-    experts = layer.mlp.experts if layer.is_moe_layer else layer.mlp
+def first_linear(mlp: Any) -> Any:
+    """The first linear that runs in an MLP, or in the experts of a mixture."""
+    experts = getattr(mlp, "experts", mlp)
     first = experts.local_experts[0] if hasattr(experts, "local_experts") else experts
-    return layer.self_attention.linear_qkv, first.linear_fc1
+    return first.linear_fc1

@@ -21,28 +21,30 @@ from megatron_ladder.collectives.placeholder import fp8_of, standing_for
 from megatron_ladder.collectives.points import SubmoduleCollectives, collectives_of, take_part
 from megatron_ladder.te.recompute import Fp8Region
 
-Submodule = Callable[[Tensor], Tensor]
+Submodule = Callable[..., Tensor]
 
 
-def recomputed(submodule: Submodule, x: Tensor) -> Tensor:
-    """Runs `submodule(x)`. Its activations are not kept: backward computes them again.
+def recomputed(submodule: Submodule, x: Tensor, *others: Tensor) -> Tensor:
+    """Runs `submodule(x, *others)`. Its activations are not kept: backward computes them again.
 
     Dropout draws the same numbers the second time, because all of megatron-core's random states, also those
     of single tensor-parallel ranks, are restored.
 
     Args:
-        submodule: attention or MLP, [s, b, h] -> [s, b, h].
+        submodule: attention, MLP or experts, [s, b, h] -> [s, b, h].
         x: [s, b, h], from `input_wait`.
+        others: what it reads besides, such as the weights of an expert's tokens.
 
     Returns:
         [s, b, h].
     """
     if not torch.is_grad_enabled():
-        return submodule(x)
+        return submodule(x, *others)
     call = _Call(submodule)
-    output = _SubmoduleBackward.apply(x, call)
+    output = _SubmoduleBackward.apply(call, x, *others)
     kept = standing_for(x.detach(), fp8_of(x))
-    return _RecomputeFirst.apply(output, kept, collectives_of(x), call)
+    others = tuple(other.detach() for other in others)
+    return _RecomputeFirst.apply(output, collectives_of(x), call, kept, *others)
 
 
 def numbers_drawn() -> None:
@@ -62,8 +64,8 @@ class _Call:
         self.submodule = submodule
         self.rng_states = _get_all_rng_states()
         self.fp8 = Fp8Region()
-        self.again: tuple[Tensor, Tensor] | None = None
-        """The recomputed sub-module's input and output, between the two nodes' backward."""
+        self.again: tuple[tuple[Tensor, ...], Tensor] | None = None
+        """The recomputed sub-module's inputs and output, between the two nodes' backward."""
 
 
 _running: _Call | None = None
@@ -73,21 +75,21 @@ class _SubmoduleBackward(torch.autograd.Function):
     """Forward runs the sub-module without recording. Backward runs the recomputed sub-module's backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Tensor:
         global _running
         ctx.call = _running = call
         try:
             with call.fp8.forward():
-                return call.submodule(x)
+                return call.submodule(*inputs)
         finally:
             _running = None
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.call.again is not None
-        (x, output), ctx.call.again = ctx.call.again, None
+        (inputs, output), ctx.call.again = ctx.call.again, None
         torch.autograd.backward(output, grads[0])
-        return x.grad, None  # `x.grad` is None when the gradient is already in flight
+        return None, *(x.grad for x in inputs)  # None when the gradient is already in flight
 
 
 class _RecomputeFirst(torch.autograd.Function):
@@ -99,25 +101,32 @@ class _RecomputeFirst(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor, collectives: SubmoduleCollectives | None, call: _Call
+        ctx: Any,
+        output: Tensor,
+        collectives: SubmoduleCollectives | None,
+        call: _Call,
+        x: Tensor,
+        *others: Tensor,
     ) -> Tensor:
         ctx.call, ctx.collectives = call, collectives
         gathers = collectives is not None and collectives.gather_input_again(for_forward=True)
         ctx.fp8 = None if gathers else fp8_of(x)
         if ctx.fp8 is not None:
             ctx.fp8.keep(rows=True)
-        ctx.save_for_backward(*(() if gathers else (x,)))
+        ctx.gathers = gathers
+        ctx.save_for_backward(*others, *(() if gathers else (x,)))
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call, collectives = ctx.call, ctx.collectives
         fp8, ctx.fp8 = ctx.fp8, None
-        x = ctx.saved_tensors[0] if ctx.saved_tensors else collectives.wait_input_again()
+        others = [other.detach().requires_grad_() for other in ctx.saved_tensors]
+        x = collectives.wait_input_again() if ctx.gathers else others.pop()
         x = standing_for(x.detach().requires_grad_(), fp8 or fp8_of(x))
         take_part(x, collectives)
         with _fork_rng():
             _set_all_rng_states(*call.rng_states)
             with call.fp8.again(), torch.enable_grad():
-                call.again = x, call.submodule(x)
-        return grads[0], None, None, None
+                call.again = (x, *others), call.submodule(x, *others)
+        return grads[0], *[None] * (len(ctx.needs_input_grad) - 1)

@@ -199,12 +199,6 @@ class TrainConfig:
                 f"micro_batch_size {self.micro_batch_size} has no two equal halves, which "
                 "parallel.tp_overlap halves needs: give an even micro_batch_size, or leave it out"
             )
-        experts = self.model.experts.num_moe_experts is not None
-        if self.recompute == "full" and experts and not self.model.is_standard:
-            raise UserError(
-                "recompute full does not go with experts in ladder layers yet: give --recompute selective "
-                "or none, or standard layers"
-            )
         schedule = self.schedule
         for one, other in (("train_steps", "train_tokens"), ("warmup_steps", "warmup_tokens")):
             if getattr(schedule, one) is not None and getattr(schedule, other) is not None:

@@ -21,14 +21,15 @@ def set_queues(config: TrainConfig) -> None:
     before a GEMM gets the few SMs that it needs first. This is Megatron's advice for tensor and context
     parallelism.
 
-    But with sequence parallelism a layer that hides its collectives (a ladder layer, or one with halves)
-    runs work on a second stream, and that work waits for collectives. With one queue, the GEMMs issued
-    after it would wait as well (docs/design/overlap.md). So these runs get 8 queues, and NCCL's streams a
-    higher priority.
+    But with sequence parallelism, or experts, a layer that hides its collectives (a ladder layer, or one
+    with halves) runs work on a second stream, and that work waits for collectives. With one queue, the
+    GEMMs issued after it would wait as well (docs/design/overlap.md). So these runs get 8 queues, and
+    NCCL's streams a higher priority.
     """
     parallel = config.parallel
     hides = config.model.residual in STALE or parallel.tp_overlap == "halves"
-    second_stream = hides and parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
+    cut = parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
+    second_stream = hides and (cut or config.model.experts.num_moe_experts is not None)
     for name, value in queue_variables(SEVERAL if second_stream else ONE).items():
         os.environ.setdefault(name, value)
 

@@ -100,7 +100,28 @@ LADDER_EXPERTS["hybrid, a shared expert"] = {
     **LADDER_EXPERTS["ladder, a shared expert"],
     "ladder_layers": (1, 2),
 }
-OF_EXPERTS |= LADDER_EXPERTS
+PARALLEL_EXPERTS = {
+    f"{residual}, {kind}": {**OF_EXPERTS[kind], "residual": residual}
+    for residual in ("parallel", "parallel-ladder")
+    for kind in ("experts", "a shared expert", "capacity, padded", "one expert, some MLPs")
+}
+PARALLEL_EXPERTS["some parallel-ladder, a shared expert"] = {
+    **PARALLEL_EXPERTS["parallel-ladder, a shared expert"],
+    "ladder_layers": (0, 2, 3),
+}
+SCALED_EXPERTS: dict[str, Any] = {
+    "standard experts by 1/sqrt-n": {**OF_EXPERTS["experts"], "residual_scaling": "1/sqrt-n"},
+    "ladder experts by skipinit": {
+        **LADDER_EXPERTS["ladder, a shared expert"],
+        "residual_scaling": "skipinit",
+    },
+    "parallel-ladder experts without norms": {
+        **PARALLEL_EXPERTS["parallel-ladder, a shared expert"],
+        "residual_scaling": "skipinit",
+        "layer_norms": False,
+    },
+}
+OF_EXPERTS |= LADDER_EXPERTS | PARALLEL_EXPERTS | SCALED_EXPERTS
 # Kinds that also run in halves.
 HALVES = {
     "standard in halves": "standard",

@@ -3,7 +3,6 @@ parameter's gradient at the first; and a checkpoint moves from each layout to th
 """
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from tests.distributed.expert_balance import LAYOUTS as CUTS
 from tests.distributed.expert_balance import differences
 from tests.distributed.layouts import (
     BATCH,
-    LADDER_EXPERTS,
     OF_EXPERTS,
     Layout,
     batches,
@@ -71,21 +69,13 @@ IN_EACH_RUN = {
     "expert bias": [WITH_TP[1], LAYOUTS[0]],
     "one expert, some MLPs": [LAYOUTS[3]],
     "experts in the first half": [LAYOUTS[3], LAYOUTS[7]],  # the second stage has none
-    "ladder, experts": [LAYOUTS[3], WITH_TP[0], WITH_CP[1]],
+    "ladder, experts": [LAYOUTS[3], WITH_TP[1], WITH_CP[1]],
     "ladder, a shared expert": [LAYOUTS[7], WITH_TP[5]],
     "ladder, capacity, padded": [WITH_TP[3]],
     "hybrid, a shared expert": [WITH_TP[1]],
+    "parallel, a shared expert": [WITH_TP[1]],
+    "parallel-ladder experts without norms": [LAYOUTS[7]],
 }
-
-
-def possible(kind: str, layouts: list[Layout]) -> list[Layout]:
-    """Full recomputation of ladder layers with experts is refused: they run without it."""
-    if kind not in LADDER_EXPERTS:
-        return layouts
-    return [
-        replace(layout, recompute="none") if layout.recompute == "full" else layout
-        for layout in layouts
-    ]
 
 
 def cut_of(layout: Layout) -> Cut:
@@ -95,19 +85,16 @@ def cut_of(layout: Layout) -> Cut:
 @pytest.mark.parametrize(
     ("kind", "layouts"),
     [
+        *(pytest.param(kind, layouts, id=kind) for kind, layouts in IN_EACH_RUN.items()),
         *(
-            pytest.param(kind, possible(kind, layouts), id=kind)
-            for kind, layouts in IN_EACH_RUN.items()
-        ),
-        *(
-            pytest.param(kind, possible(kind, layouts), id=f"{kind}-{name}", marks=pytest.mark.slow)
+            pytest.param(kind, layouts, id=f"{kind}-{name}", marks=pytest.mark.slow)
             for kind in OF_EXPERTS
             for name, layouts in (("all", LAYOUTS), ("all with TP", WITH_TP))
         ),
         # Kinds that do not depend on how sequences are cut: the oracle does not cut them as CP does.
         *(
             pytest.param(kind, WITH_CP, id=f"{kind}-all with CP", marks=pytest.mark.slow)
-            for kind in ("experts", "expert bias", "ladder, experts")
+            for kind in ("experts", "expert bias", "ladder, experts", "parallel-ladder, experts")
         ),
     ],
 )

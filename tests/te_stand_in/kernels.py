@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import gpu_gloo
-from tests.te_stand_in import block_kernels, refusals, ring
+from tests.te_stand_in import block_kernels, grouped_kernels, refusals, ring
 from tests.te_stand_in.block_kernels import fp8_dtype
 from tests.te_stand_in.refusals import is_fp8
 
@@ -51,6 +51,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     cpu_platform.enable()
     _pretend_there_is_a_gpu(*capability)
     _use_te_in_optimizers()
+    _use_te_in_routers()
     streams.moment = lambda: None  # one stream
     streams.rejoin = lambda *_: None
     gpu_gloo.install("when waited for")
@@ -64,7 +65,8 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     ring.install()
     _gather_one_by_one(param_and_grad_buffer)
     _save_plain_tensors()
-    gemm.get_cublas_workspace = lambda *_: torch.empty(1, dtype=torch.uint8)
+    workspace = torch.empty(1, dtype=torch.uint8)
+    gemm.get_cublas_workspace = lambda *of: [workspace] if of[2:] == (True,) else workspace
     te.distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     te.distributed._set_cuda_rng_state = lambda *_, **__: None
     # Of attention the last calls alone: what is asked before them, and by them, is TE's own.
@@ -73,6 +75,10 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     ours = {
         "get_fused_attn_backend": _fused_backend,
         "generic_gemm": _gemm,
+        "te_general_grouped_gemm": grouped_kernels.gemms_of(_gemm),
+        "split_quantize": grouped_kernels.quantised_parts(_quantize, _empty),
+        "fused_multi_row_padding": grouped_kernels.pad,
+        "fused_multi_row_unpadding": grouped_kernels.unpad,
         "rmsnorm_fwd": _rmsnorm,
         "rmsnorm_bwd": _rmsnorm_backward,
         "quantize": _quantize,
@@ -140,6 +146,14 @@ def _use_te_in_optimizers() -> None:
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = te.FusedAdam, False
     distrib_optimizer.Adam = te.FusedAdam
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+
+
+def _use_te_in_routers() -> None:
+    """As megatron-core does by itself, too."""
+    from megatron.core.extensions import transformer_engine as te
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = te.te_general_gemm
 
 
 def _save_plain_tensors() -> None:

@@ -97,13 +97,8 @@ def test_parameters_of_all_experts_and_of_those_that_a_token_meets() -> None:
 @pytest.mark.parametrize(
     ("model", "parallel", "message"),
     [
-        ({"residual": "parallel"}, {}, "residual parallel does not go with experts yet"),
-        ({"residual": "desync"}, {}, "residual desync does not go with experts yet"),
-        (
-            {"residual_scaling": "1/n"},
-            {},
-            "model.residual_scaling and .* do not go with experts yet",
-        ),
+        ({"residual": "desync"}, {}, "residual desync does not go with experts: its ranks do not"),
+        ({"residual": "no-comm"}, {}, "residual no-comm does not go with experts"),
         ({}, {"expert_model_parallel_size": 3}, "num_moe_experts 8 is not divisible by .* 3"),
         ({}, {"tensor_model_parallel_size": 2}, "give --parallel.sequence-parallel"),
         (

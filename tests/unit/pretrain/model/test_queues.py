@@ -51,6 +51,15 @@ def test_a_second_stream_has_queues_and_its_collectives_priority(
     assert chosen(residual, 2, True, overlap) == ["8", "1"]
 
 
+@pytest.mark.parametrize(("residual", "queues"), [("ladder", "8"), ("standard", "1")])
+def test_the_second_stream_of_ladder_layers_with_experts_has_queues(
+    residual: Any, queues: str
+) -> None:
+    config = PRESETS["tiny-experts"]()
+    set_queues(replace(config, model=replace(config.model, residual=residual)))
+    assert os.environ.get(NAMES[0]) == queues
+
+
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in zip(NAMES, ("32", "0"), strict=True):
         monkeypatch.setenv(name, value)

@@ -84,8 +84,8 @@ EXPERTS = PRESETS["tiny-experts"]()
         ({"compile": True, "parallel": ParallelConfig()}, "--compile: experts are not compiled"),
         ({"cuda_graph": True, "parallel": ParallelConfig()}, "--cuda-graph: experts in a graph"),
         (
-            {"model": replace(EXPERTS.model, residual="parallel")},
-            "model.residual parallel does not go with experts yet",
+            {"model": replace(EXPERTS.model, residual="desync")},
+            "model.residual desync does not go with experts",
         ),
     ],
 )
@@ -98,16 +98,30 @@ def test_what_experts_cannot_do_yet_is_refused_before_ranks_start(
         preflight(config, 2)
 
 
-def test_full_recomputation_of_ladder_layers_with_experts_is_refused() -> None:
-    ladder = replace(EXPERTS.model, residual="ladder")
-    replace(EXPERTS, recompute="full")
-    with pytest.raises(UserError, match="recompute full does not go with experts in ladder layers"):
-        replace(EXPERTS, model=ladder, recompute="full")
-
-
-def test_experts_in_fp8_are_refused() -> None:
-    with pytest.raises(UserError, match="recipe tensorwise does not go with experts yet"):
-        replace(EXPERTS, fp8=Fp8Config("tensorwise"), precision="bf16")
+@pytest.mark.parametrize(
+    ("fp8", "sizes", "message"),
+    [
+        (
+            Fp8Config("delayed"),
+            {},
+            "recipe delayed does not go with experts yet: give tensorwise or",
+        ),
+        (Fp8Config("tensorwise", primary_weights=True), {}, "with fp8.primary_weights does not go"),
+        (Fp8Config("blockwise"), {"moe_ffn_hidden_size": 24}, "moe_ffn_hidden_size, 24, is not a"),
+        (
+            Fp8Config("tensorwise"),
+            {"moe_shared_expert_intermediate_size": 40},
+            "moe_shared_expert_intermediate_size of a rank, 40, is not a multiple of 16",
+        ),
+    ],
+)
+def test_what_experts_cannot_do_in_fp8_is_refused(
+    fp8: Fp8Config, sizes: dict, message: str
+) -> None:
+    replace(EXPERTS, fp8=Fp8Config("tensorwise"), precision="bf16")
+    model = replace(EXPERTS.model, experts=replace(EXPERTS.model.experts, **sizes))
+    with pytest.raises(UserError, match=message):
+        replace(EXPERTS, model=model, fp8=fp8, precision="bf16")
 
 
 def test_experts_are_not_planned_but_estimated_by_an_mfu() -> None:
