@@ -32,7 +32,7 @@ from measuring.learning import source_text
 from measuring.learning.kinds import KINDS, RESIDUALS, model_fields
 from measuring.learning.modelled_time import Target, modelled
 from measuring.learning.picture import draw
-from measuring.learning.runs import Run, data_facts, last_loss, read_run
+from measuring.learning.runs import Run, data_facts, last_loss, late_mean, read_run
 from measuring.standby import Standby
 from megatron_ladder.errors import UserError
 from pretrain.data.folders import open_folder
@@ -79,9 +79,9 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(RESIDUALS))
     parser.add_argument(
         "--target",
-        nargs="+",
+        nargs="*",
         default=["llama-3-8b"],
-        help="presets whose time is modelled, with :GPUS for more than 8, and @LINK",
+        help="presets whose time is modelled, with :GPUS for more than 8, and @LINK; none: no time is",
     )
     parser.add_argument("--device", choices=DEVICES, default="h100", help="that it is modelled on")
     return parser.parse_known_args()
@@ -285,9 +285,15 @@ def write_results(
         "parameters": "{parameters:,}",
         "validation loss by seed": ", ".join(f"{{losses[{i}]:.4f}}" for i in seeds),
         "mean": "{mean:.4f}",
+        **({"deviation": "{deviation:.4f}"} if len(seeds) > 1 else {}),
         f"less {a_run['kind']}'s": ", ".join(f"{{less_the_firsts[{i}]:+.4f}}" for i in seeds),
         "tokens/s": "{tokens_per_second:,}",
     }
+    if "load_balance" in a_run:
+        columns["fullest expert over the mean, by seed"] = ", ".join(
+            f"{{expert_imbalance[{i}]:.2f}}" for i in seeds
+        )
+        columns["dropped, %"] = "{dropped_percent:.2f}"
     for target in targets:
         columns[f"time of {target.name}, modelled"] = f"{{modelled_time[{target.name}]:.3f}}"
     print("\n" + facts.table(rows, columns) + "\n", flush=True)
@@ -322,14 +328,27 @@ def table(runs: dict[str, list[Run]], targets: list[Target]) -> list[dict[str, A
                 "seeds": [run["seed"] for run in of_kind],
                 "losses": [round(loss, 5) for loss in last],
                 "mean": round(statistics.fmean(last), 5),
+                **({"deviation": round(statistics.stdev(last), 5)} if len(last) > 1 else {}),
                 "less_the_firsts": [round(a - b, 5) for a, b in zip(last, firsts, strict=True)],
                 "tokens_per_second": of_kind[0]["tokens_per_second"],
                 "modelled_time": {
                     t.name: round(t.token_s(kind) / t.token_s(first), 4) for t in targets
                 },
+                **balance(of_kind),
             }
         )
     return rows
+
+
+def balance(runs: list[Run]) -> dict[str, Any]:
+    """How evenly the experts of one kind's runs were used, in the second half of the training."""
+    if "load_balance" not in runs[0]:
+        return {}
+    dropped = statistics.fmean(late_mean(run, "dropped_share") for run in runs)
+    return {
+        "expert_imbalance": [late_mean(run, "expert_imbalance") for run in runs],
+        "dropped_percent": round(100 * dropped, 3),
+    }
 
 
 if __name__ == "__main__":

@@ -336,12 +336,13 @@ def own_layers(model: ModelConfig, parallel: ParallelConfig) -> bool:
     return not model.is_standard or parallel.tp_overlap == "halves"
 
 
-def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+def check_layout(model: ModelConfig, parallel: ParallelConfig, *, inference: bool = False) -> None:
     """Checks that a layout fits a model: that it can cut the model evenly, and supports its residual.
 
     Args:
         model: with `vocab_size` set.
         parallel: the layout.
+        inference: of an inference engine.
 
     Raises:
         UserError: the first thing that does not fit.
@@ -372,4 +373,4 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             "do not share their residual states"
         )
     check_stages(model.num_layers, parallel)
-    check_experts(model, parallel)
+    check_experts(model, parallel, inference=inference)

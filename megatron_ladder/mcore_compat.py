@@ -38,6 +38,7 @@ from megatron_ladder.config import (
 from megatron_ladder.fields.experts import megatron_fields
 from megatron_ladder.fields.windows import layer_windows
 from megatron_ladder.fp8 import Fp8Config, config_fields
+from megatron_ladder.inference.experts import DividedExperts
 from megatron_ladder.layers.attention.choice import CoreAttention, choose
 from megatron_ladder.layers.experts import (
     CountingRouter,
@@ -45,7 +46,13 @@ from megatron_ladder.layers.experts import (
     sum_gradients_over_their_own_ranks,
 )
 from megatron_ladder.layers.stages import connect, sent_config
-from megatron_ladder.specs import LocalBackend, block_spec, layer_spec, resolve_impl
+from megatron_ladder.specs import (
+    LocalBackend,
+    block_spec,
+    comm_free_backend,
+    layer_spec,
+    resolve_impl,
+)
 
 # 0.16's router asks for it where Transformer Engine is not installed, too.
 moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
@@ -103,7 +110,7 @@ def forget_models() -> None:
 
 @dataclass
 class LadderConfig(TransformerConfig):
-    """megatron-core's TransformerConfig, with five more fields."""
+    """megatron-core's TransformerConfig, with six more fields."""
 
     own_layers: bool = True
     """The layers are this project's, not megatron-core's TransformerLayer."""
@@ -115,6 +122,8 @@ class LadderConfig(TransformerConfig):
     """Forward gets the documents of each micro-batch, which do not attend to each other."""
     core_attention: CoreAttention = TORCHS
     """The core attention of all layers. `transformer_config` chooses it."""
+    inference: bool = False
+    """For an inference engine."""
 
 
 def transformer_config(
@@ -130,6 +139,7 @@ def transformer_config(
     documents_apart: bool = False,
     micro_batch_size: int = 1,
     seq_length: int | None = None,
+    inference: bool = False,
 ) -> LadderConfig:
     """Translates this project's configuration to megatron-core's. No other code does this.
 
@@ -141,8 +151,9 @@ def transformer_config(
         documents_apart: forward gets the documents of each micro-batch, as packed_seq_params.
         micro_batch_size: attention is chosen for this size; in halves for half of it.
         seq_length: attention is chosen for this length. None: the model's max_position_embeddings.
+        inference: for an inference engine, whose tensor-parallel ranks have the same tokens.
     """
-    check_layout(model, parallel)
+    check_layout(model, parallel, inference=inference)
     ours, halves = own_layers(model, parallel), parallel.tp_overlap == "halves"
     on_gpu = torch.cuda.is_available()
     recompute_fields: dict[str, Any] = {}
@@ -215,6 +226,7 @@ def transformer_config(
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         documents_apart=documents_apart,
+        inference=inference,
         own_layers=ours,
         halves=halves,
         **recompute_fields,
@@ -268,7 +280,7 @@ def build_gpt_model(
     )
     have_experts = model.experts.layers(model.num_layers)
     kinds = {
-        experts: spec_with(_experts_spec(config) if experts else None)
+        experts: spec_with(_experts_spec(config) if experts else None, divided=_divided(config))
         for experts in set(have_experts)
     }
     specs = [kinds[experts] for experts in have_experts]
@@ -309,6 +321,11 @@ def build_gpt_model(
     return chunks
 
 
+def _divided(config: LadderConfig) -> bool:
+    """Whether each rank runs its experts on all tokens, and the outputs are summed."""
+    return config.inference and config.tensor_model_parallel_size > 1
+
+
 def _experts_spec(config: LadderConfig) -> Any:
     """The spec of a mixture of experts: megatron-core's, with a router that counts."""
     grouped = config.moe_grouped_gemm
@@ -318,11 +335,7 @@ def _experts_spec(config: LadderConfig) -> Any:
         backend: Any = TESpecProvider()
     else:
         backend = LocalBackend()
-    spec: Any = get_moe_module_spec_for_backend(
-        backend, num_experts=config.num_moe_experts, moe_grouped_gemm=grouped
-    )
-    # 0.16 has a ModuleSpec of both, 0.19 a partial function.
-    parts = spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
+    spec, parts = _megatron_experts(backend, config)
     parts.router = CountingRouter
     if not grouped:
         experts = parts.experts
@@ -331,7 +344,23 @@ def _experts_spec(config: LadderConfig) -> Any:
             if isinstance(experts, ModuleSpec)
             else functools.partial(LocalExperts, **experts.keywords)
         )
+    if _divided(config):
+        _, partial = _megatron_experts(comm_free_backend(grouped), config)
+        parts.shared_experts = partial.shared_experts
+        sums = not config.own_layers
+        if isinstance(spec, ModuleSpec):
+            return ModuleSpec(module=DividedExperts, submodules=parts, params={"sums": sums})
+        return functools.partial(DividedExperts, submodules=parts, sums=sums)
     return spec
+
+
+def _megatron_experts(backend: Any, config: LadderConfig) -> tuple[Any, Any]:
+    """megatron-core's spec, and its sub-modules, which the caller may change."""
+    spec: Any = get_moe_module_spec_for_backend(
+        backend, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+    )
+    # 0.16 has a ModuleSpec of both, 0.19 a partial function.
+    return spec, spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
 
 
 def _windows(model: ModelConfig) -> dict[str, Any]:

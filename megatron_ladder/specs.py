@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_ladder.config import PARALLEL, Residual, ResidualScaling, TransformerImpl
 from megatron_ladder.errors import UserError
 from megatron_ladder.inference.attention import LocalSelfAttention
+from megatron_ladder.inference.experts import DividedExpertsLayer
 from megatron_ladder.layers.attention.core import TorchAttention, UnfusedAttention
 from megatron_ladder.layers.experts_layer import LadderExpertsLayer
 from megatron_ladder.layers.layer import LadderTransformerLayer
@@ -74,6 +75,15 @@ class LocalCommFreeBackend(LocalBackend):
         return CommFreeRowParallelLinear
 
 
+def comm_free_backend(te: bool) -> Any:
+    """The modules of this project's layers: Transformer Engine's or local ones, without communication."""
+    if not te:
+        return LocalCommFreeBackend()
+    from megatron_ladder.te.layers.backend import TECommFreeBackend
+
+    return TECommFreeBackend()
+
+
 def resolve_impl(impl: TransformerImpl) -> Literal["local", "transformer_engine"]:
     """Replaces "auto" by the implementation that this machine can run.
 
@@ -101,6 +111,7 @@ def layer_spec(
     impl: TransformerImpl = "auto",
     experts: Any = None,
     *,
+    divided: bool = False,
     residual_scaling: ResidualScaling = "none",
     layer_norms: bool = True,
     desync_interval: int = 1,
@@ -119,6 +130,7 @@ def layer_spec(
         residuals: each layer's residual kind, first to last. None: every layer is a ladder layer.
         impl: the implementation of the modules; see `resolve_impl`.
         experts: the spec of a mixture of experts in place of the MLP.
+        divided: the experts are `DividedExperts`, for an inference engine.
         residual_scaling: what each output is multiplied by before it is added.
         layer_norms: attention and MLP read the state through norms.
         desync_interval: the number of sub-modules from one all-reduce to the next, in desync layers.
@@ -154,14 +166,10 @@ def layer_spec(
         submodules = _submodules(LocalBackend(), kinds, qk_layernorm, experts=experts)
         spec = ModuleSpec(module=TransformerLayer, submodules=submodules)
     else:
-        if chosen == "transformer_engine":
-            from megatron_ladder.te.layers.backend import TECommFreeBackend
-
-            backend: Any = TECommFreeBackend()
-        else:
-            backend = LocalCommFreeBackend()
+        with_experts = DividedExpertsLayer if divided else LadderExpertsLayer
+        backend = comm_free_backend(chosen == "transformer_engine")
         spec = ModuleSpec(
-            module=LadderTransformerLayer if experts is None else LadderExpertsLayer,
+            module=LadderTransformerLayer if experts is None else with_experts,
             submodules=_submodules(backend, kinds, qk_layernorm, layer_norms, experts),
             params={
                 "residuals": residuals,

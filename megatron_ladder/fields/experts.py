@@ -154,12 +154,13 @@ def _listed(freq: int | tuple[int, ...]) -> tuple[int, ...]:
     return () if isinstance(freq, int) else freq
 
 
-def check_experts(model: Any, parallel: Any) -> None:
+def check_experts(model: Any, parallel: Any, *, inference: bool = False) -> None:
     """Checks that a layout can divide a model's experts. Raises UserError when it cannot.
 
     Args:
         model: a `ModelConfig`.
         parallel: a `ParallelConfig`.
+        inference: of an inference engine, which sends no tokens to other ranks.
     """
     experts, ep = model.experts, parallel.expert_model_parallel_size
     if experts.num_moe_experts is None:
@@ -181,7 +182,8 @@ def check_experts(model: Any, parallel: Any) -> None:
             f"model.experts.num_moe_experts {experts.num_moe_experts} is not divisible by "
             f"parallel.expert_model_parallel_size {ep}: choose a size that divides it"
         )
-    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+    tp = parallel.tensor_model_parallel_size
+    if tp > 1 and not parallel.sequence_parallel and not inference:
         raise UserError(
             "experts over several tensor-parallel ranks need sequence parallelism, so that no two ranks "
             "send the same tokens: give --parallel.sequence-parallel"

@@ -163,7 +163,7 @@ class Part:
             heads=model.num_attention_heads // tp,
             kv_heads=model.kv_heads // tp,
             head_dim=model.head_dim,
-            ffn=model.ffn_hidden_size // tp,
+            ffn=max(model.ffn_hidden_size // tp, _ffn_of_experts(model, tp)),
             vocab_size=model.padded_vocab_size,
             dtype=config.params_dtype,
             device=next(chunk.parameters()).device,
@@ -217,6 +217,19 @@ class Part:
             return 0
         keys_and_values = 2 * longest * self.token_bytes // self.layers
         return max(requests * keys_and_values, keys_and_values + 5 * tokens * longest)
+
+
+def _ffn_of_experts(model: ModelConfig, tp: int) -> int:
+    """The width of an MLP that takes as much for a token as a layer's experts do, where they get as many
+    tokens as they can: a copy of the token and an output for each choice, and the scores of all experts.
+    0 without experts."""
+    experts = model.experts
+    if experts.num_moe_experts is None:
+        return 0
+    size = experts.expert_size(model.ffn_hidden_size)
+    routed = experts.moe_router_topk * (size + model.hidden_size // 2)
+    shared = (experts.moe_shared_expert_intermediate_size or 0) // tp
+    return routed + shared + experts.num_moe_experts
 
 
 def usable_memory(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Loads this rank's part of the model of a run or of a Hugging Face folder, at any layout."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from megatron_ladder.hf.convert import hf_to_megatron_chunks
 from megatron_ladder.hf.files.stored import stored_tensors
 from megatron_ladder.hf.from_hf import read_hf_config, refuse_side, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
+from megatron_ladder.inference.experts import ranks_of_experts, without_capacity
 from megatron_ladder.inference.sums import check_all_reduce, set_all_reduce
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
@@ -85,11 +86,6 @@ def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") 
                 f"{path} is side-tuned, and the inference engines' cache has no room for a side network: "
                 "`megatron-ladder export` it, and give `generate` the folder"
             )
-        if config.model.experts.num_moe_experts is not None:
-            raise UserError(
-                f"{path} has experts: a model with experts can be trained, but not yet run by `generate` "
-                "or `serve`"
-            )
         tp = config.parallel.tensor_model_parallel_size
         if config.model.residual == "desync" and tp != parallel.tensor_model_parallel_size:
             raise UserError(
@@ -98,8 +94,9 @@ def find(path: Path, parallel: ParallelConfig, all_reduce: AllReduce = "exact") 
             )
         data = kept_facts(run)[0]
         text = text_of_run(run, data)
-        found = Found(run.name, checkpoint, False, config.model, text, run / "imported")
-    check_layout(found.model, parallel)
+        model = without_capacity(config.model)
+        found = Found(run.name, checkpoint, False, model, text, run / "imported")
+    check_layout(found.model, parallel, inference=True)
     check_all_reduce(all_reduce, found.model, parallel)
     return found
 
@@ -108,7 +105,7 @@ def load(found: Found, parallel: ParallelConfig, seed: int, all_reduce: AllReduc
     """Starts torch.distributed, and builds and loads this rank's part of the model.
 
     Under torchrun it joins the other ranks; without it, the process is the only rank. On a GPU the model is
-    in bf16, on a CPU in fp32.
+    in bf16, on a CPU in fp32. Experts are divided over the tensor-parallel ranks.
 
     Raises:
         UserError: the weights are damaged or do not fit the model.
@@ -123,8 +120,10 @@ def load(found: Found, parallel: ParallelConfig, seed: int, all_reduce: AllReduc
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    experts = ranks_of_experts(found.model, parallel)
+    parallel = replace(parallel, expert_model_parallel_size=experts)
     initialize_model_parallel(parallel, seed)
-    config = transformer_config(found.model, parallel, precision=precision)
+    config = transformer_config(found.model, parallel, precision=precision, inference=True)
     (chunk,) = build_gpt_model(found.model, config)
     if found.is_hf:
         load_hf_weights(found.path, found.model, chunk)

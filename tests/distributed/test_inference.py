@@ -20,6 +20,7 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.inference.engine import DynamicEngine, _check_attention, generate_static
+from megatron_ladder.inference.experts import ranks_of_experts
 from megatron_ladder.inference.requests import Request, Sampling
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
@@ -78,9 +79,12 @@ def tiny(kind: str) -> ModelConfig:
 
 def build(model: ModelConfig, tp: int, pp: int) -> torch.nn.Module:
     parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    experts = ranks_of_experts(model, parallel)
+    parallel = replace(parallel, expert_model_parallel_size=experts)
     parallel_state.destroy_model_parallel()
     initialize_model_parallel(parallel, seed=0)
-    (gpt,) = build_gpt_model(model, transformer_config(model, parallel))
+    config = transformer_config(model, parallel, inference=True)
+    (gpt,) = build_gpt_model(model, config)
     return gpt.eval()
 
 

@@ -14,9 +14,18 @@ UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 
 
 def draw(runs: dict[str, list[Run]], targets: list[Target]) -> bytes:
-    """The left panel has loss against tokens, the others the same losses against a target's time."""
-    figure = Figure(figsize=(6.5 * (1 + len(targets)), 5.2), layout="constrained")
-    left, *others = figure.subplots(1, 1 + len(targets), sharey=True)
+    """The left panel has loss against tokens, the others the same losses against a target's time.
+
+    Of models with experts the last one has the load of the fullest expert, against tokens.
+    """
+    balance = "load_balance" in next(iter(runs.values()))[0]
+    count = 1 + len(targets) + balance
+    figure = Figure(figsize=(6.5 * count, 5.2), layout="constrained")
+    left, *others = figure.subplots(1, count, squeeze=False)[0]
+    for axes in others[: len(targets)]:
+        axes.sharey(left)
+    if balance:
+        _balance(others.pop(), runs)
     tokens = next(iter(runs.values()))[0]["training"]["tokens"][-1]
     shown = _curves(left, runs, dict.fromkeys(runs, 1.0))
     left.set_ylabel("loss, nats a token")
@@ -45,6 +54,28 @@ def draw(runs: dict[str, list[Run]], targets: list[Target]) -> bytes:
     title = "validation loss at the end" + (f", mean of {seeds} seeds" if seeds > 1 else "")
     left.legend(frameon=False, fontsize=9, title=title)
     return png_bytes(figure)
+
+
+def _balance(axes: Axes, runs: dict[str, list[Run]]) -> None:
+    """Draws the load of the fullest expert of the layer where it is largest."""
+    for kind, of_kind in runs.items():
+        colour = dict(zip(KINDS, COLOURS, strict=False))[kind]
+        curves = [
+            dict(
+                zip(run["training"]["tokens"], run["load_balance"]["expert_imbalance"], strict=True)
+            )
+            for run in of_kind
+        ]
+        tokens, mean, low, high = mean_and_spread(curves)
+        axes.plot(tokens, mean, color=colour, linewidth=1, label=kind)
+        axes.fill_between(tokens, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.set_ylabel("tokens of the fullest expert over the mean")
+    axes.set_xlabel("tokens trained on")
+    axes.set_title("Measured. The layer with the largest; bands: the seeds' range", fontsize=10)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
+    axes.set_xlim(left=0)
+    plain(axes)
+    axes.legend(frameon=False, fontsize=9)
 
 
 def _curves(axes: Axes, runs: dict[str, list[Run]], scales: dict[str, float]) -> list[float]:

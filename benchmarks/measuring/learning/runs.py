@@ -31,6 +31,7 @@ def read_run(run_dir: Path, kind: str, seed: int) -> Run:
         "tokens_per_second": round(statistics.median(m["tokens_per_second"] for m in training)),
         "unigram_loss": {m["dataset"]: m["unigram_loss"] for m in lines if m["kind"] == "baseline"},
         "training": columns(training),
+        **load_balance(training),
         "validation": {
             dataset: columns([m for m in lines if m.get("dataset") == dataset and "step" in m])
             for dataset in sorted({m["dataset"] for m in lines if m["kind"] == "validation"})
@@ -45,6 +46,19 @@ def columns(lines: list[dict[str, Any]]) -> dict[str, list[Any]]:
         "tokens": [line["tokens"] for line in lines],
         "loss": [round(line["loss"], 5) for line in lines],
     }
+
+
+def load_balance(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """How evenly a mixture's experts were used, at the steps of `training`; {} without experts."""
+    names = ("expert_imbalance", "dropped_share")
+    curves = {name: [round(line[name], 5) for line in lines if name in line] for name in names}
+    return {"load_balance": curves} if curves[names[0]] else {}
+
+
+def late_mean(run: Run, name: str) -> float:
+    """The mean of a curve of `load_balance` over the second half of the training."""
+    curve = run["load_balance"][name]
+    return round(statistics.fmean(curve[len(curve) // 2 :]), 5)
 
 
 def by_tokens(column: dict[str, list[Any]]) -> dict[int, float]:

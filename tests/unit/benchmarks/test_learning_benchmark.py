@@ -18,7 +18,9 @@ from tests.data_sets import write_data_set
 LOSSES = {"standard": 5.0, "parallel": 5.25, "ladder": 5.125, "hybrid": 5.0, "parallel-ladder": 5.5}
 
 
-def write_run(path: Path, kind: str, seed: int) -> None:
+def write_run(
+    path: Path, kind: str, seed: int, balance: list[dict[str, float]] | None = None
+) -> None:
     """Twenty steps; the loss falls by 0.1 a step, and seed 2 is 0.5 above seed 1."""
     path.mkdir(parents=True)
     log = MetricsLog(path, resume_step=0, train_steps=20, tensorboard=False, wandb=False, config={})
@@ -44,6 +46,7 @@ def write_run(path: Path, kind: str, seed: int) -> None:
             tflops_per_gpu=0.1,
             mfu=None,
             memory_gib=1.0,
+            **(balance[step - 1] if balance else {}),
         )
         if step % 10 == 0:
             log.validation(**at, dataset="data", loss=loss + 1, perplexity=1.0)
@@ -150,9 +153,30 @@ def test_results_of_runs_that_are_there(
     assert found["modelled"][1]["device"] == "64 x h100"
     assert len(found["runs"]) == 8
     assert files[1].read_bytes().startswith(b"\x89PNG")
-    assert "| ladder | 1,000 | 4.1250, 4.6250 | 4.3750 | +0.1250, +0.1250 |" in (
+    assert "| ladder | 1,000 | 4.1250, 4.6250 | 4.3750 | 0.3535 | +0.1250, +0.1250 |" in (
         capsys.readouterr().out
     )
+
+
+def test_of_models_with_experts_the_balance_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, trained: list[tuple[str, ...]]
+) -> None:
+    """Of the last ten of twenty steps: the fullest expert gets fuller by a tenth a step."""
+    data = ["--data", str(write_data_set(tmp_path / "data")), "--work-dir", str(tmp_path / "work")]
+    out = ["--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.png"), "--target"]
+    for seed in (1, 2):
+        balance = [{"expert_imbalance": seed + i / 10, "dropped_share": 0.03} for i in range(20)]
+        write_run(tmp_path / f"work/ladder-seed{seed}", "ladder", seed, balance)
+    monkeypatch.setattr(sys, "argv", ["learning.py", *data, *out, "--kinds", "ladder"])
+    assert learning.main() == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    row = found["rows"][0]
+    assert row["expert_imbalance"] == [2.45, 3.45] and row["dropped_percent"] == 3
+    assert row["deviation"] == pytest.approx(0.5 / 2**0.5, abs=1e-5)
+    assert found["runs"][1]["load_balance"]["expert_imbalance"][:2] == [2.0, 2.1]
+    assert found["modelled"] == []
+    assert "| 2.45, 3.45 | 3.00 |" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

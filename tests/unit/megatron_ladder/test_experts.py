@@ -117,6 +117,10 @@ def test_layouts_that_cannot_be_are_refused(model: dict, parallel: dict, message
         check_layout(replace(MODEL, **model), ParallelConfig(**parallel))
 
 
+def test_an_inference_engine_needs_no_sequence_parallelism() -> None:
+    check_layout(MODEL, ParallelConfig(tensor_model_parallel_size=2), inference=True)
+
+
 def test_experts_are_divided_over_tensor_and_data_parallel_ranks() -> None:
     parallel = ParallelConfig(
         tensor_model_parallel_size=2,

@@ -12,7 +12,6 @@ from megatron_ladder.layers.attention.choice import check_attention
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig, save_config
 from pretrain.convert.export import export_run
-from pretrain.inference.loaded import find
 from pretrain.plan.estimate import estimate, hardware_of
 from pretrain.plan.memory import is_planned
 from pretrain.plan.table import PlanOptions, setup
@@ -145,14 +144,12 @@ def test_experts_are_not_planned_but_estimated_by_an_mfu() -> None:
 PLAN_ONLY = "--preset tiny-experts --precision bf16 --model.vocab-size 1000 --plan-only h100"
 
 
-def test_models_with_experts_are_not_exported_or_run(tmp_path: Path) -> None:
+def test_models_with_experts_are_not_exported(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run/checkpoints/step_00000001"
     checkpoint.mkdir(parents=True)
     save_config(EXPERTS, checkpoint / "config.json")
     with pytest.raises(UserError, match="can be trained, but not yet exported"):
         export_run(checkpoint, tmp_path / "out", None, "5GB")
-    with pytest.raises(UserError, match="can be trained, but not yet run by `generate`"):
-        find(checkpoint, ParallelConfig())
 
 
 def test_local_layers_have_no_attention_of_transformer_engine() -> None:
