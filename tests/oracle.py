@@ -17,12 +17,17 @@ from pretrain.run.checkpoint import load_weights
 
 
 def plain_model(model: ModelConfig, weights: Path) -> LadderForCausalLM:
-    """The plain model with a checkpoint's weights; its vocabulary keeps the padding, as the padding
+    """The plain model with a checkpoint's weights."""
+    return plain_model_of(model, load_weights(weights))
+
+
+def plain_model_of(model: ModelConfig, weights: dict[str, Tensor]) -> LadderForCausalLM:
+    """The same, of whole tensors by megatron-core's names. The vocabulary keeps the padding, as the padding
     takes part in the loss's softmax."""
     config = to_hf_config(replace(model, residual="standard") if _desync(model) else model)
     config.vocab_size = model.padded_vocab_size
     plain = LadderForCausalLM(config).float()
-    loaded = dict(megatron_to_hf(load_weights(weights), config))
+    loaded = dict(megatron_to_hf(weights, config))
     missing, unexpected = plain.load_state_dict(loaded, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}

@@ -1,32 +1,9 @@
 """Converts names and layouts of weights between megatron-core's checkpoints and Hugging Face.
 
-Both sides have whole tensors, not tensor-parallel shards. megatron-core stacks the layers on axis 0:
-
-    embedding.word_embeddings.weight                              [padded_vocab, h]
-    decoder.layers.self_attention.linear_qkv.layer_norm_weight    [L, h], absent without layer_norms
-    decoder.layers.self_attention.linear_qkv.weight               [L, (heads + 2 groups) head_dim, h]
-    decoder.layers.self_attention.linear_qkv.bias                 [L, (heads + 2 groups) head_dim], Qwen2's
-    decoder.layers.self_attention.q_layernorm.weight              [L, head_dim], Qwen3's; and k_layernorm
-    decoder.layers.self_attention.linear_proj.weight              [L, h, heads head_dim]
-    decoder.layers.mlp.linear_fc1.layer_norm_weight               [L, h], absent when parallel, too
-    decoder.layers.mlp.linear_fc1.weight                          [L, 2 ffn, h]
-    decoder.layers.mlp.linear_fc2.weight                          [L, h, ffn]
-    decoder.layers.residual_scales                                [L, 2], of skipinit; [L, 1] when parallel
-    decoder.final_layernorm.weight                                [h]
-    output_layer.weight                                           [padded_vocab, h], absent when tied
-
-The rows of linear_qkv are ordered by query group: the group's query heads, its key head, its value head.
-The rows of linear_fc1 are those of the gate projection, then those of the up projection. RoPE pairs the
-same channels on both sides, so no row moves within a head.
-
-A side network (megatron_ladder/side) has these too, with K blocks of h / r channels:
-
-    side.first.weight, side.up.weight                             [h/r, h], [h, h/r]
-    side.rungs.gate, side.rungs.down.weight                       [K, 1], [K, h/r, h]
-    side.blocks.decoder.layers. ...                               as above, of K layers
+The names and shapes are in table.py.
 
 A tensor may be an object that reads its data only when needed. It must have `shape`, `dtype`, and
-`tensor[layer]` or `tensor[:]`, which return a torch.Tensor.
+`tensor[:]`, `tensor[layer]` or `tensor[layer, expert]`, which return a torch.Tensor.
 """
 
 import copy
@@ -40,113 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ladder.hf.modelling.configuration_ladder import PARALLELS, LadderConfig
-from megatron_ladder.hf.modelling.modeling_side import LadderSideConfig
+from megatron_ladder.hf.modelling.configuration_ladder import LadderConfig
+from megatron_ladder.hf.table import Entry, entries
 
-_LAYERS = "decoder.layers."
 # A sub-module's output is what its last linear gives.
-_LAST_LINEARS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A megatron-core tensor, and the Hugging Face tensors in it (in one layer of it, if stacked)."""
-
-    megatron: str
-    hugging_face: Mapping[str, tuple[int, ...]]  # name, without `layer_name` -> shape
-    of: LadderConfig  # has its heads and layers
-    layer_name: str = (
-        ""  # what Hugging Face's names begin with, if stacked, such as model.layers.{}.
-    )
-    vocabulary: bool = False  # megatron-core pads its rows
-
-    @property
-    def stacked(self) -> bool:
-        return bool(self.layer_name)
-
-    def full_name(self, name: str, layer: int | str) -> str:
-        return self.layer_name.format(layer) + name
-
-    @property
-    def layers(self) -> range:
-        return range(self.of.num_hidden_layers if self.stacked else 1)
-
-    def megatron_shape(self, padded_vocab_size: int) -> tuple[int, ...]:
-        shapes = list(self.hugging_face.values())
-        rows = padded_vocab_size if self.vocabulary else sum(shape[0] for shape in shapes)
-        shape = (rows, *shapes[0][1:])
-        return (self.of.num_hidden_layers, *shape) if self.stacked else shape
-
-
-def _entries(config: LadderConfig) -> list[_Entry]:
-    """The only map of names, in the order in which Hugging Face lists its tensors."""
-    h, vocab = config.hidden_size, config.vocab_size
-    table = {"model.embed_tokens.weight": (vocab, h)}
-    entries = [
-        _Entry("embedding.word_embeddings.weight", table, config, vocabulary=True),
-        *_layer_entries(config, _LAYERS, "model.layers.{}."),
-        _Entry("decoder.final_layernorm.weight", {"model.norm.weight": (h,)}, config),
-    ]
-    if not config.tie_word_embeddings:
-        head = {"lm_head.weight": (vocab, h)}
-        entries.append(_Entry("output_layer.weight", head, config, vocabulary=True))
-    if isinstance(config, LadderSideConfig):
-        blocks, name = config.blocks(), "model.side.blocks.{}."
-        small = blocks.hidden_size
-        first, up = (
-            {f"model.side.{end}.weight": shape}
-            for end, shape in (("first", (small, h)), ("up", (h, small)))
-        )
-        down = {"down.weight": (small, h)}
-        entries += [
-            _Entry("side.first.weight", first, config),
-            _Entry("side.rungs.gate", {"gate": (1,)}, blocks, name),
-            _Entry("side.rungs.down.weight", down, blocks, name),
-            *_layer_entries(blocks, f"side.blocks.{_LAYERS}", f"{name}layer."),
-            _Entry("side.up.weight", up, config),
-        ]
-    return entries
-
-
-def _layer_entries(config: LadderConfig, layers: str, name: str) -> list[_Entry]:
-    """The map of a stack of layers.
-
-    Args:
-        layers: what megatron-core's names begin with.
-        name: as `_Entry.layer_name`.
-    """
-    h, ffn = config.hidden_size, config.intermediate_size
-    q = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    qkv = {
-        "self_attn.q_proj.weight": (q, h),
-        "self_attn.k_proj.weight": (kv, h),
-        "self_attn.v_proj.weight": (kv, h),
-    }
-    tensors: dict[str, dict[str, tuple[int, ...]]] = {}
-    if config.layer_norms:
-        tensors["self_attention.linear_qkv.layer_norm_weight"] = {"input_layernorm.weight": (h,)}
-    tensors["self_attention.linear_qkv.weight"] = dict(qkv)
-    if config.qkv_bias:
-        biases = {n.replace("weight", "bias"): (rows,) for n, (rows, _) in qkv.items()}
-        tensors["self_attention.linear_qkv.bias"] = dict(biases)
-    if config.qk_norm:
-        for one in "qk":
-            norm = {f"self_attn.{one}_norm.weight": (config.head_dim,)}
-            tensors[f"self_attention.{one}_layernorm.weight"] = dict(norm)
-    tensors["self_attention.linear_proj.weight"] = {"self_attn.o_proj.weight": (h, q)}
-    if config.layer_norms and config.residual not in PARALLELS:
-        tensors["mlp.linear_fc1.layer_norm_weight"] = {"post_attention_layernorm.weight": (h,)}
-    tensors["mlp.linear_fc1.weight"] = {
-        "mlp.gate_proj.weight": (ffn, h),
-        "mlp.up_proj.weight": (ffn, h),
-    }
-    tensors["mlp.linear_fc2.weight"] = {"mlp.down_proj.weight": (h, ffn)}
-    if config.residual_scaling == "skipinit":
-        tensors["residual_scales"] = {
-            "residual_scales": (1 if config.residual in PARALLELS else 2,)
-        }
-    return [_Entry(layers + megatron, theirs, config, name) for megatron, theirs in tensors.items()]
+_LAST_LINEARS = ("self_attn.o_proj.weight", ".down_proj.weight")
+# Of a bf16 model it stays in fp32, as in training: its steps are smaller than bf16's.
+_FP32 = ".e_score_correction_bias"
 
 
 def megatron_to_hf(
@@ -167,7 +44,7 @@ def megatron_to_hf(
     Raises:
         ValueError: a tensor is missing, unknown or has another shape. It is raised before the first tensor.
     """
-    entries = _entries(config)
+    table = entries(config)
     embedding = tensors.get("embedding.word_embeddings.weight")
     padded_vocab_size = config.vocab_size if embedding is None else embedding.shape[0]
     if padded_vocab_size < config.vocab_size:
@@ -175,16 +52,16 @@ def megatron_to_hf(
             f"embedding.word_embeddings.weight has {padded_vocab_size} rows, fewer than the "
             f"vocabulary's {config.vocab_size}"
         )
-    expected = {e.megatron: e.megatron_shape(padded_vocab_size) for e in entries}
+    expected = {e.megatron: e.megatron_shape(padded_vocab_size) for e in table}
     _check(tensors, expected, "megatron-core")
 
     def stream() -> Iterator[tuple[str, Tensor]]:
-        for stacked, group in itertools.groupby(entries, key=lambda entry: entry.stacked):
-            some = list(group)
-            for layer in some[0].layers:
-                for entry in some:
-                    tensor = tensors[entry.megatron][layer if stacked else slice(None)]
-                    yield from _split(entry, tensor, layer)
+        for of_layers, group in itertools.groupby(table, key=lambda entry: entry.layers):
+            places = [(place, entry) for entry in group for place in entry.places]
+            if of_layers:  # a layer after the other
+                places.sort(key=lambda found: found[0][0])
+            for place, entry in places:
+                yield from _split(entry, tensors[entry.megatron][place or slice(None)], place)
 
     return stream()
 
@@ -217,16 +94,21 @@ def scale_in_weights(
 
 @dataclass(frozen=True)
 class Chunk:
-    """A whole megatron-core tensor, or one layer of a stacked one."""
+    """A whole megatron-core tensor; or one layer, or one expert of one layer, of a stacked one."""
 
     name: str
     shape: tuple[int, ...]
-    """The shape of the whole tensor, with the axis of layers."""
+    """The shape of the whole tensor, with the axes of layers and experts."""
     dtype: torch.dtype
-    layer: int | None
-    """The number of the layer, from 0. None: the tensor is not stacked."""
+    place: tuple[int, ...]
+    """The indices on its first axes: the layer's, the expert's, from 0. (): the tensor is not stacked."""
     make: Callable[[], Tensor]
-    """Reads the Hugging Face tensors and joins them. The result for one layer has no axis of layers."""
+    """Reads the Hugging Face tensors and joins them. The result is without the axes of `place`."""
+
+    @property
+    def index(self) -> Any:
+        """What the whole tensor is indexed with."""
+        return self.place or slice(None)
 
 
 def checked_hf_tensors(state: Mapping[str, Any], config: LadderConfig) -> Mapping[str, Any]:
@@ -250,10 +132,10 @@ def checked_hf_tensors(state: Mapping[str, Any], config: LadderConfig) -> Mappin
                 "them: set tie_word_embeddings to false"
             )
     expected = {
-        entry.full_name(name, layer): shape
-        for entry in _entries(config)
-        for layer in entry.layers
-        for name, shape in entry.hugging_face.items()
+        name: shape
+        for entry in entries(config)
+        for place in entry.places
+        for name, shape in zip(entry.names(place), entry.hugging_face.values(), strict=True)
     }
     _check(state, expected, "Hugging Face")
     return state
@@ -272,7 +154,8 @@ def hf_to_megatron_chunks(
         padded_vocab_size: rows of the embedding in training (`ModelConfig.padded_vocab_size`).
 
     Returns:
-        One chunk for each layer of each stacked tensor, and one for each other tensor.
+        One chunk for each layer, or each expert of a layer, of each stacked tensor, and one for each other
+        tensor.
 
     Raises:
         ValueError: a tensor is missing, unknown or has another shape, tensors that are joined have
@@ -283,33 +166,27 @@ def hf_to_megatron_chunks(
             f"padded_vocab_size {padded_vocab_size} is less than vocab_size {config.vocab_size}"
         )
     state = checked_hf_tensors(state, config)
-    entries = _entries(config)
 
-    def make(entry: _Entry, layer: int) -> Tensor:
-        parts = [state[entry.full_name(name, layer)][:] for name in entry.hugging_face]
-        tensor = _join(parts, entry.of)
+    def make(entry: Entry, place: tuple[int, ...]) -> Tensor:
+        parts = [state[name][:] for name in entry.names(place)]
+        tensor = _join(parts, entry)
         if entry.vocabulary and len(tensor) < padded_vocab_size:
             tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padded_vocab_size - len(tensor)))
         return tensor
 
     chunks = []
-    for entry in entries:
-        dtypes = {
-            state[entry.full_name(name, layer)].dtype
-            for layer in entry.layers
-            for name in entry.hugging_face
-        }
+    for entry in entries(config):
+        dtypes = {state[name].dtype for place in entry.places for name in entry.names(place)}
         if len(dtypes) > 1:
             raise ValueError(
-                f"{entry.full_name('|'.join(entry.hugging_face), 'N')} have different dtypes: "
+                f"{'|'.join(entry.hugging_face).format('N', 'N')} have different dtypes: "
                 f"{', '.join(sorted(map(str, dtypes)))}. A checkpoint holds them as one tensor: store "
                 "them all in one dtype"
             )
         shape = entry.megatron_shape(padded_vocab_size)
-        for layer in entry.layers:
-            number = layer if entry.stacked else None
-            makes = functools.partial(make, entry, layer)
-            chunks.append(Chunk(entry.megatron, shape, next(iter(dtypes)), number, makes))
+        for place in entry.places:
+            makes = functools.partial(make, entry, place)
+            chunks.append(Chunk(entry.megatron, shape, next(iter(dtypes)), place, makes))
     return chunks
 
 
@@ -324,11 +201,19 @@ def hf_to_megatron(
     for chunk in hf_to_megatron_chunks(state, config, padded_vocab_size):
         parts.setdefault(chunk.name, []).append(chunk)
     return {
-        name: chunks[0].make()
-        if chunks[0].layer is None
-        else torch.stack([c.make() for c in chunks])
+        name: torch.stack([c.make() for c in chunks]).view(chunks[0].shape)
         for name, chunks in parts.items()
     }
+
+
+def written_dtype(name: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a tensor is written, or computes, in a model of another dtype.
+
+    Args:
+        name: Hugging Face's.
+        dtype: the model's. None: each tensor keeps its own.
+    """
+    return stored if dtype is None or name.endswith(_FP32) else dtype
 
 
 def main_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
@@ -339,9 +224,9 @@ def main_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
     return max(elements, key=elements.__getitem__)
 
 
-def _split(entry: _Entry, tensor: Tensor, layer: int) -> Iterator[tuple[str, Tensor]]:
-    """Splits a megatron-core tensor, or one layer of a stacked one, into its Hugging Face tensors."""
-    names, config = [entry.full_name(name, layer) for name in entry.hugging_face], entry.of
+def _split(entry: Entry, tensor: Tensor, place: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Splits a megatron-core tensor, or a part of a stacked one, into its Hugging Face tensors."""
+    names, config = entry.names(place), entry.of
     if entry.vocabulary:
         parts = [tensor[: config.vocab_size]]
     elif len(names) == 3:  # q, k, v
@@ -353,10 +238,10 @@ def _split(entry: _Entry, tensor: Tensor, layer: int) -> Iterator[tuple[str, Ten
     yield from zip(names, parts, strict=True)
 
 
-def _join(parts: list[Tensor], config: LadderConfig) -> Tensor:
+def _join(parts: list[Tensor], entry: Entry) -> Tensor:
     """The reverse of `_split`. It does not pad the vocabulary."""
     if len(parts) == 3:  # q, k, v
-        groups = (config.num_key_value_heads, -1, config.head_dim)
+        groups = (entry.of.num_key_value_heads, -1, entry.of.head_dim)
         return torch.cat([part.unflatten(0, groups) for part in parts], dim=1).flatten(0, 2)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 

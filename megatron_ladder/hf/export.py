@@ -1,16 +1,14 @@
 """Writes a model as a folder that transformers loads.
 
 A folder with another residual than the standard one contains the modelling files (remote code), and so does
-one with residual scaling that could not be moved into the weights (`scale_in_weights`). A model
-with the standard residual is a Llama model, a Mistral model (with a window), a Qwen2 model (with biases) or
-a Qwen3 model (with norms of queries and keys), and is exported as that. `needs_code` has the exceptions.
+one with residual scaling that could not be moved into the weights (`scale_in_weights`). A model with the
+standard residual is exported as one of transformers' own (standard.py), with exceptions (`needs_code`).
 """
 
 import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,15 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import GenerationConfig, PreTrainedConfig
 
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.convert import main_dtype, megatron_to_hf, scale_in_weights
+from megatron_ladder.hf.convert import (
+    main_dtype,
+    megatron_to_hf,
+    scale_in_weights,
+    written_dtype,
+)
 from megatron_ladder.hf.end_ids import end_ids as named_ends
 from megatron_ladder.hf.end_ids import one_or_several, several
 from megatron_ladder.hf.files.ahead import one_ahead
@@ -37,12 +33,18 @@ from megatron_ladder.hf.files.output import complete_or_absent, refuse_others, s
 from megatron_ladder.hf.files.stored import bytes_of, is_finite, safetensors_header
 from megatron_ladder.hf.modelling.configuration_ladder import LADDERS, LadderConfig
 from megatron_ladder.hf.modelling.modeling_side import LadderSideConfig
+from megatron_ladder.hf.standard import needs_code, published_name, standard_config
 from megatron_ladder.hf.tokenizer import write_tokenizer
 from megatron_ladder.json_files import read_json
 
 _HERE = Path(__file__).parent
 _MODELLING = _HERE / "modelling"
-_MODELLING_FILES = ("configuration_ladder.py", "modeling_ladder.py", "rotary_ladder.py")
+_MODELLING_FILES = (
+    "configuration_ladder.py",
+    "modeling_ladder.py",
+    "mlp_ladder.py",
+    "rotary_ladder.py",
+)
 _AUTO_MAP = {
     "AutoConfig": "configuration_ladder.LadderConfig",
     "AutoModel": "modeling_ladder.LadderModel",
@@ -55,23 +57,6 @@ _SIDE_AUTO_MAP = {
     "AutoModel": "modeling_side.LadderSideModel",
     "AutoModelForCausalLM": "modeling_side.LadderSideForCausalLM",
 }
-_SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_parameters",
-    "initializer_range",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 _COPIED = (
     "tokenizer.json",
     "tokenizer.model",
@@ -160,7 +145,8 @@ def export_folder(
                 begins_with=begins_with,
             )
         _name_ends(folder, end_ids)
-        weights = _weights(tensors, config, dtype, max_shard_size, folder, written)
+        model_type = config.model_type if with_code else standard_config(config).model_type
+        weights = _weights(tensors, config, dtype, max_shard_size, folder, written, model_type)
         if compare_with is not None:
             refuse_others(compare_with, weights)
         else:
@@ -172,46 +158,6 @@ def export_folder(
         card = model_card(config, named, facts, with_code=with_code)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return output_dir
-
-
-def needs_code(config: LadderConfig, *, own_tokenizer: bool) -> bool:
-    """Whether the folder must contain the modelling files, because transformers has no such model.
-
-    Args:
-        config: the model's configuration.
-        own_tokenizer: the tokenizer was not copied from an imported model. transformers reads the tokenizer
-            of a Qwen2 model by Qwen2's rules, whatever the folder says. Another tokenizer would give other
-            ids. So a model with biases and its own tokenizer is not exported as Qwen2.
-    """
-    theirs = config.residual == "standard" and not (config.qkv_bias and config.qk_norm)
-    theirs = theirs and config.residual_scaling == "none" and config.layer_norms
-    if isinstance(config, LadderSideConfig):
-        theirs = False
-    # Of Qwen's layers some may have a window. Of Mistral's all have it, or none.
-    if not (config.qkv_bias or config.qk_norm) and len(set(config.layer_windows())) > 1:
-        theirs = False
-    return not theirs or (config.qkv_bias and own_tokenizer)
-
-
-def standard_config(
-    config: LadderConfig,
-) -> LlamaConfig | MistralConfig | Qwen2Config | Qwen3Config:
-    """transformers' own configuration of a model with the standard residual."""
-    assert config.residual == "standard" and not (config.qkv_bias and config.qk_norm)
-    fields = {name: copy(getattr(config, name)) for name in _SHARED_FIELDS}
-    window, windows = config.sliding_window, config.layer_windows()
-    if not (config.qkv_bias or config.qk_norm):
-        if window is None:
-            return LlamaConfig(**fields)
-        assert None not in windows
-        return MistralConfig(**fields, sliding_window=window)
-    if window is not None:
-        fields |= {"use_sliding_window": True, "sliding_window": window}
-        fields["layer_types"] = copy(config.layer_types)
-        without = windows.count(None)
-        if not any(windows[:without]):  # what older readers know: the first layers have none
-            fields["max_window_layers"] = without
-    return Qwen3Config(**fields) if config.qk_norm else Qwen2Config(**fields)
 
 
 def model_card(
@@ -239,6 +185,7 @@ def model_card(
         remote_code=with_code,
         architecture="" if with_code else _architecture(standard_config(config)),
         ladder_layers=config.ladder_layer_indices(),
+        experts=config.expert_layers(),
         side=config if isinstance(config, LadderSideConfig) else None,
         other_residual=LADDERS.get(config.residual),
         dtype=_name(dtype),
@@ -316,6 +263,7 @@ def _weights(
     max_shard_size: str,
     folder: Path,
     written: Callable[[str, Tensor], Tensor],
+    model_type: str,
 ) -> Iterator[tuple[str, bytes | memoryview]]:
     """What the weight files hold: a file's name and bytes to append to it. Writes the index, if any."""
     # The plan of the files is made from tensors without data, so that no weight is read yet.
@@ -324,7 +272,9 @@ def _weights(
         for name, tensor in tensors.items()
     }
     planned = {
-        name: torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
+        published_name(name, model_type): torch.empty(
+            tensor.shape, dtype=written_dtype(name, tensor.dtype, dtype), device="meta"
+        )
         for name, tensor in megatron_to_hf(without_data, config)
     }
     plan = split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
@@ -343,9 +293,10 @@ def _weights(
         disable=not sys.stderr.isatty(),
     )
     for name, tensor in stream:
+        published = published_name(name, model_type)
         for piece in tensor.detach().reshape(-1).split(_PIECE):
-            converted = _converted(written(name, piece), planned[name].dtype, name)
-            yield file_of[name], bytes_of(converted)
+            converted = _converted(written(name, piece), planned[published].dtype, published)
+            yield file_of[published], bytes_of(converted)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": file_of}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -20,8 +20,17 @@ SIZES = (
     "side_reduction",
 )
 SIZES_OR_NULL = ("num_key_value_heads", "head_dim")
+# Of experts. As many modules are made as there are.
+EXPERT_SIZES = (
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "decoder_sparse_step",
+)
+EXPERT_COUNTS = ("num_experts", "num_local_experts")
+MOST_EXPERTS = 10_000
 COUNTS_OR_NULL = ("sliding_window", "max_window_layers", "original_max_position_embeddings")
-NUMBERS = ("rms_norm_eps", "initializer_range")
+NUMBERS = ("rms_norm_eps", "initializer_range", "router_jitter_noise")
 NUMBERS_OR_NULL = ("rope_theta", "partial_rotary_factor", "attention_dropout")
 ROPE_NUMBERS = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -53,7 +62,13 @@ def check_fields(values: dict[str, Any], path: Path) -> None:
         if name in values and not (value is None and name in (*SIZES_OR_NULL, *COUNTS_OR_NULL)):
             wanted = f"a whole number from {least} to {MOST_SIZE:,}"
             need(is_whole(value, least, MOST_SIZE), name, value, wanted)
-    for name, most in (("num_hidden_layers", MOST_LAYERS), ("num_labels", MOST_LABELS)):
+    of_experts = [(name, MOST_SIZE) for name in EXPERT_SIZES]
+    of_experts += [(name, MOST_EXPERTS) for name in EXPERT_COUNTS]
+    for name, most in (
+        ("num_hidden_layers", MOST_LAYERS),
+        ("num_labels", MOST_LABELS),
+        *((name, most) for name, most in of_experts if values.get(name) is not None),
+    ):
         value = values.get(name, 1)
         need(is_whole(value, 1, most), name, value, f"a whole number from 1 to {most:,}")
     for name in (*NUMBERS, *NUMBERS_OR_NULL):
@@ -75,7 +90,7 @@ def check_fields(values: dict[str, Any], path: Path) -> None:
         ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
         right = all(i is None or is_whole(i, -1, MOST_SIZE) for i in ids)
         need(right, name, value, "a token id")
-    for name in ("ladder_layers", "side_layers"):
+    for name in ("ladder_layers", "side_layers", "mlp_only_layers"):
         layers = values.get(name)
         some = layers if isinstance(layers, list) else [0 if layers is None else layers]
         right = all(is_whole(layer, 0, MOST_LAYERS) for layer in some)
@@ -83,7 +98,7 @@ def check_fields(values: dict[str, Any], path: Path) -> None:
     types = values.get("layer_types")
     right = types is None or (isinstance(types, list) and all(isinstance(t, str) for t in types))
     need(right, "layer_types", types, "a list of names")
-    for name in ("model_type", "residual", "residual_scaling", "hidden_act"):
+    for name in ("model_type", "residual", "residual_scaling", "hidden_act", "scoring_func"):
         value = values.get(name, "")
         need(isinstance(value, str), name, value, "a string")
     for name in (
@@ -93,6 +108,8 @@ def check_fields(values: dict[str, Any], path: Path) -> None:
         "mlp_bias",
         "qkv_bias",
         "layer_norms",
+        "norm_topk_prob",
+        "expert_bias",
     ):
         value = values.get(name, False)
         need(value is None or type(value) is bool, name, value, "true or false")

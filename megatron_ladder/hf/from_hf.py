@@ -9,7 +9,13 @@ import megatron_ladder.hf  # noqa: F401 (registers "ladder" and "ladder-side" wi
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.fields import check_fields
-from megatron_ladder.hf.model_config import FULL, SLIDING, rope_fields, window_fields
+from megatron_ladder.hf.model_config import (
+    FULL,
+    SLIDING,
+    experts_fields,
+    rope_fields,
+    window_fields,
+)
 from megatron_ladder.hf.modelling.modeling_side import LadderSideConfig
 from megatron_ladder.json_files import in_words, named, read_json, short
 from megatron_ladder.rope import LLAMA3_HIGH, LLAMA3_LOW
@@ -19,10 +25,15 @@ ARCHITECTURES = (
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen3MoeForCausalLM",
     "LadderForCausalLM",
     "LadderSideForCausalLM",
 )
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "ladder", "ladder-side")
+MODEL_TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"),
+    *("ladder", "ladder-side"),
+)
 # All Llama 3 models have these numbers.
 LLAMA3 = {"low_freq_factor": LLAMA3_LOW, "high_freq_factor": LLAMA3_HIGH}
 # The models whose layers may have a window or not. The others' layers are all the same.
@@ -114,6 +125,7 @@ def to_model_config(config: Any, where: Path) -> ModelConfig:
         raise UserError(
             f"{where}: {'; '.join(wrong)}: supported are RMSNorm, SwiGLU, causal attention, sliding "
             "windows (Mistral, Qwen), query, key and value biases (Qwen2), query and key norms (Qwen3), "
+            "experts chosen by softmax (Mixtral, Qwen3-MoE), "
             f"RoPE of type {', '.join(ROPE_NUMBERS)}"
         )
     heads, hidden = config.num_attention_heads, config.hidden_size
@@ -127,7 +139,7 @@ def to_model_config(config: Any, where: Path) -> ModelConfig:
         num_query_groups=config.num_key_value_heads,
         kv_channels=None if head_dim * heads == hidden else head_dim,
         add_qkv_bias=kind == "qwen2" or getattr(config, "qkv_bias", False),
-        qk_layernorm=kind == "qwen3" or getattr(config, "qk_norm", False),
+        qk_layernorm=kind in ("qwen3", "qwen3_moe") or getattr(config, "qk_norm", False),
         vocab_size=config.vocab_size,
         residual=getattr(config, "residual", "standard"),
         ladder_layers=tuple(layers) if isinstance(layers, list) else layers,
@@ -139,6 +151,7 @@ def to_model_config(config: Any, where: Path) -> ModelConfig:
         layernorm_epsilon=config.rms_norm_eps,
         init_method_std=config.initializer_range,
         share_embeddings_and_output_weights=bool(config.tie_word_embeddings),
+        experts=experts_fields(config),
     )
 
 
@@ -149,6 +162,8 @@ def _unsupported(config: Any) -> list[str]:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
             found.append(f"{name} is set")
+    if getattr(config, "router_jitter_noise", 0):
+        found.append(f"router_jitter_noise is {short(config.router_jitter_noise)}")
     if getattr(config, "quantization_config", None):
         found.append("its weights are quantized")
     types = set(getattr(config, "layer_types", None) or ())

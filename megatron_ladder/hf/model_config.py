@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_ladder import rope
 from megatron_ladder.config import ModelConfig
+from megatron_ladder.fields.experts import ExpertsConfig
 from megatron_ladder.fields.windows import layer_windows
 from megatron_ladder.hf.modelling.configuration_ladder import LadderConfig
 from megatron_ladder.hf.modelling.modeling_side import LadderSideConfig
@@ -52,9 +53,57 @@ def to_hf_config(
         ladder_layers=list(layers) if isinstance(layers, tuple) else layers,
         residual_scaling=model.residual_scaling,
         layer_norms=model.layer_norms,
+        **_experts(model),
         initializer_range=model.init_method_std,
         tie_word_embeddings=model.share_embeddings_and_output_weights,
         eos_token_id=eod_id,
+    )
+
+
+def _experts(model: ModelConfig) -> dict[str, Any]:
+    """The exported fields of experts. What is for training alone is not among them: losses of the balance,
+    and the capacity."""
+    experts = model.experts
+    if experts.num_moe_experts is None:
+        return {}
+    layers = enumerate(experts.layers(model.num_layers))
+    return {
+        "num_experts": experts.num_moe_experts,
+        "num_experts_per_tok": experts.moe_router_topk,
+        "moe_intermediate_size": experts.expert_size(model.ffn_hidden_size),
+        "shared_expert_intermediate_size": experts.moe_shared_expert_intermediate_size,
+        "mlp_only_layers": [i for i, has_experts in layers if not has_experts],
+        "scoring_func": experts.moe_router_score_function,
+        "norm_topk_prob": not experts.moe_router_pre_softmax,
+        "expert_bias": experts.moe_router_enable_expert_bias,
+    }
+
+
+def experts_fields(config: Any) -> ExpertsConfig:
+    """`ModelConfig`'s fields about experts; the default where the model has none.
+
+    Args:
+        config: transformers' configuration.
+    """
+    count = getattr(config, "num_experts", None)  # of Mixtral, too
+    if count is None:
+        return ExpertsConfig()
+    step = getattr(config, "decoder_sparse_step", 1)
+    without = getattr(config, "mlp_only_layers", None) or ()
+    layers = range(config.num_hidden_layers)
+    have = [int(i not in without and (i + 1) % step == 0) for i in layers]
+    scores: Any = getattr(config, "scoring_func", "softmax")
+    return ExpertsConfig(
+        num_moe_experts=count,
+        moe_router_topk=config.num_experts_per_tok,
+        moe_ffn_hidden_size=getattr(config, "moe_intermediate_size", None),
+        moe_shared_expert_intermediate_size=getattr(
+            config, "shared_expert_intermediate_size", None
+        ),
+        moe_layer_freq=1 if all(have) else tuple(have),
+        moe_router_score_function=scores,
+        moe_router_pre_softmax=not getattr(config, "norm_topk_prob", True),
+        moe_router_enable_expert_bias=getattr(config, "expert_bias", False),
     )
 
 

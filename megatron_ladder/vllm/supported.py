@@ -9,6 +9,10 @@ def check_supported(config: Any) -> None:
     Args:
         config: a `LadderConfig`.
     """
+    if config.num_experts is not None:
+        raise ValueError(
+            "the model has experts: the plug-in's layers have none. Serve this model with transformers"
+        )
     if not config.layer_norms:
         raise ValueError(
             "layer_norms is false: the plug-in's layers have norms. Serve this model with "

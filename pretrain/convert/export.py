@@ -90,6 +90,9 @@ def export_run(
         if not config.data.paths:  # as it was imported
             hf_config.dtype = _stated_dtype(original)
     as_dtype = DTYPES[dtype] if dtype else None
+    facts = _facts(checkpoint, config, which)
+    for limit in facts.get("limits", ()):
+        logger.info("%s: %s", run, limit)
     export = functools.partial(
         export_folder,
         weights,
@@ -99,7 +102,7 @@ def export_run(
         begins_with=begins_with,
         max_shard_size=max_shard_size,
         dtype=as_dtype,
-        model_card_facts={**_facts(checkpoint, config, which), "license": license},
+        model_card_facts={**facts, "license": license},
     )
     if (output_dir / "config.json").is_file():
         _refuse_other_models(output_dir, checkpoint, export)
@@ -185,6 +188,11 @@ def _facts(checkpoint: Path, config: TrainConfig, which: str) -> dict[str, Any]:
         "Tensor-parallel size": config.parallel.tensor_model_parallel_size,
     }
     facts |= {"data": data, "training": training}
+    if (factor := config.model.experts.moe_expert_capacity_factor) is not None:
+        facts["limits"] = [
+            f"In training an expert took at most {factor:g} times the mean number of tokens. Here no token "
+            "is dropped, so outputs differ where an expert was full."
+        ]
     # The losses of a run are those of its trained weights.
     if which == "ema":
         decay = config.optimizer.ema_decay

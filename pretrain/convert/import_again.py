@@ -48,8 +48,7 @@ def _compare(output_dir: Path, chunks: Sequence[Chunk], config: TrainConfig, kep
     weights = checkpoint_weights(checkpoint)
     for chunk in chunks:
         stored = weights.get(chunk.name)
-        which = slice(None) if chunk.layer is None else chunk.layer
         if stored is None or stored.dtype != chunk.dtype or stored.shape != chunk.shape:
             raise UserError(f"{chunk.name} has another shape or dtype")
-        if bytes_of(stored[which].contiguous()) != bytes_of(chunk.make().contiguous()):
+        if bytes_of(stored[chunk.index].contiguous()) != bytes_of(chunk.make().contiguous()):
             raise UserError(f"{chunk.name} differs")

@@ -22,6 +22,7 @@ from megatron_ladder.hf.files.output import check_unused, complete_or_absent
 from megatron_ladder.hf.files.stored import stored_tensors
 from megatron_ladder.hf.from_hf import read_hf_config, refuse_side, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
+from megatron_ladder.hf.standard import with_our_names
 from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.train import DataConfig, TrainConfig, save_config
 from pretrain.convert.import_again import refuse_other_imports
@@ -100,8 +101,8 @@ def _import(
         )
     else:
         tokenizer = None
-    state = stored_tensors(source)
     try:
+        state = with_our_names(stored_tensors(source), hf_config.model_type)
         chunks = hf_to_megatron_chunks(state, to_hf_config(model), model.padded_vocab_size)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error

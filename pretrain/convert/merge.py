@@ -7,6 +7,7 @@ OUT/data, OUT/imported                            as in the run's folder: export
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -20,6 +21,7 @@ from torch import Tensor
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.convert import Chunk
 from megatron_ladder.hf.files.output import complete_or_absent
+from megatron_ladder.hf.table import stacked_axes
 from megatron_ladder.json_files import read_json
 from megatron_ladder.reading.plain_files import refuse_links
 from pretrain.config.places import found_from
@@ -31,8 +33,6 @@ from pretrain.run.checkpoint_files import MANIFEST, refuse_newer
 from pretrain.run.folder import MERGED, checkpoint_at, checkpoint_step, checkpoints
 
 logger = logging.getLogger(__name__)
-
-_LAYERS = "decoder.layers."
 
 
 def merge_run(
@@ -130,11 +130,9 @@ def mean_of(folders: Sequence[Path]) -> list[Chunk]:
     chunks = []
     for name, weight in weights[0].items():
         same = [some[name] for some in weights]
-        stacked = name.startswith(_LAYERS)
-        layers: Sequence[int | None] = range(weight.shape[0]) if stacked else [None]
-        for layer in layers:
-            make = functools.partial(_mean, same, layer)
-            chunks.append(Chunk(name, weight.shape, weight.dtype, layer, make))
+        for place in itertools.product(*map(range, weight.shape[: stacked_axes(name)])):
+            make = functools.partial(_mean, same, place)
+            chunks.append(Chunk(name, weight.shape, weight.dtype, place, make))
     return chunks
 
 
@@ -142,9 +140,9 @@ def _kinds(weights: dict[str, CheckpointTensor]) -> dict[str, Any]:
     return {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
 
 
-def _mean(same: list[CheckpointTensor], layer: int | None) -> Tensor:
-    """The mean of one layer of a tensor, or of a whole one."""
-    which = slice(None) if layer is None else layer
+def _mean(same: list[CheckpointTensor], place: tuple[int, ...]) -> Tensor:
+    """The mean of one part of a stacked tensor, or of a whole one."""
+    which = place or slice(None)
     total = same[0].as_stored(which).float()
     for tensor in same[1:]:
         total += tensor.as_stored(which).float()

@@ -14,13 +14,20 @@ from torch import Tensor
 
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
-from megatron_ladder.hf.convert import checked_hf_tensors, main_dtype, megatron_to_hf
+from megatron_ladder.hf.convert import (
+    checked_hf_tensors,
+    main_dtype,
+    megatron_to_hf,
+    written_dtype,
+)
 from megatron_ladder.hf.files.stored import stored_tensors
 from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import side_fields, to_hf_config
 from megatron_ladder.hf.modelling.configuration_ladder import LadderConfig
 from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
 from megatron_ladder.hf.modelling.modeling_side import LadderSideConfig, LadderSideForCausalLM
+from megatron_ladder.hf.standard import with_our_names
+from megatron_ladder.inference.experts import without_capacity
 from pretrain.config.train import load_config
 from pretrain.convert.model_text import ModelText, text_of_folder, text_of_run
 from pretrain.convert.weights import run_weights
@@ -87,16 +94,13 @@ def _from_run(path: Path) -> PlainModel:
 
 
 def one_rank_model(model: ModelConfig, tensor_model_parallel_size: int, run: Path) -> ModelConfig:
-    """The model as a single rank computes it.
+    """The model as a single rank computes it. Of experts no token is dropped: a capacity is a part of
+    training, and which tokens it drops depends on the layout.
 
     Raises:
-        UserError: a model with experts; a desync model that was trained on several tensor-parallel ranks.
+        UserError: a desync model that was trained on several tensor-parallel ranks.
     """
-    if model.experts.num_moe_experts is not None:
-        raise UserError(
-            f"{run} has experts: a model with experts can be trained, but not yet exported, evaluated or "
-            "measured"
-        )
+    model = without_capacity(model)
     if model.residual != "desync":
         return model
     if tensor_model_parallel_size > 1:
@@ -114,7 +118,8 @@ def _from_hf(folder: Path) -> PlainModel:
     tokenizer = tokenizer_facts(folder, hf_config)
     ours = to_hf_config(model, side=side_fields(hf_config))
     try:
-        tensors = checked_hf_tensors(stored_tensors(folder), ours)
+        stored = with_our_names(stored_tensors(folder), hf_config.model_type)
+        tensors = checked_hf_tensors(stored, ours)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
     return PlainModel(
@@ -136,7 +141,10 @@ def _build(
         has_side = isinstance(config, LadderSideConfig)
         plain = (LadderSideForCausalLM if has_side else LadderForCausalLM)(config)
     # Each tensor is copied: it may be a view, which would keep a whole shard or all layers in memory.
-    state = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors}
+    state = {
+        name: tensor.to(device, written_dtype(name, torch.float32, dtype), copy=True)
+        for name, tensor in tensors
+    }
     missing, unknown = plain.load_state_dict(state, strict=False, assign=True)
     assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)
     plain.tie_weights()

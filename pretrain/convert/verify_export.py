@@ -10,6 +10,7 @@ then run on it.
 
 import functools
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.files.stored import stored_tensors
 from megatron_ladder.hf.model_config import NO_SIDE
+from megatron_ladder.hf.standard import fused, with_our_names
 from megatron_ladder.mcore_compat import (
     LadderConfig,
     build_gpt_model,
@@ -129,13 +131,11 @@ def exported_logits(folder: Path, tokens: Tensor, *, whole: bool) -> Tensor:
             for name, module in list(model.named_modules()):
                 if any(True for _ in module.buffers(recurse=False)):
                     model.set_submodule(name, type(module)(config))
-            stored = stored_tensors(folder)
-            _load_by_layers(
-                model,
-                model.model.layers,
-                "model.layers.",
-                {name: functools.partial(_read, tensor) for name, tensor in stored.items()},
-            )
+            stored = with_our_names(stored_tensors(folder), config.model_type)
+            makes: Any = {name: functools.partial(_read, t) for name, t in stored.items()}
+            if any(name.endswith(".experts.gate_up_proj") for name, _ in model.named_parameters()):
+                makes = fused(makes)
+            _load_by_layers(model, model.model.layers, "model.layers.", makes)
             model.tie_weights()
         return model.eval()(input_ids=tokens, use_cache=False).logits
 
@@ -161,20 +161,25 @@ def run_logits(
         model = side.backbone(model)  # dropout is off in any case
         config, meta = _meta_config(model), torch.device("meta")
         (gpt,) = whole = build_gpt_model(model, config, "local", device=meta)
+        for (
+            layer
+        ) in gpt.decoder.layers:  # else it prepares the input of the next one, which has no weights
+            layer.next_layer = ()
         device = torch.cuda.current_device()
         runs: Any = gpt
         if side.is_on:
             small = _meta_config(side.model(model))
             (runs,) = side_tuned(whole, model, side, ParallelConfig(), small, "local", device=meta)
             ours = {
-                name: _read(weights[key], _layer_of(key, name), dtype, device)
+                name: _read(weights[key], _place_of(key, name), dtype, device)
                 for name, key in checkpoint_names(runs).items()
             }
-            _assign(runs, ours, [name for name, _ in runs.named_parameters()])
+            _assign(runs, ours, _names(runs))
         makes = {}
         for name, key in checkpoint_names(gpt).items():
-            which = _layer_of(key, name)
-            makes[name] = functools.partial(_read, weights[key], which, dtype, device)
+            rounded = None if key.endswith(".expert_bias") else dtype  # convert.py
+            place = _place_of(key, name)
+            makes[name] = functools.partial(_read, weights[key], place, rounded, device)
         _load_by_layers(gpt, gpt.decoder.layers, "decoder.layers.", makes)
         tokens = tokens.to(device)
         positions = torch.arange(tokens.shape[1], device=device)[None]
@@ -188,14 +193,17 @@ def _meta_config(model: ModelConfig) -> LadderConfig:
     return config
 
 
-def _layer_of(key: str, name: str) -> Any:
-    """The layer of a stacked tensor, from its name in the model; slice(None) where it is not stacked.
+def _place_of(key: str, name: str) -> Any:
+    """The layer, and the expert, of a part of a stacked tensor, from its name in the model; slice(None)
+    where it is not stacked.
 
     Args:
-        key: its name in checkpoints, which has no number.
+        key: its name in checkpoints, without these numbers.
     """
-    number = [part for part in name.split(".") if part.isdigit()]
-    return int(number[0]) if name != key else slice(None)
+    numbers, stays = (
+        [int(part) for part in some.split(".") if part.isdigit()] for some in (name, key)
+    )
+    return tuple(numbers[len(stays) :]) or slice(None)
 
 
 def _read(
@@ -218,12 +226,12 @@ def _load_by_layers(
         makes: for each parameter's name in the model, a function that makes it.
     """
     outside = {name: make() for name, make in makes.items() if not name.startswith(prefix)}
-    _assign(model, outside, [n for n, _ in model.named_parameters() if not n.startswith(prefix)])
+    _assign(model, outside, [name for name in _names(model) if not name.startswith(prefix)])
 
     def load(number: int, layer: nn.Module, _: Any) -> None:
         own = f"{prefix}{number}."
         weights = {n.removeprefix(own): make() for n, make in makes.items() if n.startswith(own)}
-        _assign(layer, weights, [name for name, _ in layer.named_parameters()])
+        _assign(layer, weights, _names(layer))
 
     def unload(layer: nn.Module, *_: Any) -> None:
         layer.to("meta")
@@ -233,8 +241,15 @@ def _load_by_layers(
         layer.register_forward_hook(unload)
 
 
+def _names(module: nn.Module) -> list[str]:
+    """Of its parameters and of the buffers that are stored: the bias of a router's experts is one. A tied
+    table has two names, of which this gives the first."""
+    named = itertools.chain(module.named_parameters(), module.named_buffers())
+    stored = module.state_dict()
+    return [name for name, _ in named if name in stored]
+
+
 def _assign(module: nn.Module, weights: dict[str, Tensor], names: list[str]) -> None:
-    # A tied table has two names; named_parameters gives only the first.
     missing, unknown = set(names) - weights.keys(), weights.keys() - set(names)
     assert not missing and not unknown, (missing, unknown)
     module.load_state_dict(weights, strict=False, assign=True)

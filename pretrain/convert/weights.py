@@ -56,27 +56,24 @@ class CheckpointTensor:
     pieces: tuple[StoredChunk, ...]
     stored_dtype: torch.dtype
 
-    def __getitem__(self, which: int | slice) -> Tensor:
-        """Reads one layer (an index on axis 0), or with `[:]` the whole tensor."""
+    def __getitem__(self, which: int | slice | tuple[int, ...]) -> Tensor:
+        """Reads one layer (an index on axis 0), one expert of a layer, or with `[:]` the whole tensor."""
         return self.as_stored(which).to(self.dtype)
 
-    def as_stored(self, which: int | slice) -> Tensor:
+    def as_stored(self, which: int | slice | tuple[int, ...]) -> Tensor:
         """The same in the dtype that it is stored in."""
-        assert isinstance(which, int) or which == slice(None)
-        if isinstance(which, int):
-            pieces = [p for p in self.pieces if _holds(p, which)]
-            result = torch.empty(self.shape[1:], dtype=self.stored_dtype)
-        else:
-            pieces, result = list(self.pieces), torch.empty(self.shape, dtype=self.stored_dtype)
-        for chunk in pieces:
-            piece = self._read(chunk)
-            begin, size = list(chunk.offsets), list(chunk.sizes)
-            if isinstance(which, int):
-                piece, begin, size = piece[which - begin[0]], begin[1:], size[1:]
+        assert not isinstance(which, slice) or which == slice(None)
+        place = () if isinstance(which, slice) else which if isinstance(which, tuple) else (which,)
+        axes = len(place)
+        result = torch.empty(self.shape[axes:], dtype=self.stored_dtype)
+        for chunk in (piece for piece in self.pieces if _holds(piece, place)):
+            begin, size = chunk.offsets[axes:], chunk.sizes[axes:]
+            piece = self._read(chunk)[
+                tuple(i - b for i, b in zip(place, chunk.offsets, strict=False))
+            ]
             if tuple(size) == tuple(result.shape):
                 return piece
-            place = tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))
-            result[place] = piece
+            result[tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))] = piece
         return result
 
     def _read(self, chunk: StoredChunk) -> Tensor:
@@ -99,8 +96,10 @@ _STATES = {"trained": "", "master": "optimizer.state.param.", "ema": "optimizer.
 """What a name in the checkpoint begins with."""
 
 
-def _holds(chunk: StoredChunk, layer: int) -> bool:
-    return chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
+def _holds(chunk: StoredChunk, place: tuple[int, ...]) -> bool:
+    """Whether a part of a tensor is in a piece of it, as far as its first axes tell."""
+    first = zip(place, chunk.offsets, chunk.sizes, strict=False)
+    return all(begin <= i < begin + size for i, begin, size in first)
 
 
 Which = Literal["trained", "master", "ema"]
@@ -225,7 +224,8 @@ class _OneAtATime(DefaultSavePlanner):
         for index, chunk in self._chunks.items():
             shape = torch.Size(chunk.shape)
             assert index.offset is not None
-            sizes = shape if chunk.layer is None else torch.Size([1, *shape[1:]])
+            axes = len(chunk.place)
+            sizes = torch.Size([*[1] * axes, *shape[axes:]])
             data = TensorWriteData(
                 ChunkStorageMetadata(index.offset, sizes), TensorProperties(chunk.dtype), shape
             )
@@ -241,10 +241,9 @@ class _OneAtATime(DefaultSavePlanner):
 
 def _made(chunk: Chunk) -> Tensor:
     tensor = chunk.make()
-    return tensor if chunk.layer is None else tensor.unsqueeze(0)
+    return tensor[(None,) * len(chunk.place)]
 
 
 def _index(chunk: Chunk) -> MetadataIndex:
-    offset = [0] * len(chunk.shape)
-    offset[0] = chunk.layer or 0
-    return MetadataIndex(chunk.name, torch.Size(offset))
+    rest = len(chunk.shape) - len(chunk.place)
+    return MetadataIndex(chunk.name, torch.Size([*chunk.place, *[0] * rest]))

@@ -68,8 +68,9 @@ def run(
 
         hook(model.model.embed_tokens, partial(_keep, states))
         for index, layer in enumerate(layers):
-            # The output of a sub-module's last matrix, scaled, is what it adds, for every residual kind.
-            parts = ((layer.self_attn.o_proj, attention, 0), (layer.mlp.down_proj, mlp, -1))
+            # What attention's last matrix gives, and the MLP or the experts, scaled, is what they add, for
+            # every residual kind.
+            parts = ((layer.self_attn.o_proj, attention, 0), (layer.mlp, mlp, -1))
             for module, kept, which in parts:
                 if index == skip:
                     hook(module, nothing)  # before `_keep`, which must keep what is really added

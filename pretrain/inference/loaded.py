@@ -18,6 +18,7 @@ from megatron_ladder.hf.convert import hf_to_megatron_chunks
 from megatron_ladder.hf.files.stored import stored_tensors
 from megatron_ladder.hf.from_hf import read_hf_config, refuse_side, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
+from megatron_ladder.hf.standard import with_our_names
 from megatron_ladder.inference.experts import ranks_of_experts, without_capacity
 from megatron_ladder.inference.sums import check_all_reduce, set_all_reduce
 from megatron_ladder.mcore_compat import (
@@ -141,17 +142,16 @@ def load_hf_weights(folder: Path, model: ModelConfig, chunk: Any) -> None:
         UserError: tensors are missing or unknown, or have other shapes than the model's.
     """
     try:
-        parts = hf_to_megatron_chunks(
-            stored_tensors(folder), to_hf_config(model), model.padded_vocab_size
-        )
+        stored = with_our_names(stored_tensors(folder), read_hf_config(folder).model_type)
+        parts = hf_to_megatron_chunks(stored, to_hf_config(model), model.padded_vocab_size)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
-    makers = {(part.name, part.layer): part.make for part in parts}
+    makers = {(part.name, part.place): part.make for part in parts}
     for shard in _shards(chunk):
-        layer = shard.global_offset[0] if shard.prepend_axis_num else None
-        place = shard.global_offset[shard.prepend_axis_num :]
+        axes = shard.prepend_axis_num  # of layers, and of experts
+        part, place = tuple(shard.global_offset[:axes]), shard.global_offset[axes:]
         size = shard.data.shape
-        whole = makers[shard.key, layer]()
+        whole = makers[shard.key, part]()
         ranges = tuple(slice(begin, begin + n) for begin, n in zip(place, size, strict=True))
         shard.data.copy_(whole[ranges])
 

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from megatron_ladder.hf.files.stored import stored_tensors
+from pretrain.convert.export import export_run
 from pretrain.run.checkpoint import load_weights
 from tests.data_sets import write_data_set
 from tests.distributed.test_training import (
@@ -15,9 +18,11 @@ from tests.distributed.test_training import (
     kill_at_step,
     losses,
     metrics,
+    pipeline,
     tensor_parallel,
     train,
 )
+from tests.unit.hf.tiny import train_sentencepiece
 
 BIASED = (
     *("--model.residual", "standard", "--model.experts.num-moe-experts", "4"),
@@ -33,7 +38,9 @@ def expert_parallel(size: int) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data_set(tmp_path_factory.mktemp("data") / "data", vocab_size=400)
+    folder = tmp_path_factory.mktemp("data")
+    tokenizer = train_sentencepiece(folder, "bpe", vocab_size=400).read_bytes()
+    return write_data_set(folder / "data", vocab_size=400, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +96,54 @@ def test_a_checkpoint_continues_at_other_layouts(
     run = half_of(whole_run, tmp_path / "run")
     assert changed in train(data, run, *BIASED, *options)
     assert losses(run) == pytest.approx(losses(whole_run), abs=1e-4)
+
+
+def test_experts_of_two_ranks_are_exported(
+    whole_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Export itself compares logits with megatron-core's model. The bias of a router stays in fp32."""
+    caplog.set_level("INFO")
+    export_run(whole_run, tmp_path / "model", "bf16", "5GB")
+    assert "verified: the largest difference of logits is" in caplog.text
+    stored = stored_tensors(tmp_path / "model")
+    kinds = {name.partition(".mlp.")[2]: tensor.dtype for name, tensor in stored.items()}
+    assert kinds.pop("gate.e_score_correction_bias") == torch.float32
+    assert set(kinds.values()) == {torch.bfloat16}
+    weights = load_weights(whole_run / f"checkpoints/step_{STEPS:08d}")
+    for i, bias in enumerate(weights["decoder.layers.mlp.router.expert_bias"]):
+        name = f"model.layers.{i}.mlp.gate.e_score_correction_bias"
+        assert torch.equal(stored[name][:], bias)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert loaded.model.layers[0].mlp.gate.e_score_correction_bias.dtype == torch.float32
+    assert loaded(torch.arange(9)[None]).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((*expert_parallel(2),), id="ep2"),
+        pytest.param(
+            (*tensor_parallel(2), "--parallel.sequence-parallel", *expert_parallel(2)),
+            id="tp2 with sp, ep2",
+        ),
+        pytest.param((*pipeline(2), *expert_parallel(2)), id="pp2, ep2"),
+    ],
+)
+def test_a_run_of_any_layout_is_exported(
+    options: tuple[str, ...], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some layers with experts, a shared one, a capacity: the export drops no token, and says so."""
+    caplog.set_level("INFO")
+    train(
+        *(data, tmp_path / "run", "--model.residual", "ladder", *options),
+        *("--model.experts.num-moe-experts", "4", "--model.experts.moe-layer-freq", "2"),
+        *("--model.experts.moe-shared-expert-intermediate-size", "32"),
+        *("--model.experts.moe-expert-capacity-factor", "1.0"),
+    )
+    export_run(tmp_path / "run", tmp_path / "model", None, "100KB")
+    assert "verified: the largest difference of logits is" in caplog.text
+    assert "no token is dropped" in (tmp_path / "model/README.md").read_text()
 
 
 def test_the_balance_is_logged(whole_run: Path) -> None:

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.hf.convert import megatron_to_hf
-from megatron_ladder.hf.export import export_folder, standard_config
+from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
+from megatron_ladder.hf.standard import standard_config
 from megatron_ladder.mcore_compat import (
     build_gpt_model,
     initialize_model_parallel,

@@ -94,6 +94,7 @@ def test_exported_modelling_files_need_only_torch_and_transformers() -> None:
     for name in (
         "configuration_ladder.py",
         "modeling_ladder.py",
+        "mlp_ladder.py",
         "modeling_side.py",
         "rotary_ladder.py",
     ):

@@ -13,6 +13,8 @@ LADDERS = {"ladder": "standard", "parallel-ladder": "parallel"}
 # The kinds whose attention and MLP read one state, through one norm.
 PARALLELS = ("parallel", "parallel-ladder")
 RESIDUALS = ("standard", "ladder", "parallel", "parallel-ladder")
+# How the router of a mixture of experts makes scores of its logits.
+SCORES = ("softmax", "sigmoid")
 # What outputs are multiplied by before they are added: this power of the number of attentions and MLPs, or
 # learned numbers.
 SCALINGS = {"none": 0.0, "1/n": -1.0, "1/sqrt-n": -0.5, "skipinit": None}
@@ -61,7 +63,7 @@ def ladder_layer_indices(
 
 
 class LadderConfig(PreTrainedConfig):
-    """The fields of Llama's configuration, and eight more.
+    """The fields of Llama's configuration, and more.
 
     Args:
         residual: the state that a sub-module reads. "standard": the last state, as in Llama. "ladder": the
@@ -80,12 +82,21 @@ class LadderConfig(PreTrainedConfig):
             None: all.
         layer_types: of each layer "full_attention" or "sliding_attention", as in Qwen2. None: every layer
             has the window, if there is one.
+        num_experts: of each layer that has experts in place of the MLP. None: there are no such layers.
+        num_experts_per_tok: that each token goes to.
+        moe_intermediate_size: the width of an expert. None: `intermediate_size`.
+        shared_expert_intermediate_size: the width of one more expert, to which all tokens go. None: there
+            is none.
+        mlp_only_layers: with experts, the layers that have an MLP, numbered from 0.
+        scoring_func: how the router's logits become scores: "softmax" or "sigmoid".
+        norm_topk_prob: the weights of a token's experts sum to 1. sigmoid always has it.
+        expert_bias: with sigmoid, experts are chosen by their scores plus a bias (arXiv 2408.15664).
         rope_parameters: transformers' dictionary, with the `rope_type` "default", "linear", "llama3" or
             "yarn". The older `rope_theta` and `rope_scaling` are read too.
 
     Raises:
         ValueError: the heads are not a multiple of the key/value heads, or `ladder_layers`, `residual`,
-            `residual_scaling` or `layer_types` is wrong.
+            `residual_scaling`, `layer_types` or a field of experts is wrong.
     """
 
     model_type = "ladder"
@@ -111,6 +122,14 @@ class LadderConfig(PreTrainedConfig):
         qk_norm: bool = False,
         sliding_window: int | None = None,
         layer_types: list[str] | None = None,
+        num_experts: int | None = None,
+        num_experts_per_tok: int = 2,
+        moe_intermediate_size: int | None = None,
+        shared_expert_intermediate_size: int | None = None,
+        mlp_only_layers: list[int] | None = None,
+        scoring_func: str = "softmax",
+        norm_topk_prob: bool = True,
+        expert_bias: bool = False,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
@@ -144,6 +163,14 @@ class LadderConfig(PreTrainedConfig):
             self.layer_types = list(layer_types)
         elif sliding_window is not None:
             self.layer_types = ["sliding_attention"] * num_hidden_layers
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_intermediate_size = moe_intermediate_size
+        self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.mlp_only_layers = list(mlp_only_layers) if mlp_only_layers else None
+        self.scoring_func = scoring_func
+        self.norm_topk_prob = norm_topk_prob
+        self.expert_bias = expert_bias
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         if self.num_attention_heads % self.num_key_value_heads:
@@ -156,6 +183,7 @@ class LadderConfig(PreTrainedConfig):
                 f"residual_scaling is {residual_scaling!r}: choose one of {', '.join(SCALINGS)}"
             )
         self.ladder_layer_indices()  # refuses layers that do not exist
+        self._check_experts()
         types = set(layer_types or ())
         if types - {"full_attention", "sliding_attention"} or (
             "sliding_attention" in types and sliding_window is None
@@ -171,6 +199,29 @@ class LadderConfig(PreTrainedConfig):
             pad_token_id=pad_token_id,
             **kwargs,
         )
+
+    def _check_experts(self) -> None:
+        count, chosen, layers = self.num_experts, self.num_experts_per_tok, self.mlp_only_layers
+        if count is not None and not 1 <= chosen <= count:
+            raise ValueError(f"num_experts_per_tok is {chosen} of num_experts {count}")
+        if layers and not set(layers) <= set(range(self.num_hidden_layers)):
+            raise ValueError(f"mlp_only_layers {layers}: of {self.num_hidden_layers} layers")
+        if self.scoring_func not in SCORES:
+            raise ValueError(
+                f"scoring_func is {self.scoring_func!r}: choose one of {', '.join(SCORES)}"
+            )
+        softmax = self.scoring_func == "softmax"
+        if (softmax and self.expert_bias) or not (softmax or self.norm_topk_prob):
+            raise ValueError(
+                "expert_bias goes with scoring_func sigmoid, and norm_topk_prob false with softmax"
+            )
+
+    def expert_layers(self) -> tuple[int, ...]:
+        """The layers that have experts in place of the MLP, numbered from 0."""
+        if self.num_experts is None:
+            return ()
+        without = self.mlp_only_layers or ()
+        return tuple(i for i in range(self.num_hidden_layers) if i not in without)
 
     def residual_scale(self) -> float | None:
         """What each output is multiplied by before it is added; None: by learned numbers."""

@@ -13,7 +13,8 @@ and `a`, the residual stream without the last output that was added to it. Both 
     parallel          a' = m                     m' = m + attn(norm1(m)) + mlp(norm1(m))
     parallel-ladder   a' = m                     m' = m + attn(norm1(a)) + mlp(norm1(a))
 
-With `residual_scaling` the outputs of attn and mlp are multiplied by a number before they are added.
+With `residual_scaling` the outputs of attn and mlp are multiplied by a number before they are added. In
+place of the mlp a layer may have a mixture of experts (mlp_ladder.py), which reads the same state.
 
 A ladder sub-module does not read the output of the previous sub-module, nor a parallel-ladder layer that of
 the previous layer. So with tensor parallelism the all-reduce of that output can run while it computes.
@@ -32,6 +33,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ladder import LADDERS, PARALLELS, LadderConfig
+from .mlp_ladder import LadderExperts, LadderMLP
 from .rotary_ladder import rope_cos_sin, rotate
 
 # The first versions of transformers 5 need the positions of the new tokens in the cache. Later versions ask
@@ -135,19 +137,6 @@ class LadderAttention(nn.Module):
         return self.o_proj(out.flatten(2))
 
 
-class LadderMLP(nn.Module):
-    """SwiGLU: [batch, length, hidden] -> the same shape."""
-
-    def __init__(self, config: LadderConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class LadderDecoderLayer(GradientCheckpointingLayer):
     """One layer: the pair of states (a, m) -> the next pair; see the top of this file.
 
@@ -161,7 +150,8 @@ class LadderDecoderLayer(GradientCheckpointingLayer):
             config.residual if is_ladder else LADDERS.get(config.residual, config.residual)
         )
         self.self_attn = LadderAttention(config, layer_idx)
-        self.mlp = LadderMLP(config)
+        has_experts = layer_idx in config.expert_layers()
+        self.mlp = LadderExperts(config) if has_experts else LadderMLP(config)
         norm = LadderRMSNorm if config.layer_norms else nn.Identity
         self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps)
         if self.residual not in PARALLELS:
@@ -200,6 +190,12 @@ class LadderPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
+
+    def __init__(self, config: LadderConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.expert_layers():  # which experts compute depends on the tokens
+            self._can_compile_fullgraph = False
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -10,10 +10,14 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB = 150
@@ -88,6 +92,35 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         LlamaConfig,
         LlamaForCausalLM,
         {"head_dim": 16, "rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 0.1}},
+    ),
+    "mixtral, window": (
+        MixtralConfig,
+        MixtralForCausalLM,
+        {"head_dim": 8, "num_local_experts": 4, "sliding_window": 7, "rope_parameters": YARN},
+    ),
+    "qwen3-moe, three experts, an MLP": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3-moe, one expert of every second layer": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 2,
+            "tie_word_embeddings": True,
+        },
     ),
 }
 _SHARED = {

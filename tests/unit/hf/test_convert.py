@@ -12,8 +12,15 @@ from megatron_ladder.hf.modelling.rotary_ladder import rope_cos_sin, rotate
 from tests.unit.hf import tiny
 
 PADDED = 512
+KINDS = tiny.KINDS | tiny.EXPERTS
 CASES = [
-    (kind, tied, groups) for kind in tiny.KINDS for tied in (True, False) for groups in (1, 2, 4)
+    *(
+        (kind, tied, groups)
+        for kind in tiny.KINDS
+        for tied in (True, False)
+        for groups in (1, 2, 4)
+    ),
+    *((kind, True, 2) for kind in tiny.EXPERTS),
 ]
 
 
@@ -24,13 +31,12 @@ def parameters(model):
 
 @pytest.mark.parametrize(("kind", "tied", "groups"), CASES)
 def test_round_trip_is_bit_exact(kind, tied, groups):
-    model = tiny.model(**tiny.KINDS[kind], tie_word_embeddings=tied, num_key_value_heads=groups)
+    model = tiny.model(**KINDS[kind], tie_word_embeddings=tied, num_key_value_heads=groups)
     weights = parameters(model)
     megatron = hf_to_megatron(weights, model.config, PADDED)
     assert ("output_layer.weight" in megatron) is not tied
-    assert ("decoder.layers.mlp.linear_fc1.layer_norm_weight" in megatron) is (
-        "parallel" not in kind
-    )
+    norm = "pre_mlp_layernorm.weight" if "expert" in kind else "mlp.linear_fc1.layer_norm_weight"
+    assert any(name.endswith(norm) for name in megatron) is ("parallel" not in kind)
     again = dict(megatron_to_hf(megatron, model.config))
     assert again.keys() == weights.keys()
     for name, tensor in weights.items():

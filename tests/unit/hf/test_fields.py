@@ -41,6 +41,11 @@ MODEL = {
         ({"architectures": [{}]}, "architecture {} is not supported"),
         ({"model_type": "bert"}, "model_type bert does not go with Qwen2ForCausalLM"),
         ({"layer_types": [1]}, "layer_types is"),
+        ({"num_experts": 10**8}, "num_experts is 100000000"),
+        ({"num_local_experts": 0}, "num_local_experts is 0"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ({"mlp_only_layers": ["1"]}, "mlp_only_layers is"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1"),
     ],
 )
 def test_absurd_models(fields, said: str, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from transformers import (
 
 from megatron_ladder.config import STALE, ModelConfig
 from megatron_ladder.hf import LadderConfig, LadderForCausalLM
-from megatron_ladder.hf.export import standard_config
 from megatron_ladder.hf.modelling.configuration_ladder import LADDERS, ladder_layer_indices
+from megatron_ladder.hf.standard import standard_config
 from tests.unit.hf import tiny
 
 
@@ -126,6 +126,33 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
         gate, up = (x @ weights[f"{prefix}.{n}_proj.weight"].T for n in ("gate", "up"))
         return (gate * torch.sigmoid(gate) * up) @ weights[f"{prefix}.down_proj.weight"].T
 
+    def experts(x, prefix):
+        """One token at a time, one expert at a time."""
+        outputs = []
+        for token in x:
+            scores = {e: token @ row for e, row in enumerate(weights[f"{prefix}.gate.weight"])}
+            bias = dict.fromkeys(scores, 0.0)
+            total = sum(score.exp() for score in scores.values())
+            if config.scoring_func == "sigmoid":
+                scores = {e: 1 / (1 + (-score).exp()) for e, score in scores.items()}
+                if config.expert_bias:
+                    bias = dict(enumerate(weights[f"{prefix}.gate.e_score_correction_bias"]))
+            else:
+                scores = {e: score.exp() / total for e, score in scores.items()}
+            best = sorted(scores, key=lambda e: -(scores[e] + bias[e]))
+            chosen = best[: config.num_experts_per_tok]
+            norm_of = sum(scores[e] for e in chosen)
+            if not config.norm_topk_prob or (len(chosen) == 1 and config.scoring_func == "sigmoid"):
+                norm_of = 1.0
+            parts = [scores[e] / norm_of * mlp(token, f"{prefix}.experts.{e}") for e in chosen]
+            if config.shared_expert_intermediate_size:
+                parts.append(mlp(token, f"{prefix}.shared_experts"))
+            outputs.append(sum(parts))
+        return torch.stack(outputs)
+
+    def after_attention(x, prefix):
+        return (experts if f"{prefix}.gate.weight" in weights else mlp)(x, prefix)
+
     def scale(layer, which):
         n = 2 * config.num_hidden_layers
         fixed = {"none": 1, "1/n": 1 / n, "1/sqrt-n": n**-0.5}.get(config.residual_scaling)
@@ -139,7 +166,7 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
         for i in range(count):
             prefix = f"model.layers.{i}"
             n = norm(states[i - 1 if i in stale else i], f"{prefix}.input_layernorm.weight")
-            both = attention(n, f"{prefix}.self_attn") + mlp(n, f"{prefix}.mlp")
+            both = attention(n, f"{prefix}.self_attn") + after_attention(n, f"{prefix}.mlp")
             states[i + 1] = states[i] + scale(i, 0) * both
         x = states[count]
     else:
@@ -155,7 +182,9 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
             prefix = f"model.layers.{layer}"
             read = states[k - 2 if layer in ladder else k - 1]
             if is_mlp:
-                out = mlp(norm(read, f"{prefix}.post_attention_layernorm.weight"), f"{prefix}.mlp")
+                out = after_attention(
+                    norm(read, f"{prefix}.post_attention_layernorm.weight"), f"{prefix}.mlp"
+                )
             else:
                 out = attention(
                     norm(read, f"{prefix}.input_layernorm.weight"), f"{prefix}.self_attn"
@@ -166,9 +195,9 @@ def recurrence(weights, config: LadderConfig, ids: torch.Tensor) -> torch.Tensor
     return norm(x, "model.norm.weight") @ head.T
 
 
-@pytest.mark.parametrize("kind", {**tiny.KINDS, **tiny.SCALED})
+@pytest.mark.parametrize("kind", {**tiny.KINDS, **tiny.SCALED, **tiny.EXPERTS})
 def test_residual_kinds_are_the_papers(kind):
-    model = tiny.model(**(tiny.KINDS | tiny.SCALED)[kind])
+    model = tiny.model(**(tiny.KINDS | tiny.SCALED | tiny.EXPERTS)[kind])
     ids = tiny.tokens(1, 12)[0]
     weights = {n: t.detach().double().requires_grad_() for n, t in model.state_dict().items()}
     expected = recurrence(weights, model.config, ids)
@@ -178,6 +207,9 @@ def test_residual_kinds_are_the_papers(kind):
     F.cross_entropy(expected[:-1], ids[1:]).backward()
     model(ids[None], labels=ids[None]).loss.backward()
     for name, parameter in model.named_parameters():
+        if parameter.grad is None:  # the router's bias, and experts without tokens
+            assert weights[name].grad is None, name
+            continue
         torch.testing.assert_close(
             parameter.grad, weights[name].grad.float(), atol=1e-5, rtol=1e-3, msg=name
         )
@@ -375,5 +407,6 @@ def test_standard_config_keeps_every_field():
         "qkv_bias",
         "qk_norm",
         "architectures",
+        *("num_experts_per_tok", "scoring_func", "norm_topk_prob", "expert_bias"),
     }
     assert LlamaConfig(**llama).rope_parameters == ours.rope_parameters

@@ -37,6 +37,27 @@ SCALED = {
         "layer_norms": False,
     },
 }
+# Mixtures of experts, of some kinds.
+FOUR = {"num_experts": 4, "moe_intermediate_size": 24}
+EXPERTS = {
+    "ladder, experts": {"residual": "ladder", **FOUR},
+    "standard, shared expert": {
+        **(FOUR | {"residual": "standard", "shared_expert_intermediate_size": 40}),
+        "norm_topk_prob": False,
+    },
+    "last 2, expert bias, some MLPs": {
+        **(FOUR | {"residual": "ladder", "ladder_layers": 2, "mlp_only_layers": [0, 2]}),
+        **{"scoring_func": "sigmoid", "expert_bias": True},
+    },
+    "parallel, one expert": {
+        **(FOUR | {"residual": "parallel", "num_experts_per_tok": 1}),
+        "scoring_func": "sigmoid",
+    },
+    "parallel-ladder, three experts": {
+        **(FOUR | {"residual": "parallel-ladder", "num_experts_per_tok": 3}),
+        "shared_expert_intermediate_size": 8,
+    },
+}
 # Some layers with a window, shorter than the tests' sequences.
 WINDOWS = {
     "residual": "ladder",

@@ -40,8 +40,10 @@ def test_every_weight_has_its_place(kind: str) -> None:
     assert layer >= {"self_attn.o_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight"}
 
 
-def test_scaled_outputs_are_refused() -> None:
+def test_what_the_layers_do_not_have_is_refused() -> None:
     check_supported(tiny.config())
+    with pytest.raises(ValueError, match="the model has experts"):
+        check_supported(tiny.config(**tiny.FOUR))
     with pytest.raises(ValueError, match=r"residual_scaling is skipinit: .* Serve this model with"):
         check_supported(tiny.config(residual_scaling="skipinit"))
     with pytest.raises(ValueError, match="layer_norms is false"):

@@ -27,6 +27,12 @@ from tests.unit.hf import foreign, tiny
 MODELS = {
     **tiny.KINDS,
     **tiny.SCALED,
+    **tiny.EXPERTS,
+    "as Mixtral": {"residual": "standard", **tiny.FOUR},
+    "as Qwen3-MoE": {
+        **(tiny.FOUR | {"residual": "standard", "qk_norm": True}),
+        **{"mlp_only_layers": [1], "norm_topk_prob": False},
+    },
     "tied": {"residual": "ladder", "tie_word_embeddings": True},
     "parallel, tied": {"residual": "parallel", "tie_word_embeddings": True},
     "as Qwen2": {"residual": "standard", "qkv_bias": True},
