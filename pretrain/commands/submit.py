@@ -169,7 +169,11 @@ def _check_train(arguments: list[str], ranks: int, *, is_first: bool) -> Path:
     if is_first and is_here:
         from pretrain.start.preflight import preflight
 
-        preflight(config, ranks)
+        checked, folders, _ = preflight(config, ranks)
+        if config.watch.is_on:
+            from pretrain.evaluation.beside import check_watch
+
+            check_watch(checked, folders)
     else:
         from megatron_ladder.layers.attention.choice import check_attention
 

@@ -108,6 +108,10 @@ def _checked(argv: list[str], rank: Rank | None, watchdog: Watchdog) -> _Checked
     if rank is None and asked is not None:
         check_gpus(asked, "--nproc-per-node")
     config, folders, plan = preflight(config, ranks)
+    if config.watch.is_on:  # its imports take long
+        from pretrain.evaluation.beside import check_watch
+
+        check_watch(config, folders)
     return _Checked(config, folders, plan, ranks)
 
 

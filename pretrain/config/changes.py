@@ -16,6 +16,7 @@ _ANY_TIME = (
     "faults.",
     "parallel.",
     "profile.",
+    "watch.",
     "output_dir",
     "data.num_workers",
     "micro_batch_size",

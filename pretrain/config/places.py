@@ -13,6 +13,11 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         data=replace(config.data, paths=tuple(path.absolute() for path in config.data.paths)),
+        watch=replace(
+            config.watch,
+            data=tuple(path.absolute() for path in config.watch.data),
+            include_path=config.watch.include_path and config.watch.include_path.absolute(),
+        ),
         init_from=config.init_from and config.init_from.absolute(),
         branch_from=config.branch_from and config.branch_from.absolute(),
         output_dir=config.output_dir and config.output_dir.absolute(),
@@ -87,6 +92,11 @@ def found_from(run: Path, config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         data=replace(config.data, paths=tuple(map(found, config.data.paths))),
+        watch=replace(
+            config.watch,
+            data=tuple(map(found, config.watch.data)),
+            include_path=config.watch.include_path and found(config.watch.include_path),
+        ),
         init_from=config.init_from and found(config.init_from),
         branch_from=config.branch_from and found_trunk(config.branch_from),
         output_dir=run,

@@ -28,7 +28,9 @@ from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.past import Past
 from pretrain.config.profile import ProfileConfig
 from pretrain.config.side import check_side_run
+from pretrain.config.values import differences as differences
 from pretrain.config.values import from_dict, to_dict
+from pretrain.config.watch import WatchConfig
 from pretrain.files import write_atomically
 
 
@@ -152,6 +154,7 @@ class TrainConfig:
     wandb: bool = False
     faults: FaultConfig = field(default_factory=FaultConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     past: tyro.conf.Suppress[Past] = field(default_factory=Past)
     """What the steps trained so far had, where the fields above say otherwise; `train` writes it."""
 
@@ -234,6 +237,7 @@ class TrainConfig:
             )
         self._check_adapt()
         check_side_run(self)
+        self.watch.check(self.save_interval)
 
     def _check_cuts(self) -> None:
         """Refuses a sequence length that the ranks cannot divide among them."""
@@ -344,22 +348,6 @@ class TrainConfig:
                 "schedule runs them in groups of that size"
             )
         return count
-
-
-def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """The fields that differ: their dotted names, each with the old and the new value."""
-    a, b = _flat(to_dict(old)), _flat(to_dict(new))
-    return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict):
-            out |= _flat(item, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = item
-    return out
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

@@ -101,3 +101,19 @@ def _in_words(kind: Any) -> str:
         inner = typing.get_args(kind)
         return "a list" if inner[-1] is Ellipsis else f"a list of {len(inner)}"
     return _WORDS[kind]
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ: their dotted names, each with the old and the new value."""
+    a, b = _flat(to_dict(old)), _flat(to_dict(new))
+    return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            out |= _flat(item, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = item
+    return out

@@ -21,8 +21,8 @@ from pretrain.evaluation.needle import Haystack, run_needle
 from pretrain.evaluation.offline_tasks import ITEMS, run_task
 from pretrain.evaluation.options import EvalOptions
 from pretrain.evaluation.perplexity import measure_perplexity
-from pretrain.evaluation.results import FOLDER, Result, curve, grid, new_file, save, table
-from pretrain.run.folder import checkpoint_step, find_checkpoint
+from pretrain.evaluation.results import Result, curve, grid, new_file, save, table
+from pretrain.run.folder import EVALUATIONS, checkpoint_step, find_checkpoint
 from pretrain.run.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -84,9 +84,9 @@ def _place(options: EvalOptions) -> tuple[Path, int | None]:
     """The folder that results go to without --output-dir, and the checkpoint's step (None: not a run)."""
     if is_hf_folder(options.model):  # beside the model, since everything in its folder is published
         folder = options.model.resolve()
-        return folder.with_name(f"{folder.name}-{FOLDER}"), None
+        return folder.with_name(f"{folder.name}-{EVALUATIONS}"), None
     checkpoint = find_checkpoint(options.model)
-    return checkpoint.parents[1] / FOLDER, checkpoint_step(checkpoint)
+    return checkpoint.parents[1] / EVALUATIONS, checkpoint_step(checkpoint)
 
 
 def _facts(plain: PlainModel, step: int | None) -> dict[str, Any]:

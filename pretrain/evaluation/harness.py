@@ -11,8 +11,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_ladder.errors import UserError
+from pretrain.config.watch import OFFLINE
 from pretrain.convert.plain_model import PlainModel, is_hf_folder
-from pretrain.evaluation.options import OFFLINE
 
 
 def find_tasks(names: Sequence[str], include_path: Path | None) -> Any:

@@ -7,8 +7,7 @@ from typing import Literal
 import tyro
 
 from megatron_ladder.errors import UserError
-
-OFFLINE = ("perplexity", "last_word", "continuation", "needle")
+from pretrain.config.watch import OFFLINE
 
 
 @dataclass(frozen=True)

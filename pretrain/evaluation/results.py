@@ -7,14 +7,15 @@ same run at the same time.
 import json
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import is_whole, is_word, read_json, short
 from pretrain.files import write_atomically
+from pretrain.run.folder import EVALUATIONS
 
-FOLDER = "evaluations"
 MOST_BYTES, MOST = 256 << 20, (1 << 63) - 1
 FORMAT = "megatron-ladder-evaluation"
 
@@ -40,31 +41,51 @@ def save(path: Path, facts: dict[str, Any], results: list[Result]) -> None:
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def latest_results(run: Path) -> tuple[int, list[Result]] | None:
-    """The newest result of each task and data set, at the last step of the run that was measured.
-
-    Returns:
-        The step and the results; None when nothing was measured.
+def results_by_step(run: Path) -> dict[int, list[Result]]:
+    """For each step of the run that was measured, the newest result of each task and data set.
 
     Raises:
         UserError: a file in the run's folder of evaluations is not a file of results.
     """
     files = []
-    for path in sorted((run / FOLDER).glob("*.json")):
+    for path in sorted((run / EVALUATIONS).glob("*.json")):
         content = read_json(path, "a file of `megatron-ladder eval`", MOST_BYTES)
         if wrong := _wrong(content):
             raise UserError(
                 f"{path} is not a file of `megatron-ladder eval` ({wrong}): move it to another folder"
             )
         files.append((content["step"], content["unix_time"], content["results"]))
-    if not files:
-        return None
-    last = max(step for step, _, _ in files)
-    latest: dict[Any, Result] = {}
-    for _, _, results in sorted((f for f in files if f[0] == last), key=lambda f: f[1]):
+    latest: dict[int, dict[Any, Result]] = {}
+    for step, _, results in sorted(files, key=lambda file: file[:2]):
         for result in results:
-            latest[result["task"], result.get("data"), result.get("split")] = result
-    return last, list(latest.values())
+            name = (result["task"], result.get("data"), result.get("split"))
+            latest.setdefault(step, {})[name] = result
+    return {step: list(of_step.values()) for step, of_step in latest.items()}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A figure at a step."""
+
+    step: int
+    value: float
+    stderr: float | None
+
+
+def points_by_name(by_step: dict[int, list[Result]]) -> dict[str, list[Point]]:
+    """The figures of all steps: by task, data set and metric, in the order of the steps."""
+    found: dict[str, list[Point]] = {}
+    for step, results in sorted(by_step.items()):
+        for result in results:
+            where = f", {result['data']} {result['split']}" if "data" in result else ""
+            for metric, value in result["metrics"].items():
+                if "_stderr" in metric or type(value) not in (int, float):
+                    continue
+                stderr = result["metrics"].get(_stderr_of(metric))
+                known = float(stderr) if type(stderr) in (int, float) else None
+                name = f"{result['task']} {metric}{where}"
+                found.setdefault(name, []).append(Point(step, float(value), known))
+    return found
 
 
 def _wrong(content: dict[str, Any]) -> str:

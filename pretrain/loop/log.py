@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import deque
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from pretrain.run.metrics import MetricsLog, flops_per_token, peak_flops
 from pretrain.run.status import State, Status
 from pretrain.run.versions import versions
 from pretrain.start.initial import keep_initial
+from pretrain.watch.watch import Watch, scalars
 
 logger = logging.getLogger(__name__)
 
@@ -275,6 +277,20 @@ class RunLog:
             )
         self.allow_more()  # the next data set's validation, which may take as long
         self._step_started = time.perf_counter()
+
+    def beside(self) -> list[dict[str, Any]]:
+        """The lines on what earlier starts have done beside the training. Of the first rank."""
+        return self._log.beside if self._log else []
+
+    def watched(self, watch: Watch) -> None:
+        """Records what has come of checkpoints beside the training, and says what is being done."""
+        for news in watch.news() if self._log else []:
+            assert self._log is not None
+            found = scalars(news.facts.get("results", []))
+            self._log.beside_training(
+                news.kind, news.text, step=news.step, scalars=found, **news.facts
+            )
+        self._status.update(watch=watch.doing)
 
     def wait_for_lines(self) -> None:
         """Waits until the lines so far are on disk in metrics.jsonl. Any thread may call it."""

@@ -24,6 +24,7 @@ from pretrain.run.checkpoint import Progress, checkpoint_state, newest_valid
 from pretrain.run.checkpoint_files import sums, write_manifest
 from pretrain.run.folder import checkpoint_at, checkpoint_step, checkpoints
 from pretrain.sizes import in_units
+from pretrain.watch.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +50,10 @@ class CheckpointSaver:
     manager it stops deleting at the end; the next start goes on.
     """
 
-    def __init__(self, config: TrainConfig, log: RunLog) -> None:
+    def __init__(self, config: TrainConfig, log: RunLog, watch: Watch | None = None) -> None:
         self._config = config
         self._log = log
+        self._watch = watch
         self._saving: BackgroundSave | None = None
         self._is_completing = False
         self._completed: Future[str] | None = None  # of the first rank
@@ -127,13 +129,16 @@ class CheckpointSaver:
         self._visible = self._step
         self._log.saved(self._step)
         if dist.get_rank() == 0:
+            if self._watch:
+                self._watch.saved(self._step)
             self._deleted = self._thread.submit(self._delete_old, self._step)
         return True
 
     def wait_for_deletion(self) -> None:
-        """Waits until the old checkpoints are deleted. Otherwise the next start deletes them."""
+        """Waits until the old checkpoints are deleted, those too that were needed beside the training.
+        Otherwise the next start deletes them."""
         if dist.get_rank() == 0:
-            self._deleted.result()
+            self._thread.submit(self._delete, self._superfluous()).result()
 
     def newest(self) -> Path | None:
         """The newest valid checkpoint; None: there is none. It waits for the one that is being written."""
@@ -228,9 +233,12 @@ class CheckpointSaver:
         return result[0]
 
     def _superfluous(self) -> list[Path]:
-        """All checkpoints but the newest, and what a run has left half written or half deleted."""
+        """All checkpoints but the newest, and what a run has left half written or half deleted. Those that
+        are needed beside the training stay for now."""
         assert self._config.output_dir is not None
+        held = self._watch.held() if self._watch else set()
         old = checkpoints(self._config.output_dir)[: -self._config.keep_last]
+        old = [path for path in old if checkpoint_step(path) not in held]
         left = (self._config.output_dir / "checkpoints").glob("step_*.tmp")
         return [*old, *(path for path in left if path.stem[5:].isdigit())]
 

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import time
 from collections.abc import Collection
 from functools import partial
 from typing import Any
@@ -52,6 +53,10 @@ from pretrain.start.going_on.branch import begin_branch
 from pretrain.start.going_on.changes import changes_at_start
 from pretrain.start.initial import initial_checkpoint
 from pretrain.start.launch import STOPPED
+from pretrain.watch.watch import Watch
+
+WATCH_S = 0.5
+"""At a run's end, the time between two looks whether its last checkpoint is measured."""
 
 
 def train(
@@ -155,7 +160,8 @@ def _train(
     speed = RankSpeed(config, reads=data.reads)
     batches = data.received(speed.timed(data.training(progress.consumed_samples)))
     log = RunLog(config, progress.step, device, status, watchdog, changed)
-    saver = CheckpointSaver(config, log)
+    watch = Watch(config, folders, log.beside())
+    saver = CheckpointSaver(config, log, watch)
     profile = StepProfile(config)
     bad_steps = BadSteps(config, saver, progress.recent_losses)
     graph = StepGraph(model) if config.cuda_graph else None
@@ -218,7 +224,7 @@ def _train(
         with gathered_parameters(model):
             saver.save(progress, model, optimizer, scheduler, wait=wait)
 
-    with saver:
+    with saver, watch:
         if validates(progress.step):
             # A step is saved before it is validated, so a run may have ended between the two.
             evaluate(progress.step, done=log.validated(progress.step))
@@ -250,6 +256,7 @@ def _train(
             last = step == config.train_steps
 
             saver.complete()
+            log.watched(watch)
             if last or signal or step % config.save_interval == 0:
                 save(wait=last or bool(signal))
             if signal and not last:
@@ -264,6 +271,13 @@ def _train(
 
         profile.close()
         finished = progress.step == config.train_steps
+        while finished and by_first_of_groups(watch.is_busy):
+            log.doing("measuring")
+            log.watched(watch)
+            signal = signal or signals.agreed()
+            finished = not signal  # the next start does what is left
+            time.sleep(WATCH_S)
+        log.watched(watch)
         log.end(progress.step, "finished" if finished else f"signal {signal}")
         if finished:
             saver.wait_for_deletion()

@@ -13,6 +13,7 @@ from pretrain.report.evaluated import draw_needles, draw_positions
 from pretrain.report.pages import labels, render
 from pretrain.report.plots import draw_losses, draw_series
 from pretrain.report.runs import Lines, Run, read_run
+from pretrain.report.scores import MOST, draw_scores, names_of
 
 
 def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
@@ -40,6 +41,11 @@ def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
         "grad_norm": (draw_series(runs, "grad_norm"), "Gradient norm, before clipping"),
         "throughput": (draw_series(runs, "tokens_per_second"), "Tokens a second"),
     }
+    if names := names_of(runs):
+        title = "What `eval` measured at several steps, beside the loss"
+        if len(names) > MOST:
+            title += f"; the first {MOST} of {len(names)} figures"
+        pictures["scores"] = (draw_scores(runs), title)
     if any(run.results("by_position") for run in runs):
         title = "Loss against the number of tokens before a token, as `eval` measured it"
         pictures["loss_by_position"] = (draw_positions(runs), title)
@@ -99,6 +105,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         rows += [
             (f"{task} {metric}, {data}", value) for task, data, metric, value, _ in cells(results)
         ]
+    if exported := [line["folder"] for line in run.beside if line["kind"] == "export"]:
+        rows.append(("exported", ", ".join(dict.fromkeys(exported))))
     state = "finished" if run.finished else "in progress or stopped"
     rows.append(("state", state + (f", {run.restarts} restarts" if run.restarts else "")))
     return rows + _trouble(run)
@@ -150,6 +158,17 @@ def _trouble(run: Run) -> list[tuple[str, str]]:
                 f"the last bad step is {last['step']:,}: {in_words(last['reason'])}",
             )
         )
+    done = {(line["step"], line["kind"]) for line in run.beside}
+    failed = {
+        (line["step"], line["what"]): line["reason"]
+        for line in run.beside
+        if line["kind"] == "watch_failed"
+    }
+    for (step, what), reason in failed.items():
+        again = ", and later succeeded" if (step, what) in done else ""
+        rows.append((f"{what} of step {step:,}", f"failed: {in_words(reason)}{again}"))
+    if left := sorted(step for step, kind in done if kind == "watch_left_out"):
+        rows.append(("steps left out of the measurements", ", ".join(f"{step:,}" for step in left)))
     by_rank: dict[tuple[int, str, str], Lines] = {}
     for line in run.slow_ranks:
         by_rank.setdefault((line["rank"], line["host"], line["what"]), []).append(line)

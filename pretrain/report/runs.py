@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_ladder.errors import UserError
-from pretrain.evaluation.results import Result, latest_results
+from pretrain.evaluation.results import Point, Result, points_by_name, results_by_step
 from pretrain.run.goodput import Goodput, read_goodput
-from pretrain.run.metrics import read_metrics
+from pretrain.run.metrics import OF_WATCH, read_metrics
 
 Lines = list[dict[str, Any]]
 
@@ -34,6 +36,10 @@ class Run:
     finished: bool
     evaluated: tuple[int, list[Result]] | None
     """The step that `eval` measured last, and the results."""
+    scores: dict[str, list[Point]]
+    """By task, metric and data set: what `eval` has measured, by hand or beside the training."""
+    beside: Lines
+    """What has come of checkpoints beside the training; lines of the kinds OF_WATCH."""
     config_text: str = field(repr=False)
 
     def datasets(self) -> list[str]:
@@ -45,6 +51,12 @@ class Run:
     def results(self, having: str) -> list[Result]:
         """The results of `eval` that have this field."""
         return [result for result in (self.evaluated or (0, []))[1] if result.get(having)]
+
+    def tokens_at(self, step: int) -> float:
+        """The tokens of the first `step` steps, as far as its lines tell; between two, interpolated."""
+        known = [(m["step"], m["tokens"]) for m in [*self.train, *self.validation]]
+        steps, tokens = zip(*sorted({(0, 0), *known}), strict=True)
+        return float(np.interp(step, steps, tokens))
 
     def loss_at(self, dataset: str, seconds: float) -> float | None:
         """Validation loss after `seconds` of training time, interpolated between two validations.
@@ -69,6 +81,11 @@ def read_run(path: Path, label: str) -> Run:
         raise UserError(f"{path}/metrics.jsonl is empty: the run has not started yet")
     config = path / "config.json"
     train = by_kind.get("train", [])
+    evaluated = results_by_step(path)
+    if (
+        train
+    ):  # a step of which only a file is left: the run went back behind it, and is not there again
+        evaluated = {k: v for k, v in evaluated.items() if k <= train[-1]["step"]}
     goodput = read_goodput(path, train[-1]["time"] if train else 0.0)
     restarts = goodput.ends.total() if goodput else len(by_kind["start"]) - 1
     return Run(
@@ -84,7 +101,9 @@ def read_run(path: Path, label: str) -> Run:
         bad_steps=by_kind.get("bad_step", []),
         slow_ranks=by_kind.get("slow_rank", []),
         finished=any(line["reason"] == "finished" for line in by_kind.get("end", [])),
-        evaluated=latest_results(path),
+        evaluated=max(evaluated.items(), key=lambda item: item[0]) if evaluated else None,
+        scores=points_by_name(evaluated),
+        beside=[line for line in metrics if line["kind"] in OF_WATCH],
         config_text=config.read_text() if config.is_file() else "",
     )
 

@@ -30,6 +30,8 @@ BACKBONE = "backbone"
 INITIAL = "initial.json"
 TRUNK = "trunk.json"
 MERGED = "merged.json"
+EVALUATIONS = "evaluations"
+EXPORTS = "exports"
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

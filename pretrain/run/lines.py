@@ -20,7 +20,7 @@ NUMBERS = (
     *("expert_imbalance", "dropped_share"),
 )
 SHARES = ("mfu", "mfu_whole_sequences")
-WORDS = ("dataset", "what", "host", "name", "residual", "device", "state")
+WORDS = ("dataset", "what", "host", "name", "residual", "device", "state", "folder")
 TEXTS = ("reason",)  # what an error said, in many lines where it is of CUDA or of a checkpoint
 # By the kind of a line of metrics.jsonl.
 NEEDED = {
@@ -30,6 +30,10 @@ NEEDED = {
     "validation": ("step", "tokens", "time", "dataset", "loss", "perplexity"),
     "bad_step": ("step", "reason", "action", "passed_over"),
     "slow_rank": ("step", "rank", "host", "what", "seconds", "median"),
+    "evaluation": ("step",),
+    "export": ("step", "folder"),
+    "watch_failed": ("step", "what", "reason"),
+    "watch_left_out": ("step",),
     "end": ("step", "reason"),
 }
 STATUS = ("state", "step", "unix_time", "reason")

@@ -38,6 +38,8 @@ PEAK_FLOPS = (
 
 # Figures of a step of a model with experts (load_balance in pretrain/model/routers.py).
 OF_EXPERTS = ("expert_imbalance", "dropped_share")
+# Lines of what was done beside the training (pretrain/watch).
+OF_WATCH = ("evaluation", "export", "watch_failed", "watch_left_out")
 # So many values of TensorBoard wait for its thread before training does. Its own number is 10.
 _TENSORBOARD_QUEUE = 10_000
 
@@ -143,6 +145,8 @@ class MetricsLog:
             import wandb as wandb_package
 
             self._wandb = wandb_package.init(dir=run_dir, name=run_dir.name, config=config)
+            # W&B takes no figures of an earlier step than the last one.
+            self._wandb.define_metric("evaluation/*", step_metric="evaluation/step")
 
     def go_back(self, step: int) -> None:
         """Removes the lines of steps after `step`: training continues from that step's checkpoint."""
@@ -154,6 +158,7 @@ class MetricsLog:
         self._baselines = {m["dataset"] for m in kept if m["kind"] == "baseline"}
         last = [m for m in kept if m["kind"] == "validation" and m["step"] == step]
         self._validated = {step: [m["dataset"] for m in last]}
+        self.beside = [m for m in kept if m["kind"] in OF_WATCH]
         path = self._run_dir / "metrics.jsonl"
         self._file.close()
         write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept))
@@ -200,6 +205,23 @@ class MetricsLog:
         self._say(
             f"step {step}: validation loss on {dataset} {loss:.4f} (perplexity {perplexity:.2f})"
         )
+
+    def beside_training(
+        self, kind: str, text: str, *, step: int, scalars: dict[str, float], **facts: Any
+    ) -> None:
+        """Records what has come of a checkpoint beside the training, and prints `text`.
+
+        Args:
+            kind: one of OF_WATCH.
+            step: the checkpoint's; training has gone on meanwhile.
+            scalars: the figures of an evaluation.
+            facts: the line's other fields.
+        """
+        self.note(kind, text, step=step, **facts)
+        named = {f"evaluation/{name}": value for name, value in scalars.items()}
+        self._to_tensorboard(named, step)
+        if self._wandb and named:
+            self._wandb.log({**named, "evaluation/step": step})
 
     def save_failed(self, *, step: int, reason: str) -> None:
         """Records that a checkpoint could not be written."""
@@ -249,6 +271,11 @@ class MetricsLog:
             print(f"metrics.jsonl is not written yet, its lines are kept: {error}", file=sys.stderr)
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
+        self._to_tensorboard(values, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def _to_tensorboard(self, values: dict[str, float], step: int) -> None:
         if self._tensorboard:
             try:
                 for name, value in values.items():
@@ -256,8 +283,6 @@ class MetricsLog:
             except OSError as error:  # its writer does not recover
                 print(f"TensorBoard logging stops: {error}", file=sys.stderr)
                 self._tensorboard = None
-        if self._wandb:
-            self._wandb.log(values, step=step)
 
     def _say(self, text: str) -> None:
         """Prints a line at once. A program that reads it may have ended (`| head`): see `has_reader`."""

@@ -30,7 +30,9 @@ from pretrain.run.prometheus import device_figures, prometheus_text
 
 logger = logging.getLogger(__name__)
 
-State = Literal["starting", "training", "validating", "saving", "stopped", "finished", "failed"]
+State = Literal[
+    "starting", "training", "validating", "saving", "measuring", "stopped", "finished", "failed"
+]
 ENDED = ("stopped", "finished", "failed")
 
 INTERVAL_S = 1.0
@@ -61,6 +63,7 @@ class Status:
             "tokens_per_second": None,
             "eta_s": None,
             "last_checkpoint": None,
+            "watch": "",
             "starts": 1,
             "reason": "",
             "unix_time": time.time(),

@@ -16,7 +16,7 @@ from slurm.jobs.folders import Job, job_folders, read_job
 from slurm.jobs.local import local_facts
 from slurm.watch.history import read_history
 
-AT_WORK = ("starting", "training", "validating", "saving")
+AT_WORK = ("starting", "training", "validating", "saving", "measuring")
 # SLURM's reasons for a job's state, in plain words, and what to do.
 REASONS = {
     "Resources": "waits for free nodes",
@@ -77,7 +77,7 @@ def _read_status(run: Path) -> dict[str, Any] | None:
 
 
 def _is_right(name: str, value: Any) -> bool:
-    if name in ("state", "phase"):
+    if name in ("state", "phase", "watch"):
         return isinstance(value, str) and value.isprintable()
     if name == "reason":
         return isinstance(value, str)
@@ -104,6 +104,8 @@ def _run_lines(said: dict[str, Any], facts: list[list[Facts] | None]) -> list[st
             head += f", {rate:,.0f} tokens/s"
         if (eta := said.get("eta_s")) is not None:
             head += f", {duration(eta)} to go"
+        if beside := said.get("watch"):
+            head += f"; beside it: {beside}"
     checkpoint = said.get("last_checkpoint")
     line = f"last checkpoint: {'none yet' if checkpoint is None else f'step {checkpoint:,}'}"
     if (starts := said.get("starts")) is not None:

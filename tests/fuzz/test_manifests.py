@@ -22,7 +22,7 @@ from pretrain.config.presets import PRESETS
 from pretrain.config.train import load_config, to_dict
 from pretrain.data.folders import keep_facts, kept_facts, open_folder
 from pretrain.data.tokenizer_facts import added_to_pieces
-from pretrain.evaluation.results import latest_results, table
+from pretrain.evaluation.results import results_by_step, table
 from pretrain.model.staleness import saved_staleness
 from pretrain.report.runs import read_run
 from pretrain.run.bad_step import bad_steps_of
@@ -301,7 +301,7 @@ def test_what_runs_wrote(place: Path, seed: int) -> None:
         (run / "initial.json").write_bytes(odd_json(rng, {"checkpoint": "step_00000001", **FILES}))
         tried(lambda: read_run(run, "a"))
         tried(lambda: bad_steps_of(run))
-        tried(lambda: table((latest_results(run) or (0, []))[1]))
+        tried(lambda: [table(results) for results in results_by_step(run).values()])
         tried(lambda: damage(run / "checkpoint", read=True))
         tried(lambda: saved_staleness(run).order())
         tried(lambda: started_from(run))

@@ -10,7 +10,7 @@ import torch
 
 from megatron_ladder.errors import UserError
 from pretrain.cli import main
-from pretrain.evaluation.results import cells, latest_results, save, table
+from pretrain.evaluation.results import cells, results_by_step, save, table
 from pretrain.report.report import write_report
 from tests.unit.hf import tiny
 from tests.unit.pretrain.evaluation import eval_models
@@ -162,12 +162,12 @@ def test_the_report_shows_the_latest_of_the_last_step(tmp_path: Path) -> None:
         result = {"task": task, "data": "d", "split": "validation", "metrics": metrics, "items": 9}
         save(folder / f"{name}.json", {"step": step, "unix_time": moment}, [result])
 
-    assert latest_results(run) is None
+    assert results_by_step(run) == {}
     write("a", 10, 9.0, 0.111)
     write("z", 20, 2.0, 0.222)
     write("b", 20, 3.0, 0.333)
     write("c", 20, 1.0, 0.444, task="continuation")
-    step, results = latest_results(run)
+    step, results = max(results_by_step(run).items())
     assert step == 20
     assert sorted(result["metrics"]["accuracy"] for result in results) == [0.333, 0.444]
     html = write_report([run]).read_text()

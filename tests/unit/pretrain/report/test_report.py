@@ -14,6 +14,7 @@ from pretrain.evaluation.results import save
 from pretrain.report.evaluated import draw_needles, draw_positions, titled
 from pretrain.report.report import write_report
 from pretrain.report.runs import Run, read_run
+from pretrain.report.scores import draw_scores, names_of
 from pretrain.run.metrics import MetricsLog, flops_per_token, peak_flops, read_metrics
 
 PNG = b"\x89PNG"
@@ -261,3 +262,45 @@ def test_operations_and_peaks() -> None:
     assert flops_per_token(
         num_layers=1, hidden_size=2, seq_length=3, matmul_parameters=10
     ) == pytest.approx(60 + 72)
+
+
+def test_what_is_measured_at_several_steps_is_drawn(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "evaluations").mkdir()
+    for step, moment, accuracy in ((10, 1.0, 0.1), (20, 1.0, 0.9), (20, 2.0, 0.3), (30, 1.0, 0.4)):
+        metrics = {"accuracy": accuracy, "accuracy_stderr": 0.02, "once": 1.0}
+        if step < 20:
+            del metrics["once"]
+        result = {"task": "last_word", "data": "d", "split": "validation", "metrics": metrics}
+        path = run / "evaluations" / f"{step}-{moment}.json"
+        save(path, {"step": step, "unix_time": moment}, [result])
+    log = open_log(run, resume_step=20)
+    for kind, facts in (
+        ("evaluation", {"step": 20}),
+        ("export", {"step": 10, "folder": "exports/step_00000010"}),
+        ("watch_failed", {"step": 10, "what": "evaluation", "reason": "no network"}),
+        ("watch_failed", {"step": 20, "what": "evaluation", "reason": "killed"}),
+        ("watch_left_out", {"step": 15, "reason": "evaluation of step 10 took until step 20"}),
+    ):
+        log.note(kind, kind, **facts)
+    log.end(step=20, reason="finished")
+    found = read_run(run, "run")
+    # The newest of each step; step 30 is not one of this run any more.
+    points = found.scores["last_word accuracy, d validation"]
+    assert [(p.step, p.value, p.stderr) for p in points] == [(10, 0.1, 0.02), (20, 0.3, 0.02)]
+    assert found.tokens_at(15) == 1500
+    assert names_of([found]) == ["last_word accuracy, d validation"]
+    html = write_report([run]).read_text()
+    for text in (
+        "What `eval` measured at several steps, beside the loss",
+        "exports/step_00000010",
+        "failed: no network<",
+        "failed: killed, and later succeeded",
+        "steps left out of the measurements</th><td>15<",
+    ):
+        assert text in html, text
+    assert (run / "report/scores.png").read_bytes().startswith(PNG)
+    other = write_run(tmp_path / "other")
+    assert draw_scores([found]) != draw_scores([found, read_run(other, "other")])
+    fewer = replace(found, scores={name: [points[0]] for name in found.scores})
+    assert names_of([fewer]) == []

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,3 +95,51 @@ def test_what_was_validated_and_finished(tmp_path: Path) -> None:
     log.end(step=20, reason="finished")
     assert has_finished(tmp_path, 20) and not has_finished(tmp_path, 30)
     assert [m["kind"] for m in read_metrics(tmp_path)] == ["baseline", "validation", "end"]
+
+
+class Wandb:
+    """In place of its package: what is logged, with the step where one is given."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[dict[str, float], int | None]] = []
+
+    def init(self, **_: Any) -> "Wandb":
+        return self
+
+    def define_metric(self, names: str, *, step_metric: str) -> None:
+        assert (names, step_metric) == ("evaluation/*", "evaluation/step")
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        self.logged.append((values, step))
+
+    def finish(self) -> None:
+        pass
+
+
+def test_an_evaluation_is_of_an_earlier_step(tmp_path: Path, monkeypatch) -> None:
+    """W&B leaves out figures whose step is before the last one: they have an axis of their own."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"train_steps": 20, "tensorboard": True, "config": {}}
+    log = MetricsLog(tmp_path, resume_step=0, wandb=True, **options)
+    values = {"tokens": 1, "time": 1.0, "dataset": "d", "loss": 2.0, "perplexity": 7.4}
+    log.validation(step=12, **values)
+    facts = {"tokens": 5, "seconds": 3.0, "file": "evaluations/a.json", "results": []}
+    log.beside_training("evaluation", "measured", step=10, scalars={"toy/acc": 0.5}, **facts)
+    log.beside_training("export", "exported", step=10, scalars={}, folder="exports/a")
+    log.end(step=12, reason="signal SIGTERM")
+    assert wandb.logged == [
+        ({"validation/d": 2.0}, 12),
+        ({"evaluation/toy/acc": 0.5, "evaluation/step": 10}, None),
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("evaluation/toy/acc")] == [(10, 0.5)]
+    lines = [line for line in read_metrics(tmp_path) if line["step"] == 10]
+    assert lines[0] == {"kind": "evaluation", "step": 10, **facts}
+    again = MetricsLog(tmp_path, resume_step=10, wandb=False, **options)
+    assert [line["kind"] for line in again.beside] == ["evaluation", "export"]
+    earlier = MetricsLog(tmp_path, resume_step=9, wandb=False, **options)
+    assert earlier.beside == []

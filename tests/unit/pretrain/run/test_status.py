@@ -24,6 +24,7 @@ FIELDS = {
         "loss",
         "tokens_per_second",
         "eta_s",
+        "watch",
         "host",
         "pid",
     ),

@@ -36,6 +36,13 @@ def test_status_of_a_run(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     (run_dir / "status.json").write_text(json.dumps(starting))
     assert "starting (index files: 3 of 9 parts), step 1,200" in run(capsys, "status", "run")
     (run_dir / "status.json").write_text(json.dumps(STATUS))
+    (run_dir / "status.json").write_text(
+        json.dumps({**STATUS, "state": "measuring", "watch": "evaluation of step 1000"})
+    )
+    text = run(capsys, "status", "run")
+    assert "measuring, step 1,200" in text
+    assert "3 h 20 min to go; beside it: evaluation of step 1000\n" in text
+    (run_dir / "status.json").write_text(json.dumps(STATUS))
     # Killed: it could not say so.
     (slurm.folder / "SQUEUE").write_text("101|NODE_FAIL|NodeDown|1:02|1:00:00|node[0-1]\n")
     text = run(capsys, "status", "run")

@@ -1,0 +1,45 @@
+"""Checks before a training whether its checkpoints can be measured and exported beside it."""
+
+from collections.abc import Sequence
+
+import tyro
+
+from megatron_ladder.errors import UserError
+from pretrain.config.train import TrainConfig
+from pretrain.convert.plain_model import one_rank_model
+from pretrain.data.folders import DataFolder, open_folder
+from pretrain.data.sample import check_tokenizer
+from pretrain.evaluation.documents import open_split
+from pretrain.evaluation.harness import find_tasks
+from pretrain.evaluation.options import EvalOptions
+from pretrain.run.folder import checkpoint_at
+from pretrain.watch.commands import eval_arguments
+
+
+def check_watch(config: TrainConfig, folders: Sequence[DataFolder]) -> None:
+    """Makes the checks that `eval` and `export` would make of the run's first checkpoint, without it.
+
+    Args:
+        config: the run's configuration, which `preflight` has checked; something is done beside it.
+        folders: its data sets.
+
+    Raises:
+        UserError: a task does not exist or has no data, or the model can neither be measured nor exported.
+    """
+    watch, run_dir = config.watch, config.output_dir
+    assert run_dir is not None
+    one_rank_model(config.model, config.parallel.tensor_model_parallel_size, run_dir)
+    if not watch.tasks:
+        return
+    words = eval_arguments(config, folders, checkpoint_at(run_dir, 1), run_dir)[1:]
+    try:
+        options = tyro.cli(EvalOptions, args=words)
+    except UserError as error:
+        raise UserError(f"the tasks to measure checkpoints by: {error}") from error
+    own = folders[0]
+    for path in options.data_paths():
+        documents = open_split(open_folder(path), options.split)
+        if {"perplexity", "needle"}.intersection(watch.tasks):  # they use the data's own ids
+            check_tokenizer(documents.folder, own.path / own.tokenizer["file"], run_dir)
+    if names := options.harness_tasks():
+        find_tasks(names, options.include_path)

@@ -1,0 +1,1 @@
+"""Beside a training: its checkpoints are measured and exported, in a process of the lowest priority."""

@@ -1,0 +1,30 @@
+"""Becomes a command of `megatron-ladder` that disturbs a training as little as it can.
+
+    python -m pretrain.watch.child PID NICE COMMAND...     PID: of the process that starts it
+
+It ends when that process ends, and when memory is full, Linux ends it first. With NICE 19 its priority is
+the lowest.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from pretrain.processes import die_with_parent
+
+
+def main() -> None:
+    """Takes the priority and becomes the command. All of it outlasts `exec`."""
+    parent, nice, *command = sys.argv[1:]
+    die_with_parent(int(parent))
+    # The training's session is kept: Linux may share out time by sessions first (autogroup), and then
+    # compares priorities within one alone.
+    os.nice(int(nice))
+    with contextlib.suppress(OSError):  # only Linux has it
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    os.execv(command[0], command)  # noqa: S606 (a list, no shell)
+
+
+if __name__ == "__main__":
+    main()
