@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 
-import tyro
-
 from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig
+from pretrain.config.watch import OFFLINE
 from pretrain.convert.plain_model import one_rank_model
 from pretrain.data.folders import DataFolder, open_folder
 from pretrain.data.sample import check_tokenizer
 from pretrain.evaluation.documents import open_split
 from pretrain.evaluation.harness import find_tasks
 from pretrain.evaluation.options import EvalOptions
-from pretrain.run.folder import checkpoint_at
-from pretrain.watch.commands import eval_arguments
+from pretrain.watch.commands import measured_on
 
 
 def check_watch(config: TrainConfig, folders: Sequence[DataFolder]) -> None:
@@ -31,15 +29,20 @@ def check_watch(config: TrainConfig, folders: Sequence[DataFolder]) -> None:
     one_rank_model(config.model, config.parallel.tensor_model_parallel_size, run_dir)
     if not watch.tasks:
         return
-    words = eval_arguments(config, folders, checkpoint_at(run_dir, 1), run_dir)[1:]
+    data = measured_on(config, folders)
+    if set(OFFLINE).intersection(watch.tasks) and not data:
+        raise UserError(
+            "--watch.tasks: none of the run's data sets has a validation split to measure on: give another "
+            "data set with --watch.data, or tokenize with --validation-fraction"
+        )
     try:
-        options = tyro.cli(EvalOptions, args=words)
+        options = EvalOptions(run_dir, (tuple(data),), (watch.tasks,))
     except UserError as error:
-        raise UserError(f"the tasks to measure checkpoints by: {error}") from error
+        raise UserError(f"--watch.tasks: {error}") from error
     own = folders[0]
     for path in options.data_paths():
         documents = open_split(open_folder(path), options.split)
         if {"perplexity", "needle"}.intersection(watch.tasks):  # they use the data's own ids
             check_tokenizer(documents.folder, own.path / own.tokenizer["file"], run_dir)
     if names := options.harness_tasks():
-        find_tasks(names, options.include_path)
+        find_tasks(names, watch.include_path)

@@ -25,20 +25,27 @@ def eval_arguments(
     """The command line of `eval`, after `megatron-ladder`.
 
     Args:
-        folders: the run's data sets. Those with a validation split are measured on, if config.watch.data
-            names no others.
+        folders: the run's data sets.
     """
     watch = config.watch
     arguments = ["eval", str(checkpoint), "--output-dir", str(output_dir), "--tasks", *watch.tasks]
-    if set(OFFLINE).intersection(watch.tasks):
-        held_out = [folder.path for folder in folders if folder.tokens("validation")]
-        arguments += ["--data", *map(str, watch.data or held_out)]
+    if data := measured_on(config, folders):
+        arguments += ["--data", *map(str, data)]
     arguments += ["--max-tokens", str(watch.max_tokens)]
     if watch.limit is not None:
         arguments += ["--limit", str(watch.limit)]
     if watch.include_path is not None:
         arguments += ["--include-path", str(watch.include_path)]
     return arguments
+
+
+def measured_on(config: TrainConfig, folders: Sequence[DataFolder]) -> list[Path]:
+    """The data sets of the tasks that are made of some: those of the run that have a validation split, if
+    config.watch.data names no others. [] where there is no such task."""
+    if not set(OFFLINE).intersection(config.watch.tasks):
+        return []
+    held_out = [folder.path for folder in folders if folder.tokens("validation")]
+    return list(config.watch.data) or held_out
 
 
 def export_arguments(checkpoint: Path, output_dir: Path) -> list[str]:

@@ -134,7 +134,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands_themselves(text: Path, tmp_path: Path, exports: bool, monkeypatch) -> None:
     run = tmp_path / "run"
     options = ["--watch.tasks", "last_word", "--watch.limit", "5", "--schedule.train-steps", "4"]
-    options += ["--save-interval", "2", "--eval-interval", "0", "--data.num-workers", "0"]
+    options += ["--save-interval", "4", "--eval-interval", "0", "--data.num-workers", "0"]
     options += ["--watch.export-interval", "4"] if exports else []
     train(text, run, *options)
     ((step, (result,)),) = results_by_step(run).items()

@@ -14,10 +14,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import tyro
 
 from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig
 from pretrain.config.watch import WatchConfig
+from pretrain.evaluation.options import EvalOptions
 from pretrain.start.arguments import parse_train
 from pretrain.watch import commands
 from pretrain.watch.watch import News, Watch, scalars
@@ -252,6 +254,14 @@ def test_the_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     found = commands.eval_arguments(config, folders, Path("checkpoint"), Path("out"))
     assert " ".join(found) == (
         "eval checkpoint --output-dir out --tasks last_word toy --data a --max-tokens 1000000 --limit 7"
+    )
+    parsed = tyro.cli(EvalOptions, args=found[1:])
+    assert parsed == EvalOptions(
+        Path("checkpoint"),
+        ((Path("a"),),),
+        (("last_word", "toy"),),
+        limit=7,
+        output_dir=Path("out"),
     )
     config = configuration(tmp_path, "--watch.tasks", "perplexity", "--watch.data", "c", "d")
     assert "--data c d" in " ".join(commands.eval_arguments(config, folders, Path("x"), Path("y")))
