@@ -15,7 +15,8 @@ import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.end_ids import end_ids
 from megatron_ladder.hf.from_hf import read_hf_config
-from megatron_ladder.inference.cache import Part, check_batch
+from megatron_ladder.hf.model_config import experts_fields
+from megatron_ladder.inference.cache import Part, check_batch, widest
 from megatron_ladder.inference.requests import Sampling, check_text
 from megatron_ladder.json_files import in_words, short
 
@@ -109,7 +110,7 @@ def generate_text(
             kv_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None)
             or config.hidden_size // config.num_attention_heads,
-            ffn=config.intermediate_size,
+            ffn=widest(config.hidden_size, config.intermediate_size, experts_fields(config)),
             vocab_size=vocab_size,
             dtype=model.dtype,
             device=model.device,

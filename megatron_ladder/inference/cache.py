@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.errors import UserError
+from megatron_ladder.fields.experts import ExpertsConfig
 from megatron_ladder.free_memory import memory_here
 
 BLOCK_TOKENS = 16
@@ -163,7 +164,7 @@ class Part:
             heads=model.num_attention_heads // tp,
             kv_heads=model.kv_heads // tp,
             head_dim=model.head_dim,
-            ffn=max(model.ffn_hidden_size // tp, _ffn_of_experts(model, tp)),
+            ffn=widest(model.hidden_size, model.ffn_hidden_size, model.experts, tp),
             vocab_size=model.padded_vocab_size,
             dtype=config.params_dtype,
             device=next(chunk.parameters()).device,
@@ -219,17 +220,17 @@ class Part:
         return max(requests * keys_and_values, keys_and_values + 5 * tokens * longest)
 
 
-def _ffn_of_experts(model: ModelConfig, tp: int) -> int:
-    """The width of an MLP that takes as much for a token as a layer's experts do, where they get as many
-    tokens as they can: a copy of the token and an output for each choice, and the scores of all experts.
-    0 without experts."""
-    experts = model.experts
+def widest(hidden: int, ffn: int, experts: ExpertsConfig, tp: int = 1) -> int:
+    """The width of a rank's MLP, or of one that takes as much for a token as a layer's experts do.
+
+    The experts of a rank may get all tokens: a copy of the token and an output for each choice. Besides
+    there are the scores of all experts.
+    """
     if experts.num_moe_experts is None:
-        return 0
-    size = experts.expert_size(model.ffn_hidden_size)
-    routed = experts.moe_router_topk * (size + model.hidden_size // 2)
+        return ffn // tp
+    routed = experts.moe_router_topk * (experts.expert_size(ffn) + hidden // 2)
     shared = (experts.moe_shared_expert_intermediate_size or 0) // tp
-    return routed + shared + experts.num_moe_experts
+    return max(ffn // tp, routed + shared + experts.num_moe_experts)
 
 
 def usable_memory(device: torch.device) -> int:

@@ -11,7 +11,8 @@ def check_supported(config: Any) -> None:
     """
     if config.num_experts is not None:
         raise ValueError(
-            "the model has experts: the plug-in's layers have none. Serve this model with transformers"
+            "the model has experts: the plug-in's layers have none. Serve this model with "
+            "`megatron-ladder serve` or with transformers"
         )
     if not config.layer_norms:
         raise ValueError(

@@ -38,7 +38,15 @@ class Place:
         has_own_disk: nobody minds when it is full.
     """
 
-    def __init__(self, folder: Path, cluster: Cluster | None, *, has_own_disk: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        cluster: Cluster | None,
+        *,
+        has_own_disk: bool,
+        train: tuple[str, ...] = (),
+    ) -> None:
+        self._train = train
         self.folder, self.cluster, self.has_own_disk = folder, cluster, has_own_disk
         self._data = write_data_set(folder / "data", vocab_size=400)
         self._python = folder / "rank"
@@ -69,7 +77,8 @@ class Place:
         where = "--nodes 2 --spare-nodes 1" if self.cluster else "--ranks-per-node 2"
         train = f"train {OPTIONS} --schedule.train-steps {steps}"
         paths = ["--data.paths", str(self._data), "--output-dir", str(run)]
-        self._argv = ["submit", "--profile", str(profile), *where.split(), *train.split(), *paths]
+        command = [*train.split(), *self._train, *paths]
+        self._argv = ["submit", "--profile", str(profile), *where.split(), *command]
         self.submit_again()
 
     def submit_again(self) -> None:
@@ -162,8 +171,12 @@ class Place:
 
 
 @contextlib.contextmanager
-def make_place(folder: Path, launcher: str) -> Iterator[Place]:
-    """A place in an empty folder; SLURM's commands find its cluster meanwhile."""
+def make_place(folder: Path, launcher: str, train: tuple[str, ...] = ()) -> Iterator[Place]:
+    """A place in an empty folder; SLURM's commands find its cluster meanwhile.
+
+    Args:
+        train: more options of the trainings.
+    """
     # Mounted before nodes start: they live in mount namespaces of their own.
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
     has_own_disk = subprocess.run(mount, capture_output=True).returncode == 0
@@ -172,7 +185,7 @@ def make_place(folder: Path, launcher: str) -> Iterator[Place]:
             stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
         stack.enter_context(contextlib.chdir(ROOT))
         cluster = stack.enter_context(_cluster()) if launcher == "slurm" else None
-        place = Place(folder, cluster, has_own_disk=has_own_disk)
+        place = Place(folder, cluster, has_own_disk=has_own_disk, train=train)
         stack.callback(place.close)
         yield place
 

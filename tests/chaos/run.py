@@ -47,6 +47,8 @@ class Options:
     """slurm: a private cluster of three fake nodes, two of which train. local: torchrun."""
     kinds: tuple[str, ...] = ()
     """Of faults; none given: all that are possible here."""
+    train: tuple[str, ...] = ()
+    """More options of the training."""
     json: Path | None = None
     """Where to write the results."""
     markdown: Path | None = None
@@ -206,7 +208,7 @@ def chaos(options: Options, folder: Path) -> dict[str, Any]:
     Raises:
         AssertionError: the run did not end by itself, lost too much, or ended with other numbers.
     """
-    with make_place(folder, options.launcher) as place:
+    with make_place(folder, options.launcher, options.train) as place:
         kinds = list(options.kinds) or possible_kinds(place)
         if not place.has_own_disk:
             print("disk full is left out: mounting a file system is not permitted here")

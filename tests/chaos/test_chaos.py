@@ -15,6 +15,22 @@ def test_a_few_faults_on_this_machine(tmp_path: Path) -> None:
     print(table(results))
 
 
+EXPERTS = (
+    *("--model.residual", "ladder", "--model.experts.num-moe-experts", "4"),
+    *("--model.experts.moe-ffn-hidden-size", "48", "--parallel.expert-model-parallel-size", "2"),
+    *("--model.experts.moe-router-score-function", "sigmoid"),
+    "--model.experts.moe-router-enable-expert-bias",
+)
+
+
+@pytest.mark.slow
+def test_a_mixture_is_killed_and_goes_on(tmp_path: Path) -> None:
+    """Two ranks, each with half of the experts, in ladder layers; the biases' last move is not repeated."""
+    kinds = ("SIGKILL of a rank", "NaN")
+    results = chaos(Options(2, steps=20, launcher="local", kinds=kinds, train=EXPERTS), tmp_path)
+    assert {fault["kind"] for fault in results["faults"]} == set(kinds)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_thirty_faults_on_a_cluster(tmp_path: Path) -> None:

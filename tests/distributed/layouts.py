@@ -122,6 +122,17 @@ SCALED_EXPERTS: dict[str, Any] = {
     },
 }
 OF_EXPERTS |= LADDER_EXPERTS | PARALLEL_EXPERTS | SCALED_EXPERTS
+UNBALANCED_EXPERTS: dict[str, Any] = {
+    "unbalanced experts": {
+        **OF_EXPERTS["experts"],
+        "experts": replace(FOUR, moe_router_load_balancing_type="none"),
+    }
+}
+UNBALANCED_EXPERTS["list, unbalanced experts"] = {
+    **UNBALANCED_EXPERTS["unbalanced experts"],
+    "residual": "ladder",
+    "ladder_layers": (0, 1, 2, 3),
+}
 # Kinds that also run in halves.
 HALVES = {
     "standard in halves": "standard",
@@ -150,6 +161,11 @@ class Layout:
         return self.tp * self.pp * self.dp * self.cp
 
 
+def fields_of(kind: str) -> dict[str, Any]:
+    """What the kind has besides, of ModelConfig's fields."""
+    return (OF_EXPERTS | UNBALANCED_EXPERTS).get(kind) or KINDS[HALVES.get(kind, kind)]
+
+
 def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
@@ -159,7 +175,7 @@ def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
             vocab_size=VOCAB,
             max_position_embeddings=LENGTH,
             init_method_std=0.1,
-            **({"num_layers": 8} | (OF_EXPERTS.get(kind) or KINDS[HALVES.get(kind, kind)])),
+            **({"num_layers": 8} | fields_of(kind)),
         ),
         data=DataConfig(seq_length=LENGTH),
         # Adam divides by |gradient| + eps: a small eps would make rounding errors of gradients

@@ -43,9 +43,19 @@ LAYOUTS = [
     Layout(pp=2, vpp=2, accumulation=4),
     Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4),
 ]
+WITH_EXPERTS = [
+    Layout(accumulation=4),
+    Layout(dp=2, ep=2),
+    Layout(cp=2, ep=2, accumulation=2),
+    Layout(pp=2, dp=2, ep=2, accumulation=2),
+]
 
 
-KINDS = {"list": "standard", "some parallel-ladder": "parallel"}
+KINDS = {
+    "list": "standard",
+    "some parallel-ladder": "parallel",
+    "list, unbalanced experts": "unbalanced experts",
+}
 """What a model becomes, and what it was."""
 
 
@@ -164,6 +174,8 @@ def adapt_plainly(config: TrainConfig, base: Path) -> dict[str, list[float]]:
         ("list", LAYOUTS),
         ("some parallel-ladder", [Layout(tp=2, sp=True, recompute="full")]),
         pytest.param("some parallel-ladder", LAYOUTS, marks=pytest.mark.slow),
+        ("list, unbalanced experts", [Layout(tp=2, sp=True, ep=2)]),
+        pytest.param("list, unbalanced experts", WITH_EXPERTS, marks=pytest.mark.slow),
     ],
 )
 def test_every_layout_adapts_as_plain_pytorch(

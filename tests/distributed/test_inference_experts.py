@@ -9,6 +9,7 @@ import torch
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.fields.experts import ExpertsConfig
+from megatron_ladder.inference.cache import widest
 from megatron_ladder.inference.experts import ranks_of_experts, without_capacity
 from pretrain.config.presets import PRESETS
 from pretrain.run.checkpoint import load_weights
@@ -141,6 +142,14 @@ def test_experts_are_on_as_many_ranks_as_can_be() -> None:
         assert ranks_of_experts(model, ParallelConfig(tensor_model_parallel_size=tp)) == ranks
     dense = replace(MODEL, experts=ExpertsConfig())
     assert ranks_of_experts(dense, ParallelConfig(tensor_model_parallel_size=2)) == 1
+
+
+def test_the_width_of_experts_is_of_all_choices() -> None:
+    assert widest(32, 64, ExpertsConfig()) == 64 and widest(32, 64, ExpertsConfig(), 2) == 32
+    # Two choices, each 24 wide with two copies of 32; four scores; on each of two ranks half of 16.
+    assert widest(32, 64, SHARED) == 2 * (24 + 16) + 16 + 4
+    assert widest(32, 64, SHARED, 2) == 2 * (24 + 16) + 8 + 4
+    assert widest(32, 600, SHARED) == 600
 
 
 def test_an_engine_drops_no_token() -> None:

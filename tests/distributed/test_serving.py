@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from megatron_ladder.config import ModelConfig
+from megatron_ladder.fields.experts import ExpertsConfig
 from megatron_ladder.hf.convert import hf_to_megatron
 from megatron_ladder.hf.export import export_folder
 from megatron_ladder.hf.generate import generate_text
@@ -35,7 +36,7 @@ PROMPT = "the first time"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported ladder model, whose text varies, with a chat template."""
+    """An exported ladder model with experts in some layers, whose text varies, with a chat template."""
     place = tmp_path_factory.mktemp("served")
     tokenizer = train_sentencepiece(place, "bpe")
     model = ModelConfig(
@@ -48,6 +49,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=CONTEXT,
         ladder_layers=3,
         share_embeddings_and_output_weights=False,
+        experts=ExpertsConfig(
+            num_moe_experts=4,
+            moe_ffn_hidden_size=48,
+            moe_shared_expert_intermediate_size=32,
+            moe_layer_freq=(0, 1, 1, 0),
+        ),
     )
     config = to_hf_config(model, eod_id=2)
     torch.manual_seed(4)

@@ -58,10 +58,12 @@ def tokenize(source: Path, tokenizer: Path, out: Path, *options: str) -> Path:
 
 
 def make_run(folder: Path, tokenizer: Path) -> tuple[Path, Path]:
-    """A run of a ladder model with a SentencePiece tokenizer, and its exported folder."""
+    """A run of a ladder model with experts in two of its layers and a SentencePiece tokenizer, and its
+    exported folder."""
     torch.manual_seed(1)
     published = folder / "published"
-    tiny.model(residual="ladder").save_pretrained(published)
+    experts = {**tiny.FOUR, "mlp_only_layers": [0, 2]}
+    tiny.model(residual="ladder", **experts).save_pretrained(published)
     shutil.copyfile(tokenizer, published / "tokenizer.model")
     import_model(published, folder / "run")
     shutil.rmtree(folder / "run" / "imported")  # as if it had been trained here
