@@ -51,7 +51,9 @@ def flops(model: ModelConfig, tokens: int, seq_length: int) -> float:
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         seq_length=seq_length,
-        matmul_parameters=model.num_parameters(embeddings=False) - model.hidden_size,
+        # Of the layers: what a token goes through, without the head.
+        matmul_parameters=model.num_matmul_parameters()
+        - model.padded_vocab_size * model.hidden_size,
     )
 
 

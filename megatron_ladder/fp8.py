@@ -16,8 +16,9 @@ CAPABILITIES: dict[Fp8Recipe, tuple[tuple[int, int], str]] = {
     "blockwise": ((9, 0), "Hopper and later"),
     "mxfp8": ((10, 0), "data-centre Blackwell"),
 }
-# The recipes that are tested with a mixture of experts. delayed would keep a history for each expert.
-OF_EXPERTS: tuple[Fp8Recipe, ...] = ("tensorwise", "blockwise")
+# The recipes that go with a mixture of experts. delayed has a history for each expert; megatron-core would
+# store them in another order than Transformer Engine has them.
+OF_EXPERTS: tuple[Fp8Recipe, ...] = ("tensorwise", "blockwise", "mxfp8")
 # Two more requirements of Transformer Engine. Its blockwise GEMM needs the cuBLAS of CUDA 12.9. Its mxfp8
 # needs a compute capability below MXFP8_BELOW: from there on it does not have all layouts of that GEMM.
 BLOCKWISE_CUDA, MXFP8_BELOW = (12, 9), (12, 0)
@@ -75,7 +76,8 @@ def check_fp8(
     if has_experts and (fp8.recipe not in OF_EXPERTS or fp8.primary_weights):
         raise UserError(
             f"fp8.recipe {fp8.recipe} {'with fp8.primary_weights ' * fp8.primary_weights}does not go with "
-            f"experts yet: give {' or '.join(OF_EXPERTS)} alone, or leave model.experts.num_moe_experts out"
+            f"experts yet: give one of {', '.join(OF_EXPERTS)} alone, or leave "
+            "model.experts.num_moe_experts out"
         )
     if precision != "bf16":
         raise UserError(

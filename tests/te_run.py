@@ -7,9 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_ladder.config import ModelConfig, ParallelConfig
+from megatron_ladder.fields.experts import ExpertsConfig
 from megatron_ladder.layers.attention.context import tokens_of
 from megatron_ladder.layers.attention.documents import Documents
 from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
@@ -41,6 +43,13 @@ LAYOUTS = {
 }
 VOCAB, LAYERS, BATCH, LENGTH = 512, 3, 2, 64
 
+EXPERTS = ExpertsConfig(
+    num_moe_experts=4,
+    moe_ffn_hidden_size=256,
+    moe_shared_expert_intermediate_size=128,
+    moe_router_load_balancing_type="none",
+)
+
 # TE's fused norm + linear, of standard layers, has the norm's weight.
 FUSED = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -67,6 +76,25 @@ def model_of(kind: str) -> ModelConfig:
         init_method_std=0.05,
         **KINDS[kind],
     )
+
+
+def model_with_experts(kind: str) -> ModelConfig:
+    return replace(model_of(kind), experts=EXPERTS)
+
+
+def send_by_chance() -> None:
+    """Each layer's tokens go to experts drawn by its number, unevenly, and to one none: a route that flips
+    by rounding would hide all else. For the whole process."""
+
+    def routing(self: Any, logits: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        logits = logits.view(-1, self.num_experts)
+        generator = torch.Generator().manual_seed(self.layer_number)
+        likely = torch.tensor([4.0, 1.0, 0.0, 2.0]).expand(len(logits), -1)
+        chosen = torch.multinomial(likely, self.topk, generator=generator).to(logits.device)
+        taken = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+        return logits.float().masked_fill(~taken, -torch.inf).softmax(-1), taken
+
+    TopKRouter.routing = routing
 
 
 class Run:

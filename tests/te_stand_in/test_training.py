@@ -15,6 +15,7 @@ from tests.oracle import plain_model
 from tests.te_stand_in import MARKS
 
 pytestmark = MARKS
+EXPERTS = ["--model.experts.num-moe-experts", "4", "--model.experts.moe-ffn-hidden-size", "64"]
 
 
 def losses(run: Path) -> list[float]:
@@ -43,6 +44,9 @@ def train(data: Path, run: Path, *options: str) -> None:
         ["--fp8.recipe", "tensorwise", "--fp8.primary-weights"],
         ["--fp8.recipe", "blockwise", "--fp8.primary-weights"],
         ["--optimizer.moments", "bf16"],
+        EXPERTS,
+        [*EXPERTS, "--fp8.recipe", "tensorwise"],
+        [*EXPERTS, "--fp8.recipe", "blockwise", "--model.residual", "standard"],
     ],
     ids=" ".join,
 )

@@ -103,7 +103,7 @@ def test_what_experts_cannot_do_yet_is_refused_before_ranks_start(
         (
             Fp8Config("delayed"),
             {},
-            "recipe delayed does not go with experts yet: give tensorwise or",
+            "recipe delayed does not go with experts yet: give one of",
         ),
         (Fp8Config("tensorwise", primary_weights=True), {}, "with fp8.primary_weights does not go"),
         (Fp8Config("blockwise"), {"moe_ffn_hidden_size": 24}, "moe_ffn_hidden_size, 24, is not a"),
