@@ -120,6 +120,16 @@ def connections(count: int) -> Part:
     return benchmark("overlap", options, 60, name=f"connections-{count}", **variables)
 
 
+def experts() -> Part:
+    """A rank of EP=8 with layers of DeepSeek-V2-Lite's shape: how much of the all-to-alls' time is hidden?
+    One of 16,384 tokens takes about a millisecond over NVSwitch."""
+    options = (
+        "--fake-ranks 8 --experts 64 --top-k 6 --hidden-size 2048 --expert-size 1408 --layers 6"
+    )
+    options += " --seq-length 4096 --micro-batch-size 4 --link-ms 1 --steps 8"
+    return benchmark("kinds/experts", options, 90, name="experts-link", **queues(True))
+
+
 # 25.7 million parameters without the embedding. The micro-batches keep the GPU longer than Python takes to
 # launch their kernels.
 LEARNING = """--text --work-dir WORK --seeds 1 --target llama-3-8b llama-3-70b:64 --preset paper-1b
@@ -158,6 +168,7 @@ def parts() -> list[Part]:
         kinds("70b", "nvswitch", layers=8),
         kinds("70b", "nvswitch", layers=8, sp=True),
         kinds("8b", "p2p-off", layers=6),
+        experts(),
         overlap("70b", "nvswitch", sp=True),
         overlap("8b", "nvswitch"),
         overlap("8b", "nvswitch", sp=True),

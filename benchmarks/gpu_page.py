@@ -44,6 +44,22 @@ def script(name: str) -> ModuleType:
     return module
 
 
+def hidden_experts_table(report: Report) -> str:
+    lines = [
+        [
+            row["kind"],
+            row["pass"],
+            f"{1e3 * row['without_link_s']:.2f}",
+            f"{1e3 * row['link_s']:.2f}",
+            f"{1e3 * row['added_s']:.2f}",
+            f"{row['hidden_share']:.2f} ± {row['plus_or_minus']:.2f}",
+        ]
+        for row in report["rows"]
+    ]
+    titles = ["layers", "pass", "without the link, ms", "link, ms", "the link adds, ms"]
+    return facts.markdown([*titles, "hidden share"], lines)
+
+
 def by_shape(
     rows: list[dict[str, Any]], titles: list[str], cells: Callable[[dict[str, Any]], list[str]]
 ) -> str:
@@ -299,6 +315,11 @@ def page(folder: Path) -> str:
         ("Training steps", [*named("training"), "cuda-graph"], of_one(training_table)),
         ("Hidden share of a modelled link, TP=8", named("overlap"), hidden_table),
         ("All kinds of layers over a modelled link, TP=8", named("kinds"), kinds_table),
+        (
+            "All-to-alls of experts over a modelled link, EP=8",
+            ["experts-link"],
+            of_one(hidden_experts_table),
+        ),
         ("Hardware queues", named("connections"), connections_table),
         ("Learning", ["learning"], of_one(learning_table)),
         ("Learning rates", ["rates-of-learning"], of_one(rates_table)),

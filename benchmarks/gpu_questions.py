@@ -71,6 +71,16 @@ Real ranks: **the link is modelled**, as above. Whether a kind learns as well: t
 [learning](learning.md). The best layout of each kind: here all have the same. Kernels that hide a GEMM's
 communication behind the same GEMM: [what others report](overlap.md#what-others-report).""",
     ),
+    "All-to-alls of experts over a modelled link, EP=8": Words(
+        question="""\
+How much of the time of the experts' all-to-alls do ladder layers hide, as rank 0 of 8 (the shape of
+DeepSeek-V2-Lite's layers, without MLA)? Standard layers wait for each at once: their share says how far the
+others may be off.""",
+        wanted="0.9 of the most that the number of layers allows, with a shared expert.",
+        not_shown="""\
+Real ranks: **the link is modelled**, as above. Uneven experts, and the exchange of numbers of tokens: what
+experts get is padded to the mean. Learning.""",
+    ),
     "Hardware queues": Words(
         question="""\
 Does the number of hardware queues (`CUDA_DEVICE_MAX_CONNECTIONS`: 1, 2, 8, 32) hold back the second stream

@@ -1,6 +1,10 @@
 """Do ladder layers hide the all-to-alls of their experts? Two CPU ranks, expert parallel, a modelled link.
 
     python benchmarks/kinds/experts.py --json FILE
+    python benchmarks/kinds/experts.py --fake-ranks 8 --experts 64 ... --json FILE      # on one GPU
+
+With --fake-ranks this process is one of so many ranks, and there are no others: all-to-alls move nothing,
+and take time on the modelled link alone. What experts get is padded to the mean: no rank says its numbers.
 
 Each kind of layers runs forward and backward of one micro-batch over a link that takes --link-ms for an
 all-to-all of evenly spread tokens (and as much less for a smaller message), and over a link that takes no
@@ -32,7 +36,7 @@ from measuring.options import parser_of  # noqa: E402
 from measuring.overlap.clock import restart, use_processor_time  # noqa: E402
 from measuring.overlap.hidden import half_width  # noqa: E402
 from megatron_ladder import cpu_platform  # noqa: E402
-from megatron_ladder.config import ModelConfig, ParallelConfig  # noqa: E402
+from megatron_ladder.config import ModelConfig, ParallelConfig, Precision  # noqa: E402
 from megatron_ladder.fields.experts import ExpertsConfig  # noqa: E402
 from megatron_ladder.mcore_compat import (  # noqa: E402
     build_gpt_model,
@@ -43,11 +47,10 @@ from pretrain.bench import wire  # noqa: E402
 from pretrain.bench.interleaved import measure  # noqa: E402
 from pretrain.bench.wire import over  # noqa: E402
 from pretrain.files import write_atomically  # noqa: E402
-from pretrain.ranks import launched_rank  # noqa: E402
+from pretrain.ranks import launched_rank, take_gpu  # noqa: E402
 from pretrain.start.launch import become_torchrun  # noqa: E402
 
-RANKS, TOP = 2, 2
-PARALLEL = ParallelConfig(expert_model_parallel_size=RANKS)
+RANKS = 2
 KINDS = {
     "standard, shared expert": ("standard", True),
     "ladder, shared expert": ("ladder", True),
@@ -72,18 +75,20 @@ def model_of(args: argparse.Namespace, residual: Any, shared: bool) -> ModelConf
         max_position_embeddings=args.seq_length,
         residual=residual,
         experts=ExpertsConfig(
-            num_moe_experts=4,
-            moe_router_topk=TOP,
+            num_moe_experts=args.experts,
+            moe_router_topk=args.top_k,
             moe_ffn_hidden_size=args.expert_size,
             moe_shared_expert_intermediate_size=args.expert_size if shared else None,
+            moe_expert_capacity_factor=1.0 if args.fake_ranks else None,
+            moe_pad_expert_input_to_capacity=bool(args.fake_ranks),
         ),
     )
 
 
 def one_pass(model: Any, args: argparse.Namespace, link_s: float) -> tuple[float, float, float]:
     """Seconds of forward and backward, and of the link in each of the two passes (they are alike)."""
-    tokens = args.micro_batch_size * args.seq_length * TOP
-    whole = tokens * args.hidden_size * 4
+    tokens = args.micro_batch_size * args.seq_length * args.top_k
+    whole = tokens * args.hidden_size * model.config.params_dtype.itemsize
     spent: list[float] = []
 
     def seconds(_operation: str, size: int) -> float:
@@ -92,16 +97,20 @@ def one_pass(model: Any, args: argparse.Namespace, link_s: float) -> tuple[float
 
     generator = torch.Generator().manual_seed(dist.get_rank())
     shape = (args.micro_batch_size, args.seq_length)
-    batch = torch.randint(0, 128, shape, generator=generator)
-    positions = torch.arange(args.seq_length).expand(shape)
+    here = torch.cuda.current_device()
+    batch = torch.randint(0, 128, shape, generator=generator).to(here)
+    positions = torch.arange(args.seq_length, device=here).expand(shape)
     model.zero_grad(set_to_none=True)
     dist.barrier()
+    torch.cuda.synchronize()
     restart()
     with over(parallel_state.get_expert_model_parallel_group(), seconds):
         begin = wire.time.perf_counter()
         loss = model(batch, positions, None, labels=batch).mean()
+        torch.cuda.synchronize()
         middle = wire.time.perf_counter()
         loss.backward()
+        torch.cuda.synchronize()
         end = wire.time.perf_counter()
     return middle - begin, end - middle, sum(spent) / 2
 
@@ -110,8 +119,11 @@ def median_of(values: list[float], chosen: list[int]) -> float:
     return statistics.median(values[i] for i in chosen)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
+    parser.add_argument("--fake-ranks", type=int, help="see above; without it two CPU ranks")
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--top-k", type=int, default=2, help="experts of a token")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--expert-size", type=int, default=512)
@@ -119,17 +131,39 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--link-ms", type=float, default=6.0)
     parser.add_argument("--steps", type=int, default=15)
-    args = parser.parse_args()
-    if launched_rank() is None:
+    return parser.parse_args()
+
+
+def join(args: argparse.Namespace) -> tuple[str, ParallelConfig]:
+    """Makes the ranks. Returns the device's name, and the layout."""
+    on_cpu = cpu_platform.enable()
+    if args.fake_ranks:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        if not on_cpu:
+            take_gpu()
+        store = FakeStore()
+        dist.init_process_group("fake", store=store, rank=0, world_size=args.fake_ranks)
+    else:
+        dist.init_process_group("gloo")
+    if on_cpu:
+        use_processor_time()
+    parallel = ParallelConfig(expert_model_parallel_size=args.fake_ranks or RANKS)
+    initialize_model_parallel(parallel, seed=1)
+    return "cpu" if on_cpu else torch.cuda.get_device_name(), parallel
+
+
+def main() -> None:
+    args = arguments()
+    if not args.fake_ranks and launched_rank() is None:
         become_torchrun(RANKS, *sys.argv)
-    use_processor_time()
-    cpu_platform.enable()
-    dist.init_process_group("gloo")
-    initialize_model_parallel(PARALLEL, seed=1)
+    device, parallel = join(args)
+    precision: Precision = "fp32" if device == "cpu" else "bf16"
     runs: dict[tuple[str, str], Callable[[], tuple[float, ...]]] = {}
     for name, (residual, shared) in KINDS.items():
         model = model_of(args, residual, shared)
-        (gpt,) = build_gpt_model(model, transformer_config(model, PARALLEL))
+        config = transformer_config(model, parallel, precision=precision)
+        (gpt,) = build_gpt_model(model, config)
         for link, link_s in (("link", args.link_ms / 1e3), ("none", 0.0)):
             runs[name, link] = partial(one_pass, gpt.train(), args, link_s)
     times = measure(runs, args.steps)
@@ -161,7 +195,7 @@ def main() -> None:
                 f"{row['hidden_share']:5.2f} +- {row['plus_or_minus']:.2f} (at most {row['most']:.2f})"
             )
         if args.json:
-            report = {**header("cpu", args), "rows": rows}
+            report = {**header(device, args), "rows": rows}
             write_atomically(args.json, json.dumps(report, indent=1) + "\n")
     dist.barrier()
     dist.destroy_process_group()
