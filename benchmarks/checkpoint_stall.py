@@ -24,7 +24,9 @@ from measuring import facts
 from measuring.batches import random_batch
 from measuring.options import parser_of
 from megatron_ladder.config import ModelConfig
-from pretrain.config.train import DataConfig, ScheduleConfig, TrainConfig
+from pretrain.config.data import DataConfig
+from pretrain.config.schedule import ScheduleConfig
+from pretrain.config.train import TrainConfig
 from pretrain.loop.log import RunLog
 from pretrain.loop.saving import CheckpointSaver
 from pretrain.loop.step import train_step

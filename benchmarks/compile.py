@@ -27,7 +27,8 @@ from measuring.options import parser_of
 from measuring.rows import Rows
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from pretrain.bench.interleaved import measure, quotients
-from pretrain.config.train import DataConfig, TrainConfig
+from pretrain.config.data import DataConfig
+from pretrain.config.train import TrainConfig
 from pretrain.data.batches import to_device
 from pretrain.loop.step import train_step
 from pretrain.model.setup import build, start_ranks
@@ -105,7 +106,7 @@ class Run:
         )
 
     def _train(self) -> tuple[float, float]:
-        loss, norm, _ = train_step(*self._parts, self._batches, self._config)
+        loss, norm, *_ = train_step(*self._parts, self._batches, self._config)
         torch.cuda.synchronize()
         return loss, norm
 

@@ -28,7 +28,8 @@ from measuring.precisions import PRECISIONS, precision_of
 from measuring.rows import Rows
 from megatron_ladder.config import ParallelConfig
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import ScheduleConfig, TrainConfig
+from pretrain.config.schedule import ScheduleConfig
+from pretrain.config.train import TrainConfig
 from pretrain.data.batches import Batch
 from pretrain.loop.step import train_step
 from pretrain.model.setup import build, start_ranks
@@ -96,7 +97,7 @@ def train(precision: str, text: torch.Tensor, args: argparse.Namespace) -> tuple
     losses = []
     data = batches(config, text)
     for step in range(1, args.steps + 1):
-        loss, _, _ = train_step(model, optimizer, scheduler, data, config)
+        loss, *_ = train_step(model, optimizer, scheduler, data, config)
         losses.append(loss)
         if step % 50 == 0:
             print(f"{precision}: step {step} of {args.steps}, loss {loss:.4f}", flush=True)

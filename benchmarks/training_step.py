@@ -80,7 +80,7 @@ def measure(case: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
 
     def step() -> None:
         begin = time.perf_counter()
-        loss, _, _ = train_step(model, optimizer, scheduler, batches, config, graph=graph)
+        loss, *_ = train_step(model, optimizer, scheduler, batches, config, graph=graph)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
         losses.append(loss)

@@ -41,38 +41,63 @@ def _desync(model: ModelConfig) -> bool:
 
 def loss(plain: LadderForCausalLM, model: ModelConfig, tp: int, tokens: Tensor) -> Tensor:
     """Mean cross-entropy of [batch, length + 1] tokens; `tp` matters to desync alone."""
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    logits = desync_logits(plain, model, tp, inputs) if _desync(model) else plain(inputs).logits
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return _loss_of(_logits(plain, model, tp, tokens), tokens)
+
+
+def _logits(plain: LadderForCausalLM, model: ModelConfig, tp: int, tokens: Tensor) -> Tensor:
+    inputs = tokens[:, :-1]
+    return desync_logits(plain, model, tp, inputs) if _desync(model) else plain(inputs).logits
+
+
+def _loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def train_losses(
     plain: LadderForCausalLM, config: TrainConfig, tp: int, batches: list[Tensor]
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Each batch's loss, and the first's gradients by Hugging Face's names."""
+    """Each batch's loss, and the first's gradients by Hugging Face's names. Gradients are of the loss and
+    z-loss. `plain` is trained."""
     o = config.optimizer
-    decayed = [p for p in plain.parameters() if p.dim() > 1]
-    others = [p for p in plain.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": o.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=o.lr,
-        betas=(o.adam_beta1, o.adam_beta2),
-        eps=o.adam_eps,
-    )
+    by_muon = o.optimizer == "muon"
+    matrices = [
+        p for n, p in plain.named_parameters() if p.dim() == 2 and "layers" in n and by_muon
+    ]
+    rest = [p for p in plain.parameters() if all(p is not m for m in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in rest if p.dim() > 1], "weight_decay": o.weight_decay},
+                {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0},
+            ],
+            lr=o.lr,
+            betas=(o.adam_beta1, o.adam_beta2),
+            eps=o.adam_eps,
+        )
+    ]
+    if by_muon:  # a Hugging Face model has a matrix for each projection
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=o.lr,
+                weight_decay=o.weight_decay,
+                momentum=o.muon_momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
     assert config.schedule.min_lr_fraction == 1
     assert config.warmup_steps == 0
     losses, gradients = [], {}
     for batch in batches:
-        optimizer.zero_grad()
-        value = loss(plain, config.model, tp, batch)
-        value.backward()
+        plain.zero_grad()
+        logits = _logits(plain, config.model, tp, batch)
+        value = _loss_of(logits, batch)
+        (value + o.z_loss_coeff * logits.logsumexp(-1).square().mean()).backward()
         if not gradients:
             gradients = {n: p.grad.clone() for n, p in plain.named_parameters()}
         torch.nn.utils.clip_grad_norm_(plain.parameters(), o.clip_grad)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(value.item())
     return losses, gradients
 

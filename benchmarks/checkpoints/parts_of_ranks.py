@@ -41,7 +41,9 @@ from measuring.options import parser_of
 from megatron_ladder.config import ModelConfig
 from megatron_ladder.mcore_checkpoints import BackgroundSave, SharedSaving, start_results_queue
 from pretrain.bench.interleaved import measure
-from pretrain.config.train import DataConfig, ScheduleConfig, TrainConfig
+from pretrain.config.data import DataConfig
+from pretrain.config.schedule import ScheduleConfig
+from pretrain.config.train import TrainConfig
 from pretrain.loop.step import train_step
 from pretrain.model.setup import build, start_ranks
 from pretrain.optim.optimizer import gathered_parameters

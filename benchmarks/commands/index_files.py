@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
 
 from measuring import facts
 from measuring.options import parser_of
+from pretrain.config.data import DataConfig
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import DataConfig, TrainConfig
+from pretrain.config.train import TrainConfig
 from pretrain.data.checks import open_data
 from pretrain.data.sequences import train_sequences
 from pretrain.index.cache import make_index

@@ -46,7 +46,8 @@ from megatron_ladder.config import ModelConfig
 from megatron_ladder.layers.attention.core import TorchAttention
 from megatron_ladder.layers.attention.documents import Documents
 from pretrain.bench.interleaved import measure, quotients
-from pretrain.config.train import DataConfig, TrainConfig
+from pretrain.config.data import DataConfig
+from pretrain.config.train import TrainConfig
 from pretrain.loop.step import train_step
 from pretrain.model.setup import build, start_ranks
 

@@ -35,7 +35,8 @@ from megatron_ladder.inference.cache import in_bytes
 from megatron_ladder.inference.engine import DynamicEngine
 from megatron_ladder.inference.requests import Request, Sampling
 from megatron_ladder.mcore_compat import build_gpt_model, transformer_config
-from pretrain.config.train import DataConfig, TrainConfig
+from pretrain.config.data import DataConfig
+from pretrain.config.train import TrainConfig
 from pretrain.model.setup import start_ranks
 
 WAYS = ("128", "512", "2048", "whole")

@@ -21,8 +21,9 @@ import tyro
 
 from pretrain.cli import COMMANDS, USAGE, main
 from pretrain.config.changes import may_change
+from pretrain.config.data import Phase
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import Phase, TrainConfig
+from pretrain.config.train import TrainConfig
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by `python docs/reference/generate.py`: change the options' help, not this page. -->"

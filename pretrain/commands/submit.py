@@ -183,5 +183,5 @@ def _check_train(arguments: list[str], ranks: int, *, is_first: bool) -> Path:
         check_attention(
             *(config.attention, "transformer_engine"), documents_divided=config.documents_divided
         )
-        config.num_microbatches(config.parallel.data_parallel_size(ranks))
+        config.check_batches(config.parallel.data_parallel_size(ranks))
     return config.output_dir

@@ -48,7 +48,9 @@ _FROM_HERE_ON = (
     "optimizer.lr",
     "optimizer.weight_decay",
     "optimizer.clip_grad",
+    "optimizer.z_loss_coeff",
     "optimizer.ema_decay",
+    "schedule.rampup_batch_size",
     "global_batch_size",
 )
 _WHY_NOT = {
@@ -56,6 +58,8 @@ _WHY_NOT = {
     "data.seq_length": "the place in the data is counted in sequences of that length",
     "data.": "sequences are made by it, and those of one run are made alike",
     "schedule.warmup": "warm-up is the run's beginning",
+    "optimizer.optimizer": "its moments are the other optimizer's",
+    "optimizer.muon_momentum": "Muon's momentum was made with it",
     "optimizer.": "Adam's moments were made with it",
     "precision": "all numbers of a run have one precision",
     "fp8.": "all numbers of a run have one precision",

@@ -54,22 +54,3 @@ class Past:
         )
         if not right:
             raise UserError("past is not what `train` writes: leave it out of a file for --config")
-
-    def samples_after(self, step: int, global_batch_size: int) -> int:
-        """The sequences of the first `step` steps, the later of which have `global_batch_size`."""
-        samples, before = 0, 0
-        for entry in self.batch_sizes:
-            samples += (min(step, entry.last_step) - before) * entry.global_batch_size
-            before = min(step, entry.last_step)
-        return samples + (step - before) * global_batch_size
-
-    def steps_for(self, samples: int, global_batch_size: int) -> int:
-        """The least number of steps that have at least `samples` sequences: of `samples_after`."""
-        before = 0
-        for entry in self.batch_sizes:
-            steps = entry.last_step - before
-            if steps * entry.global_batch_size >= samples:
-                return before + -(-samples // entry.global_batch_size)
-            samples -= steps * entry.global_batch_size
-            before = entry.last_step
-        return before + -(-samples // global_batch_size)

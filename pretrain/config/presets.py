@@ -10,7 +10,10 @@ from dataclasses import replace
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.fields.experts import ExpertsConfig
 from megatron_ladder.side.config import SideConfig
-from pretrain.config.train import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from pretrain.config.data import DataConfig
+from pretrain.config.optimizer import OptimizerConfig
+from pretrain.config.schedule import ScheduleConfig
+from pretrain.config.train import TrainConfig
 
 
 def debug() -> TrainConfig:

@@ -6,7 +6,7 @@ start/arguments.py makes the command line from these classes: each field is an o
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
@@ -23,67 +23,17 @@ from megatron_ladder.errors import UserError
 from megatron_ladder.fp8 import Fp8Config, check_fp8
 from megatron_ladder.json_files import read_json
 from megatron_ladder.side.config import SideConfig
+from pretrain.config.data import DataConfig
 from pretrain.config.faults import FaultConfig
-from pretrain.config.optimizer import OptimizerConfig
+from pretrain.config.optimizer import OptimizerConfig, refuse_together
 from pretrain.config.past import Past
 from pretrain.config.profile import ProfileConfig
+from pretrain.config.schedule import BatchSizes, ScheduleConfig, batch_sizes, check_ramp
 from pretrain.config.side import check_side_run
 from pretrain.config.values import differences as differences
 from pretrain.config.values import from_dict, to_dict
 from pretrain.config.watch import WatchConfig
 from pretrain.files import write_atomically
-
-
-@dataclass(frozen=True)
-class Phase:
-    """From a point of the run on, another blend."""
-
-    from_tokens: int
-    """Tokens trained on before it; it begins with the next whole step."""
-    weights: tuple[float, ...]
-    """One for each of data.paths, in any unit; 0 leaves a data set out."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What to train on: data set folders written by `megatron-ladder data tokenize`."""
-
-    paths: tuple[Path, ...] = ()
-    weights: tuple[float, ...] | None = None
-    """One for each path, in any unit; None weighs by tokens. 0, where there are phases: not yet."""
-    phases: tuple[Phase, ...] = ()
-    """Other weights from later points on, in a --config FILE; `megatron-ladder data blend --then`
-    writes one. They may be changed while a run is stopped, as far as it has not come yet."""
-    seq_length: int = 2048
-    """Tokens in a training sequence; documents are packed into it."""
-    attend_across_documents: bool = True
-    """False: tokens attend to their own document alone, and its first token is not a label."""
-    fim_rate: float = 0.0
-    """The share of training documents made fill-in-the-middle tasks (arXiv 2207.14255)."""
-    fim_spm_rate: float = 0.5
-    """Of them, the share with the suffix before the prefix."""
-    fim_tokens: tuple[str, str, str] | None = None
-    """The tokenizer's prefix, middle and suffix tokens; None: those of StarCoder, Qwen or Code Llama."""
-    num_workers: int = 2
-    """Loader processes a rank; 0 loads in the training process."""
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """How long to train and how the learning rate goes. Each length in steps or in tokens."""
-
-    train_steps: int | None = None
-    train_tokens: int | None = None
-    warmup_steps: int | None = None
-    warmup_tokens: int | None = None
-    decay: Literal["cosine", "wsd"] = "cosine"
-    """cosine: down from the end of warm-up. wsd: warm-up, stable, then down in the last part."""
-    wsd_decay_fraction: float = 0.2
-    """The share of training in which wsd goes down, linearly; 0: it does not, and runs branch off it."""
-    wsd_decay_steps: int | None = None
-    """The same in steps, in place of the share."""
-    min_lr_fraction: float = 0.1
-    """The last learning rate over the peak."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +153,7 @@ class TrainConfig:
                 "parallel.tp_overlap halves needs: give an even micro_batch_size, or leave it out"
             )
         schedule = self.schedule
+        check_ramp(schedule.rampup_batch_size, self.global_batch_size)
         for one, other in (("train_steps", "train_tokens"), ("warmup_steps", "warmup_tokens")):
             if getattr(schedule, one) is not None and getattr(schedule, other) is not None:
                 raise UserError(f"schedule.{one} and schedule.{other} are both set: give one")
@@ -230,11 +181,13 @@ class TrainConfig:
             *(self.fp8, self.model, self.parallel, self.precision),
             tokens=self.data.seq_length * self.micro_batch_size,
         )
-        if self.fp8.primary_weights and self.optimizer.moments == "bf16":
-            # Then the optimizer alone has the master weights, and a start cannot quantise from them.
-            raise UserError(
-                "fp8.primary_weights with optimizer.moments bf16 is not supported: leave out one of them"
-            )
+        refuse_together(
+            self.optimizer,
+            experts=self.model.experts.num_moe_experts is not None,
+            side=self.side.is_on,
+            primary_weights=self.fp8.primary_weights,
+            distillation=self.adapt.distillation_weight > 0,
+        )
         self._check_adapt()
         check_side_run(self)
         self.watch.check(self.save_interval)
@@ -282,7 +235,7 @@ class TrainConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of the steps to come."""
+        """Of steps with the whole batch, which a ramp leads to."""
         return self.global_batch_size * self.data.seq_length
 
     @property
@@ -306,9 +259,15 @@ class TrainConfig:
         share = self.schedule.wsd_decay_fraction
         return max(1, round(self.train_steps * share)) if share else 0
 
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The sequences of each step."""
+        ramp = self.schedule.rampup_batch_size
+        return batch_sizes(self.past.batch_sizes, ramp, self.global_batch_size)
+
     def samples_after(self, step: int) -> int:
         """The sequences that the first `step` steps train on."""
-        return self.past.samples_after(step, self.global_batch_size)
+        return self.batch_sizes.samples_after(step)
 
     def tokens_after(self, step: int) -> int:
         """The tokens that the first `step` steps train on."""
@@ -317,7 +276,7 @@ class TrainConfig:
     def steps_for(self, tokens: int) -> int:
         """The number of steps that train on at least `tokens` tokens."""
         samples = -(-tokens // self.data.seq_length)
-        return self.past.steps_for(samples, self.global_batch_size)
+        return self.batch_sizes.steps_for(samples)
 
     @property
     def drawn_samples(self) -> int:
@@ -330,20 +289,44 @@ class TrainConfig:
         count = getattr(self.schedule, steps)
         return default if count is None else count
 
-    def num_microbatches(self, data_parallel_size: int) -> int:
-        """The number of micro-batches whose gradients a rank accumulates in one step."""
+    def num_microbatches(self, data_parallel_size: int, step: int | None = None) -> int:
+        """The number of micro-batches whose gradients a rank accumulates in one step; None: in one with the
+        whole batch.
+
+        Raises:
+            UserError: the ranks cannot divide the batch.
+        """
+        size = self.global_batch_size if step is None else self.batch_sizes.of(step)
+        return self._micro_batches(size, data_parallel_size)
+
+    def check_batches(self, data_parallel_size: int) -> None:
+        """Refuses a batch size that the ranks cannot divide, those of a ramp too.
+
+        Raises:
+            UserError: it names the size and what divides it.
+        """
+        self.num_microbatches(data_parallel_size)
+        if ramp := self.schedule.rampup_batch_size:
+            for size in range(ramp[0], self.global_batch_size, ramp[1]):
+                self._micro_batches(size, data_parallel_size)
+
+    def _micro_batches(self, size: int, data_parallel_size: int) -> int:
+        in_ramp = size != self.global_batch_size
+        name = f"global_batch_size {size}"
+        if in_ramp:
+            name = f"a batch of {size}, which schedule.rampup_batch_size has on the way,"
         together = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size % together:
+        if size % together:
             raise UserError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
-                f"{self.micro_batch_size} x data-parallel size {data_parallel_size} = {together}: change "
-                "one of them"
+                f"{name} is not a multiple of micro_batch_size {self.micro_batch_size} x data-parallel "
+                f"size {data_parallel_size} = {together}: change one of them"
+                + (". Leave out a ramp that is over" if in_ramp else "")
             )
-        count = self.global_batch_size // together
+        count = size // together
         stages = self.parallel.pipeline_model_parallel_size
         if self.parallel.num_chunks > 1 and count % stages:
             raise UserError(
-                f"{count} micro-batches a step (global_batch_size {self.global_batch_size}) are not a "
+                f"{count} micro-batches a step ({name.rstrip(',')}) are not a "
                 f"multiple of parallel.pipeline_model_parallel_size {stages}: the interleaved "
                 "schedule runs them in groups of that size"
             )

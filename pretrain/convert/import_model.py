@@ -24,7 +24,8 @@ from megatron_ladder.hf.from_hf import read_hf_config, refuse_side, to_model_con
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.standard import with_our_names
 from megatron_ladder.reading.plain_files import refuse_links
-from pretrain.config.train import DataConfig, TrainConfig, save_config
+from pretrain.config.data import DataConfig
+from pretrain.config.train import TrainConfig, save_config
 from pretrain.convert.import_again import refuse_other_imports
 from pretrain.convert.import_tokenizer import folder_with_tokenizer
 from pretrain.convert.model_text import text_of_folder

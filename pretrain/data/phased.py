@@ -50,8 +50,10 @@ class PhasedSequences(Dataset):
         used = [i for i, share in enumerate(parts[0].shares) if share]
         blended = isinstance(start, BlendedDataset)
         drawn = dict(zip(used, start.datasets if blended else [start], strict=True))
-        batch = config.global_batch_size
-        if config.past == Past():  # in steps, as it has always been: old runs find their files
+        batch, ramp = config.global_batch_size, config.schedule.rampup_batch_size
+        if (
+            config.past == Past() and not ramp
+        ):  # in steps, as it has always been: old runs find their files
             facts = [
                 start.unique_description_hash,
                 used,

@@ -173,6 +173,7 @@ def _facts(config: TrainConfig, folders: list[DataFolder]) -> dict[str, Any]:
     manifests = json.dumps([folder.manifest for folder in folders], sort_keys=True)
     phases = [[phase.from_tokens, *phase.weights] for phase in config.data.phases]
     past, batch = config.past, config.global_batch_size
+    ramp = config.schedule.rampup_batch_size
     return {
         "folders": [str(folder.path) for folder in folders],
         "manifests": hashlib.sha256(manifests.encode()).hexdigest(),
@@ -182,5 +183,6 @@ def _facts(config: TrainConfig, folders: list[DataFolder]) -> dict[str, Any]:
         "seed": config.seed,
         # No fields where there is nothing: made.json of a run from before there were any has none either.
         **({"phases": phases} if phases else {}),
-        **({"past": to_dict(past), "batch": batch} if past != Past() else {}),
+        **({"past": to_dict(past), "batch": batch} if past != Past() or ramp else {}),
+        **({"ramp": list(ramp)} if ramp else {}),
     }

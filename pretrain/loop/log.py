@@ -91,13 +91,12 @@ class RunLog:
                 changed={name: list(pair) for name, pair in (changed or {}).items()},
             )
         self._peak = None if device == "cpu" else peak_flops(device)
-        self._tokens_per_rank_step = config.tokens_per_step / self._world_size
         self._trained_s = self._log.time_so_far if self._log else 0.0
         self._step_started = time.perf_counter()
-        self._pending_steps = 0
+        self._pending_tokens = 0
         self._pending_s = 0.0
         self._pending_flops = 0.0
-        self._recent_s: deque[float] = deque(maxlen=100)
+        self._recent_s: deque[float] = deque(maxlen=100)  # of a token
         status.begin(resume_step, last_checkpoint=resume_step or None)
         watchdog.phase("the first step")
 
@@ -174,6 +173,7 @@ class RunLog:
         loss: float,
         grad_norm: float,
         learning_rate: float,
+        z_loss: float,
         attended: float,
         balance: dict[str, float],
     ) -> None:
@@ -182,32 +182,38 @@ class RunLog:
         Args:
             loss: mean cross-entropy of the global batch, in nats a token.
             grad_norm: before clipping.
+            z_loss: what was trained beside the loss, which it is not a part of.
             attended: of this rank's tokens of the step (RankBatches.attended).
             balance: of the experts, at a step that is due (load_balance).
         """
         seconds = time.perf_counter() - self._step_started
-        self._pending_steps += 1
+        tokens = self._tokens_of(step)
+        self._pending_tokens += tokens
         self._pending_s += seconds
-        self._pending_flops += self._flops(attended)
+        self._pending_flops += self._flops(tokens, attended)
         self._trained_s += seconds
-        self._recent_s.append(seconds)
-        step_s = self._step_s()
+        self._recent_s.append(seconds / tokens)
+        token_s = self._token_s()
+        to_come = self._config.tokens_after(self._config.train_steps)
+        to_come -= self._config.tokens_after(step)
         self._status.update(
             "training",
             step=step,
             tokens=self._config.tokens_after(step),
             loss=loss,
-            tokens_per_second=self._config.tokens_per_step / step_s,
-            eta_s=(self._config.train_steps - step) * step_s,
+            tokens_per_second=1 / token_s,
+            eta_s=to_come * token_s,
         )
         due = self.is_due(step)
         if self._log and due:
-            mean_s = self._pending_s / self._pending_steps
             achieved = self._pending_flops / self._pending_s
             whole = {}
             if self._peak and not self._config.data.attend_across_documents:
                 length = attention_length(self._config.model, [self._config.data.seq_length])
-                whole["mfu_whole_sequences"] = self._flops(length) / mean_s / self._peak
+                flops = self._flops(self._pending_tokens, length)
+                whole["mfu_whole_sequences"] = flops / self._pending_s / self._peak
+            if self._config.optimizer.z_loss_coeff:
+                whole["z_loss"] = z_loss
             self._log.train(
                 step=step,
                 tokens=self._config.tokens_after(step),
@@ -215,7 +221,7 @@ class RunLog:
                 loss=loss,
                 grad_norm=grad_norm,
                 learning_rate=learning_rate,
-                tokens_per_second=self._config.tokens_per_step / mean_s,
+                tokens_per_second=self._pending_tokens / self._pending_s,
                 tflops_per_gpu=achieved / 1e12,
                 mfu=achieved / self._peak if self._peak else None,
                 **whole,
@@ -223,7 +229,7 @@ class RunLog:
                 **balance,
             )
         if due:
-            self._pending_steps, self._pending_s, self._pending_flops = 0, 0.0, 0.0
+            self._pending_tokens, self._pending_s, self._pending_flops = 0, 0.0, 0.0
         self._step_done(step)
 
     def passed_over(self, step: int, bad: BadStep) -> None:
@@ -238,7 +244,7 @@ class RunLog:
                 self._log.go_back(bad.passed_over[0] - 1)
             self._log.note("bad_step", f"step {step}: {bad.reason}: {bad.action}", **asdict(bad))
         if bad.action == "rollback":
-            self._pending_steps, self._pending_s, self._pending_flops = 0, 0.0, 0.0
+            self._pending_tokens, self._pending_s, self._pending_flops = 0, 0.0, 0.0
             self._trained_s = self._log.time_so_far if self._log else 0.0
         self._status.update("training", step=step, tokens=self._config.tokens_after(step))
         self._step_done(step)
@@ -346,8 +352,12 @@ class RunLog:
                 planned=planned,
             )
 
-    def _flops(self, attended: float) -> float:
-        """This rank's operations of a step, where attention works on so many tokens together."""
+    def _tokens_of(self, step: int) -> int:
+        return self._config.batch_sizes.of(step) * self._config.data.seq_length
+
+    def _flops(self, tokens: float, attended: float) -> float:
+        """This rank's operations of so many tokens of all ranks, where attention works on `attended` of
+        them together."""
         model = self._config.model
         flops = flops_per_token(
             num_layers=model.num_layers,
@@ -357,10 +367,10 @@ class RunLog:
         )
         if self._config.side.is_on:
             flops = with_side_network(self._config, flops, attended)
-        return self._tokens_per_rank_step * flops
+        return tokens / self._world_size * flops
 
-    def _step_s(self) -> float:
-        """Seconds of a usual step: the median of the last 100; 0 before the first."""
+    def _token_s(self) -> float:
+        """Seconds of a token in a usual step: the median of the last 100; 0 before the first."""
         return statistics.median(self._recent_s) if self._recent_s else 0.0
 
     def _record_baselines(self, *, wait: bool = False) -> None:
@@ -370,7 +380,7 @@ class RunLog:
 
     def _step_done(self, step: int) -> None:
         self._record_baselines()
-        self._watchdog.step_ended(step, self._step_s())
+        self._watchdog.step_ended(step, self._token_s() * self._tokens_of(step + 1))
         self._step_started = time.perf_counter()
 
 

@@ -53,7 +53,7 @@ def start_side(config: TrainConfig, model: list[Any], optimizer: Any, data: Rank
         importance = magnitudes(chunks)
     else:
         size = dist.get_world_size()
-        count = config.num_microbatches(config.parallel.data_parallel_size(size))
+        count = config.num_microbatches(config.parallel.data_parallel_size(size), 1)
         batches = data.received(data.training(0))
         importance = fisher(chunks, list(itertools.islice(batches, count)), config)
     prune(chunks, importance)

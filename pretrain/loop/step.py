@@ -16,8 +16,9 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ladder.distillation import distilled_losses
 from megatron_ladder.layers.attention.documents import Documents
+from megatron_ladder.losses.distillation import distilled_losses
+from megatron_ladder.losses.z_loss import cross_entropy_and_log_z
 from pretrain.config.train import TrainConfig
 from pretrain.data.batches import Batch, to_device
 from pretrain.model.graphs import StepGraph
@@ -31,13 +32,21 @@ def _masked_sum(
     """The loss of a micro-batch for backward, and the sums for the log.
 
     Args:
-        output: each token's cross-entropy, [b, s]; with a teacher, logits [b, s, vocabulary / tp].
+        output: each token's cross-entropy, [b, s]; with a teacher or z-loss, logits
+            [b, s, vocabulary / tp].
 
     Returns:
         The losses of the trained tokens, summed and multiplied by the batch's `scale`, a scalar; and what
-        `_counted` returns.
+        `_counted` returns, with z-loss also its sum, an fp64 scalar.
     """
     trained = cross_entropy = output
+    z_loss = None
+    if coefficient := config.optimizer.z_loss_coeff:
+        cross_entropy, log_z = cross_entropy_and_log_z(
+            output, batch["labels"], parallel_state.get_tensor_model_parallel_group()
+        )
+        z_loss = coefficient * log_z.square()
+        trained = cross_entropy + z_loss
     if "teacher_logits" in batch:
         trained, cross_entropy = distilled_losses(
             output,
@@ -48,7 +57,10 @@ def _masked_sum(
             group=parallel_state.get_tensor_model_parallel_group(),
         )
     total = (trained.float() * batch["loss_mask"]).sum()
-    return total * batch["scale"], {"sum": _counted(batch, cross_entropy)}
+    sums = {"sum": _counted(batch, cross_entropy)}
+    if z_loss is not None:
+        sums["z_loss"] = (z_loss.detach().double() * batch["loss_mask"]).sum()
+    return total * batch["scale"], sums
 
 
 def _counted(batch: Batch, cross_entropy: Tensor) -> Tensor:
@@ -159,7 +171,8 @@ def train_step(
     add_teacher_logits: Callable[[list[Batch]], None] | None = None,
     is_good: Callable[[float, float, list[Tensor], list[Any]], bool] | None = None,
     graph: StepGraph | None = None,
-) -> tuple[float, float, float]:
+    step: int | None = None,
+) -> tuple[float, float, float, float]:
     """Forward and backward of one global batch, then an update.
 
     Args:
@@ -168,17 +181,18 @@ def train_step(
             (BadSteps.is_good). Where it returns False, the update is left out. Every rank calls it and
             must get the same answer.
         graph: the run's CUDA graph of forward and backward (graphs.py); None: they run without one.
+        step: its number, which decides the batch size in a ramp. None: the whole batch.
 
     Returns:
         (mean cross-entropy of the trained tokens of the global batch in nats, gradient norm before
-        clipping, learning rate).
+        clipping, learning rate, mean z-loss that was trained beside the cross-entropy; 0 without).
     """
     data_parallel_size = parallel_state.get_data_parallel_world_size()
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     biases = biases_of(model)
-    count = config.num_microbatches(data_parallel_size)
+    count = config.num_microbatches(data_parallel_size, step)
     micro_batches = list(itertools.islice(batches, count))
     tokens = _trained_tokens(micro_batches)
     # Each token has the same weight, whichever micro-batch or rank it is in. So the sum is divided by the
@@ -196,33 +210,34 @@ def train_step(
         config=config,
         reduce=partial(_masked_sum, config),
         forward_only=False,
-        wants_logits=add_teacher_logits is not None,
+        wants_logits=add_teacher_logits is not None or bool(config.optimizer.z_loss_coeff),
     )
     outputs = (
         graph.run(forward_backward, micro_batches) if graph else forward_backward(micro_batches)
     )
     scheduler.step(increment=1)  # before the update, so that step 1 has the learning rate of step 1
     learning_rate = optimizer.param_groups[0]["lr"]
-    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
     for output in outputs:
-        total += output["sum"]
+        total[:2] += output["sum"]
+        total[2] += output.get("z_loss", 0.0)
     _sum_over_ranks(total)
     # This is the only place where the host waits for the GPU. It waits at each number that it reads from
     # the GPU, and until it launches more work the GPU is idle. So such reads are all made here.
     grad_norm = gradient_norm(optimizer)
-    loss_sum, counted = total.tolist()
-    loss = loss_sum / max(counted, 1.0)
+    loss_sum, counted, z_sum = total.tolist()
+    loss, z_loss = loss_sum / max(counted, 1.0), z_sum / max(counted, 1.0)
     sums = [output["sum"] for output in outputs]
     if is_good is None or is_good(loss, grad_norm, sums, model):
         update(optimizer, grad_norm)
     else:
         restore(biases)
-    return loss, grad_norm, learning_rate
+    return loss, grad_norm, learning_rate, z_loss
 
 
-def pass_over(scheduler: Any, batches: Iterator[Batch], config: TrainConfig) -> None:
+def pass_over(scheduler: Any, batches: Iterator[Batch], config: TrainConfig, step: int) -> None:
     """Does a step without training: its data is skipped, and the learning rate moves on by a step."""
-    count = config.num_microbatches(parallel_state.get_data_parallel_world_size())
+    count = config.num_microbatches(parallel_state.get_data_parallel_world_size(), step)
     collections.deque(itertools.islice(batches, count), maxlen=0)
     scheduler.step(increment=1)
 

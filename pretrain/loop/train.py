@@ -233,7 +233,7 @@ def _train(
                 signals.stop("the program that read the output has ended")
             use_ladder_layers(model, config, step)
             if before := bad_steps.decided(step):
-                pass_over(scheduler, batches, config)
+                pass_over(scheduler, batches, config, step)
                 signal = signals.agreed()
                 log.passed_over(step, before)
             else:
@@ -244,6 +244,7 @@ def _train(
                         teacher.add_logits if teacher else None,
                         partial(is_good, step),
                         graph,
+                        step,
                     )
                 if bad_steps.found:
                     answer(bad_steps.found, drawn)

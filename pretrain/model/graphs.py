@@ -62,6 +62,9 @@ def check_cuda_graph(config: TrainConfig) -> None:
         "documents' lengths would be captured: leave --data.no-attend-across-documents out": (
             not config.data.attend_across_documents
         ),
+        "a graph has the micro-batches of one batch size: leave schedule.rampup_batch_size out": (
+            config.schedule.rampup_batch_size is not None
+        ),
         "compiled layers in a graph are not tested: leave --compile out": config.compile,
         "a replayed step has no ranges to trace: leave profile.first_step out": (
             config.profile.first_step is not None

@@ -19,6 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from pretrain.config.train import TrainConfig
 from pretrain.optim.ema import Ema
+from pretrain.optim.muon import Muon
 from pretrain.optim.torch_adam import use_fused_kernel
 
 
@@ -81,13 +82,15 @@ def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
 
 
 def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -> Any:
-    """AdamW, its state sharded over data- and context-parallel ranks; in bf16 with fp32 master weights.
+    """AdamW, and Muon where the configuration says so. Their state is sharded over data- and
+    context-parallel ranks; in bf16 with fp32 master weights.
 
     Args:
         model: from `wrap_data_parallel`.
 
     Returns:
-        megatron-core's chained optimizer, and in its `ema` the average of the weights (None: none is kept).
+        megatron-core's chained optimizer; in its `ema` the average of the weights (None: none is kept), and
+        in its `muon` what updates the layers' matrices (None: AdamW).
     """
     o = config.optimizer
     moments = torch.bfloat16 if o.moments == "bf16" else torch.float32
@@ -116,6 +119,7 @@ def build_optimizer(model: list[DistributedDataParallel], config: TrainConfig) -
         use_gloo_process_groups=False,
     )
     use_fused_kernel(optimizer)
+    optimizer.muon = Muon(optimizer, o.muon_momentum) if o.optimizer == "muon" else None
     optimizer.ema = None if o.ema_decay is None else Ema(optimizer, o.ema_decay)
     return optimizer
 
@@ -144,6 +148,8 @@ def update(optimizer: Any, grad_norm: float) -> None:
                 total_norm=grad_norm,
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
+    if optimizer.muon:
+        optimizer.muon.step()
     optimizer.step_with_ready_grads()
     if optimizer.ema:
         optimizer.ema.update()

@@ -93,6 +93,8 @@ def optimizer_shards(
     if is_loading:
         for part in parts:
             part.load_state_dict(part.state_dict())
+        if optimizer.muon:
+            optimizer.muon.keep_momentum_alone()
     stored = {
         id(value.data): value
         for value in nested_values(weights)

@@ -32,6 +32,7 @@ class Estimate:
     ranks: int
     device: str
     step_s: float
+    """Of a step with the whole batch."""
     step_source: str
     """Where step_s comes from, in words."""
     mfu: float
@@ -129,12 +130,15 @@ def estimate(
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"an MFU of {mfu}: it must be above 0 and at most 1, such as 0.4")
     dp = config.parallel.data_parallel_size(ranks)
-    config.num_microbatches(dp)
+    config.check_batches(dp)
     works_on = attended(config)
     step_s, reached, source = _step(config, ranks, hardware, mfu, works_on.mean)
     whole = attended(replace(config, data=replace(config.data, attend_across_documents=True)))
 
-    training_s = config.train_steps * step_s
+    training_s = sum(
+        steps * _step(_of_size(config, size), ranks, hardware, mfu, works_on.mean)[0]
+        for size, steps in config.batch_sizes.counts(config.train_steps).items()
+    )
     validation_s = _validations(config) * _sequences_s(config, step_s)
     checkpoint = checkpoint_bytes(config)
     write_s = checkpoint / storage_bytes_per_s
@@ -168,7 +172,7 @@ def estimate(
         mfu_whole_sequences=reached * _flops(config, whole.mean) / _flops(config, works_on.mean),
         attended=works_on,
         train_steps=config.train_steps,
-        tokens=config.train_steps * config.tokens_per_step,
+        tokens=config.tokens_after(config.train_steps),
         training_s=training_s,
         validation_s=validation_s,
         saving_s=saves_s + (jobs - 1) * waited_s,
@@ -201,6 +205,12 @@ def _step(
         )
     planned = row(config, ranks, hardware, attended)
     return planned.step_s, planned.mfu, "the planner's model, not measured"
+
+
+def _of_size(config: TrainConfig, size: int) -> TrainConfig:
+    """The run, were all its steps of `size` sequences."""
+    schedule = replace(config.schedule, rampup_batch_size=None)
+    return replace(config, global_batch_size=size, schedule=schedule)
 
 
 def _flops(config: TrainConfig, attended: float) -> float:

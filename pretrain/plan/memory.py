@@ -219,9 +219,9 @@ def memory_plan(
     """The memory of the pipeline stage that takes most.
 
     A parameter takes 2 bytes in bf16, 4 bytes for its fp32 gradient, and 12 bytes / dp in the distributed
-    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16), and 4 bytes more with an
-    average of the weights. With context parallelism dp cp ranks share it, and a rank has the tokens of a
-    sequence over cp.
+    optimizer: an fp32 copy and Adam's two moments (8 bytes with moments in bf16, or of a matrix with Muon),
+    and 4 bytes more with an average of the weights. With context parallelism dp cp ranks share it, and a
+    rank has the tokens of a sequence over cp.
 
     Activations are those of `activation_bytes`, for all micro-batches in flight. On the first stage these
     are pp micro-batches in 1F1B, and 1 + (pp - 1) / (pp vpp) times as many in the interleaved schedule.
@@ -291,6 +291,9 @@ def memory_plan(
             kept = blocks * (layer("none", side.model(model)) + states)
             chunk = max(chunk, kept) if side.start == "fisher" else kept
             parameters += trained
+        states = state * trained
+        if config.optimizer.optimizer == "muon":  # it has one moment
+            states -= FP32 * layers[stage] * layer_parameters(config)
         weights, copies = BF16 * parameters, 0.0
         if recipe:
             linears = layers[stage] * layer_parameters(config)
@@ -304,7 +307,7 @@ def memory_plan(
                 weights=weights,
                 fp8_weights=copies,
                 gradients=FP32 * trained,
-                optimizer=state * trained / (dp * cp),
+                optimizer=states / (dp * cp),
                 activations=in_flight * chunk + mask,
                 logits=logits if at_the_loss else 0.0,
                 backward=0.0 if at_the_loss else backward,

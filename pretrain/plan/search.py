@@ -206,7 +206,7 @@ def layouts(config: TrainConfig, gpus: int, overlap: TpOverlap = "none") -> Iter
             laid_out = replace(
                 config, parallel=parallel, micro_batch_size=micro, recompute=recompute
             )
-            laid_out.num_microbatches(parallel.data_parallel_size(gpus))
+            laid_out.check_batches(parallel.data_parallel_size(gpus))
         except UserError:
             continue
         yield laid_out

@@ -190,11 +190,15 @@ def _is_used(run_dir: Path) -> bool:
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """The size of one checkpoint: weights, AdamW's fp32 master weights and two moments, the average."""
+    """The size of one checkpoint: weights, fp32 master weights, AdamW's two moments or Muon's one, the
+    average."""
     a_parameter = 16 if config.precision == "fp32" else 14
     if config.optimizer.ema_decay is not None:
         a_parameter += 4
-    return trained_parameters(config) * a_parameter
+    size = trained_parameters(config) * a_parameter
+    if config.optimizer.optimizer == "muon":
+        size -= 4 * config.model.num_parameters(embeddings=False)
+    return size
 
 
 def stored_bytes(config: TrainConfig) -> int:

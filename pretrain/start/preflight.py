@@ -73,7 +73,7 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
     check_optimizer(config.optimizer, config.precision)
     check_compile(config)
     check_cuda_graph(config)
-    config.num_microbatches(config.parallel.data_parallel_size(world_size))
+    config.check_batches(config.parallel.data_parallel_size(world_size))
     fill_in_the_middle(config, folders[0])
     if config.keep_last < 2:
         raise UserError(

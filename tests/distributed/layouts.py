@@ -14,7 +14,10 @@ from torch import Tensor
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.fields.experts import ExpertsConfig
 from megatron_ladder.mcore_compat import initialize_model_parallel
-from pretrain.config.train import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from pretrain.config.data import DataConfig
+from pretrain.config.optimizer import OptimizerConfig
+from pretrain.config.schedule import ScheduleConfig
+from pretrain.config.train import TrainConfig
 from pretrain.loop.log import RunLog
 from pretrain.loop.saving import CheckpointSaver
 from pretrain.loop.step import train_step, validate
@@ -133,6 +136,13 @@ UNBALANCED_EXPERTS["list, unbalanced experts"] = {
     "residual": "ladder",
     "ladder_layers": (0, 1, 2, 3),
 }
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adam": {},
+    "muon": {"optimizer": "muon"},
+    "z-loss": {"z_loss_coeff": 1e-2},
+    "muon, z-loss": {"optimizer": "muon", "z_loss_coeff": 1e-2},
+}
+"""Of a ladder model whose query heads share keys and values, with biases and learned scales."""
 # Kinds that also run in halves.
 HALVES = {
     "standard in halves": "standard",
@@ -163,6 +173,9 @@ class Layout:
 
 def fields_of(kind: str) -> dict[str, Any]:
     """What the kind has besides, of ModelConfig's fields."""
+    if kind in OPTIMIZERS:
+        scaled = {"residual_scaling": "skipinit", "add_qkv_bias": True}
+        return {"residual": "ladder", "num_layers": 4, "num_query_groups": 2, **scaled}
     return (OF_EXPERTS | UNBALANCED_EXPERTS).get(kind) or KINDS[HALVES.get(kind, kind)]
 
 
@@ -180,7 +193,7 @@ def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
         data=DataConfig(seq_length=LENGTH),
         # Adam divides by |gradient| + eps: a small eps would make rounding errors of gradients
         # near zero as large as the others.
-        optimizer=OptimizerConfig(lr=3e-3, adam_eps=1e-4),
+        optimizer=OptimizerConfig(lr=3e-3, adam_eps=1e-4, **OPTIMIZERS.get(kind, {})),
         schedule=ScheduleConfig(train_steps=STEPS, min_lr_fraction=1.0),
         parallel=ParallelConfig(
             tensor_model_parallel_size=layout.tp,
@@ -286,6 +299,18 @@ def save_gradients(model: list[Any], folder: Path) -> None:
             parameter.copy_(value)
 
 
+def decayed(model: list[Any], optimizer: Any) -> dict[str, bool]:
+    """Which of this rank's parameters have weight decay."""
+    found = {}
+    for part in optimizer.chained_optimizers:
+        for chunk in model:
+            for name, parameter in chunk.module.named_parameters():
+                if parameter in part.model_param_group_index_map:
+                    number, _ = part.model_param_group_index_map[parameter]
+                    found[name] = part.optimizer.param_groups[number]["weight_decay"] > 0
+    return found
+
+
 def run_layout(
     kind: str, layout: Layout, weights: Path, before: Path | None, out: Path
 ) -> dict[str, Any]:
@@ -314,11 +339,15 @@ def run_layout(
             save_gradients(model, out / "gradients")
         return True
 
-    result["losses"] = []
+    result["decayed"] = decayed(model, optimizer)
+    result["losses"], result["z_losses"] = [], []
     for tokens in steps:
         parts = iter(micro_batches(tokens, config))
-        loss, *_ = train_step(model, optimizer, scheduler, parts, config, is_good=before_update)
+        loss, _, _, z_loss = train_step(
+            model, optimizer, scheduler, parts, config, is_good=before_update
+        )
         result["losses"].append(loss)
+        result["z_losses"].append(z_loss)
 
     result["validation"] = validation()
     with gathered_parameters(model):

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ladder.config import ParallelConfig
-from megatron_ladder.distillation import distilled_losses, divergence
+from megatron_ladder.losses.distillation import distilled_losses, divergence
 from megatron_ladder.mcore_compat import initialize_model_parallel
 from pretrain.config.train import AdaptConfig, TrainConfig, save_config
 from pretrain.loop.step import train_step, validate
@@ -99,7 +99,7 @@ def adapt(kind: str, layouts: list[Layout], base: Path) -> list[dict[str, list[f
         for step, tokens in enumerate(batches()[:STEPS], start=1):
             use_ladder_layers(model, config, step)
             parts = iter(micro_batches(tokens, config))
-            loss, norm, _ = train_step(
+            loss, norm, *_ = train_step(
                 model, optimizer, scheduler, parts, config, teacher.add_logits
             )
             result["loss"].append(loss)

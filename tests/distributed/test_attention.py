@@ -14,7 +14,7 @@ from megatron_ladder.config import ParallelConfig
 from megatron_ladder.layers.attention.core import TorchAttention, UnfusedAttention
 from megatron_ladder.layers.attention.documents import Documents
 from megatron_ladder.mcore_compat import initialize_model_parallel, transformer_config
-from pretrain.config.train import DataConfig
+from pretrain.config.data import DataConfig
 from pretrain.loop.step import train_step
 from tests.distributed.layouts import LENGTH, Layout, configuration, start
 from tests.distributed.test_documents import packed_micro_batches

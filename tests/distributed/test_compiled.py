@@ -60,7 +60,7 @@ def run(config: TrainConfig, backend: str) -> dict[str, Any]:
     batches = random_batches(config)
     losses, gradients = [], {}
     for step in range(STEPS):
-        loss, norm, _ = train_step(model, optimizer, scheduler, itertools.cycle(batches), config)
+        loss, norm, *_ = train_step(model, optimizer, scheduler, itertools.cycle(batches), config)
         losses.append((loss, norm))
         if step == 0:
             gradients = {n: p.main_grad.clone() for n, p in model[0].module.named_parameters()}

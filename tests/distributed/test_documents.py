@@ -13,7 +13,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ladder.hf.convert import megatron_to_hf
-from pretrain.config.train import DataConfig, TrainConfig
+from pretrain.config.data import DataConfig
+from pretrain.config.train import TrainConfig
 from pretrain.loop.step import train_step, validate
 from pretrain.optim.optimizer import gathered_parameters
 from pretrain.run.checkpoint import load_weights

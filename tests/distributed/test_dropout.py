@@ -22,11 +22,11 @@ def one_step(kind: str, layout: Layout) -> dict:
     model, optimizer, scheduler = start(config)
     states = {k: v.clone() for k, v in get_cuda_rng_tracker().get_states().items()}
     parts = iter(micro_batches(batches()[0], config))
-    loss, norm, _ = train_step(model, optimizer, scheduler, parts, config)
+    loss, norm, *_ = train_step(model, optimizer, scheduler, parts, config)
     # A second micro-batch draws other numbers: were recomputation to put states back wrongly, this
     # step's would differ.
     parts = iter(micro_batches(batches()[1], config))
-    second, second_norm, _ = train_step(model, optimizer, scheduler, parts, config)
+    second, second_norm, *_ = train_step(model, optimizer, scheduler, parts, config)
     shared = {n: p.detach() for n, p in model[0].module.named_parameters() if "norm" in n}
     return {"numbers": (loss, norm, second, second_norm), "shared": shared, "states": states}
 

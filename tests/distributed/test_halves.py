@@ -62,7 +62,7 @@ def there_and_back(
             states = {n: m.get_extra_state() for n, m in modules if ".linear_" in n}
             result = {"weights": weights(model), "scales": states}
             parts = iter(micro_batches(tokens[1], config))
-            loss, norm, _ = train_step(model, optimizer, scheduler, parts, config)
+            loss, norm, *_ = train_step(model, optimizer, scheduler, parts, config)
             result |= {"numbers": (loss, norm), "trained": weights(model)}
             both.append(result)
         found.append((both[0], both[1]))

@@ -11,8 +11,9 @@ from megatron.core import parallel_state
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.mcore_compat import initialize_model_parallel
+from pretrain.config.data import DataConfig
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import DataConfig, TrainConfig
+from pretrain.config.train import TrainConfig
 from pretrain.data.batches import train_batches, validation_batches
 from pretrain.data.checks import open_data
 from pretrain.data.reading import RankBatches

@@ -103,7 +103,7 @@ def first_losses(kind: str) -> dict[str, float]:
         scaled = replace(config, model=replace(config.model, residual_scaling=scaling))
         model, optimizer, scheduler = start(scaled)
         parts = iter(micro_batches(batches()[0], scaled))
-        losses[scaling], _, _ = train_step(model, optimizer, scheduler, parts, scaled)
+        losses[scaling], *_ = train_step(model, optimizer, scheduler, parts, scaled)
     return losses
 
 

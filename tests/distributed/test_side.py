@@ -110,7 +110,7 @@ def tune(kind: str, layouts: list[Layout], side: SideConfig, folder: Path) -> li
 
         for tokens in batches()[:STEPS]:
             parts = iter(micro_batches(tokens, config))
-            loss, norm, _ = train_step(
+            loss, norm, *_ = train_step(
                 *(model, optimizer, scheduler, parts, config), is_good=before_update
             )
             result["loss"].append(loss)

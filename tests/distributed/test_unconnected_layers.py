@@ -23,7 +23,7 @@ def one_step(layout: Layout, connected: bool, megatrons_recompute: bool) -> tupl
             layer_config.recompute_method = "uniform"
             layer_config.recompute_num_layers = 1
     parts = iter(micro_batches(batches()[0], config))
-    loss, norm, _ = train_step(model, optimizer, scheduler, parts, config)
+    loss, norm, *_ = train_step(model, optimizer, scheduler, parts, config)
     return loss, norm
 
 

@@ -31,8 +31,9 @@ def train(
 
     from megatron_ladder.config import ParallelConfig
     from megatron_ladder.mcore_compat import initialize_model_parallel
+    from pretrain.config.optimizer import OptimizerConfig
     from pretrain.config.presets import PRESETS
-    from pretrain.config.train import OptimizerConfig, ScheduleConfig
+    from pretrain.config.schedule import ScheduleConfig
     from pretrain.loop.step import train_step
     from pretrain.model.setup import build
     from pretrain.optim.optimizer import gathered_parameters

@@ -38,7 +38,7 @@ MAY_IMPORT_OF_OURS = {
 # only what stands before it.
 ROOMS = {
     "megatron_ladder": "errors json_files free_memory reading one_cudnn fields config rope fp8 "
-    "cpu_platform distillation collectives te layers te.layers inference specs mcore_compat "
+    "cpu_platform losses collectives te layers te.layers inference specs mcore_compat "
     "side mcore_checkpoints megatron_lm hf.modelling hf.files hf vllm",
     "pretrain": "files processes ranks pictures sizes config data index optim model run watch "
     "plan start.going_on start loop convert evaluation report inference inference.server depth bench "

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ladder.errors import UserError
 from pretrain.config.changes import Changes, refuse_other_desync, refuse_other_runs, told
-from pretrain.config.past import Past, PastBatchSize, PastBlend
+from pretrain.config.past import Past, PastBlend
 from pretrain.config.places import with_absolute_paths
 from pretrain.config.train import TrainConfig, differences, load_config
 from pretrain.data.blends import Blend, blends, check_phases, in_force
@@ -73,8 +73,8 @@ def going_on_from(
     if asked.model.residual == "desync":
         refuse_other_desync(changed, asked.model.desync_interval, str(checkpoint))
     new = replace(asked, past=old.past)
-    if new.global_batch_size != old.global_batch_size:
-        sizes = (*old.past.batch_sizes, PastBatchSize(step, old.global_batch_size))
+    if {"global_batch_size", "schedule.rampup_batch_size"} & {*changed}:
+        sizes = old.batch_sizes.up_to(step)
         new = replace(new, past=replace(new.past, batch_sizes=sizes))
     if new.train_steps < step:
         raise UserError(

@@ -99,7 +99,7 @@ def test_what_it_means_is_shown(sets: list[Path], tmp_path: Path, capsys) -> Non
 
 def test_weights_that_change_later(sets: list[Path], tmp_path: Path, capsys) -> None:
     """In one file, as `train` reads them; the tables add up to the whole training."""
-    from pretrain.config.train import Phase
+    from pretrain.config.data import Phase
     from pretrain.start.arguments import parse_train
 
     file = tmp_path / "blend.json"

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 from megatron_ladder.errors import UserError
 from megatron_ladder.hf.tokenizer import write_tokenizer
 from pretrain import cli
+from pretrain.config.data import DataConfig
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import DataConfig, save_config
+from pretrain.config.train import save_config
 from pretrain.convert.model_text import text_of_run
 from pretrain.data.checks import open_data
 from pretrain.data.fim import FillInTheMiddle

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ladder.errors import UserError
+from pretrain.config.data import DataConfig, Phase
 from pretrain.config.past import Past, PastBatchSize, PastBlend
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import DataConfig, Phase, TrainConfig, load_config, save_config
+from pretrain.config.train import TrainConfig, load_config, save_config
 from pretrain.data.batches import train_batches
 from pretrain.data.blends import check_blends, check_phases, describe, interleave
 from pretrain.data.checks import open_data

@@ -13,8 +13,9 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
+from pretrain.config.data import DataConfig
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import DataConfig, save_config
+from pretrain.config.train import save_config
 from pretrain.data import checks
 from pretrain.data.batches import train_batches, validation_batches
 from pretrain.data.checks import open_data
@@ -64,6 +65,31 @@ def test_a_step_reads_the_same_sequences_at_every_layout(data_parallel_size: int
             for _ in range(micro_batches):
                 seen[step] += next(batches)[0].tolist()
     assert [sorted(s) for s in seen] == [list(range(16 + 8 * i, 24 + 8 * i)) for i in range(steps)]
+
+
+@pytest.mark.parametrize("data_parallel_size", [1, 2])
+@pytest.mark.parametrize("begin", [0, 3, 5])
+def test_a_ramp_reads_each_sequence_once_and_in_order(data_parallel_size: int, begin: int) -> None:
+    """Also where it is resumed, within the ramp and after it."""
+    config = replace(PRESETS["debug"](), micro_batch_size=1)
+    config = replace(config, schedule=replace(config.schedule, rampup_batch_size=(2, 2, 12)))
+    dataset = torch.utils.data.TensorDataset(torch.arange(1000))
+    sizes = [2, 2, 4, 6, 8, 8]
+    seen: list[list[int]] = [[] for _ in sizes]
+    for rank in range(data_parallel_size):
+        batches = train_batches(
+            dataset,
+            config,
+            data_parallel_rank=rank,
+            data_parallel_size=data_parallel_size,
+            consumed_samples=config.samples_after(begin),
+        )
+        for step in range(begin, len(sizes)):
+            for _ in range(config.num_microbatches(data_parallel_size, step + 1)):
+                seen[step] += next(batches)[0].tolist()
+    assert [len(step) for step in seen[begin:]] == sizes[begin:]
+    order = [sequence for step in seen for sequence in sorted(step)]
+    assert order == list(range(sum(sizes[:begin]), sum(sizes)))
 
 
 @pytest.mark.parametrize("data_parallel_size", [1, 2, 3])

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_ladder.errors import UserError
+from pretrain.config.data import DataConfig
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import DataConfig
 from pretrain.data.checks import open_data
 from pretrain.data.fim import FillInTheMiddle, fill_in_the_middle, find_tokens
 from pretrain.data.sequences import Sequences, train_sequences

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from pretrain.config.data import DataConfig, Phase
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import DataConfig, Phase, TrainConfig
+from pretrain.config.train import TrainConfig
 from pretrain.data.checks import open_data
 from pretrain.data.sequences import train_sequences
 from pretrain.index import files

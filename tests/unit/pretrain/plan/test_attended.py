@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.config.data import DataConfig, Phase
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import DataConfig, Phase, TrainConfig
+from pretrain.config.train import TrainConfig
 from pretrain.data.folders import DataFolder
 from pretrain.data.index_file import HEADER_BYTES
 from pretrain.plan import attended as module

@@ -64,6 +64,35 @@ def test_jobs_by_hand() -> None:
     assert found.saving_s == pytest.approx(55 * BEGIN_S + 6 * 16.913175552)
 
 
+def test_a_ramp_takes_the_time_of_its_tokens() -> None:
+    """A quarter of the batch, a half and three quarters, for as many sequences each: 8,192 of 3 x 8,192."""
+    ramp = replace(CONFIG.schedule, rampup_batch_size=(512, 512, 24_576))
+    found = estimate(replace(CONFIG, schedule=ramp), ranks=64, hardware=H100, mfu=0.4)
+    steps = {512: 16, 1024: 8, 1536: 6}  # 16 x 512 + 8 x 1024 = 16,384, and 6 x 1536 pass 24,576
+    sequences = sum(size * count for size, count in steps.items()) + 2048 * (25_000 - 30)
+    assert found.tokens == sequences * 2048
+    assert found.training_s == pytest.approx(sequences / 2048 * STEP_S)
+    assert found.step_s == pytest.approx(STEP_S)
+    by_planner = estimate(replace(CONFIG, schedule=ramp), ranks=64, hardware=H100)
+    by_hand = sum(
+        row(replace(CONFIG, global_batch_size=size), 64, H100).step_s * count
+        for size, count in {**steps, 2048: 25_000 - 30}.items()
+    )
+    assert by_planner.training_s == pytest.approx(by_hand)
+
+
+def test_muons_checkpoints_have_one_moment_of_matrices() -> None:
+    muon = replace(CONFIG, optimizer=replace(CONFIG.optimizer, optimizer="muon"))
+    found = estimate(muon, ranks=64, hardware=H100, mfu=0.4)
+    matrices = 40 * (9_437_184 + 18_874_368)
+    saved = 16_913_175_552 - found.checkpoint_bytes
+    assert saved == pytest.approx(4 * matrices, rel=1e-3)
+    planned = estimate(muon, ranks=64, hardware=H100).memory_bytes
+    whole = estimate(CONFIG, ranks=64, hardware=H100).memory_bytes
+    assert planned is not None and whole is not None
+    assert whole - planned == pytest.approx(4 * matrices / 64, rel=1e-3)
+
+
 def test_training_waits_for_storage_that_is_too_slow() -> None:
     """500 steps take 725 s, a checkpoint at 20 MB/s 846 s."""
     found = paper_1b(storage_bytes_per_s=2e7)

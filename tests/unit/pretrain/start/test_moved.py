@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from megatron_ladder.errors import UserError
 from pretrain.cli import main
+from pretrain.config.data import DataConfig
 from pretrain.config.presets import PRESETS
-from pretrain.config.train import AdaptConfig, DataConfig, TrainConfig, load_config, save_config
+from pretrain.config.train import AdaptConfig, TrainConfig, load_config, save_config
 from pretrain.data.checks import open_data
 from pretrain.data.folders import DataFolder, keep_facts, kept_facts, labels, open_folder
 from pretrain.data.sequences import train_sequences
