@@ -46,7 +46,9 @@ class AllToAll:
 
     def wait(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Waits for what `start` has returned. Returns it, complete."""
-        return tensors if self._group.size() == 1 else _Wait.apply(self, *tensors)
+        if self._group.size() == 1:
+            return tuple(map(used_here, tensors))  # another stream may have made them
+        return _Wait.apply(self, *tensors)
 
     def fly(self, tensors: Sequence[Tensor]) -> list[Flight]:
         with named(f"{self.name}: start"):
