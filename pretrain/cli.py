@@ -18,6 +18,7 @@ USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says mor
   generate  continue prompts with a run or an exported folder
   serve     the same over HTTP, as OpenAI's API
   eval      perplexity, small offline tasks and lm-evaluation-harness on a run or an exported folder
+  sweep     train sizes, learning rates and kinds from one file, and fit scaling laws to their losses
   report    loss curves of one or several runs, as a page and pictures; report depth: a model's layers
   bench     trace, kinds, plan: what the overlap hides, seen on local ranks and modelled for a cluster
   submit    one of these, or a chain of them, to SLURM: arrays, restarts, time limits
@@ -91,6 +92,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
             from pretrain.commands.report import report
 
             return report
+        case "sweep":
+            from pretrain.commands.sweep import sweep
+
+            return sweep
         case "bench":
             from pretrain.commands.bench import bench
 

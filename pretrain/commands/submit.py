@@ -6,10 +6,10 @@ jobs of the chain will write cannot be checked yet; for later jobs only the opti
 
 import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -19,17 +19,24 @@ from megatron_ladder.errors import UserError
 from pretrain.commands.convert import ExportOptions, ImportOptions, MergeOptions
 from pretrain.commands.index import parse_index
 from pretrain.commands.report import ReportOptions
+from pretrain.commands.sweep import SweepOptions
 from pretrain.commands.users import for_users
+from pretrain.config.train import TrainConfig
 from pretrain.data.checks import open_data, with_vocab_size
 from pretrain.start.arguments import parse_train
 from slurm.cli import Submit, parse_submit
 from slurm.errors import UserError as SlurmError
+from slurm.jobs.folders import job_folders
 from slurm.submit.chain import Step, take_tasks
 from slurm.submit.placement import Placement, from_environment, placed
 from slurm.submit.profile import Profile, load_profile
 from slurm.submit.render import Resources
 from slurm.submit.submit import dry_run
 from slurm.submit.submit import submit as submit_chain
+from slurm.watch.status import facts_of
+
+if TYPE_CHECKING:  # because the command line starts without torch
+    from pretrain.sweep.checks import CheckedRun
 
 
 @for_users
@@ -46,19 +53,29 @@ def submit(argv: list[str]) -> int:
             options.signal_lead,
         )
         ranks = resources.nodes * resources.ranks_per_node
+        sweep = _sweep(commands, ranks)
         if options.estimate:
-            print("\n\n".join(_estimates(commands, ranks, options, resources.limit_s)))
+            configs = [run.config for run in sweep.runs] if sweep else _trainings(commands)
+            print("\n\n".join(_estimates(configs, ranks, options, resources.limit_s)))
             return 0
-        steps = [
-            _step(command, ranks, is_first=i == 0 and options.after is None)
-            for i, command in enumerate(commands)
-        ]
+        if sweep:
+            chains = sweep.chains(one_after_another=profile.launcher == "local")
+        else:
+            chains = [
+                [
+                    _step(command, ranks, is_first=i == 0 and options.after is None)
+                    for i, command in enumerate(commands)
+                ]
+            ]
         for note in notes:
             print(f"megatron-ladder submit: {note}", file=sys.stderr)
-        if options.dry_run:
-            dry_run(steps, profile, resources, options.after)
-        else:
-            print(submit_chain(steps, profile, resources, options.profile, options.after))
+        if sweep and not options.dry_run:
+            sweep.write()
+        for steps in chains:
+            if options.dry_run:
+                dry_run(steps, profile, resources, options.after)
+            else:
+                print(submit_chain(steps, profile, resources, options.profile, options.after))
         return 0
     except SlurmError as error:
         raise UserError(str(error)) from error
@@ -76,18 +93,89 @@ def _profile(options: Submit) -> tuple[Profile, list[str]]:
     return from_environment(placed(profile, asked), os.environ)
 
 
+@dataclass(frozen=True)
+class _Sweep:
+    """A sweep to submit: the runs that are neither done nor in the queue."""
+
+    file: Path
+    folder: Path
+    all_runs: list["CheckedRun"]
+    runs: list["CheckedRun"]
+
+    def chains(self, *, one_after_another: bool) -> list[list[Step]]:
+        """A job for each run: at the same time on a cluster, or one after another on this machine."""
+        from pretrain.sweep.folder import train_command
+
+        steps = [
+            Step(tuple(train_command(self.folder, run.plan.name)), self.folder / run.plan.name)
+            for run in self.runs
+        ]
+        return [steps] if one_after_another else [[step] for step in steps]
+
+    def write(self) -> None:
+        """Writes the runs' configurations, which the jobs read."""
+        from pretrain.sweep.checks import write_plan
+
+        write_plan(self.file, self.all_runs, self.folder)
+
+
+def _sweep(commands: list[list[str]], ranks: int) -> _Sweep | None:
+    """The sweep that is to be submitted; None: another command is.
+
+    Raises:
+        UserError: there are other commands too, a run is refused, or none is left.
+    """
+    if all(command[0] != "sweep" for command in commands):
+        return None
+    if len(commands) > 1:
+        raise UserError(
+            "a sweep makes a job of each run, so no command of a chain can come before or after it: submit "
+            "it alone. `megatron-ladder report DIR` writes its page"
+        )
+    from pretrain.sweep.checks import checked_runs
+
+    asked = tyro.cli(SweepOptions, args=commands[0][1:], prog="megatron-ladder sweep")
+    if asked.dry_run:
+        raise UserError("--dry-run of `sweep` trains nothing: give submit's own, before `sweep`")
+    folder = asked.output_dir.absolute()
+    runs = checked_runs(asked.file, folder, ranks)
+    left = [run for run in runs if run.state != "done"]
+    queued = {run.plan.name for run in left if _is_queued(folder / run.plan.name)}
+    print(
+        f"{len(runs)} runs: {len(runs) - len(left)} are done, {len(queued)} in the queue",
+        file=sys.stderr,
+    )
+    left = [run for run in left if run.plan.name not in queued]
+    if not left:
+        raise UserError(f"nothing to submit: every run of {asked.file} is done or in the queue")
+    return _Sweep(asked.file, folder, runs, left)
+
+
+def _is_queued(run: Path) -> bool:
+    """Whether a job of this run waits or runs. Where SLURM cannot be asked, it may."""
+    return any(
+        facts is None or any(fact.is_active for fact in facts)
+        for facts in facts_of(job_folders(run)).values()
+    )
+
+
+def _trainings(commands: list[list[str]]) -> list[TrainConfig]:
+    """The configurations of a chain's trainings, with the vocabulary sizes of their data."""
+    trainings = [command[1:] for command in commands if command[0] == "train"]
+    return [with_vocab_size(parse_train(arguments)[0]) for arguments in trainings]
+
+
 def _estimates(
-    commands: list[list[str]], ranks: int, options: Submit, limit_s: int | None
+    configs: list[TrainConfig], ranks: int, options: Submit, limit_s: int | None
 ) -> list[str]:
-    """A text for each training of the chain, with the estimate of what it will take."""
+    """A text for each training, with the estimate of what it will take."""
     from pretrain.plan.estimate import estimate, format_estimate, hardware_of
 
     hardware = hardware_of(options.device)
     texts = []
-    for arguments in (command[1:] for command in commands if command[0] == "train"):
-        config, _ = parse_train(arguments)
+    for config in configs:
         found = estimate(
-            with_vocab_size(config),
+            config,
             ranks=ranks,
             hardware=hardware,
             mfu=options.mfu,
@@ -132,7 +220,7 @@ def _step(command: list[str], ranks: int, *, is_first: bool) -> Step:
         output = tyro.cli(EvalOptions, args=arguments, prog="megatron-ladder eval").model
     else:
         raise UserError(
-            f"submit {name}: submit takes train, index, data, import, export, merge, eval and report"
+            f"submit {name}: submit takes train, index, data, import, export, merge, eval, report and sweep"
         )
     return Step(tuple(command), Path(output).absolute(), tasks)
 

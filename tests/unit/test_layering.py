@@ -41,8 +41,8 @@ ROOMS = {
     "cpu_platform losses collectives te layers te.layers inference specs mcore_compat "
     "side mcore_checkpoints megatron_lm hf.modelling hf.files hf vllm",
     "pretrain": "files processes ranks pictures sizes config data index optim model run watch "
-    "plan start.going_on start loop convert evaluation report inference inference.server depth bench "
-    "commands cli __main__",
+    "plan start.going_on start loop convert evaluation report sweep.fits sweep inference inference.server "
+    "depth bench commands cli __main__",
     "data_prep": "errors version files json_files left_out progress broken_pipe read parts encode dataset "
     "clean cli __main__",
     "slurm": "errors files jobs submit watch cli",

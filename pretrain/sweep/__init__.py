@@ -1,0 +1,1 @@
+"""Sweeps: many runs from one file, their best rates, and scaling laws fitted to their losses."""

@@ -1,0 +1,1 @@
+"""Fits to the losses of a sweep: scaling laws, and the best learning rate."""
