@@ -11,6 +11,7 @@ from pretrain.sweep.expand import PlannedRun, planned_runs
 from pretrain.sweep.file import read_sweep
 from tests.unit.pretrain.sweep.sweeps import write_sweep
 
+ROOT = Path(__file__).parents[4]
 PRODUCT = """
 preset = "debug"
 [fields]
@@ -78,6 +79,15 @@ def test_any_field_is_an_axis(tmp_path: Path) -> None:
     ]
     assert runs[1].config.model.ladder_layers == (0, 2)
     assert runs[0].config.schedule.train_steps == 700  # the preset's
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("kinds", 3 * (3 * (4 + 2 + 2) + 2)), ("residual-scaling", 2 * 2 * 4 * 4 * 2)],
+)
+def test_the_projects_own_sweeps(name: str, count: int, tmp_path: Path) -> None:
+    runs = planned_runs(read_sweep(ROOT / "benchmarks" / "sweeps" / f"{name}.toml"), tmp_path)
+    assert len(runs) == count
 
 
 AXES = "[axes]\nseed = [1, 2]\n"
