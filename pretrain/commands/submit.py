@@ -99,7 +99,6 @@ class _Sweep:
 
     file: Path
     folder: Path
-    all_runs: list["CheckedRun"]
     runs: list["CheckedRun"]
 
     def chains(self, *, one_after_another: bool) -> list[list[Step]]:
@@ -116,7 +115,7 @@ class _Sweep:
         """Writes the runs' configurations, which the jobs read."""
         from pretrain.sweep.checks import write_plan
 
-        write_plan(self.file, self.all_runs, self.folder)
+        write_plan(self.file, self.folder)
 
 
 def _sweep(commands: list[list[str]], ranks: int) -> _Sweep | None:
@@ -132,23 +131,23 @@ def _sweep(commands: list[list[str]], ranks: int) -> _Sweep | None:
             "a sweep makes a job of each run, so no command of a chain can come before or after it: submit "
             "it alone. `megatron-ladder report DIR` writes its page"
         )
-    from pretrain.sweep.checks import checked_runs
+    from pretrain.sweep.checks import checked_runs, read_plan
 
     asked = tyro.cli(SweepOptions, args=commands[0][1:], prog="megatron-ladder sweep")
     if asked.dry_run:
         raise UserError("--dry-run of `sweep` trains nothing: give submit's own, before `sweep`")
     folder = asked.output_dir.absolute()
-    runs = checked_runs(asked.file, folder, ranks)
+    plan = read_plan(asked.file, folder)
+    queued = {run.name for run in plan if _is_queued(folder / run.name)}
+    runs = checked_runs(asked.file, folder, ranks, left_out=queued)
     left = [run for run in runs if run.state != "done"]
-    queued = {run.plan.name for run in left if _is_queued(folder / run.plan.name)}
     print(
-        f"{len(runs)} runs: {len(runs) - len(left)} are done, {len(queued)} in the queue",
+        f"{len(plan)} runs: {len(runs) - len(left)} are done, {len(queued)} in the queue",
         file=sys.stderr,
     )
-    left = [run for run in left if run.plan.name not in queued]
     if not left:
         raise UserError(f"nothing to submit: every run of {asked.file} is done or in the queue")
-    return _Sweep(asked.file, folder, runs, left)
+    return _Sweep(asked.file, folder, left)
 
 
 def _is_queued(run: Path) -> bool:

@@ -38,7 +38,6 @@ def sweep(argv: list[str]) -> int:
     from pretrain.sweep.fits.law import need_scipy
     from pretrain.sweep.table import table
 
-    need_scipy()  # before hours of training
     runs = checked_runs(options.file, options.output_dir)
     print(table(runs), flush=True)
     if options.dry_run:
@@ -46,7 +45,8 @@ def sweep(argv: list[str]) -> int:
     from pretrain.sweep.in_turn import STOPPED, train_in_turn
     from pretrain.sweep.report import write_sweep_report
 
-    write_plan(options.file, runs, options.output_dir)
+    need_scipy()  # before hours of training
+    write_plan(options.file, options.output_dir)
     status = train_in_turn(runs, options.output_dir, train)
     if status != STOPPED:
         page, text = write_sweep_report(options.output_dir)

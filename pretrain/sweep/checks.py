@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,21 +42,26 @@ class CheckedRun:
         )
 
 
-def checked_runs(file: Path, folder: Path, ranks: int | None = None) -> list[CheckedRun]:
+def checked_runs(
+    file: Path, folder: Path, ranks: int | None = None, left_out: Container[str] = ()
+) -> list[CheckedRun]:
     """The runs of a sweep's file, checked as `train` would check them, those of least work first.
 
     Args:
         folder: the sweep's.
         ranks: of each run; None: as many as `train` would start here.
+        left_out: names of runs that are not to start, such as those that a job trains now.
 
     Raises:
         UserError: the first mistake that is found, and in which run.
     """
-    runs = planned_runs(read_sweep(file), folder)
+    runs = read_plan(file, folder)
     before = logging.root.manager.disable
     try:
         checked = []
         for run in runs:
+            if run.name in left_out:
+                continue
             try:
                 checked.append(_checked(run, ranks))
             except UserError as error:
@@ -82,19 +88,29 @@ def _validates(folder: DataFolder, config: TrainConfig) -> bool:
     return folder.tokens("validation") > config.data.seq_length
 
 
-def write_plan(file: Path, runs: list[CheckedRun], folder: Path) -> None:
+def read_plan(file: Path, folder: Path) -> list[PlannedRun]:
+    """The runs of a sweep's file. Raises UserError, which names the file."""
+    sweep = read_sweep(file)
+    try:
+        return planned_runs(sweep, folder)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def write_plan(file: Path, folder: Path) -> None:
     """Writes each run's configuration, and the list of runs, which the report reads."""
+    runs = read_plan(file, folder)
     (folder / CONFIGS).mkdir(parents=True, exist_ok=True)
     for run in runs:
-        save_config(run.plan.config, config_file(folder, run.plan.name))
+        save_config(run.config, config_file(folder, run.name))
     listed = [
         {
-            "name": run.plan.name,
-            "size": run.plan.size,
-            "values": run.plan.values,
-            "held_out": run.plan.held_out,
-            "parameters": run.plan.parameters,
-            "tokens": run.plan.tokens,
+            "name": run.name,
+            "size": run.size,
+            "values": run.values,
+            "held_out": run.held_out,
+            "parameters": run.parameters,
+            "tokens": run.tokens,
         }
         for run in runs
     ]

@@ -45,6 +45,8 @@ def test_what_is_in_the_queue_is_not_submitted_again(
         job = folder / f"seed-{seed}_tokens-1280" / "slurm" / "1"
         job.mkdir(parents=True)
         write_job(job, Job(["train"], "/", "slurm", {}, [], 0.0, [], job_id=number))
+    # Nor is it checked: another process may be training in it.
+    (folder / "seed-1_tokens-1280" / "config.json").write_text("{")
 
     def job_facts(ids: list[str]) -> dict[str, list[Facts]]:
         return {number: [Facts(states[number])] for number in ids}

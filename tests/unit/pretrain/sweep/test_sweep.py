@@ -59,7 +59,7 @@ def until_stopped(argv: list[str]) -> int:
 
 def planned(file: Path, folder: Path) -> list[CheckedRun]:
     runs = checked_runs(file, folder)
-    write_plan(file, runs, folder)
+    write_plan(file, folder)
     return runs
 
 
