@@ -344,6 +344,9 @@ def _dynamic_context(
         from megatron.core.inference.config import InferenceConfig
 
         inference = InferenceConfig(**shared, enable_chunked_prefill=True)
+        # It would make buffers for its own exchange of tokens between ranks of experts, which need NVLink.
+        # None are exchanged here (experts.py).
+        config.inference_moe_token_dispatcher_type = None
         with _no_infos():
             return DynamicInferenceContext(config, inference), {}
     with _no_infos():
