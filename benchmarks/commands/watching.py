@@ -6,7 +6,8 @@ A preset is trained by the command line, as many ranks as this machine has cores
 every second run its checkpoints are measured by last_word and continuation at the default interval, which
 is each checkpoint. The runs are made in turns; the order within a pair alternates.
 
-steps         seconds from the first printed step to the last one, with saves and validations in between
+steps         seconds from the first checkpoint's step to the last step, with saves and validations: from
+              then on a checkpoint is being measured, or the next one is waited for
 ranks' CPU    processor seconds of the ranks and their helpers, in the whole run
 beside        processor seconds of the processes that measure, until the last step is printed
 measured      checkpoints whose measurement has ended by then
@@ -34,10 +35,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
 
 from measuring import facts
 from measuring.options import parser_of
+from pretrain.config.presets import PRESETS
 
 STEP = re.compile(r"step +(\d+)/\d+ \|")
 MEASURED = re.compile(r"step \d+: measured: ")
 TASKS = ["--watch.tasks", "last_word", "continuation"]
+TEXT = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest")
 POLL_S = 0.2
 
 
@@ -85,18 +88,23 @@ def is_beside(words: list[str]) -> bool:
 
 
 def prepare(work: Path) -> None:
-    """A tokenizer and a data set, of Python's library."""
-    text = [sysconfig.get_paths()["stdlib"], "--include", "*.py", "--exclude", "site-packages/*"]
+    """A tokenizer and a data set, of packages of Python's library."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    text = [*(str(library / name) for name in TEXT), "--include", "*.py"]
     tokenizer = ["--vocab-size", "2000", "--output-dir", str(work / "tokenizer")]
     data = ["--tokenizer", str(work / "tokenizer" / "tokenizer.model")]
-    data += ["--validation-fraction", "0.05", "--output-dir", str(work / "data")]
+    data += ["--validation-fraction", "0.2", "--output-dir", str(work / "data")]
     for command in (["train-tokenizer", *text, *tokenizer], ["tokenize", *text, *data]):
         whole = [sys.executable, "-m", "pretrain.cli", "data", *command]
         subprocess.run(whole, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
 
 
-def train(work: Path, name: str, options: list[str]) -> dict[str, float]:
-    """One run."""
+def train(work: Path, name: str, options: list[str], first: int) -> dict[str, float]:
+    """One run.
+
+    Args:
+        first: the step from which on its time counts.
+    """
     places = ["--data.paths", str(work / "data"), "--output-dir", str(work / name)]
     command = [sys.executable, "-m", "pretrain.cli", "train", *options, *places]
     process = subprocess.Popen(  # noqa: S603 (a list)
@@ -109,19 +117,21 @@ def train(work: Path, name: str, options: list[str]) -> dict[str, float]:
     processors = Processors(process.pid)
     processors.start()
     assert process.stdout is not None
-    output, seen, measured = [], [], 0
+    output, measured = [], 0
+    seen: dict[int, float] = {}
     at_the_end: dict[str, float] = {}
     for line in process.stdout:
         output.append(line)
-        if STEP.match(line):
-            seen.append(time.perf_counter())
+        if step := STEP.match(line):
+            seen[int(step[1])] = time.perf_counter()
             at_the_end = {**processors.so_far(), "measured": measured}
         measured += bool(MEASURED.match(line))
     status, ended = process.wait(), time.perf_counter()
     processors.stop()
-    assert status == 0 and len(seen) > 1, "".join(output)
+    assert status == 0 and seen, "".join(output)
+    last = max(seen)
     ranks_cpu = processors.so_far()["ranks_cpu"]
-    times = {"steps": seen[-1] - seen[0], "end": ended - seen[-1]}
+    times = {"steps": seen[last] - seen[first], "end": ended - seen[last]}
     return {**at_the_end, **times, "ranks_cpu": ranks_cpu}
 
 
@@ -138,6 +148,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--save-interval", type=int, help="other than the preset's")
     options = parser.parse_args()
+    first = options.save_interval or PRESETS[options.preset]().save_interval
+    if not first < options.steps:
+        parser.error(f"--steps {options.steps}: give more than the save interval, {first}")
     words = ["--preset", options.preset, "--schedule.train-steps", str(options.steps)]
     if options.save_interval is not None:
         words += ["--save-interval", str(options.save_interval)]
@@ -148,7 +161,7 @@ def main() -> None:
         for number in range(options.pairs):
             for line in sorted(rounds, reverse=number % 2 == 0):
                 mine = [*words, *(TASKS if line == "with" else [])]
-                found = train(work, f"{line}-{number}", mine)
+                found = train(work, f"{line}-{number}", mine, first)
                 rounds[line].append(found)
                 print(line, {name: round(value, 2) for name, value in found.items()}, flush=True)
     medians: dict[str, dict[str, float]] = {
@@ -166,7 +179,7 @@ def main() -> None:
         "end": "{end:.1f}",
     }
     print(
-        f"\n{options.preset}, {options.steps} steps; medians of {options.pairs} runs, in seconds\n"
+        f"\n{options.preset}, steps {first} to {options.steps}; medians of {options.pairs} runs, s\n"
     )
     print(facts.table(rows, columns))
     for name, what in (("steps", "time of the steps"), ("ranks_cpu", "the ranks' CPU time")):

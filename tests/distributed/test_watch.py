@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import psutil
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pretrain.cli import main
 from pretrain.evaluation.results import results_by_step
 from pretrain.run.folder import checkpoint_at, checkpoint_step, checkpoints
-from pretrain.watch.commands import export_arguments
+from pretrain.run.status import read_status
 from tests.beside import StandIn, wait_for
 from tests.data_sets import write_data_set
 from tests.distributed.disturbed import assert_same
@@ -44,22 +43,23 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return StandIn(tmp_path / "stand_in", monkeypatch)
 
 
-def lines(run: Path) -> list[tuple[str, int]]:
+def lines(run: Path) -> set[tuple[str, int]]:
     kinds = ("evaluation", "export", "watch_failed", "watch_left_out")
-    return [(kind, line["step"]) for kind in kinds for line in metrics(run, kind)]
+    return {(kind, line["step"]) for kind in kinds for line in metrics(run, kind)}
 
 
-def test_what_is_killed_is_done_by_the_next_start(
+def test_whatever_happens_the_training_is_the_same(
     data: Path, tmp_path: Path, stand_in: StandIn
 ) -> None:
-    """The process beside the run is killed, then the run itself while the process works."""
+    """The process beside a run is killed, then the run itself while the process works. Then the run is told
+    to stop while it waits for its last measurement, which fails in the end."""
     run, plain = tmp_path / "run", tmp_path / "plain"
     options = tensor_parallel(2)
     train(data, plain, *options)
-
-    # That of step 5 is killed and started again. That of step 10 does not end before the run is killed.
-    stand_in.tell("5.go", "5.dies")
     argv = command(data, run, *options, *WATCH)[4:]
+
+    # The process of step 5 is killed and started again. That of step 10 goes on when the run is killed.
+    stand_in.tell("5.go", "5.dies")
     codes, output = run_train(
         argv,
         tmp_path / "log",
@@ -72,52 +72,38 @@ def test_what_is_killed_is_done_by_the_next_start(
     wait_for(lambda: not psutil.pid_exists(beside_it))
     assert list(results_by_step(run)) == [5]
 
-    stand_in.tell("go")
-    train(data, run, *options, *WATCH)
-    assert_same(run, plain)
-    measured = {step for kind, step in lines(run) if kind in ("evaluation", "watch_left_out")}
-    assert measured == {5, 10, 15, STEPS}
-    assert ("evaluation", 10) in lines(run)
-    assert ("evaluation", STEPS) in lines(run)
-    assert [step for kind, step in lines(run) if kind == "export"] == [10, STEPS]
-    assert not [kind for kind, _ in lines(run) if kind == "watch_failed"]
-    assert set(results_by_step(run)) == {step for kind, step in lines(run) if kind == "evaluation"}
-    assert list((run / "watch").iterdir()) == []
-    assert [checkpoint_step(path) for path in checkpoints(run)] == [15, STEPS]
+    kept: list[int] = []
 
-
-def test_a_checkpoint_stays_while_it_is_needed(
-    data: Path, tmp_path: Path, stand_in: StandIn
-) -> None:
-    """Also at the end: a signal ends the wait for the last one, and the next start goes on with it."""
-    run = tmp_path / "run"
-    options = (*WATCH, "--watch.export-interval", "5", "--save-interval", "5", "--keep-last", "2")
-    argv = command(data, run, *options)[4:]
-    seen: list[int] = []
-
-    def told() -> bool:
-        """Asks the run to stop when its steps are done and the first measurement still goes on."""
-        if checkpoint_at(run, STEPS).is_dir() and not seen:
-            seen.extend(checkpoint_step(path) for path in checkpoints(run))
-            time.sleep(1)
-            parent = psutil.Process(stand_in.last()[0]).parent()
-            assert parent is not None
-            parent.send_signal(signal.SIGTERM)
+    def stopped() -> bool:
+        if not kept and (read_status(run) or {})["state"] == "measuring":
+            kept.extend(checkpoint_step(path) for path in checkpoints(run))
+            first_rank = psutil.Process(stand_in.last()[0]).parent()
+            assert first_rank is not None
+            first_rank.send_signal(signal.SIGTERM)
         return False
 
-    codes, output = run_train(argv, tmp_path / "log", TIMEOUT_S, kill_when=told)
-    assert codes == [75], output
-    assert seen == [5, 10, 15, STEPS]
-    assert stand_in.done() == [("eval", 5)]
+    codes, output = run_train(argv, tmp_path / "log", TIMEOUT_S, kill_when=stopped)
+    assert codes == [75, 75], output
+    assert kept == [10, 15, STEPS]  # --keep-last is 2, and 10 is still needed
     assert metrics(run, "end")[-1]["reason"] == "signal SIGTERM"
+
     stand_in.tell("go", f"{STEPS}.fails")
-    output = train(data, run, *options)
+    output = train(data, run, *options, *WATCH)
     assert f"step {STEPS} was saved, without its evaluation and export" in output
-    assert "no network" in output  # a failure does not end the run
+    assert "no network" in output
     assert metrics(run, "end")[-1]["reason"] == "finished"
-    assert {step for kind, step in lines(run) if kind == "watch_failed"} == {STEPS}
+    assert_same(run, plain)
+    assert lines(run) == {
+        ("evaluation", 5),
+        ("evaluation", 10),
+        ("export", 10),
+        ("watch_left_out", 15),
+        ("evaluation", STEPS),  # of the tasks that did not fail
+        ("watch_failed", STEPS),
+    }
+    assert set(results_by_step(run)) == {5, 10, STEPS}
+    assert {path.suffix for path in (run / "watch").iterdir()} == {".log"}
     assert [checkpoint_step(path) for path in checkpoints(run)] == [15, STEPS]
-    assert "nothing to do" in train(data, run, *options)
 
 
 @pytest.fixture(scope="module")
@@ -142,15 +128,14 @@ def test_the_commands_themselves(text: Path, tmp_path: Path, exports: bool, monk
     assert (step, result["task"], result["items"]) == (4, "last_word", 5)
     assert line["results"][0]["metrics"] == result["metrics"]
     assert line["tokens"] == 4 * 8 * 64
+    if not exports:
+        return
     # The same command, typed by a person.
     again = tmp_path / "again"
     argv = ["eval", str(run), "--tasks", "last_word", "--limit", "5", "--data", str(text)]
     assert main([*argv, "--output-dir", str(again)]) == 0
     (file,) = again.glob("*.json")
     assert json.loads(file.read_text())["results"][0]["metrics"] == result["metrics"]
-    if exports:
-        model = run / "exports/step_00000004"
-        assert metrics(run, "export")[0]["folder"] == "exports/step_00000004"
-        assert AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).num_parameters()
-    else:
-        assert main(export_arguments(checkpoint_at(run, 4), tmp_path / "model")) == 0
+    model = run / "exports/step_00000004"
+    assert metrics(run, "export")[0]["folder"] == "exports/step_00000004"
+    assert AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).num_parameters()
