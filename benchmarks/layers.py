@@ -49,7 +49,7 @@ def flops(model: ModelConfig, tokens: int, seq_length: int) -> float:
     """Of a forward and a backward pass."""
     return tokens * flops_per_token(
         num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
+        attention_width=model.attention_width,
         seq_length=seq_length,
         # Of the layers: what a token goes through, without the head.
         matmul_parameters=model.num_matmul_parameters()

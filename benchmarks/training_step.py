@@ -91,7 +91,7 @@ def measure(case: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     load = facts.under_load(step)
     flops = config.tokens_per_step * flops_per_token(
         num_layers=config.model.num_layers,
-        hidden_size=config.model.hidden_size,
+        attention_width=config.model.attention_width,
         seq_length=config.data.seq_length,
         matmul_parameters=config.model.num_matmul_parameters(),
     )

@@ -177,6 +177,11 @@ class ModelConfig:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
+    def attention_width(self) -> int:
+        """The channels of all heads together; hidden_size unless kv_channels says otherwise."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
     def padded_vocab_size(self) -> int:
         """The number of rows of the embedding: `vocab_size`, rounded up to a multiple of 128."""
         assert self.vocab_size is not None, "vocab_size is set from the data before building"

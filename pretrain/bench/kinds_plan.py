@@ -237,7 +237,7 @@ def guessed_seconds(setting: Setting, model: ModelConfig, seq_length: int, devic
     layers = of_kind(model, Kind("standard"), setting)
     each = flops_per_token(
         num_layers=layers.num_layers,
-        hidden_size=layers.hidden_size,
+        attention_width=layers.attention_width,
         seq_length=seq_length,
         matmul_parameters=layers.num_parameters(embeddings=False),
     )

@@ -361,7 +361,7 @@ class RunLog:
         model = self._config.model
         flops = flops_per_token(
             num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
+            attention_width=model.attention_width,
             seq_length=attended,
             matmul_parameters=model.num_matmul_parameters(),
         )

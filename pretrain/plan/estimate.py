@@ -218,7 +218,7 @@ def _flops(config: TrainConfig, attended: float) -> float:
     model = config.model
     return config.tokens_per_step * flops_per_token(
         num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
+        attention_width=model.attention_width,
         seq_length=attended,
         matmul_parameters=model.num_matmul_parameters(),
     )

@@ -296,13 +296,15 @@ def submodules(
     """The compute of one layer's attention and MLP for a micro-batch of `tokens` tokens.
 
     - GEMMs: 2 operations for each weight and token, twice that in backward.
-    - Flash attention: 4 t s h operations, of which half are masked out; 2.5 times that in backward (five
-      products instead of two). s is the tokens that attention works on together (attended.py).
+    - Flash attention of width w: 4 t s w operations, of which half are masked out; 2.5 times that in
+      backward (five products instead of two). s is the tokens that attention works on together
+      (attended.py).
     - Norm, RoPE, SwiGLU and residual add: bytes through memory, twice that in backward. Norm and add work
       on whole states, unless sequence parallelism divides them.
     - The kernels of these, twice as many in backward. Parallel kinds have one norm.
     """
-    h, kv, ffn = model.hidden_size, model.kv_heads * model.head_dim, model.ffn_hidden_size
+    h, w, ffn = model.hidden_size, model.attention_width, model.ffn_hidden_size
+    kv = model.kv_heads * model.head_dim
 
     def gemm(inputs: int, outputs: int) -> float:
         return hardware.gemm_s(2.0 * tokens * inputs * outputs / tp, fp8=hardware.fp8)
@@ -317,63 +319,12 @@ def submodules(
     cut = tp if sp else 1
     # Elements that are read and written for each token.
     norm, add = 2 * h * model.layer_norms / cut, 3 * h / cut
-    core = hardware.attention_s(2.0 * tokens * seq_length * h / tp)
-    elements = norm + 2 * (h + kv) / tp + add
-    kernels = ATTENTION_KERNELS - (not model.layer_norms)
-    attention = submodule(gemm(h, h + 2 * kv), gemm(h, h), core, elements, kernels)
+    core = hardware.attention_s(2.0 * tokens * seq_length * w / tp)
+    of_heads = 1 + model.qk_layernorm  # RoPE, and norms of queries and keys
+    elements = norm + of_heads * 2 * (w + kv) / tp + add
+    kernels = ATTENTION_KERNELS - (not model.layer_norms) + 2 * model.qk_layernorm
+    attention = submodule(gemm(h, w + 2 * kv), gemm(w, h), core, elements, kernels)
     norms = 0 if model.residual in PARALLEL or not model.layer_norms else 1
     elements = norms * norm + 3 * ffn / tp + add
     mlp = submodule(gemm(h, 2 * ffn), gemm(ffn, h), 0.0, elements, MLP_KERNELS - 1 + norms)
     return attention, mlp
-
-
-@dataclass(frozen=True)
-class Row:
-    """One layout of one residual kind. Shares are of step_s; times in seconds, modelled."""
-
-    residual: str
-    halves: bool
-    tp: int
-    cp: int
-    pp: int
-    last_stage: int
-    """Layers of the last pipeline stage; the others share the rest."""
-    vpp: int
-    dp: int
-    sequence_parallel: bool
-    micro_batch_size: int
-    recompute: Recompute
-    step_s: float
-    compute_s: float
-    exposed_tp_s: float
-    exposed_cp_s: float
-    exposed_dp_s: float
-    transfers_s: float
-    """Transfers between pipeline stages that no compute hides."""
-    bubble_s: float
-    tokens_per_s_per_gpu: float
-    mfu: float
-    """The share of the bf16 peak, also with FP8; recomputation does not count."""
-    memory_gb: float
-
-    @property
-    def layout(self) -> tuple[object, ...]:
-        """All but the residual kind and the halves."""
-        layout = (
-            self.tp,
-            self.cp,
-            self.pp,
-            self.last_stage,
-            self.vpp,
-            self.dp,
-            self.sequence_parallel,
-        )
-        return (*layout, self.micro_batch_size, self.recompute)
-
-    @property
-    def bubble(self) -> float:
-        return self.bubble_s / self.step_s
-
-    @property
-    def exposed_tp(self) -> float:
-        return self.exposed_tp_s / self.step_s

@@ -34,7 +34,7 @@ def ring_seconds(
     if cp == 1:
         return 0.0, 0.0
     sent = BF16 * tokens * 2 * model.kv_heads * model.head_dim / tp
-    part_s = hardware.attention_s(2.0 * tokens * seq_length * model.hidden_size / tp) / cp
+    part_s = hardware.attention_s(2.0 * tokens * seq_length * model.attention_width / tp) / cp
     if gathers:
         part_s = 0.0
     # Ranks that are all in one node need no network.

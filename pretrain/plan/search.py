@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from megatron_ladder.config import (
     STALE,
@@ -22,7 +22,6 @@ from pretrain.plan.planner import (
     FP32,
     Device,
     Hardware,
-    Row,
     pass_seconds,
     submodules,
 )
@@ -43,6 +42,59 @@ LESS_IN_LAST_STAGE = 4
 
 LEAST_TOKENS = 8192
 """Context parallelism is tried where a rank keeps at least so many tokens of a sequence."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout of one residual kind. Shares are of step_s; times in seconds, modelled."""
+
+    residual: str
+    halves: bool
+    tp: int
+    cp: int
+    pp: int
+    last_stage: int
+    """Layers of the last pipeline stage; the others share the rest."""
+    vpp: int
+    dp: int
+    sequence_parallel: bool
+    micro_batch_size: int
+    recompute: Recompute
+    step_s: float
+    compute_s: float
+    exposed_tp_s: float
+    exposed_cp_s: float
+    exposed_dp_s: float
+    transfers_s: float
+    """Transfers between pipeline stages that no compute hides."""
+    bubble_s: float
+    tokens_per_s_per_gpu: float
+    mfu: float
+    """The share of the bf16 peak, also with FP8; recomputation does not count."""
+    memory_gb: float
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """All but the residual kind and the halves."""
+        layout = (
+            self.tp,
+            self.cp,
+            self.pp,
+            self.last_stage,
+            self.vpp,
+            self.dp,
+            self.sequence_parallel,
+        )
+        return (*layout, self.micro_batch_size, self.recompute)
+
+    @property
+    def bubble(self) -> float:
+        return self.bubble_s / self.step_s
+
+    @property
+    def exposed_tp(self) -> float:
+        return self.exposed_tp_s / self.step_s
+
 
 _pass_seconds = functools.lru_cache(maxsize=100_000)(pass_seconds)  # layouts share many passes
 
@@ -143,7 +195,7 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware, attended: float | No
     step_s = compute_s + exposed_tp_s + exposed_cp_s + bubble_s + transfers_s + exposed_dp_s
     flops = config.tokens_per_step * flops_per_token(
         num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
+        attention_width=model.attention_width,
         seq_length=attended,
         matmul_parameters=model.num_matmul_parameters(),
     )

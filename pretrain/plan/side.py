@@ -41,7 +41,7 @@ def with_side_network(config: TrainConfig, flops: float, attended: float) -> flo
         + 2 * model.padded_vocab_size * model.hidden_size
         + flops_per_token(
             num_layers=len(side.kept_layers(model.num_layers)),
-            hidden_size=side.model(model).hidden_size,
+            attention_width=side.model(model).attention_width,
             seq_length=attended,
             matmul_parameters=side.num_parameters(model),
         )

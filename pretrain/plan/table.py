@@ -16,8 +16,8 @@ from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
 from pretrain.plan.estimate import STORAGE_BYTES_PER_S, estimate, format_estimate
 from pretrain.plan.links import network_of
-from pretrain.plan.planner import DEVICES, Hardware, Row
-from pretrain.plan.search import fitting, ranked
+from pretrain.plan.planner import DEVICES, Hardware
+from pretrain.plan.search import Row, fitting, ranked
 from pretrain.plan.verdict import LEARNED_WORST, verdict
 
 

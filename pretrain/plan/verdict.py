@@ -10,8 +10,8 @@ from typing import Literal
 
 from megatron_ladder.config import STALE
 from pretrain.config.train import TrainConfig
-from pretrain.plan.planner import Hardware, Row
-from pretrain.plan.search import ranked
+from pretrain.plan.planner import Hardware
+from pretrain.plan.search import Row, ranked
 
 WORTH = 0.01
 """A lead of less than this is not worth another model, if the planner were exact."""

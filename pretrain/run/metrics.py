@@ -50,19 +50,19 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def flops_per_token(
-    *, num_layers: int, hidden_size: int, seq_length: float, matmul_parameters: int
+    *, num_layers: int, attention_width: int, seq_length: float, matmul_parameters: int
 ) -> float:
     """Floating-point operations of forward and backward for one token.
 
-    These are 6 N for the matrix multiplications with N weights, and 12 L h s for attention's two products,
-    where causality is ignored (PaLM, arXiv 2204.02311, appendix B). Recomputation does not count, because
-    MFU counts only the operations that the model needs.
+    These are 6 N for the matrix multiplications with N weights, and 12 L w s for attention's two products
+    of width w, where causality is ignored (PaLM, arXiv 2204.02311, appendix B). Recomputation does not
+    count, because MFU counts only the operations that the model needs.
 
     Args:
         seq_length: tokens of the sequence that a token is in. With windows, or where documents are apart,
             it is `attention_length` (megatron_ladder/fields/windows.py).
     """
-    return 6.0 * matmul_parameters + 12.0 * num_layers * hidden_size * seq_length
+    return 6.0 * matmul_parameters + 12.0 * num_layers * attention_width * seq_length
 
 
 def has_finished(run_dir: Path, train_steps: int) -> bool:

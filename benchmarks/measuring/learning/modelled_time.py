@@ -8,8 +8,8 @@ from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
 from pretrain.plan.links import NVLINK
 from pretrain.plan.links import PRESETS as LINKS
-from pretrain.plan.planner import DEVICES, Hardware, Row
-from pretrain.plan.search import search
+from pretrain.plan.planner import DEVICES, Hardware
+from pretrain.plan.search import Row, search
 
 TP = 8
 

@@ -30,7 +30,7 @@ def test_mfu_of_documents_and_of_whole_sequences(
     def flops(length: float) -> float:
         return flops_per_token(
             num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
+            attention_width=model.attention_width,
             seq_length=length,
             matmul_parameters=model.num_matmul_parameters(),
         )

@@ -14,6 +14,7 @@ from pretrain.plan.memory import room
 from pretrain.plan.planner import DEVICES, Hardware, Submodule, pass_seconds, submodules
 from pretrain.plan.ring import ring_seconds
 from pretrain.plan.search import WAYS, layouts, row, search, way
+from pretrain.run.metrics import flops_per_token
 
 ATTENTION = Submodule(forward_s=3.0, backward_s=6.0, weight_gradient_s=1.0)
 MLP = Submodule(forward_s=5.0, backward_s=10.0, weight_gradient_s=2.0)
@@ -23,6 +24,32 @@ COMPUTE = 2 * (3 + 5), 2 * (6 + 10)  # of two layers
 def seconds(kinds: str, collective: float, **options) -> tuple[float, float]:
     names = {"s": "standard", "l": "ladder", "p": "parallel", "q": "parallel-ladder"}
     return pass_seconds([names[k] for k in kinds], ATTENTION, MLP, collective, **options)
+
+
+def test_heads_may_be_wider_than_the_state() -> None:
+    """32 heads of 128 channels over states of 2,048, with norms of queries and keys, as in Qwen3."""
+    model = replace(
+        TRAIN_PRESETS["llama-3-8b"]().model,
+        hidden_size=2048,
+        ffn_hidden_size=6144,
+        kv_channels=128,
+        qk_layernorm=True,
+    )
+    free = Hardware(DEVICES["h100"], NVLINK, kernel_s=0.0)
+    sizes = {"tokens": 1000, "seq_length": 4096, "tp": 1, "sp": False}
+    attention, _ = submodules(replace(model, num_query_groups=4), free, **sizes)
+    gemms = 2 * 1000 * 2048 * (4096 + 2 * 512 + 4096)
+    core = 2 * 1000 * 4096 * 4096
+    # Norm of the state, norms of queries and keys, RoPE, the addition.
+    memory = 2 * 1000 * (2 * 2048 + 4 * (4096 + 512) + 3 * 2048)
+    by_hand = free.gemm_s(gemms) + free.attention_s(core) + free.memory_s(memory)
+    assert attention.forward_s == pytest.approx(by_hand)
+    flops = flops_per_token(
+        num_layers=1, attention_width=model.attention_width, seq_length=4096, matmul_parameters=0
+    )
+    assert 1000 * flops / 2 / 3 == pytest.approx(
+        core
+    )  # half is masked out; backward is twice forward
 
 
 def test_residual_scaling_does_not_change_the_modelled_compute() -> None:

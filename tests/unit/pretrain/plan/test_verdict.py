@@ -8,8 +8,8 @@ import pytest
 from pretrain.config.presets import PRESETS
 from pretrain.plan import verdict as module
 from pretrain.plan.links import network_of
-from pretrain.plan.planner import DEVICES, Hardware, Row
-from pretrain.plan.search import fitting, ranked
+from pretrain.plan.planner import DEVICES, Hardware
+from pretrain.plan.search import Row, fitting, ranked
 from pretrain.plan.verdict import LEARNED_WORST, enough, lead, outcome, variants, verdict
 
 HARDWARE = Hardware(DEVICES["h100"], network_of(400))

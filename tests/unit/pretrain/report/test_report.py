@@ -260,7 +260,7 @@ def test_operations_and_peaks() -> None:
     assert peak_flops("cpu") is None
     # One layer of width 2 over 3 positions: 6 N + 12 L h s.
     assert flops_per_token(
-        num_layers=1, hidden_size=2, seq_length=3, matmul_parameters=10
+        num_layers=1, attention_width=2, seq_length=3, matmul_parameters=10
     ) == pytest.approx(60 + 72)
 
 
