@@ -50,3 +50,18 @@ def layers_of_stages(num_layers: int, parallel: Any) -> list[int]:
     each = (num_layers - sum(given)) // max(1, pp - len(given))
     ends = (each if first is None else first), (each if last is None else last)
     return [ends[0], *[each] * (pp - 2), ends[1]]
+
+
+def chunks_of_stages(num_layers: int, parallel: Any) -> list[list[range]]:
+    """The numbers of the layers, from 0, of each chunk of each pipeline stage.
+
+    Args:
+        parallel: a `ParallelConfig` that `check_stages` allows.
+    """
+    counts, first = layers_of_stages(num_layers, parallel), 0
+    stages: list[list[range]] = [[] for _ in counts]
+    for _ in range(parallel.num_chunks):
+        for stage, count in zip(stages, counts, strict=True):
+            stage.append(range(first, first + count // parallel.num_chunks))
+            first += count // parallel.num_chunks
+    return stages

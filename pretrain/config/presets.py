@@ -1,7 +1,7 @@
 """Named configurations. Each is a function that returns a TrainConfig; options override its fields.
 
-Every preset takes `--model.residual standard|ladder|parallel|parallel-ladder|desync`, and tiny-experts the
-first two.
+Every preset takes `--model.residual standard|ladder|parallel|parallel-ladder|desync`, and those with
+experts the first two.
 """
 
 from collections.abc import Callable
@@ -213,6 +213,74 @@ def side_tune() -> TrainConfig:
     )
 
 
+def qwen3_30b_a3b() -> TrainConfig:
+    """Qwen3-30B-A3B's shape: 128 experts a layer, 8 a token, over the eight GPUs of a node."""
+    # config.json of Qwen/Qwen3-30B-A3B, and NVIDIA/Megatron-LM, examples/post_training/modelopt/conf/qwen/
+    # Qwen3-30B-A3B.sh. How the balance is asked for is this project's default, which no layout changes.
+    config = llama_3_8b()
+    return replace(
+        config,
+        model=ModelConfig(
+            num_layers=48,
+            hidden_size=2048,
+            ffn_hidden_size=6144,  # of layers without experts: it has none
+            num_attention_heads=32,
+            num_query_groups=4,
+            kv_channels=128,
+            qk_layernorm=True,
+            vocab_size=151936,
+            max_position_embeddings=40960,
+            rotary_base=1_000_000.0,
+            layernorm_epsilon=1e-6,
+            share_embeddings_and_output_weights=False,
+            experts=ExpertsConfig(
+                num_moe_experts=128,
+                moe_router_topk=8,
+                moe_ffn_hidden_size=768,
+                moe_aux_loss_coeff=1e-3,
+            ),
+        ),
+        data=DataConfig(seq_length=4096),
+        parallel=ParallelConfig(expert_model_parallel_size=8),
+        global_batch_size=1024,
+    )
+
+
+def deepseek_v2_lite_mha() -> TrainConfig:
+    """DeepSeek-V2-Lite's shape without MLA: multi-head attention instead, 16 heads of 128 channels."""
+    # config.json of deepseek-ai/DeepSeek-V2-Lite, and NVIDIA/Megatron-LM, examples/post_training/modelopt/
+    # conf/deepseek-ai/DeepSeek-V2-Lite.sh. Its MLA has heads of 128 + 64 channels and 13.8 M weights a
+    # layer; this attention has 16.8 M.
+    config = llama_3_8b()
+    layers = 27
+    return replace(
+        config,
+        model=ModelConfig(
+            num_layers=layers,
+            hidden_size=2048,
+            ffn_hidden_size=10944,  # of the first layer
+            num_attention_heads=16,
+            kv_channels=128,
+            vocab_size=102400,
+            max_position_embeddings=4096,
+            layernorm_epsilon=1e-6,
+            share_embeddings_and_output_weights=False,
+            experts=ExpertsConfig(
+                num_moe_experts=64,
+                moe_router_topk=6,
+                moe_ffn_hidden_size=1408,
+                moe_shared_expert_intermediate_size=2 * 1408,
+                moe_layer_freq=(0,) + (1,) * (layers - 1),
+                moe_router_pre_softmax=True,
+                moe_aux_loss_coeff=1e-3,
+            ),
+        ),
+        data=DataConfig(seq_length=4096),
+        parallel=ParallelConfig(expert_model_parallel_size=8),
+        global_batch_size=1024,
+    )
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "debug": debug,
     "tiny": tiny,
@@ -221,6 +289,8 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "paper-3b": paper_3b,
     "llama-3-8b": llama_3_8b,
     "llama-3-70b": llama_3_70b,
+    "qwen3-30b-a3b": qwen3_30b_a3b,
+    "deepseek-v2-lite-mha": deepseek_v2_lite_mha,
     "adapt": adapt,
     "adapt-control": adapt_control,
     "extend": extend,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from megatron_ladder.errors import UserError
 from pretrain.config.train import TrainConfig
 from pretrain.plan.attended import Attended, attended
+from pretrain.plan.experts import has_experts
 from pretrain.plan.links import network_of
 from pretrain.plan.memory import is_planned, memory_plan, room
 from pretrain.plan.planner import DEVICES, Hardware
@@ -197,11 +198,14 @@ def _step(
     if mfu is not None:
         step_s = _flops(config, attended) / (ranks * hardware.device.peak_flops * mfu)
         return step_s, mfu, f"an MFU of {mfu:.0%}"
-    experts = " with experts" if model.experts.num_moe_experts else ""
-    if config.precision != "bf16" or model.residual not in KINDS or experts:
+    if config.precision != "bf16" or model.residual not in KINDS:
         raise UserError(
-            f"the planner models {', '.join(KINDS)} in bf16 without experts, not {model.residual}{experts} "
-            f"in {config.precision}: give an MFU"
+            f"the planner models {', '.join(KINDS)} in bf16, not {model.residual} in {config.precision}: "
+            "give an MFU"
+        )
+    if has_experts(model) and config.fp8.recipe:
+        raise UserError(
+            f"the planner does not model experts in FP8 (fp8.recipe {config.fp8.recipe}): give an MFU"
         )
     planned = row(config, ranks, hardware, attended)
     return planned.step_s, planned.mfu, "the planner's model, not measured"

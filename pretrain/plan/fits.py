@@ -65,6 +65,25 @@ def out_of_memory(
     )
 
 
+def _of_experts(config: TrainConfig) -> list[str]:
+    """Options with which a rank's experts take less memory."""
+    experts, ep = config.model.experts, config.parallel.expert_model_parallel_size
+    if experts.num_moe_experts is None:
+        return []
+    advice = []
+    if ep < experts.num_moe_experts:
+        advice.append(
+            f"--parallel.expert-model-parallel-size {2 * ep} (fewer experts on each rank; TP x CP x DP "
+            "must be a multiple)"
+        )
+    if experts.moe_expert_capacity_factor is None:
+        advice.append(
+            "--model.experts.moe-expert-capacity-factor 1.25 (bounds the tokens of an expert, and drops "
+            "the rest)"
+        )
+    return advice
+
+
 def is_accepted(config: TrainConfig, context_parallel_size: int) -> bool:
     """Whether this run could start with so many context-parallel ranks."""
     parallel = replace(config.parallel, context_parallel_size=context_parallel_size)
@@ -84,12 +103,6 @@ def what_to_turn(
     config: TrainConfig, dp: int, attention: Attention = "te", longest: int | None = None
 ) -> str:
     """The options with which a step of this run takes less memory, the cheapest first."""
-    if config.model.experts.num_moe_experts is not None:  # its memory is not planned
-        return (
-            "a smaller --micro-batch-size; --recompute full; a larger --parallel."
-            "expert-model-parallel-size; a --model.experts.moe-expert-capacity-factor, which bounds the "
-            "tokens of an expert"
-        )
     plan, parallel, side = (
         memory_plan(config, dp, attention, longest),
         config.parallel,
@@ -126,6 +139,7 @@ def what_to_turn(
         advice.append("--parallel.sequence-parallel (divides norms' activations over the ranks)")
     if config.recompute != "full" and not side.is_on:
         advice.append("--recompute full (fewer activations, a third more compute)")
+    advice += _of_experts(config)
     moment = plan.activations + plan.logits + plan.backward
     if plan.optimizer + plan.weights + plan.gradients > moment:
         if config.optimizer.moments == "fp32" and config.precision == "bf16":

@@ -109,6 +109,12 @@ class Network:
 
 # Between two GPUs of a node. The data sheet says 450 GB/s in one direction; two thirds of it are assumed.
 NVLINK = Network(latency_s=10e-6, bytes_per_s=300e9)
+# The same of links in PRESETS where it is another. P2P off: the latency of the all-reduce, and what a ring
+# moves for its bandwidth, 2 x 7/8 of the message.
+IN_A_NODE = {
+    "p2p-off": Network(latency_s=65e-6, bytes_per_s=37e9 * 7 / 4),
+    "zero": Network(latency_s=0.0, bytes_per_s=float("inf")),
+}
 
 
 def network_of(gbit_per_s: float) -> Network:

@@ -8,9 +8,17 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from megatron_ladder.config import PARALLEL, ModelConfig, Recompute
-from megatron_ladder.fields.stages import layers_of_stages
+from megatron_ladder.fields.stages import chunks_of_stages, layers_of_stages
 from megatron_ladder.fp8 import Fp8Recipe
 from pretrain.config.train import TrainConfig
+from pretrain.plan.experts import (
+    buffer_bytes,
+    expert_ranks,
+    has_experts,
+    kept_bytes,
+    routed_parameters,
+    rows_of,
+)
 from pretrain.plan.side import share_of_layers, side_parameters
 
 if TYPE_CHECKING:  # because the command line starts without torch
@@ -137,6 +145,7 @@ def activation_bytes(
     apart: bool = False,
     halves: bool = False,
     cp: int = 1,
+    ffn: int | None = None,
 ) -> float:
     """Bytes that one layer keeps for backward, for one micro-batch, on one GPU.
 
@@ -160,14 +169,19 @@ def activation_bytes(
     project's layers recompute one sub-module at a time. They keep each sub-module's input and the input of
     its norm. In FP8 they keep the former in FP8, except those of parallel kinds; with scales of blocks they
     keep it twice, for both directions of the GEMMs.
+
+    Args:
+        ffn: the width of the MLP; None: the model's. Of experts that of the shared one, or 0: what the
+            others keep comes in addition (experts.py).
     """
-    h, ffn = model.hidden_size, model.ffn_hidden_size
+    gathered = model.residual in PARALLEL and ffn is None  # with experts it is gathered again
+    h, ffn = model.hidden_size, model.ffn_hidden_size if ffn is None else ffn
     cut = tp if sp else 1
     parallel, own_layers = model.residual in PARALLEL, halves or not model.is_standard
     norms = 1 if parallel else 2
     learned = model.residual_scaling == "skipinit"
     inputs: float = BF16 * norms * h * (model.layer_norms + learned) / cut
-    outputs = BF16 * norms * h / (1 if sp and parallel else cut)
+    outputs = BF16 * norms * h / (1 if sp and gathered else cut)
     number = FP8 * FP8_SCALES[fp8] if fp8 else BF16
     in_fp8 = number * 2 * h / (1 if parallel else cut)
     if recompute == "full":
@@ -193,15 +207,30 @@ def stage_layers(config: TrainConfig) -> list[int]:
     return layers_of_stages(config.model.num_layers, config.parallel)
 
 
-def layer_parameters(config: TrainConfig) -> float:
-    """The number of parameters of a layer on one GPU."""
-    model = config.model
-    layers = model.num_parameters(embeddings=False) - model.hidden_size
-    return layers / model.num_layers / config.parallel.tensor_model_parallel_size
+def layer_parameters(config: TrainConfig, *, experts: bool = False) -> float:
+    """The number of parameters of a layer on one GPU, without routed experts.
+
+    Args:
+        experts: of a layer that has experts.
+    """
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    h, of = model.hidden_size, model.experts
+    mlp = 3 * h * model.ffn_hidden_size
+    have = of.layers(model.num_layers)
+    all_mlps = sum(
+        of.layer_weights(h, model.ffn_hidden_size, active=False) if e else mlp for e in have
+    )
+    others = (model.num_parameters(embeddings=False) - h - all_mlps) / model.num_layers
+    if not experts:
+        return (others + mlp) / tp
+    shared = 3 * h * (of.moe_shared_expert_intermediate_size or 0)
+    return (others + shared) / tp + h * (
+        of.num_moe_experts or 0
+    )  # the router is whole on each rank
 
 
-def stage_parameters(config: TrainConfig, stage: int) -> float:
-    """The number of parameters of a pipeline stage on one GPU.
+def stage_parameters(config: TrainConfig, stage: int) -> tuple[float, float]:
+    """The number of parameters of a pipeline stage on one GPU: all but routed experts', and theirs.
 
     A tied embedding table counts on the first and on the last stage; without stages it counts once.
     """
@@ -210,7 +239,17 @@ def stage_parameters(config: TrainConfig, stage: int) -> float:
     table = model.padded_vocab_size * model.hidden_size / parallel.tensor_model_parallel_size
     tied = model.share_embeddings_and_output_weights and pp == 1
     tables = int(stage == 0) + int(stage == pp - 1 and not tied)
-    return stage_layers(config)[stage] * layer_parameters(config) + table * tables
+    layers, with_experts = stage_layers(config)[stage], layers_with_experts(config, stage)
+    own = (layers - with_experts) * layer_parameters(config)
+    own += with_experts * layer_parameters(config, experts=True)
+    return own + table * tables, with_experts * routed_parameters(config)
+
+
+def layers_with_experts(config: TrainConfig, stage: int) -> int:
+    """The number of a pipeline stage's layers that have experts."""
+    have = config.model.experts.layers(config.model.num_layers)
+    chunks = chunks_of_stages(config.model.num_layers, config.parallel)
+    return sum(have[number] for chunk in chunks[stage] for number in chunk)
 
 
 def memory_plan(
@@ -229,6 +268,10 @@ def memory_plan(
     In addition there is the larger of two: the logits on the last stage, in bf16 and in fp32, and their
     exponentials if megatron-core's loss is compiled; or what one layer's backward recomputes, and the
     gradients of scores.
+
+    Routed experts are divided over their own ranks (EP), and their optimizer's state over those that have
+    the same ones. Activations are those of the fullest rank (experts.py). One layer's backward takes
+    buffers for rows on their way besides.
 
     With a side network its parameters alone have gradients and a state of the optimizer. Its blocks keep
     activations, and its down-projections the backbone's states. Where its first weights are pruned by the
@@ -250,7 +293,7 @@ def memory_plan(
     masks = attention == "torch" and cp > 1
     mask = BF16 * masks * (2 * cp + 1) * (config.data.seq_length / (2 * cp)) ** 2
 
-    def layer(recompute: Recompute, of: ModelConfig = model) -> float:
+    def layer(recompute: Recompute, of: ModelConfig = model, ffn: int | None = None) -> float:
         return activation_bytes(
             of,
             tokens=tokens,
@@ -263,11 +306,22 @@ def memory_plan(
             apart=not config.data.attend_across_documents,
             halves=parallel.tp_overlap == "halves",
             cp=cp,
+            ffn=ffn,
         )
 
-    backward = layer("none") if config.recompute == "full" else 0.0
+    def expert_layer(recompute: Recompute) -> float:
+        shared = layer(recompute, ffn=model.experts.moe_shared_expert_intermediate_size or 0)
+        if recompute == "full" and model.is_standard:
+            return shared
+        rows = rows_of(config)
+        return shared + kept_bytes(model, rows, recomputed=recompute == "full")
+
+    most_kept = expert_layer if has_experts(model) else layer
+    backward = most_kept("none") if config.recompute == "full" else 0.0
     if config.recompute == "selective":
         backward = max(0.0, layer("none") - layer("selective"))
+    if has_experts(model):
+        backward += buffer_bytes(model, rows_of(config))
     if attention in SCORES:
         backward += SCORES[attention][2] * tokens * longest * model.num_attention_heads / tp
     logit = BF16 + (FP32 if config.deterministic else 2 * FP32)
@@ -282,8 +336,12 @@ def memory_plan(
     for stage in {0, min(1, pp - 1), pp - 1}:  # of the stages between, the first has most in flight
         warm_up = (pp - 1 - stage) * (1 if vpp == 1 else 2) + (vpp - 1) * pp
         in_flight = min(warm_up + 1, most)
-        parameters = trained = stage_parameters(config, stage)
-        chunk = layers[stage] / vpp * layer(config.recompute)
+        shared, routed = stage_parameters(config, stage)
+        parameters = trained = shared + routed
+        with_experts = layers_with_experts(config, stage)
+        chunk = (layers[stage] - with_experts) / vpp * layer(config.recompute)
+        if with_experts:
+            chunk += with_experts / vpp * expert_layer(config.recompute)
         if side.is_on:
             trained = side_parameters(config, stage, layers[stage])
             blocks = layers[stage] * share_of_layers(config) / vpp
@@ -291,13 +349,14 @@ def memory_plan(
             kept = blocks * (layer("none", side.model(model)) + states)
             chunk = max(chunk, kept) if side.start == "fisher" else kept
             parameters += trained
-        states = state * trained
+        of_layers = (layers[stage] - with_experts) * layer_parameters(config)
+        of_layers += with_experts * layer_parameters(config, experts=True)
+        states, of_experts = state * (trained - routed), state * routed
         if config.optimizer.optimizer == "muon":  # it has one moment
-            states -= FP32 * layers[stage] * layer_parameters(config)
+            states -= FP32 * of_layers
         weights, copies = BF16 * parameters, 0.0
         if recipe:
-            linears = layers[stage] * layer_parameters(config)
-            linears *= 1 - not_in_fp8 / model.num_layers
+            linears = (of_layers + routed) * (1 - not_in_fp8 / model.num_layers)
             copies = 2 * FP8 * FP8_WEIGHT_SCALES[recipe] * linears
             if config.fp8.primary_weights:  # the FP8 weights replace those in bf16
                 weights -= BF16 * linears
@@ -307,7 +366,8 @@ def memory_plan(
                 weights=weights,
                 fp8_weights=copies,
                 gradients=FP32 * trained,
-                optimizer=states / (dp * cp),
+                optimizer=states / (dp * cp)
+                + of_experts / (expert_ranks(config, dp) if routed else 1),
                 activations=in_flight * chunk + mask,
                 logits=logits if at_the_loss else 0.0,
                 backward=0.0 if at_the_loss else backward,
@@ -330,6 +390,6 @@ def room(card_bytes: float) -> float:
 
 
 def is_planned(config: TrainConfig) -> bool:
-    """Whether `memory_plan` holds for this run: in bf16, and neither for desync nor for experts."""
-    plain = config.model.residual != "desync" and config.model.experts.num_moe_experts is None
-    return config.precision == "bf16" and plain
+    """Whether `memory_plan` holds for this run: in bf16, not for desync, and not for experts in FP8."""
+    experts_in_fp8 = has_experts(config.model) and config.fp8.recipe is not None
+    return config.precision == "bf16" and config.model.residual != "desync" and not experts_in_fp8

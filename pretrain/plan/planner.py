@@ -7,11 +7,12 @@ it to compare layouts, not to predict a time.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ladder.config import PARALLEL, STALE, ModelConfig, Recompute
 from megatron_ladder.errors import UserError
-from pretrain.plan.links import GPUS_PER_NODE, PRESETS, Link, Network
+from pretrain.plan.experts import IMBALANCE
+from pretrain.plan.links import GPUS_PER_NODE, IN_A_NODE, NVLINK, PRESETS, Link, Network
 from pretrain.run.metrics import peak_flops
 
 BF16, FP32 = 2, 4  # bytes
@@ -272,7 +273,9 @@ class Hardware:
     GEMM of fewer tokens, or of a thinner part of a matrix, is less efficient. From two steps measured on
     an H100 (test_against_an_h100.py): one micro-batch takes less time than two of half its size."""
     link_bandwidth: float = 1.0
-    """Times the bandwidth of the published link. Its latency stays."""
+    """Times the bandwidth of the published link. Its latency stays. That of experts' all-to-alls, too."""
+    expert_imbalance: float = IMBALANCE
+    """The tokens of a layer's fullest expert, over the mean of its experts."""
 
     def gemm_s(self, flops: float, *, fp8: bool = False) -> float:
         return flops / (self.device.peak_flops * self.gemm_efficiency * (2 if fp8 else 1))
@@ -282,6 +285,19 @@ class Hardware:
 
     def memory_s(self, nbytes: float) -> float:
         return nbytes / self.device.hbm_bytes_per_s
+
+    @property
+    def in_a_node(self) -> Network:
+        """Between two GPUs of a node."""
+        return self._wider(IN_A_NODE.get(self.link or "", NVLINK))
+
+    @property
+    def between_nodes(self) -> Network:
+        """Between two GPUs of different nodes, for all-to-alls."""
+        return self._wider(IN_A_NODE["zero"] if self.link == "zero" else self.network)
+
+    def _wider(self, network: Network) -> Network:
+        return replace(network, bytes_per_s=network.bytes_per_s * self.link_bandwidth)
 
     def link_for(self, tp: int) -> Link:
         name = self.link or ("nvswitch" if tp <= GPUS_PER_NODE else "two-nodes")

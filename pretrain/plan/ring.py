@@ -2,7 +2,7 @@
 
 from megatron_ladder.config import ModelConfig
 from pretrain.config.train import TrainConfig
-from pretrain.plan.links import GPUS_PER_NODE, NVLINK
+from pretrain.plan.links import GPUS_PER_NODE
 from pretrain.plan.planner import BF16, Hardware
 
 
@@ -38,7 +38,7 @@ def ring_seconds(
     if gathers:
         part_s = 0.0
     # Ranks that are all in one node need no network.
-    link = NVLINK if tp * cp <= GPUS_PER_NODE else hardware.network
+    link = hardware.in_a_node if tp * cp <= GPUS_PER_NODE else hardware.network
     forward_s = max(0.0, link.seconds(sent) - part_s)
     backward_s = max(0.0, link.seconds(2 * sent) - 2.5 * part_s)
     return (cp - 1) * forward_s, (cp - 1) * backward_s

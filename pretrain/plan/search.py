@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from megatron_ladder.config import (
     STALE,
+    ModelConfig,
     ParallelConfig,
     Recompute,
     Residual,
@@ -14,8 +15,11 @@ from megatron_ladder.config import (
     check_layout,
 )
 from megatron_ladder.errors import UserError
+from megatron_ladder.fields.stages import chunks_of_stages
 from megatron_ladder.fields.windows import attention_length
 from pretrain.config.train import TrainConfig
+from pretrain.plan.expert_times import expert_layer, experts_pass_seconds
+from pretrain.plan.experts import expert_ranks, has_experts
 from pretrain.plan.memory import memory_plan, room, stage_layers, stage_parameters
 from pretrain.plan.planner import (
     BF16,
@@ -57,6 +61,7 @@ class Row:
     """Layers of the last pipeline stage; the others share the rest."""
     vpp: int
     dp: int
+    ep: int
     sequence_parallel: bool
     micro_batch_size: int
     recompute: Recompute
@@ -64,6 +69,8 @@ class Row:
     compute_s: float
     exposed_tp_s: float
     exposed_cp_s: float
+    exposed_ep_s: float
+    """All-to-alls of experts."""
     exposed_dp_s: float
     transfers_s: float
     """Transfers between pipeline stages that no compute hides."""
@@ -83,6 +90,7 @@ class Row:
             self.last_stage,
             self.vpp,
             self.dp,
+            self.ep,
             self.sequence_parallel,
         )
         return (*layout, self.micro_batch_size, self.recompute)
@@ -95,8 +103,24 @@ class Row:
     def exposed_tp(self) -> float:
         return self.exposed_tp_s / self.step_s
 
+    @property
+    def exposed_ep(self) -> float:
+        return self.exposed_ep_s / self.step_s
 
-_pass_seconds = functools.lru_cache(maxsize=100_000)(pass_seconds)  # layouts share many passes
+    @property
+    def hides(self) -> bool:
+        """Whether there are collectives that a ladder kind can hide."""
+        return self.tp > 1 or self.ep > 1
+
+
+# Layouts share many passes.
+_pass_seconds = functools.lru_cache(maxsize=100_000)(pass_seconds)
+_experts_pass_seconds = functools.lru_cache(maxsize=100_000)(experts_pass_seconds)
+
+
+def ways(model: ModelConfig) -> tuple[tuple[Residual, TpOverlap], ...]:
+    """The ways of a model: halves do not go with experts."""
+    return tuple(w for w in WAYS if w[1] == "none" or not has_experts(model))
 
 
 def way(residual: Residual, overlap: TpOverlap) -> str:
@@ -114,6 +138,8 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware, attended: float | No
       only while the pipeline fills.
     - Data and context parallelism reduce gradients (fp32) during the last backward, and gather parameters
       (bf16) during the first forward. What takes longer than these is exposed.
+    - The all-to-alls of experts are hidden as `experts_pass_seconds` says. Every rank waits for the
+      fullest.
     - In context parallelism what sending keys and values takes longer than attention is exposed; all of it
       where they are gathered (documents apart, windows, torch's attention).
 
@@ -154,45 +180,60 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware, attended: float | No
     layer_ring_s = calls * (again * ring_s + ring_back_s)
     link_s = hardware.link_for(tp).all_reduce_seconds(state / calls) if tp > 1 else 0.0
     head_s = 3 * hardware.gemm_s(2.0 * tokens * model.hidden_size * model.padded_vocab_size / tp)
-    stages: list[list[tuple[Residual, ...]]] = [[] for _ in range(pp)]
-    left = list(model.layer_residuals())
-    for _, (stage, count) in itertools.product(range(chunks), enumerate(stage_layers(config))):
-        stages[stage].append(tuple(left[: count // chunks]))
-        del left[: count // chunks]
+    have_experts = model.experts.layers(model.num_layers)
+    kinds = tuple(zip(model.layer_residuals(), have_experts, strict=True))
+    stages = [
+        [kinds[chunk.start : chunk.stop] for chunk in stage]
+        for stage in chunks_of_stages(model.num_layers, parallel)
+    ]
+    experts = expert_layer(config, hardware) if has_experts(model) else None
 
-    def seconds(collective_s: float) -> list[tuple[float, float]]:
-        """Forward and backward of each stage's layers, for one micro-batch."""
-        passes = {
-            part: _pass_seconds(
-                *(part, attention, mlp, collective_s),
+    def one_pass(
+        part: tuple[tuple[Residual, bool], ...], collective_s: float, exchanges: bool
+    ) -> tuple[float, float]:
+        if experts is None:
+            return _pass_seconds(
+                *(tuple(kind for kind, _ in part), attention, mlp, collective_s),
                 sequence_parallel=sp,
                 recompute=config.recompute,
                 halves=halves,
             )
-            for part in set(itertools.chain(*stages))
-        }
+        given = experts if exchanges else experts.without_exchanges()
+        again = config.recompute == "full"
+        return _experts_pass_seconds(part, attention, mlp, given, collective_s, recompute=again)
+
+    def seconds(collective_s: float, exchanges: bool = True) -> list[tuple[float, float]]:
+        """Forward and backward of each stage's layers, for one micro-batch."""
+        parts = set(itertools.chain(*stages))
+        passes = {part: one_pass(part, collective_s, exchanges) for part in parts}
         found = [[passes[part] for part in stage] for stage in stages]
         return [(sum(f for f, _ in stage), sum(b for _, b in stage)) for stage in found]
 
     times = seconds(link_s)
     slowest = max(range(pp), key=lambda i: sum(times[i]) + (head_s if i == pp - 1 else 0.0))
     forward_s, backward_s = times[slowest]
-    stage_s, own_stage_s = forward_s + backward_s, sum(seconds(0.0)[slowest])
+    stage_s = forward_s + backward_s
+    without_tp_s = sum(seconds(0.0)[slowest]) if link_s or experts is None else stage_s
+    own_stage_s = without_tp_s if experts is None else sum(seconds(0.0, False)[slowest])
     if slowest < pp - 1:
         head_s = 0.0
 
     exposed_cp_s = micro_batches * stage_layers(config)[slowest] * layer_ring_s
     compute_s = micro_batches * (own_stage_s + head_s) - exposed_cp_s
-    exposed_tp_s = micro_batches * (stage_s - own_stage_s)
+    exposed_tp_s = micro_batches * (stage_s - without_tp_s)
+    exposed_ep_s = micro_batches * (without_tp_s - own_stage_s)
     bubble_s = (pp - 1) * (stage_s + head_s) / chunks
     sent = state * (2 if STALE.intersection(model.layer_residuals()) else 1) / (tp if sp else 1)
     sends = 0 if pp == 1 else 2 * (micro_batches if chunks == 1 else pp - 1)
     transfers_s = sends * hardware.network.seconds(sent)
-    parameters = stage_parameters(config, 0) * (dp * cp - 1) / (dp * cp)
+    shared, routed = stage_parameters(config, 0)
+    copies = expert_ranks(config, dp) if routed else 1
+    parameters = shared * (dp * cp - 1) / (dp * cp) + routed * (copies - 1) / copies
     gradients_s = hardware.network.seconds(FP32 * parameters)
     gather_s = hardware.network.seconds(BF16 * parameters)
     exposed_dp_s = max(0.0, gradients_s - backward_s) + max(0.0, gather_s - forward_s)
-    step_s = compute_s + exposed_tp_s + exposed_cp_s + bubble_s + transfers_s + exposed_dp_s
+    exposed_s = exposed_tp_s + exposed_cp_s + exposed_ep_s + exposed_dp_s
+    step_s = compute_s + exposed_s + bubble_s + transfers_s
     flops = config.tokens_per_step * flops_per_token(
         num_layers=model.num_layers,
         attention_width=model.attention_width,
@@ -208,6 +249,7 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware, attended: float | No
         last_stage=stage_layers(config)[-1],
         vpp=chunks,
         dp=dp,
+        ep=parallel.expert_model_parallel_size,
         sequence_parallel=sp,
         micro_batch_size=config.micro_batch_size,
         recompute=config.recompute,
@@ -215,6 +257,7 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware, attended: float | No
         compute_s=compute_s,
         exposed_tp_s=exposed_tp_s,
         exposed_cp_s=exposed_cp_s,
+        exposed_ep_s=exposed_ep_s,
         exposed_dp_s=exposed_dp_s,
         transfers_s=transfers_s,
         bubble_s=bubble_s,
@@ -229,19 +272,23 @@ def layouts(config: TrainConfig, gpus: int, overlap: TpOverlap = "none") -> Iter
 
     Not all of them: TP is a power of two, with sequence parallelism; CP is one too, and leaves a rank
     LEAST_TOKENS of a sequence; PP divides the layers; VPP is 1, 2 or 4; a micro-batch has up to 16
-    sequences, a power of two.
+    sequences, a power of two; EP is a power of two.
     """
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= gpus]
     contexts = [1] + [n for n in sizes[1:] if config.data.seq_length >= LEAST_TOKENS * n]
+    experts = config.model.experts.num_moe_experts or 1
+    divisions = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= experts]
     stages = [n for n in range(1, config.model.num_layers + 1) if config.model.num_layers % n == 0]
     # "selective" is left out: flash attention keeps no scores, so there is nothing to gain.
     recomputes: tuple[Recompute, ...] = ("none", "full")
     lasts = range(LESS_IN_LAST_STAGE + 1)
-    for tp, cp, pp, less, chunks, micro, recompute in itertools.product(
-        sizes, contexts, stages, lasts, (1, 2, 4), (1, 2, 4, 8, 16), recomputes
+    for tp, cp, pp, ep, less, chunks, micro, recompute in itertools.product(
+        *(sizes, contexts, stages, divisions, lasts, (1, 2, 4), (1, 2, 4, 8, 16), recomputes)
     ):
         ranks = tp * cp * pp
         if ranks > gpus or gpus % ranks or (pp == 1 and (chunks > 1 or less)):
+            continue
+        if gpus // pp % ep:
             continue
         last = config.model.num_layers // pp - less
         try:
@@ -252,6 +299,7 @@ def layouts(config: TrainConfig, gpus: int, overlap: TpOverlap = "none") -> Iter
                 virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
                 num_layers_in_last_pipeline_stage=last if less else None,
                 context_parallel_size=cp,
+                expert_model_parallel_size=ep,
                 tp_overlap=overlap,
             )
             check_layout(config.model, parallel)
@@ -273,7 +321,7 @@ def fitting(config: TrainConfig, gpus: int, device: Device) -> dict[str, list[Tr
     """
     limit = room(device.memory_bytes)
     found = {}
-    for kind, overlap in WAYS:
+    for kind, overlap in ways(config.model):
         layers = config.model.ladder_layers if kind in STALE else None  # a hybrid's
         model = replace(config.model, residual=kind, ladder_layers=layers)
         candidates = list(layouts(replace(config, model=model), gpus, overlap))

@@ -15,6 +15,7 @@ from pretrain.config.presets import OF_A_MODEL, PRESETS
 from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
 from pretrain.plan.estimate import STORAGE_BYTES_PER_S, estimate, format_estimate
+from pretrain.plan.experts import has_experts
 from pretrain.plan.links import network_of
 from pretrain.plan.planner import DEVICES, Hardware
 from pretrain.plan.search import Row, fitting, ranked
@@ -63,9 +64,9 @@ def setup(options: PlanOptions) -> tuple[TrainConfig, Hardware]:
             "--gpus, --top, --network-gbit-per-s and --storage-gb-per-s must be more than 0"
         )
     config = PRESETS[options.preset]()
-    if config.model.experts.num_moe_experts is not None:
+    if options.fp8 and has_experts(config.model):
         raise UserError(
-            f"--preset {options.preset} has experts, which the planner does not model yet: give another one"
+            f"--fp8 does not go with the experts of --preset {options.preset}: leave it out"
         )
     model, data = config.model, config.data
     if options.seq_length is not None:
@@ -89,17 +90,20 @@ def main_plan(options: PlanOptions) -> int:
     fits = fitting(config, options.gpus, hardware.device)
     found = ranked(fits, options.gpus, hardware)
     link = options.link or "nvswitch up to TP 8, two-nodes beyond"
+    experts = has_experts(config.model)
+    uneven = f"fullest expert {hardware.expert_imbalance:g}x the mean; " if experts else ""
     print(
         f"{options.preset} on {options.gpus} x {options.device}: modelled, not measured.\n"
         f"Assumed: {hardware.gemm_efficiency:.0%} of the GEMM peak, "
-        f"{hardware.attention_efficiency:.0%} in attention; link {link}; "
+        f"{hardware.attention_efficiency:.0%} in attention; link {link}; {uneven}"
         f"{options.network_gbit_per_s:g} Gb/s a GPU between nodes; sequence {config.data.seq_length}, "
         f"global batch {config.global_batch_size}. docs/design/planner.md says what the model leaves out.\n"
     )
     for paragraph in verdict(fits, found, options.gpus, hardware):
         print(textwrap.fill(paragraph, width=108))
+    same = "standard alone" if experts else "standard in halves"
     warning = (
-        "standard in halves computes what standard does. The other kinds are other models: compare their "
+        f"{same} computes what standard does. The other kinds are other models: compare their "
         f"loss as well (docs/guides/does-it-pay.md). {LEARNED_WORST} Speed alone is no reason to take it."
     )
     print(textwrap.fill(warning, width=108) + "\n")
@@ -127,6 +131,7 @@ def laid_out(config: TrainConfig, layout: Row) -> TrainConfig:
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         num_layers_in_last_pipeline_stage=layout.last_stage if layout.pp > 1 else None,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
         tp_overlap="halves" if layout.halves else "none",
     )
     return replace(
@@ -146,8 +151,8 @@ def table(found: dict[str, list[Row]], top: int) -> str:
     standard = {r.layout: r for r in found["standard"]}
     best = found["standard"][0]
     lines = [
-        f"{'':17}{'TP':>4}{'CP':>4}{'PP':>4}{'last':>5}{'VPP':>4}{'DP':>5}{'mbs':>4} {'recompute':10}"
-        f"{'step s':>8}{'MFU':>7}{'GB':>6}{'bubble':>8}{'TP exposed':>11}"
+        f"{'':17}{'TP':>4}{'CP':>4}{'EP':>4}{'PP':>4}{'last':>5}{'VPP':>4}{'DP':>5}{'mbs':>4} "
+        f"{'recompute':10}{'step s':>8}{'MFU':>7}{'GB':>6}{'bubble':>8}{'TP exposed':>11}{'EP exposed':>11}"
         f"{'x best std':>11}{'x same std':>11}"
     ]
     for name, rows in found.items():
@@ -155,13 +160,18 @@ def table(found: dict[str, list[Row]], top: int) -> str:
             same = standard.get(row.layout)
             against_same = f"{same.step_s / row.step_s:11.3f}" if same else f"{'does not fit':>11}"
             lines.append(
-                f"{name:17}{row.tp:4}{row.cp:4}{row.pp:4}{row.last_stage:5}{row.vpp:4}{row.dp:5}"
+                f"{name:17}{row.tp:4}{row.cp:4}{row.ep:4}{row.pp:4}{row.last_stage:5}{row.vpp:4}{row.dp:5}"
                 f"{row.micro_batch_size:4} "
                 f"{row.recompute:10}{row.step_s:8.2f}{row.mfu:7.1%}{row.memory_gb:6.0f}"
-                f"{row.bubble:8.1%}{row.exposed_tp:11.1%}"
+                f"{row.bubble:8.1%}{row.exposed_tp:11.1%}{row.exposed_ep:11.1%}"
                 f"{best.step_s / row.step_s:11.3f}{against_same}"
             )
     return "\n".join(lines)
+
+
+def _sizes(row: Row) -> str:
+    ep = f" EP{row.ep}" if row.ep > 1 else ""
+    return f"TP{row.tp} CP{row.cp}{ep} PP{row.pp} VPP{row.vpp} DP{row.dp}"
 
 
 def draw(best: dict[str, Row]) -> bytes:
@@ -174,12 +184,13 @@ def draw(best: dict[str, Row]) -> bytes:
     figure = Figure(figsize=(9, 1.2 + 0.7 * len(best)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    names = [f"{kind}\nTP{r.tp} CP{r.cp} PP{r.pp} VPP{r.vpp} DP{r.dp}" for kind, r in best.items()]
+    names = [f"{kind}\n{_sizes(r)}" for kind, r in best.items()]
     left = [0.0] * len(best)
     parts = {
         "compute": "compute_s",
         "tensor parallelism, exposed": "exposed_tp_s",
         "context parallelism, exposed": "exposed_cp_s",
+        "experts' all-to-alls, exposed": "exposed_ep_s",
         "bubble": "bubble_s",
         "stages' transfers": "transfers_s",
         "data parallelism, exposed": "exposed_dp_s",

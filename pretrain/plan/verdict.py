@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_ladder.config import STALE
 from pretrain.config.train import TrainConfig
+from pretrain.plan.experts import has_experts
 from pretrain.plan.planner import Hardware
 from pretrain.plan.search import Row, ranked
 
@@ -21,6 +22,10 @@ ERROR = 0.05
 LEARNED_WORST = (
     "parallel-ladder learned worst of four kinds in the one training on a GPU "
     "(docs/results/learning.md)."
+)
+UNTESTED = (
+    "With experts nothing of the model was compared with a GPU: all-to-alls, GEMMs of small groups and "
+    "kernels of the router are assumed. Measure before you rely on it."
 )
 BANDWIDTHS = (2, 4, 8, 16, 32)
 Outcome = Literal["pays", "may pay", "does not pay"]
@@ -45,7 +50,7 @@ def lead(found: Found) -> float:
 
 def outcome(found: Found) -> Outcome:
     """Whether a ladder kind leads, because it hides something, and by more than the model's error."""
-    if best_ladder(found).tp == 1 or lead(found) <= WORTH:
+    if not best_ladder(found).hides or lead(found) <= WORTH:
         return "does not pay"
     return "pays" if lead(found) > ERROR else "may pay"
 
@@ -60,16 +65,25 @@ def enough(seconds: dict[str, float]) -> str:
     return next(name for name, time in seconds.items() if time <= fastest * (1 + WORTH))
 
 
-def variants(hardware: Hardware) -> dict[str, Hardware]:
-    """What the planner assumes, changed by as much as it may be wrong."""
+def variants(hardware: Hardware, *, experts: bool = False) -> dict[str, Hardware]:
+    """What the planner assumes, changed by as much as it may be wrong.
+
+    Args:
+        experts: of a model with experts.
+    """
     gemm, link = hardware.gemm_efficiency, hardware.link_bandwidth
-    return {
+    found = {
         "with twice the link's bandwidth": replace(hardware, link_bandwidth=2 * link),
         "with half of it": replace(hardware, link_bandwidth=link / 2),
         "with GEMMs a fifth faster": replace(hardware, gemm_efficiency=1.2 * gemm),
         "with GEMMs a fifth slower": replace(hardware, gemm_efficiency=0.8 * gemm),
-        "if halves cost nothing (kernels without a fixed time)": replace(hardware, kernel_s=0.0),
     }
+    if experts:
+        kernels = "with kernels without a fixed time"
+        found["with experts that get as many tokens each"] = replace(hardware, expert_imbalance=1.0)
+    else:
+        kernels = "if halves cost nothing (kernels without a fixed time)"
+    return found | {kernels: replace(hardware, kernel_s=0.0)}
 
 
 def verdict(
@@ -82,14 +96,17 @@ def verdict(
         found: their times, from `ranked`.
     """
     ladder = best_ladder(found)
-    others = {n: ranked(fits, gpus, other) for n, other in variants(hardware).items()}
+    experts = any(has_experts(c.model) for configs in fits.values() for c in configs[:1])
+    changed = variants(hardware, experts=experts)
+    others = {n: ranked(fits, gpus, other) for n, other in changed.items()}
     than = [_compared(ladder, rival, named(name, rival)) for name, rival in rivals(found).items()]
     paragraphs = [
         _answer(found, others),
         f"{named(ladder.residual, ladder)} is {', '.join(than)}; each at its best layout.",
         _other_ladder(found),
     ]
-    if ladder.tp > 1 or _turned(found, others):
+    paragraphs += [UNTESTED] if experts else []
+    if ladder.hides or _turned(found, others):
         leads = [f"{_share(lead(other))} {name}" for name, other in others.items()]
         paragraphs.append(
             f"The lead of {ladder.residual} over the fastest rival is {_share(lead(found))}; "
@@ -99,8 +116,9 @@ def verdict(
 
 
 def named(name: str, row: Row) -> str:
-    """A way by its `search.way`, and its TP size."""
-    return f"{name.replace(', halves', ' in halves')} (TP {row.tp})"
+    """A way by its `search.way`, and its TP and EP sizes."""
+    ep = f", EP {row.ep}" if row.ep > 1 else ""
+    return f"{name.replace(', halves', ' in halves')} (TP {row.tp}{ep})"
 
 
 def _answer(found: Found, others: dict[str, Found]) -> str:
@@ -147,12 +165,12 @@ def _other_ladder(found: Found) -> str:
 def _reason(found: Found) -> str:
     """Why no ladder kind pays."""
     ladder = best_ladder(found)
-    if ladder.tp == 1:
+    if not ladder.hides:
         return "its best layout has TP 1, so there is nothing to hide"
     near = ((n, r) for n, r in rivals(found).items() if r.step_s <= ladder.step_s * (1 + WORTH))
     name, rival = next(near)
     why = f"{named(name, rival)} is within {WORTH:.0%} of it, or faster"
-    if rival.tp == 1:
+    if not rival.hides:
         return f"{why}, and has nothing to hide"
     return f"{why}, and is the standard model" if name == "standard, halves" else why
 

@@ -7,6 +7,7 @@ from megatron_ladder.errors import UserError
 from pretrain.config.side import check_side_layout
 from pretrain.data.checks import with_vocab_size
 from pretrain.plan.attended import attended
+from pretrain.plan.experts import IMBALANCE, has_experts
 from pretrain.plan.fits import card_in_words, what_to_turn
 from pretrain.plan.memory import Attention, in_words, is_planned, memory_plan, room
 from pretrain.plan.planner import DEVICES
@@ -38,10 +39,11 @@ def plan_only(argv: list[str]) -> int:
     if config.model.vocab_size is None:
         raise UserError("--plan-only needs model.vocab_size: give it, or data sets")
     if not is_planned(config):
-        experts = " with experts" if config.model.experts.num_moe_experts else ""
+        experts = " with experts" if has_experts(config.model) else ""
         raise UserError(
-            f"--plan-only: memory can be planned in bf16, without experts, for every residual kind but "
-            f"desync; this run is {config.model.residual}{experts} in {config.precision}"
+            "--plan-only: memory can be planned in bf16, for every residual kind but desync, and with "
+            f"experts not in FP8; this run is {config.model.residual}{experts} in "
+            f"{config.fp8.recipe or config.precision}"
         )
     if config.transformer_impl == "local":
         raise UserError(
@@ -78,6 +80,11 @@ def plan_only(argv: list[str]) -> int:
         print(
             f"That is with fused attention; without it {with_scores / 2**30:.2f} GiB. `megatron-ladder "
             "doctor` says which attention this machine takes."
+        )
+    if has_experts(config.model):
+        print(
+            f"That is with a fullest expert of {IMBALANCE:g} times the mean, which a run may exceed "
+            "(expert_imbalance in its log)."
         )
     if works_on.source:
         print(

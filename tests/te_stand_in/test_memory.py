@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_ladder.collectives.points import SubmoduleCollectives
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
 from megatron_ladder.layers.attention.core import TorchAttention
 from megatron_ladder.layers.attention.documents import Documents
 from pretrain.plan.memory import Attention
+from tests.kept import kept_by
 from tests.ranks import run_ranks
 from tests.te_run import LAYOUTS
 from tests.te_stand_in import MARKS
@@ -88,41 +88,27 @@ def use_attention(attention: Attention) -> None:
     TEDotProductAttention.forward = forward
 
 
-def kept_by(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
-    """Bytes that backward needs after `forward`, besides the parameters."""
+def kept_with_fp8(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
+    """`kept_by`, with tensors in FP8, which autograd does not see."""
     from megatron_ladder.te.layers.quantised import Quantised
 
-    known = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: list[Tensor] = []  # held, lest an address be used twice
-    # What autograd does not see: shards of inputs, which collectives keep, and tensors in FP8.
-    start_input, init = SubmoduleCollectives.start_input, Quantised.__init__
-    all_collectives: list[SubmoduleCollectives] = []
+    init = Quantised.__init__
     all_in_fp8: weakref.WeakSet[Quantised] = weakref.WeakSet()
-
-    def start(self: SubmoduleCollectives, x: Tensor) -> Tensor:
-        all_collectives.append(self)
-        return start_input(self, x)
 
     def made(self: Quantised, *args: Any) -> None:
         init(self, *args)
         all_in_fp8.add(self)
 
-    def keep(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        SubmoduleCollectives.start_input = start  # type: ignore[method-assign]
+    def counted() -> Tensor:
         Quantised.__init__ = made  # type: ignore[method-assign]
         loss = forward()
-        SubmoduleCollectives.start_input = start_input  # type: ignore[method-assign]
         Quantised.__init__ = init  # type: ignore[method-assign]
-    kept += [c._input_shard for c in all_collectives if c._input_shard is not None]
-    for fp8 in all_in_fp8:
-        kept += [x for x in vars(fp8.tensor).values() if isinstance(x, Tensor)]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
-    loss.backward()  # after the counting: it frees
-    return sum(size for address, size in storages.items() if address not in known)
+        return loss
+
+    def in_fp8() -> list[Tensor]:
+        return [x for q in all_in_fp8 for x in vars(q.tensor).values() if isinstance(x, Tensor)]
+
+    return kept_by(counted, parameters, in_fp8)
 
 
 def measure(
@@ -174,7 +160,7 @@ def measure(
                         .mean()
                     )
 
-                sizes.append(kept_by(forward, list(gpt.parameters())))
+                sizes.append(kept_with_fp8(forward, list(gpt.parameters())))
             measured = (sizes[1] - sizes[0]) / 2
             planned = activation_bytes(
                 model,

@@ -51,7 +51,7 @@ def test_ranks_hold_the_side_network_together(config: TrainConfig, tp: int, pp: 
 def test_memory_by_hand(config: TrainConfig) -> None:
     config = replace(config, side=replace(config.side, start="magnitude"))
     plan = memory_plan(config, dp=4)
-    whole = stage_parameters(config, 0)
+    whole, _ = stage_parameters(config, 0)
     side = config.side.num_parameters(config.model)
     assert plan.weights == 2 * (whole + side)
     assert plan.gradients == 4 * side

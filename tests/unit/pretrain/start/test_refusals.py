@@ -13,9 +13,9 @@ from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig, save_config
 from pretrain.convert.export import export_run
 from pretrain.plan.estimate import estimate, hardware_of
-from pretrain.plan.memory import is_planned
+from pretrain.plan.memory import memory_plan
+from pretrain.plan.search import row
 from pretrain.plan.table import PlanOptions, setup
-from pretrain.start.plan_only import plan_only
 from pretrain.start.preflight import preflight
 from tests.data_sets import write_data_set
 
@@ -123,25 +123,22 @@ def test_what_experts_cannot_do_in_fp8_is_refused(
         replace(EXPERTS, model=model, fp8=fp8, precision="bf16")
 
 
-def test_experts_are_not_planned_but_estimated_by_an_mfu() -> None:
+def test_experts_are_planned_or_estimated_by_an_mfu() -> None:
     vocabulary = replace(EXPERTS.model, vocab_size=1000)
     config = replace(EXPERTS, model=vocabulary, precision="bf16")
-    assert not is_planned(config)
     hardware = hardware_of("h100")
-    with pytest.raises(UserError, match="not standard with experts in bf16: give an MFU"):
-        estimate(config, ranks=2, hardware=hardware)
+    planned = estimate(config, ranks=2, hardware=hardware)
+    assert planned.memory_bytes == memory_plan(config, 2).total
+    assert "the planner's model" in planned.step_source
+    assert planned.step_s == row(config, 2, hardware).step_s
+    with pytest.raises(UserError, match="in bf16, not standard in fp32: give an MFU"):
+        estimate(replace(config, precision="fp32"), ranks=2, hardware=hardware)
     found = estimate(config, ranks=2, hardware=hardware, mfu=0.4)
-    assert found.memory_bytes is None
     assert found.parameters == vocabulary.num_parameters()
     flops = 6 * vocabulary.num_matmul_parameters() + 12 * 6 * 128 * 256
     assert found.step_s == pytest.approx(8 * 256 * flops / (2 * 989e12 * 0.4))
-    with pytest.raises(UserError, match="has experts, which the planner does not model yet"):
-        setup(PlanOptions("tiny-experts", 8))
-    with pytest.raises(UserError, match="this run is standard with experts in bf16"):
-        plan_only(PLAN_ONLY.split())
-
-
-PLAN_ONLY = "--preset tiny-experts --precision bf16 --model.vocab-size 1000 --plan-only h100"
+    with pytest.raises(UserError, match="--fp8 does not go with the experts"):
+        setup(PlanOptions("tiny-experts", 8, fp8=True))
 
 
 def test_models_with_experts_are_not_exported(tmp_path: Path) -> None:
