@@ -162,6 +162,13 @@ def _unsupported(config: Any) -> list[str]:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
             found.append(f"{name} is set")
+    if (experts := getattr(config, "num_experts", None)) is not None:
+        chosen = config.num_experts_per_tok
+        softmax = getattr(config, "scoring_func", "softmax") == "softmax"
+        if not 1 <= chosen <= experts or experts < 2:
+            found.append(f"num_experts_per_tok is {chosen}, of {experts} experts")
+        elif chosen == 1 and softmax and getattr(config, "norm_topk_prob", True):
+            found.append("num_experts_per_tok is 1, whose weight would always be 1")
     if getattr(config, "router_jitter_noise", 0):
         found.append(f"router_jitter_noise is {short(config.router_jitter_noise)}")
     if getattr(config, "quantization_config", None):

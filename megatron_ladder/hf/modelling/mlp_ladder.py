@@ -45,9 +45,8 @@ class LadderRouter(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         nn.init.normal_(self.weight, std=config.initializer_range)
-        if (
-            config.expert_bias
-        ):  # no gradient reaches it: training moves it by how often experts are used
+        # No gradient reaches the bias: training moves it by how often each expert is chosen.
+        if config.expert_bias:
             bias = torch.zeros(config.num_experts, dtype=torch.float32)
             self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
 

@@ -1,15 +1,17 @@
 """Mixtures of experts in exported folders: transformers' own models, names, fields, what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import MixtralForCausalLM, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM
 
+from megatron_ladder.errors import UserError
 from megatron_ladder.hf import LadderConfig
 from megatron_ladder.hf.convert import hf_to_megatron, written_dtype
 from megatron_ladder.hf.export import model_card
-from megatron_ladder.hf.from_hf import to_model_config
+from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.standard import (
     fused,
@@ -61,6 +63,81 @@ def test_a_standard_mixture_is_theirs(name: str) -> None:
         torch.testing.assert_close(found[key], parameter.grad, atol=1e-5, rtol=1e-4, msg=key)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(*(m.generate(ids, **options) for m in (ours, model)))
+
+
+# Of the published config.json, what makes the model.
+PUBLISHED = {
+    "Mixtral-8x7B": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "rope_theta": 1e6,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "vocab_size": 32000,
+    },
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_parameters_as_in_transformers(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    config = read_hf_config(tmp_path)
+    model = to_model_config(config, HERE)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() == sum(p.numel() for p in theirs.parameters())
+    again = to_model_config(standard_config(to_hf_config(model, 2)), HERE)
+    assert again == model
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok is 1, whose weight would always be 1"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, of 8 experts"),
+        ({"attention_bias": True}, "attention_bias is set"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_name(
+    changes: dict, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Mixtral-8x7B"] | changes))
+    with pytest.raises(UserError, match=said):
+        to_model_config(read_hf_config(tmp_path), HERE)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def load_elsewhere(folder, trust):
             marks=pytest.mark.slow,
         ),
         ("standard", {"rope": "llama3"}),
+        ("last 2, expert bias, some MLPs", {"max_shard_size": "30KB"}),
     ],
 )
 def test_loads_without_this_package(kind, options, tmp_path, bpe_file):
@@ -86,7 +87,8 @@ def test_loads_without_this_package(kind, options, tmp_path, bpe_file):
     if "rope" in options:
         rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "low_freq_factor": 1.0}
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    model = tiny.model(**tiny.KINDS[kind], tie_word_embeddings=tied, rope_parameters=rope)
+    kinds = tiny.KINDS | tiny.EXPERTS
+    model = tiny.model(**kinds[kind], tie_word_embeddings=tied, rope_parameters=rope)
     folder = tmp_path / "out"
     shard = {"max_shard_size": options["max_shard_size"]} if sharded else {}
     assert export(model, folder, bpe_file, **shard) == folder

@@ -66,15 +66,6 @@ def edit_tensors(model: Path, change) -> None:
             {"architectures": ["DeepseekV3ForCausalLM"]},
             "DeepseekV3ForCausalLM is not supported",
         ),
-        (
-            {
-                "architectures": ["MixtralForCausalLM"],
-                "model_type": "mixtral",
-                "num_local_experts": 4,
-                "router_jitter_noise": 0.1,
-            },
-            "router_jitter_noise is 0.1",
-        ),
         ({"hidden_act": "gelu"}, "hidden_act is gelu"),
         ({"attention_bias": True}, "attention_bias is set"),
         ({"mlp_bias": True}, "mlp_bias is set"),
