@@ -17,6 +17,7 @@ less memory than 1.3 times the largest tensor and one shard, and reach 60 % of t
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -52,6 +53,13 @@ def arguments() -> argparse.Namespace:
         default=[16, 2048, 8192, 32, 8, 128256],
         metavar=("LAYERS", "HIDDEN", "FFN", "HEADS", "KV_HEADS", "VOCABULARY"),
     )
+    parser.add_argument(
+        "--experts",
+        type=int,
+        nargs=3,
+        metavar=("EXPERTS", "WIDTH", "OF_A_TOKEN"),
+        help="in each layer",
+    )
     parser.add_argument("--child", nargs=3, metavar=("LINE", "IN", "OUT"))
     return parser.parse_args()
 
@@ -59,14 +67,19 @@ def arguments() -> argparse.Namespace:
 # --- the model ---
 
 
-def make_model(folder: Path, shape: list[int]) -> None:
-    """Writes a Llama folder with random weights."""
+def make_model(folder: Path, shape: list[int], experts: list[int] | None) -> None:
+    """Writes a Llama folder with random weights, or a Qwen3-MoE folder."""
     import torch
     from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
     layers, hidden, ffn, heads, kv_heads, vocabulary = shape
-    config = LlamaConfig(
+    kind: Any = LlamaConfig
+    if experts:
+        names = ("num_experts", "moe_intermediate_size", "num_experts_per_tok")
+        of_experts = dict(zip(names, experts, strict=True))
+        kind = functools.partial(Qwen3MoeConfig, norm_topk_prob=True, **of_experts)
+    config = kind(
         num_hidden_layers=layers,
         hidden_size=hidden,
         intermediate_size=ffn,
@@ -191,7 +204,7 @@ def main() -> None:
     model = work / "model"
     if not model.is_dir():
         model.mkdir(parents=True)
-        make_model(model, args.shape)
+        make_model(model, args.shape, args.experts)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     largest = largest_tensor(model)
     bound = int(1.3 * largest + min(SHARD, size))
@@ -238,6 +251,7 @@ def main() -> None:
         **facts.header("cpu", args, "transformers", "safetensors"),
         "load_average": os.getloadavg(),
         "shape": args.shape,
+        "experts": args.experts,
         "bytes": size,
         "largest_tensor_bytes": largest,
         "memory_bound_bytes": bound,
