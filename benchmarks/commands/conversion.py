@@ -3,8 +3,9 @@
     python benchmarks/commands/conversion.py --json benchmarks/results/conversion.json
 
 The model is made here: random bf16 weights of Llama-3.2-1B's shape, 2.5 GB in shards of at most 500 MB.
-(The vocabulary's table is larger and has a shard of its own.) In each round every command has its turn, in
-a process of its own, with its input in the page cache. Every line is a median of the rounds.
+(The vocabulary's table is larger and has a shard of its own.) With --experts it is a Qwen3-MoE folder. In
+each round every command has its turn, in a process of its own, with its input in the page cache. Every line
+is a median of the rounds.
 
 start    seconds until torch, transformers and megatron-core are imported; they are not part of `work`
 work     seconds of `pretrain.cli.main`, from its arguments to its exit status, files on disk (fsync)
