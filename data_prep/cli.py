@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from data_prep.clean.clean import Clean, clean
+from data_prep.clean.grade import Grade, grade
 from data_prep.dataset.blend import Blend, blend
 from data_prep.dataset.inspect import Inspect, inspect
 from data_prep.dataset.merge import Merge, merge
@@ -18,6 +19,7 @@ from data_prep.errors import UserError
 Command = (
     Annotated[TrainTokenizer, tyro.conf.subcommand("train-tokenizer")]
     | Annotated[Clean, tyro.conf.subcommand("clean")]
+    | Annotated[Grade, tyro.conf.subcommand("grade")]
     | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
@@ -41,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"Tokenizer: {train_tokenizer(options)}")
             case Clean():
                 print(clean(options))
+            case Grade():
+                print(grade(options))
             case Tokenize():
                 print(tokenize(options))
             case Merge():

@@ -9,7 +9,7 @@ from data_prep.broken_pipe import run
 
 USAGE = """usage: megatron-ladder COMMAND [options]     (COMMAND --help says more)
 
-  data      clean, train-tokenizer, tokenize, merge, inspect, verify, stats, blend: text to data sets
+  data      clean, grade, train-tokenizer, tokenize, merge, inspect, verify, stats, blend: text to data sets
   index     make a training's index files before it, as a job of its own
   train     pretrain a model on data sets
   import    make a run's folder of a Hugging Face model

@@ -1,1 +1,1 @@
-"""`data clean`: duplicates and text of low quality are left out."""
+"""Duplicates and quality rules; grades of drafts."""

@@ -25,7 +25,7 @@ from data_prep.parts.plan import Part, plan_parts, to_json
 from data_prep.parts.pool import about, usable_cores, work_through
 from data_prep.parts.workplace import Workplace, check_outside
 from data_prep.progress import Progress
-from data_prep.read.chat import Chat
+from data_prep.read.chat import Chat, prompt_fields
 from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import find_sources
 from data_prep.version import VERSION
@@ -67,8 +67,11 @@ class Tokenize:
     """A file with the template, or a name, where the tokenizer has several; None: the one beside the
     tokenizer, of several the one named default."""
     answer_field: str | None = None
-    """Instruction data without a template: the answer, which alone is trained on; --text-field names
+    """Instruction data without messages: the answer, which alone is trained on; --text-field names
     the prompt before it."""
+    prompt_template: Path | None = None
+    """With --answer-field, in place of --text-field: a file with the prompt, in which {source} stands for
+    the field source, and so on."""
     include: tuple[str, ...] = ()
     """File name patterns to take from folders, such as "*.py"; read as plain text."""
     exclude: tuple[str, ...] = ()
@@ -108,6 +111,10 @@ def tokenize(options: Tokenize) -> str:
     sources = find_sources(options.inputs, options.include, options.exclude, left_out)
     place = Workplace(options.output_dir)
     reading = _reading(options, encoder, place)
+    if reading.chat and (plain := next((s for s in sources if s.kind == "text"), None)):
+        raise UserError(
+            f"{plain.path} is plain text: instruction data are JSON lines or rows of a table"
+        )
     manifest = _manifest(options, encoder, reading)
     if is_done(options.output_dir, manifest, sources):
         place.remove_what_is_left()
@@ -209,13 +216,22 @@ def _chat(options: Tokenize, encoder: Encoder, place: Workplace) -> Chat | None:
     if options.chat_field is None:
         if options.chat_template is not None:
             raise UserError("--chat-template needs --chat-field: the key of the messages")
+        if options.prompt_template is not None:
+            return _asked(options, options.prompt_template, eod_text)
         if options.answer_field is None:
             return None
         if len(options.text_field) != 1:
-            raise UserError("--answer-field takes one --text-field, the prompt")
+            raise UserError(
+                "--answer-field takes one --text-field, the prompt; --prompt-template FILE makes a prompt "
+                "of several fields"
+            )
         return Chat((*options.text_field, options.answer_field), None, eod_text)
     if options.answer_field is not None:
         raise UserError("give --chat-field or --answer-field, not both")
+    if options.prompt_template is not None:
+        raise UserError(
+            "--prompt-template is for --answer-field; messages are rendered by --chat-template"
+        )
     if encoder.kind == "sentencepiece":
         raise UserError(
             "--chat-field needs a tokenizer.json: the control tokens of chat templates are ordinary "
@@ -226,6 +242,30 @@ def _chat(options: Tokenize, encoder: Encoder, place: Workplace) -> Chat | None:
     day = _day_of(place) or date.today().isoformat()
     template = load_template(options.tokenizer, options.chat_template, day)
     return Chat((options.chat_field,), template, eod_text)
+
+
+def _asked(options: Tokenize, file: Path, eod_text: str) -> Chat:
+    """Prompts by a template, and their answers."""
+    if options.answer_field is None:
+        raise UserError(
+            "--prompt-template needs --answer-field: what is trained on after the prompt"
+        )
+    if options.text_field != ("text",):
+        raise UserError("--prompt-template names the prompt's fields: leave out --text-field")
+    try:
+        prompt = file.read_text(encoding="utf-8")
+    except UnicodeError as error:
+        raise UserError(f"--prompt-template {file} is no text in UTF-8: {error}") from error
+    prompt = prompt.removesuffix("\n")  # an editor's, as in chat templates
+    try:
+        fields = prompt_fields(prompt)
+    except UserError as error:
+        raise UserError(f"--prompt-template {file}: {error}") from error
+    if options.answer_field in fields:
+        raise UserError(
+            f"--prompt-template {file}: {{{options.answer_field}}} is the answer, which follows the prompt"
+        )
+    return Chat((*fields, options.answer_field), None, eod_text, prompt)
 
 
 def _templates_left(options: Tokenize) -> str:
@@ -252,6 +292,8 @@ def _manifest(options: Tokenize, encoder: Encoder, how: Reading) -> dict[str, An
     """What is known of the manifest before the text is read."""
     reading = asdict(how)
     del reading["id_field"]  # `data clean`'s
+    if how.chat is not None and how.chat.prompt is None:
+        del reading["chat"]["prompt"]  # absent where it is not asked for
     return {
         "format": "megatron-ladder-data",
         "version": 1,

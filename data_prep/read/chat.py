@@ -1,6 +1,7 @@
 """Instruction data: conversations, in which only the assistant's turns are trained on."""
 
-from collections.abc import Sequence
+import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +34,40 @@ class Chat:
     """Which fields of a JSON line or a row are a conversation, and how they become text."""
 
     fields: tuple[str, ...]
-    """A list of messages; or the prompt and the answer."""
+    """A list of messages; or what comes before the answer, and the answer."""
     template: str | None
     """Renders messages (Hugging Face's chat template); None for prompt and answer."""
     eod_text: str
     """The token that ends documents. It is cut where a template ends with it: every document gets one."""
+    prompt: str | None = None
+    """The prompt, with fields in braces; None: the fields are pieces as they are."""
+
+
+def prompt_fields(prompt: str) -> tuple[str, ...]:
+    """The fields that a prompt names in braces, each once, in their order.
+
+    Raises:
+        UserError: it is not valid, or names none.
+    """
+    try:
+        parts = list(string.Formatter().parse(prompt))
+    except ValueError as error:
+        raise UserError(f"{error}: {{{{ and }}}} are braces that name no field") from error
+    named = [part for part in parts if part[1] is not None]
+    for _, name, form, conversion in named:
+        if not name or form or conversion:
+            raise UserError(
+                f"{{{name}...}}: braces hold a field's name and nothing else; {{{{ and }}}} are braces"
+            )
+    if not named:
+        raise UserError("it names no field: write {source} where the field source is to stand")
+    return tuple(dict.fromkeys(str(name) for _, name, _, _ in named))
+
+
+def filled(prompt: str, values: Mapping[str, str]) -> str:
+    """A prompt with the values of its fields. Braces in values are text."""
+    parts = string.Formatter().parse(prompt)
+    return "".join(text + ("" if name is None else values[name]) for text, name, _, _ in parts)
 
 
 def pieces_of(values: Sequence[Any], chat: Chat) -> tuple[Pieces, str | None]:
@@ -50,8 +80,10 @@ def pieces_of(values: Sequence[Any], chat: Chat) -> tuple[Pieces, str | None]:
         for name, value in zip(chat.fields, values, strict=True):
             if not isinstance(value, str):
                 return [], f"field {name!r} is no string"
-        prompt, answer = values
-        return [(prompt, False), (answer, True)], None
+        *asked, answer = values
+        if chat.prompt is not None:
+            asked = [filled(chat.prompt, dict(zip(chat.fields, asked, strict=False)))]
+        return [*((text, False) for text in asked), (answer, True)], None
     (messages,) = values
     if not isinstance(messages, list) or not messages:
         return [], f"field {chat.fields[0]!r} is no list of messages"

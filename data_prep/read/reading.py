@@ -42,9 +42,13 @@ class Reading:
         """The option that names the column."""
         if column == self.id_field:
             return "--id-field"
-        if self.chat is None or (self.chat.template is None and column == self.chat.fields[0]):
+        if self.chat is None:
             return "--text-field"
-        return "--chat-field" if self.chat.template is not None else "--answer-field"
+        if self.chat.template is not None:
+            return "--chat-field"
+        if column == self.chat.fields[-1]:
+            return "--answer-field"
+        return "--text-field" if self.chat.prompt is None else "in --prompt-template another"
 
 
 @dataclass

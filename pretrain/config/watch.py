@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_ladder.errors import UserError
 
-OFFLINE = ("perplexity", "last_word", "continuation", "needle")
+OFFLINE = ("perplexity", "last_word", "continuation", "needle", "refine")
 """The tasks that are made of data sets; all others are those of lm-evaluation-harness."""
 
 
@@ -16,7 +16,7 @@ class WatchConfig:
     tasks: tuple[str, ...] = ()
     """Tasks of `eval`, also of lm-evaluation-harness, to measure checkpoints by; none: no measurement."""
     data: tuple[Path, ...] = ()
-    """Data sets for perplexity, last_word, continuation and needle; none: those of the run."""
+    """Data sets for perplexity, last_word, continuation, needle and refine; none: those of the run."""
     interval: int | None = None
     """Steps between checkpoints that are measured; None: each one is. The last one always is."""
     limit: int | None = None

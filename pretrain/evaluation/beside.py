@@ -11,6 +11,7 @@ from pretrain.data.sample import check_tokenizer
 from pretrain.evaluation.documents import open_split
 from pretrain.evaluation.harness import find_tasks
 from pretrain.evaluation.options import EvalOptions
+from pretrain.evaluation.refine import check_scorer, items_of
 from pretrain.watch.commands import measured_on
 
 
@@ -39,10 +40,14 @@ def check_watch(config: TrainConfig, folders: Sequence[DataFolder]) -> None:
         options = EvalOptions(run_dir, (tuple(data),), (watch.tasks,))
     except UserError as error:
         raise UserError(f"--watch.tasks: {error}") from error
+    if "refine" in watch.tasks:
+        check_scorer()
     own = folders[0]
     for path in options.data_paths():
         documents = open_split(open_folder(path), options.split)
-        if {"perplexity", "needle"}.intersection(watch.tasks):  # they use the data's own ids
+        if {"perplexity", "needle", "refine"}.intersection(watch.tasks):  # the data's own ids
             check_tokenizer(documents.folder, own.path / own.tokenizer["file"], run_dir)
+        if "refine" in watch.tasks:
+            items_of(documents, 1, options.seed)
     if names := options.harness_tasks():
         find_tasks(names, watch.include_path)

@@ -21,6 +21,7 @@ from pretrain.evaluation.needle import Haystack, run_needle
 from pretrain.evaluation.offline_tasks import ITEMS, run_task
 from pretrain.evaluation.options import EvalOptions
 from pretrain.evaluation.perplexity import measure_perplexity
+from pretrain.evaluation.refine import check_scorer, run_refine
 from pretrain.evaluation.results import Result, curve, grid, new_file, save, table
 from pretrain.run.folder import EVALUATIONS, checkpoint_step, find_checkpoint
 from pretrain.run.versions import versions
@@ -38,14 +39,15 @@ def evaluate(options: EvalOptions) -> Path:
         UserError: before any measurement, when options, model and data do not fit together; at the end,
             when a task failed, such as one of lm-evaluation-harness whose data could not be loaded.
     """
+    if "refine" in options.offline_tasks():
+        check_scorer()
     splits = [open_split(open_folder(path), options.split) for path in options.data_paths()]
     names = options.harness_tasks()
     manager = harness.find_tasks(names, options.include_path) if names else None
     plain = load_plain_model(options.model)
     seq_length = _seq_length(options, plain)
-    if {"perplexity", "needle"}.intersection(
-        options.offline_tasks()
-    ):  # they use the data's own ids
+    # They use the data's own ids.
+    if {"perplexity", "needle", "refine"}.intersection(options.offline_tasks()):
         for documents in splits:
             check_tokenizer(documents.folder, plain.tokenizer_file, plain.path)
     folder, step = _place(options)
@@ -129,6 +131,9 @@ def _measurements(
             haystack = Haystack(documents, plain.text.tokenizer, begin)
             count = options.limit or NEEDLES
             found = run_needle(plain.model, haystack, seq_length, count, seed, batch_size)
+        elif name == "refine":
+            how = (seq_length, options.limit, seed, batch_size)
+            found = run_refine(plain.model, plain.text, documents, *how)
         else:
             count = options.limit or ITEMS
             found = run_task(name, Texts(documents), count, seed, text_model.likelihoods)
@@ -159,6 +164,12 @@ def _report(results: list[Result]) -> str:
             )
         elif result["task"] == "needle":
             parts.append(f"needle, accuracy by depth and length of the prompt:\n{grid(result)}")
+        elif result["task"] == "refine":
+            one = result["examples"][0]
+            parts.append(
+                f"refine, the first item: {one['prompt']!r} -> {one['written']!r}, reference "
+                f"{one['reference']!r}"
+            )
         elif "example" in result:
             example = result["example"]
             answer = example["choices"][example["answer"]]

@@ -20,8 +20,8 @@ class EvalOptions:
     data: tyro.conf.UseAppendAction[tuple[tuple[Path, ...], ...]] = ()
     """Data sets of `megatron-ladder data tokenize`."""
     tasks: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """perplexity (the default), last_word, continuation, needle: on each data set. Other names are those of
-    lm-evaluation-harness. Several by spaces or commas."""
+    """perplexity (the default), last_word, continuation, needle, refine: on each data set. Other names are
+    those of lm-evaluation-harness. Several by spaces or commas."""
     split: Literal["train", "validation", "test"] = "validation"
     max_tokens: int | None = 1_000_000
     """Perplexity of documents drawn at random that hold at most as many tokens; None: of all."""
@@ -29,8 +29,8 @@ class EvalOptions:
     """Tokens from which a next one is predicted at most; None: the model's context. Beyond it the model
     meets positions that it was not made for."""
     limit: int | None = None
-    """Items of a task at most; None: 500 of last_word and continuation, 250 of needle, all of the
-    others'."""
+    """Items of a task at most; None: 500 of last_word and continuation, 250 of needle, all of refine's
+    and of the others'."""
     batch_size: int = 4
     """Sequences in one forward pass."""
     seed: int = 1234

@@ -58,6 +58,8 @@ def test_what_fits_is_accepted(asked_for: list[str]) -> None:
             "data",
             "has nothing in its validation split",
         ),
+        ("--watch.tasks refine", "data", "has no loss mask"),
+        ("--watch.tasks refine --watch.data other", "data", "another tokenizer"),
         ("--watch.tasks last_word --watch.data a/b c/b", "data", "several folders are named b"),
         ("--watch.tasks last_word --watch.data none", "data", "none"),
         (DESYNC + "--watch.tasks last_word", "data", "weights work only on that many ranks"),

@@ -1,0 +1,1 @@
+"""Translations refined in stages: triplets, and the script that trains on them."""
