@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=["1e-3", "3e-3", "1e-2"])
     parser.add_argument("--rate", default="3e-3", help="of z-loss and the ramp; default 3e-3")
     parser.add_argument("--z-loss", type=float, default=1e-4)
-    parser.add_argument("--ramp", type=int, nargs=3, default=[2, 2, 800])
+    parser.add_argument("--ramp", type=int, nargs=3, default=[4, 4, 800])
     options, of_train = parser.parse_known_args()
     options.work_dir.mkdir(parents=True, exist_ok=True)
     started = time.time()

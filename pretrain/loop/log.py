@@ -215,6 +215,7 @@ class RunLog:
             if self._config.optimizer.z_loss_coeff:
                 whole["z_loss"] = z_loss
             self._log.train(
+                steps_left=to_come / tokens,
                 step=step,
                 tokens=self._config.tokens_after(step),
                 time=self._trained_s,

@@ -17,7 +17,7 @@ WHOLE = (
 NUMBERS = (
     *("time", "unix_time", "loss", "grad_norm", "learning_rate", "tokens_per_second"),
     *("tflops_per_gpu", "memory_gib", "perplexity", "unigram_loss", "seconds", "median"),
-    *("expert_imbalance", "dropped_share"),
+    *("expert_imbalance", "dropped_share", "z_loss"),
 )
 SHARES = ("mfu", "mfu_whole_sequences")
 WORDS = ("dataset", "what", "host", "name", "residual", "device", "state", "folder")

@@ -184,16 +184,24 @@ class MetricsLog:
         self._write({"kind": "baseline", "dataset": dataset, "unigram_loss": unigram_loss})
         self._say(f"{dataset}: entropy of single tokens {unigram_loss:.4f} nats (validation)")
 
-    def train(self, **values: Any) -> None:
-        """Records a step; docs/reference/formats.md lists the values."""
+    def train(self, *, steps_left: float | None = None, **values: Any) -> None:
+        """Records a step; docs/reference/formats.md lists the values.
+
+        Args:
+            steps_left: so many steps like this one have the tokens that are to come, for the ETA. None: the
+                steps to come are like this one.
+        """
         self._write({"kind": "train", **values})
-        scalars = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", *OF_EXPERTS)
+        scalars = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "z_loss")
+        scalars = (*scalars, *OF_EXPERTS)
         known = {name: values.get(name) for name in scalars}
         self._scalars(
             {f"train/{name}": value for name, value in known.items() if value is not None},
             values["step"],
         )
-        self._say(self._line(values))
+        if steps_left is None:
+            steps_left = self._train_steps - values["step"]
+        self._say(self._line(values, steps_left))
 
     def validation(
         self, *, step: int, tokens: int, time: float, dataset: str, loss: float, perplexity: float
@@ -295,7 +303,7 @@ class MetricsLog:
                 if os.path.samestat(os.fstat(stream.fileno()), unread):
                     os.dup2(nowhere, stream.fileno())  # so that later lines raise no error
 
-    def _line(self, values: dict[str, Any]) -> str:
+    def _line(self, values: dict[str, Any], steps_left: float) -> str:
         step, seconds = values["step"], values["time"]
         latest = (seconds - self._last[1]) / max(step - self._last[0], 1)
         # Smoothed over about ten lines, so that one slow step hardly changes the ETA.
@@ -313,12 +321,14 @@ class MetricsLog:
             parts.append(f"MFU {100 * values['mfu']:.1f}%")
         if "mfu_whole_sequences" in values:  # documents are apart
             parts[-1] += f", of whole sequences {100 * values['mfu_whole_sequences']:.1f}%"
+        if "z_loss" in values:
+            parts.insert(2, f"z-loss {values['z_loss']:.2g}")
         if "expert_imbalance" in values:
             parts.append(f"fullest expert {values['expert_imbalance']:.2f}x the mean")
         if values.get("dropped_share"):
             parts.append(f"dropped {values['dropped_share']:.1%}")
         parts.append(f"mem {values['memory_gib']:.1f} GiB")
-        parts.append(f"ETA {_duration((self._train_steps - step) * self._step_s)}")
+        parts.append(f"ETA {_duration(steps_left * self._step_s)}")
         return " | ".join(parts)
 
 
