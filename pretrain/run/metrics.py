@@ -193,8 +193,7 @@ class MetricsLog:
         """
         self._write({"kind": "train", **values})
         scalars = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "z_loss")
-        scalars = (*scalars, *OF_EXPERTS)
-        known = {name: values.get(name) for name in scalars}
+        known = {name: values.get(name) for name in (*scalars, *OF_EXPERTS)}
         self._scalars(
             {f"train/{name}": value for name, value in known.items() if value is not None},
             values["step"],

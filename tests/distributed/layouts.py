@@ -137,9 +137,9 @@ UNBALANCED_EXPERTS["list, unbalanced experts"] = {
     "ladder_layers": (0, 1, 2, 3),
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adam": {},
     "muon": {"optimizer": "muon"},
     "z-loss": {"z_loss_coeff": 1e-2},
+    "adam": {},
     "muon, z-loss": {"optimizer": "muon", "z_loss_coeff": 1e-2},
 }
 """Of a ladder model whose query heads share keys and values, with biases and learned scales."""

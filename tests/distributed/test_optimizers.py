@@ -8,22 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ladder.hf.convert import megatron_to_hf
-from pretrain.run.checkpoint import load_weights
 from pretrain.run.folder import checkpoint_at
 from tests.data_sets import write_data_set
-from tests.distributed.layouts import (
-    OPTIMIZERS,
-    Layout,
-    batches,
-    configuration,
-    run_layouts,
-    save_start,
-)
+from tests.distributed.layouts import OPTIMIZERS, Layout, configuration
+from tests.distributed.optimizer_parity import LAYOUTS, SOME, differences
 from tests.distributed.resharding import whole
-from tests.distributed.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from tests.distributed.test_layouts import LOSS_TOLERANCE
 from tests.distributed.test_training import losses, metrics, pipeline, tensor_parallel, train
-from tests.oracle import loss, plain_model, train_losses
 from tests.ranks import run_ranks
 
 # Muon's iterations are in bf16: sums in another order may round an element to its neighbour.
@@ -31,84 +22,31 @@ MUON_TOLERANCE = 1e-3
 # Of the way that the weights have gone, in root mean square.
 WEIGHTS_TOLERANCE = {"adam": 1e-3, "muon": 0.03}
 
-SOME = [
-    Layout(tp=2, sp=True, accumulation=2),
-    Layout(pp=2, accumulation=4),
-    Layout(dp=2),
-]
-MORE = [
-    Layout(accumulation=4),
-    Layout(tp=2),
-    *SOME,
-    Layout(pp=2, vpp=2, accumulation=4),
-    Layout(cp=2),
-    Layout(tp=2, dp=2),
-    Layout(tp=2, sp=True, pp=2, accumulation=4),
-    Layout(tp=2, sp=True, cp=2),
-    Layout(dp=4),
-]
-
 
 @pytest.mark.parametrize(
     ("kind", "layouts"),
     [
         pytest.param("muon, z-loss", SOME, id="muon, z-loss"),
-        *(pytest.param(k, MORE, id=f"{k}-all", marks=pytest.mark.slow) for k in OPTIMIZERS),
+        *(pytest.param(k, LAYOUTS, id=f"{k}-all", marks=pytest.mark.slow) for k in OPTIMIZERS),
     ],
 )
 def test_every_layout_updates_as_the_oracle(
-    kind: str, layouts: list[Layout], tmp_path: Path
+    kind: str, layouts: dict[str, Layout], tmp_path: Path
 ) -> None:
-    weights = tmp_path / "weights"
-    run_ranks(1, save_start, kind, weights, tmp_path=tmp_path)
-    config = configuration(kind)
-    *steps, held_out = batches()
-    plain = plain_model(config.model, weights)
-    begin = {name: p.detach().clone() for name, p in plain.named_parameters()}
-    expected, gradients = train_losses(plain, config, 1, steps)
-    trained = {name: p.detach() for name, p in plain.named_parameters()}
-    # Another model, a step further: that of a checkpoint which the next layout has read.
-    further = plain_model(config.model, weights)
-    train_losses(further, config, 1, [*steps, steps[0]])
-    a_step_later = loss(further, config.model, 1, held_out).item()
-    by_muon = config.optimizer.optimizer == "muon"
-    tolerance = MUON_TOLERANCE if by_muon else LOSS_TOLERANCE
-
-    before = None
-    for ranks in sorted({layout.ranks for layout in layouts}):
-        group = [layout for layout in layouts if layout.ranks == ranks]
-        folder = tmp_path / f"{ranks} ranks"
-        by_rank = run_ranks(
-            ranks, run_layouts, kind, group, weights, before, folder, tmp_path=tmp_path
-        )
-        for number, layout in enumerate(group):
-            for result in (results[number] for results in by_rank):
-                assert result["losses"] == pytest.approx(expected, abs=tolerance), layout
-                assert all(result["z_losses"]) == bool(config.optimizer.z_loss_coeff)
-                assert result["decayed"]
-                for name, has_decay in result["decayed"].items():
-                    vector = "norm" in name or name.endswith("bias") or "scales" in name
-                    assert has_decay != vector, name
-            found = megatron_to_hf(load_weights(folder / str(number) / "gradients"), plain.config)
-            for name, gradient in found:
-                if name in gradients:  # lm_head.weight is the embedding, tied
-                    torch.testing.assert_close(
-                        gradient,
-                        gradients[name],
-                        atol=GRADIENT_TOLERANCE,
-                        rtol=1e-4,
-                        msg=lambda m, layout=layout, name=name: f"{layout}, {name}: {m}",
-                    )
-            result = by_rank[0][number]
-            for name, weight in megatron_to_hf(load_weights(result["checkpoint"]), plain.config):
-                if name in trained:
-                    way = (trained[name] - begin[name]).norm()
-                    off = ((weight - trained[name]).norm() / way).item()
-                    assert off < WEIGHTS_TOLERANCE["muon" if by_muon else "adam"], (layout, name)
-            if before is not None:
-                later = result["validation a step later"]
-                assert later == pytest.approx(a_step_later, abs=tolerance), f"into {layout}"
-            before = result["checkpoint"]
+    optimizer = configuration(kind).optimizer
+    by_muon = optimizer.optimizer == "muon"
+    found = differences(kind, layouts, tmp_path)
+    assert found.keys() == layouts.keys()
+    for name, row in found.items():
+        assert row["loss"] < (MUON_TOLERANCE if by_muon else LOSS_TOLERANCE), name
+        assert row.get("moved", 0.0) < (MUON_TOLERANCE if by_muon else LOSS_TOLERANCE), name
+        assert row["gradient"] < 1, name
+        assert row["weights"] < WEIGHTS_TOLERANCE[optimizer.optimizer], name
+        assert all(row["z_losses"]) == bool(optimizer.z_loss_coeff)
+        for parameter, has_decay in row["decayed"].items():
+            vector = parameter.endswith("bias") or "norm" in parameter or "scales" in parameter
+            assert has_decay != vector, parameter
+        assert {parameter.split(".")[0] for parameter in row["decayed"]} >= {"decoder", "embedding"}
 
 
 @pytest.mark.parametrize(
@@ -154,8 +92,8 @@ def test_an_update_is_that_of_megatron(tmp_path: Path) -> None:
     bf16."""
     pytest.importorskip("emerging_optimizers")
     pytest.importorskip("megatron.core.optimizer.emerging_optimizers")  # 0.19
-    from tests.distributed.muon_beside_megatron import differences
+    from tests.distributed import muon_beside_megatron
 
-    (found,) = run_ranks(1, differences, tmp_path=tmp_path)
+    (found,) = run_ranks(1, muon_beside_megatron.differences, tmp_path=tmp_path)
     assert len(found) == 3 * 4
     assert all(0 < difference < 0.03 for difference in found.values()), found
