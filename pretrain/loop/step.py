@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -149,7 +150,8 @@ def backward_only(model: list[Any], micro_batches: list[Batch], config: TrainCon
     one = torch.ones(())  # stages without labels compute no loss
     counted = [b["loss_mask"].sum() if "loss_mask" in b else one for b in micro_batches]
     scaled = [{**b, "scale": count / n} for b, n in zip(micro_batches, counted, strict=True)]
-    _run_schedule(model, scaled, config, partial(_masked_sum, config), forward_only=False)
+    alone = replace(config, optimizer=replace(config.optimizer, z_loss_coeff=0.0))
+    _run_schedule(model, scaled, config, partial(_masked_sum, alone), forward_only=False)
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:

@@ -269,7 +269,10 @@ def prune_at(kind: str, layouts: list[Layout], by: str, folder: Path) -> list[di
         load_backbone(config, model)
         chunks = list(model_chunks(model).values())
         if by == "fisher":
-            importance = fisher(chunks, micro_batches(batches()[0], config), config)
+            # The gradients are those of the loss alone.
+            optimizer = replace(config.optimizer, z_loss_coeff=0.1)
+            trained = replace(config, optimizer=optimizer)
+            importance = fisher(chunks, micro_batches(batches()[0], config), trained)
         else:
             importance = magnitudes(chunks)
         prune(chunks, importance)
