@@ -36,7 +36,7 @@ class CheckedRun:
         model = self.config.model
         return self.plan.tokens * flops_per_token(
             num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
+            attention_width=model.attention_width,
             seq_length=self.config.data.seq_length,
             matmul_parameters=model.num_matmul_parameters(),
         )
