@@ -57,6 +57,8 @@ class Oracle:
         self._plain = plain_model_of(config.model, weights)
         self.chosen: dict[int, Tensor] = {}
         """By layer: how many tokens of the last batch each expert was chosen for."""
+        self.entropies: list[Tensor] = []
+        """Of every token and layer of all batches so far: of its scores, over that of equal ones."""
         self.dropped = 0.0
         """Of all choices so far."""
         self._routers: dict[int, LadderRouter] = {}
@@ -121,6 +123,7 @@ class Oracle:
         logits, shaped = (
             x.unflatten(0, self._shape) for x in (args[0] @ router.weight.t(), weights)
         )
+        self.entropies.append(self._entropy(logits.detach()))
         chosen = taken = (shaped != 0).float()
         self.chosen[i] = chosen.sum((0, 1))
         if factor is not None:
@@ -129,6 +132,12 @@ class Oracle:
         self.dropped += (chosen - taken).sum().item()
         self._loss = self._loss + self._balance(logits)
         return (shaped * taken).flatten(0, 1)
+
+    def _entropy(self, logits: Tensor) -> Tensor:
+        sigmoid = self._experts.moe_router_score_function == "sigmoid"
+        scores = logits.double().sigmoid() if sigmoid else logits.double().exp()
+        found = torch.distributions.Categorical(probs=scores).entropy()
+        return (found / math.log(logits.shape[-1])).flatten()
 
     def _within(self, weights: Tensor, factor: float) -> Tensor:
         """Of [groups, tokens, experts] the tokens with the largest weights, as many as an expert takes."""

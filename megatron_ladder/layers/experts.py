@@ -21,6 +21,8 @@ class CountingRouter(TopKRouter):
         # Of this rank's tokens, since pretrain/model/routers.py set them to zero: fp32 [experts].
         self.register_buffer("tokens_chosen", count, persistent=False)
         self.register_buffer("tokens_dropped", count.clone(), persistent=False)
+        # The sum over these tokens of the entropy of a token's scores, in nats: fp32, one number.
+        self.register_buffer("entropy", count.sum(), persistent=False)
 
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """[s, b, experts] -> the weights and the choice (bool), both [s b, experts]."""
@@ -31,6 +33,7 @@ class CountingRouter(TopKRouter):
                 chosen = self._choice(logits.detach()) if self._drops else taken
                 self.tokens_chosen += chosen.sum(dim=0)
                 self.tokens_dropped += (chosen & ~taken).sum(dim=0)
+                self.entropy += entropies(logits, self.score_function).sum()
         return weights, taken
 
     @property
@@ -47,6 +50,16 @@ class CountingRouter(TopKRouter):
             expert_bias=self.expert_bias,
         )
         return chosen
+
+
+def entropies(logits: Tensor, score_function: str) -> Tensor:
+    """The entropy of each token's scores as shares of all experts, in nats: [..., experts] -> fp32 [...].
+
+    Sigmoids are divided by their sum.
+    """
+    logs = logits.float() if score_function == "softmax" else logits.float().sigmoid().log()
+    logs = logs.log_softmax(dim=-1)
+    return -(logs.exp() * logs).sum(dim=-1)
 
 
 class LocalExperts(SequentialMLP):

@@ -175,7 +175,7 @@ class RunLog:
         learning_rate: float,
         z_loss: float,
         attended: float,
-        balance: dict[str, float],
+        balance: dict[str, Any],
     ) -> None:
         """Call it when a step is done.
 

@@ -9,6 +9,7 @@ from megatron_ladder.json_files import in_words
 from pretrain.config.train import differences, load_config
 from pretrain.evaluation.results import cells
 from pretrain.files import write_atomically
+from pretrain.report.balance import balance_in_words, draw_balance, has_balance
 from pretrain.report.evaluated import draw_needles, draw_positions
 from pretrain.report.pages import labels, render
 from pretrain.report.plots import draw_losses, draw_series
@@ -41,6 +42,9 @@ def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
         "grad_norm": (draw_series(runs, "grad_norm"), "Gradient norm, before clipping"),
         "throughput": (draw_series(runs, "tokens_per_second"), "Tokens a second"),
     }
+    if any(has_balance(run) for run in runs):
+        title = "Experts: how evenly tokens are sent to them, and how sure the routers are"
+        pictures["experts"] = (draw_balance(runs), title)
     if names := names_of(runs):
         title = "What `eval` measured at several steps, beside the loss"
         if len(names) > MOST:
@@ -105,6 +109,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         rows += [
             (f"{task} {metric}, {data}", value) for task, data, metric, value, _ in cells(results)
         ]
+    if has_balance(run):
+        rows += balance_in_words(run)
     if exported := [line["folder"] for line in run.beside if line["kind"] == "export"]:
         rows.append(("exported", ", ".join(dict.fromkeys(exported))))
     state = "finished" if run.finished else "in progress or stopped"

@@ -17,8 +17,9 @@ WHOLE = (
 NUMBERS = (
     *("time", "unix_time", "loss", "grad_norm", "learning_rate", "tokens_per_second"),
     *("tflops_per_gpu", "memory_gib", "perplexity", "unigram_loss", "seconds", "median"),
-    *("expert_imbalance", "dropped_share", "z_loss"),
+    *("expert_imbalance", "dropped_share", "router_entropy", "z_loss"),
 )
+BY_LAYER = ("expert_imbalance_by_layer",)  # null for a layer that has none
 SHARES = ("mfu", "mfu_whole_sequences")
 WORDS = ("dataset", "what", "host", "name", "residual", "device", "state", "folder")
 TEXTS = ("reason",)  # what an error said, in many lines where it is of CUDA or of a checkpoint
@@ -81,7 +82,15 @@ def is_start(line: dict[str, Any]) -> bool:
 
 def _wrong(values: dict[str, Any]) -> str | None:
     """The name of a field that does not have its type."""
-    for name in values.keys() & {*WHOLE, *NUMBERS, *WORDS, *TEXTS, "passed_over", *SHARES}:
+    for name in values.keys() & {
+        *WHOLE,
+        *NUMBERS,
+        *WORDS,
+        *TEXTS,
+        "passed_over",
+        *SHARES,
+        *BY_LAYER,
+    }:
         value = values[name]
         if name in WHOLE:
             right = is_whole(value, 0, MOST)
@@ -89,6 +98,10 @@ def _wrong(values: dict[str, Any]) -> str | None:
             right = is_word(value)
         elif name in TEXTS:
             right = isinstance(value, str)
+        elif name in BY_LAYER:
+            right = isinstance(value, list) and all(
+                v is None or is_whole(v, -MOST, MOST) or type(v) is float for v in value
+            )
         elif name == "passed_over":
             ends = value if isinstance(value, list) and len(value) == 2 else [value]
             right = value is None or (len(ends) == 2 and all(is_whole(i, 0, MOST) for i in ends))

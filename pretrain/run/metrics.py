@@ -37,7 +37,7 @@ PEAK_FLOPS = (
 )
 
 # Figures of a step of a model with experts (load_balance in pretrain/model/routers.py).
-OF_EXPERTS = ("expert_imbalance", "dropped_share")
+OF_EXPERTS = ("expert_imbalance", "dropped_share", "router_entropy")
 # Lines of what was done beside the training (pretrain/watch).
 OF_WATCH = ("evaluation", "export", "watch_failed", "watch_left_out")
 # So many values of TensorBoard wait for its thread before training does. Its own number is 10.

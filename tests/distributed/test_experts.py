@@ -224,6 +224,11 @@ def test_the_balance_is_that_of_all_tokens(kind: str, layout: Layout, tmp_path: 
         assert biases_stay
         assert balance["expert_imbalance"] == pytest.approx(uneven)
         assert balance["dropped_share"] == pytest.approx(oracle.dropped / choices)
+        entropy = torch.cat(oracle.entropies).mean().item()
+        assert balance["router_entropy"] == pytest.approx(entropy, rel=1e-4)
+        assert 0.1 < entropy < 0.9999
+        by_layer = [(c.max() / c.mean()).item() for _, c in sorted(oracle.chosen.items())]
+        assert balance["expert_imbalance_by_layer"] == pytest.approx(by_layer, abs=1e-4)
         assert len(set(counted)) == 1, "each layer routes each token once"
     assert (oracle.dropped > 0) == (kind == "capacity")
 

@@ -150,6 +150,9 @@ def test_the_balance_is_logged(whole_run: Path) -> None:
     for line in metrics(whole_run, "train"):
         assert 1 <= line["expert_imbalance"] <= 4 / 2
         assert line["dropped_share"] == 0
+        assert 0 < line["router_entropy"] <= 1
+        by_layer = [x for x in line["expert_imbalance_by_layer"] if x is not None]
+        assert max(by_layer) == pytest.approx(line["expert_imbalance"], abs=1e-4)
     assert losses(whole_run)[-1] < losses(whole_run)[0] - 1
 
 

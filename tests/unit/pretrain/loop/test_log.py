@@ -72,3 +72,22 @@ def test_rates_of_a_ramp_are_of_its_tokens(tmp_path: Path, monkeypatch: pytest.M
         assert shown["tokens_per_second"] == pytest.approx(64)
         following = sizes[step] if step < 6 else 8
         assert watchdog.step_ended.call_args.args == (step, pytest.approx(following))
+
+
+def test_mfu_of_experts_counts_what_a_token_goes_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Qwen3-30B-A3B: attention of 32 heads of 128 channels, the router, 8 of 128 experts, the head."""
+    config = replace(PRESETS["qwen3-30b-a3b"](), output_dir=tmp_path)
+    monkeypatch.setattr(module, "dist", Mock(get_rank=lambda: 0, get_world_size=lambda: 64))
+    monkeypatch.setattr(module, "MetricsLog", Mock(return_value=Mock(time_so_far=0.0)))
+    run = RunLog(config, 0, "NVIDIA H100 80GB HBM3", Mock(), Mock())
+    for step in range(1, config.log_interval + 1):
+        run.train(step, 2.0, 1.0, 1e-3, 0.0, 4096.0, {})
+    logged = run._log.train.call_args.kwargs  # type: ignore[union-attr]
+    attention = 2048 * 128 * (2 * 32 + 2 * 4)
+    weights = 48 * (attention + 2048 * 128 + 8 * 3 * 2048 * 768) + 151936 * 2048
+    flops = 6 * weights + 12 * 48 * 4096 * 4096
+    assert logged["mfu"] == pytest.approx(
+        flops * logged["tokens_per_second"] / 64 / 989e12, rel=0.01
+    )

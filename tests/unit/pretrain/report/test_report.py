@@ -304,3 +304,50 @@ def test_what_is_measured_at_several_steps_is_drawn(tmp_path: Path) -> None:
     assert draw_scores([found]) != draw_scores([found, read_run(other, "other")])
     fewer = replace(found, scores={name: [points[0]] for name in found.scores})
     assert names_of([fewer]) == []
+
+
+def test_the_balance_of_experts_is_drawn(tmp_path: Path) -> None:
+    """Of a run with experts in layers 1 and 2 of three, beside one without."""
+    dense, run = write_run(tmp_path / "dense", steps=4), write_run(tmp_path / "experts", steps=4)
+    lines = read_metrics(run)
+    for line in lines:
+        if line["kind"] == "train":
+            line |= {
+                "expert_imbalance": 2.0 - line["step"] / 10,
+                "expert_imbalance_by_layer": [None, 1.5, 2.0 - line["step"] / 10],
+                "dropped_share": 0.0,
+                "router_entropy": 0.75,
+            }
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report([dense, run]).read_text()
+    assert (dense / "report" / "experts.png").read_bytes().startswith(PNG)
+    for words in ("fullest expert over the mean, worst layer", "1.60", "0.750"):
+        assert words in page
+    assert "that were dropped" not in page
+    alone = write_report([write_run(tmp_path / "alone", steps=2)]).read_text()
+    assert "fullest expert" not in alone and not (tmp_path / "alone/report/experts.png").exists()
+    for wrong in ([1.0, "2"], 3.0):
+        lines[-2]["expert_imbalance_by_layer"] = wrong
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(UserError, match="expert_imbalance_by_layer is"):
+            write_report([run])
+
+
+def test_tensorboard_gets_the_balance(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(
+        tmp_path, resume_step=0, train_steps=2, tensorboard=True, wandb=False, config={}
+    )
+    balance = {"expert_imbalance": 1.5, "dropped_share": 0.25, "router_entropy": 0.75}
+    log.train(
+        **dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens_per_second"), 1.0),
+        **{"step": 1, "tokens": 1, "time": 1.0, "tflops_per_gpu": 1.0, "mfu": None},
+        **{"memory_gib": 1.0, "expert_imbalance_by_layer": [None, 1.5]},
+        **balance,
+    )
+    log.end(step=1, reason="finished")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name, value in balance.items():
+        assert events.Scalars(f"train/{name}")[0].value == pytest.approx(value)
