@@ -207,7 +207,7 @@ def _presets(points: dict[str, list[Point]], fits: dict[str, Fit]) -> list[Predi
         if name in OF_A_MODEL or config.model.experts.num_moe_experts:
             continue
         parameters = config.model.num_parameters(embeddings=False)
-        tokens = config.train_steps * config.tokens_per_step
+        tokens = config.tokens_after(config.train_steps)
         for kind, fit in fits.items():
             times = parameters / max(point.parameters for point in points[kind])
             if times > 1:

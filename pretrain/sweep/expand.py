@@ -40,7 +40,7 @@ class PlannedRun:
     @property
     def tokens(self) -> int:
         """D of the fits: of whole steps."""
-        return self.config.train_steps * self.config.tokens_per_step
+        return self.config.tokens_after(self.config.train_steps)
 
 
 def planned_runs(sweep: Sweep, folder: Path) -> list[PlannedRun]:
