@@ -39,7 +39,7 @@ def spoil_steps(rank: int) -> None:
 
     def faulty(*args: Any) -> Any:
         if rank == 1:
-            (number,) = args[-2].args  # of BadSteps.is_good
+            number = args[-1]  # the step, which train.py gives last
             step._masked_sum = is_nan if number in STEPS else masked_sum
             time.sleep(STEP_S)
         fault = FOLDER / f"raise.{rank}"
