@@ -18,7 +18,7 @@ from pretrain.convert.model_text import load_tokenizer
 from pretrain.data.folders import open_folder
 from pretrain.evaluation.documents import Documents, open_split
 from pretrain.evaluation.refine import _written, items_of, run_refine, told_apart
-from pretrain.evaluation.results import cells, latest_results
+from pretrain.evaluation.results import cells, results_by_step
 from tests.unit.hf import tiny
 from tests.unit.pretrain.evaluation import eval_models
 
@@ -191,7 +191,7 @@ def test_the_command_measures_a_run_and_its_export_alike(
     assert (found[0]["items"], found[0]["split"], found[0]["seed"]) == (5, "train", 1234)
     out = capsys.readouterr().out
     assert "draft_chrf" in out and "5 items" in out and "refine, the first item: 'In: " in out
-    _, (shown,) = latest_results(tmp_path / "run") or (0, ())
+    (shown,) = results_by_step(tmp_path / "run")[0]
     assert [cell[2] for cell in cells([shown])] == [
         *("bleu", "chrf", "source_bleu", "source_chrf", "draft_bleu", "draft_chrf", "cut_off")
     ]
