@@ -141,14 +141,6 @@ def test_experts_are_planned_or_estimated_by_an_mfu() -> None:
         setup(PlanOptions("tiny-experts", 8, fp8=True))
 
 
-def test_models_with_experts_are_not_exported(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run/checkpoints/step_00000001"
-    checkpoint.mkdir(parents=True)
-    save_config(EXPERTS, checkpoint / "config.json")
-    with pytest.raises(UserError, match="can be trained, but not yet exported"):
-        export_run(checkpoint, tmp_path / "out", None, "5GB")
-
-
 def test_local_layers_have_no_attention_of_transformer_engine() -> None:
     check_attention("auto", "local")
     check_attention("te", "transformer_engine")
