@@ -44,7 +44,7 @@ def _run(argv: list[str]) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f": did you mean {near[0]}?" if near else ""
-        print(f"megatron-ladder: no command {name!r}{hint}\n\n{USAGE}", end="", file=sys.stderr)
+        print(f"megatron-ladder: no command {name!r}{hint}\n{USAGE}", end="", file=sys.stderr)
         return 2
     return _command(name)(argv[1:])
 

@@ -67,7 +67,8 @@ class Processors(threading.Thread):
                 words, times = process.cmdline(), process.cpu_times()
             except psutil.Error:
                 continue
-            self._seconds[process.pid] = (is_beside(words), times.user + times.system)
+            if words:  # a process that has ended has none, and was counted before
+                self._seconds[process.pid] = (is_beside(words), times.user + times.system)
 
     def so_far(self) -> dict[str, float]:
         """Seconds of the ranks, and of what is beside them."""

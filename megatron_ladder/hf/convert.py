@@ -179,7 +179,7 @@ def hf_to_megatron_chunks(
         dtypes = {state[name].dtype for place in entry.places for name in entry.names(place)}
         if len(dtypes) > 1:
             raise ValueError(
-                f"{'|'.join(entry.hugging_face).format('N', 'N')} have different dtypes: "
+                f"{'|'.join(name.format('N', 'N') for name in entry.hugging_face)} have different dtypes: "
                 f"{', '.join(sorted(map(str, dtypes)))}. A checkpoint holds them as one tensor: store "
                 "them all in one dtype"
             )

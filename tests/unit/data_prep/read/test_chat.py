@@ -490,6 +490,8 @@ TWICE = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% en
 )
 def test_a_template_without_end_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "RENDER_S", 0.2)
+    # The kernel ends the process after RENDER_S + 1 s, and on a busy machine 2 GiB of pages take as long.
+    monkeypatch.setattr(templates, "MEMORY", 256 << 20)
     chat = Chat(("messages",), json.dumps([template, {}]), "")
     with pytest.raises(UserError, match="the chat template takes more than"):
         pieces_of([TALK * 2], chat)
