@@ -51,10 +51,14 @@ def _kill(run: Path) -> None:
 
 def until_stopped(argv: list[str]) -> int:
     """Stands in for a training that saves a checkpoint when it is asked to stop."""
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     print("training", flush=True)
-    return 75 if asked.wait(60) else 1
+    end = time.monotonic() + 60
+    while not asked and time.monotonic() < end:
+        time.sleep(0.01)
+    print(f"asked by {asked}", flush=True)
+    return 75
 
 
 def planned(file: Path, folder: Path) -> list[CheckedRun]:
@@ -117,6 +121,7 @@ def test_a_stop_signal_reaches_the_run_and_ends_the_sweep(tmp_path: Path, capsys
     threading.Thread(target=stop).start()
     assert train_in_turn(runs, folder, until_stopped) == 75
     assert "[1 of 2] seed-1_tokens-1280: stopped" in capsys.readouterr().out
+    assert f"asked by [{int(signal.SIGTERM)}]" in log.read_text()
     assert not log_file(folder, runs[1].plan.name).exists()
 
 
