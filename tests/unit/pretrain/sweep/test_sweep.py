@@ -11,6 +11,7 @@ import pytest
 
 from pretrain import cli
 from pretrain.commands.train import train
+from pretrain.processes import STOP_SIGNALS, shield_forked_children
 from pretrain.run.folder import latest_checkpoint
 from pretrain.run.metrics import read_metrics
 from pretrain.sweep import in_turn
@@ -53,6 +54,8 @@ def until_stopped(argv: list[str]) -> int:
     """Stands in for a training that saves a checkpoint when it is asked to stop."""
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    # As StopSignals does: they are blocked in the children of a process that has trained (processes.py).
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     print("training", flush=True)
     end = time.monotonic() + 60
     while not asked and time.monotonic() < end:
@@ -118,6 +121,7 @@ def test_a_stop_signal_reaches_the_run_and_ends_the_sweep(tmp_path: Path, capsys
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    shield_forked_children()  # as any test that trained in this process has done
     threading.Thread(target=stop).start()
     assert train_in_turn(runs, folder, until_stopped) == 75
     assert "[1 of 2] seed-1_tokens-1280: stopped" in capsys.readouterr().out
