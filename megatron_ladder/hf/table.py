@@ -65,9 +65,7 @@ class Entry:
     """A megatron-core tensor, and the Hugging Face tensors in it (in one place of it, if stacked)."""
 
     megatron: str
-    hugging_face: Mapping[
-        str, tuple[int, ...]
-    ]  # name -> shape; a name has a {} for each stacked axis
+    hugging_face: Mapping[str, tuple[int, ...]]  # shapes by name; it has {} for each stacked axis
     of: LadderConfig  # has its heads and layers
     stacked: tuple[int, ...] = ()  # the sizes of its first axes: layers, experts
     layers: bool = False  # the first of these is that of layers

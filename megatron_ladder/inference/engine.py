@@ -285,9 +285,8 @@ def _check_attention(chunk: Any, model: ModelConfig) -> None:
     engine, lacks = "the engine of this megatron-core", ""
     if model.sliding_window is not None and model.sliding_window < model.max_position_embeddings:
         lacks = f"model.sliding_window is {model.sliding_window}: {engine} attends to all tokens"
-    elif (
-        softmax_scale(model) is not None
-    ):  # it passes the scale for prompts, and not for new tokens
+    # It passes the scale for prompts, and not for new tokens.
+    elif softmax_scale(model) is not None:
         lacks = (
             f"model.rope_scaling_type is yarn: {engine} does not scale new tokens' scores for it"
         )

@@ -71,9 +71,8 @@ class LocalExperts(SequentialMLP):
 
     def __init__(self, num_local_experts: int, config: Any, *args: Any, **kwargs: Any) -> None:
         before = torch.get_rng_state()
-        with (
-            warnings.catch_warnings()
-        ):  # that one rank has no sequence parallelism: experts are not cut
+        with warnings.catch_warnings():
+            # That one rank has no sequence parallelism: experts are not cut.
             warnings.simplefilter("ignore")
             super().__init__(num_local_experts, config, *args, **kwargs)
         if config.use_cpu_initialization:

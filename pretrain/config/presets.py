@@ -1,7 +1,7 @@
 """Named configurations. Each is a function that returns a TrainConfig; options override its fields.
 
 Every preset takes `--model.residual standard|ladder|parallel|parallel-ladder|desync`, and those with
-experts the first two.
+experts all of these but desync.
 """
 
 from collections.abc import Callable

@@ -161,9 +161,8 @@ def run_logits(
         model = side.backbone(model)  # dropout is off in any case
         config, meta = _meta_config(model), torch.device("meta")
         (gpt,) = whole = build_gpt_model(model, config, "local", device=meta)
-        for (
-            layer
-        ) in gpt.decoder.layers:  # else it prepares the input of the next one, which has no weights
+        # Else a layer prepares the input of the next one, which has no weights yet.
+        for layer in gpt.decoder.layers:
             layer.next_layer = ()
         device = torch.cuda.current_device()
         runs: Any = gpt

@@ -51,9 +51,8 @@ class PhasedSequences(Dataset):
         blended = isinstance(start, BlendedDataset)
         drawn = dict(zip(used, start.datasets if blended else [start], strict=True))
         batch, ramp = config.global_batch_size, config.schedule.rampup_batch_size
-        if (
-            config.past == Past() and not ramp
-        ):  # in steps, as it has always been: old runs find their files
+        if config.past == Past() and not ramp:
+            # In steps, as it has always been: old runs find their files.
             facts = [
                 start.unique_description_hash,
                 used,

@@ -92,9 +92,8 @@ class IndexCache:
                 return
             if now != before:
                 before = now
-                with contextlib.suppress(
-                    ValueError
-                ):  # half of a new text: the next look finds it whole
+                # Half of a new text: the next look finds it whole.
+                with contextlib.suppress(ValueError):
                     yield Progress(*json.loads(now))
 
 

@@ -82,9 +82,8 @@ def fisher(
             weights.append(weight)
             hooks.append(weight.register_post_accumulate_grad_hook(partial(take, number, name)))
     for chunk in chunks:
-        if (
-            chunk.pre_process
-        ):  # ladder layers bring a gradient to their input, even to the first one
+        if chunk.pre_process:
+            # Ladder layers bring a gradient to their input, even to the first one.
             hooks.append(chunk.backbone.embedding.register_forward_hook(_with_gradient))
     backward_only([chunk.backbone for chunk in chunks], micro_batches, config)
     for hook in hooks:

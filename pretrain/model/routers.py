@@ -64,9 +64,8 @@ def load_balance(model: list[Any], num_layers: int) -> dict[str, Any]:
     chosen, dropped, entropy = counts.unbind(1)
     means = chosen.mean(dim=1)
     uneven = chosen.amax(dim=1) / means
-    if not (
-        have := means > 0
-    ).any():  # layers without experts have no tokens; here there was no step since
+    have = means > 0  # layers without experts have no tokens
+    if not have.any():  # no step since
         return {}
     tokens = chosen.sum() / model[0].config.moe_router_topk
     return {

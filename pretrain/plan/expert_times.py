@@ -237,9 +237,8 @@ def experts_pass_seconds(
 
 
 def _dense(sub: Submodule, hides: bool, half_s: float) -> _Sub:
-    first_s = (
-        sub.weight_gradient_s
-    )  # of the first linear: as long as its forward, and its input's gradient
+    # Of the first linear: as long as its forward, and its input's gradient.
+    first_s = sub.weight_gradient_s
     return _Sub(
         hides=hides,
         before=Part(),

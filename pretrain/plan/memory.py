@@ -224,9 +224,8 @@ def layer_parameters(config: TrainConfig, *, experts: bool = False) -> float:
     if not experts:
         return (others + mlp) / tp
     shared = 3 * h * (of.moe_shared_expert_intermediate_size or 0)
-    return (others + shared) / tp + h * (
-        of.num_moe_experts or 0
-    )  # the router is whole on each rank
+    router = h * (of.num_moe_experts or 0)  # whole on each rank
+    return (others + shared) / tp + router
 
 
 def stage_parameters(config: TrainConfig, stage: int) -> tuple[float, float]:

@@ -148,9 +148,8 @@ def _units(
         elif residual in ("standard", "ladder", "no-comm"):
             for part in (attention, mlp):
                 again_s, collectives = part.forward_s, 0.0
-                if (
-                    residual == "standard" and not halves
-                ):  # the whole layer, before its MLP's backward
+                if residual == "standard" and not halves:
+                    # The whole layer, before its MLP's backward.
                     again_s = attention.forward_s + mlp.forward_s if part is mlp else 0.0
                     # Gathering two inputs and scattering one output is 3 times half an all-reduce.
                     collectives = (1.5 if sp else 1.0) if part is mlp else 0.0

@@ -82,9 +82,8 @@ def read_run(path: Path, label: str) -> Run:
     config = path / "config.json"
     train = by_kind.get("train", [])
     evaluated = results_by_step(path)
-    if (
-        train
-    ):  # a step of which only a file is left: the run went back behind it, and is not there again
+    if train:
+        # Of a later step only a file is left: the run went back behind it, and is not there again.
         evaluated = {k: v for k, v in evaluated.items() if k <= train[-1]["step"]}
     goodput = read_goodput(path, train[-1]["time"] if train else 0.0)
     restarts = goodput.ends.total() if goodput else len(by_kind["start"]) - 1

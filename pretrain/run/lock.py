@@ -72,9 +72,8 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._ending.wait(BEAT_S):
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk, a server that is away: the next may succeed
+            # A full disk, a server that is away: the next may succeed.
+            with contextlib.suppress(OSError):
                 if not self._is_mine():
                     logger.error("another process has taken this run's lock: end one of the two")
                     return

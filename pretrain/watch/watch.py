@@ -231,9 +231,7 @@ class Watch:
         folder.mkdir(parents=True)
         checkpoint = checkpoint_at(self._run_dir, step)
         failed = self._run(eval_arguments(self._config, self._folders, checkpoint, folder), log)
-        for file in folder.glob(
-            "*.json"
-        ):  # where one task has failed, the others' results are there
+        for file in folder.glob("*.json"):  # where a task has failed, the others' results are there
             results = read_json(file, "a file of `megatron-ladder eval`")["results"]
             place = self._run_dir / EVALUATIONS / file.name
             place.parent.mkdir(exist_ok=True)

@@ -48,10 +48,8 @@ def take_tasks(command: list[str]) -> tuple[list[str], int | None]:
     words = iter(command)
     for word in words:
         name, _, value = word.partition("=")
-        if name != "--tasks" or command[0] not in (
-            "data",
-            "index",
-        ):  # eval has a --tasks of its own
+        # eval has a --tasks of its own.
+        if name != "--tasks" or command[0] not in ("data", "index"):
             rest.append(word)
             continue
         value = value or next(words, "")

@@ -73,10 +73,9 @@ class TemplateProcess:
 
 def _watch(rendering: Rendering, asked: Connection) -> None:
     """Lets a child render. When the kernel ends it, it says so, and lets another one go on."""
+    # The server stops in its own time, and with it the pipe.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(
-            number, signal.SIG_IGN
-        )  # the server stops in its own time, and with it the pipe
+        signal.signal(number, signal.SIG_IGN)
     while True:
         child = os.fork()
         if child == 0:
