@@ -40,6 +40,10 @@ class Tally:
             with value.get_lock():
                 value.value += more
 
+    def so_far(self) -> tuple[int, int]:
+        """Bytes and tokens. It takes no lock: a process that was killed may hold one for ever."""
+        return self.bytes.get_obj().value, self.tokens.get_obj().value
+
 
 Work = Callable[[Part], dict[str, Any]]
 """Works through a part, and returns facts about it. Among them is "bad": `count` and `examples` of
@@ -180,7 +184,7 @@ def _outcomes(
         waiting: dict[Future, Part] = {pool.submit(_one_part, part): part for part in parts}
         while waiting:
             finished, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            progress.reached(tally.bytes.value, tally.tokens.value)
+            progress.reached(*tally.so_far())
             for future in finished:
                 part, problem = waiting.pop(future), future.exception()
                 if isinstance(problem, BrokenProcessPool):
