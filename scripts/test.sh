@@ -20,12 +20,22 @@ install_slurm
 
 "$bin/ruff" format --check --quiet .
 "$bin/ruff" check --quiet .
-"$bin/mypy"
+"$bin/mypy" &
+types=$!
 NO_MKDOCS_2_WARNING=1 "$bin/mkdocs" build # strict: links and anchors too. With --quiet no warning counts
+wait $types
 if [ $# -gt 0 ]; then
   exec "$bin/python" -m pytest "$@"
 fi
 # What runs in one process, two files at a time; then what runs several ranks, which need the cores.
 "$bin/python" -m pytest --numprocesses 2 --dist loadfile tests/unit
 "$bin/python" -m pytest tests/fuzz # its watch over what code does cannot be taken from a process again
-exec "$bin/python" -m pytest tests/distributed tests/slurm tests/chaos tests/gpu tests/te_stand_in
+# Tests on the cluster wait most of the time: they run beside those of several ranks, and their output follows.
+said=$(mktemp)
+"$bin/python" -m pytest tests/slurm tests/chaos > "$said" 2>&1 &
+cluster=$! status=0
+trap 'kill $cluster 2> /dev/null; rm -f "$said"' EXIT
+"$bin/python" -m pytest tests/distributed tests/gpu tests/te_stand_in || status=$?
+wait $cluster || status=$?
+cat "$said"
+exit $status

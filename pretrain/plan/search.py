@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from tqdm import tqdm
+
 from megatron_ladder.config import (
     STALE,
     ModelConfig,
@@ -321,7 +323,8 @@ def fitting(config: TrainConfig, gpus: int, device: Device) -> dict[str, list[Tr
     """
     limit = room(device.memory_bytes)
     found = {}
-    for kind, overlap in ways(config.model):
+    all_ways = ways(config.model)
+    for kind, overlap in tqdm(all_ways, "layouts that fit", leave=False, unit="way", disable=None):
         layers = config.model.ladder_layers if kind in STALE else None  # a hybrid's
         model = replace(config.model, residual=kind, ladder_layers=layers)
         candidates = list(layouts(replace(config, model=model), gpus, overlap))
@@ -349,10 +352,13 @@ def ranked(
     fits: dict[str, list[TrainConfig]], gpus: int, hardware: Hardware
 ) -> dict[str, list[Row]]:
     """The times of these layouts, the fastest of each way first."""
-    return {
-        name: sorted((row(c, gpus, hardware) for c in configs), key=lambda r: r.step_s)
-        for name, configs in fits.items()
-    }
+    found = {}
+    count = sum(map(len, fits.values()))
+    with tqdm(total=count, desc="step times", leave=False, unit="layout", disable=None) as bar:
+        for name, configs in fits.items():
+            found[name] = sorted((row(c, gpus, hardware) for c in configs), key=lambda r: r.step_s)
+            bar.update(len(configs))
+    return found
 
 
 def search(config: TrainConfig, gpus: int, hardware: Hardware) -> dict[str, list[Row]]:

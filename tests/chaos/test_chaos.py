@@ -9,9 +9,9 @@ from tests.slurm.cluster import missing
 
 
 def test_a_few_faults_on_this_machine(tmp_path: Path) -> None:
-    kinds = ("a bit flipped, SIGKILL", "NaN", "disk full", "a rank fails by itself")
-    results = chaos(Options(faults=4, steps=30, launcher="local", kinds=kinds), tmp_path)
-    assert len(results["faults"]) == 4
+    kinds = ("a bit flipped, SIGKILL", "NaN", "disk full")
+    results = chaos(Options(faults=3, steps=25, launcher="local", kinds=kinds), tmp_path)
+    assert len(results["faults"]) == 3
     print(table(results))
 
 

@@ -171,6 +171,7 @@ def test_a_trace_that_cannot_be_taken_is_refused(capsys: pytest.CaptureFixture[s
     assert "Traceback" not in output.err
 
 
+@pytest.mark.slow
 def test_the_learning_benchmark(tmp_path: Path) -> None:
     """From source files to curves, at far less than a hundredth of a GPU's."""
     text = tmp_path / "text"

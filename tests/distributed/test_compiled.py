@@ -91,7 +91,7 @@ CASES = {
 }
 
 
-SLOW = ("parallel", "bf16")  # of what the others show
+SLOW = ("parallel", "bf16", "inductor")  # of what the others show; and a compiler's half minute
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ WITH_TP = [
     Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4),
 ]
 IN_EACH_RUN = {
-    "experts": [LAYOUTS[0], LAYOUTS[3], WITH_TP[0], WITH_TP[4], LAYOUTS[7], WITH_CP[1]],
+    "experts": [LAYOUTS[0], LAYOUTS[3], WITH_TP[4], WITH_CP[1]],
     "a shared expert": [WITH_TP[1]],
     "capacity": [WITH_TP[1]],
     "expert bias": [WITH_TP[1], LAYOUTS[0]],

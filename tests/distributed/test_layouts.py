@@ -77,11 +77,8 @@ SOME_LAYOUTS = [
     Layout(pp=2, vpp=2, accumulation=4),
     Layout(dp=2, accumulation=4),
     Layout(cp=2, accumulation=4),
-    Layout(tp=4, sp=True, accumulation=4),
-    Layout(tp=2, dp=2),
     Layout(tp=2, sp=True, pp=2, vpp=2, accumulation=4, recompute="full"),
     Layout(tp=2, sp=True, cp=2, recompute="full"),
-    Layout(cp=4),
 ]
 FEW_LAYOUTS = [
     Layout(tp=2, sp=True, recompute="full"),
