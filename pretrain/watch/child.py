@@ -18,11 +18,13 @@ def main() -> None:
     """Takes the priority and becomes the command. All of it outlasts `exec`."""
     parent, nice, *command = sys.argv[1:]
     die_with_parent(int(parent))
-    # The training's session is kept: Linux may share out time by sessions first (autogroup), and then
-    # compares priorities within one alone.
+    # Linux may share out time by sessions first (autogroup): then a session has a priority too, and those of
+    # processes count within one alone. Each rank of a launcher has a session, so this gets one of its own.
+    os.setsid()
     os.nice(int(nice))
-    with contextlib.suppress(OSError):  # only Linux has it
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    for file, value in (("autogroup", nice), ("oom_score_adj", "1000")):
+        with contextlib.suppress(OSError):  # only Linux has them
+            Path("/proc/self", file).write_text(value)
     os.execv(command[0], command)  # noqa: S606 (a list, no shell)
 
 

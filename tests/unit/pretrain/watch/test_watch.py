@@ -172,6 +172,16 @@ def test_a_start_does_what_is_left(tmp_path: Path, stand_in: StandIn) -> None:
     assert stand_in.done() == [("eval", 30), ("export", 40), ("eval", 100), ("export", 100)]
 
 
+def test_its_session_has_the_lowest_priority_too() -> None:
+    """Else it would get as much time as a rank in a session of its own."""
+    file = Path("/proc/self/autogroup")
+    if not file.exists():
+        pytest.skip("this kernel does not share out time by sessions")
+    child = [sys.executable, "-m", "pretrain.watch.child", str(os.getpid()), "19", "/bin/cat"]
+    said = subprocess.run([*child, str(file)], capture_output=True, text=True, check=True).stdout
+    assert said.endswith("nice 19\n") and said != file.read_text()
+
+
 def test_it_ends_with_its_training(tmp_path: Path) -> None:
     """However the training ends: it may be killed."""
     code = (
