@@ -18,8 +18,8 @@ def main() -> None:
     """Takes the priority and becomes the command. All of it outlasts `exec`."""
     parent, nice, *command = sys.argv[1:]
     die_with_parent(int(parent))
-    # Linux may share out time by sessions first (autogroup): then a session has a priority too, and those of
-    # processes count within one alone. Each rank of a launcher has a session, so this gets one of its own.
+    # Linux may share out time by sessions first (autogroup). Then a session has a priority too, and those
+    # of processes count within one alone. Each rank of a launcher has a session, so this gets its own.
     os.setsid()
     os.nice(int(nice))
     for file, value in (("autogroup", nice), ("oom_score_adj", "1000")):
