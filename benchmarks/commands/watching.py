@@ -1,10 +1,11 @@
 """What does it cost a training that its checkpoints are measured beside it?
 
-    python benchmarks/commands/watching.py --json benchmarks/results/watching.json
+    python benchmarks/commands/watching.py --ranks 2 --json benchmarks/results/watching.json
 
-A preset is trained by the command line, as many ranks as this machine has cores, each with one thread. In
-every second run its checkpoints are measured by last_word and continuation at the default interval, which
-is each checkpoint. The runs are made in turns; the order within a pair alternates.
+A preset is trained by the command line, on --ranks tensor-parallel ranks with one thread each: as many as
+this machine has cores, or fewer, which leaves a core for the measurements. In every second run its
+checkpoints are measured by last_word and continuation at the default interval, which is each checkpoint.
+The runs are made in turns; the order within a pair alternates.
 
 steps         seconds from the first checkpoint's step to the last step, with saves and validations: from
               then on a checkpoint is being measured, or the next one is waited for
@@ -145,6 +146,7 @@ def costs(rounds: dict[str, list[dict[str, float]]], name: str) -> list[float]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--ranks", type=int, default=os.cpu_count())
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--save-interval", type=int, help="other than the preset's")
@@ -153,6 +155,7 @@ def main() -> None:
     if not first < options.steps:
         parser.error(f"--steps {options.steps}: give more than the save interval, {first}")
     words = ["--preset", options.preset, "--schedule.train-steps", str(options.steps)]
+    words += ["--parallel.tensor-model-parallel-size", str(options.ranks)]
     if options.save_interval is not None:
         words += ["--save-interval", str(options.save_interval)]
     rounds: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
@@ -180,7 +183,8 @@ def main() -> None:
         "end": "{end:.1f}",
     }
     print(
-        f"\n{options.preset}, steps {first} to {options.steps}; medians of {options.pairs} runs, s\n"
+        f"\n{options.preset} on {options.ranks} ranks, steps {first} to {options.steps}; "
+        f"medians of {options.pairs} runs, s\n"
     )
     print(facts.table(rows, columns))
     for name, what in (("steps", "time of the steps"), ("ranks_cpu", "the ranks' CPU time")):
