@@ -55,9 +55,10 @@ def preset_rows(found: Analysis) -> list[Row]:
 
 def warnings(found: Analysis) -> list[str]:
     """Sentences about what the tables cannot be relied on for."""
-    lines = []
+    by_reason: dict[str, list[str]] = {}
     for kind, reason in found.not_fitted.items():
-        lines.append(f"No law for {kind or 'this sweep'}: {reason}.")
+        by_reason.setdefault(reason, []).append(kind or "this sweep")
+    lines = [f"No law for {'; '.join(kinds)}: {reason}." for reason, kinds in by_reason.items()]
     if found.presets:
         far, fitted = max(p.times for p in found.presets), _largest(found)
         names = ", ".join(dict.fromkeys(p.name for p in found.presets))
