@@ -29,13 +29,16 @@ if [ $# -gt 0 ]; then
 fi
 # What runs in one process, two files at a time; then what runs several ranks, which need the cores.
 "$bin/python" -m pytest --numprocesses 2 --dist loadfile tests/unit
-"$bin/python" -m pytest tests/fuzz # its watch over what code does cannot be taken from a process again
 # Tests on the cluster wait most of the time: they run beside those of several ranks, and their output follows.
+# So do those of odd input, in a process of their own: their watch over what code does cannot be taken back.
 said=$(mktemp)
-"$bin/python" -m pytest tests/slurm tests/chaos > "$said" 2>&1 &
-cluster=$! status=0
-trap 'kill $cluster 2> /dev/null; rm -f "$said"' EXIT
+{
+  "$bin/python" -m pytest tests/fuzz
+  "$bin/python" -m pytest tests/slurm tests/chaos
+} > "$said" 2>&1 &
+beside=$! status=0
+trap 'kill $beside 2> /dev/null || true; rm -f "$said"' EXIT
 "$bin/python" -m pytest tests/distributed tests/gpu tests/te_stand_in || status=$?
-wait $cluster || status=$?
+wait $beside || status=$?
 cat "$said"
 exit $status

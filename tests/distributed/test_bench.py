@@ -33,7 +33,10 @@ def run(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     "options",
     [
         pytest.param(["--recompute", "full"], marks=pytest.mark.slow),
-        ["--sequence-parallel", "--micro-batch-size", "2", "--processor-time"],
+        pytest.param(
+            ["--sequence-parallel", "--micro-batch-size", "2", "--processor-time"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["--fake-tp", "4"], marks=pytest.mark.slow),
         pytest.param(["--link", "p2p-off", "--target", "llama-3-8b"], marks=pytest.mark.slow),
     ],
@@ -66,7 +69,11 @@ def test_the_overlap_benchmark(options: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [[], pytest.param(["--fake-tp", "8", "--heads", "8"], marks=pytest.mark.slow)]
+    "options",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["--fake-tp", "8", "--heads", "8"], marks=pytest.mark.slow),
+    ],
 )
 def test_the_inference_benchmark(options: list[str], tmp_path: Path) -> None:
     small = ["--hidden-size", "64", "--heads", "4", "--layers", "2", "--prompt-length", "8"]

@@ -177,6 +177,7 @@ def test_a_checkpoint_continues_at_other_layouts(
     assert losses(run) == pytest.approx(losses(whole), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_fewer_data_parallel_ranks(
     whole_run, data: Path, tmp_path: Path
 ) -> None:
