@@ -153,6 +153,8 @@ def parts() -> list[Part]:
     learning = f"{LEARNING} --train-tokens 210_000_000 --optimizer.lr 2e-3"
     rates = f"{LEARNING} --train-tokens 20_000_000 --rates 1e-3 2e-3 4e-3"
     precision = f"--precisions bf16 {FP8} --steps 250 --picture OUTPUT/precision.png"
+    # Two of its layers have 1.2 billion parameters, and four kinds are there at once.
+    with_experts = "--shapes qwen3-30b-a3b --precisions bf16 tensorwise --layers 2 --tokens 8192"
     return [
         # Transformer Engine prints why it chooses a backend.
         benchmark("attention", "", 60, NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="2"),
@@ -169,6 +171,7 @@ def parts() -> list[Part]:
         kinds("70b", "nvswitch", layers=8, sp=True),
         kinds("8b", "p2p-off", layers=6),
         experts(),
+        benchmark("layers", f"{with_experts} --steps 15", 120, name="layers-experts"),
         overlap("70b", "nvswitch", sp=True),
         overlap("8b", "nvswitch"),
         overlap("8b", "nvswitch", sp=True),

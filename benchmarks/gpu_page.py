@@ -311,7 +311,7 @@ def page(folder: Path) -> str:
     sections = (
         ("Attention", ["attention"], of_one(lambda r: script("attention").table(r["rows"]))),
         ("Tests", ["tests"], of_one(lambda r: tests_table(r["log"]))),
-        ("Layers, TP=1", ["layers"], of_one(layers_table)),
+        ("Layers, TP=1", named("layers"), of_one(layers_table)),
         ("Training steps", [*named("training"), "cuda-graph"], of_one(training_table)),
         ("Hidden share of a modelled link, TP=8", named("overlap"), hidden_table),
         ("All kinds of layers over a modelled link, TP=8", named("kinds"), kinds_table),

@@ -27,7 +27,9 @@ resuming?""",
         not_shown="Several GPUs, NCCL: two ranks share one GPU and talk over gloo.",
     ),
     "Layers, TP=1": Words(
-        question="What do ladder layers cost beside megatron-core's, without tensor parallelism?",
+        question="""\
+What do ladder layers cost beside megatron-core's, without tensor parallelism? `layers-experts` has the same
+for mixtures of 128 experts, all on this GPU.""",
         wanted="at most 1.00 of standard's time, and noise; FP8 1.25 times as fast as bf16 at 8B.",
         not_shown="""\
 The overlap: at TP=1 there is nothing to hide. "Over standard" is of pairs in one repetition. A precision's

@@ -75,7 +75,8 @@ def compare(
         )
         for kind in KINDS
     }
-    times = measure({kind: decoder.step for kind, decoder in decoders.items()}, args.steps)
+    runs = {kind: decoder.step for kind, decoder in decoders.items()}
+    times = measure(runs, args.steps, keep_what_is_there=True)
     load = facts.under_load(decoders["ladder"].step)
     memory = facts.peak_memory()
     rows = []

@@ -37,7 +37,7 @@ MODEL_TYPES = (
 # All Llama 3 models have these numbers.
 LLAMA3 = {"low_freq_factor": LLAMA3_LOW, "high_freq_factor": LLAMA3_HIGH}
 # The models whose layers may have a window or not. The others' layers are all the same.
-WITH_TYPES = ("qwen2", "qwen3", "ladder")
+WITH_TYPES = ("qwen2", "qwen3", "ladder", "ladder-side")
 # Each key that a type of RoPE must have, beside its own of LLAMA3, and those that it may have.
 ROPE_NUMBERS = {
     "default": ((), ()),
@@ -146,7 +146,7 @@ def to_model_config(config: Any, where: Path) -> ModelConfig:
         residual_scaling=getattr(config, "residual_scaling", "none"),
         layer_norms=getattr(config, "layer_norms", True),
         max_position_embeddings=config.max_position_embeddings,
-        **window_fields(_window(config), config),
+        **window_fields(_window(config), _layer_types(config)),
         **rope_fields(config.rope_parameters or {}),
         layernorm_epsilon=config.rms_norm_eps,
         init_method_std=config.initializer_range,
@@ -198,6 +198,14 @@ def _unsupported(config: Any) -> list[str]:
         if type(value) not in (int, float) and not (value is None and name in optional):
             found.append(f"{name} is {short(value)}")
     return found
+
+
+def _layer_types(config: Any) -> list[str]:
+    """Of each layer. Models that are not of WITH_TYPES give every layer the window, whatever they list."""
+    types = getattr(config, "layer_types", None)
+    return (types if config.model_type in WITH_TYPES else None) or [
+        SLIDING
+    ] * config.num_hidden_layers
 
 
 def _window(config: Any) -> int | None:

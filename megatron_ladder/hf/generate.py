@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 import megatron_ladder.hf  # noqa: F401 (registers "ladder" with transformers)
@@ -101,6 +101,8 @@ def generate_text(
     if missing := sorted(found["missing_keys"]):  # transformers draws them at random
         raise UserError(f"{folder}: its weights cannot be loaded: {short(missing[0])} is missing")
     model = model.to(device).eval()
+    # The folder's own defaults for sampling, beams and penalties would come on top of what is asked for.
+    model.generation_config = GenerationConfig()
     length = max(map(len, encoded))
     said = check_batch(
         Part.of(

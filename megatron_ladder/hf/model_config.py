@@ -1,6 +1,7 @@
 """Translates a training configuration to the configuration of the exported model, and parts of it back."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_ladder import rope
@@ -128,15 +129,14 @@ def _rope_parameters(model: ModelConfig) -> dict[str, object]:
     return parameters | {name: value for name, value in given.items() if value is not None}
 
 
-def window_fields(window: int | None, config: Any) -> dict[str, Any]:
+def window_fields(window: int | None, types: Sequence[str]) -> dict[str, Any]:
     """`ModelConfig`'s fields about windows.
 
     Args:
         window: in tokens. None: the model has none, whatever its layers are named.
-        config: transformers' configuration. Without `layer_types` every layer has the window.
+        types: of each layer, as transformers' `layer_types`.
     """
-    count = config.num_hidden_layers
-    types = getattr(config, "layer_types", None) or [SLIDING] * count
+    count = len(types)
     layers = tuple(number for number, kind in enumerate(types) if kind == SLIDING)
     if window is None or not layers:
         return {}

@@ -147,7 +147,7 @@ def set_beginning(path: Path, bos_id: int | None) -> None:
     ]:
         return
     fields = json.loads(path.read_text(encoding="utf-8"))
-    old = fields["post_processor"] or {}
+    old = fields.get("post_processor") or {}
     steps = old["processors"] if old.get("type") == "Sequence" else [old]
     steps = [step for step in steps if step.get("type") == "ByteLevel"]  # it adds no token
     if bos_id is not None:

@@ -191,13 +191,10 @@ class DynamicEngine:
 
     def _output(self, request_id: int) -> Output | None:
         request, theirs = self._running[request_id]
-        ids = tuple(int(token) for token in theirs.generated_tokens)
-        new, is_over = (
-            ids[self._seen[request_id] :],
-            theirs.status is not None and (theirs.status.name == "COMPLETED"),
-        )
+        new = tuple(int(token) for token in theirs.generated_tokens[self._seen[request_id] :])
+        is_over = theirs.status is not None and theirs.status.name == "COMPLETED"
         assert theirs.status is None or theirs.status.name != "FAILED", theirs
-        self._seen[request_id] = len(ids)
+        self._seen[request_id] += len(new)
         if is_over:
             del self._running[request_id], self._seen[request_id]
         if request_id in self._cancelled:

@@ -71,6 +71,7 @@ def import_model(
         raise UserError(f"{source} does not exist: give a Hugging Face model's folder")
     if not (output_dir / "config.json").is_file():  # else it may be this import
         check_unused(output_dir)
+    refuse_links(source)
     hf_config = read_hf_config(source)
     refuse_side(
         hf_config, source, "it can be evaluated and can generate, but not be trained further"
@@ -171,7 +172,6 @@ def _keep_files(
     data, imported = new / "data" / "0", new / "imported"
     data.mkdir(parents=True)
     imported.mkdir()
-    refuse_links(source)
     for pattern in KEPT:
         for path in source.glob(pattern):
             if not any(path.match(other) for other in NOT_KEPT):

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 import transformers
@@ -30,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_ladder import cpu_platform
 from megatron_ladder.config import ModelConfig, ParallelConfig
 from megatron_ladder.errors import UserError
+from megatron_ladder.free_memory import memory_here
 from megatron_ladder.hf.files.stored import stored_tensors
 from megatron_ladder.hf.model_config import NO_SIDE
 from megatron_ladder.hf.standard import fused, with_our_names
@@ -79,7 +79,7 @@ def verify_export(
     Raises:
         UserError: the logits differ by more than TOLERANCE.
     """
-    whole = 4 * model.num_parameters() < 0.75 * psutil.virtual_memory().available
+    whole = 4 * model.num_parameters() < 0.75 * memory_here()
     exported = exported_logits(folder, sample(model), whole=whole)
     expected = run_logits(weights, model, dtype, sample(model), side)
     difference = (exported - expected).abs().max().item()

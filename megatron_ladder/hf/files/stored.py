@@ -1,5 +1,6 @@
 """Reads and writes safetensors files one tensor at a time, so that few tensors are in memory."""
 
+import functools
 import json
 import logging
 import re
@@ -33,8 +34,8 @@ _COMPUTED = re.compile(r"(^|\.)rotary_(pos_)?emb\.\w*(inv_freq|cos|sin)(_cached)
 class StoredTensor:
     """A tensor in a safetensors file. `tensor[:]` reads it.
 
-    The file is memory-mapped as long as the tensor that was read exists. `tensor[:]` raises UserError
-    when a value is NaN or infinite.
+    The file is memory-mapped as long as the tensor that was read exists, or until another file is read.
+    `tensor[:]` raises UserError when a value is NaN or infinite.
     """
 
     path: Path
@@ -44,11 +45,17 @@ class StoredTensor:
 
     def __getitem__(self, all_of_it: slice) -> Tensor:
         assert all_of_it == slice(None)
-        with safe_open(self.path, "pt") as file:
-            tensor = file.get_tensor(self.name)
+        tensor = _opened(self.path).get_tensor(self.name)
         if not is_finite(tensor):
             raise UserError(f"{self.path}: {self.name} holds NaN or infinite values")
         return tensor
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: Path) -> Any:
+    """The file, which stays open until another is read. To parse the header of a file with thousands of
+    tensors takes as long as reading many of them."""
+    return safe_open(path, "pt").__enter__()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

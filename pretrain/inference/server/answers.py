@@ -39,7 +39,6 @@ class Served:
 
     name: str
     text: ModelText
-    vocab_size: int
     special_ids: dict[str, int]
     """Of the tokens that no text shows."""
     context_length: int
@@ -281,19 +280,21 @@ async def _while_connected(
 ) -> AsyncGenerator[Piece, None]:
     """Passes `pieces` on, and ends them when the client disconnects, since nobody would read the answer."""
     gone = asyncio.create_task(_disconnected(request))
+    following: asyncio.Future[Piece | None] | None = None
     try:
         while True:
             following = asyncio.ensure_future(anext(pieces, None))
             await asyncio.wait([following, gone], return_when=asyncio.FIRST_COMPLETED)
             if not following.done():
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
                 raise HTTPException(499, "the client has disconnected")
             if (piece := following.result()) is None:
                 return
             yield piece
     finally:
         gone.cancel()
+        if following is not None:  # a generator that runs cannot be closed
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
         await pieces.aclose()
 
 
@@ -314,8 +315,8 @@ async def _events(
         async for piece in open_pieces:
             tokens += len(piece.ids)
             listed = [choice(piece, is_whole=False, is_first=piece.index not in seen)]
-            seen.add(piece.index)
             if piece.text or piece.finish_reason or listed[0].get("text"):
+                seen.add(piece.index)  # the first that is sent has the role, or the echoed prompt
                 yield _event({**facts, "choices": listed})
     if prompt_tokens is not None:
         yield _event({**facts, "choices": [], "usage": _usage(prompt_tokens, tokens)})

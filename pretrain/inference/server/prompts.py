@@ -26,7 +26,8 @@ def encode(text: ModelText, prompt: str, most: int, *, is_rendered: bool = False
         count = 0
         for begin in range(0, len(prompt), PIECE):
             piece = prompt[begin : begin + PIECE]
-            count += len(text.tokenizer.encode(piece, add_special_tokens=False).ids)
+            (found,) = text.tokenizer.encode_batch_fast([piece], add_special_tokens=False)
+            count += len(found.ids)
             if count > 2 * most:
                 raise UserError(
                     f"a prompt of {len(prompt):,} characters exceeds the {most} tokens that a request may "

@@ -46,6 +46,8 @@ HARMLESS = frozenset(
         *("cache_prompt", "keep_alive"),
     )
 )
+# Of a message or of stream_options. Clients send messages back as some server gave them.
+HARMLESS_INSIDE = frozenset(("id", "annotations", "metadata", "include_obfuscation"))
 # What is accepted where it says what is done anyway.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
@@ -79,10 +81,17 @@ NEUTRAL_OF_CHAT: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _refuse_more(part: BaseModel, where: str) -> None:
+    """Raises UserError for a field of a part of the request that is not known and asks for something."""
+    for name, value in (part.model_extra or {}).items():
+        if value and name not in HARMLESS_INSIDE:
+            raise UserError(f"{where}.{name} is not supported: leave it out")
+
+
 class StreamOptions(BaseModel):
     """Options for streamed answers."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
     include_usage: bool = False
 
 
@@ -120,6 +129,8 @@ class _Common(BaseModel):
                 continue
             if value not in neutral.get(name, ()):
                 raise UserError(f"{name} is not supported: leave it out")
+        if self.stream_options:
+            _refuse_more(self.stream_options, "stream_options")
 
     def sampling(self, max_new_tokens: int, stop_ids: tuple[int, ...] = ()) -> Sampling:
         """The sampling that the request asks for. As OpenAI's, the default temperature is 1: sampling.
@@ -177,7 +188,7 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     """A turn of a conversation."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
     content: (
         str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MOST_MESSAGES)] | None
@@ -220,6 +231,11 @@ class ChatRequest(_Common):
 
     def _neutral(self) -> dict[str, tuple[Any, ...]]:
         return NEUTRAL | NEUTRAL_OF_CHAT
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        for number, message in enumerate(self.messages):
+            _refuse_more(message, f"messages.{number}")
 
 
 Asked = TypeVar("Asked", bound=_Common)

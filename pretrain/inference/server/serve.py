@@ -80,7 +80,6 @@ def _serve_http(
     served = Served(
         name=options.served_model_name or found.name,
         text=found.text,
-        vocab_size=found.model.vocab_size or 0,
         special_ids={
             token.content: token_id
             for token_id, token in found.text.tokenizer.get_added_tokens_decoder().items()

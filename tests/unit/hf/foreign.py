@@ -96,7 +96,13 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mixtral, window": (
         MixtralConfig,
         MixtralForCausalLM,
-        {"head_dim": 8, "num_local_experts": 4, "sliding_window": 7, "rope_parameters": YARN},
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "sliding_window": 7,
+            "layer_types": ["full_attention"] * 4,  # transformers does not read it for this model
+            "rope_parameters": YARN,
+        },
     ),
     "qwen3-moe, three experts, an MLP": (
         Qwen3MoeConfig,

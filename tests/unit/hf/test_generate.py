@@ -46,6 +46,16 @@ def test_greedy_is_the_likeliest_token_each_time(model, folder, bpe_file):
         assert text.startswith(prompt)
 
 
+def test_the_folders_defaults_do_not_come_on_top(folder, tmp_path):
+    """An imported chat model's generation_config.json is kept for transformers' users."""
+    other = shutil.copytree(folder, tmp_path / "other")
+    defaults = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3}
+    defaults |= {"num_return_sequences": 2, "stop_strings": ["e"]}
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | defaults))
+    texts = [generate_text(place, PROMPTS, max_new_tokens=12) for place in (folder, other)]
+    assert texts[0] == texts[1]
+
+
 def test_a_standard_model_generates_as_well(tmp_path, bpe_file):
     folder = export(tiny.model(residual="standard"), tmp_path / "out", bpe_file)
     (text,) = generate_text(folder, ["import"], max_new_tokens=4)

@@ -4,7 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from megatron_ladder.fields.windows import layer_windows
 from megatron_ladder.hf import LadderModel, LadderSideConfig, LadderSideForCausalLM
+from megatron_ladder.hf.from_hf import read_hf_config, to_model_config
+from megatron_ladder.hf.model_config import SLIDING
 from tests.unit.hf import tiny
 
 
@@ -37,6 +40,14 @@ def test_generation_through_a_cache(attention, how):
     assert torch.equal(cached, uncached)
     with pytest.raises(ValueError, match="takes a DynamicCache, not a StaticCache"):
         built.generate(ids, attention_mask=mask, cache_implementation="static", **options)
+
+
+def test_a_folder_with_windows_is_read_again(tmp_path):
+    fields = {"sliding_window": 4, "layer_types": tiny.WINDOWS["layer_types"]}
+    model(**fields).save_pretrained(tmp_path)
+    found = to_model_config(read_hf_config(tmp_path), tmp_path / "config.json")
+    windows = [4 if kind == SLIDING else None for kind in tiny.WINDOWS["layer_types"]]
+    assert list(layer_windows(found)) == windows
 
 
 def test_the_recurrence_by_hand():

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from pretrain.cli import main
 from pretrain.config.train import load_config
+from pretrain.convert import import_model
 from pretrain.model.staleness import saved_staleness
 from pretrain.start.arguments import parse_train
 from pretrain.start.ladder_layers import parse_layers
@@ -106,6 +107,18 @@ def edit_tensors(model: Path, change) -> None:
 def test_models_that_are_not_supported(model: Path, refused, changes: dict, said: str) -> None:
     edit_config(model, **changes)
     assert said in refused()
+
+
+def test_links_are_refused_before_anything_is_read(
+    model: Path, tmp_path: Path, refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "notes.txt").symlink_to(__file__)
+
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("it is read")
+
+    monkeypatch.setattr(import_model, "read_hf_config", read)
+    assert "notes.txt" in refused()
 
 
 def test_a_model_that_names_no_end(model: Path, refused) -> None:

@@ -4,7 +4,6 @@ import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,8 +108,7 @@ def test_without_memory_it_goes_by_layers(
     weights, model = exported("last 2", tokenizer, tmp_path / "out")
     size = 4 * model.num_parameters()
     for available, how in ((size * 2, "whole"), (size, "layer by layer")):
-        memory = SimpleNamespace(available=available)
-        monkeypatch.setattr(verify_export.psutil, "virtual_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(verify_export, "memory_here", lambda available=available: available)
         found = verify_export.verify_export(tmp_path / "out", weights, model, torch.bfloat16)
         assert how in found
 
@@ -188,8 +186,7 @@ def test_another_model_is_never_there(
         return folder
 
     monkeypatch.setattr(export, "export_folder", tampered)
-    memory = SimpleNamespace(available=1e12 if whole else 0)
-    monkeypatch.setattr(verify_export.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(verify_export, "memory_here", lambda: 1e12 if whole else 0)
     assert main(["export", str(run), str(tmp_path / "out"), "--dtype", "bf16"]) == 2
     said = capsys.readouterr().err
     assert "the exported model's logits differ from the run's" in said

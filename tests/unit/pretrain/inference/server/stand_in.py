@@ -84,7 +84,7 @@ class StandIn:
         self.inbox = Inbox()
         self.inbox.desk, self.desk.inbox = self.desk, self.inbox  # type: ignore[assignment]
         special = {text: theirs.token_to_id(text) for text in SPECIAL}
-        served = Served("model", ModelText(theirs, ()), size, special, CONTEXT, render, 0)
+        served = Served("model", ModelText(theirs, ()), special, CONTEXT, render, 0)
         self.app = make_app(served, self.desk, metrics, MOST_BODY_BYTES, origins)
 
     def client(self) -> httpx.AsyncClient:
