@@ -123,16 +123,13 @@ class ModelConfig:
                     f"model.{name} is {value}: it must be at least 1"
                     + (f" and at most {most:,}" if value > most else "")
                 )
-        for name in (
-            "rotary_base",
-            "rope_scaling_factor",
-            "rope_attention_factor",
-            "layernorm_epsilon",
-            "init_method_std",
-        ):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
+        for name in ("layernorm_epsilon", "init_method_std"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise UserError(f"model.{name} is {value}: it must be a number of 0 or more")
+        for name in ("rotary_base", "rope_scaling_factor", "rope_attention_factor"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"model.{name} is {value}: it must be a number above 0")
         for name, choices in (("residual", Residual), ("residual_scaling", ResidualScaling)):
             if getattr(self, name) not in get_args(choices):
                 raise UserError(

@@ -1,7 +1,7 @@
 """The fields of a mixture of experts, with the names of megatron-core."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megatron_ladder.errors import UserError
 
@@ -60,6 +60,15 @@ class ExpertsConfig:
                 f"{self.moe_router_topk}: give at least 2 experts, and no more of them to a token than "
                 "there are"
             )
+        for name, choices in (
+            ("moe_router_score_function", ScoreFunction),
+            ("moe_router_load_balancing_type", LoadBalancing),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise UserError(
+                    f"model.experts.{name} is {getattr(self, name)!r}: choose one of "
+                    f"{', '.join(get_args(choices))}"
+                )
         self._check_router()
         self._check_capacity()
 
@@ -183,6 +192,11 @@ def check_experts(model: Any, parallel: Any, *, inference: bool = False) -> None
             f"parallel.expert_model_parallel_size {ep}: choose a size that divides it"
         )
     tp = parallel.tensor_model_parallel_size
+    if (shared := experts.moe_shared_expert_intermediate_size or 0) % tp:
+        raise UserError(
+            f"model.experts.moe_shared_expert_intermediate_size {shared} is not divisible by "
+            f"parallel.tensor_model_parallel_size {tp}: choose a size that divides it"
+        )
     if tp > 1 and not parallel.sequence_parallel and not inference:
         raise UserError(
             "experts over several tensor-parallel ranks need sequence parallelism, so that no two ranks "

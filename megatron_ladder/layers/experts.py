@@ -29,12 +29,17 @@ class CountingRouter(TopKRouter):
         weights, taken = super().routing(logits, *args, **kwargs)
         # In recomputation the first forward has no gradients, so that each token is counted once.
         if self.training and torch.is_grad_enabled():
-            with torch.no_grad():
-                chosen = self._choice(logits.detach()) if self._drops else taken
-                self.tokens_chosen += chosen.sum(dim=0)
-                self.tokens_dropped += (chosen & ~taken).sum(dim=0)
-                self.entropy += entropies(logits, self.score_function).sum()
+            self._count(logits.detach(), taken)
         return weights, taken
+
+    @torch.no_grad()
+    def _count(self, logits: Tensor, taken: Tensor) -> None:
+        chosen = taken
+        if self._drops:
+            chosen = self._choice(logits)
+            self.tokens_dropped += (chosen & ~taken).sum(dim=0)
+        self.tokens_chosen += chosen.sum(dim=0)
+        self.entropy += entropies(logits, self.score_function).sum()
 
     @property
     def _drops(self) -> bool:

@@ -172,6 +172,11 @@ class ExpertCollectives:
             used_here(shared)
         return scaled(self._experts.postprocess(x, shared), self.scale)
 
+    def gather_input_again(self, *, for_forward: bool = False) -> bool:
+        """False: what the experts read is kept. A rank with one expert recomputes from the very tensor that
+        has arrived."""
+        return False
+
     def _run(self, module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return recomputed(module, *inputs) if self._recompute else module(*inputs)
 
@@ -205,6 +210,9 @@ class BothCollectives:
 
     def compute(self, tokens: Tensor) -> Tensor:
         return self._experts.compute(tokens)
+
+    def gather_input_again(self, *, for_forward: bool = False) -> bool:
+        return self._experts.gather_input_again(for_forward=for_forward)
 
     def sent(self, tokens: Tensor, scale: Scale) -> Tensor:
         del self.read_by_attention

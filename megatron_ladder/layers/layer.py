@@ -86,7 +86,7 @@ class LadderTransformerLayer(TransformerLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._refuse_unsupported()
+        self._refuse_unsupported(is_megatron_lms=residuals is None)
         # megatron-core numbers the model's layers from 1, across pipeline stages.
         self.residual: Residual = residuals[self.layer_number - 1] if residuals else "ladder"
         self.halves = halves
@@ -127,13 +127,20 @@ class LadderTransformerLayer(TransformerLayer):
         """Whether a collective runs while the next sub-module, or the other half, computes."""
         return self.halves or self.residual in STALE  # adaptation changes the kind (gradual.py)
 
-    def _refuse_unsupported(self) -> None:
-        """Raises ValueError for options of megatron-core that this layer's forward would ignore."""
+    def _refuse_unsupported(self, *, is_megatron_lms: bool) -> None:
+        """Raises ValueError for options of megatron-core that this layer would ignore.
+
+        Args:
+            is_megatron_lms: made by the spec for Megatron-LM's script, which does not know its options.
+        """
         config = self.config
         modules = set(config.recompute_modules or ()) - {"core_attn"}
         unsupported = {
             "cross-attention": not isinstance(self.cross_attention, IdentityOp),
-            "mixture of experts": self.is_moe_layer and type(self) is LadderTransformerLayer,
+            "mixture of experts": (is_megatron_lms and config.num_moe_experts is not None)
+            or (self.is_moe_layer and type(self) is LadderTransformerLayer),
+            "norms of queries and keys (qk_layernorm)": is_megatron_lms and config.qk_layernorm,
+            f"normalization {config.normalization}": config.normalization != "RMSNorm",
             "biases (add_bias_linear)": config.add_bias_linear,
             f"recompute_modules {sorted(modules)}, other than core_attn,": (
                 config.recompute_granularity == "selective" and bool(modules)
@@ -309,7 +316,7 @@ class LadderTransformerLayer(TransformerLayer):
         """
         own = collectives_of(x)
         sequence_parallel = own is not None and own.sequence_parallel
-        in_the_middle = sequence_parallel or self.chain_dispatches
+        in_the_middle = chain is not None and (sequence_parallel or self.chain_dispatches)
         since = streams.moment() if in_the_middle else None
         x = input_wait(x)
         results: list[tuple[Tensor, Tensor | None]] = []
@@ -323,7 +330,7 @@ class LadderTransformerLayer(TransformerLayer):
         # sub-module. With sequence parallelism, or experts, the chain has two collectives, one after the
         # other. It runs in the middle of the sub-module, so that each collective overlaps with a part of
         # the sub-module: in forward, and in backward too, by the order in which the nodes are made.
-        if chain is not None and in_the_middle:
+        if in_the_middle:
             self._chain.append((run, torch.is_grad_enabled()))
         if name == "both":
             output = self._both(x, **kwargs)

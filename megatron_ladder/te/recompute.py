@@ -49,13 +49,13 @@ class Fp8Region:
         if self._recipe is None:
             yield
             return
-        from transformer_engine.pytorch import fp8_autocast
+        from transformer_engine.pytorch import autocast
         from transformer_engine.pytorch.distributed import activation_recompute_forward
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager as manager
 
         with (
             activation_recompute_forward(activation_recompute=True, recompute_phase=True),
-            fp8_autocast(enabled=True, fp8_recipe=self._recipe, fp8_group=self._group),
+            autocast(enabled=True, recipe=self._recipe, amax_reduction_group=self._group),
         ):
             manager.quantization_state.is_first_fp8_module = self._holds_first
             yield

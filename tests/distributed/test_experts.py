@@ -3,7 +3,9 @@ parameter's gradient at the first; and a checkpoint moves from each layout to th
 """
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.distributed.expert_balance import LAYOUTS as CUTS
 from tests.distributed.expert_balance import differences
 from tests.distributed.layouts import (
     BATCH,
+    FOUR,
     OF_EXPERTS,
     Layout,
     batches,
@@ -231,6 +234,39 @@ def test_the_balance_is_that_of_all_tokens(kind: str, layout: Layout, tmp_path: 
         assert balance["expert_imbalance_by_layer"] == pytest.approx(by_layer, abs=1e-4)
         assert len(set(counted)) == 1, "each layer routes each token once"
     assert (oracle.dropped > 0) == (kind == "capacity")
+
+
+def gradients_of(kind: str) -> list[tuple[float, list[Tensor]]]:
+    """The loss and this rank's gradients with an expert a rank, without and with recomputation."""
+    found = []
+    for recompute in ("none", "full"):
+        config = configuration(kind, Layout(dp=2, ep=2, recompute=recompute))
+        config = replace(
+            config, model=replace(config.model, experts=replace(FOUR, num_moe_experts=2))
+        )
+        model, optimizer, scheduler = start(config)
+        gradients: list[Tensor] = []
+
+        def is_good(*_: object, model: Any = model, found: list[Tensor] = gradients) -> bool:
+            found.extend(p.main_grad.clone() for p in model[0].module.parameters())
+            return False
+
+        parts = iter(micro_batches(batches()[0], config))
+        loss, *_ = train_step(model, optimizer, scheduler, parts, config, is_good=is_good)
+        found.append((float(loss), gradients))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ladder, experts", "parallel-ladder, experts"])
+def test_recomputation_with_an_expert_a_rank(kind: str, tmp_path: Path) -> None:
+    """megatron-core then passes the tokens on to the expert as they have arrived."""
+    for (loss, gradients), (again, recomputed) in run_ranks(
+        2, gradients_of, kind, tmp_path=tmp_path
+    ):
+        assert again == loss
+        assert any(gradient.abs().max() > 0.01 for gradient in gradients)
+        for gradient, other in zip(gradients, recomputed, strict=True):
+            assert torch.equal(other, gradient)
 
 
 def save_weights_of(kind: str, folder: Path) -> None:

@@ -54,6 +54,8 @@ def test_each_layer_has_its_residual_kind(residual, ladder_layers, kinds) -> Non
         ({"sliding_window": 8, "sliding_window_layers": 5}, "sliding_window_layers 5.* 0 to 4"),
         ({"sliding_window": 8, "sliding_window_layers": (1, 1)}, "at most once"),
         ({"rope_scaling_type": "yarn"}, "rope_scaling_factor is None"),
+        ({"rope_scaling_factor": 0.0}, "rope_scaling_factor is 0.0: it must be a number above 0"),
+        ({"rotary_base": 0.0}, "rotary_base is 0.0: it must be a number above 0"),
         ({"rope_scaling_type": "yarn", "rope_scaling_factor": 0.5}, "rope_scaling_factor is 0.5"),
         (YARN | {"rope_beta_slow": 40.0}, "rope_beta_slow is 40.0"),
         (YARN | {"rope_beta_fast": float("nan")}, "rope_beta_fast nan"),

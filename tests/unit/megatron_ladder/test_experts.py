@@ -39,6 +39,8 @@ MODEL = ModelConfig(
         ),
         ({"moe_router_enable_expert_bias": True}, "goes with .* sigmoid: it is softmax"),
         ({"moe_aux_loss_coeff": -1.0}, "moe_aux_loss_coeff is -1.0"),
+        ({"moe_router_load_balancing_type": "x"}, "load_balancing_type is 'x': choose one of seq_"),
+        ({"moe_router_score_function": "relu"}, "is 'relu': choose one of softmax, sigmoid"),
         ({"moe_pad_expert_input_to_capacity": True}, "needs a moe_expert_capacity_factor"),
         ({"moe_expert_capacity_factor": 0.0}, "moe_expert_capacity_factor is 0.0"),
         (
@@ -101,6 +103,11 @@ def test_parameters_of_all_experts_and_of_those_that_a_token_meets() -> None:
         ({"residual": "no-comm"}, {}, "residual no-comm does not go with experts"),
         ({}, {"expert_model_parallel_size": 3}, "num_moe_experts 8 is not divisible by .* 3"),
         ({}, {"tensor_model_parallel_size": 2}, "give --parallel.sequence-parallel"),
+        (
+            {"experts": replace(EXPERTS, moe_shared_expert_intermediate_size=41)},
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            "moe_shared_expert_intermediate_size 41 is not divisible by .* 2",
+        ),
         (
             {},
             {

@@ -26,6 +26,9 @@ def test_megatron_lm_finds_a_spec_it_can_build_a_block_from() -> None:
             {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
             r"recompute_modules \['mlp'\]",
         ),
+        ({"qk_layernorm": True}, "norms of queries and keys"),
+        ({"normalization": "LayerNorm"}, "normalization LayerNorm"),
+        ({"num_moe_experts": 4}, "mixture of experts"),
     ],
 )
 def test_options_of_megatron_lm_that_would_be_ignored_are_refused(option, name, tmp_path) -> None:
@@ -36,12 +39,11 @@ def test_options_of_megatron_lm_that_would_be_ignored_are_refused(option, name, 
 def build_block(option: dict) -> None:
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
-    common = {"add_bias_linear": False, "use_cpu_initialization": True}
+    common = {"add_bias_linear": False, "use_cpu_initialization": True, "normalization": "RMSNorm"}
     config = TransformerConfig(
         num_layers=1,
         hidden_size=16,
         num_attention_heads=2,
-        normalization="RMSNorm",
         **(common | option),
     )
     TransformerBlock(config, layer_spec(None, "local"))
