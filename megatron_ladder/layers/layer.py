@@ -128,11 +128,8 @@ class LadderTransformerLayer(TransformerLayer):
         return self.halves or self.residual in STALE  # adaptation changes the kind (gradual.py)
 
     def _refuse_unsupported(self, *, is_megatron_lms: bool) -> None:
-        """Raises ValueError for options of megatron-core that this layer would ignore.
-
-        Args:
-            is_megatron_lms: made by the spec for Megatron-LM's script, which does not know its options.
-        """
+        """Raises ValueError for options of megatron-core that this layer would ignore. The spec for
+        Megatron-LM's script is made before the script has read its options."""
         config = self.config
         modules = set(config.recompute_modules or ()) - {"core_attn"}
         unsupported = {

@@ -89,7 +89,8 @@ class ImportOptions:
     """Make a run's folder of a Hugging Face model: to train on, to make some layers ladder, to export."""
 
     model: tyro.conf.Positional[Path]
-    """A folder with config.json, safetensors and a tokenizer, or none: Llama, Mistral, Qwen2, Qwen3."""
+    """A folder with config.json, safetensors and a tokenizer, or none: Llama, Mistral, Qwen2, Qwen3,
+    Mixtral, Qwen3-MoE."""
     output_dir: tyro.conf.Positional[Path]
     """A new folder."""
     ladder_layers: str | None = None

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_layering import ROOMS as ORDER
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("megatron_ladder", "pretrain", "data_prep", "slurm", "benchmarks/measuring")
 ROOMS = sorted(
@@ -38,19 +40,27 @@ def test_every_python_file_is_in_a_package() -> None:
             assert str(file.parent.relative_to(ROOT)) in ROOMS, file
 
 
-def in_the_readme() -> set[str]:
+def in_the_readme() -> list[str]:
     """The folders in README's tree: a name below another has two more spaces before it."""
-    found, above = set(), list[str]()
+    found, above = list[str](), list[str]()
     tree = (ROOT / "README.md").read_text().partition("## Where things are")[2]
     for spaces, name in re.findall(r"^ {4}((?:  )*)(\w+)/ +\S", tree, re.M):
         above = [*above[: len(spaces) // 2], name]
-        found.add("/".join(above))
+        found.append("/".join(above))
     return found
 
 
 @pytest.mark.parametrize("room", [*ROOMS, "tests", "benchmarks", "docs", "scripts"])
 def test_a_room_has_its_line_in_the_readme(room: str) -> None:
     assert room in in_the_readme()
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_the_readmes_order_is_that_of_imports(package: str) -> None:
+    """README says that a room imports only rooms that come before it."""
+    rooms = [place.split("/")[1] for place in in_the_readme() if place.startswith(f"{package}/")]
+    order = [room.split(".")[0] for room in ORDER[package].split()]
+    assert list(dict.fromkeys(rooms)) == [room for room in dict.fromkeys(order) if room in rooms]
 
 
 def test_the_readme_has_no_other_rooms() -> None:
