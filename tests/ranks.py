@@ -1,9 +1,13 @@
 """Runs a function on several gloo ranks, forked from the test's own process."""
 
+import math
 import multiprocessing
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.managers import SyncManager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import torch.distributed as dist
 from megatron_ladder import cpu_platform
 
 TIMEOUT_S = 500
+GRACE_S = 20.0
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, tmp_path: Path) -> list[Any]:
@@ -31,19 +36,39 @@ def run_ranks(world_size: int, function: Callable, *args: Any, tmp_path: Path) -
         context.Process(target=_rank, args=(rank, world_size, function, args, folder))
         for rank in range(world_size)
     ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(TIMEOUT_S)
-    for process in processes:
-        if process.is_alive():
-            process.kill()
+    try:
+        for process in processes:
+            process.start()
+        wait_for(processes, TIMEOUT_S, GRACE_S)
+    finally:
+        end(processes)
     failures = [(folder / f"{rank}.error") for rank in range(world_size)]
     messages = [f.read_text() for f in failures if f.exists()]
     assert not messages, "\n".join(messages)
     codes = [process.exitcode for process in processes]
     assert codes == [0] * world_size, f"ranks ended with {codes}"
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def wait_for(processes: Sequence[BaseProcess], timeout_s: float, grace_s: float = math.inf) -> None:
+    """Until all have ended, or the time is over for all of them together. When one has failed, the others
+    may wait for it: they have `grace_s` left."""
+    deadline = time.monotonic() + timeout_s
+    while left := [process for process in processes if process.exitcode is None]:
+        if any(process.exitcode for process in processes):
+            deadline = min(deadline, time.monotonic() + grace_s)
+        rest = deadline - time.monotonic()
+        if rest <= 0 or not wait([process.sentinel for process in left], rest):
+            return
+
+
+def end(processes: Sequence[BaseProcess]) -> None:
+    """Kills what still runs: else this process would wait for it when it ends."""
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        if process.pid is not None:
+            process.join()
 
 
 def fork_managers() -> None:

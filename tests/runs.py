@@ -5,7 +5,6 @@ so is the process that `fork_managers` forks, where a run of its own spawns one.
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -15,48 +14,55 @@ from pretrain.commands.train import train
 from pretrain.processes import die_with_parent
 from pretrain.start.arguments import parse_train
 from pretrain.start.launch import local_ranks
-from tests.ranks import fork_managers
+from tests.ports import free_port
+from tests.ranks import end, fork_managers, wait_for
 
 
 def run_train(
-    argv: list[str], log: Path, timeout_s: float, kill_when: Callable[[], bool] | None = None
+    argv: list[str],
+    log: Path,
+    timeout_s: float,
+    kill_when: Callable[[], bool] | None = None,
+    first: Callable[[], None] = lambda: None,
 ) -> tuple[list[int | None], str]:
     """Trains to the end, on as many ranks as the command would start.
 
     Args:
         kill_when: when it is true, all ranks get SIGKILL.
+        first: called in each rank before it trains, such as to replace what writes to a disk.
 
     Returns:
         The ranks' exit statuses, and what they printed.
     """
     ranks = local_ranks(*parse_train(argv))
     log.unlink(missing_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_rank, args=(argv, rank, ranks, port, log)) for rank in range(ranks)
+        context.Process(target=_rank, args=(argv, rank, ranks, port, log, first))
+        for rank in range(ranks)
     ]
-    for process in processes:
-        process.start()
     deadline = time.monotonic() + timeout_s
-    while kill_when and any(process.is_alive() for process in processes):
-        if kill_when() or time.monotonic() > deadline:
-            for process in processes:
-                process.kill()
-        time.sleep(0.005)
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
+    try:
+        for process in processes:
+            process.start()
+        while kill_when and any(process.is_alive() for process in processes):
+            if kill_when() or time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
+        else:
+            wait_for(processes, deadline - time.monotonic())
+    finally:
+        end(processes)
     return [process.exitcode for process in processes], log.read_text()
 
 
-def _rank(argv: list[str], rank: int, ranks: int, port: int, log: Path) -> None:
+def _rank(
+    argv: list[str], rank: int, ranks: int, port: int, log: Path, first: Callable[[], None]
+) -> None:
     die_with_parent()
     fork_managers()
+    first()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

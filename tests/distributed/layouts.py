@@ -1,4 +1,4 @@
-"""Runs the same ten steps at one layout; called on every rank."""
+"""Runs the same six steps at one layout; called on every rank."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from pretrain.optim.optimizer import gathered_parameters
 from pretrain.run.checkpoint import Progress, load_checkpoint
 from pretrain.run.folder import latest_checkpoint
 
-STEPS, BATCH, LENGTH, VOCAB = 10, 8, 16, 100
+STEPS, BATCH, LENGTH, VOCAB = 6, 8, 16, 100
 
 KINDS = {
     "standard": {"residual": "standard"},
@@ -153,7 +153,7 @@ HALVES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ten steps are cut."""
+    """How the steps are cut."""
 
     tp: int = 1
     sp: bool = False
@@ -193,7 +193,13 @@ def configuration(kind: str, layout: Layout = Layout()) -> TrainConfig:
         data=DataConfig(seq_length=LENGTH),
         # Adam divides by |gradient| + eps: a small eps would make rounding errors of gradients
         # near zero as large as the others.
-        optimizer=OptimizerConfig(lr=3e-3, adam_eps=1e-4, **OPTIMIZERS.get(kind, {})),
+        # Gradients without norms are small: they too are to be clipped.
+        optimizer=OptimizerConfig(
+            lr=3e-3,
+            adam_eps=1e-4,
+            clip_grad=0.3 if "without norms" in kind else 1.0,
+            **OPTIMIZERS.get(kind, {}),
+        ),
         schedule=ScheduleConfig(train_steps=STEPS, min_lr_fraction=1.0),
         parallel=ParallelConfig(
             tensor_model_parallel_size=layout.tp,

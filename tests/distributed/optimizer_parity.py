@@ -2,7 +2,7 @@
 
     python -m tests.distributed.optimizer_parity --json FILE
 
-The oracle is plain PyTorch in fp32, with torch's Muon of each projection. Each layout trains ten steps from
+The oracle is plain PyTorch in fp32, with torch's Muon of each projection. Each layout trains six steps from
 the same weights, and opens the checkpoint of the layout before for a step more.
 """
 
@@ -48,9 +48,9 @@ LAYOUTS = {
 def differences(kind: str, layouts: dict[str, Layout], folder: Path) -> dict[str, dict[str, Any]]:
     """By layout:
 
-    loss: the largest difference of ten losses, of any rank, in nats.
+    loss: the largest difference of six losses, of any rank, in nats.
     gradient: of a parameter at the first step, over what is allowed: 2e-6 + 1e-4 of it.
-    weights: of a parameter after ten steps, in root mean square over how far it has gone.
+    weights: of a parameter after six steps, in root mean square over how far it has gone.
     moved: of the loss of held-out data a step after the checkpoint of the layout before was opened.
     z_losses, decayed: of `run_layout`, from all ranks.
     """

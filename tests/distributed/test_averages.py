@@ -41,7 +41,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["fp32, one rank", "bf16, two tensor ranks"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("fp32, one rank", marks=pytest.mark.slow),
+        "bf16, two tensor ranks",
+    ],
+)
 def run(request, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that keeps its checkpoints of every second step."""
     run = tmp_path_factory.mktemp("runs") / "run"

@@ -67,7 +67,7 @@ def test_a_branch_shares_the_trunk_s_files_and_outlives_it(trunk: Path, tmp_path
     mine = tmp_path / "trunk"
     shutil.copytree(trunk, mine)
     run = tmp_path / "branch"
-    longer = ("--schedule.train-steps", "24", "--save-interval", "20")
+    longer = ("--schedule.train-steps", "24", "--save-interval", "100")
     interrupted(mine, AT, run, *longer, until=AT + 3)
     assert [c.name for c in checkpoints(run)] == [f"step_{AT:08d}"]
     ours, theirs = (checkpoint_at(folder, AT) for folder in (run, mine))

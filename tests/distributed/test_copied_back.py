@@ -28,7 +28,8 @@ from tests.distributed.layouts import (
     save_start,
     start,
 )
-from tests.distributed.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from tests.distributed.test_layouts import LOSS_TOLERANCE
+from tests.gradients import assert_same_gradients
 from tests.oracle import plain_model, train_losses
 from tests.ranks import run_ranks
 
@@ -78,15 +79,7 @@ def test_a_step_is_the_oracles(kind: str, tmp_path: Path) -> None:
             for losses in by_rank:
                 assert losses[number] == pytest.approx(expected, abs=LOSS_TOLERANCE), layout
             found = megatron_to_hf(load_weights(folder / str(number)), plain.config)
-            for name, gradient in found:
-                if name in gradients:  # lm_head.weight is the embedding, tied
-                    torch.testing.assert_close(
-                        gradient,
-                        gradients[name],
-                        atol=GRADIENT_TOLERANCE,
-                        rtol=1e-4,
-                        msg=lambda m, where=(ends, layout, name): f"{where}: {m}",
-                    )
+            assert_same_gradients(found, gradients, (ends, layout))
 
 
 class Keep(torch.autograd.Function):

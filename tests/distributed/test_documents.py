@@ -30,6 +30,7 @@ from tests.distributed.layouts import (
     start,
 )
 from tests.expert_oracle import Cut, Oracle
+from tests.gradients import assert_same_gradients
 from tests.oracle import plain_model
 from tests.ranks import run_ranks
 
@@ -157,15 +158,7 @@ def test_a_packed_batch_is_its_documents_one_by_one(
                 assert results[number]["loss"] == pytest.approx(expected.item(), abs=2e-5), layout
                 assert results[number]["validation"] == pytest.approx(expected.item(), abs=2e-5)
             found = megatron_to_hf(load_weights(folder / str(number)), plain.config)
-            for name, gradient in found:
-                if name in gradients:
-                    torch.testing.assert_close(
-                        gradient,
-                        gradients[name],
-                        atol=2e-6,
-                        rtol=1e-4,
-                        msg=lambda m, layout=layout, name=name: f"{layout}, {name}: {m}",
-                    )
+            assert_same_gradients(found, gradients, layout)
 
 
 def test_documents_that_see_each_other_have_another_loss(tmp_path: Path) -> None:
@@ -203,5 +196,4 @@ def test_experts_see_documents_one_by_one(layout: Layout, tmp_path: Path) -> Non
         assert result["loss"] == pytest.approx(expected.item(), abs=2e-5)
         assert result["validation"] == pytest.approx(expected.item(), abs=2e-5)
     found = load_weights(tmp_path / "0")
-    for name, gradient in plain.gradients().items():
-        torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=1e-4)
+    assert_same_gradients(found.items(), plain.gradients(), layout)

@@ -1,4 +1,4 @@
-"""Mixtures of experts train as plain PyTorch does, in fp32, at every layout: losses of ten steps, every
+"""Mixtures of experts train as plain PyTorch does, in fp32, at every layout: losses of six steps, every
 parameter's gradient at the first; and a checkpoint moves from each layout to the next.
 """
 
@@ -31,10 +31,10 @@ from tests.distributed.layouts import (
     train_step,
 )
 from tests.expert_oracle import BIAS, Cut, Oracle
+from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 
 LOSS_TOLERANCE = 2e-5
-GRADIENT_TOLERANCE = 2e-6
 # Of kinds whose numbers depend on how the batch is cut, all layouts of a list cut it alike: here in whole
 # sequences, two to a micro-batch.
 LAYOUTS = [
@@ -135,14 +135,7 @@ def test_every_layout_trains_as_the_oracle(
                 )
             found = load_weights(folder / str(place) / "gradients")
             assert {n for n in found if BIAS not in n} == set(gradients)
-            for name, gradient in gradients.items():
-                torch.testing.assert_close(
-                    found[name],
-                    gradient,
-                    atol=GRADIENT_TOLERANCE,
-                    rtol=1e-4,
-                    msg=lambda m, layout=layout, name=name: f"{layout}, {name}: {m}",
-                )
+            assert_same_gradients(found.items(), gradients, layout)
             result = by_rank[0][place]
             if before is not None:
                 moved = result["validation of the layout before"]

@@ -88,10 +88,10 @@ def assert_same(a: Run, b: Run) -> None:
     ("layout", "policy"),
     [
         ("dp2", "rollback"),
-        ("dp2", "skip"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("dp2", "skip"),
                 ("tp2", "skip"),
                 ("tp2", "rollback"),
                 ("pp2", "skip"),

@@ -1,72 +1,44 @@
 """Checkpoints of real runs: written in the background, on disks that fail, damaged afterwards."""
 
+import errno
+import functools
+import os
+import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint import FileSystemWriter
 
+from megatron_ladder import mcore_checkpoints
 from megatron_ladder.errors import UserError
 from pretrain.convert.export import export_run
+from pretrain.loop import saving
+from pretrain.loop import step as step_of_loop
+from pretrain.loop import train as loop
 from pretrain.run.checkpoint_files import damage
 from pretrain.run.folder import checkpoints
 from tests.data_sets import write_data_set
 from tests.distributed.disturbed import assert_same, run_disturbed, steps_of
-from tests.distributed.test_training import STEPS, command, metrics, tensor_parallel, train
+from tests.distributed.test_training import (
+    STEPS,
+    TIMEOUT_S,
+    command,
+    metrics,
+    tensor_parallel,
+    train,
+)
+from tests.runs import run_train
 
 ONE_RANK = ("--data.num-workers", "0", "--no-tensorboard")
-
-# A run whose disk does not take some of the checkpoints, in each of the places where files are written.
-FAILING_DISK = """
-import errno, functools, sys
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint import FileSystemWriter
-from pretrain.loop import saving
-from pretrain.cli import main
-
-def fail_at(step, function, where):
-    @functools.wraps(function)
-    def failing(*args, **kwargs):
-        if f"step_{step:08d}" in where(args):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return function(*args, **kwargs)
-    return failing
-
-stream = lambda args: next(a.name for a in args if hasattr(a, "fileno"))
-filesystem_async._write_item = fail_at(4, filesystem_async._write_item, stream)
-FileSystemWriter.finish = fail_at(12, FileSystemWriter.finish, lambda args: str(args[0].path))
-saving.write_manifest = fail_at(16, saving.write_manifest, lambda args: str(args[0]))
-sys.exit(main(sys.argv[1:]))
-"""
-
-# A run one of whose writing processes hangs since it was forked, and another is killed (out of memory).
-NEVER_BEGINS = """
-import os, sys, time
-from megatron_ladder import mcore_checkpoints
-from pretrain.cli import main
-from pretrain.loop import saving
-
-write = mcore_checkpoints._write
-
-def hanging(*args):
-    if any("step_00000008" in str(path) for path, *_ in args[4]):
-        time.sleep(10_000)
-    write(*args)
-
-sums = saving.sums
-
-def killed(paths):
-    if any("step_00000016" in str(path) for path in paths):
-        os.kill(os.getpid(), 9)
-    return sums(paths)
-
-saving.sums = killed
-mcore_checkpoints._write, mcore_checkpoints.START_S = hanging, 2.0
-sys.exit(main(sys.argv[1:]))
-"""
 
 # A run that takes long to write a checkpoint.
 SLOW_DISK = """
@@ -86,59 +58,85 @@ filesystem_async._write_item = slow
 sys.exit(main(sys.argv[1:]))
 """
 
-# A run each of whose fsyncs takes several steps. Rank 0's training thread may not call it at all.
-SLOW_FSYNC = """
-import os, re, sys, threading
-from pretrain.loop import train as loop
-from pretrain.cli import main
 
-LAST = 20
-fsync, train_step, rank_0, steps, moved = os.fsync, loop.train_step, os.getpid(), 0, threading.Condition()
+def failing_disk() -> None:
+    """It does not take some of the checkpoints, in each of the places where files are written."""
 
-def counted(*args, **kwargs):
-    global steps
-    figures = train_step(*args, **kwargs)
-    with moved:
-        steps += 1
-        moved.notify_all()
-    return figures
+    def fail_at(step: int, function: Any, where: Callable[[Any], str]) -> Any:
+        @functools.wraps(function)
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            if f"step_{step:08d}" in where(args):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return function(*args, **kwargs)
 
-def slow(descriptor):
-    if os.getpid() == rank_0 and 0 < steps < LAST:
-        if threading.current_thread() is threading.main_thread():
-            os._exit(9)
-        of_step = re.search(r"step_(\\d+)", os.readlink(f"/proc/self/fd/{descriptor}"))
-        until = min(int(of_step[1]) + 3, LAST) if of_step else 3
-        with moved:
-            moved.wait_for(lambda: steps >= until)
-    fsync(descriptor)
+        return failing
 
-os.fsync, loop.train_step = slow, counted
-sys.exit(main(sys.argv[1:]))
-"""
+    def stream(args: Any) -> str:
+        return next(a.name for a in args if hasattr(a, "fileno"))
 
-# A run that is killed in a validation, as soon as the checkpoint that was begun before it is complete.
-SLOW_VALIDATION = """
-import os, signal, sys, time
-from pathlib import Path
-from pretrain.cli import main
-from pretrain.loop import step, train
+    filesystem_async._write_item = fail_at(4, filesystem_async._write_item, stream)
+    finish = FileSystemWriter.finish
+    FileSystemWriter.finish = fail_at(12, finish, lambda args: str(args[0].path))  # type: ignore[method-assign]
+    saving.write_manifest = fail_at(16, saving.write_manifest, lambda args: str(args[0]))
 
-checkpoint = Path(sys.argv.pop(1))
-step.PART = 1
-run_schedule, validate = step._run_schedule, train.validate
 
-def slow(*args, **options):
-    if options["forward_only"]:
-        time.sleep(0.05)
-        if checkpoint.is_dir():
+def never_begins() -> None:
+    """One writing process hangs since it was forked, and another is killed (out of memory)."""
+    write, sums = mcore_checkpoints._write, saving.sums
+
+    def hanging(*args: Any) -> None:
+        if any("step_00000008" in str(path) for path, *_ in args[4]):
+            time.sleep(10_000)
+        write(*args)
+
+    def killed(paths: Any) -> Any:
+        if any("step_00000016" in str(path) for path in paths):
             os.kill(os.getpid(), signal.SIGKILL)
-    return run_schedule(*args, **options)
+        return sums(paths)
 
-step._run_schedule = slow
-train.validate = lambda model, batches, *rest: validate(model, batches * 1000, *rest)
-sys.exit(main(sys.argv[1:]))
-"""
+    saving.sums = killed
+    mcore_checkpoints._write, mcore_checkpoints.START_S = hanging, 2.0
+
+
+def slow_fsync() -> None:
+    """Each fsync takes several steps. Rank 0's training thread may not call it at all."""
+    fsync, train_step, rank_0 = os.fsync, loop.train_step, os.getpid()
+    steps, moved = 0, threading.Condition()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        figures = train_step(*args, **kwargs)
+        with moved:
+            steps += 1
+            moved.notify_all()
+        return figures
+
+    def slow(descriptor: int) -> None:
+        if os.getpid() == rank_0 and 0 < steps < STEPS:
+            if threading.current_thread() is threading.main_thread():
+                os._exit(9)
+            of_step = re.search(r"step_(\d+)", str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+            until = min(int(of_step[1]) + 3, STEPS) if of_step else 3
+            with moved:
+                moved.wait_for(lambda: steps >= until)
+        fsync(descriptor)
+
+    os.fsync, loop.train_step = slow, counted  # type: ignore[assignment]
+
+
+def slow_validation(checkpoint: Path) -> None:
+    """The run is killed in a validation, as soon as the checkpoint begun before it is complete."""
+    run_schedule, validate = step_of_loop._run_schedule, loop.validate
+
+    def slow(*args: Any, **options: Any) -> Any:
+        if options["forward_only"]:
+            time.sleep(0.05)
+            if checkpoint.is_dir():
+                os.kill(os.getpid(), signal.SIGKILL)
+        return run_schedule(*args, **options)
+
+    step_of_loop.PART, step_of_loop._run_schedule = 1, slow
+    loop.validate = lambda model, batches, *rest: validate(model, list(batches) * 1000, *rest)
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +151,13 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def patched(program: str, data: Path, run: Path, *options: str) -> list[str]:
-    arguments = command(data, run, *ONE_RANK, *options)
-    return [arguments[0], "-c", program, *arguments[3:]]
+def train_where(
+    first: Callable[[], None], data: Path, run: Path, *options: str
+) -> tuple[int | None, str]:
+    """Its exit status, and what it printed; `first` changes what it meets."""
+    argv = command(data, run, *ONE_RANK, *options)[4:]
+    (code,), output = run_train(argv, run.with_name("log"), TIMEOUT_S, first=first)
+    return code, output
 
 
 def run_for_status(arguments: list[str]) -> tuple[int, str]:
@@ -165,7 +167,7 @@ def run_for_status(arguments: list[str]) -> tuple[int, str]:
 
 def test_a_run_goes_on_where_a_disk_fails(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    status, output = run_for_status(patched(FAILING_DISK, data, run, "--save-interval", "4"))
+    status, output = train_where(failing_disk, data, run, "--save-interval", "4")
     assert status == 0, output
     assert [m["step"] for m in metrics(run, "save_failed")] == [4, 12, 16]
     assert all("B free)" in m["reason"] for m in metrics(run, "save_failed"))
@@ -183,7 +185,7 @@ def test_a_writing_process_that_hangs_or_is_killed_fails_one_save(
     data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    status, output = run_for_status(patched(NEVER_BEGINS, data, run, "--save-interval", "4"))
+    status, output = train_where(never_begins, data, run, "--save-interval", "4")
     assert status == 0, output
     hung, killed = metrics(run, "save_failed")
     assert (hung["step"], killed["step"]) == (8, 16)
@@ -203,7 +205,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         seen.extend(p.name for p in (run / "checkpoints").iterdir())
         process.kill()
 
-    run_disturbed(patched(SLOW_DISK, data, run), run, 13, kill)
+    arguments = command(data, run, *ONE_RANK)
+    run_disturbed([arguments[0], "-c", SLOW_DISK, *arguments[3:]], run, 13, kill)
     assert sorted(seen) == ["step_00000005", "step_00000010.tmp"]
     assert steps_of(run) >= 13
     train(data, run, *ONE_RANK)
@@ -215,7 +218,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_steps_do_not_wait_for_a_slow_disk(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The checkpoint of step 5 is complete after step 8, and training has gone on."""
     run = tmp_path / "run"
-    status, output = run_for_status(patched(SLOW_FSYNC, data, run))
+    status, output = train_where(slow_fsync, data, run)
     assert status == 0, output
     for step in (5, 10, 15):
         later = output.index(f"saved checkpoint of step {step}\n")
@@ -235,9 +238,8 @@ def test_a_run_killed_in_a_validation_has_saved_before(
 ) -> None:
     """And the next start makes up for the validation: also where nothing else is left to do."""
     run = tmp_path / "run"
-    arguments = patched(SLOW_VALIDATION, data, run, "--eval-interval", interval)
-    arguments.insert(3, str(run / f"checkpoints/step_{step:08d}"))
-    status, output = run_for_status(arguments)
+    first = functools.partial(slow_validation, run / f"checkpoints/step_{step:08d}")
+    status, output = train_where(first, data, run, "--eval-interval", interval)
     assert status == -signal.SIGKILL, output
     assert not metrics(run, "validation")
     output = train(data, run, *ONE_RANK, "--eval-interval", interval)

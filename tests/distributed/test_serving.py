@@ -24,6 +24,7 @@ from megatron_ladder.hf.generate import generate_text
 from megatron_ladder.hf.model_config import to_hf_config
 from megatron_ladder.hf.modelling.modeling_ladder import LadderForCausalLM
 from pretrain import cli
+from tests.ports import free_port
 from tests.unit.hf.tiny import VOCAB, train_sentencepiece
 
 CONTEXT = 512
@@ -73,8 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def serving(folder: Path, *options: object) -> Iterator[tuple[str, subprocess.Popen]]:
     """A server's address, and its process."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "pretrain.cli", "serve", folder, "--port", port, *options]
     process = subprocess.Popen(
         [str(word) for word in command], env={**os.environ, "OMP_NUM_THREADS": "1"}

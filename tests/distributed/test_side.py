@@ -36,6 +36,7 @@ from tests.distributed.layouts import (
     save_weights,
     start,
 )
+from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 
 STEPS, WHOLE = 4, Layout()
@@ -204,14 +205,8 @@ def test_every_layout_tunes_as_plain_pytorch(
                 for name, values in expected.items():
                     assert result[name] == pytest.approx(values, abs=2e-5), (layout, name)
         for layout, result in zip(some, results, strict=True):
-            found = dict(megatron_to_hf(base | load_weights(result["gradients"]), hf))
-            for name, gradient in gradients.items():
-                torch.testing.assert_close(
-                    *(found[name], gradient),
-                    atol=1e-5,
-                    rtol=1e-4,
-                    msg=lambda m, name=name, layout=layout: f"{layout} {name}: {m}",
-                )
+            found = megatron_to_hf(base | load_weights(result["gradients"]), hf)
+            assert_same_gradients(found, gradients, layout, atol=1e-5)
 
 
 def resume(layout: Layout, folder: Path) -> list[list[Tensor]]:

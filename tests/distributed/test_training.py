@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -93,9 +94,12 @@ def kill_at_step(step: int, data: Path, run: Path, *options: str) -> None:
         time.sleep(0.01)
         file = run / "metrics.jsonl"
         seen = file.read_text().count('"kind": "train"') if file.is_file() else 0
-    process.kill()  # torchrun and the ranks must go with it
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.kill()
     process.wait(TIMEOUT_S)
-    time.sleep(1)
+    _, left = psutil.wait_procs(children, timeout=20)
+    assert not left, "torchrun and the ranks must go with it"
 
 
 def test_a_killed_run_resumes_bitwise(whole_run, data: Path, tmp_path: Path) -> None:
