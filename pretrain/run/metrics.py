@@ -10,7 +10,7 @@ import sys
 import time as clock
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import MOST_BYTES as MOST_LINE_BYTES
@@ -246,6 +246,11 @@ class MetricsLog:
         self._write({"kind": "end", "step": step, "unix_time": clock.time(), "reason": reason})
         self._thread.shutdown()
         self._file.close()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:  # else it would change the exit status
+                _drop_unwritten(stream)
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
@@ -288,11 +293,13 @@ class MetricsLog:
                 for name, value in values.items():
                     self._tensorboard.add_scalar(name, value, step)
             except OSError as error:  # its writer does not recover
-                print(f"TensorBoard logging stops: {error}", file=sys.stderr)
                 self._tensorboard = None
+                with contextlib.suppress(OSError):  # it may go to the same disk
+                    print(f"TensorBoard logging stops: {error}", file=sys.stderr)
 
     def _say(self, text: str) -> None:
-        """Prints a line at once. A program that reads it may have ended (`| head`): see `has_reader`."""
+        """Prints a line at once. A program that reads it may have ended (`| head`): see `has_reader`. A
+        line for which a full disk has no room may be lost: metrics.jsonl has the record."""
         try:
             print(text, flush=True)
         except BrokenPipeError:
@@ -301,6 +308,8 @@ class MetricsLog:
             for stream in (sys.stdout, sys.stderr):
                 if os.path.samestat(os.fstat(stream.fileno()), unread):
                     os.dup2(nowhere, stream.fileno())  # so that later lines raise no error
+        except OSError:  # the stream keeps some lines, and tries again at the next one
+            pass
 
     def _line(self, values: dict[str, Any], steps_left: float) -> str:
         step, seconds = values["step"], values["time"]
@@ -334,6 +343,17 @@ class MetricsLog:
 def _appended(path: Path) -> BinaryIO:
     """Opens a file to append lines. While the disk is full, lines stay in the file's buffer of 1 MiB."""
     return path.open("ab", buffering=1 << 20)
+
+
+def _drop_unwritten(stream: TextIO) -> None:
+    """Throws away what a full disk has not taken of a stream: each later flush would fail, too."""
+    taken = os.dup(stream.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    stream.flush()
+    os.dup2(taken, stream.fileno())
+    os.close(taken)
+    os.close(nowhere)
 
 
 def _existing(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,3 +1,4 @@
+import os
 import resource
 import subprocess
 import sys
@@ -58,6 +59,31 @@ def test_lines_that_nobody_reads_are_recorded_all_the_same(tmp_path: Path) -> No
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert [m["kind"] for m in read_metrics(tmp_path)] == ["first", "second", "third"]
+
+
+FULL = """
+import logging, sys
+from pathlib import Path
+from pretrain.run.metrics import MetricsLog
+log = MetricsLog(
+    Path(sys.argv[1]), resume_step=0, train_steps=3, tensorboard=False, wandb=False, config={}
+)
+log.note("first", "too much" * 10_000)
+logging.warning("too much")
+log.note("second", "too much")
+assert log.has_reader
+log.end(step=2, reason="finished")
+"""
+
+
+def test_a_full_disk_under_the_printed_lines_ends_nothing(tmp_path: Path) -> None:
+    """Of `train > log 2>&1`. Nor does it change the exit status, when Python writes what is left."""
+    buffered = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", FULL, str(tmp_path)]
+        done = subprocess.run(command, stdout=full, stderr=full, env=buffered, timeout=60)
+    assert done.returncode == 0
+    assert [m["kind"] for m in read_metrics(tmp_path)] == ["first", "second", "end"]
 
 
 def test_a_slow_disk_holds_up_no_step(tmp_path: Path) -> None:
