@@ -6,6 +6,7 @@ docs/reference/formats.md describes the lines of metrics.jsonl.
 import contextlib
 import json
 import os
+import secrets
 import sys
 import time as clock
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,10 @@ from typing import Any, BinaryIO, TextIO
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import MOST_BYTES as MOST_LINE_BYTES
-from megatron_ladder.json_files import parse_json
+from megatron_ladder.json_files import parse_json, read_json
 from pretrain.files import write_atomically
 from pretrain.run.lines import check_metrics
+from pretrain.sizes import in_time
 
 # Dense bf16 peaks in FLOP/s, from the vendor's data sheets, by a part of the device's name.
 # The first part that is in the name counts.
@@ -144,7 +146,13 @@ class MetricsLog:
         if wandb:
             import wandb as wandb_package
 
-            self._wandb = wandb_package.init(dir=run_dir, name=run_dir.name, config=config)
+            self._wandb = wandb_package.init(
+                dir=run_dir,
+                name=run_dir.name,
+                config=config,
+                id=_wandb_id(run_dir),
+                resume="allow",
+            )
             # W&B takes no figures of an earlier step than the last one.
             self._wandb.define_metric("evaluation/*", step_metric="evaluation/step")
 
@@ -336,13 +344,28 @@ class MetricsLog:
         if values.get("dropped_share"):
             parts.append(f"dropped {values['dropped_share']:.1%}")
         parts.append(f"mem {values['memory_gib']:.1f} GiB")
-        parts.append(f"ETA {_duration(steps_left * self._step_s)}")
+        parts.append(f"ETA {in_time(steps_left * self._step_s)}")
         return " | ".join(parts)
 
 
 def _appended(path: Path) -> BinaryIO:
     """Opens a file to append lines. While the disk is full, lines stay in the file's buffer of 1 MiB."""
     return path.open("ab", buffering=1 << 20)
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The run's id at W&B, the same at each start: else each would be another run there.
+
+    Raises:
+        UserError: RUN/wandb.json holds none.
+    """
+    path = run_dir / "wandb.json"
+    if not path.is_file():
+        write_atomically(path, json.dumps({"id": secrets.token_hex(8)}) + "\n")
+    found = read_json(path, "a run's id at W&B").get("id")
+    if not (isinstance(found, str) and found.isascii() and found.isalnum()):
+        raise UserError(f"{path} holds no id of a run at W&B: delete it, and a new one is made")
+    return found
 
 
 def _drop_unwritten(stream: TextIO) -> None:
@@ -371,11 +394,3 @@ def _si(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.1f}{unit}"
     return f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

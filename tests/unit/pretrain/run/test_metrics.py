@@ -1,3 +1,4 @@
+import json
 import os
 import resource
 import subprocess
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ladder.errors import UserError
 from pretrain.run.metrics import MetricsLog, has_finished, read_metrics
 
 
@@ -128,8 +130,10 @@ class Wandb:
 
     def __init__(self) -> None:
         self.logged: list[tuple[dict[str, float], int | None]] = []
+        self.begun: list[dict[str, Any]] = []
 
-    def init(self, **_: Any) -> "Wandb":
+    def init(self, **options: Any) -> "Wandb":
+        self.begun.append(options)
         return self
 
     def define_metric(self, names: str, *, step_metric: str) -> None:
@@ -169,6 +173,28 @@ def test_an_evaluation_is_of_an_earlier_step(tmp_path: Path, monkeypatch) -> Non
     assert [line["kind"] for line in again.beside] == ["evaluation", "export"]
     earlier = MetricsLog(tmp_path, resume_step=9, wandb=False, **options)
     assert earlier.beside == []
+
+
+def test_each_start_is_the_same_run_at_wandb(tmp_path: Path, monkeypatch) -> None:
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
+
+    def start(run: Path) -> None:
+        run.mkdir(exist_ok=True)
+        MetricsLog(run, resume_step=0, train_steps=3, tensorboard=False, wandb=True, config={}).end(
+            step=3, reason="finished"
+        )
+
+    for name in ("a", "a", "b"):
+        start(tmp_path / name)
+    first, again, other = wandb.begun
+    assert first == again
+    assert (first["name"], first["resume"]) == ("a", "allow")
+    assert first["id"] == json.loads((tmp_path / "a/wandb.json").read_text())["id"] != other["id"]
+    for content in ("{}", '{"id": "../../x"}', '{"id": 3}'):
+        (tmp_path / "a/wandb.json").write_text(content)
+        with pytest.raises(UserError, match=r"wandb\.json holds no id of a run at W&B: delete it"):
+            start(tmp_path / "a")
 
 
 def test_the_line_of_a_step_in_a_ramp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
