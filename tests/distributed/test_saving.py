@@ -136,7 +136,7 @@ def slow(*args, **options):
     return run_schedule(*args, **options)
 
 step._run_schedule = slow
-train.validate = lambda model, batches, *rest: validate(model, batches * 1000, *rest)
+train.validate = lambda model, batches, *rest: validate(model, list(batches) * 1000, *rest)
 sys.exit(main(sys.argv[1:]))
 """
 
