@@ -1,4 +1,4 @@
-"""Sizes as people read them."""
+"""Sizes and times as people read them."""
 
 
 def in_units(value: float, unit: str = "") -> str:
@@ -10,3 +10,12 @@ def in_units(value: float, unit: str = "") -> str:
             decimals = 2 if scaled < 10 else 1 if scaled < 100 else 0
             return f"{scaled:.{decimals}f} {prefix}{unit}"
     return f"{value:.0f} {unit}".rstrip()
+
+
+def in_time(seconds: float) -> str:
+    """3725 as "1h02m", 65 as "1m05s", 5 as "5s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

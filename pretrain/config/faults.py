@@ -41,6 +41,11 @@ class FaultConfig:
             )
 
     @property
+    def may_skip(self) -> bool:
+        """Whether a step may be skipped. Before the first checkpoint, rollback skips too."""
+        return self.not_finite != "stop" or (self.spike_factor > 0 and self.spike != "stop")
+
+    @property
     def allowance_s(self) -> float:
         """Seconds for anything that takes longer than a step; also the longest time that a rank waits for
         other ranks in a collective."""

@@ -35,12 +35,12 @@ class OptimizerConfig:
     weights, in fp32. None: do not. `export --weights ema` writes it."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.muon_momentum < 1:
-            raise UserError(
-                f"optimizer.muon_momentum is {self.muon_momentum}: it must be at least 0 and below 1"
-            )
-        if self.z_loss_coeff < 0:
-            raise UserError(f"optimizer.z_loss_coeff is {self.z_loss_coeff}: it must be at least 0")
+        for name in ("muon_momentum", "adam_beta1", "adam_beta2"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise UserError(f"optimizer.{name} is {value}: it must be at least 0 and below 1")
+        for name in ("adam_eps", "z_loss_coeff"):
+            if not (value := getattr(self, name)) >= 0:  # so written, it refuses NaN
+                raise UserError(f"optimizer.{name} is {value}: it must be at least 0")
         if self.optimizer == "muon" and self.moments != "fp32":
             raise UserError(
                 f"optimizer.optimizer muon with optimizer.moments {self.moments} is not supported: leave "

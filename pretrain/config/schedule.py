@@ -22,7 +22,8 @@ class ScheduleConfig:
     decay: Literal["cosine", "wsd"] = "cosine"
     """cosine: down from the end of warm-up. wsd: warm-up, stable, then down in the last part."""
     wsd_decay_fraction: float = 0.2
-    """The share of training in which wsd goes down, linearly; 0: it does not, and runs branch off it."""
+    """The share of training in which wsd goes down, linearly, from the end of warm-up at the earliest; 0:
+    it does not, and runs branch off it."""
     wsd_decay_steps: int | None = None
     """The same in steps, in place of the share."""
     min_lr_fraction: float = 0.1

@@ -257,7 +257,8 @@ class TrainConfig:
         if (steps := self.schedule.wsd_decay_steps) is not None:
             return steps
         share = self.schedule.wsd_decay_fraction
-        return max(1, round(self.train_steps * share)) if share else 0
+        steps = max(1, round(self.train_steps * share)) if share else 0
+        return min(steps, self.train_steps - self.warmup_steps)
 
     @property
     def batch_sizes(self) -> BatchSizes:

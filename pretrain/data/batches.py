@@ -5,7 +5,7 @@ at any layout.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -16,6 +16,14 @@ from pretrain.config.train import TrainConfig
 from pretrain.processes import obey_parent_alone
 
 Batch = dict[str, torch.Tensor]
+
+
+class Batches(Protocol):
+    """Micro-batches whose number is known before they are made."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 def train_batches(
@@ -58,37 +66,43 @@ def train_batches(
     return iter(loader)
 
 
-def validation_batches(
-    dataset: Any,
-    config: TrainConfig,
-    *,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-) -> list[Batch]:
+class ValidationBatches:
     """This rank's share of a split's first `eval_sequences` sequences, or of all when that is None.
 
     Every micro-batch is full, and the number of micro-batches is a multiple of the pipeline's stages,
     because the pipeline's schedules need both. Sequences that are added for this have a loss mask of zeros.
 
-    Returns:
-        Micro-batches on the CPU, as in `train_batches`; [] when no sequence is left for this rank.
+    Micro-batches are on the CPU, as in `train_batches`; there are none when no sequence is left for this
+    rank. Each is made when it is taken: those of a whole split may not fit in the host's memory.
     """
-    mine = held_out_sequences(
-        len(dataset),
-        config,
-        data_parallel_rank=data_parallel_rank,
-        data_parallel_size=data_parallel_size,
-    )
-    samples = [dataset[i] for i in mine]
-    if not samples:
-        return []
-    padding = {**samples[0], "loss_mask": torch.zeros_like(samples[0]["loss_mask"])}
-    full = held_out_micro_batches(len(samples), config) * config.micro_batch_size
-    samples += [padding] * (full - len(samples))
-    return [
-        torch.utils.data.default_collate(samples[start : start + config.micro_batch_size])
-        for start in range(0, len(samples), config.micro_batch_size)
-    ]
+
+    def __init__(
+        self,
+        dataset: Any,
+        config: TrainConfig,
+        *,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> None:
+        self._dataset, self._config = dataset, config
+        self._mine = held_out_sequences(
+            len(dataset),
+            config,
+            data_parallel_rank=data_parallel_rank,
+            data_parallel_size=data_parallel_size,
+        )
+
+    def __len__(self) -> int:
+        return held_out_micro_batches(len(self._mine), self._config)
+
+    def __iter__(self) -> Iterator[Batch]:
+        width = self._config.micro_batch_size
+        for start in range(0, len(self) * width, width):
+            samples = [self._dataset[i] for i in self._mine[start : start + width]]
+            if missing := width - len(samples):
+                first = self._dataset[self._mine[0]]
+                samples += [{**first, "loss_mask": torch.zeros_like(first["loss_mask"])}] * missing
+            yield torch.utils.data.default_collate(samples)
 
 
 def held_out_sequences(

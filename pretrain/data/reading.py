@@ -19,10 +19,11 @@ from megatron_ladder.layers.attention.documents import Documents
 from pretrain.config.train import TrainConfig
 from pretrain.data.batches import (
     Batch,
+    Batches,
+    ValidationBatches,
     held_out_micro_batches,
     held_out_sequences,
     train_batches,
-    validation_batches,
 )
 from pretrain.data.folders import DataFolder, labels
 from pretrain.data.sequences import one_split, train_sequences
@@ -91,9 +92,9 @@ class RankBatches:
         """The micro-batches of `training` or `validation`, on every rank that needs them; {} on others."""
         return map(self._received, batches)
 
-    def validation(self, done: Collection[str] = ()) -> Iterator[tuple[str, list[Batch]]]:
+    def validation(self, done: Collection[str] = ()) -> Iterator[tuple[str, Batches]]:
         """Each data set's label and what this rank reads of its validation split, as in
-        `validation_batches`; empty items on a rank that does not read. `received` makes batches of them.
+        `ValidationBatches`; empty items on a rank that does not read. `received` makes batches of them.
 
         A data set is open only while it is read. Those whose validation split has no whole sequence are
         left out.
@@ -108,14 +109,14 @@ class RankBatches:
                 count = (folder.tokens("validation") - 1) // length
                 yield label, self._held_out(folder, count)
 
-    def _held_out(self, folder: DataFolder, count: int) -> list[Batch]:
+    def _held_out(self, folder: DataFolder, count: int) -> Batches:
         mine = held_out_sequences(count, self._config, **self._data_parallel)
         if not mine:
             return []
         if not self.reads:
             return [{}] * held_out_micro_batches(len(mine), self._config)
         split = one_split(self._config, folder, "validation", None, self._cache, made=True)
-        return validation_batches(split, self._config, **self._data_parallel)
+        return ValidationBatches(split, self._config, **self._data_parallel)
 
     def _received(self, batch: Batch) -> Batch:
         """Passes a batch on within the group, on the device. The host waits for nothing but the documents'

@@ -30,6 +30,8 @@ class StepProfile:
 
         The trace is written when the last of these steps ends; a crash before that loses it.
         """
+        if self._first is not None and step >= self._first + self._count:
+            self.close()  # the last one was passed over
         if self._first is None or not self._first <= step < self._first + self._count:
             yield
             return

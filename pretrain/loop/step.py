@@ -21,7 +21,7 @@ from megatron_ladder.layers.attention.documents import Documents
 from megatron_ladder.losses.distillation import distilled_losses
 from megatron_ladder.losses.z_loss import cross_entropy_and_log_z
 from pretrain.config.train import TrainConfig
-from pretrain.data.batches import Batch, to_device
+from pretrain.data.batches import Batch, Batches, to_device
 from pretrain.model.graphs import StepGraph
 from pretrain.model.routers import biases_of, restore
 from pretrain.optim.optimizer import gradient_norm, update
@@ -266,7 +266,7 @@ PART = 8
 @torch.no_grad()
 def validate(
     model: list[Any],
-    batches: list[Batch],
+    batches: Batches,
     config: TrainConfig,
     between: Callable[[], object] | None = None,
     received: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
@@ -285,10 +285,11 @@ def validate(
     torch.distributed.all_reduce(parts, torch.distributed.ReduceOp.MAX)
     for chunk in model:
         chunk.eval()
+    left = iter(batches)
     with _scales_kept(model, config):
-        for start in range(0, int(parts) * width, width):
-            # Received a part at a time: the whole split may not fit in the GPU's memory.
-            if part := list(received(iter(batches[start : start + width]))):
+        for _ in range(int(parts)):
+            # Made and received a part at a time: the whole split may not fit in memory.
+            if part := list(received(itertools.islice(left, width))):
                 for output in _run_schedule(model, part, config, _measured, forward_only=True):
                     total += output["sum"]
             if between:

@@ -208,7 +208,6 @@ def _train(
             bad_steps.went_back(back.recent_losses)
 
     signal = ""
-    may_skip = "skip" in (config.faults.not_finite, config.faults.spike)
 
     def is_good(step: int, *figures: Any) -> bool:
         """Whether a step is good; the ranks also agree on stop signals here.
@@ -237,7 +236,7 @@ def _train(
                 signal = signals.agreed()
                 log.passed_over(step, before)
             else:
-                drawn = random_states.states() if may_skip else {}
+                drawn = random_states.states() if config.faults.may_skip else {}
                 with profile.of(step):
                     figures = train_step(
                         *(model, optimizer, scheduler, batches, config),

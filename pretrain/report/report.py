@@ -15,6 +15,7 @@ from pretrain.report.pages import labels, render
 from pretrain.report.plots import draw_losses, draw_series
 from pretrain.report.runs import Lines, Run, read_run
 from pretrain.report.scores import MOST, draw_scores, names_of
+from pretrain.run.lines import left_out
 
 
 def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
@@ -173,8 +174,10 @@ def _trouble(run: Run) -> list[tuple[str, str]]:
     for (step, what), reason in failed.items():
         again = ", and later succeeded" if (step, what) in done else ""
         rows.append((f"{what} of step {step:,}", f"failed: {in_words(reason)}{again}"))
-    if left := sorted(step for step, kind in done if kind == "watch_left_out"):
-        rows.append(("steps left out of the measurements", ", ".join(f"{step:,}" for step in left)))
+    left = [line for line in run.beside if line["kind"] == "watch_left_out"]
+    for what, words in (("evaluation", "measurements"), ("export", "exports")):
+        if steps := sorted({line["step"] for line in left if left_out(line) == what}):
+            rows.append((f"steps left out of the {words}", ", ".join(f"{n:,}" for n in steps)))
     by_rank: dict[tuple[int, str, str], Lines] = {}
     for line in run.slow_ranks:
         by_rank.setdefault((line["rank"], line["host"], line["what"]), []).append(line)

@@ -207,20 +207,30 @@ def stored_bytes(config: TrainConfig) -> int:
 
 
 def check_free_space(config: TrainConfig) -> None:
-    """Checks that the disk has room for the checkpoints to keep and the one being written.
+    """Checks that the disk has room for the checkpoints to keep and the one being written. What lies in
+    the run's folder already needs no more room.
 
     Raises:
         UserError: it has not.
     """
     assert config.output_dir is not None
-    needed = stored_bytes(config)
+    needed, there = stored_bytes(config), _bytes_there(config.output_dir)
     free = shutil.disk_usage(_existing_parent(config.output_dir)).free
-    if free < needed:
+    if free + there < needed:
         raise UserError(
             f"{config.output_dir}: {in_units(free, 'B')} free, keep_last {config.keep_last} checkpoints "
-            f"and the one being written take about {in_units(needed, 'B')}: free space, lower keep_last, "
-            "or choose another disk"
+            f"and the one being written take about {in_units(needed, 'B')}"
+            + (f", of which {in_units(there, 'B')} are there" if there else "")
+            + ": free space, lower keep_last, or choose another disk"
         )
+
+
+def _bytes_there(run_dir: Path) -> int:
+    """The bytes of a run's checkpoints that are kept, or deleted when newer ones come: not of damaged
+    ones, and not of files that another folder has, too, by hard links."""
+    left = (run_dir / "checkpoints").glob("step_*.tmp")
+    files = [file.stat() for folder in (*checkpoints(run_dir), *left) for file in folder.iterdir()]
+    return sum(file.st_size for file in files if file.st_nlink == 1)
 
 
 def write_config(config: TrainConfig) -> None:

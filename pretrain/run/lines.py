@@ -40,6 +40,11 @@ NEEDED = {
 STATUS = ("state", "step", "unix_time", "reason")
 
 
+def left_out(line: dict[str, Any]) -> str:
+    """What a line `watch_left_out` says was not done. Older versions left out measurements alone."""
+    return line.get("what", "evaluation")
+
+
 def check_metrics(line: dict[str, Any], where: str) -> None:
     """Refuses a line of metrics.jsonl that has no kind, or lacks a field, or has one of another type.
 

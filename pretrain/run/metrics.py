@@ -6,17 +6,19 @@ docs/reference/formats.md describes the lines of metrics.jsonl.
 import contextlib
 import json
 import os
+import secrets
 import sys
 import time as clock
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from megatron_ladder.errors import UserError
 from megatron_ladder.json_files import MOST_BYTES as MOST_LINE_BYTES
-from megatron_ladder.json_files import parse_json
+from megatron_ladder.json_files import parse_json, read_json
 from pretrain.files import write_atomically
 from pretrain.run.lines import check_metrics
+from pretrain.sizes import in_time
 
 # Dense bf16 peaks in FLOP/s, from the vendor's data sheets, by a part of the device's name.
 # The first part that is in the name counts.
@@ -144,7 +146,13 @@ class MetricsLog:
         if wandb:
             import wandb as wandb_package
 
-            self._wandb = wandb_package.init(dir=run_dir, name=run_dir.name, config=config)
+            self._wandb = wandb_package.init(
+                dir=run_dir,
+                name=run_dir.name,
+                config=config,
+                id=_wandb_id(run_dir),
+                resume="allow",
+            )
             # W&B takes no figures of an earlier step than the last one.
             self._wandb.define_metric("evaluation/*", step_metric="evaluation/step")
 
@@ -246,6 +254,11 @@ class MetricsLog:
         self._write({"kind": "end", "step": step, "unix_time": clock.time(), "reason": reason})
         self._thread.shutdown()
         self._file.close()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:  # else it would change the exit status
+                _drop_unwritten(stream)
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
@@ -288,11 +301,13 @@ class MetricsLog:
                 for name, value in values.items():
                     self._tensorboard.add_scalar(name, value, step)
             except OSError as error:  # its writer does not recover
-                print(f"TensorBoard logging stops: {error}", file=sys.stderr)
                 self._tensorboard = None
+                with contextlib.suppress(OSError):  # it may go to the same disk
+                    print(f"TensorBoard logging stops: {error}", file=sys.stderr)
 
     def _say(self, text: str) -> None:
-        """Prints a line at once. A program that reads it may have ended (`| head`): see `has_reader`."""
+        """Prints a line at once. A program that reads it may have ended (`| head`): see `has_reader`. A
+        line for which a full disk has no room may be lost: metrics.jsonl has the record."""
         try:
             print(text, flush=True)
         except BrokenPipeError:
@@ -301,6 +316,8 @@ class MetricsLog:
             for stream in (sys.stdout, sys.stderr):
                 if os.path.samestat(os.fstat(stream.fileno()), unread):
                     os.dup2(nowhere, stream.fileno())  # so that later lines raise no error
+        except OSError:  # the stream keeps some lines, and tries again at the next one
+            pass
 
     def _line(self, values: dict[str, Any], steps_left: float) -> str:
         step, seconds = values["step"], values["time"]
@@ -327,13 +344,39 @@ class MetricsLog:
         if values.get("dropped_share"):
             parts.append(f"dropped {values['dropped_share']:.1%}")
         parts.append(f"mem {values['memory_gib']:.1f} GiB")
-        parts.append(f"ETA {_duration(steps_left * self._step_s)}")
+        parts.append(f"ETA {in_time(steps_left * self._step_s)}")
         return " | ".join(parts)
 
 
 def _appended(path: Path) -> BinaryIO:
     """Opens a file to append lines. While the disk is full, lines stay in the file's buffer of 1 MiB."""
     return path.open("ab", buffering=1 << 20)
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The run's id at W&B, the same at each start: else each would be another run there.
+
+    Raises:
+        UserError: RUN/wandb.json holds none.
+    """
+    path = run_dir / "wandb.json"
+    if not path.is_file():
+        write_atomically(path, json.dumps({"id": secrets.token_hex(8)}) + "\n")
+    found = read_json(path, "a run's id at W&B").get("id")
+    if not (isinstance(found, str) and found.isascii() and found.isalnum()):
+        raise UserError(f"{path} holds no id of a run at W&B: delete it, and a new one is made")
+    return found
+
+
+def _drop_unwritten(stream: TextIO) -> None:
+    """Throws away what a full disk has not taken of a stream: each later flush would fail, too."""
+    taken = os.dup(stream.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    stream.flush()
+    os.dup2(taken, stream.fileno())
+    os.close(taken)
+    os.close(nowhere)
 
 
 def _existing(run_dir: Path) -> list[dict[str, Any]]:
@@ -351,11 +394,3 @@ def _si(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.1f}{unit}"
     return f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

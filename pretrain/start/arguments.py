@@ -19,7 +19,7 @@ from pretrain.config.places import found_from, run_of, with_names
 from pretrain.config.presets import OF_A_MODEL, PRESETS
 from pretrain.config.train import TrainConfig, load_config
 from pretrain.ranks import is_first_rank
-from pretrain.start.ladder_layers import with_ladder_layers
+from pretrain.start.ladder_layers import is_auto, with_ladder_layers
 
 
 def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
@@ -59,10 +59,16 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
     if chosen.config and not chosen.branch_from and (run := run_of(chosen.config)):
         default = found_from(run, default)
     default = replace(default, past=Past())  # what the steps so far had is read from the run
+    begun: TrainConfig | None = None
     if chosen.init_from:
         # Imported here because it imports torch, which --help does not need.
-        from pretrain.start.initial import starting_from
+        from pretrain.start.initial import going_on, starting_from
 
+        run_dir = _output_dir(options) or default.output_dir
+        begun = going_on(default, chosen.init_from, run_dir)
+    if begun:
+        default = begun
+    elif chosen.init_from:
         # --ladder-layers chooses among the layers of the original model, before `import` changed any.
         unmodified = chosen.preset == "adapt-control" or chosen.ladder_layers is not None
         seq_length = default.data.seq_length
@@ -76,9 +82,10 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
             f"--preset {chosen.preset} starts from the weights of an existing model: give "
             "--init-from RUN, where RUN is a run or a folder that `import` wrote"
         )
-    if chosen.ladder_layers:
+    if chosen.ladder_layers and not (begun and is_auto(chosen.ladder_layers)):
         model = default.model
-        if not chosen.init_from:  # a preset has no weights yet, so its residual kind may change
+        # A preset has no weights yet, so its residual kind may change; a run that has begun has its layers.
+        if begun or not chosen.init_from:
             fresh: Residual = "parallel" if model.residual in PARALLEL else "standard"
             model = replace(model, residual=fresh, ladder_layers=None)
         model = with_ladder_layers(model, chosen.ladder_layers, chosen.init_from)
@@ -106,11 +113,15 @@ def _of_branch(chosen: argparse.Namespace, options: list[str]) -> TrainConfig:
     # Imported here because it imports more than --help needs.
     from pretrain.start.going_on.branch import options_of_trunk
 
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--output-dir", type=Path)
-    output_dir = own.parse_known_args(options)[0].output_dir
-    default = options_of_trunk(chosen.branch_from, output_dir)
+    default = options_of_trunk(chosen.branch_from, _output_dir(options))
     return load_config(chosen.config, onto=default) if chosen.config else default
+
+
+def _output_dir(options: list[str]) -> Path | None:
+    """The run's folder, where it decides other options' defaults."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--output-dir", "--output_dir", type=Path)
+    return own.parse_known_args(options)[0].output_dir
 
 
 def _description() -> str:

@@ -5,6 +5,7 @@ the same time slowly.
 """
 
 import contextlib
+import math
 import pickle
 import time
 import zlib
@@ -16,8 +17,6 @@ from pretrain.ranks import Rank
 
 Found = TypeVar("Found")
 
-# Reading and comparing a checkpoint of terabytes may take long; a dead first rank is noticed at once.
-_PATIENCE_S = 3600.0
 _HEARD_S = 60.0
 _LONGEST_PAUSE_S = 1.0
 
@@ -95,24 +94,26 @@ def _tell(store: Any, rank: Rank, name: str, content: tuple[Any, BaseException |
     store.set(name, zlib.compress(pickle.dumps(content)))
     if rank.world_size > 1:
         # This process may be about to end, and the store ends with it. A rank that is gone hears nothing.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(TimeoutError):
             _wait(store, f"{name}/heard by all", _HEARD_S)
 
 
-def _wait(store: Any, name: str, patience_s: float | None = None) -> bytes:
+def _wait(store: Any, name: str, patience_s: float = math.inf) -> bytes:
     """What the store has under a name, as soon as it is there.
+
+    For how long is left to the watchdog: reading and comparing a checkpoint of terabytes may take long. A
+    dead first rank is noticed at once.
 
     It is asked for again and again: torch's own wait writes warnings when its time is over, and does not
     notice Ctrl-C before.
     """
     from torch.distributed import DistNetworkError
 
-    patience_s = patience_s or _PATIENCE_S
     began, pause_s = time.monotonic(), 0.01
     try:
         while not store.check([name]):
             if time.monotonic() - began > patience_s:
-                raise OSError(None, f"no answer within {patience_s:.0f} s", "the ranks")
+                raise TimeoutError
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         return store.get(name)

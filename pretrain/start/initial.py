@@ -123,6 +123,17 @@ def starting_from(config: TrainConfig, init_from: Path, *, unmodified: bool) -> 
     )
 
 
+def going_on(config: TrainConfig, init_from: Path, output_dir: Path | None) -> TrainConfig | None:
+    """`config` with the model and the sequence length of the run in `output_dir`, where that has its own
+    checkpoints and the folder that it started from is gone; else None.
+    """
+    if init_from.exists() or output_dir is None or latest_checkpoint(output_dir) is None:
+        return None
+    own = load_config(output_dir / "config.json")
+    data = replace(config.data, seq_length=own.data.seq_length)
+    return replace(config, model=own.model, init_from=init_from, data=data)
+
+
 def check_initial(config: TrainConfig, folders: list[DataFolder]) -> None:
     """Refuses initial weights that do not fit the model, and data made with another tokenizer.
 

@@ -17,6 +17,8 @@ from pretrain.ranks import without_torchrun_options
 from pretrain.run.ends import ENDS
 from pretrain.run.folder import latest_checkpoint
 
+logger = logging.getLogger(__name__)
+
 STOPPED = 75
 """The exit status of a run that stopped in an orderly way. It is EX_TEMPFAIL: started again, it goes on."""
 
@@ -109,11 +111,12 @@ def launch(argv: list[str], ranks: int, run_dir: Path) -> int:
         after = latest_checkpoint(run_dir)
         fruitless = fruitless + 1 if after == before else 1
         if fruitless == _FRUITLESS_STARTS:
-            print(f"{fruitless} crashes without a new checkpoint: giving up", file=sys.stderr)
+            logger.error("%d crashes without a new checkpoint: giving up", fruitless)
             return _crash_status(statuses)
         where = f"from {after.name}" if after else "from the start: there is no checkpoint yet"
         what = ", ".join(map(str, sorted(statuses)))
-        print(f"ranks ended with exit status {what}: starting again {where}", file=sys.stderr)
+        # Not printed: on a full disk that would raise, and end the launcher as if it were a mistake.
+        logger.warning("ranks ended with exit status %s: starting again %s", what, where)
 
 
 def _import_nothing_from_here(environment: MutableMapping[str, str]) -> None:

@@ -92,7 +92,8 @@ def preflight(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[D
         )
     if plan and (longer := extension(config)):
         plan = f"{plan}\n{longer}"
-    check_free_space(config)
+    if plan:  # a finished run writes nothing
+        check_free_space(config)
     if config.wandb:
         try:
             import wandb  # noqa: F401

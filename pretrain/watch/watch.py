@@ -27,16 +27,20 @@ from pretrain.data.folders import DataFolder
 from pretrain.processes import no_stop_signals
 from pretrain.ranks import is_first_rank
 from pretrain.run.folder import EVALUATIONS, EXPORTS, checkpoint_at, checkpoint_step, checkpoints
+from pretrain.run.lines import left_out
 from pretrain.watch.commands import beside, environment, eval_arguments, export_arguments
 
 logger = logging.getLogger(__name__)
 
 What = Literal["evaluation", "export"]
+DONE: dict[What, str] = {"evaluation": "measured", "export": "exported"}
 
 LOGS = "watch"
 """In a run's folder: what a process prints, and its results until it has ended."""
 TRIES = 2
 """A process that was killed is started again so often in all. One that failed by itself is not."""
+MOST: dict[What, int] = {"evaluation": 1, "export": 2}
+"""So many checkpoints wait for it at most: each stays on the disk meanwhile."""
 LOWEST = 19
 _SHOWN_BYTES = 4096
 
@@ -120,20 +124,25 @@ class Watch:
     def saved(self, step: int) -> None:
         """Call it on the first rank when a checkpoint is complete, before old ones are deleted.
 
-        An older checkpoint that waits to be measured is left out: the newest one tells more. All that are
-        to be exported wait.
+        An older checkpoint that waits to be measured is left out: the newest one tells more. Two wait to be
+        exported, so that exports that are slower than saves do not fill the disk.
         """
         if not (self._is_on and (whats := self._whats(step))):
             return
         with self._changed:
-            for work in self._waiting if "evaluation" in whats else []:
-                if "evaluation" in work.whats:
-                    work.whats.remove("evaluation")
-                    why = f"{self._doing or 'another checkpoint'} took until step {step}"
-                    self._tell("watch_left_out", work.step, f"not measured: {why}", reason=why)
-            self._waiting = [work for work in self._waiting if work.whats]
             self._waiting.append(_Work(step, whats))
+            for what in whats:
+                self._leave_out(what, step)
             self._changed.notify_all()
+
+    def _leave_out(self, what: What, now: int) -> None:
+        """Leaves out all but the newest of the checkpoints that wait for it."""
+        for work in [work for work in self._waiting if what in work.whats][: -MOST[what]]:
+            work.whats.remove(what)
+            why = f"{self._doing or 'another checkpoint'} took until step {now}"
+            text = f"not {DONE[what]}: {why}"
+            self._tell("watch_left_out", work.step, text, what=what, reason=why)
+        self._waiting = [work for work in self._waiting if work.whats]
 
     def held(self) -> set[int]:
         """The steps whose checkpoints are not to be deleted yet. Any thread may call it."""
@@ -173,7 +182,9 @@ class Watch:
     def _owed(self, lines: Sequence[dict[str, Any]]) -> list[_Work]:
         """What an earlier start has not come to, of the checkpoints that are left."""
         done = {(line["step"], line["kind"]) for line in lines}
-        done |= {(step, "evaluation") for step, kind in done if kind == "watch_left_out"}
+        done |= {
+            (line["step"], left_out(line)) for line in lines if line["kind"] == "watch_left_out"
+        }
         works = []
         for step in map(checkpoint_step, checkpoints(self._run_dir)):
             whats = [what for what in self._whats(step) if (step, what) not in done]

@@ -160,10 +160,12 @@ def test_a_bad_step_is_written_down_and_stops_the_run(data: Path, tmp_path: Path
 
 
 def test_too_many_bad_steps_stop_the_run(data: Path, tmp_path: Path) -> None:
-    options = ("--faults.not-finite", "skip", "--faults.max-bad-steps", "2")
+    # Step 2 is skipped: there is no checkpoint yet to go back to.
+    options = ("--faults.not-finite", "rollback", "--faults.max-bad-steps", "2")
     run = Run(tmp_path / "run", data, *options, ranks=1)
     assert run.train(NAN, rank=0, steps=(2, 4, 6, 7)) == [2]
     assert run.steps() == [1, 3, 5]
+    assert [m["action"] for m in run.lines("bad_step")] == ["skip", "rollback"]
     assert "2 bad steps were passed over before" in run.output
 
 

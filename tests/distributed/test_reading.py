@@ -14,7 +14,7 @@ from megatron_ladder.mcore_compat import initialize_model_parallel
 from pretrain.config.data import DataConfig
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import TrainConfig
-from pretrain.data.batches import train_batches, validation_batches
+from pretrain.data.batches import ValidationBatches, train_batches
 from pretrain.data.checks import open_data
 from pretrain.data.reading import RankBatches
 from pretrain.data.sequences import MADE, train_sequences
@@ -67,8 +67,7 @@ def received(place: Path, config: TrainConfig) -> dict[str, Any]:
         "training": (found, alone),
         "attended": attended,
         **{
-            name: (held_out[name], validation_batches(splits[name], config, **of))
-            for name in splits
+            name: (held_out[name], ValidationBatches(splits[name], config, **of)) for name in splits
         },
     }
 

@@ -1,6 +1,6 @@
 import pytest
 
-from pretrain.sizes import in_units
+from pretrain.sizes import in_time, in_units
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,7 @@ def test_bytes_have_the_unit_that_fits(value: float, words: str) -> None:
 
 def test_numbers_have_no_unit() -> None:
     assert [in_units(n) for n in (12, 12_345_678)] == ["12", "12.3 M"]
+
+
+def test_times_have_two_parts_at_most() -> None:
+    assert [in_time(s) for s in (5.4, 65, 3600, 3725)] == ["5s", "1m05s", "1h00m", "1h02m"]

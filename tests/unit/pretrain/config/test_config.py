@@ -270,6 +270,20 @@ def test_fault_options_are_checked_and_may_change() -> None:
         FaultConfig(spike_factor=1.0)
 
 
+@pytest.mark.parametrize(
+    ("faults", "may_skip"),
+    [
+        (FaultConfig(), False),  # spikes are not looked for
+        (FaultConfig(spike_factor=3.0), True),  # rollback, which skips before the first checkpoint
+        (FaultConfig(spike_factor=3.0, spike="stop"), False),
+        (FaultConfig(not_finite="rollback"), True),
+        (FaultConfig(not_finite="skip"), True),
+    ],
+)
+def test_whether_a_step_may_be_skipped(faults: FaultConfig, may_skip: bool) -> None:
+    assert faults.may_skip == may_skip
+
+
 def test_a_configuration_saved_before_there_were_fault_options_is_read() -> None:
     values = to_dict(PRESETS["debug"]())
     del values["faults"]

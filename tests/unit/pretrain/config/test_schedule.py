@@ -9,8 +9,9 @@ from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from pretrain.config.past import Past, PastBatchSize
 from pretrain.config.presets import PRESETS
-from pretrain.config.schedule import BatchSizes, batch_sizes
+from pretrain.config.schedule import BatchSizes, ScheduleConfig, batch_sizes
 from pretrain.config.train import TrainConfig
+from pretrain.optim.optimizer import learning_rate
 
 
 def with_ramp(ramp: tuple[int, int, int], size: int = 8, **fields) -> TrainConfig:
@@ -91,3 +92,21 @@ def test_each_batch_of_a_ramp_is_divided_over_the_ranks() -> None:
     with pytest.raises(UserError, match=r"1 micro-batches a step \(a batch of 2, which schedule"):
         with_ramp((2, 2, 12), micro_batch_size=2, parallel=stages).check_batches(1)
     assert [config.num_microbatches(1, step) for step in (1, 4, 9)] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("share", "decay_steps"), [(0.0, 0), (0.001, 1), (0.2, 20), (0.6, 60), (0.7, 60), (1.0, 60)]
+)
+def test_the_rate_goes_down_from_the_end_of_warm_up_at_the_earliest(
+    share: float, decay_steps: int
+) -> None:
+    """Of 100 steps, 40 warm up. Before, a larger share made the rate jump down after warm-up."""
+    config = PRESETS["debug"]()
+    schedule = ScheduleConfig(
+        train_steps=100, warmup_steps=40, decay="wsd", wsd_decay_fraction=share, min_lr_fraction=0.0
+    )
+    config = replace(config, schedule=schedule)
+    assert config.wsd_decay_steps == decay_steps
+    rates = [learning_rate(config, step) / config.optimizer.lr for step in range(40, 101)]
+    down = [min(1.0, (100 - step) / decay_steps) if share else 1.0 for step in range(40, 101)]
+    assert rates == pytest.approx(down)

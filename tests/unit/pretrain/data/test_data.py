@@ -17,7 +17,7 @@ from pretrain.config.data import DataConfig
 from pretrain.config.presets import PRESETS
 from pretrain.config.train import save_config
 from pretrain.data import checks
-from pretrain.data.batches import train_batches, validation_batches
+from pretrain.data.batches import ValidationBatches, train_batches
 from pretrain.data.checks import open_data
 from pretrain.data.folders import keep_facts, kept_facts, open_folder, unigram_loss
 from pretrain.index.parts import index_parts
@@ -106,7 +106,7 @@ def test_validation_reads_each_sequence_once(data_parallel_size, wanted, stages)
     dataset = [{"tokens": torch.tensor([i]), "loss_mask": torch.ones(1)} for i in range(10)]
     seen = []
     for rank in range(data_parallel_size):
-        batches = validation_batches(
+        batches = ValidationBatches(
             dataset, config, data_parallel_rank=rank, data_parallel_size=data_parallel_size
         )
         assert len(batches) % stages == 0
@@ -114,6 +114,31 @@ def test_validation_reads_each_sequence_once(data_parallel_size, wanted, stages)
             assert len(batch["tokens"]) == 4
             seen += batch["tokens"][batch["loss_mask"] == 1].tolist()
     assert sorted(seen) == list(range(wanted or 10))
+
+
+class Counted(list):
+    """A data set that knows how many items were read."""
+
+    read = 0
+
+    def __getitem__(self, number):
+        self.read += 1
+        return super().__getitem__(number)
+
+
+def test_a_validation_batch_is_made_when_it_is_taken() -> None:
+    """Those of a whole split may not fit in the host's memory."""
+    config = replace(PRESETS["debug"](), micro_batch_size=4, eval_sequences=None)
+    split = Counted({"tokens": torch.tensor([i]), "loss_mask": torch.ones(1)} for i in range(10))
+    batches = ValidationBatches(split, config, data_parallel_rank=0, data_parallel_size=1)
+    assert (len(batches), split.read) == (3, 0)
+    taken = iter(batches)
+    for read in (4, 8, 11):  # the last one has two sequences, filled with the first one
+        batch = next(taken)
+        assert split.read == read
+    assert batch["tokens"].flatten().tolist() == [8, 9, 0, 0]
+    assert batch["loss_mask"].flatten().tolist() == [1, 1, 0, 0]
+    assert [len(b["tokens"]) for b in batches] == [4, 4, 4]  # and once more
 
 
 def _edit_manifest(data: Path, change) -> None:

@@ -281,6 +281,7 @@ def test_what_is_measured_at_several_steps_is_drawn(tmp_path: Path) -> None:
         ("watch_failed", {"step": 10, "what": "evaluation", "reason": "no network"}),
         ("watch_failed", {"step": 20, "what": "evaluation", "reason": "killed"}),
         ("watch_left_out", {"step": 15, "reason": "evaluation of step 10 took until step 20"}),
+        ("watch_left_out", {"step": 12, "what": "export", "reason": "export of step 5 took long"}),
     ):
         log.note(kind, kind, **facts)
     log.end(step=20, reason="finished")
@@ -297,6 +298,7 @@ def test_what_is_measured_at_several_steps_is_drawn(tmp_path: Path) -> None:
         "failed: no network<",
         "failed: killed, and later succeeded",
         "steps left out of the measurements</th><td>15<",
+        "steps left out of the exports</th><td>12<",
     ):
         assert text in html, text
     assert (run / "report/scores.png").read_bytes().startswith(PNG)

@@ -1,3 +1,5 @@
+import json
+import os
 import resource
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ladder.errors import UserError
 from pretrain.run.metrics import MetricsLog, has_finished, read_metrics
 
 
@@ -60,6 +63,31 @@ def test_lines_that_nobody_reads_are_recorded_all_the_same(tmp_path: Path) -> No
     assert [m["kind"] for m in read_metrics(tmp_path)] == ["first", "second", "third"]
 
 
+FULL = """
+import logging, sys
+from pathlib import Path
+from pretrain.run.metrics import MetricsLog
+log = MetricsLog(
+    Path(sys.argv[1]), resume_step=0, train_steps=3, tensorboard=False, wandb=False, config={}
+)
+log.note("first", "too much" * 10_000)
+logging.warning("too much")
+log.note("second", "too much")
+assert log.has_reader
+log.end(step=2, reason="finished")
+"""
+
+
+def test_a_full_disk_under_the_printed_lines_ends_nothing(tmp_path: Path) -> None:
+    """Of `train > log 2>&1`. Nor does it change the exit status, when Python writes what is left."""
+    buffered = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", FULL, str(tmp_path)]
+        done = subprocess.run(command, stdout=full, stderr=full, env=buffered, timeout=60)
+    assert done.returncode == 0
+    assert [m["kind"] for m in read_metrics(tmp_path)] == ["first", "second", "end"]
+
+
 def test_a_slow_disk_holds_up_no_step(tmp_path: Path) -> None:
     """And a killed run's lines, `end` or not, are those up to its last complete checkpoint: `wait`."""
     log = MetricsLog(
@@ -102,8 +130,10 @@ class Wandb:
 
     def __init__(self) -> None:
         self.logged: list[tuple[dict[str, float], int | None]] = []
+        self.begun: list[dict[str, Any]] = []
 
-    def init(self, **_: Any) -> "Wandb":
+    def init(self, **options: Any) -> "Wandb":
+        self.begun.append(options)
         return self
 
     def define_metric(self, names: str, *, step_metric: str) -> None:
@@ -143,6 +173,28 @@ def test_an_evaluation_is_of_an_earlier_step(tmp_path: Path, monkeypatch) -> Non
     assert [line["kind"] for line in again.beside] == ["evaluation", "export"]
     earlier = MetricsLog(tmp_path, resume_step=9, wandb=False, **options)
     assert earlier.beside == []
+
+
+def test_each_start_is_the_same_run_at_wandb(tmp_path: Path, monkeypatch) -> None:
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
+
+    def start(run: Path) -> None:
+        run.mkdir(exist_ok=True)
+        MetricsLog(run, resume_step=0, train_steps=3, tensorboard=False, wandb=True, config={}).end(
+            step=3, reason="finished"
+        )
+
+    for name in ("a", "a", "b"):
+        start(tmp_path / name)
+    first, again, other = wandb.begun
+    assert first == again
+    assert (first["name"], first["resume"]) == ("a", "allow")
+    assert first["id"] == json.loads((tmp_path / "a/wandb.json").read_text())["id"] != other["id"]
+    for content in ("{}", '{"id": "../../x"}', '{"id": 3}'):
+        (tmp_path / "a/wandb.json").write_text(content)
+        with pytest.raises(UserError, match=r"wandb\.json holds no id of a run at W&B: delete it"):
+            start(tmp_path / "a")
 
 
 def test_the_line_of_a_step_in_a_ramp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

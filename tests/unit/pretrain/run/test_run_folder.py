@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,16 +8,22 @@ import pytest
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
+from pretrain.data.checks import open_data
+from pretrain.data.folders import keep_facts
 from pretrain.run import folder as run_folder
 from pretrain.run.folder import (
     check_free_space,
     check_output_dir,
+    checkpoint_bytes,
     checkpoints,
     latest_checkpoint,
     plan_of,
     write_config,
 )
 from pretrain.run.lock import lock
+from pretrain.sizes import in_units
+from pretrain.start.preflight import preflight
+from tests.data_sets import write_data_set
 
 
 def planned(config) -> str:
@@ -104,6 +111,46 @@ def test_a_disk_too_small_is_refused(config, monkeypatch) -> None:
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"1\.00 kB free, keep_last 2 checkpoints"):
         check_free_space(config)
+
+
+def test_checkpoints_that_are_there_need_no_more_room(config, monkeypatch, tmp_path: Path) -> None:
+    size = checkpoint_bytes(config)  # three are needed: keep_last is 2
+    usage = type("usage", (), {"free": size + 1})
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: usage)
+
+    def add(name: str) -> Path:
+        file = add_checkpoint(config, name) / "weights"
+        with file.open("wb") as opened:
+            opened.truncate(size)  # a hole: it takes no room
+        return file
+
+    first = add("step_00000005")
+    add("step_00000007.damaged")  # is never deleted
+    said = rf"of which {in_units(size, 'B')} are there: free space"
+    with pytest.raises(UserError, match=said):
+        check_free_space(config)
+    for name in ("step_00000010", "step_00000015.tmp"):  # the next start deletes the second
+        last = add(name)
+        check_free_space(config)
+        shutil.rmtree(last.parent)
+    add("step_00000010")
+    (tmp_path / "trunk").hardlink_to(first)  # of a branch: the trunk keeps these bytes
+    with pytest.raises(UserError, match=said):
+        check_free_space(config)
+
+
+def test_a_finished_run_needs_no_room(config, monkeypatch, tmp_path: Path) -> None:
+    data = write_data_set(tmp_path / "data")
+    config = replace(config, data=replace(config.data, paths=(data,)))
+    write_config(config)
+    keep_facts(config.output_dir, open_data(config))
+    add_checkpoint(config, "step_00000020")
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: type("usage", (), {"free": 0}))
+    with pytest.raises(UserError, match="0 B free"):  # its last validation is missing
+        preflight(config, 1)
+    end = {"kind": "end", "step": 20, "reason": "finished"}
+    (config.output_dir / "metrics.jsonl").write_text(json.dumps(end) + "\n")
+    assert preflight(config, 1)[2] == ""
 
 
 def test_a_folder_is_trained_in_by_one_process(config) -> None:

@@ -1,6 +1,8 @@
 """One rank finds out for all: results, mistakes and crashes arrive at every rank, and are made once."""
 
+import itertools
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,10 +89,17 @@ def test_what_it_raises_is_raised_by_all(raised: BaseException, elsewhere: BaseE
         assert getattr(other, "filename", None) == getattr(elsewhere, "filename", None)
 
 
-def test_a_first_rank_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_rank, "_PATIENCE_S", 0.1)
-    with pytest.raises(OSError, match="no answer within 0 s"):
-        by_first_rank(dist.HashStore(), Rank(1, 2, 1), "x", lambda: None)
+def test_a_first_rank_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for: how long it may take is the watchdog's (faults.start_s), which ends with 1."""
+    store, hours = dist.HashStore(), itertools.count()
+
+    def hour_later() -> float:
+        if (hour := next(hours)) == 3:
+            threading.Thread(target=by_first_rank, args=(store, Rank(0, 2, 0), "x", int)).start()
+        return 3601.0 * hour
+
+    monkeypatch.setattr(first_rank, "time", Mock(monotonic=hour_later, sleep=time.sleep))
+    assert by_first_rank(store, Rank(1, 2, 1), "x", int) == 0
 
 
 def test_the_first_rank_waits_until_all_have_heard(monkeypatch: pytest.MonkeyPatch) -> None:

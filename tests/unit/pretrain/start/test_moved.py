@@ -281,6 +281,39 @@ def test_the_model_a_run_started_from_may_be_moved(place: Path, base: Path) -> N
         check_output_dir(moved)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--preset adapt --ladder-layers last:1",
+        "--preset adapt",
+        "--preset extend --data.seq-length 3000",
+    ],
+)
+def test_the_model_a_run_started_from_may_be_gone(place: Path, base: Path, options: str) -> None:
+    """The same command goes on: the run has its own checkpoints."""
+    checkpoint = base / "checkpoints/step_00000010"
+    saved = load_config(checkpoint / "config.json")
+    save_config(
+        replace(saved, model=replace(saved.model, residual="standard")), checkpoint / "config.json"
+    )
+    write_weights(checkpoint, "ten")
+    argv = [*options.split(), "--init-from", "base", "--data.paths", "web", "--output-dir", "run"]
+    config = parsed(*argv)
+    begin(config)
+    keep_initial(config, is_resumed=False)
+    base.rename("gone")
+    assert parsed(*argv) == config
+    assert "Resuming" in planned(config)
+    check_initial(config, open_data(config))
+    if "--ladder-layers" in options:
+        assert parsed(*argv, "--ladder-layers", "auto:3").model == config.model  # not measured here
+        with pytest.raises(UserError, match=r"another run: model\.ladder_layers: 1 -> 2"):
+            planned(parsed(*argv, "--ladder-layers", "last:2"))
+    shutil.rmtree("run/checkpoints")
+    with pytest.raises(UserError, match="run base does not exist"):
+        parsed(*argv)
+
+
 def test_a_teacher_that_was_trained_on_is_refused(place: Path, base: Path) -> None:
     adapt = AdaptConfig(distillation_weight=0.5)
     model = replace(config_for().model, residual="standard")

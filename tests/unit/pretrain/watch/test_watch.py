@@ -93,10 +93,29 @@ def test_the_newest_waits_and_an_older_one_is_left_out(tmp_path: Path, stand_in:
         news = all_news(watch)
         assert watch.held() == set()
     assert (left_out.kind, left_out.step) == ("watch_left_out", 20)
-    assert left_out.facts["reason"] == "evaluation of step 10 took until step 30"
+    why = "evaluation of step 10 took until step 30"
+    assert left_out.facts == {"what": "evaluation", "reason": why}
     done = [("eval", 10), ("export", 10), ("export", 20), ("eval", 30), ("export", 30)]
     assert stand_in.done() == done
     assert [(one.kind[:4], one.step) for one in news] == [(name[:4], n) for name, n in done]
+
+
+def test_two_exports_wait(tmp_path: Path, stand_in: StandIn) -> None:
+    """Each keeps its checkpoint: exports that are slower than saves would fill the disk."""
+    run = tmp_path / "run"
+    with watching(run, *EXPORTS, "--watch.interval", "None") as watch:
+        watch.saved(checkpoint(run, 10))
+        wait_for(lambda: watch.doing == "export of step 10" and stand_in.done())
+        for step in (20, 30, 40, 50):
+            watch.saved(checkpoint(run, step))
+        assert watch.held() == {10, 40, 50}
+        left_out = watch.news()
+        stand_in.tell("go")
+        all_news(watch)
+    assert [(one.kind, one.step) for one in left_out] == [("watch_left_out", n) for n in (20, 30)]
+    assert left_out[0].text == "step 20: not exported: export of step 10 took until step 40"
+    assert left_out[0].facts["what"] == "export"
+    assert stand_in.done() == [("export", 10), ("export", 40), ("export", 50)]
 
 
 def test_a_process_that_is_killed_is_started_again(tmp_path: Path, stand_in: StandIn) -> None:
@@ -161,7 +180,7 @@ def test_a_start_does_what_is_left(tmp_path: Path, stand_in: StandIn) -> None:
         {"kind": "evaluation", "step": 10},
         {"kind": "export", "step": 10},
         {"kind": "watch_left_out", "step": 20},
-        {"kind": "export", "step": 20},
+        {"kind": "watch_left_out", "step": 20, "what": "export"},
         {"kind": "watch_failed", "step": 30, "what": "evaluation"},
         {"kind": "export", "step": 30},
         {"kind": "evaluation", "step": 40},
