@@ -124,8 +124,9 @@ def experts() -> Part:
     """A rank of EP=8 with layers of DeepSeek-V2-Lite's shape: how much of the all-to-alls' time is hidden?
     One of 16,384 tokens takes about a millisecond over NVSwitch."""
     options = (
-        "--fake-ranks 8 --experts 64 --top-k 6 --hidden-size 2048 --expert-size 1408 --layers 6"
+        "--fake-ranks 8 --experts 64 --top-k 6 --hidden-size 2048 --heads 16 --expert-size 1408"
     )
+    options += " --shared-size 2816 --layers 6"
     options += " --seq-length 4096 --micro-batch-size 4 --link-ms 1 --steps 8"
     return benchmark("kinds/experts", options, 90, name="experts-link", **queues(True))
 
