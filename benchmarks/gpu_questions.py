@@ -99,7 +99,7 @@ text?""",
 Larger models, other text. Times of large shapes are modelled by the planner, not measured.""",
     ),
     "Learning rates": Words(
-        question="Which of three learning rates suits each kind?",
+        question="Which of three learning rates suits standard and ladder?",
         wanted="a rate at which the kinds can be compared.",
         not_shown="More rates, longer runs.",
     ),

@@ -99,7 +99,7 @@ def compare(
                 "tflops": done / seconds / 1e12,
                 "share_of_bf16_peak": done / seconds / peak if peak else None,
                 "attention": facts.attention_of(decoders[kind].block),
-                **memory,  # of the three kinds together
+                **memory,  # of all kinds together
                 **load,
             }
         )

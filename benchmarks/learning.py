@@ -222,6 +222,13 @@ def tokens_within(options: argparse.Namespace, trainings: Trainings, began: floa
         f"{tokens:,} tokens each of {options.train_tokens:,} asked for",
         flush=True,
     )
+    if fit < tokens:
+        needed_s = runs * (max(0.0, besides_s) + tokens / rate)
+        print(
+            f"NOT ALL RUNS WILL END IN TIME: that takes {needed_s:.0f} s. Give more --seconds, or fewer "
+            "--kinds, --rates, --seeds or --trial-tokens (the fewest tokens of a run)",
+            flush=True,
+        )
     write_atomically(file, json.dumps(tokens))
     return tokens
 
@@ -239,6 +246,7 @@ def compare_kinds(options: argparse.Namespace, trainings: Trainings, targets: li
 
 
 def compare_rates(options: argparse.Namespace, trainings: Trainings) -> None:
+    """Every rate has all kinds before the next one begins: what a kill leaves can be compared."""
     rows: list[dict[str, Any]] = []
     for rate in options.rates:
         for kind in options.kinds:

@@ -58,6 +58,8 @@ from measuring.overlap.hidden import (
     planned,
     scaled,
     table,
+    target_ratio,
+    weight_gradient_shares,
 )
 from measuring.overlap.kinds import ALSO, chosen
 from measuring.overlap.late import started_late
@@ -72,10 +74,8 @@ from pretrain.bench.recorder import Recorder
 from pretrain.bench.wire import over, own_seconds
 from pretrain.config.presets import PRESETS as TRAIN_PRESETS
 from pretrain.loop.profile import traced
-from pretrain.plan.links import NVLINK
 from pretrain.plan.links import PRESETS as LINKS
-from pretrain.plan.planner import DEVICES, Hardware, Submodule
-from pretrain.plan.planner import submodules as planned_submodules
+from pretrain.plan.planner import Submodule
 
 AUTOGRAD = "autograd-order"
 AllReduce = Callable[[float], float]
@@ -153,20 +153,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def target_ratio(target: str, link: str) -> float:
-    """An all-reduce over a sub-module's forward, for a preset's layers at TP=8 on H100s, by the
-    planner's model of their compute."""
-    config = TRAIN_PRESETS[target]()
-    tokens = config.micro_batch_size * config.data.seq_length
-    hardware = Hardware(DEVICES["h100"], NVLINK)
-    attention, mlp = planned_submodules(
-        config.model, hardware, tokens=tokens, seq_length=config.data.seq_length, tp=8, sp=False
-    )
-    message = 2 * tokens * config.model.hidden_size  # bf16
-    seconds = LINKS[link].all_reduce_seconds(message)
-    return seconds / ((attention.forward_s + mlp.forward_s) / 2)
-
-
 def decoder_of(args: argparse.Namespace, tp: int, name: str) -> Decoder:
     kind = KINDS[name]
     number_format, fp8 = precision_of(args.precision)
@@ -210,13 +196,16 @@ def lines(args: argparse.Namespace, tp: int, no_comm: Line) -> tuple[list[Line],
     return result, left_out
 
 
-def submodules(decoder: Decoder, args: argparse.Namespace) -> tuple[Submodule, Submodule]:
-    """Medians of attention's and MLP's compute, for the planner's model of a pass."""
+def submodules(
+    decoder: Decoder, args: argparse.Namespace, tp: int, device: str
+) -> tuple[Submodule, Submodule]:
+    """Medians of attention's and MLP's compute, for the planner's model of a pass. How much of backward is
+    the first linear's weight gradient is the planner's."""
     recorder = Recorder(decoder, dist.get_rank())
     spans = [span for _ in range(3) for span in recorder.step()]
     recorder.close()
 
-    def of(kind: str, first_linear: float) -> Submodule:
+    def of(kind: str, weight_gradient: float) -> Submodule:
         def median(direction: str) -> float:
             return statistics.median(
                 s.end_s - s.start_s
@@ -224,13 +213,19 @@ def submodules(decoder: Decoder, args: argparse.Namespace) -> tuple[Submodule, S
                 if s.kind == "compute" and s.name.startswith(kind) and s.direction == direction
             )
 
-        # Half of the first linear's backward is its weight's gradient.
         return Submodule(
-            median("forward"), median("backward"), median("backward") * first_linear / 2
+            median("forward"), median("backward"), median("backward") * weight_gradient
         )
 
-    # Of a sub-module's GEMMs: q, k, v of 4 h^2; gate and up of 3 h ffn.
-    return of("attention", 3 / 4), of("mlp", 2 / 3)
+    attention, mlp = weight_gradient_shares(
+        decoder.model,
+        tokens=args.seq_length * args.micro_batch_size,
+        seq_length=args.seq_length,
+        tp=tp,
+        fp8=precision_of(args.precision)[1].recipe is not None,
+        on_gpu=device != "cpu",
+    )
+    return of("attention", attention), of("mlp", mlp)
 
 
 def link_of(
@@ -277,7 +272,7 @@ def measured(args: argparse.Namespace, tp: int, device: str) -> dict[str, Any]:
     if device == "cpu" and args.fake_tp is None:
         message = torch.empty(args.seq_length, args.micro_batch_size, args.hidden_size)
         own_s = own_seconds(parallel_state.get_tensor_model_parallel_group(), message)
-    parts = submodules(no_comm.decoder, args)
+    parts = submodules(no_comm.decoder, args, tp, device)
     if device != "cpu":
         parts = scaled(parts, args.layers, forward_s, backward_s)
 

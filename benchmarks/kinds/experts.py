@@ -70,7 +70,7 @@ def model_of(args: argparse.Namespace, residual: Any, shared: bool) -> ModelConf
         num_layers=args.layers,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.expert_size,
-        num_attention_heads=4,
+        num_attention_heads=args.heads,
         vocab_size=128,
         max_position_embeddings=args.seq_length,
         residual=residual,
@@ -78,7 +78,9 @@ def model_of(args: argparse.Namespace, residual: Any, shared: bool) -> ModelConf
             num_moe_experts=args.experts,
             moe_router_topk=args.top_k,
             moe_ffn_hidden_size=args.expert_size,
-            moe_shared_expert_intermediate_size=args.expert_size if shared else None,
+            moe_shared_expert_intermediate_size=(args.shared_size or args.expert_size)
+            if shared
+            else None,
             moe_expert_capacity_factor=1.0 if args.fake_ranks else None,
             moe_pad_expert_input_to_capacity=bool(args.fake_ranks),
         ),
@@ -126,7 +128,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=2, help="experts of a token")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--expert-size", type=int, default=512)
+    parser.add_argument("--shared-size", type=int, help="of the shared expert; as the others'")
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--link-ms", type=float, default=6.0)
@@ -166,7 +170,7 @@ def main() -> None:
         (gpt,) = build_gpt_model(model, config)
         for link, link_s in (("link", args.link_ms / 1e3), ("none", 0.0)):
             runs[name, link] = partial(one_pass, gpt.train(), args, link_s)
-    times = measure(runs, args.steps)
+    times = measure(runs, args.steps, keep_what_is_there=bool(args.fake_ranks))
     if dist.get_rank() == 0:
         rows: list[dict[str, Any]] = []
         for name, (_, shared) in KINDS.items():

@@ -14,6 +14,7 @@ from pretrain.plan.links import network_of
 from pretrain.plan.memory import is_planned, memory_plan, room
 from pretrain.plan.planner import DEVICES, Hardware
 from pretrain.plan.search import KINDS, row
+from pretrain.plan.side import side_flops, with_side_network
 from pretrain.run.folder import checkpoint_bytes, stored_bytes
 from pretrain.run.metrics import flops_per_token
 from pretrain.sizes import in_units
@@ -36,9 +37,11 @@ class Estimate:
     """Of a step with the whole batch."""
     step_source: str
     """Where step_s comes from, in words."""
+    fp8: bool
+    """The layers' GEMMs are in FP8."""
     mfu: float
-    """The share of the device's bf16 peak that is reached. Operations of attention are those within the
-    sequences, or within the documents where they are apart."""
+    """The share of the device's bf16 peak that is reached, also with FP8. Operations of attention are those
+    within the sequences, or within the documents where they are apart."""
     mfu_whole_sequences: float
     """The same, where operations are counted as if documents were not apart."""
     attended: Attended
@@ -115,7 +118,8 @@ def estimate(
         config: the run; model.vocab_size must be given.
         ranks: the number of GPUs.
         hardware: the GPUs, and for the planner the links between them (from `hardware_of`).
-        mfu: the share of the bf16 peak that is reached, such as 0.4; None uses the planner's model.
+        mfu: the share of the bf16 peak that is reached, such as 0.4 (also with FP8); None uses the
+            planner's model.
         time_limit_s: of one job; None means no limit.
         lead_s: the time before the limit at which a job stops.
         start_up_s: the time from a job's start until it reads the checkpoint.
@@ -140,7 +144,7 @@ def estimate(
         steps * _step(_of_size(config, size), ranks, hardware, mfu, works_on.mean)[0]
         for size, steps in config.batch_sizes.counts(config.train_steps).items()
     )
-    validation_s = _validations(config) * _sequences_s(config, step_s)
+    validation_s = _validations(config) * _sequences_s(config, step_s, works_on.mean)
     checkpoint = checkpoint_bytes(config)
     write_s = checkpoint / storage_bytes_per_s
     read_s = 2 * write_s
@@ -169,6 +173,7 @@ def estimate(
         device=hardware.device.name,
         step_s=step_s,
         step_source=source,
+        fp8=config.fp8.recipe is not None,
         mfu=reached,
         mfu_whole_sequences=reached * _flops(config, whole.mean) / _flops(config, works_on.mean),
         attended=works_on,
@@ -207,7 +212,17 @@ def _step(
         raise UserError(
             f"the planner does not model experts in FP8 (fp8.recipe {config.fp8.recipe}): give an MFU"
         )
-    planned = row(config, ranks, hardware, attended)
+    if config.side.is_on:
+        raise UserError(
+            f"the planner does not model side-tuning (side.reduction {config.side.reduction}): give an MFU"
+        )
+    fp8 = config.fp8.recipe is not None
+    if fp8 and not hardware.device.fp8:
+        raise UserError(
+            f"fp8.recipe {config.fp8.recipe}: {hardware.device.name} has no fp8 units: leave the recipe "
+            "out, or name another GPU"
+        )
+    planned = row(config, ranks, replace(hardware, fp8=fp8), attended)
     return planned.step_s, planned.mfu, "the planner's model, not measured"
 
 
@@ -219,8 +234,16 @@ def _of_size(config: TrainConfig, size: int) -> TrainConfig:
 
 def _flops(config: TrainConfig, attended: float) -> float:
     """Floating-point operations of a step, where attention works on so many tokens together."""
+    flops = _model_flops(config, attended)
+    if config.side.is_on:
+        flops = with_side_network(config, flops, attended)
+    return config.tokens_per_step * flops
+
+
+def _model_flops(config: TrainConfig, attended: float) -> float:
+    """Those for one token of training the whole model."""
     model = config.model
-    return config.tokens_per_step * flops_per_token(
+    return flops_per_token(
         num_layers=model.num_layers,
         attention_width=model.attention_width,
         seq_length=attended,
@@ -233,17 +256,23 @@ def _validations(config: TrainConfig) -> int:
     return -(-config.train_steps // config.eval_interval) if config.eval_interval else 1
 
 
-def _sequences_s(config: TrainConfig, step_s: float) -> float:
-    """The time of validating `eval_sequences`: forward is a third of a training step's work."""
-    return step_s * (config.eval_sequences or 0) / config.global_batch_size / 3
+def _sequences_s(config: TrainConfig, step_s: float, attended: float) -> float:
+    """The time of validating `eval_sequences`: forward is a third of training the whole model, and the side
+    network."""
+    trained = _model_flops(config, attended)
+    if config.side.is_on:
+        trained += side_flops(config, attended)
+    forward = config.tokens_per_step * trained / 3 / _flops(config, attended)
+    return step_s * forward * (config.eval_sequences or 0) / config.global_batch_size
 
 
 def format_estimate(found: Estimate) -> str:
     """The estimate as lines of text."""
     lost = found.starting_s + found.saving_s
+    peak = " of the bf16 peak" if found.fp8 else ""
     lines = [
         f"{found.tokens:,} tokens in {found.train_steps:,} steps of {found.step_s:.2f} s on "
-        f"{found.ranks} x {found.device} (MFU {found.mfu:.1%}; {found.step_source})",
+        f"{found.ranks} x {found.device} (MFU {found.mfu:.1%}{peak}; {found.step_source})",
         f"Time      {found.hours:,.1f} hours, {found.gpu_hours:,.0f} GPU-hours, in {found.jobs} "
         f"{'job' if found.jobs == 1 else 'jobs'}; {_hours(lost)} of it starting and waiting for "
         f"checkpoints, {_hours(found.validation_s)} validating",

@@ -272,7 +272,8 @@ class Hardware:
     GEMM of fewer tokens, or of a thinner part of a matrix, is less efficient. From two steps measured on
     an H100 (test_against_an_h100.py): one micro-batch takes less time than two of half its size."""
     link_bandwidth: float = 1.0
-    """Times the bandwidth of the published link. Its latency stays. That of experts' all-to-alls, too."""
+    """Times the bandwidth of the published link. Its latency stays. That of other transfers in a node, and
+    of experts' all-to-alls, too."""
     expert_imbalance: float = IMBALANCE
     """The tokens of a layer's fullest expert, over the mean of its experts."""
 
@@ -289,6 +290,10 @@ class Hardware:
     def in_a_node(self) -> Network:
         """Between two GPUs of a node."""
         return self._wider(IN_A_NODE.get(self.link or "", NVLINK))
+
+    def between(self, ranks: int) -> Network:
+        """Between two of so many neighbouring ranks: a node's own links, if one node has all of them."""
+        return self.in_a_node if ranks <= GPUS_PER_NODE else self.network
 
     @property
     def between_nodes(self) -> Network:

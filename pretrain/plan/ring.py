@@ -2,7 +2,6 @@
 
 from megatron_ladder.config import ModelConfig
 from pretrain.config.train import TrainConfig
-from pretrain.plan.links import GPUS_PER_NODE
 from pretrain.plan.planner import BF16, Hardware
 
 
@@ -37,8 +36,7 @@ def ring_seconds(
     part_s = hardware.attention_s(2.0 * tokens * seq_length * model.attention_width / tp) / cp
     if gathers:
         part_s = 0.0
-    # Ranks that are all in one node need no network.
-    link = hardware.in_a_node if tp * cp <= GPUS_PER_NODE else hardware.network
+    link = hardware.between(tp * cp)
     forward_s = max(0.0, link.seconds(sent) - part_s)
     backward_s = max(0.0, link.seconds(2 * sent) - 2.5 * part_s)
     return (cp - 1) * forward_s, (cp - 1) * backward_s

@@ -138,6 +138,7 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware, attended: float | No
     - The bubble is (pp - 1) times a chunk's forward and backward.
     - Transfers between stages are exposed: in 1F1B twice for each micro-batch, in the interleaved schedule
       only while the pipeline fills.
+    - Stages and data-parallel ranks send over the network; where one node has all GPUs, over its own links.
     - Data and context parallelism reduce gradients (fp32) during the last backward, and gather parameters
       (bf16) during the first forward. What takes longer than these is exposed.
     - The all-to-alls of experts are hidden as `experts_pass_seconds` says. Every rank waits for the
@@ -227,12 +228,13 @@ def row(config: TrainConfig, gpus: int, hardware: Hardware, attended: float | No
     bubble_s = (pp - 1) * (stage_s + head_s) / chunks
     sent = state * (2 if STALE.intersection(model.layer_residuals()) else 1) / (tp if sp else 1)
     sends = 0 if pp == 1 else 2 * (micro_batches if chunks == 1 else pp - 1)
-    transfers_s = sends * hardware.network.seconds(sent)
+    network = hardware.between(gpus)
+    transfers_s = sends * network.seconds(sent)
     shared, routed = stage_parameters(config, 0)
     copies = expert_ranks(config, dp) if routed else 1
     parameters = shared * (dp * cp - 1) / (dp * cp) + routed * (copies - 1) / copies
-    gradients_s = hardware.network.seconds(FP32 * parameters)
-    gather_s = hardware.network.seconds(BF16 * parameters)
+    gradients_s = network.seconds(FP32 * parameters)
+    gather_s = network.seconds(BF16 * parameters)
     exposed_dp_s = max(0.0, gradients_s - backward_s) + max(0.0, gather_s - forward_s)
     exposed_s = exposed_tp_s + exposed_cp_s + exposed_ep_s + exposed_dp_s
     step_s = compute_s + exposed_s + bubble_s + transfers_s

@@ -26,6 +26,21 @@ def side_parameters(config: TrainConfig, stage: int, layers: int) -> float:
     return layers * share_of_layers(config) * rung + ends * projection
 
 
+def side_flops(config: TrainConfig, attended: float) -> float:
+    """The side network's own operations for one token of training it.
+
+    Args:
+        attended: as in `flops_per_token`.
+    """
+    model, side = config.model, config.side
+    return flops_per_token(
+        num_layers=len(side.kept_layers(model.num_layers)),
+        attention_width=side.model(model).attention_width,
+        seq_length=attended,
+        matmul_parameters=side.num_parameters(model),
+    )
+
+
 def with_side_network(config: TrainConfig, flops: float, attended: float) -> float:
     """The operations for one token of training a side network.
 
@@ -35,14 +50,5 @@ def with_side_network(config: TrainConfig, flops: float, attended: float) -> flo
         flops: for training the backbone.
         attended: as in `flops_per_token`.
     """
-    model, side = config.model, config.side
-    return (
-        flops / 3
-        + 2 * model.padded_vocab_size * model.hidden_size
-        + flops_per_token(
-            num_layers=len(side.kept_layers(model.num_layers)),
-            attention_width=side.model(model).attention_width,
-            seq_length=attended,
-            matmul_parameters=side.num_parameters(model),
-        )
-    )
+    head = 2 * config.model.padded_vocab_size * config.model.hidden_size
+    return flops / 3 + head + side_flops(config, attended)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from megatron_ladder.config import ParallelConfig, Residual
 from megatron_ladder.errors import UserError
+from megatron_ladder.fp8 import Fp8Config, Fp8Recipe
 from pretrain.config.presets import OF_A_MODEL, PRESETS
 from pretrain.config.train import TrainConfig
 from pretrain.files import write_atomically
@@ -20,6 +21,9 @@ from pretrain.plan.links import network_of
 from pretrain.plan.planner import DEVICES, Hardware
 from pretrain.plan.search import Row, fitting, ranked
 from pretrain.plan.verdict import LEARNED_WORST, verdict
+
+FP8: Fp8Recipe = "tensorwise"
+"""The recipe of --fp8."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class PlanOptions:
     storage_gb_per_s: float = STORAGE_BYTES_PER_S / 1e9
     """At which all ranks together write and read checkpoints."""
     fp8: bool = False
-    """The layers' GEMMs in fp8."""
+    """The layers' GEMMs in FP8 (recipe tensorwise), and what memory that takes."""
     top: int = 3
     """Layouts to print of each residual kind, and of its halves."""
     json: Path | None = None
@@ -76,10 +80,18 @@ def setup(options: PlanOptions) -> tuple[TrainConfig, Hardware]:
     if model.vocab_size is None:
         model = replace(model, vocab_size=32_000)  # assumed: the tokenizer may not exist yet
     batch = options.global_batch_size or config.global_batch_size
-    config = replace(config, model=model, data=data, global_batch_size=batch, precision="bf16")
     device = DEVICES[options.device]
     if options.fp8 and not device.fp8:
         raise UserError(f"--fp8: {options.device} has no fp8 units: leave --fp8 out")
+    config = replace(
+        config,
+        model=model,
+        data=data,
+        global_batch_size=batch,
+        precision="bf16",
+        parallel=ParallelConfig(),  # the preset's is one of many
+        fp8=Fp8Config(FP8 if options.fp8 else None),
+    )
     network = network_of(options.network_gbit_per_s)
     return config, Hardware(device, network, link=options.link, fp8=options.fp8)
 
@@ -92,10 +104,11 @@ def main_plan(options: PlanOptions) -> int:
     link = options.link or "nvswitch up to TP 8, two-nodes beyond"
     experts = has_experts(config.model)
     uneven = f"fullest expert {hardware.expert_imbalance:g}x the mean; " if experts else ""
+    peak = f"FP8 {FP8}, MFU of the bf16 peak; " if options.fp8 else ""
     print(
         f"{options.preset} on {options.gpus} x {options.device}: modelled, not measured.\n"
         f"Assumed: {hardware.gemm_efficiency:.0%} of the GEMM peak, "
-        f"{hardware.attention_efficiency:.0%} in attention; link {link}; {uneven}"
+        f"{hardware.attention_efficiency:.0%} in attention; link {link}; {uneven}{peak}"
         f"{options.network_gbit_per_s:g} Gb/s a GPU between nodes; sequence {config.data.seq_length}, "
         f"global batch {config.global_batch_size}. docs/design/planner.md says what the model leaves out.\n"
     )
@@ -153,12 +166,12 @@ def table(found: dict[str, list[Row]], top: int) -> str:
     lines = [
         f"{'':17}{'TP':>4}{'CP':>4}{'EP':>4}{'PP':>4}{'last':>5}{'VPP':>4}{'DP':>5}{'mbs':>4} "
         f"{'recompute':10}{'step s':>8}{'MFU':>7}{'GB':>6}{'bubble':>8}{'TP exposed':>11}{'EP exposed':>11}"
-        f"{'x best std':>11}{'x same std':>11}"
+        f"{'x best std':>11}{'x same std':>13}"
     ]
     for name, rows in found.items():
         for row in rows[:top]:
             same = standard.get(row.layout)
-            against_same = f"{same.step_s / row.step_s:11.3f}" if same else f"{'does not fit':>11}"
+            against_same = f"{same.step_s / row.step_s:13.3f}" if same else f"{'does not fit':>13}"
             lines.append(
                 f"{name:17}{row.tp:4}{row.cp:4}{row.ep:4}{row.pp:4}{row.last_stage:5}{row.vpp:4}{row.dp:5}"
                 f"{row.micro_batch_size:4} "

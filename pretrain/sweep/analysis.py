@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,21 @@ from pretrain.sweep.fits.rates import Best, RateLaw, Rates, best_rate, perturbed
 from pretrain.sweep.results import Result
 
 _LEAST_FREE = 3  # degrees of freedom from which the spread of seeds says something
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Of a loss, as a share of it: a standard deviation."""
+
+    share: float
+    source: str
+    of_seeds: bool = False
+    """It is that of a single run. Else it is that of the points that the laws are fitted to, which are
+    means over seeds already."""
+
+    def of_mean(self, seeds: int) -> float:
+        """Of a mean over so many seeds."""
+        return self.share / math.sqrt(seeds) if self.of_seeds else self.share
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,8 @@ class Cell:
     held_out: bool
     losses: Rates
     """By rate, the mean over seeds."""
+    seeds: dict[float, int]
+    """By rate, how many the mean is over."""
     best: Best
     rate_between: tuple[float, float] | None
     """The 90 % interval of the best rate; None at an edge, or where the noise is not known."""
@@ -33,6 +50,11 @@ class Cell:
     @property
     def point(self) -> Point:
         return Point(self.parameters, self.tokens, self.best.loss)
+
+    def drawn(self, noise: Noise, random: np.random.Generator) -> float:
+        """The best rate of other runs like these."""
+        noises = {rate: noise.of_mean(seeds) for rate, seeds in self.seeds.items()}
+        return best_rate(perturbed(self.losses, noises, random)).rate
 
 
 @dataclass(frozen=True)
@@ -108,13 +130,13 @@ def analysed(results: list[Result]) -> Analysis:
     not_fitted = {kind: reason for kind, p in points.items() if (reason := too_few(p))}
     enough = {kind: p for kind, p in points.items() if kind not in not_fitted}
     fits = fit_laws(enough) if enough else {}
-    noise, source = _noise(results, fits)
+    noise = _noise(results, fits)
     if noise is not None:
         cells = [_with_interval(cell, noise) for cell in cells]
     return Analysis(
         cells=cells,
-        noise=noise,
-        noise_source=source,
+        noise=noise.share if noise else None,
+        noise_source=noise.source if noise else "",
         fits=fits,
         not_fitted=not_fitted,
         rates=_rate_laws(cells, noise),
@@ -126,20 +148,25 @@ def analysed(results: list[Result]) -> Analysis:
 
 def _cells(results: list[Result]) -> list[Cell]:
     found: dict[tuple[str, int, int, str, bool], dict[float, list[float]]] = {}
+    diverged: dict[tuple[str, int, int, str, bool], set[float]] = {}
     for run in sorted(results, key=lambda run: (run.parameters, run.tokens)):
+        place = (run.kind, run.parameters, run.tokens, run.size, run.held_out)
         if run.loss is not None:
-            place = (run.kind, run.parameters, run.tokens, run.size, run.held_out)
             found.setdefault(place, {}).setdefault(run.rate, []).append(run.loss)
+        elif run.state == "diverged":
+            diverged.setdefault(place, set()).add(run.rate)
     cells = []
-    for (kind, parameters, tokens, size, held_out), by_rate in found.items():
+    for place, by_rate in found.items():
+        kind, parameters, tokens, size, held_out = place
         losses = {rate: statistics.fmean(of_rate) for rate, of_rate in sorted(by_rate.items())}
-        best = best_rate(losses)
-        cells.append(Cell(kind, size, parameters, tokens, held_out, losses, best, None))
+        seeds = {rate: len(by_rate[rate]) for rate in losses}
+        best = best_rate(losses, diverged.get(place, set()) - set(losses))
+        cells.append(Cell(kind, size, parameters, tokens, held_out, losses, seeds, best, None))
     return cells
 
 
-def _noise(results: list[Result], fits: dict[str, Fit]) -> tuple[float | None, str]:
-    """The noise of a run's loss: that of seeds, or else that of the laws' errors."""
+def _noise(results: list[Result], fits: dict[str, Fit]) -> Noise | None:
+    """The noise of losses: that of seeds, or else that of the laws' errors. None: there is neither."""
     by_run: dict[tuple[str, int, int, float], list[float]] = {}
     for run in results:
         if run.loss is not None:
@@ -149,24 +176,21 @@ def _noise(results: list[Result], fits: dict[str, Fit]) -> tuple[float | None, s
     free = sum(len(logs) - 1 for logs in several)
     if free >= _LEAST_FREE:
         squares = sum(statistics.variance(logs) * (len(logs) - 1) for logs in several)
-        return math.sqrt(squares / free), "the spread of seeds"
+        return Noise(math.sqrt(squares / free), "the spread of seeds", of_seeds=True)
     if fits:
-        return next(iter(fits.values())).noise, "the errors of the fits"
-    return None, ""
+        return Noise(next(iter(fits.values())).noise, "the errors of the fits")
+    return None
 
 
-def _with_interval(cell: Cell, noise: float) -> Cell:
+def _with_interval(cell: Cell, noise: Noise) -> Cell:
     if cell.best.edge:
         return cell
     random = np.random.default_rng(0)
-    drawn = [best_rate(perturbed(cell.losses, noise, random)).rate for _ in range(DRAWS)]
-    return Cell(
-        *(cell.kind, cell.size, cell.parameters, cell.tokens, cell.held_out),
-        *(cell.losses, cell.best, interval(drawn)),
-    )
+    drawn = [cell.drawn(noise, random) for _ in range(DRAWS)]
+    return replace(cell, rate_between=interval(drawn))
 
 
-def _rate_laws(cells: list[Cell], noise: float | None) -> dict[str, KindsRates]:
+def _rate_laws(cells: list[Cell], noise: Noise | None) -> dict[str, KindsRates]:
     found = {}
     random = np.random.default_rng(0)
     for kind in dict.fromkeys(cell.kind for cell in cells):
@@ -179,7 +203,7 @@ def _rate_laws(cells: list[Cell], noise: float | None) -> dict[str, KindsRates]:
         if noise is not None:
             exponents = []
             for _ in range(DRAWS):
-                drawn = [best_rate(perturbed(c.losses, noise, random)).rate for c in of_kind]
+                drawn = [cell.drawn(noise, random) for cell in of_kind]
                 if drawn_law := rate_law(sizes, drawn):
                     exponents.append(drawn_law.exponent)
             between = interval(exponents)

@@ -16,6 +16,7 @@ _EDGES = {
     "lowest": "{rate:.3g} or lower",
     "highest": "{rate:.3g} or higher",
     "only": "{rate:.3g}, the only one",
+    "diverged": "{rate:.3g}; {diverged:.3g} diverged",
 }
 
 
@@ -116,7 +117,9 @@ def _place(kind: str, name: str, of: Cell | Prediction) -> Row:
 
 
 def _rate(cell: Cell) -> Row:
-    rate = _EDGES.get(cell.best.edge, "{rate:.3g}").format(rate=cell.best.rate)
+    rate = _EDGES.get(cell.best.edge, "{rate:.3g}").format(
+        rate=cell.best.rate, diverged=cell.best.diverged
+    )
     between = cell.rate_between
     return [
         rate,

@@ -1,14 +1,19 @@
 """The share of a link's time that is hidden, from measured times, and the largest share that can be."""
 
+import math
 import random
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from megatron_ladder.config import ModelConfig
 from pretrain.bench.interleaved import quotients
 from pretrain.bench.kinds_plan import BLOCKING, NO_COMM, Kind
-from pretrain.plan.planner import Submodule, pass_seconds
+from pretrain.config.presets import PRESETS
+from pretrain.plan.links import NVLINK
+from pretrain.plan.links import PRESETS as LINKS
+from pretrain.plan.planner import DEVICES, Hardware, Submodule, pass_seconds, submodules
 
 Times = dict[tuple[str, str], list[tuple[float, ...]]]
 """By line and link: seconds of forward and of backward, of each repetition."""
@@ -128,6 +133,47 @@ def shares(exposed: tuple[float, float], whole: tuple[float, float]) -> Shares:
         "backward": 1 - exposed[1] / whole[1],
         "total": 1 - sum(exposed) / sum(whole),
     }
+
+
+def target_ratio(target: str, link: str) -> float:
+    """An all-reduce over a sub-module's forward, for a preset's layers at TP=8 on H100s, by the
+    planner's model of their compute."""
+    config = PRESETS[target]()
+    tokens = config.micro_batch_size * config.data.seq_length
+    hardware = Hardware(DEVICES["h100"], NVLINK)
+    attention, mlp = submodules(
+        config.model, hardware, tokens=tokens, seq_length=config.data.seq_length, tp=8, sp=False
+    )
+    message = 2 * tokens * config.model.hidden_size  # bf16
+    seconds = LINKS[link].all_reduce_seconds(message)
+    return seconds / ((attention.forward_s + mlp.forward_s) / 2)
+
+
+def weight_gradient_shares(
+    model: ModelConfig, *, tokens: int, seq_length: int, tp: int, fp8: bool, on_gpu: bool
+) -> tuple[float, float]:
+    """The shares of attention's and MLP's backward that their first linear's weight gradient takes, by the
+    planner's times of the parts of a sub-module.
+
+    Args:
+        tokens: of the micro-batch.
+        on_gpu: with an H100's times. Else by numbers of operations alone: a CPU has few for each byte.
+    """
+    hardware = Hardware(DEVICES["h100"], NVLINK, fp8=fp8)
+    if not on_gpu:
+        hardware = replace(
+            hardware,
+            device=replace(hardware.device, hbm_bytes_per_s=math.inf),
+            attention_efficiency=hardware.gemm_efficiency,
+            kernel_s=0.0,
+        )
+    attention, mlp = submodules(
+        model, hardware, tokens=tokens, seq_length=seq_length, tp=tp, sp=False
+    )
+    return (
+        attention.weight_gradient_s / attention.backward_s,
+        mlp.weight_gradient_s / mlp.backward_s,
+    )
 
 
 def scaled(

@@ -1,7 +1,7 @@
 """The best learning rate of a model, from runs at several rates."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,19 +18,30 @@ class Best:
     loss: float
     edge: str = ""
     """lowest, highest: the best rate tried has no rate tried beyond it, so the best may lie there. only:
-    there was one rate."""
+    there was one rate. diverged: the next rate beyond it diverged."""
+    diverged: float | None = None
+    """That rate."""
 
 
-def best_rate(losses: Rates) -> Best:
+def best_rate(losses: Rates, diverged: Collection[float] = ()) -> Best:
     """The vertex of the parabola in log rate through the best rate and its two neighbours.
 
     At the edge of the rates tried there is no such parabola: then it is the best rate tried.
+
+    Args:
+        diverged: rates at which no run has a loss, because training diverged.
     """
     rates = sorted(losses)
     place = min(range(len(rates)), key=lambda i: losses[rates[i]])
     edge = {0: "lowest", len(rates) - 1: "highest"}.get(place, "")
+    beyond = min((rate for rate in diverged if rate > rates[place]), default=None)
     if edge:
-        return Best(rates[place], losses[rates[place]], "only" if len(rates) == 1 else edge)
+        best = rates[place], losses[rates[place]]
+        if len(rates) == 1:
+            return Best(*best, "only" if beyond is None else "lowest")
+        if edge == "highest" and beyond is not None:
+            return Best(*best, "diverged", beyond)
+        return Best(*best, edge)
     three = rates[place - 1 : place + 2]
     x = np.log(three) - math.log(rates[place])
     curve = np.polyfit(x, [losses[rate] for rate in three], 2)
@@ -40,10 +51,17 @@ def best_rate(losses: Rates) -> Best:
     return Best(rates[place] * math.exp(vertex), float(np.polyval(curve, vertex)))
 
 
-def perturbed(losses: Rates, noise: float, random: np.random.Generator) -> Rates:
-    """The losses of other runs like these, whose logarithms differ by `noise` (a standard deviation)."""
-    factors = np.exp(noise * random.standard_normal(len(losses)))
-    return {rate: loss * f for (rate, loss), f in zip(losses.items(), factors, strict=True)}
+def perturbed(losses: Rates, noises: Rates, random: np.random.Generator) -> Rates:
+    """The losses of other runs like these.
+
+    Args:
+        noises: by rate, by how much logarithms of losses differ (a standard deviation).
+    """
+    drawn = random.standard_normal(len(losses))
+    return {
+        rate: loss * math.exp(noises[rate] * x)
+        for (rate, loss), x in zip(losses.items(), drawn, strict=True)
+    }
 
 
 @dataclass(frozen=True)

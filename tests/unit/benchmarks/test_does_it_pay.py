@@ -10,7 +10,10 @@ from pretrain.config.presets import PRESETS
 GUIDE = (Path(__file__).parents[3] / "docs" / "guides" / "does-it-pay.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["70B on 1,024 GPUs", does_it_pay.TWO_NODES, "1B on one node"])
+@pytest.mark.parametrize(
+    "name",
+    ["8B on one node with NVLink", "70B on 1,024 GPUs", does_it_pay.TWO_NODES, "1B on one node"],
+)
 def test_the_guide_has_the_answers(name: str) -> None:
     for paragraph in does_it_pay.answer(name):
         assert does_it_pay._quoted(paragraph) in GUIDE

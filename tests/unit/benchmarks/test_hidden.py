@@ -3,6 +3,7 @@
 import pytest
 
 from measuring.overlap import hidden, kinds
+from megatron_ladder.config import ModelConfig
 from pretrain.bench.kinds_plan import BLOCKING, KINDS
 from pretrain.plan.planner import Submodule
 
@@ -39,6 +40,27 @@ def test_a_slow_link_cannot_hide_behind_what_is_shorter() -> None:
     short = Submodule(1.0, 2.0, 0.5)
     slow = hidden.most_by_planner(KINDS["ladder"], 4, False, (short, short), 2.0)
     assert slow["forward"] == pytest.approx(7 / 8 / 2)
+
+
+def test_the_weight_gradients_share_of_backward() -> None:
+    """Operations for a token: of q, k, v h (w + 2 kv), of the projection w h, of core attention s w, which
+    backward has 2.5 times; GEMMs have them twice in backward."""
+    sizes = {"tokens": 16384, "seq_length": 8192, "tp": 8, "fp8": False}
+    of_70b = ModelConfig(8, 8192, 28672, 64, num_query_groups=8)
+    h, kv, s = 8192, 1024, 8192
+    by_hand = h * (h + 2 * kv) / (2 * h * (2 * h + 2 * kv) + 2.5 * s * h)
+    on_cpu = hidden.weight_gradient_shares(of_70b, on_gpu=False, **sizes)
+    assert on_cpu == pytest.approx((by_hand, 1 / 3))
+    # On a GPU attention is less efficient than GEMMs, and norms, kernels and the rest take time.
+    on_gpu = hidden.weight_gradient_shares(of_70b, on_gpu=True, **sizes)
+    assert 0.6 * on_cpu[0] < on_gpu[0] < on_cpu[0] and 0.8 / 3 < on_gpu[1] < 1 / 3
+    # FP8 makes the GEMMs shorter, and not core attention.
+    in_fp8 = hidden.weight_gradient_shares(of_70b, on_gpu=True, **{**sizes, "fp8": True})
+    assert in_fp8[0] < 0.8 * on_gpu[0]
+    # Short sequences, and as many keys as queries: half of three quarters, as there is no core attention.
+    plain = ModelConfig(8, 768, 1536, 8)
+    short = hidden.weight_gradient_shares(plain, on_gpu=False, **{**sizes, "seq_length": 1})
+    assert short == pytest.approx((3 / 8, 1 / 3), rel=1e-3)
 
 
 def test_an_odd_micro_batch_leaves_halves_out_in_words() -> None:

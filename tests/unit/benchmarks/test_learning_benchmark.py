@@ -205,7 +205,7 @@ def test_what_cannot_be_done_is_refused_before_training(
 
 
 def test_tokens_are_what_fits_into_the_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[tuple[str, ...]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, trained: list[tuple[str, ...]]
 ) -> None:
     """A trial says 100 tokens a second; its 2,000 tokens took 20 s, by a clock that stands still."""
     data = ["--data", str(write_data_set(tmp_path / "data"))]
@@ -225,6 +225,13 @@ def test_tokens_are_what_fits_into_the_seconds(
     trained.clear()
     assert learning.main() == 0
     assert {tokens for _, _, tokens, *_ in trained} == {"142500"}
+    assert "NOT ALL" not in capsys.readouterr().out
+    # The fewest tokens of a run are a trial's: 20 s each, of 4 runs, where there are 60 s.
+    out[-1] = str(tmp_path / "other")
+    budget[1] = "60"
+    monkeypatch.setattr(sys, "argv", ["learning.py", *data, *out, *budget, "--seeds", "1"])
+    assert learning.main() == 0
+    assert "NOT ALL RUNS WILL END IN TIME: that takes 80 s." in capsys.readouterr().out
 
 
 def test_a_hybrid_is_ladder_in_its_last_half(tmp_path: Path, monkeypatch) -> None:

@@ -1,11 +1,14 @@
 """The estimate of a run, against numbers worked out by hand for the paper's 1B."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megatron_ladder.config import ParallelConfig
 from megatron_ladder.errors import UserError
+from megatron_ladder.fp8 import Fp8Config
+from megatron_ladder.side.config import SideConfig
 from pretrain.commands.bench import bench
 from pretrain.config.presets import PRESETS
 from pretrain.plan.estimate import Estimate, estimate, format_estimate, hardware_of
@@ -119,6 +122,34 @@ def test_the_planner_gives_step_and_memory() -> None:
     # The MFU that it finds gives its time again.
     again = estimate(CONFIG, ranks=64, hardware=H100, mfu=found.mfu)
     assert again.step_s == pytest.approx(found.step_s)
+
+
+def test_fp8_makes_the_steps_gemms_faster() -> None:
+    fp8 = replace(CONFIG, fp8=Fp8Config("tensorwise"))
+    found, bf16 = (estimate(c, ranks=64, hardware=H100) for c in (fp8, CONFIG))
+    planned = row(fp8, 64, replace(H100, fp8=True))
+    assert (found.step_s, found.mfu) == (planned.step_s, planned.mfu)
+    assert found.step_s < 0.8 * bf16.step_s
+    assert f"MFU {found.mfu:.1%} of the bf16 peak; the planner" in format_estimate(found)
+    assert "bf16 peak" not in format_estimate(bf16)
+    with pytest.raises(UserError, match=r"fp8\.recipe tensorwise: A100 has no fp8 units"):
+        estimate(fp8, ranks=64, hardware=hardware_of("a100"))
+
+
+def test_side_tuning_takes_a_forward_of_the_backbone_and_a_training_of_the_side_network() -> None:
+    side = replace(CONFIG, side=SideConfig(8, start="random"), init_from=Path("backbone"))
+    found, whole = estimate(side, ranks=64, hardware=H100, mfu=0.4), paper_1b()
+    small = side.side.num_parameters(CONFIG.model)
+    of_side = 6 * small + 12 * 40 * 1536 / 8 * 2048
+    head = 2 * 49_152 * 1536
+    by_hand = FLOPS_PER_TOKEN / 3 + head + of_side
+    assert found.step_s == pytest.approx(STEP_S * by_hand / FLOPS_PER_TOKEN)
+    assert found.step_s < 0.5 * whole.step_s
+    # A forward of both: nearly as long as for the backbone alone.
+    forward = (FLOPS_PER_TOKEN + of_side) / FLOPS_PER_TOKEN
+    assert found.validation_s == pytest.approx(whole.validation_s * forward)
+    with pytest.raises(UserError, match=r"does not model side-tuning .*8\): give an MFU"):
+        estimate(side, ranks=64, hardware=H100)
 
 
 def test_units_are_named_and_what_does_not_fit_is_said() -> None:

@@ -262,6 +262,32 @@ def test_a_shorter_last_stage_makes_up_for_the_head(hardware) -> None:
     assert found.compute_s / micro_batches == pytest.approx(17 * layer_s)
 
 
+def test_one_node_needs_no_network(hardware) -> None:
+    """Stages and data-parallel ranks of 8 GPUs send over NVLink or PCIe, those of 16 over their NICs."""
+    config = TRAIN_PRESETS["llama-3-8b"]()
+    network = Network(latency_s=0.0, bytes_per_s=1e9)
+    # Compute takes no time, and hides nothing.
+    quick = {"gemm_efficiency": 1e9, "attention_efficiency": 1e9, "kernel_s": 0.0}
+    device = replace(hardware.device, hbm_bytes_per_s=1e24)
+    slow = replace(hardware, device=device, network=network, **quick)
+    pcie = replace(slow, link="p2p-off")
+    parallel = ParallelConfig(pipeline_model_parallel_size=2)
+    one_stage, two_stages = (
+        replace(config, parallel=ParallelConfig()),
+        replace(config, parallel=parallel),
+    )
+    state = 2 * config.micro_batch_size * config.data.seq_length * 4096
+    weights = config.model.num_parameters()
+    for gpus, given, link in ((8, slow, NVLINK), (8, pcie, pcie.in_a_node), (16, slow, network)):
+        micro_batches = config.global_batch_size // config.micro_batch_size // (gpus // 2)
+        sent_s = 2 * micro_batches * link.seconds(2 * state)  # a ladder's two states
+        assert row(two_stages, gpus, given).transfers_s == pytest.approx(sent_s)
+        found = row(one_stage, gpus, given).exposed_dp_s
+        sums_s = link.seconds(4 * weights * (gpus - 1) / gpus)
+        gathers_s = link.seconds(2 * weights * (gpus - 1) / gpus)
+        assert found == pytest.approx(sums_s + gathers_s, rel=1e-3)
+
+
 def test_the_slowest_stage_of_a_hybrid_counts(hardware) -> None:
     """Four ladder layers of eight, in two stages: the standard ones' stage waits more."""
     config = TRAIN_PRESETS["llama-3-8b"]()

@@ -119,7 +119,7 @@ def test_a_best_rate_at_the_edge_is_said_to_be_there() -> None:
 
 def test_noise_is_a_share_of_the_loss() -> None:
     random = np.random.default_rng(0)
-    drawn = [perturbed({1.0: 4.0}, 0.01, random)[1.0] for _ in range(2000)]
+    drawn = [perturbed({1.0: 4.0}, {1.0: 0.01}, random)[1.0] for _ in range(2000)]
     assert np.std(np.log(drawn)) == pytest.approx(0.01, rel=0.1)
     assert np.mean(drawn) == pytest.approx(4.0, rel=1e-3)
     low, high = interval(drawn)
