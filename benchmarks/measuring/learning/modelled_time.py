@@ -6,12 +6,14 @@ from typing import Any
 from measuring.learning.kinds import KINDS, model_fields
 from megatron_ladder.errors import UserError
 from pretrain.config.presets import PRESETS
-from pretrain.plan.links import NVLINK
 from pretrain.plan.links import PRESETS as LINKS
+from pretrain.plan.links import network_of
 from pretrain.plan.planner import DEVICES, Hardware
 from pretrain.plan.search import Row, search
 
 TP = 8
+GBIT_PER_S = 400.0
+"""A GPU's network to other nodes."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def modelled(target: str, device: str) -> Target:
             rows = search(
                 replace(config, model=replace(model, **fields)),
                 gpus,
-                Hardware(DEVICES[device], NVLINK, link=link or None),
+                Hardware(DEVICES[device], network_of(GBIT_PER_S), link=link or None),
             )[fields["residual"]]
         except UserError as error:
             raise UserError(f"--target {preset} on {gpus} x {device}: {error}") from error
