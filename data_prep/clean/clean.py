@@ -65,9 +65,10 @@ class Clean:
     text_documents: TextDocuments = "file"
     """What a document is in a plain text file."""
     include: tuple[str, ...] = ()
-    """File name patterns to take from folders, such as "*.py"; read as plain text."""
+    """File name patterns to take from folders and patterns, such as "*.py"; read as plain text unless their
+    ending says otherwise."""
     exclude: tuple[str, ...] = ()
-    """Patterns of paths to leave out of folders."""
+    """Patterns of paths to leave out of folders and patterns."""
     max_bad_lines: int = 100
     """More lines that cannot be used than this stop the work."""
     max_document_bytes: int = 16 << 20

@@ -73,9 +73,10 @@ class Tokenize:
     """With --answer-field, in place of --text-field: a file with the prompt, in which {source} stands for
     the field source, and so on."""
     include: tuple[str, ...] = ()
-    """File name patterns to take from folders, such as "*.py"; read as plain text."""
+    """File name patterns to take from folders and patterns, such as "*.py"; read as plain text unless their
+    ending says otherwise."""
     exclude: tuple[str, ...] = ()
-    """Patterns of paths to leave out of folders."""
+    """Patterns of paths to leave out of folders and patterns."""
     min_tokens: int | None = None
     """Documents of fewer tokens, the one that ends them included, are left out; None: none is. For
     training on long sequences."""
