@@ -32,7 +32,7 @@ from data_prep.parts.plan import Part, plan_parts
 from data_prep.parts.pool import Start, about, usable_cores, work_through
 from data_prep.parts.workplace import Workplace, check_outside
 from data_prep.progress import Progress
-from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
+from data_prep.read.reading import BadLines, InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import DROPPED, REPORT, Source, find_sources
 from data_prep.version import VERSION
 
@@ -122,17 +122,24 @@ def clean(options: Clean) -> str:
 
 def _judge(options: Clean, job: Job, parts: list[Part]) -> list[dict[str, Any]]:
     """The first pass, for the parts that are not done yet. Returns the facts of all parts."""
-    left = [part for part in parts if not job.file(part, "json").is_file()]
+    bad, left = BadLines(options.max_bad_lines), []
+    for part in parts:
+        if job.file(part, "json").is_file():
+            bad.add_part(orjson.loads(job.file(part, "json").read_bytes())["bad"])
+        else:
+            left.append(part)
     if left:
-        _work(options, functools.partial(start_judging, job), left, "judging")
+        _work(options, functools.partial(start_judging, job), left, "judging", bad)
     return [orjson.loads(job.file(part, "json").read_bytes()) for part in parts]
 
 
-def _work(options: Clean, start: Start, parts: list[Part], what: str) -> list[dict[str, Any]]:
+def _work(
+    options: Clean, start: Start, parts: list[Part], what: str, bad: BadLines
+) -> list[dict[str, Any]]:
     progress = Progress(sum(part.bytes for part in parts), what)
     workers = options.workers or usable_cores()
     try:
-        done, failed = work_through(start, parts, workers, options.max_bad_lines, progress)
+        done, failed = work_through(start, parts, workers, bad, progress)
     finally:
         progress.close()
     if failed:
@@ -208,7 +215,7 @@ def _write(
             np.save(file, decisions[begin:end])
         begin = end
     start = functools.partial(start_writing, job, str(data))
-    written = _work(options, start, parts, "writing")
+    written = _work(options, start, parts, "writing", BadLines(options.max_bad_lines))
     for path in data.iterdir():
         if not path.stat().st_size:
             path.unlink()  # nothing of the part is left

@@ -1,7 +1,7 @@
 """How documents are read; and the lines that cannot be used."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from data_prep.errors import UserError
 from data_prep.read.chat import Chat
@@ -66,6 +66,12 @@ class BadLines:
         self.count += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(f"{where}: {why:.500}")  # `why` may quote a document
+        self.check()
+
+    def add_part(self, facts: dict[str, Any]) -> None:
+        """Adds what was counted of a part: its `count` and `examples`. Raises UserError as `add` does."""
+        self.count += facts["count"]
+        self.examples = (self.examples + facts["examples"])[:EXAMPLES]
         self.check()
 
     def check(self) -> None:
