@@ -267,7 +267,7 @@ def _is_done(output_dir: Path, facts: dict[str, Any], made_of: list[Any]) -> boo
     if not output_dir.is_dir() or not any(output_dir.iterdir()):
         return False
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        report = json.loads((output_dir / REPORT).read_text())
+        report = json.loads((output_dir / REPORT).read_text(encoding="utf-8"))
         options = report["options"] | {"version": OUTPUT_VERSION}  # an older one is done too
         if options == facts and report["sources"] == made_of:
             return True

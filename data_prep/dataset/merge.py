@@ -95,7 +95,7 @@ def _results(
     for part in parts:
         key = part.key(plan["fingerprint"])
         try:
-            result = json.loads((place.parts / f"{key}.json").read_text())
+            result = json.loads((place.parts / f"{key}.json").read_text(encoding="utf-8"))
             whole = all(
                 (place.parts / f"{key}.{split}.{ending}").stat().st_size == size
                 for split, facts in result["splits"].items()

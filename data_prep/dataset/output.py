@@ -18,7 +18,7 @@ def is_done(output_dir: Path, wanted: dict[str, Any], sources: list[Source]) -> 
         return False
     changed = ""
     try:
-        manifest = json.loads((output_dir / "manifest.json").read_text())
+        manifest = json.loads((output_dir / "manifest.json").read_text(encoding="utf-8"))
         same = all(manifest[key] == wanted[key] for key in ("tokenizer", "dtype", "options"))
         whole = all(
             (output_dir / f"{name}.{ending}").stat().st_size == split[f"{ending}_bytes"]

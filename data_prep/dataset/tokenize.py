@@ -286,7 +286,7 @@ def _day_of(place: Workplace) -> str | None:
     """The day that this data set's chat template had when the work began, which may be done on another."""
     for path in (place.output_dir / "manifest.json", place.folder / "plan.json"):
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             return json.loads(found.get("manifest", found)["options"]["chat"]["template"])[2]
         except (OSError, ValueError, LookupError, TypeError):
             continue

@@ -82,7 +82,7 @@ class Workplace:
 
     def read_plan(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / "plan.json").read_text())
+            return json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
                 f"{self.output_dir}: nothing to merge, {self.folder} holds no plan.json: run "

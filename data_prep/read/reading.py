@@ -12,6 +12,11 @@ EXAMPLES = 5
 NOT_UTF8 = "not UTF-8:"
 
 
+def printable(name: str) -> str:
+    """A file's name that UTF-8 can write: bytes in it that are not UTF-8 become \\udce9 and the like."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass(frozen=True)
 class Reading:
     """How documents are read out of files."""
@@ -65,7 +70,7 @@ class BadLines:
         """Raises UserError when there are more than `limit`."""
         self.count += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(f"{where}: {why:.500}")  # `why` may quote a document
+            self.examples.append(printable(f"{where}: {why:.500}"))  # `why` may quote a document
         self.check()
 
     def add_part(self, facts: dict[str, Any]) -> None:

@@ -296,7 +296,7 @@ def _saved_dataset(state: Path) -> list[str]:
     what = "the state.json of a saved dataset"
     files = read_json(state, what).get("_data_files")
     files = files if isinstance(files, list) else [None]
-    names = [one.get("filename") if isinstance(one, dict) else None for one in files]
+    names: list[Any] = [one.get("filename") if isinstance(one, dict) else None for one in files]
     if not all(isinstance(name, str) for name in names):
         raise UserError(
             f"{state} is not {what}: _data_files must be a list of files, each with a filename"
