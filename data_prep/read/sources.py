@@ -112,30 +112,46 @@ def find_sources(
             "no input: give files or folders (before --include, which takes all words after it)"
         )
     patterns = Patterns(include, exclude, LeftOut() if left_out is None else left_out)
-    found = [
-        source
+    by_input = [
+        list((_remote if is_remote(given) else _local)(given, patterns))
         for given in map(str, inputs)
-        for source in (_remote if is_remote(given) else _local)(given, patterns)
     ]
     if (include or exclude) and not patterns.searched:
         raise UserError(
             "--include and --exclude choose among the files of folders and of patterns, and no input here "
             "is one: leave the option out, or give a folder, or a pattern in quotes"
         )
-    seen: dict[str, str] = {}
-    for source in found:
-        place = source.path if source.remote else os.path.realpath(source.path)
-        if place in seen:
-            other = "" if seen[place] == source.path else f", as {seen[place]} too"
-            raise UserError(
-                f"input {source.path} is given twice{other}: its documents would count double"
-            )
-        seen[place] = source.path
+    found = _each_once(by_input, patterns.left_out)
     # An empty file on the web is found when it is read.
     if found and not any(source.bytes or _on_web(source.path) for source in found):
         if len(found) == 1:
             raise UserError(f"the input file {found[0].path} is empty")
         raise UserError(f"all {len(found)} input files are empty, {found[0].path} among them")
+    return found
+
+
+def _each_once(by_input: list[list[Source]], left_out: LeftOut) -> list[Source]:
+    """The files of all inputs. Where a folder or a pattern has a file and a link to it, one of them.
+
+    Raises:
+        UserError: a file is given twice.
+    """
+    found: list[Source] = []
+    seen: dict[str, tuple[int, str]] = {}
+    for number, sources in enumerate(by_input):
+        for source in sources:
+            place = source.path if source.remote else os.path.realpath(source.path)
+            other, path = seen.get(place, (number, None))
+            if path is None:
+                seen[place] = (number, source.path)
+                found.append(source)
+            elif other == number and path != source.path:
+                left_out.add("links to files that are read", 0)
+            else:
+                as_other = "" if path == source.path else f", as {path} too"
+                raise UserError(
+                    f"input {source.path} is given twice{as_other}: its documents would count double"
+                )
     return found
 
 

@@ -74,8 +74,12 @@ def test_a_file_under_two_names(folder: Path, monkeypatch) -> None:
             named(file, other)
     (folder / "newest.jsonl").symlink_to("b.jsonl")
     with pytest.raises(UserError, match=r"newest\.jsonl is given twice, as .*/b\.jsonl too"):
-        named(folder)
-    assert named(folder, exclude=("*/newest.jsonl",)) == ["a.jsonl", "b.jsonl", "d.jsonl"]
+        named(folder / "b.jsonl", folder / "newest.jsonl")
+    # A folder, or a pattern, may have links: nobody gave the file twice.
+    for given in (folder, f"{folder}/**/*.jsonl"):
+        left_out = LeftOut()
+        assert named(given, left_out=left_out) == ["a.jsonl", "b.jsonl", "d.jsonl"]  # type: ignore[arg-type]
+        assert left_out.counts["links to files that are read"] == [1, 0]
     (folder / "newest.jsonl").unlink()
     (folder / "newest.jsonl").symlink_to("../elsewhere.jsonl")
     (folder.parent / "elsewhere.jsonl").write_text('{"text": "x"}\n')
