@@ -1,8 +1,10 @@
-"""What a command does when nobody reads its output any more, as after `| head`: it ends, silently.
+"""What a command does with its output. When nobody reads it any more (`| head`), it ends, silently.
+What the terminal's encoding lacks, such as bytes of file names that are not UTF-8, is escaped.
 
 All commands use it. It is in data_prep because `python -m data_prep` imports no other package.
 """
 
+import io
 import os
 import select
 import signal
@@ -17,6 +19,9 @@ off. Python ignores the signal, and must: a server lives on when a client has go
 
 def run(command: Callable[[], int]) -> int:
     """The exit status of a command; BROKEN_PIPE where stdout or stderr has lost its reader."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             status = command()

@@ -1,13 +1,22 @@
 """Writes files that are whole or not there, and makes sure that they are on disk."""
 
 import os
+import secrets
 from pathlib import Path
+
+# Machines that share a folder may have processes of the same number, and containers the same name.
+_OWN = secrets.token_hex(6)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path`, for this process alone."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}-{_OWN}")
 
 
 def write_durably(path: Path, text: str) -> None:
     """Writes a small file in one rename, safe from a loss of power."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text)
+    temporary = temporary_name(path)
+    temporary.write_text(text, encoding="utf-8")
     sync_file(temporary)
     temporary.replace(path)
     sync_folder(path.parent)

@@ -39,10 +39,11 @@ class Progress:
             self._logged = now
             rate = self._done / seconds
             left = max(0, self._total - self._done) / max(rate, 1e-9)
-            per_s = f"{tokens / seconds / 1e6:.2f}M tokens/s, " if tokens else ""
+            to_go = f", {left:.0f} s left" if self._done else ""
+            per_s = f", {tokens / seconds / 1e6:.2f}M tokens/s" if tokens else ""
             print(
                 f"{self._what}: {100 * self._done / self._total:.0f} % of {self._total / 1e6:.0f} MB, "
-                f"{rate / 1e6:.1f} MB/s, {per_s}{left:.0f} s left",
+                f"{rate / 1e6:.1f} MB/s{per_s}{to_go}",
                 file=sys.stderr,
                 flush=True,
             )

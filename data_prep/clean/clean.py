@@ -32,7 +32,7 @@ from data_prep.parts.plan import Part, plan_parts
 from data_prep.parts.pool import Start, about, usable_cores, work_through
 from data_prep.parts.workplace import Workplace, check_outside
 from data_prep.progress import Progress
-from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
+from data_prep.read.reading import BadLines, InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import DROPPED, REPORT, Source, find_sources
 from data_prep.version import VERSION
 
@@ -65,9 +65,10 @@ class Clean:
     text_documents: TextDocuments = "file"
     """What a document is in a plain text file."""
     include: tuple[str, ...] = ()
-    """File name patterns to take from folders, such as "*.py"; read as plain text."""
+    """File name patterns to take from folders and patterns, such as "*.py"; read as plain text unless their
+    ending says otherwise."""
     exclude: tuple[str, ...] = ()
-    """Patterns of paths to leave out of folders."""
+    """Patterns of paths to leave out of folders and patterns."""
     max_bad_lines: int = 100
     """More lines that cannot be used than this stop the work."""
     max_document_bytes: int = 16 << 20
@@ -121,17 +122,24 @@ def clean(options: Clean) -> str:
 
 def _judge(options: Clean, job: Job, parts: list[Part]) -> list[dict[str, Any]]:
     """The first pass, for the parts that are not done yet. Returns the facts of all parts."""
-    left = [part for part in parts if not job.file(part, "json").is_file()]
+    bad, left = BadLines(options.max_bad_lines), []
+    for part in parts:
+        if job.file(part, "json").is_file():
+            bad.add_part(orjson.loads(job.file(part, "json").read_bytes())["bad"])
+        else:
+            left.append(part)
     if left:
-        _work(options, functools.partial(start_judging, job), left, "judging")
+        _work(options, functools.partial(start_judging, job), left, "judging", bad)
     return [orjson.loads(job.file(part, "json").read_bytes()) for part in parts]
 
 
-def _work(options: Clean, start: Start, parts: list[Part], what: str) -> list[dict[str, Any]]:
+def _work(
+    options: Clean, start: Start, parts: list[Part], what: str, bad: BadLines
+) -> list[dict[str, Any]]:
     progress = Progress(sum(part.bytes for part in parts), what)
     workers = options.workers or usable_cores()
     try:
-        done, failed = work_through(start, parts, workers, options.max_bad_lines, progress)
+        done, failed = work_through(start, parts, workers, bad, progress)
     finally:
         progress.close()
     if failed:
@@ -207,7 +215,7 @@ def _write(
             np.save(file, decisions[begin:end])
         begin = end
     start = functools.partial(start_writing, job, str(data))
-    written = _work(options, start, parts, "writing")
+    written = _work(options, start, parts, "writing", BadLines(options.max_bad_lines))
     for path in data.iterdir():
         if not path.stat().st_size:
             path.unlink()  # nothing of the part is left
@@ -259,7 +267,7 @@ def _is_done(output_dir: Path, facts: dict[str, Any], made_of: list[Any]) -> boo
     if not output_dir.is_dir() or not any(output_dir.iterdir()):
         return False
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        report = json.loads((output_dir / REPORT).read_text())
+        report = json.loads((output_dir / REPORT).read_text(encoding="utf-8"))
         options = report["options"] | {"version": OUTPUT_VERSION}  # an older one is done too
         if options == facts and report["sources"] == made_of:
             return True

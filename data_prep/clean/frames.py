@@ -1,7 +1,6 @@
 """Files of JSON lines in zstd frames, which `data tokenize` can cut between frames."""
 
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import orjson
 import zstandard
 
-from data_prep.files import sync_file, sync_folder
+from data_prep.files import sync_file, sync_folder, temporary_name
 
 FRAME_BYTES = 32 << 20
 
@@ -19,7 +18,7 @@ class Frames:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        self._temporary = temporary_name(path)
         self._file = self._temporary.open("wb")
         self._begin()
 

@@ -15,7 +15,7 @@ from data_prep.files import sync_file, write_durably
 from data_prep.parts.plan import Part
 from data_prep.parts.pool import Tally, Work
 from data_prep.read.documents import read_segment
-from data_prep.read.reading import BadLines, Reading
+from data_prep.read.reading import BadLines, Reading, printable
 from data_prep.read.records import Named
 from data_prep.read.sources import Segment
 
@@ -108,7 +108,11 @@ def _judge_part(job: Job, judge: Any, part: Part, tally: Tally) -> dict[str, Any
                     out.write(record)
                     kept += 1
                 sources.append(
-                    {"path": segment.source.path, "begin": segment.begin, "kept_up_to": kept}
+                    {
+                        "path": printable(segment.source.path),
+                        "begin": segment.begin,
+                        "kept_up_to": kept,
+                    }
                 )
     finally:
         for file in files.values():
@@ -138,7 +142,7 @@ def where(segment: Segment, ordinal: int) -> str:
 
 
 def place_name(path: str, begin: int, ordinal: int) -> str:
-    return f"{path}#{ordinal}" + (f" from {begin:,}" if begin else "")
+    return f"{printable(path)}#{ordinal}" + (f" from {begin:,}" if begin else "")
 
 
 def sample(why: str, text: str, source: str) -> dict[str, Any]:

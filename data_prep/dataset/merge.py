@@ -16,6 +16,7 @@ from data_prep.files import sync_file, sync_folder, write_durably
 from data_prep.left_out import summary as left_out_summary
 from data_prep.parts.plan import Part, check_tiling, from_json
 from data_prep.parts.workplace import Workplace
+from data_prep.read.reading import BadLines
 from data_prep.read.sources import Source
 
 
@@ -48,6 +49,10 @@ def join(place: Workplace, plan: dict[str, Any]) -> str:
     check_tiling(parts)
     results = _results(place, plan, parts)
     _check_counts(results)
+    if "max_bad_lines" in plan:  # an older version's plan has none
+        bad = BadLines(plan["max_bad_lines"])
+        for _, result in results:
+            bad.add_part(result["bad"])  # of all ranks, each of which had fewer
     try:
         chosen = _choose_splits(results, plan)
     except UserError:
@@ -90,7 +95,7 @@ def _results(
     for part in parts:
         key = part.key(plan["fingerprint"])
         try:
-            result = json.loads((place.parts / f"{key}.json").read_text())
+            result = json.loads((place.parts / f"{key}.json").read_text(encoding="utf-8"))
             whole = all(
                 (place.parts / f"{key}.{split}.{ending}").stat().st_size == size
                 for split, facts in result["splits"].items()

@@ -18,12 +18,13 @@ def is_done(output_dir: Path, wanted: dict[str, Any], sources: list[Source]) -> 
         return False
     changed = ""
     try:
-        manifest = json.loads((output_dir / "manifest.json").read_text())
+        manifest = json.loads((output_dir / "manifest.json").read_text(encoding="utf-8"))
         same = all(manifest[key] == wanted[key] for key in ("tokenizer", "dtype", "options"))
         whole = all(
             (output_dir / f"{name}.{ending}").stat().st_size == split[f"{ending}_bytes"]
             for name, split in manifest["splits"].items()
-            for ending in ("bin", "idx")
+            for ending in ("bin", "idx", "mask")
+            if ending != "mask" or "mask_bytes" in split
         )
         made_of = [(s["path"], s["bytes"], s["version"]) for s in manifest["sources"]]
         now = [(s.path, s.bytes, s.version) for s in sources]
@@ -40,11 +41,15 @@ def is_done(output_dir: Path, wanted: dict[str, Any], sources: list[Source]) -> 
     )
 
 
-def check_space(output_dir: Path, sources: list[Source], dtype: str) -> None:
-    """Refuses a disk that is too full for the tokens: about 3.5 bytes of text make a token."""
+def check_space(output_dir: Path, sources: list[Source], dtype: str, there: int) -> None:
+    """Refuses a disk that is too full for the tokens: about 3.5 bytes of text make a token.
+
+    Args:
+        there: bytes of the parts that were done before, or by other ranks.
+    """
     text = sum(source.bytes * (4 if source.compression else 1) for source in sources)
     # Twice, as the parts stay until they are joined.
-    needed = 2 * text / 3.5 * (2 if dtype == "uint16" else 4)
+    needed = 2 * text / 3.5 * (2 if dtype == "uint16" else 4) - there
     parent = output_dir.absolute().parent
     while not parent.exists():
         parent = parent.parent

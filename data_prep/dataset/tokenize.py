@@ -26,7 +26,7 @@ from data_prep.parts.pool import about, usable_cores, work_through
 from data_prep.parts.workplace import Workplace, check_outside
 from data_prep.progress import Progress
 from data_prep.read.chat import Chat, prompt_fields
-from data_prep.read.reading import InvalidUtf8, Reading, TextDocuments
+from data_prep.read.reading import BadLines, InvalidUtf8, Reading, TextDocuments
 from data_prep.read.sources import find_sources
 from data_prep.version import VERSION
 
@@ -73,9 +73,10 @@ class Tokenize:
     """With --answer-field, in place of --text-field: a file with the prompt, in which {source} stands for
     the field source, and so on."""
     include: tuple[str, ...] = ()
-    """File name patterns to take from folders, such as "*.py"; read as plain text."""
+    """File name patterns to take from folders and patterns, such as "*.py"; read as plain text unless their
+    ending says otherwise."""
     exclude: tuple[str, ...] = ()
-    """Patterns of paths to leave out of folders."""
+    """Patterns of paths to leave out of folders and patterns."""
     min_tokens: int | None = None
     """Documents of fewer tokens, the one that ends them included, are left out; None: none is. For
     training on long sequences."""
@@ -119,11 +120,12 @@ def tokenize(options: Tokenize) -> str:
     if is_done(options.output_dir, manifest, sources):
         place.remove_what_is_left()
         return f"{options.output_dir}: already done from the same text, nothing to do"
-    check_space(options.output_dir, sources, manifest["dtype"])
+    check_space(options.output_dir, sources, manifest["dtype"], place.bytes())
     parts = plan_parts(sources, options.text_documents)
     fingerprint = _fingerprint(manifest, options)
     plan = {
         "fingerprint": fingerprint,
+        "max_bad_lines": options.max_bad_lines,
         "manifest": manifest,
         "sources": [asdict(source) for source in sources],
         "parts": to_json(parts, sources),
@@ -171,7 +173,12 @@ def _work(
         max_bad_lines=options.max_bad_lines,
         bad_files=options.bad_files,
     )
-    left = [part for part in mine if not job.is_done(part)]
+    bad, left = BadLines(options.max_bad_lines), []
+    for part in mine:
+        if (facts := job.done(part)) is None:
+            left.append(part)
+        else:
+            bad.add_part(facts["bad"])
     if not left:
         return f"all {len(mine)} parts were done before"
     if options.engine == "fast":
@@ -180,9 +187,7 @@ def _work(
     workers = options.workers or usable_cores()
     progress = Progress(sum(part.bytes for part in left), "tokenizing")
     try:
-        results, failed = work_through(
-            functools.partial(start, job), left, workers, options.max_bad_lines, progress
-        )
+        results, failed = work_through(functools.partial(start, job), left, workers, bad, progress)
     finally:
         seconds = progress.close()
     if failed:
@@ -281,7 +286,7 @@ def _day_of(place: Workplace) -> str | None:
     """The day that this data set's chat template had when the work began, which may be done on another."""
     for path in (place.output_dir / "manifest.json", place.folder / "plan.json"):
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             return json.loads(found.get("manifest", found)["options"]["chat"]["template"])[2]
         except (OSError, ValueError, LookupError, TypeError):
             continue

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -96,7 +97,7 @@ def _summary(data: DataSet, found: Found, seconds: float) -> str:
         f"OK: {sum(s['documents'] for s in splits):,} documents, {sum(s['tokens'] for s in splits):,} "
         f"tokens, {size / 1e6:.1f} MB in {seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):.0f} MB/s)"
     ]
-    if not all("parts" in split and "idx_sha256" in split for split in splits):
+    if not all(_has_checksums(split) for split in splits):
         lines.append(
             "The manifest has no checksums: the contents fit the format, a changed token may go unnoticed"
         )
@@ -106,6 +107,14 @@ def _summary(data: DataSet, found: Found, seconds: float) -> str:
             "tokenizer.json turns that into its id"
         )
     return "\n".join(lines)
+
+
+def _has_checksums(split: dict[str, Any]) -> bool:
+    masked = "mask_bytes" in split
+    parts = split.get("parts", [{}])
+    return "idx_sha256" in split and all(
+        ("mask_sha256" if masked else "sha256") in p for p in parts
+    )
 
 
 def _check_index(data: DataSet, split: str, found: Found) -> None:
@@ -259,7 +268,7 @@ def _check_mask(data: DataSet, split: str, found: Found) -> None:
         return
     trained = 0
     with path.open("rb") as file:
-        for part in facts["parts"]:
+        for part in facts.get("parts", [facts]):
             digest = hashlib.sha256()
             begin = file.tell()
             end = begin + part["tokens"]
@@ -270,11 +279,12 @@ def _check_mask(data: DataSet, split: str, found: Found) -> None:
                     at = file.tell() - len(raw) + int((mask > 1).argmax())
                     found.problems.append(f"{path}: byte {at:,} is neither 0 nor 1")
                 trained += int(mask.astype(bool).sum())
-            if digest.hexdigest() != part["mask_sha256"]:
+            if digest.hexdigest() != part.get("mask_sha256", digest.hexdigest()):
                 found.problems.append(
                     f"{path}: bytes {begin:,} to {end:,} have another sha256 than the manifest's"
                 )
-    if trained != facts["trained_tokens"]:
+    if trained != facts.get("trained_tokens"):
+        said = facts.get("trained_tokens", "nothing")
         found.problems.append(
-            f"{path} has {trained:,} tokens to train on, the manifest says {facts['trained_tokens']:,}"
+            f"{path} has {trained:,} tokens to train on, the manifest says {said}"
         )

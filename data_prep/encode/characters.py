@@ -21,7 +21,7 @@ def characters_of(tokenizer: dict[str, Any]) -> str:
     Raises:
         Exception: gigatoken does not know this kind of tokenizer.
     """
-    known = json.loads(TABLE.read_text()).get(versions(), {}).get(cut_by(tokenizer))
+    known = json.loads(TABLE.read_text(encoding="utf-8")).get(versions(), {}).get(cut_by(tokenizer))
     if known is not None:
         return "".join(map(chr, from_ranges(known)))
     from data_prep.encode.probe import different_characters

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.encode.split import SPLITS, Fractions, sizes_and_splits
 from data_prep.errors import UserError
-from data_prep.files import sync_folder
+from data_prep.files import sync_folder, temporary_name
 
 MOST_TOKENS = 2**31 - 1
 """Of a document: its length is stored in 32 bits."""
@@ -161,7 +161,7 @@ class PartFiles:
         files.text_bytes += size
 
     def _temporary(self, split: str, ending: str) -> Path:
-        return Path(f"{self._stem}.{split}.{ending}.tmp-{os.getpid()}")
+        return temporary_name(Path(f"{self._stem}.{split}.{ending}"))
 
     def close(self) -> dict[str, dict[str, Any]]:
         """Makes the files durable, under their names; returns figures by split."""

@@ -51,8 +51,12 @@ class Job:
     def marker(self, part: Part) -> Path:
         return Path(self.folder) / f"{part.key(self.fingerprint)}.json"
 
-    def is_done(self, part: Part) -> bool:
-        return self.marker(part).is_file()
+    def done(self, part: Part) -> dict[str, Any] | None:
+        """What the part's marker says; None: the part is to be done."""
+        try:
+            return json.loads(self.marker(part).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
 
 def tokenize_part(job: Job, engine: Engine, part: Part, tally: Tally) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Trains a SentencePiece tokenizer that keeps every byte of the text, also white space of source code."""
 
 import contextlib
+import heapq
 import io
 import os
 import signal
@@ -41,15 +42,16 @@ class TrainTokenizer:
     special_tokens: tuple[str, ...] = ()
     """Tokens that no text becomes, such as <fim_prefix> <fim_middle> <fim_suffix>; ids from 3."""
     max_training_bytes: int = 100_000_000
-    """Documents are sampled evenly down to about this much text."""
+    """Of more text than this, documents are sampled evenly. So much is held in memory."""
     text_field: tuple[str, ...] = ("text",)
     """Of a JSON line or a row, the key of its text, or a path to it (meta.text)."""
     text_documents: TextDocuments = "file"
     """What a document is in a plain text file."""
     include: tuple[str, ...] = ()
-    """File name patterns to take from folders, such as "*.py"; read as plain text."""
+    """File name patterns to take from folders and patterns, such as "*.py"; read as plain text unless their
+    ending says otherwise."""
     exclude: tuple[str, ...] = ()
-    """Patterns of paths to leave out of folders."""
+    """Patterns of paths to leave out of folders and patterns."""
     max_bad_lines: int = 100
     """More lines that cannot be used than this stop the work."""
 
@@ -145,20 +147,53 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+class Sample:
+    """Documents of at most `limit` bytes in all, in the order of the input: the smallest by their hashes.
+
+    It depends on the documents alone. Each has the same chance, except those larger than the limit.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._bytes, self._count = limit, 0, 0
+        self._share = 1.0  # documents with this hash, or a larger one, are left out
+        self._held: list[tuple[float, int, bytes]] = []
+        """A heap of -hash, number in the input, text."""
+
+    def add(self, text: str) -> None:
+        self._count += 1
+        if not text or (fraction := hash_fraction(text)) >= self._share:
+            return
+        raw = text.encode()
+        if len(raw) > self._limit:
+            return
+        heapq.heappush(self._held, (-fraction, self._count, raw))
+        self._bytes += len(raw)
+        # Copies of a document have the same hash: when one goes, all go.
+        while self._bytes > self._limit or (self._held and -self._held[0][0] >= self._share):
+            largest, _, gone = heapq.heappop(self._held)
+            self._share, self._bytes = -largest, self._bytes - len(gone)
+
+    def texts(self) -> Iterator[str]:
+        """Gives the documents, and gives up their memory."""
+        self._held.sort(key=lambda held: -held[1])
+        while self._held:
+            yield self._held.pop()[2].decode()
+
+
 def _sentences(
     sources: list[Source], options: TrainTokenizer, bad: BadLines, problems: list[UserError]
 ) -> Iterator[str]:
     """Lines of the sampled documents. A UserError goes to `problems`, as C++ would lose it."""
-    total = sum(source.bytes * (4 if source.compression else 1) for source in sources)
-    share = min(1.0, options.max_training_bytes / max(total, 1))
+    sample = Sample(options.max_training_bytes)
     progress = Progress(sum(source.bytes for source in sources), "reading")
     reading = Reading(options.text_field, options.text_documents)
     try:
         for source in sources:
             for text in read_documents(source, reading, bad, progress.add):
-                if hash_fraction(text) < share:
-                    for line in text.split("\n"):
-                        yield from _pieces(line)
+                sample.add(text)
+        for text in sample.texts():
+            for line in text.split("\n"):
+                yield from _pieces(line)
     except UserError as error:
         problems.append(error)
     finally:

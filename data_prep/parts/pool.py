@@ -45,6 +45,18 @@ class Tally:
         return self.bytes.get_obj().value, self.tokens.get_obj().value
 
 
+class _ShownTally(Tally):
+    """The same for work in this very process, which nobody else watches."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def add(self, count: int, tokens: int) -> None:
+        super().add(count, tokens)
+        self._progress.reached(*self.so_far())
+
+
 Work = Callable[[Part], dict[str, Any]]
 """Works through a part, and returns facts about it. Among them is "bad": `count` and `examples` of
 BadLines."""
@@ -114,9 +126,12 @@ def usable_cores() -> int:
 
 
 def work_through(
-    start: Start, parts: list[Part], workers: int, max_bad_lines: int, progress: Progress
+    start: Start, parts: list[Part], workers: int, bad: BadLines, progress: Progress
 ) -> tuple[list[dict[str, Any]], list[Failed]]:
     """Works through the parts with `workers` processes.
+
+    Args:
+        bad: counts the bad lines; it begins with those of the parts that were done before.
 
     Returns:
         The facts of the parts that were done, in the order of the parts; and the parts that failed.
@@ -127,8 +142,7 @@ def work_through(
     """
     done: dict[int, dict[str, Any]] = {}
     failed: list[Failed] = []
-    bad = BadLines(max_bad_lines)
-    tally = Tally()
+    tally = _ShownTally(progress) if len(parts) == 1 else Tally()
     outcomes = _outcomes(start, parts, workers, tally, progress)
     with contextlib.closing(outcomes):  # ends the processes at an error
         _gather(outcomes, done, failed, bad)
@@ -154,9 +168,7 @@ def _gather(
             raise outcome
         else:
             done[part.number] = outcome
-            bad.count += outcome["bad"]["count"]
-            bad.examples = (bad.examples + outcome["bad"]["examples"])[:5]
-            bad.check()
+            bad.add_part(outcome["bad"])
 
 
 def _outcomes(

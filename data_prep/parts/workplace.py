@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.files import write_durably
+from data_prep.files import temporary_name, write_durably
 from data_prep.read.sources import is_remote
 
 
@@ -72,9 +72,17 @@ class Workplace:
             with contextlib.suppress(UserError), self.held(alone=True):
                 self.remove()
 
+    def bytes(self) -> int:
+        """Of the parts that are done or begun, and of what is joined of them."""
+        size = 0
+        for path in (*self.parts.glob("*"), *(self.folder / "data").glob("*")):
+            with contextlib.suppress(OSError):  # another rank's, renamed meanwhile
+                size += path.stat().st_size
+        return size
+
     def read_plan(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / "plan.json").read_text())
+            return json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
                 f"{self.output_dir}: nothing to merge, {self.folder} holds no plan.json: run "
@@ -89,21 +97,24 @@ class Workplace:
         Raises:
             UserError: there is another plan: other options, or other files.
         """
-        path = self.folder / "plan.json"
-        other = self.read_plan() if path.is_file() else plan
-        # Files that are not read may change meanwhile: the ranks' own logs, for example.
-        keys = [key for key in plan if key != "left_out" and other.get(key) != plan[key]]
+        if not (self.folder / "plan.json").is_file():
+            self.write_plan(plan, tokenizer)
+            return
+        other = self.read_plan()
+        # Files that are not read may change meanwhile: the ranks' own logs, for example. The fingerprint
+        # holds --max-bad-lines too, and older plans have it there alone.
+        same = ("left_out", "max_bad_lines")
+        keys = [key for key in plan if key not in same and other.get(key) != plan[key]]
         if keys:
             raise UserError(
                 f"{self.folder} was begun with other options or other input files "
                 f"({_difference(other, plan, keys)}): give all ranks the same, or remove that folder "
                 "to start afresh"
             )
-        self.write_plan(plan, tokenizer)
 
     def write_plan(self, plan: dict[str, Any], tokenizer: Path) -> None:
         name = self.folder / plan["manifest"]["tokenizer"]["file"]
-        temporary = name.with_name(f"{name.name}.tmp-{os.getpid()}")
+        temporary = temporary_name(name)
         shutil.copyfile(tokenizer, temporary)
         temporary.replace(name)
         write_durably(self.folder / "plan.json", json.dumps(plan) + "\n")

@@ -40,6 +40,11 @@ def read_documents(
         yield from texts
 
 
+def _is_longer(text: str, limit: int) -> bool:
+    """Whether it has more bytes of UTF-8. Most texts need not be encoded: a character has at most four."""
+    return 4 * len(text) > limit and len(text.encode("utf-8", "surrogatepass")) > limit
+
+
 def _rows(
     segment: Segment, reading: Reading, bad: BadLines, progress: Callable[[int], None]
 ) -> Iterator[list[str]]:
@@ -62,7 +67,7 @@ def _rows(
                 found = [without_nulls(value) for value in found]
             if problem is None:
                 text, problem = text_of(found, reading)
-            if problem is None and len(text) > reading.max_document_bytes:
+            if problem is None and _is_longer(text, reading.max_document_bytes):
                 problem = f"longer than --max-document-bytes {reading.max_document_bytes:,}"
             if problem is not None:
                 bad.add(where, problem)

@@ -1,7 +1,7 @@
 """How documents are read; and the lines that cannot be used."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from data_prep.errors import UserError
 from data_prep.read.chat import Chat
@@ -10,6 +10,11 @@ TextDocuments = Literal["file", "paragraph", "line"]
 InvalidUtf8 = Literal["skip", "replace", "stop"]
 EXAMPLES = 5
 NOT_UTF8 = "not UTF-8:"
+
+
+def printable(name: str) -> str:
+    """A file's name that UTF-8 can write: bytes in it that are not UTF-8 become \\udce9 and the like."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,13 @@ class BadLines:
         """Raises UserError when there are more than `limit`."""
         self.count += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(f"{where}: {why:.500}")  # `why` may quote a document
+            self.examples.append(printable(f"{where}: {why:.500}"))  # `why` may quote a document
+        self.check()
+
+    def add_part(self, facts: dict[str, Any]) -> None:
+        """Adds what was counted of a part: its `count` and `examples`. Raises UserError as `add` does."""
+        self.count += facts["count"]
+        self.examples = (self.examples + facts["examples"])[:EXAMPLES]
         self.check()
 
     def check(self) -> None:

@@ -3,15 +3,16 @@
 import errno
 import fnmatch
 import glob
-import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
+from urllib.parse import urlsplit
 
 from data_prep.errors import UserError
+from data_prep.json_files import read_json
 from data_prep.left_out import LeftOut, ending_of
 
 COMPRESSION = {
@@ -53,6 +54,7 @@ class Source:
     compression: str | None
     """None, gzip, zstd, bzip2 or xz."""
     bytes: int
+    """0 too where a web server does not say it."""
     version: str
     """Changes when the file does: its time of modification, or a remote object's tag."""
     seekable: bool = True
@@ -80,6 +82,10 @@ def is_remote(path: str) -> bool:
     return "://" in path and not path.startswith("file://")
 
 
+def _on_web(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
 def find_sources(
     inputs: tuple[Any, ...],
     include: tuple[str, ...] = (),
@@ -91,34 +97,61 @@ def find_sources(
     Args:
         inputs: files, folders searched recursively, or patterns (`data/*.jsonl`), local or as URLs;
             or folders that Hugging Face's `datasets` saved.
-        include: file name patterns to take from folders, read as plain text when their ending is
-            not a known one; empty takes the known endings.
-        exclude: patterns of whole paths to leave out of folders.
+        include: file name patterns to take from folders and patterns, read as plain text when their
+            ending is not a known one; empty takes the known endings of folders.
+        exclude: patterns of whole paths to leave out of folders and patterns.
         left_out: counts what is in the folders and is not read, without what the user's patterns
             leave out.
 
     Raises:
-        UserError: an input does not exist or is given twice, or nothing is left.
+        UserError: an input does not exist or is given twice, nothing is left, or there is nothing to
+            include or exclude from.
     """
     if not inputs:
         raise UserError(
             "no input: give files or folders (before --include, which takes all words after it)"
         )
     patterns = Patterns(include, exclude, LeftOut() if left_out is None else left_out)
-    found = [
-        source
+    by_input = [
+        list((_remote if is_remote(given) else _local)(given, patterns))
         for given in map(str, inputs)
-        for source in (_remote if is_remote(given) else _local)(given, patterns)
     ]
-    seen: set[str] = set()
-    for source in found:
-        if source.path in seen:
-            raise UserError(f"input {source.path} is given twice: its documents would count double")
-        seen.add(source.path)
-    if found and not sum(source.bytes for source in found):
+    if (include or exclude) and not patterns.searched:
+        raise UserError(
+            "--include and --exclude choose among the files of folders and of patterns, and no input here "
+            "is one: leave the option out, or give a folder, or a pattern in quotes"
+        )
+    found = _each_once(by_input, patterns.left_out)
+    # An empty file on the web is found when it is read.
+    if found and not any(source.bytes or _on_web(source.path) for source in found):
         if len(found) == 1:
             raise UserError(f"the input file {found[0].path} is empty")
         raise UserError(f"all {len(found)} input files are empty, {found[0].path} among them")
+    return found
+
+
+def _each_once(by_input: list[list[Source]], left_out: LeftOut) -> list[Source]:
+    """The files of all inputs. Where a folder or a pattern has a file and a link to it, one of them.
+
+    Raises:
+        UserError: a file is given twice.
+    """
+    found: list[Source] = []
+    seen: dict[str, tuple[int, str]] = {}
+    for number, sources in enumerate(by_input):
+        for source in sources:
+            place = source.path if source.remote else os.path.realpath(source.path)
+            other, path = seen.get(place, (number, None))
+            if path is None:
+                seen[place] = (number, source.path)
+                found.append(source)
+            elif other == number and path != source.path:
+                left_out.add("links to files that are read", 0)
+            else:
+                as_other = "" if path == source.path else f", as {path} too"
+                raise UserError(
+                    f"input {source.path} is given twice{as_other}: its documents would count double"
+                )
     return found
 
 
@@ -133,11 +166,20 @@ def open_source(source: Source, block_bytes: int = 4 << 20) -> BinaryIO:
 
 @dataclass(frozen=True)
 class Patterns:
-    """Which files of a folder are read."""
+    """Which files of a folder, or of a pattern, are read."""
 
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     left_out: LeftOut
+    searched: list[str] = field(default_factory=list)
+    """The inputs from which files were chosen."""
+
+    def takes(self, path: str) -> bool:
+        """Whether the user's patterns, where there are any, leave the file in."""
+        name = path.rsplit("/", 1)[-1]
+        if any(fnmatch.fnmatch(path, pattern) for pattern in self.exclude):
+            return False
+        return not self.include or any(fnmatch.fnmatch(name, pattern) for pattern in self.include)
 
     def chosen(self, sizes: dict[str, int], folder: str) -> list[str]:
         """The paths to read, of all the paths in a folder.
@@ -149,11 +191,10 @@ class Patterns:
             UserError: there are none.
         """
         found, other = [], LeftOut()
+        self.searched.append(folder)
         for path, size in sizes.items():
             name = path.rsplit("/", 1)[-1]
-            if name in (REPORT, DROPPED) or any(fnmatch.fnmatch(path, p) for p in self.exclude):
-                continue
-            if self.include and not any(fnmatch.fnmatch(name, p) for p in self.include):
+            if name in (REPORT, DROPPED) or not self.takes(path):
                 continue
             kind, called = _named(name)[0], _unreadable(name)
             if called or (kind is None and not self.include):
@@ -169,6 +210,36 @@ class Patterns:
             )
         return found
 
+    def matched(self, pattern: str, paths: Iterable[str], folders: set[str]) -> list[str]:
+        """The paths to read, of those that match a pattern.
+
+        Raises:
+            UserError: there are none.
+        """
+        kept, other, unwanted = [], LeftOut(), 0
+        self.searched.append(pattern)
+        for path in paths:
+            name = path.rsplit("/", 1)[-1]
+            if path in folders:
+                if "**" not in pattern:  # else it matches the files in the folder too
+                    other.add("folders that a pattern matches", 0)
+            elif name in (REPORT, DROPPED) or not self.takes(path):
+                unwanted += 1
+            elif called := _unreadable(name):
+                other.add(called, 0)
+            else:
+                kept.append(path)
+        self.left_out.add_all(other)
+        if not kept:
+            there = f" but {other}, which are not read" if other else ""
+            if unwanted:
+                there += (
+                    f"; {unwanted:,} files are left out, by --include or --exclude, or as `data clean` "
+                    "wrote them about what it dropped"
+                )
+            raise UserError(f"no file matches {pattern}{there}")
+        return kept
+
 
 def _unreadable(name: str) -> str | None:
     """How to call files of this name, if they hold no text: archives; and ._NAME, which macOS writes beside
@@ -182,7 +253,8 @@ def _local(given: str, patterns: Patterns) -> Iterator[Source]:
     path = Path(given.removeprefix("file://"))
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
-            splits = json.loads((path / "dataset_dict.json").read_text()).get("splits", [])
+            named = read_json(path / "dataset_dict.json", "a saved dataset's splits").get("splits")
+            splits = [str(split) for split in named] if isinstance(named, list) else []
             raise UserError(
                 f"{path} is a saved dataset with the splits {', '.join(splits)}: give {path}/SPLIT"
             )
@@ -198,7 +270,7 @@ def _local(given: str, patterns: Patterns) -> Iterator[Source]:
     elif glob.has_magic(given):
         found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (takes absolute patterns)
         folders = {name for name in found if Path(name).is_dir()}
-        kept = _of_pattern(given, found, folders, patterns.left_out)
+        kept = patterns.matched(given, found, folders)
         files = {name: Path(name).stat() for name in kept if Path(name).is_file()}
         if broken := len(kept) - len(files):
             patterns.left_out.add("broken links", 0, broken)
@@ -235,46 +307,27 @@ def _files_in(folder: Path, left_out: LeftOut) -> dict[str, os.stat_result]:
     return {str(path): regular[path] for path in sorted(regular)}
 
 
-def _of_pattern(
-    pattern: str, paths: Iterable[str], folders: set[str], left_out: LeftOut
-) -> list[str]:
-    """The files to read among the paths that match a pattern.
-
-    Raises:
-        UserError: there are none.
-    """
-    kept, other = [], LeftOut()
-    for path in paths:
-        if path in folders:
-            if "**" not in pattern:  # else it matches the files in the folder too
-                other.add("folders that a pattern matches", 0)
-        elif called := _unreadable(path.rsplit("/", 1)[-1]):
-            other.add(called, 0)
-        else:
-            kept.append(path)
-    left_out.add_all(other)
-    if not kept:
-        there = f" but {other}, which are not read" if other else ""
-        raise UserError(f"no file matches {pattern}{there}")
-    return kept
-
-
 def _saved_dataset(state: Path) -> list[str]:
     """The files that `datasets`' save_to_disk wrote, in order."""
-    try:
-        return [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{state} is not the state.json of a saved dataset: {error!r}") from error
+    what = "the state.json of a saved dataset"
+    files = read_json(state, what).get("_data_files")
+    files = files if isinstance(files, list) else [None]
+    names: list[Any] = [one.get("filename") if isinstance(one, dict) else None for one in files]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"{state} is not {what}: _data_files must be a list of files, each with a filename"
+        )
+    return names
 
 
 def _remote(given: str, patterns: Patterns) -> Iterator[Source]:
     filesystem, name = _filesystem(given)
-    web = given.startswith(("http://", "https://"))  # a web server lists no folders
+    web = _on_web(given)  # a web server lists no folders
     try:
         if not web and glob.has_magic(name):
             found = filesystem.glob(name, detail=True)
             folders = {path for path, info in found.items() if info.get("type") == "directory"}
-            kept = _of_pattern(given, found, folders, patterns.left_out)
+            kept = patterns.matched(given, found, folders)
             found = {path: found[path] for path in kept}
         elif not web and filesystem.isdir(name):
             found = filesystem.find(name, detail=True)
@@ -314,7 +367,12 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 def _named(name: str) -> tuple[Kind | None, str | None, bool]:
     """What a file's name says: its kind, its compression, and whether it is packed in a way that is not
-    read. Endings count in capitals too."""
+    read. Endings count in capitals too. Of a URL on the web the name is that of its path; where that has no
+    known ending it may be in the query (`?file=a.jsonl`)."""
+    if _on_web(name):
+        by_path = _named(urlsplit(name).path)
+        if any(by_path):
+            return by_path
     inner = Path(name.rsplit("/", 1)[-1].lower())
     if compression := COMPRESSION.get(inner.suffix):
         inner = Path(inner.stem)
@@ -323,6 +381,11 @@ def _named(name: str) -> tuple[Kind | None, str | None, bool]:
 
 def _source(path: str, size: int, version: str, web: bool = False) -> Source:
     kind, compression, packed = _named(path)
+    if (name := path.rsplit("/", 1)[-1]) in (REPORT, DROPPED):
+        raise UserError(
+            f"{path} was written by `data clean` about documents that it dropped: leave {name} out, or "
+            "give the folder, or a pattern in quotes"
+        )
     if packed:
         raise UserError(
             f"{path} is an archive, or packed in a way that is not read: unpack it, or pack its files "

@@ -17,6 +17,8 @@ from slurm.jobs.local import local_facts
 from slurm.watch.history import read_history
 
 AT_WORK = ("starting", "training", "validating", "saving", "measuring")
+# A run that was heard of so lately may be at work. It writes each second, but a step may take minutes.
+FRESH_S = 300
 # SLURM's reasons for a job's state, in plain words, and what to do.
 REASONS = {
     "Resources": "waits for free nodes",
@@ -58,12 +60,20 @@ def _paragraph(output: Path) -> str:
     folders = job_folders(output)
     facts = facts_of(folders)
     lines = []
+    unknown = None
     if said := _read_status(output):
-        lines += _run_lines(said, list(facts.values()))
+        # squeue lists one's own jobs. Where no accounts are kept, nothing is known of a colleague's.
+        is_fresh = said.get("state") in AT_WORK and _age(said) < FRESH_S
+        if folders and is_fresh and facts[folders[-1]] == []:
+            unknown = folders[-1]
+        lines += _run_lines(said, [] if unknown else list(facts.values()))
     elif not folders:
         why = "was not submitted, and has no status.json" if output.exists() else "does not exist"
         return f"{output}: {why}"
-    lines += [_job_line(folder, read_job(folder), known) for folder, known in facts.items()]
+    lines += [
+        _job_line(folder, read_job(folder), known, folder == unknown)
+        for folder, known in facts.items()
+    ]
     return "\n  ".join([f"{output}: {lines[0]}", *lines[1:]])
 
 
@@ -86,6 +96,11 @@ def _is_right(name: str, value: Any) -> bool:
     if name in ("loss", "tokens_per_second", "eta_s", "unix_time"):
         return type(value) in (int, float) and -1e15 < value < 1e15
     return False
+
+
+def _age(said: dict[str, Any]) -> float:
+    """Seconds since a run was last heard of."""
+    return max(time.time() - said.get("unix_time", 0), 0)
 
 
 def _run_lines(said: dict[str, Any], facts: list[list[Facts] | None]) -> list[str]:
@@ -112,8 +127,8 @@ def _run_lines(said: dict[str, Any], facts: list[list[Facts] | None]) -> list[st
         line += f"; restarts: {max(starts - 1, 0)}"
     if said.get("reason"):
         line += f"; why it stopped: {_shown(said['reason'])}"
-    if when := said.get("unix_time"):
-        line += f"; heard of {duration(max(time.time() - when, 0))} ago"
+    if said.get("unix_time"):
+        line += f"; heard of {duration(_age(said))} ago"
     return [head, line]
 
 
@@ -123,11 +138,13 @@ def _shown(reason: str) -> str:
     return printable if len(printable) <= 500 else f"{printable[:500]}..."
 
 
-def _job_line(folder: Path, job: Job, facts: list[Facts] | None) -> str:
+def _job_line(folder: Path, job: Job, facts: list[Facts] | None, is_unknown: bool) -> str:
     what = " ".join(job.command[:2] if job.command[0] == "data" else job.command[:1])
     line = f"{what}, {f'job {job.job_id}' if job.job_id else 'here'} ({folder}): "
     if facts is None:
         line += "SLURM cannot be asked here"
+    elif is_unknown:
+        line += "unknown: SLURM does not list it among your jobs: it is another user's, or has just ended"
     elif not facts:
         line += "forgotten by SLURM: it is over"
     elif len(facts) > 1:

@@ -178,3 +178,42 @@ def test_masks(tokenizer: Path, tmp_path: Path) -> None:
     (folder / "train.mask").write_bytes(mask)
     with pytest.raises(UserError, match=r"train\.mask: byte 3 is neither 0 nor 1"):
         check(folder)
+
+
+def test_a_masked_data_set_of_which_the_manifest_says_too_little(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    pairs, folder = tmp_path / "pairs.jsonl", tmp_path / "pairs"
+    pairs.write_text("".join(json.dumps({"q": f"q {i}", "a": f"a {i}"}) + "\n" for i in range(20)))
+    argv = ["tokenize", pairs, "--tokenizer", tokenizer, "--output-dir", folder]
+    argv += ["--text-field", "q", "--answer-field", "a", "--validation-fraction", "0"]
+    assert cli.main([str(a) for a in argv]) == 0
+    assert "no checksums" not in check(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for lacking in ("mask_sha256", "parts"):
+        train = manifest["splits"]["train"]
+        (train["parts"][0] if lacking == "mask_sha256" else train).pop(lacking)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert "The manifest has no checksums: the contents fit the format" in check(folder)
+    mask = bytearray((folder / "train.mask").read_bytes())
+    mask[3] ^= 1
+    (folder / "train.mask").write_bytes(mask)
+    with pytest.raises(UserError, match=r"tokens to train on, the manifest says"):
+        check(folder)
+    del train["trained_tokens"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"tokens to train on, the manifest says nothing"):
+        check(folder)
+
+
+def test_a_data_set_whose_mask_is_gone_is_not_done(
+    tokenizer: Path, tmp_path: Path, refused
+) -> None:
+    pairs, folder = tmp_path / "pairs.jsonl", tmp_path / "pairs"
+    pairs.write_text("".join(json.dumps({"q": f"q {i}", "a": f"a {i}"}) + "\n" for i in range(20)))
+    argv = ["tokenize", pairs, "--tokenizer", tokenizer, "--output-dir", folder]
+    argv += ["--text-field", "q", "--answer-field", "a", "--validation-fraction", "0"]
+    assert cli.main([str(a) for a in argv]) == 0
+    assert cli.main([str(a) for a in argv]) == 0
+    (folder / "train.mask").unlink()
+    assert "is not empty and holds something else" in refused(*argv)

@@ -9,8 +9,13 @@ import time
 from pathlib import Path
 
 import sentencepiece
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep import cli
+from data_prep.encode.split import hash_fraction
+from data_prep.encode.train_tokenizer import Sample
 
 
 def test_the_tokenizer_is_the_same_each_time(jsonl, tokenizer, tmp_path) -> None:
@@ -63,3 +68,39 @@ def test_what_of_the_input_is_not_used_is_said(jsonl: Path, tmp_path: Path, caps
     assert cli.main([*argv, str(tmp_path / "none")]) == 2
     told = capsys.readouterr().err
     assert f"{tmp_path}/in/a.jsonl:1: not JSON" in told and "no document was sampled" in told
+
+
+@given(st.lists(st.text("aé", max_size=12), max_size=40), st.integers(0, 60))
+def test_the_sample_keeps_the_limit_and_is_even(texts: list[str], limit: int) -> None:
+    sample = Sample(limit)
+    for text in texts:
+        sample.add(text)
+        assert sum(len(raw) for *_, raw in sample._held) <= limit  # at any time
+    found = list(sample.texts())
+    # Worked out at the end, of all texts: by hash, until the next one does not fit.
+    fitting = [t for t in texts if 0 < len(t.encode()) <= limit]
+    wanted: set[str] = set()
+    for text in sorted(set(fitting), key=hash_fraction):
+        if sum(len(t.encode()) for t in fitting if t in wanted or t == text) > limit:
+            break
+        wanted.add(text)
+    assert found == [t for t in fitting if t in wanted]
+
+
+def test_max_training_bytes_is_a_limit(tmp_path: Path, monkeypatch) -> None:
+    """Also of a file that was packed 100 times smaller, of which no size is known before."""
+    texts = [f"{i} " + "word " * 500 for i in range(400)]
+    (tmp_path / "a.jsonl.zst").write_bytes(
+        zstandard.compress("".join(json.dumps({"text": t}) + "\n" for t in texts).encode())
+    )
+    seen: list[str] = []
+
+    def train(sentence_iterator, model_writer, **_: object) -> None:
+        seen.extend(sentence_iterator)
+        model_writer.write(b"model")
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "Train", train)
+    argv = ["train-tokenizer", str(tmp_path / "a.jsonl.zst"), "--vocab-size", "340"]
+    argv += ["--output-dir", str(tmp_path / "out"), "--max-training-bytes", "100000"]
+    assert cli.main(argv) == 0
+    assert 90_000 < sum(map(len, seen)) <= 100_000

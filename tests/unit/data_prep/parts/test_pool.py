@@ -10,6 +10,7 @@ from data_prep.errors import UserError
 from data_prep.parts.plan import Part
 from data_prep.parts.pool import Tally, Work, work_through
 from data_prep.progress import Progress
+from data_prep.read.reading import BadLines
 
 
 def killed_while_it_adds(tally: Tally) -> Work:
@@ -27,4 +28,4 @@ def test_a_process_killed_while_it_holds_the_tally_ends_the_work() -> None:
     parts = [Part(number, ()) for number in range(3)]
     progress = Progress(0, "killing")
     with pytest.raises(UserError, match="a process was killed from outside"):
-        work_through(killed_while_it_adds, parts, 2, 0, progress)
+        work_through(killed_while_it_adds, parts, 2, BadLines(0), progress)

@@ -1,6 +1,7 @@
 """What is said of jobs, and how they are cancelled; with programs in place of SLURM's."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,22 @@ def test_status_of_a_run(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     assert "why it stopped: CUDA error For ?[2J debugging;" in run(capsys, "status", "run")
     (run_dir / "status.json").write_text("{")
     assert "train, job 101" in run(capsys, "status", "run")
+
+
+def test_a_job_that_squeue_does_not_list(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    """A colleague's: squeue lists one's own, and without accounts sacct knows none."""
+    run(capsys, "submit", "--profile", "p.toml", "--after", "7", *TRAIN)
+    (slurm.folder / "SQUEUE").write_text("")
+    file = tmp_path / "run" / "status.json"
+    file.write_text(json.dumps({**STATUS, "unix_time": time.time() - 1}))
+    text = run(capsys, "status", "run")
+    assert f"{tmp_path / 'run'}: training, step 1,200 of 25,000" in text
+    assert "unknown: SLURM does not list it among your jobs" in text and "over" not in text
+    for old in ({"unix_time": time.time() - 600}, {"unix_time": time.time(), "state": "finished"}):
+        file.write_text(json.dumps({**STATUS, **old}))
+        text = run(capsys, "status", "run")
+        assert "forgotten by SLURM: it is over" in text
+    assert "finished, step 1,200" in text
 
 
 def test_status_of_what_never_runs_and_of_arrays(slurm: FakeSlurm, capsys) -> None:

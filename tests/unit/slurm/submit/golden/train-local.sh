@@ -44,8 +44,13 @@ ends_at() { # prints how many of the last starts ended with this checkpoint as t
   done <"$folder/history"
   echo "$count"
 }
+ended_at="" ended_here=0
 give_up_at() { # ends the job when too many starts ended with this checkpoint as the newest
-  [ "$(ends_at "$1")" -gt "$restarts_without_progress" ] || return 0
+  # Counted in a variable too: a disk that is full or read-only takes no history.
+  [ "$1" = "$ended_at" ] || ended_at=$1 ended_here=0
+  ended_here=$((ended_here + 1))
+  [ "$(ends_at "$1")" -gt "$restarts_without_progress" ] || [ "$ended_here" -gt "$restarts_without_progress" ] ||
+    return 0
   note "stop gave up: $restarts_without_progress restarts ended before another checkpoint"
   exit 1
 }

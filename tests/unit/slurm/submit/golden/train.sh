@@ -64,8 +64,13 @@ ends_at() { # prints how many of the last starts ended with this checkpoint as t
   done <"$folder/history"
   echo "$count"
 }
+ended_at="" ended_here=0
 give_up_at() { # ends the job when too many starts ended with this checkpoint as the newest
-  [ "$(ends_at "$1")" -gt "$restarts_without_progress" ] || return 0
+  # Counted in a variable too: a disk that is full or read-only takes no history.
+  [ "$1" = "$ended_at" ] || ended_at=$1 ended_here=0
+  ended_here=$((ended_here + 1))
+  [ "$(ends_at "$1")" -gt "$restarts_without_progress" ] || [ "$ended_here" -gt "$restarts_without_progress" ] ||
+    return 0
   note "stop gave up: $restarts_without_progress restarts ended before another checkpoint"
   exit 1
 }
@@ -133,7 +138,13 @@ start() {
 # A signal is passed on to the ranks: they finish the step, save, and end with status 75.
 asked="" ranks="" starts=0
 # srun passes SIGUSR1 and SIGUSR2 on to the ranks; at SIGTERM it kills them at once.
-pass_on() { asked=$1 signalled=1; [ -z "$ranks" ] || kill -s "$2" "$ranks"; }
+pass_on() {
+  signalled=1
+  # The time limit comes while a cancelled job saves: a second signal would end the ranks at once.
+  [ "$asked:$1" != stop:limit ] || return 0
+  asked=$1
+  [ -z "$ranks" ] || kill -s "$2" "$ranks"
+}
 trap 'pass_on limit USR1' USR1 # before the time limit
 trap 'pass_on stop USR2' USR2 # megatron-ladder cancel
 trap 'pass_on stop USR2' TERM # scancel, preemption
