@@ -150,12 +150,15 @@ def _ended_by_ctrl_c() -> Iterator[None]:
 class Sample:
     """Documents of at most `limit` bytes in all, in the order of the input: the smallest by their hashes.
 
-    It depends on the documents alone. Each has the same chance, except those larger than the limit.
+    Each has the same chance, except those larger than the limit.
+
+    Args:
+        share: about which share of the documents the limit has room for, if that is known.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, share: float = 1.0) -> None:
         self._limit, self._bytes, self._count = limit, 0, 0
-        self._share = 1.0  # documents with this hash, or a larger one, are left out
+        self._share = share  # documents with this hash, or a larger one, are left out
         self._held: list[tuple[float, int, bytes]] = []
         """A heap of -hash, number in the input, text."""
 
@@ -180,11 +183,18 @@ class Sample:
             yield self._held.pop()[2].decode()
 
 
+def _known_share(sources: list[Source], limit: int) -> float:
+    """Of the documents. Files that are not packed have as many bytes as their text, or some more."""
+    packed = any(source.compression or source.kind in ("parquet", "arrow") for source in sources)
+    total = sum(source.bytes for source in sources)
+    return 1.0 if packed or total <= limit else limit / total
+
+
 def _sentences(
     sources: list[Source], options: TrainTokenizer, bad: BadLines, problems: list[UserError]
 ) -> Iterator[str]:
     """Lines of the sampled documents. A UserError goes to `problems`, as C++ would lose it."""
-    sample = Sample(options.max_training_bytes)
+    sample = Sample(options.max_training_bytes, _known_share(sources, options.max_training_bytes))
     progress = Progress(sum(source.bytes for source in sources), "reading")
     reading = Reading(options.text_field, options.text_documents)
     try:

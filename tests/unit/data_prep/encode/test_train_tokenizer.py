@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from data_prep import cli
 from data_prep.encode.split import hash_fraction
-from data_prep.encode.train_tokenizer import Sample
+from data_prep.encode.train_tokenizer import Sample, _known_share
+from data_prep.read.sources import find_sources
 
 
 def test_the_tokenizer_is_the_same_each_time(jsonl, tokenizer, tmp_path) -> None:
@@ -85,6 +87,16 @@ def test_the_sample_keeps_the_limit_and_is_even(texts: list[str], limit: int) ->
             break
         wanted.add(text)
     assert found == [t for t in fitting if t in wanted]
+
+
+def test_of_plain_files_the_share_is_known(tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text("a" * 100)
+    plain = find_sources((tmp_path,))
+    assert _known_share(plain, 250) == 0.25
+    assert _known_share(plain, 2000) == 1.0
+    assert _known_share([*plain, replace(plain[0], compression="gzip")], 250) == 1.0
+    assert _known_share([*plain, replace(plain[0], kind="parquet")], 250) == 1.0
 
 
 def test_max_training_bytes_is_a_limit(tmp_path: Path, monkeypatch) -> None:
