@@ -31,6 +31,10 @@ def one_step(kind: str, layout: Layout) -> dict:
     return {"numbers": (loss, norm, second, second_norm), "shared": shared, "states": states}
 
 
+def a_step_of_each(kind: str, layouts: list[Layout]) -> list[dict]:
+    return [one_step(kind, layout) for layout in layouts]
+
+
 @pytest.mark.parametrize(
     ("kind", "sp"),
     [
@@ -49,14 +53,11 @@ def one_step(kind: str, layout: Layout) -> dict:
     ],
 )
 def test_dropout(kind: str, sp: bool, tmp_path: Path) -> None:
-    layout = Layout(tp=2, sp=sp, accumulation=2)
-    plain = run_ranks(2, one_step, kind, layout, tmp_path=tmp_path)
-    for recompute in ("selective", "full"):
-        again = run_ranks(
-            2, one_step, kind, replace(layout, recompute=recompute), tmp_path=tmp_path
-        )
-        assert again[0]["numbers"] == pytest.approx(plain[0]["numbers"], rel=1e-5), recompute
-    first, second = plain
+    plain = Layout(tp=2, sp=sp, accumulation=2)
+    layouts = [plain, *(replace(plain, recompute=r) for r in ("selective", "full"))]
+    (first, *others), (second, *_) = run_ranks(2, a_step_of_each, kind, layouts, tmp_path=tmp_path)
+    for layout, again in zip(layouts[1:], others, strict=True):
+        assert again["numbers"] == pytest.approx(first["numbers"], rel=1e-5), layout
     for name, parameter in first["shared"].items():
         torch.testing.assert_close(parameter, second["shared"][name], atol=0, rtol=0, msg=name)
     assert not torch.equal(

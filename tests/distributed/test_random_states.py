@@ -1,5 +1,6 @@
 """Random states belong to pipeline stages and tensor ranks: they are restored where these are the same."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tests.distributed.layouts import Layout, batches, configuration, micro_batc
 from tests.distributed.resharding import save
 from tests.distributed.test_documents import packed_config, packed_micro_batches
 from tests.ranks import run_ranks
+
+SavedAt = Callable[[Layout], tuple[Path, list[dict[str, Any]]]]
 
 
 def begin(layout: Layout) -> tuple[Any, tuple[Any, Any, Any]]:
@@ -67,6 +70,21 @@ def opened_packed(checkpoint: Path, dp: int = 2) -> dict[str, Any]:
     return {"states": random_states(), "loss": train_packed(config, parts)}
 
 
+@pytest.fixture(scope="module")
+def saved_at(tmp_path_factory: pytest.TempPathFactory) -> SavedAt:
+    """What `saved` returned of each rank, and its checkpoint, which nobody changes."""
+    places: dict[Layout, tuple[Path, list[dict[str, Any]]]] = {}
+
+    def found(layout: Layout) -> tuple[Path, list[dict[str, Any]]]:
+        if layout not in places:
+            folder = tmp_path_factory.mktemp("saved")
+            ranks = run_ranks(layout.ranks, saved, layout, folder / "checkpoint", tmp_path=folder)
+            places[layout] = folder / "checkpoint", ranks
+        return places[layout]
+
+    return found
+
+
 def place() -> tuple[int, int]:
     return (
         parallel_state.get_pipeline_model_parallel_rank(),
@@ -81,9 +99,11 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 @pytest.mark.parametrize(
     "layout", [Layout(tp=2), Layout(pp=2, accumulation=2), Layout(dp=2), Layout(cp=2)]
 )
-def test_the_same_layout_goes_on_with_the_same_dropout(layout: Layout, tmp_path: Path) -> None:
-    before = run_ranks(2, saved, layout, tmp_path / "checkpoint", tmp_path=tmp_path)
-    after = run_ranks(2, opened, layout, tmp_path / "checkpoint", tmp_path=tmp_path)
+def test_the_same_layout_goes_on_with_the_same_dropout(
+    layout: Layout, saved_at: SavedAt, tmp_path: Path
+) -> None:
+    checkpoint, before = saved_at(layout)
+    after = run_ranks(2, opened, layout, checkpoint, tmp_path=tmp_path)
     for one, other in zip(before, after, strict=True):
         assert same(one, other)
         assert one["loss"] == other["loss"]
@@ -117,27 +137,29 @@ def test_other_numbers_of_data_parallel_ranks_take_the_states_of_their_place(
     ("first", "second"),
     [(Layout(pp=2, accumulation=2), Layout(tp=2)), (Layout(dp=2), Layout(tp=2))],
 )
-def test_another_layout_is_seeded_anew(first: Layout, second: Layout, tmp_path: Path) -> None:
-    before = run_ranks(2, saved, first, tmp_path / "checkpoint", tmp_path=tmp_path)
-    after = run_ranks(2, opened, second, tmp_path / "checkpoint", tmp_path=tmp_path)
+def test_another_layout_is_seeded_anew(
+    first: Layout, second: Layout, saved_at: SavedAt, tmp_path: Path
+) -> None:
+    checkpoint, before = saved_at(first)
+    after = run_ranks(2, opened, second, checkpoint, tmp_path=tmp_path)
     one, other = (rank["states"] for rank in after)
     assert torch.equal(one["cpu"], other["cpu"]), "tensor ranks must drop alike"
     assert not torch.equal(one["tracker.model-parallel-rng"], other["tracker.model-parallel-rng"])
     assert not any(torch.equal(one["cpu"], rank["states"]["cpu"]) for rank in before)
 
 
-def test_stages_drop_differently_after_a_new_layout(tmp_path: Path) -> None:
-    run_ranks(2, saved, Layout(tp=2), tmp_path / "checkpoint", tmp_path=tmp_path)
+def test_stages_drop_differently_after_a_new_layout(saved_at: SavedAt, tmp_path: Path) -> None:
+    checkpoint, _ = saved_at(Layout(tp=2))
     new = Layout(pp=2, accumulation=2)
-    first, second = run_ranks(2, opened, new, tmp_path / "checkpoint", tmp_path=tmp_path)
+    first, second = run_ranks(2, opened, new, checkpoint, tmp_path=tmp_path)
     assert not torch.equal(first["states"]["cpu"], second["states"]["cpu"])
 
 
-def test_states_are_tensors_in_no_file_of_their_own(tmp_path: Path) -> None:
-    run_ranks(2, saved, Layout(dp=2), tmp_path / "checkpoint", tmp_path=tmp_path)
+def test_states_are_tensors_in_no_file_of_their_own(saved_at: SavedAt) -> None:
+    checkpoint, _ = saved_at(Layout(dp=2))
     from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
-    entries = FileSystemReader(tmp_path / "checkpoint").read_metadata().state_dict_metadata
+    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     states = {name: entry for name, entry in entries.items() if name.startswith("rng")}
     assert states
     for entry in states.values():
