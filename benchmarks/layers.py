@@ -75,8 +75,11 @@ def compare(
         )
         for kind in KINDS
     }
-    runs = {kind: decoder.step for kind, decoder in decoders.items()}
-    times = measure(runs, args.steps, keep_what_is_there=True)
+    times = measure(
+        {kind: decoder.step for kind, decoder in decoders.items()},
+        args.steps,
+        keep_what_is_there=True,
+    )
     load = facts.under_load(decoders["ladder"].step)
     memory = facts.peak_memory()
     rows = []

@@ -30,7 +30,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where `measuring` is
@@ -135,9 +134,7 @@ def _prepared(line: str, source: Path, target: Path) -> Any:
     if line == "export, not verified":
         export.verify_export = lambda *_: "not verified"
     if line == "export, verified by layers":
-        verify_export.psutil = SimpleNamespace(  # type: ignore[assignment]
-            virtual_memory=lambda: SimpleNamespace(available=0)
-        )
+        verify_export.memory_here = lambda *_: 0
     if line == "import":
         return lambda: main(["import", str(source), str(target)])
     return lambda: main(["export", str(source), str(target), "--max-shard-size", "500MB"])
