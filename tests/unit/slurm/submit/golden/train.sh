@@ -140,10 +140,10 @@ asked="" ranks="" starts=0
 # srun passes SIGUSR1 and SIGUSR2 on to the ranks; at SIGTERM it kills them at once.
 pass_on() {
   signalled=1
-  # The time limit comes while a cancelled job saves: a second signal would end the ranks at once.
-  [ "$asked:$1" != stop:limit ] || return 0
-  asked=$1
-  [ -z "$ranks" ] || kill -s "$2" "$ranks"
+  # Ranks that save already would end at once at a second signal (`cancel --now` does that).
+  local before=$asked
+  [ "$asked" = stop ] || asked=$1
+  [ -n "$before" ] || [ -z "$ranks" ] || kill -s "$2" "$ranks"
 }
 trap 'pass_on limit USR1' USR1 # before the time limit
 trap 'pass_on stop USR2' USR2 # megatron-ladder cancel
