@@ -22,8 +22,9 @@ def model():
     torch.manual_seed(0)
     built = tiny.model(residual="ladder", ladder_layers=2)
     with torch.no_grad():
-        # Never a byte token: random bytes are not text.
+        # Never a byte token, as random bytes are not text; nor <unk>, which has no text either.
         built.lm_head.weight[3 : 3 + 256] = 0
+        built.lm_head.weight[0] = 0
     return built
 
 

@@ -82,7 +82,11 @@ def start(job: Path) -> subprocess.Popen[str]:
         # Cancelled; the time limit, or a preemption, comes while it saves.
         ((signal.SIGUSR2, signal.SIGUSR1), 75, False),
         ((signal.SIGUSR2, signal.SIGTERM), 75, False),
-        ((signal.SIGUSR1, signal.SIGUSR2), 75, False),  # cancelled while it saves for the time limit
+        (
+            (signal.SIGUSR1, signal.SIGUSR2),
+            75,
+            False,
+        ),  # cancelled while it saves for the time limit
     ],
 )
 def test_a_cancelled_job_saves_and_is_over(job: Path, signals, status: int, requeued) -> None:
