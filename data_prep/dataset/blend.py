@@ -48,7 +48,12 @@ def blend(options: Blend) -> str:
     weights = _weights(options, tokens)
     total = options.train_tokens
     if options.epochs:
-        total = round(sum(e * t for e, t in zip(options.epochs, tokens, strict=True)))
+        all_epochs = sum(e * t for e, t in zip(options.epochs, tokens, strict=True))
+        if not 1 <= all_epochs < 1 << 62:
+            raise UserError(
+                f"--epochs: they come to {all_epochs:.3g} tokens in all: give other numbers"
+            )
+        total = round(all_epochs)
     phases = _phases(options)
     data = {"paths": [str(d.path.resolve()) for d in sets], "weights": weights, "phases": phases}
     write_durably(options.output, json.dumps({"data": data}, indent=2) + "\n")

@@ -30,6 +30,8 @@ def inspect(options: Inspect) -> str:
     Raises:
         UserError: not a data set, or no such document.
     """
+    if options.max_tokens < 1:
+        raise UserError(f"--max-tokens {options.max_tokens}: show at least one")
     data = open_data_set(options.data)
     if problems := data.wrong_sizes():
         raise UserError(f"{problems[0]}: the data set is damaged, tokenize again")

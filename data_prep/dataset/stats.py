@@ -226,7 +226,8 @@ def draw(figures: Figures, encoder: Encoder, title: str, path: Path) -> None:
 
 
 def _drawn(piece: str) -> str:
-    """The piece in characters that the picture's font has, and not read as a formula."""
-    shown = repr(piece.replace("\u2581", "_"))[1:-1].replace("$", r"\$")
+    """The piece in characters that the picture's font has, and not read as a formula. SentencePiece's mark
+    for a space is a dot in the middle."""
+    shown = repr(piece.replace("\u2581", "\u00b7"))[1:-1].replace("$", r"\$")
     shown = ascii(shown)[1:-1] if any(ord(c) > 0x24F for c in shown) else shown
     return shown if len(shown) <= 14 else f"{shown[:12]}... ({len(piece)})"

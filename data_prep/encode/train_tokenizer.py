@@ -25,6 +25,7 @@ from data_prep.read.sources import Source, find_sources
 
 # SentencePiece takes "sentences" of at most this many bytes; longer lines are cut.
 SENTENCE_BYTES = 4096
+MOST_PIECES = 1 << 24
 RESERVED = ("<unk>", "<s>", "</s>")
 
 
@@ -64,6 +65,8 @@ def train_tokenizer(options: TrainTokenizer) -> Path:
     Raises:
         UserError: bad input, or a vocabulary that the text cannot fill.
     """
+    if options.vocab_size > MOST_PIECES:
+        raise UserError(f"--vocab-size {options.vocab_size:,}: give at most {MOST_PIECES:,}")
     if options.vocab_size < 300:
         raise UserError(
             f"--vocab-size {options.vocab_size}: 256 bytes and the special pieces take some 260; "

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_ladder.errors import UserError
 from pretrain.commands.users import failed, for_users, of_the_system
 from pretrain.config.train import TrainConfig
 from pretrain.loop.watchdog import Watchdog
@@ -99,8 +98,6 @@ def _checked(argv: list[str], rank: Rank | None, watchdog: Watchdog) -> _Checked
     config, asked = parse_train(argv)
     watchdog.know(config)
     set_queues(config)  # before any search for a GPU: that may start CUDA
-    if asked is not None and asked < 1:
-        raise UserError(f"--nproc-per-node {asked}: start at least one rank")
     from pretrain.start.launch import local_ranks
     from pretrain.start.preflight import preflight
 

@@ -39,8 +39,8 @@ class OptimizerConfig:
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise UserError(f"optimizer.{name} is {value}: it must be at least 0 and below 1")
         for name in ("adam_eps", "z_loss_coeff"):
-            if not (value := getattr(self, name)) >= 0:  # so written, it refuses NaN
-                raise UserError(f"optimizer.{name} is {value}: it must be at least 0")
+            if not 0 <= (value := getattr(self, name)) <= 1e6:  # so written, it refuses NaN
+                raise UserError(f"optimizer.{name} is {value}: it must be from 0 to 1,000,000")
         if self.optimizer == "muon" and self.moments != "fp32":
             raise UserError(
                 f"optimizer.optimizer muon with optimizer.moments {self.moments} is not supported: leave "

@@ -30,8 +30,8 @@ from pretrain.config.past import Past
 from pretrain.config.profile import ProfileConfig
 from pretrain.config.schedule import BatchSizes, ScheduleConfig, batch_sizes, check_ramp
 from pretrain.config.side import check_side_run
+from pretrain.config.values import check_numbers, from_dict, to_dict
 from pretrain.config.values import differences as differences
-from pretrain.config.values import from_dict, to_dict
 from pretrain.config.watch import WatchConfig
 from pretrain.files import write_atomically
 
@@ -109,6 +109,7 @@ class TrainConfig:
     """What the steps trained so far had, where the fields above say otherwise; `train` writes it."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         at_least_1 = {
             "micro_batch_size": self.micro_batch_size,
             "global_batch_size": self.global_batch_size,
@@ -132,11 +133,25 @@ class TrainConfig:
             "schedule.warmup_tokens": self.schedule.warmup_tokens,
             "schedule.wsd_decay_steps": self.schedule.wsd_decay_steps,
             "adapt.gradual_steps": self.adapt.gradual_steps,
+            "seed": self.seed,
+        }
+        at_most = {
+            "micro_batch_size": (self.micro_batch_size, 1 << 20),
+            "global_batch_size": (self.global_batch_size, 1 << 30),
+            "data.num_workers": (self.data.num_workers, 1024),
+            "schedule.train_steps": (self.schedule.train_steps, 10**9),
+            "optimizer.lr": (self.optimizer.lr, 1e6),
+            "optimizer.weight_decay": (self.optimizer.weight_decay, 1e6),
+            "seed": (self.seed, 2 * 10**9),  # others are made of it, which numpy takes up to 2**32
         }
         for least, values in ((1, at_least_1), (0, not_negative)):
             for name, value in values.items():
                 if value is not None and value < least:
                     raise UserError(f"{name} is {value}: it must be at least {least}")
+        for name, (value, most) in at_most.items():
+            if value is not None and value > most:
+                raise UserError(f"{name} is {value:,}: it must be at most {most:,}")
+        self.profile.check(self.train_steps)
         for name in ("fim_rate", "fim_spm_rate"):
             if not 0 <= (share := getattr(self.data, name)) <= 1:
                 raise UserError(f"data.{name} is {share}: it must be a share from 0 to 1")
@@ -348,6 +363,10 @@ def load_config(path: Path, onto: TrainConfig | None = None) -> TrainConfig:
         values = read_json(path, "a run's config.json")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a config.json saved by a run") from None
+    except IsADirectoryError:
+        raise UserError(
+            f"{path} is a folder: give a file, such as {path / 'config.json'}"
+        ) from None
     if onto is not None:
         values = _merged(to_dict(onto), values)
     elif "model" not in values:

@@ -94,6 +94,22 @@ def _fits(kind: Any, value: Any) -> bool:
     return type(value) is kind
 
 
+def check_numbers(config: Any, name: str = "") -> None:
+    """Refuses numbers that `from_dict` would not read again: NaN, and whole numbers beyond 64 bits.
+
+    Raises:
+        UserError: a field of the dataclass, or of one within it, has such a number.
+    """
+    for field in dataclasses.fields(config):
+        value, where = getattr(config, field.name), f"{name}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_numbers(value, f"{where}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            is_wrong = type(number) is int and not -_MOST <= number <= _MOST
+            if is_wrong or (type(number) is float and math.isnan(number)):
+                raise UserError(f"{where} is {short(number)}: give a usual number")
+
+
 def _in_words(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(map(str, typing.get_args(kind)))

@@ -7,6 +7,7 @@ OUT/staleness.json                                what --ladder-layers auto:N me
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,10 +134,11 @@ def _import(
         _keep_files(source, new, home, tokenizer)
         if staleness:
             save_staleness(new, staleness)
+    parameters = sum(math.prod(tensor.shape) for tensor in state.values())
     dtypes = ", ".join(sorted({str(chunk.dtype).removeprefix("torch.") for chunk in chunks}))
     size = sum(path.stat().st_size for path in {tensor.path for tensor in state.values()})
     return (
-        f"{source} ({hf_config.architectures[0]}, {in_units(model.num_parameters())} parameters, "
+        f"{source} ({hf_config.architectures[0]}, {in_units(parameters)} parameters, "
         f"{in_units(size, 'B')} of {dtypes}): {output_dir}, residual "
         f"{model.residual}" + (f", ladder layers {ladder_layers}" if ladder_layers else "")
     )

@@ -94,6 +94,13 @@ def find_tokens(tokenizer: Path, names: tuple[str, str, str] | None) -> tuple[in
 
 
 def _id(tokenizer: Path, name: str) -> int | None:
+    try:
+        return _id_of(tokenizer, name)
+    except Exception as error:  # neither library raises anything narrower
+        raise UserError(f"{tokenizer} cannot be read ({error}): copy the data set again") from error
+
+
+def _id_of(tokenizer: Path, name: str) -> int | None:
     if tokenizer.suffix == ".model":
         import sentencepiece
 

@@ -69,7 +69,7 @@ def draw_skip_effects(models: list[Measured]) -> bytes:
             image = _heat_map(panel, effects.later_max, f"{model.label}: {where}", most / 100, most)
             panel.set_xlabel("changed layer")
         row[0].set_ylabel("skipped layer")
-    _colour_bar(figure, image, axes, "relative change of what the layer adds, maximum over tokens")
+    _colour_bar(figure, image, axes, "relative change of what the layer adds,\nmaximum over tokens")
     return png_bytes(figure)
 
 

@@ -98,7 +98,10 @@ class RunLog:
         self._pending_flops = 0.0
         self._recent_s: deque[float] = deque(maxlen=100)  # of a token
         status.begin(resume_step, last_checkpoint=resume_step or None)
-        watchdog.phase("the first step")
+        if resume_step < config.train_steps:
+            watchdog.phase("the first step")
+        else:
+            watchdog.step_ended(resume_step, 0.0)  # none is to come
 
     def has_reader(self) -> bool:
         """Whether this rank prints to a program that still reads, or prints nothing."""
@@ -215,7 +218,7 @@ class RunLog:
             if self._config.optimizer.z_loss_coeff:
                 whole["z_loss"] = z_loss
             self._log.train(
-                steps_left=to_come / tokens,
+                eta_s=to_come * token_s,
                 step=step,
                 tokens=self._config.tokens_after(step),
                 time=self._trained_s,

@@ -273,6 +273,7 @@ def _train(
         finished = progress.step == config.train_steps
         while finished and by_first_of_groups(watch.is_busy):
             log.doing("measuring")
+            watch.waited_for()
             log.watched(watch)
             signal = signal or signals.agreed()
             finished = not signal  # the next start does what is left

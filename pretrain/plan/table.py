@@ -63,10 +63,16 @@ def setup(options: PlanOptions) -> tuple[TrainConfig, Hardware]:
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"no preset {options.preset!r}{hint}: choose one of {', '.join(names)}")
     rates = (options.network_gbit_per_s, options.storage_gb_per_s)
-    if options.gpus < 1 or options.top < 1 or min(rates) <= 0:
+    counts = (options.gpus, options.top, options.global_batch_size or 1)
+    if min(counts) < 1 or options.global_batch_size == 0 or not all(0 < r < 1e9 for r in rates):
         raise UserError(
-            "--gpus, --top, --network-gbit-per-s and --storage-gb-per-s must be more than 0"
+            "--gpus, --top, --global-batch-size, --network-gbit-per-s and --storage-gb-per-s must be "
+            "numbers of more than 0"
         )
+    for name in ("json", "png"):
+        file = getattr(options, name)
+        if file is not None and (file.is_dir() or not file.name or not file.parent.is_dir()):
+            raise UserError(f"--{name} {file} is no file in a folder that exists: give one")
     config = PRESETS[options.preset]()
     if options.fp8 and has_experts(config.model):
         raise UserError(

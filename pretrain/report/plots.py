@@ -1,5 +1,6 @@
 """The report's pictures, as PNG bytes."""
 
+import itertools
 import math
 from typing import Any
 
@@ -34,14 +35,14 @@ def draw_losses(runs: list[Run], against: str) -> bytes:
         y = [_finite(m["loss"]) for m in run.train]
         axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.25)
         axes.plot(x, smooth(y), color=colour, linewidth=1.6, label=f"{run.label}, training")
-        for dataset in run.datasets():
+        for marker, dataset in zip(itertools.cycle("os^Dv"), run.datasets(), strict=False):
             lines = run.validation_of(dataset)
             several = len(run.datasets()) > 1
             axes.plot(
                 [m[against] / scale for m in lines],
                 [_finite(m["loss"]) for m in lines],
                 color=colour,
-                marker="o",
+                marker=marker,
                 markersize=5,
                 markeredgecolor="white",
                 linewidth=1,
@@ -49,8 +50,9 @@ def draw_losses(runs: list[Run], against: str) -> bytes:
                 label=f"{run.label}, validation" + (f" ({dataset})" if several else ""),
             )
         unigrams |= run.unigram
-        for line in run.changes if against == "tokens" else ():
-            axes.axvline(line.get("tokens", 0), color=colour, linestyle=":", linewidth=1.2)
+        for number, line in enumerate(run.changes if against == "tokens" else ()):
+            label = None if number else f"{run.label}, options changed"
+            axes.axvline(line.get("tokens", 0), color=colour, ls=":", lw=1.2, label=label)
     for dataset, loss in unigrams.items():
         axes.axhline(loss, color=GREY, linestyle=":", linewidth=1.4)
         axes.annotate(

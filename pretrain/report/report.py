@@ -35,10 +35,14 @@ def write_report(run_dirs: list[Path], output_dir: Path | None = None) -> Path:
         raise UserError("no run is given: give one or several run folders")
     runs = [read_run(path, label) for path, label in zip(run_dirs, labels(run_dirs), strict=True)]
     output_dir = output_dir or run_dirs[0] / "report"
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir} is no folder: give another --output-dir")
     output_dir.mkdir(parents=True, exist_ok=True)
+    # A branch's time begins at 0, so it is not drawn beside a run that has trained from the start.
+    timed = [run for run in runs if run.is_branch == runs[0].is_branch]
     pictures = {
         "loss_by_tokens": (draw_losses(runs, "tokens"), "Loss against tokens"),
-        "loss_by_time": (draw_losses(runs, "time"), "Loss against training time"),
+        "loss_by_time": (draw_losses(timed, "time"), "Loss against training time"),
         "learning_rate": (draw_series(runs, "learning_rate"), "Learning rate"),
         "grad_norm": (draw_series(runs, "grad_norm"), "Gradient norm, before clipping"),
         "throughput": (draw_series(runs, "tokens_per_second"), "Tokens a second"),
@@ -115,7 +119,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     if exported := [line["folder"] for line in run.beside if line["kind"] == "export"]:
         rows.append(("exported", ", ".join(dict.fromkeys(exported))))
     state = "finished" if run.finished else "in progress or stopped"
-    rows.append(("state", state + (f", {run.restarts} restarts" if run.restarts else "")))
+    restarts = f"{run.restarts} restart" + "s" * (run.restarts > 1)
+    rows.append(("state", state + (f", {restarts}" if run.restarts else "")))
     return rows + _trouble(run)
 
 
@@ -186,7 +191,7 @@ def _trouble(run: Run) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"slow at {what}: rank {rank} on {host}",
-                f"found {len(lines)} times; at step {last['step']:,} it took "
+                f"{len(lines):,} x found; at step {last['step']:,} it took "
                 f"{last['seconds']:.3g} s, the median of all ranks was {last['median']:.3g} s",
             )
         )
@@ -206,6 +211,9 @@ def _comparison(runs: list[Run]) -> list[tuple[str, list[str]]]:
                 at_time.append("-")
                 continue
             at_end.append(f"{theirs[-1]['loss'] - mine[-1]['loss']:+.4f}")
+            if first.is_branch != other.is_branch:
+                at_time.append("- (a branch's time begins where it branches off)")
+                continue
             seconds = min(mine[-1]["time"], theirs[-1]["time"])
             pair = (other.loss_at(dataset, seconds), first.loss_at(dataset, seconds))
             at_time.append(
@@ -229,6 +237,7 @@ def _page(runs: list[Run], pictures: dict[str, tuple[bytes, str]]) -> str:
             changed += [
                 (other.label, name, str(a), str(b))
                 for name, (a, b) in differences(configs[0], config).items()
+                if not name.startswith("past.")  # what was trained before a change, not a choice
             ]
     return render(
         "report/report.html.jinja",

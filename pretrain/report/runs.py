@@ -42,6 +42,11 @@ class Run:
     """What has come of checkpoints beside the training; lines of the kinds OF_WATCH."""
     config_text: str = field(repr=False)
 
+    @property
+    def is_branch(self) -> bool:
+        """Whether its first step is not the first that its weights were trained for."""
+        return bool(self.start.get("branch_from"))
+
     def datasets(self) -> list[str]:
         return sorted({line["dataset"] for line in self.validation})
 

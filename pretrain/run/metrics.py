@@ -127,7 +127,6 @@ class MetricsLog:
         """False when what reads the printed lines has ended: the run is to stop."""
         self._run_dir = run_dir
         self._train_steps = train_steps
-        self._step_s: float | None = None  # smoothed
         self._thread = ThreadPoolExecutor(1, "metrics")
         self._baselines: set[str] = set()
         self._validated: dict[int, list[str]] = {}
@@ -171,7 +170,6 @@ class MetricsLog:
         self._file.close()
         write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept))
         self._file = _appended(path)
-        self._last: tuple[int, float] = (step, self.time_so_far)
 
     def start(self, **facts: Any) -> None:
         """Records that training starts or is resumed."""
@@ -192,12 +190,11 @@ class MetricsLog:
         self._write({"kind": "baseline", "dataset": dataset, "unigram_loss": unigram_loss})
         self._say(f"{dataset}: entropy of single tokens {unigram_loss:.4f} nats (validation)")
 
-    def train(self, *, steps_left: float | None = None, **values: Any) -> None:
+    def train(self, *, eta_s: float, **values: Any) -> None:
         """Records a step; docs/reference/formats.md lists the values.
 
         Args:
-            steps_left: so many steps like this one have the tokens that are to come, for the ETA. None: the
-                steps to come are like this one.
+            eta_s: seconds until the last step ends.
         """
         self._write({"kind": "train", **values})
         scalars = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "z_loss")
@@ -206,9 +203,7 @@ class MetricsLog:
             {f"train/{name}": value for name, value in known.items() if value is not None},
             values["step"],
         )
-        if steps_left is None:
-            steps_left = self._train_steps - values["step"]
-        self._say(self._line(values, steps_left))
+        self._say(self._line(values, eta_s))
 
     def validation(
         self, *, step: int, tokens: int, time: float, dataset: str, loss: float, perplexity: float
@@ -319,14 +314,9 @@ class MetricsLog:
         except OSError:  # the stream keeps some lines, and tries again at the next one
             pass
 
-    def _line(self, values: dict[str, Any], steps_left: float) -> str:
-        step, seconds = values["step"], values["time"]
-        latest = (seconds - self._last[1]) / max(step - self._last[0], 1)
-        # Smoothed over about ten lines, so that one slow step hardly changes the ETA.
-        self._step_s = latest if self._step_s is None else 0.9 * self._step_s + 0.1 * latest
-        self._last = (step, seconds)
+    def _line(self, values: dict[str, Any], eta_s: float) -> str:
         parts = [
-            f"step {step:>{len(str(self._train_steps))}}/{self._train_steps}",
+            f"step {values['step']:>{len(str(self._train_steps))}}/{self._train_steps}",
             f"loss {values['loss']:.4f}",
             f"grad norm {values['grad_norm']:.2f}",
             f"lr {values['learning_rate']:.2e}",
@@ -344,7 +334,7 @@ class MetricsLog:
         if values.get("dropped_share"):
             parts.append(f"dropped {values['dropped_share']:.1%}")
         parts.append(f"mem {values['memory_gib']:.1f} GiB")
-        parts.append(f"ETA {in_time(steps_left * self._step_s)}")
+        parts.append(f"ETA {in_time(eta_s)}")
         return " | ".join(parts)
 
 

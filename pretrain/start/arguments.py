@@ -99,6 +99,8 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
         description=_description(),
         console_outputs=is_first_rank(),
     )
+    if chosen.nproc_per_node is not None and chosen.nproc_per_node < 1:
+        raise UserError(f"--nproc-per-node {chosen.nproc_per_node}: start at least one rank")
     return with_names(config), chosen.nproc_per_node
 
 

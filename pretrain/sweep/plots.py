@@ -83,24 +83,25 @@ def draw_law(found: Analysis) -> bytes:
 
 def draw_best_rates(found: Analysis) -> bytes:
     """Best rates against parameters, with their intervals, and the power law of each kind. Rates at an edge
-    of those tried are crosses."""
+    of those tried are crosses. Kinds are drawn a little apart, as their best rates may be the same."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    for kind in found.kinds:
+    for number, kind in enumerate(found.kinds):
         colour = _colour(found, kind)
         cells = [cell for cell in found.cells if cell.kind == kind]
         for cell in cells:
-            axes.plot(
-                cell.parameters, cell.best.rate, "x" if cell.best.edge else "o", color=colour, ms=6
-            )
+            x = cell.parameters * 1.05**number
+            axes.plot(x, cell.best.rate, "x" if cell.best.edge else "o", color=colour, ms=6)
             if cell.rate_between:
-                axes.plot([cell.parameters] * 2, cell.rate_between, color=colour, lw=1)
+                axes.plot([x] * 2, cell.rate_between, color=colour, lw=1)
         label = kind or "all runs"
         if rates := found.rates.get(kind):
             sizes = np.geomspace(*rates.sizes, 20)
             axes.plot(sizes, [rates.law.rate(n) for n in sizes], color=colour, label=label)
         else:
             axes.plot([], [], "o", color=colour, label=label)
+    if any(cell.best.edge for cell in found.cells):
+        axes.plot([], [], "x", color="0.4", label="at the edge of the rates tried")
     axes.set_xscale("log")
     axes.set_yscale("log")
     _parameters(axes)

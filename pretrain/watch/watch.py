@@ -42,6 +42,7 @@ TRIES = 2
 MOST: dict[What, int] = {"evaluation": 1, "export": 2}
 """So many checkpoints wait for it at most: each stays on the disk meanwhile."""
 LOWEST = 19
+SAY_EVERY_S = 60.0
 _SHOWN_BYTES = 4096
 
 
@@ -93,7 +94,8 @@ class Watch:
         self._at_work: _Work | None = None
         self._doing = ""
         self._process: subprocess.Popen[bytes] | None = None
-        self._is_ending = False
+        self._is_alone = self._is_ending = False
+        self._said = ("", 0.0)
         self._changed = threading.Condition()
         self._news: SimpleQueue[News] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
@@ -160,6 +162,18 @@ class Watch:
         """What is being done, in words; "": nothing."""
         return self._doing
 
+    def waited_for(self) -> None:
+        """Call it again and again when the training is over and the ranks wait. What begins from now on
+        need not step back. Says what is waited for, and again each minute."""
+        self._is_alone = True
+        what, now = self._doing, time.monotonic()
+        if self._is_on and what and (what != self._said[0] or now - self._said[1] >= SAY_EVERY_S):
+            self._said = (what, now)
+            logger.info(
+                "the training is done; waiting for the %s (Ctrl-C: the next start does it)",
+                what,
+            )
+
     def news(self) -> list[News]:
         """What has come of checkpoints since the last call."""
         found = []
@@ -189,7 +203,8 @@ class Watch:
         for step in map(checkpoint_step, checkpoints(self._run_dir)):
             whats = [what for what in self._whats(step) if (step, what) not in done]
             if whats and step:
-                logger.info("step %d was saved, without its %s", step, " and ".join(whats))
+                what = " and ".join(whats)
+                logger.info("step %d was saved, without its %s: it is done now", step, what)
                 works.append(_Work(step, whats))
         return works
 
@@ -283,8 +298,7 @@ class Watch:
             if self._is_ending:
                 raise _Killed("the training ends")
             with no_stop_signals():  # they are for the ranks: a rank ends this process
-                # Of the last checkpoint, the ranks wait for it: it need not step back.
-                alone = self._at_work is not None and self._at_work.step == self._config.train_steps
+                alone = self._is_alone
                 self._process = subprocess.Popen(  # noqa: S603 (a list, no shell)
                     beside(arguments, nice=0 if alone else LOWEST),
                     stdin=subprocess.DEVNULL,

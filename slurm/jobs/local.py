@@ -16,6 +16,9 @@ from slurm.files import read_bounded, write_atomically
 from slurm.jobs.client import Facts
 from slurm.jobs.folders import Job
 
+STOPPED = "75"
+"""The exit status of a command that stopped in good order, as it was asked to."""
+
 
 def start_chain(folders: list[Path]) -> list[float]:
     """Starts the scripts of `folders`. Returns the process that runs them: its id, and when it began."""
@@ -57,6 +60,10 @@ def local_facts(folder: Path, job: Job) -> Facts:
     try:
         status = read_bounded(folder / "exit").strip()
         shown = status if status.isprintable() else "unknown"
+        if status == STOPPED:
+            return Facts(
+                "CANCELLED", "it stopped in good order, and goes on when it is submitted again"
+            )
         return Facts("COMPLETED" if status == "0" else "FAILED", f"exit status {shown:.20}")
     except (FileNotFoundError, UserError):
         pass

@@ -115,9 +115,10 @@ def _run_lines(said: dict[str, Any], facts: list[list[Facts] | None]) -> list[st
     if state in AT_WORK and is_over:
         head = f"not running; when last heard of: {head}"
     elif state in AT_WORK:
-        if (rate := said.get("tokens_per_second")) is not None:
+        is_trained = state == "measuring"  # no step is to come
+        if (rate := said.get("tokens_per_second")) is not None and not is_trained:
             head += f", {rate:,.0f} tokens/s"
-        if (eta := said.get("eta_s")) is not None:
+        if (eta := said.get("eta_s")) is not None and not is_trained:
             head += f", {duration(eta)} to go"
         if beside := said.get("watch"):
             head += f"; beside it: {beside}"

@@ -116,10 +116,17 @@ def _check_rate(new: TrainConfig, old: TrainConfig, step: int) -> None:
     begin = (
         f"the learning rate of step {step:,} was {was:.4g}, and by the new schedule it is {now:.4g}"
     )
-    if old.schedule.decay == "cosine" or new.schedule.decay == "cosine":
+    if old.schedule.decay == "cosine":
         raise UserError(
             f"{begin}: it would jump, as a cosine goes down from the end of warm-up on and depends on its "
-            "whole length. With schedule.decay wsd a run may become longer or shorter until it goes down"
+            "whole length. A run that has begun as a cosine keeps its length: begin another run with its "
+            "weights, --init-from RUN --output-dir NEW. Where the length is open, begin with "
+            "--schedule.decay wsd"
+        )
+    if new.schedule.decay == "cosine":
+        raise UserError(
+            f"{begin}: it would jump, as a cosine goes down from the end of warm-up on: leave "
+            "--schedule.decay cosine out"
         )
     if old.train_steps - old.wsd_decay_steps < step:
         raise UserError(

@@ -70,7 +70,7 @@ def test_bad_input(data: Path, tmp_path: Path, refused) -> None:
 
 
 def test_pieces_that_the_picture_cannot_show() -> None:
-    assert stats._drawn("\u2581the") == "_the"
+    assert stats._drawn("\u2581the") == "\u00b7the"
     assert stats._drawn("日") == "\\u65e5"
     assert stats._drawn("$x$\n") == "\\$x\\$\\n"
     assert stats._drawn(" " * 40).endswith("(40)")

@@ -35,7 +35,7 @@ def test_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"adam_beta2": 1.0}, "adam_beta2 is 1.0: it must be at least 0 and below 1"),
         ({"adam_beta2": math.nan}, "adam_beta2 is nan"),
         ({"muon_momentum": 1.0}, "muon_momentum is 1.0"),
-        ({"adam_eps": -1e-8}, "adam_eps is -1e-08: it must be at least 0"),
+        ({"adam_eps": -1e-8}, "adam_eps is -1e-08: it must be from 0"),
         ({"adam_eps": math.nan}, "adam_eps is nan"),
         ({"z_loss_coeff": -1.0}, "z_loss_coeff is -1.0"),
     ],

@@ -197,18 +197,15 @@ def test_each_start_is_the_same_run_at_wandb(tmp_path: Path, monkeypatch) -> Non
             start(tmp_path / "a")
 
 
-def test_the_line_of_a_step_in_a_ramp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its ETA is that of the tokens which are left: two and a half steps like this one."""
+def test_the_line_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = MetricsLog(
         tmp_path, resume_step=0, train_steps=10, tensorboard=False, wandb=False, config={}
     )
     figures = {"learning_rate": 1e-3, "tokens_per_second": 9.0, "tflops_per_gpu": 0.1, "mfu": None}
     step = {"step": 1, "tokens": 9, "time": 4.0, "loss": 5.0, "z_loss": 0.0123, "grad_norm": 1.0}
-    log.train(steps_left=2.5, memory_gib=1.0, **step, **figures)
-    log.train(memory_gib=1.0, **{**step, "step": 2, "time": 8.0}, **figures)
-    log.end(step=2, reason="finished")
-    first, second = capsys.readouterr().out.splitlines()
-    assert "loss 5.0000 | z-loss 0.012 | grad norm" in first
-    assert first.endswith("ETA 10s")
-    assert second.endswith("ETA 32s")
-    assert "steps_left" not in (tmp_path / "metrics.jsonl").read_text()
+    log.train(eta_s=4000.0, memory_gib=1.0, **step, **figures)
+    log.end(step=1, reason="finished")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "loss 5.0000 | z-loss 0.012 | grad norm" in line
+    assert line.endswith("ETA 1h06m")
+    assert "eta_s" not in (tmp_path / "metrics.jsonl").read_text()

@@ -22,7 +22,7 @@ from pretrain.config.watch import WatchConfig
 from pretrain.evaluation.options import EvalOptions
 from pretrain.start.arguments import parse_train
 from pretrain.watch import commands
-from pretrain.watch.watch import News, Watch, scalars
+from pretrain.watch.watch import LOWEST, News, Watch, scalars
 from tests.beside import StandIn, wait_for
 
 TASKS = ("--watch.tasks", "toy")
@@ -187,8 +187,28 @@ def test_a_start_does_what_is_left(tmp_path: Path, stand_in: StandIn) -> None:
     )
     with watching(run, *TASKS, *EXPORTS, lines=lines) as watch:
         all_news(watch)
-    assert stand_in.last()[1] == os.nice(0)  # of the last step: training is over
     assert stand_in.done() == [("eval", 30), ("export", 40), ("eval", 100), ("export", 100)]
+
+
+def test_what_begins_after_the_training_need_not_step_back(
+    tmp_path: Path, stand_in: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And it is said what is waited for: once, and again after a while."""
+    run = tmp_path / "run"
+    for step in (10, 20):
+        checkpoint(run, step)
+    with caplog.at_level("INFO"), watching(run, *TASKS) as watch:
+        wait_for(stand_in.done)
+        for _ in range(3):
+            watch.waited_for()
+        assert stand_in.last()[1] == LOWEST
+        stand_in.tell("go")
+        all_news(watch)
+    assert stand_in.last()[1] == os.nice(0)
+    waits = [line for line in caplog.messages if "waiting for" in line]
+    assert waits == [
+        "the training is done; waiting for the evaluation of step 10 (Ctrl-C: the next start does it)"
+    ]
 
 
 def test_its_session_has_the_lowest_priority_too() -> None:

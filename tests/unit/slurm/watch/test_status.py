@@ -42,7 +42,8 @@ def test_status_of_a_run(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     )
     text = run(capsys, "status", "run")
     assert "measuring, step 1,200" in text
-    assert "3 h 20 min to go; beside it: evaluation of step 1000\n" in text
+    assert "tokens/s" not in text and "to go" not in text
+    assert "loss 2.3100; beside it: evaluation of step 1000\n" in text
     (run_dir / "status.json").write_text(json.dumps(STATUS))
     # Killed: it could not say so.
     (slurm.folder / "SQUEUE").write_text("101|NODE_FAIL|NodeDown|1:02|1:00:00|node[0-1]\n")
