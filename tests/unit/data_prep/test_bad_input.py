@@ -223,6 +223,7 @@ def test_unknown_options_come_with_a_suggestion(refused, jsonl) -> None:
 def test_a_vocabulary_that_does_not_fit(refused, jsonl, tmp_path) -> None:
     base = ["train-tokenizer", jsonl, "--output-dir", tmp_path / "t", "--vocab-size"]
     assert "give 300 or more" in refused(*base, 100)
+    assert "give at most 16,777,216" in refused(*base, 10**22)
     assert "too small for this --vocab-size" in refused(*base, 50_000)
     assert not list(tmp_path.glob("t/*"))
 
@@ -245,6 +246,7 @@ def test_bad_text_while_training_a_tokenizer(refused, tmp_path) -> None:
 def test_inspecting_what_is_not_there(refused, out, tmp_path) -> None:
     assert "is not a data set" in refused("inspect", tmp_path / "no")
     assert "split has" in refused("inspect", out, "--document", 10_000)
+    assert "show at least one" in refused("inspect", out, "--document", 0, "--max-tokens", -1)
     assert "the test split has 0 documents" in refused(
         "inspect", out, "--split", "test", "--document", 0
     )

@@ -129,6 +129,8 @@ def test_bad_input(sets: list[Path], tmp_path: Path, refused) -> None:
     assert "3 values for 2" in said(*sets[:2], "--epochs", 1, 2, 3)
     assert "above 0" in said(*sets[:2], "--weights", 1, 0)
     assert "above 0" in said(*sets[:2], "--temperature", "nan")
+    assert "they come to inf tokens" in said(*sets[:2], "--epochs", 1e308, 1e308)
+    assert "they come to" in said(*sets[:2], "--epochs", 1e-320, 1e-320)
     assert "one of them" in said(*sets[:2], "--temperature", 2, "--epochs", 1, 2)
     assert "leave out --train-tokens" in said(*sets[:2], "--epochs", 1, 2, "--train-tokens", 9)
     then = (*sets[:2], "--weights", 1, 1, "--then")

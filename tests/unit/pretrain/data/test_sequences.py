@@ -242,6 +242,10 @@ def test_tokens_are_found_by_name(tmp_path: Path) -> None:
     assert find_tokens(model_file, None) == (3, 4, 5)
     with pytest.raises(UserError, match="has no tokens x"):
         find_tokens(model_file, ("x", "y", "z"))
+    for file in (path, model_file):
+        file.write_text("no tokenizer")
+        with pytest.raises(UserError, match=r"cannot be read .*: copy the data set again"):
+            find_tokens(file, None)
 
 
 @pytest.mark.parametrize("name", ["fim_rate", "fim_spm_rate"])

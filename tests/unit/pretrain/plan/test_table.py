@@ -1,6 +1,9 @@
 """`bench plan`'s set-up and table: FP8 counts in memory as in `train`, and columns stay apart."""
 
+import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,3 +66,21 @@ def test_a_layout_that_standard_cannot_have_stays_apart_from_its_neighbour() -> 
     assert len(title) == len(standard) == len(ladder)
     assert standard.split()[-2:] == ["1.000", "1.000"]
     assert ladder.split()[-3:] == ["does", "not", "fit"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"global_batch_size": 0}, "--global-batch-size"),
+        ({"storage_gb_per_s": math.nan}, "--storage-gb-per-s"),
+        ({"network_gbit_per_s": math.inf}, "--network-gbit-per-s"),
+        ({"png": Path()}, "--png . is no file"),
+        (
+            {"json": Path("nowhere/a.json")},
+            "--json nowhere/a.json is no file in a folder that exists",
+        ),
+    ],
+)
+def test_options_are_refused_before_the_work(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        setup(PlanOptions("debug", 1, **options))

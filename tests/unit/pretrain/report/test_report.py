@@ -207,6 +207,9 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not a line of metrics"):
         write_report([tmp_path])
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    run = write_run(tmp_path / "run")
+    with pytest.raises(UserError, match="no folder: give another --output-dir"):
+        write_report([run], tmp_path / "metrics.jsonl")
 
 
 def test_the_report_starts_without_torch() -> None:
