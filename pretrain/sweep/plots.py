@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from pretrain.pictures import COLOURS, png_bytes
@@ -15,8 +16,8 @@ _COLUMNS = 3
 
 
 def draw_rates(found: Analysis) -> bytes:
-    """Loss against learning rate: a panel for each size, a line for each kind and budget, a star at the
-    best."""
+    """Loss against learning rate: a panel for each size, a colour for each kind, a style for each budget, a
+    star at the best."""
     sizes = list(dict.fromkeys(cell.size for cell in found.cells))
     columns = min(_COLUMNS, len(sizes))
     lines = -(-len(sizes) // columns)
@@ -24,27 +25,28 @@ def draw_rates(found: Analysis) -> bytes:
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel in panels[len(sizes) :]:
         panel.set_axis_off()
-    budgets: dict[str, list[int]] = {}
+    budgets = sorted({cell.tokens for cell in found.cells})
     for panel, size in zip(panels, sizes, strict=False):
         for cell in (c for c in found.cells if c.size == size):
-            of_size = budgets.setdefault(size, [])
-            if cell.tokens not in of_size:
-                of_size.append(cell.tokens)
-            style = _STYLES[of_size.index(cell.tokens) % len(_STYLES)]
+            style = _STYLES[budgets.index(cell.tokens) % len(_STYLES)]
             colour = _colour(found, cell.kind)
-            label = f"{cell.kind or 'loss'}, {in_units(cell.tokens)} tokens"
             rates = list(cell.losses)
-            panel.plot(
-                rates, list(cell.losses.values()), "o" + style, color=colour, ms=4, label=label
-            )
+            panel.plot(rates, list(cell.losses.values()), "o" + style, color=colour, ms=4)
             if not cell.best.edge:
                 panel.plot(cell.best.rate, cell.best.loss, "*", color=colour, ms=11)
         panel.set_xscale("log")
         panel.set_title(size or "loss against rate", fontsize=10)
         panel.set_xlabel("learning rate, the peak")
         panel.set_ylabel("validation loss, nats a token")
-        panel.legend(frameon=False, fontsize=7)
         _plain(panel)
+    keys = [Line2D([], [], color=_colour(found, k), label=k or "loss") for k in found.kinds]
+    for number, tokens in enumerate(budgets):
+        style = _STYLES[number % len(_STYLES)]
+        label = f"{in_units(tokens)} tokens"
+        keys.append(Line2D([], [], color="0.4", linestyle=style, label=label))
+    figure.legend(
+        handles=keys, loc="outside lower center", ncols=min(8, len(keys)), frameon=False, fontsize=9
+    )
     return png_bytes(figure)
 
 
