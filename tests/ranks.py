@@ -1,5 +1,6 @@
 """Runs a function on several gloo ranks, forked from the test's own process."""
 
+import gc
 import math
 import multiprocessing
 import time
@@ -84,7 +85,17 @@ def fork_managers() -> None:
     SyncManager.__init__ = forked  # type: ignore[method-assign]
 
 
+def leave_to_the_parent() -> None:
+    """In a forked process, first of all: what it has inherited is never collected as garbage.
+
+    Else a process group that the parent has not collected yet would be destroyed here. It would wait for
+    its threads, which are not in this process: for ever, where another thread has one's memory by now.
+    """
+    gc.freeze()
+
+
 def _rank(rank: int, world_size: int, function: Callable, args: tuple, folder: Path) -> None:
+    leave_to_the_parent()
     try:
         fork_managers()
         store = dist.FileStore(str(folder / "store"), world_size)

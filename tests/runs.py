@@ -15,7 +15,7 @@ from pretrain.processes import die_with_parent
 from pretrain.start.arguments import parse_train
 from pretrain.start.launch import local_ranks
 from tests.ports import free_port
-from tests.ranks import end, fork_managers, wait_for
+from tests.ranks import end, fork_managers, leave_to_the_parent, wait_for
 
 
 def run_train(
@@ -60,6 +60,7 @@ def run_train(
 def _rank(
     argv: list[str], rank: int, ranks: int, port: int, log: Path, first: Callable[[], None]
 ) -> None:
+    leave_to_the_parent()
     die_with_parent()
     fork_managers()
     first()
