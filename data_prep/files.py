@@ -1,5 +1,6 @@
 """Writes files that are whole or not there, and makes sure that they are on disk."""
 
+import functools
 import os
 import secrets
 from pathlib import Path
@@ -33,3 +34,16 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def real_place(path: str) -> str:
+    """Where a file is, whatever it is called. A folder of many files is resolved once."""
+    if os.path.islink(path):  # noqa: PTH114 (for each of a million files)
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    return os.path.join(_real_folder(folder), name)  # noqa: PTH118
+
+
+@functools.lru_cache(maxsize=1024)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)

@@ -122,7 +122,7 @@ def tokenize(options: Tokenize) -> str:
         return f"{options.output_dir}: already done from the same text, nothing to do"
     check_space(options.output_dir, sources, manifest["dtype"], place.bytes())
     parts = plan_parts(sources, options.text_documents)
-    fingerprint = _fingerprint(manifest, options)
+    fingerprint = _fingerprint(manifest)
     plan = {
         "fingerprint": fingerprint,
         "max_bad_lines": options.max_bad_lines,
@@ -324,10 +324,10 @@ def _manifest(options: Tokenize, encoder: Encoder, how: Reading) -> dict[str, An
     }
 
 
-def _fingerprint(manifest: dict[str, Any], options: Tokenize) -> str:
+def _fingerprint(manifest: dict[str, Any]) -> str:
     """A hash of everything that decides the output, except the input files."""
     facts = {key: manifest[key] for key in ("tokenizer", "dtype", "options")}
-    text = json.dumps([OUTPUT_VERSION, facts, options.max_bad_lines], sort_keys=True)
+    text = json.dumps([OUTPUT_VERSION, facts], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 

@@ -284,7 +284,7 @@ def _check_mask(data: DataSet, split: str, found: Found) -> None:
                     f"{path}: bytes {begin:,} to {end:,} have another sha256 than the manifest's"
                 )
     if trained != facts.get("trained_tokens"):
-        said = facts.get("trained_tokens", "nothing")
+        said = "nothing" if (n := facts.get("trained_tokens")) is None else f"{n:,}"
         found.problems.append(
             f"{path} has {trained:,} tokens to train on, the manifest says {said}"
         )

@@ -101,8 +101,8 @@ class Workplace:
             self.write_plan(plan, tokenizer)
             return
         other = self.read_plan()
-        # Files that are not read may change meanwhile: the ranks' own logs, for example. The fingerprint
-        # holds --max-bad-lines too, and older plans have it there alone.
+        # Files that are not read may change meanwhile: the ranks' own logs, for example. The limit of bad
+        # lines may be raised, so that nothing that was done is lost.
         same = ("left_out", "max_bad_lines")
         keys = [key for key in plan if key not in same and other.get(key) != plan[key]]
         if keys:
@@ -111,6 +111,8 @@ class Workplace:
                 f"({_difference(other, plan, keys)}): give all ranks the same, or remove that folder "
                 "to start afresh"
             )
+        if plan["max_bad_lines"] > other.get("max_bad_lines", plan["max_bad_lines"]):
+            self.write_plan({**other, "max_bad_lines": plan["max_bad_lines"]}, tokenizer)
 
     def write_plan(self, plan: dict[str, Any], tokenizer: Path) -> None:
         name = self.folder / plan["manifest"]["tokenizer"]["file"]

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Literal
 from urllib.parse import urlsplit
 
 from data_prep.errors import UserError
+from data_prep.files import real_place
 from data_prep.json_files import read_json
 from data_prep.left_out import LeftOut, ending_of
 
@@ -140,7 +141,7 @@ def _each_once(by_input: list[list[Source]], left_out: LeftOut) -> list[Source]:
     seen: dict[str, tuple[int, str]] = {}
     for number, sources in enumerate(by_input):
         for source in sources:
-            place = source.path if source.remote else os.path.realpath(source.path)
+            place = source.path if source.remote else real_place(source.path)
             other, path = seen.get(place, (number, None))
             if path is None:
                 seen[place] = (number, source.path)

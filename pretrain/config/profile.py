@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from megatron_ladder.errors import UserError
-
 
 @dataclass(frozen=True)
 class ProfileConfig:
@@ -16,20 +14,3 @@ class ProfileConfig:
     """None traces nothing."""
     steps: int = 2
     """How many; a trace of each rank grows by some megabytes a step."""
-
-    def check(self, train_steps: int) -> None:
-        """Refuses a window that no step is in.
-
-        Raises:
-            UserError: it begins after the run, or has a length and no beginning.
-        """
-        if self.first_step is None and self.steps != type(self).steps:
-            raise UserError(
-                f"profile.steps is {self.steps}, but profile.first_step is not set: set it, or leave the "
-                "other out"
-            )
-        if self.first_step is not None and self.first_step > train_steps:
-            raise UserError(
-                f"profile.first_step {self.first_step} is after the run's {train_steps} steps: choose an "
-                "earlier one"
-            )

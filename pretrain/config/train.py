@@ -135,23 +135,10 @@ class TrainConfig:
             "adapt.gradual_steps": self.adapt.gradual_steps,
             "seed": self.seed,
         }
-        at_most = {
-            "micro_batch_size": (self.micro_batch_size, 1 << 20),
-            "global_batch_size": (self.global_batch_size, 1 << 30),
-            "data.num_workers": (self.data.num_workers, 1024),
-            "schedule.train_steps": (self.schedule.train_steps, 10**9),
-            "optimizer.lr": (self.optimizer.lr, 1e6),
-            "optimizer.weight_decay": (self.optimizer.weight_decay, 1e6),
-            "seed": (self.seed, 2 * 10**9),  # others are made of it, which numpy takes up to 2**32
-        }
         for least, values in ((1, at_least_1), (0, not_negative)):
             for name, value in values.items():
                 if value is not None and value < least:
                     raise UserError(f"{name} is {value}: it must be at least {least}")
-        for name, (value, most) in at_most.items():
-            if value is not None and value > most:
-                raise UserError(f"{name} is {value:,}: it must be at most {most:,}")
-        self.profile.check(self.train_steps)
         for name in ("fim_rate", "fim_spm_rate"):
             if not 0 <= (share := getattr(self.data, name)) <= 1:
                 raise UserError(f"data.{name} is {share}: it must be a share from 0 to 1")

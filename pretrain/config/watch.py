@@ -57,11 +57,10 @@ class WatchConfig:
                     f"watch.{name} {interval} is not a multiple of save_interval {save_interval}: only "
                     f"checkpoints are measured and exported. Give {near}, or another save_interval"
                 )
-        of_tasks = (self.data, self.interval, self.limit, self.include_path)
-        if not self.tasks and (any(of_tasks) or self.max_tokens != type(self).max_tokens):
+        if not self.tasks and (self.data or self.interval or self.limit or self.include_path):
             raise UserError(
-                "watch.data, interval, limit, max_tokens and include_path are for the tasks of "
-                "watch.tasks: name some, such as --watch.tasks last_word continuation, or leave these out"
+                "watch.data, interval, limit and include_path are for the tasks of watch.tasks: name some, "
+                "such as --watch.tasks last_word continuation, or leave these out"
             )
 
     def measures(self, step: int, save_interval: int) -> bool:

@@ -293,7 +293,8 @@ class Hardware:
 
     def between(self, ranks: int) -> Network:
         """Between two of so many neighbouring ranks: a node's own links, if one node has all of them."""
-        return self.in_a_node if ranks <= GPUS_PER_NODE else self.network
+        is_one_node = ranks <= GPUS_PER_NODE and self.link != "two-nodes"
+        return self.in_a_node if is_one_node else self.network
 
     @property
     def between_nodes(self) -> Network:

@@ -20,6 +20,7 @@ from pretrain.config.presets import OF_A_MODEL, PRESETS
 from pretrain.config.train import TrainConfig, load_config
 from pretrain.ranks import is_first_rank
 from pretrain.start.ladder_layers import is_auto, with_ladder_layers
+from pretrain.start.usable import check_usable
 
 
 def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
@@ -101,6 +102,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, int | None]:
     )
     if chosen.nproc_per_node is not None and chosen.nproc_per_node < 1:
         raise UserError(f"--nproc-per-node {chosen.nproc_per_node}: start at least one rank")
+    check_usable(config)
     return with_names(config), chosen.nproc_per_node
 
 

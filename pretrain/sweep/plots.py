@@ -1,6 +1,6 @@
 """The pictures of a sweep's page, as PNG bytes."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,7 +11,7 @@ from pretrain.pictures import COLOURS, png_bytes
 from pretrain.sizes import in_units
 from pretrain.sweep.analysis import Analysis
 
-_STYLES = ("-", "--", ":", "-.")
+_STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _COLUMNS = 3
 
 

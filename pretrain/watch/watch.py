@@ -298,7 +298,9 @@ class Watch:
             if self._is_ending:
                 raise _Killed("the training ends")
             with no_stop_signals():  # they are for the ranks: a rank ends this process
-                alone = self._is_alone
+                # Of the last checkpoint, the ranks wait for it: it need not step back.
+                is_last = self._at_work and self._at_work.step == self._config.train_steps
+                alone = self._is_alone or bool(is_last)
                 self._process = subprocess.Popen(  # noqa: S603 (a list, no shell)
                     beside(arguments, nice=0 if alone else LOWEST),
                     stdin=subprocess.DEVNULL,

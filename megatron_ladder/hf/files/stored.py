@@ -45,16 +45,17 @@ class StoredTensor:
 
     def __getitem__(self, all_of_it: slice) -> Tensor:
         assert all_of_it == slice(None)
-        tensor = _opened(self.path).get_tensor(self.name)
+        facts = self.path.stat()
+        tensor = _opened(self.path, facts.st_ino, facts.st_mtime_ns).get_tensor(self.name)
         if not is_finite(tensor):
             raise UserError(f"{self.path}: {self.name} holds NaN or infinite values")
         return tensor
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(path: Path) -> Any:
-    """The file, which stays open until another is read. To parse the header of a file with thousands of
-    tensors takes as long as reading many of them."""
+def _opened(path: Path, inode: int, modified_ns: int) -> Any:
+    """The file, which stays open until another is read, or one that took its place. To parse the header of
+    a file with thousands of tensors takes as long as reading many of them."""
     return safe_open(path, "pt").__enter__()
 
 

@@ -9,7 +9,7 @@ from megatron_ladder.config import ParallelConfig, check_layout
 from pretrain.commands.bench import bench
 from pretrain.config.presets import PRESETS as TRAIN_PRESETS
 from pretrain.config.train import TrainConfig
-from pretrain.plan.links import MIB, NVLINK, PRESETS, Link, Network
+from pretrain.plan.links import MIB, NVLINK, PRESETS, Link, Network, network_of
 from pretrain.plan.memory import room
 from pretrain.plan.planner import DEVICES, Hardware, Submodule, pass_seconds, submodules
 from pretrain.plan.ring import ring_seconds
@@ -410,3 +410,10 @@ def test_the_command_prints_draws_and_writes(tmp_path, capsys) -> None:
         for r in written["standard, halves"]
     )
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_link_between_nodes_is_no_node() -> None:
+    for link, is_network in (("two-nodes", True), ("nvswitch", False), (None, False)):
+        hardware = Hardware(DEVICES["h100"], network_of(100), link=link)
+        assert (hardware.between(8) == hardware.network) == is_network
+        assert hardware.between(16) == hardware.network

@@ -187,6 +187,7 @@ def test_a_start_does_what_is_left(tmp_path: Path, stand_in: StandIn) -> None:
     )
     with watching(run, *TASKS, *EXPORTS, lines=lines) as watch:
         all_news(watch)
+    assert stand_in.last()[1] == os.nice(0)  # of the last step: training is over
     assert stand_in.done() == [("eval", 30), ("export", 40), ("eval", 100), ("export", 100)]
 
 

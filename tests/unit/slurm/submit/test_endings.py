@@ -21,6 +21,7 @@ def on(number, _):
         os._exit(128 + number)
 signal.signal(signal.SIGUSR1, on)
 signal.signal(signal.SIGUSR2, on)
+signal.signal(signal.SIGTERM, on)
 print("RANK IS UP", flush=True)
 while not seen:
     time.sleep(0.02)
@@ -103,6 +104,23 @@ def test_a_cancelled_job_saves_and_is_over(job: Path, signals, status: int, requ
     asked = "stop" if status else "limit"
     history = (job / "run" / "slurm" / "1" / "history").read_text()
     assert f"end 75 none {asked}\n" in history
+
+
+def test_a_second_cancel_lets_a_local_training_save(job: Path) -> None:
+    profile = Profile(launcher="local", python=str(job / "bin" / "python"))
+    folder = job / "run" / "slurm" / "1"
+    script = train_script(profile, Resources(1, 1), [], job / "run", folder)
+    (job / "job.sh").write_text(script.replace("sleep 2 #", "#"))
+    process = start(job)
+    assert process.stdout is not None
+    while "RANK IS UP" not in process.stdout.readline():
+        assert process.poll() is None
+    for _ in range(2):
+        process.send_signal(signal.SIGUSR2)
+        time.sleep(0.3)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, said
+    assert "end 75 none stop\n" in (folder / "history").read_text()
 
 
 def test_it_gives_up_though_the_disk_takes_no_history(job: Path) -> None:

@@ -62,7 +62,13 @@ start() {
 
 # A signal is passed on to the ranks: they finish the step, save, and end with status 75.
 asked="" ranks="" starts=0
-pass_on() { asked=$1 signalled=1; [ -z "$ranks" ] || kill -s TERM "$ranks"; }
+pass_on() {
+  signalled=1
+  # Ranks that save already would end at once at a second signal.
+  local before=$asked
+  [ "$asked" = stop ] || asked=$1
+  [ -n "$before" ] || [ -z "$ranks" ] || kill -s TERM "$ranks"
+}
 trap 'pass_on stop USR2' USR2 # megatron-ladder cancel
 trap 'pass_on stop USR2' TERM # scancel, preemption
 

@@ -158,12 +158,12 @@ start() {
 
 # A signal is passed on to the ranks: they finish the step, save, and end with status 75.
 asked="" ranks="" starts=0
-# srun passes SIGUSR1 and SIGUSR2 on to the ranks; at SIGTERM it kills them at once.
 pass_on() {
   signalled=1
-  # Ranks that save already would end at once at a second signal (`cancel --now` does that).
+  # Ranks that save already would end at once at a second signal.
   local before=$asked
   [ "$asked" = stop ] || asked=$1
+  # srun passes SIGUSR1 and SIGUSR2 on to the ranks; at SIGTERM it kills them at once.
   [ -n "$before" ] || [ -z "$ranks" ] || kill -s "$2" "$ranks"
 }
 trap 'pass_on limit USR1' USR1 # before the time limit
