@@ -188,10 +188,11 @@ def _trouble(run: Run) -> list[tuple[str, str]]:
         by_rank.setdefault((line["rank"], line["host"], line["what"]), []).append(line)
     for (rank, host, what), lines in by_rank.items():
         last = lines[-1]
+        often = "once" if len(lines) == 1 else f"{len(lines):,} times"
         rows.append(
             (
                 f"slow at {what}: rank {rank} on {host}",
-                f"{len(lines):,} x found; at step {last['step']:,} it took "
+                f"found {often}; at step {last['step']:,} it took "
                 f"{last['seconds']:.3g} s, the median of all ranks was {last['median']:.3g} s",
             )
         )

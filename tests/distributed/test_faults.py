@@ -199,7 +199,7 @@ def test_a_hang_ends_all_ranks_with_their_stacks(data: Path, tmp_path: Path) -> 
     starts = [line for line in read_starts(run.path) if line["kind"] == "start"]
     assert starts[1]["before"]["state"] == "failed"
     page = write_report([run.path]).read_text()
-    assert "finished, 1 restarts" in page and "no sign of step 5" in page
+    assert "finished, 1 restart" in page and "no sign of step 5" in page
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def write_run(
         at = {"step": step, "tokens": 100 * step, "time": float(step)}
         loss = LOSSES[kind] + 0.5 * (seed - 1) - step / 10
         log.train(
+            eta_s=0.0,
             **at,
             loss=loss,
             grad_norm=1.0,

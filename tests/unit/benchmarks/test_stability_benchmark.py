@@ -49,7 +49,16 @@ def test_figures_are_of_the_end(tmp_path: Path) -> None:
         more = {"learning_rate": 1e-3, "tokens_per_second": 1.0, "tflops_per_gpu": 0.1}
         z_loss = 0.5 * (4.0 if step > 10 else 9.0)
         norm = 10.0 if step < 3 else 1.0 + step / 100
-        log.train(**at, loss=5.0, grad_norm=norm, mfu=None, memory_gib=1.0, z_loss=z_loss, **more)
+        log.train(
+            eta_s=0.0,
+            **at,
+            loss=5.0,
+            grad_norm=norm,
+            mfu=None,
+            memory_gib=1.0,
+            z_loss=z_loss,
+            **more,
+        )
     log.validation(**at, dataset="data", loss=4.5, perplexity=90.0)
     log.end(step=60, reason="finished")
     found = stability.figures(tmp_path, "AdamW, 1e-3")

@@ -64,7 +64,7 @@ def test_rates_of_a_ramp_are_of_its_tokens(tmp_path: Path, monkeypatch: pytest.M
         run.train(step, 2.0, 1.0, 1e-3, 0.5, 64.0, {})
         logged = run._log.train.call_args.kwargs  # type: ignore[union-attr]
         assert logged["tokens"] == samples * 64
-        assert logged["steps_left"] == pytest.approx((sum(sizes) - samples) / size)
+        assert logged["eta_s"] == pytest.approx(sum(sizes) - samples)
         assert logged["tokens_per_second"] == pytest.approx(64)
         assert (logged["loss"], logged["z_loss"]) == (2.0, 0.5)
         shown = status.update.call_args.kwargs

@@ -60,13 +60,13 @@ def test_the_report_says_what_was_lost(tmp_path: Path) -> None:
         file.write(json.dumps({"kind": "slow_rank", **slow, "seconds": 0.3, "median": 0.1}) + "\n")
     html = write_report([run]).read_text()
     for text in (
-        "finished, 1 restarts",
+        "finished, 1 restart",
         "5 min 00 s",
         "6.7%",  # 20 s of 300
         "1 x killed while training",
         "0 min 50 s",
         "1, so 5 steps are not in the weights; the last bad step is 15: the loss is nan",
         "slow at computing: rank 3 on node1",
-        "found 1 times; at step 10 it took 0.3 s, the median of all ranks was 0.1 s",
+        "found once; at step 10 it took 0.3 s, the median of all ranks was 0.1 s",
     ):
         assert text in html, text
