@@ -203,9 +203,9 @@ def _unsupported(config: Any) -> list[str]:
 def _layer_types(config: Any) -> list[str]:
     """Of each layer. Models that are not of WITH_TYPES give every layer the window, whatever they list."""
     types = getattr(config, "layer_types", None)
-    return (types if config.model_type in WITH_TYPES else None) or [
-        SLIDING
-    ] * config.num_hidden_layers
+    if types and config.model_type in WITH_TYPES:
+        return types
+    return [SLIDING] * config.num_hidden_layers
 
 
 def _window(config: Any) -> int | None:
